@@ -1,0 +1,81 @@
+// One axis of one view as a small table: for each output cell, the tokens it reads, their summed
+// weights, and how many of its pixels count. Upsampling, border and stride end here; the kernels
+// that read the table contain no modes. Host and device share this file.
+#pragma once
+#include <cmath>
+#include <cstdint>
+
+#include "types.h"
+
+namespace srt {
+
+struct Axis {
+  int64_t tokens;  // h or w
+  int64_t patch;   // pixels per token
+  int64_t stride;  // pixels per output cell; divides tokens * patch
+  Upsample upsample;
+  Border border;
+
+  SRT_HD int64_t pixels() const { return tokens * patch; }
+  SRT_HD int64_t cells() const { return pixels() / stride; }
+  // A cell spans (stride - 1) / patch tokens; interpolation adds one at each end.
+  SRT_HD int64_t max_taps() const {
+    const int64_t taps = stride == 1 ? 2 : (stride - 1) / patch + 3;
+    return taps < tokens ? taps : tokens;
+  }
+};
+
+// The tables of one axis for D offsets. A cell reads tokens first .. first + taps - 1.
+template <class Acc>
+struct AxisTable {
+  int32_t* first;    // [D, cells]
+  int32_t* taps;     // [D, cells]; 0 where no pixel of the cell reads a token
+  Acc* weight;       // [D, cells, max_taps], each > 0
+  double* count;     // [D, cells], counted pixels
+  int64_t cells;
+  int64_t max_taps;
+};
+
+// Fills one cell of the table of offset number `d`. `offset`: pixels that the view's content moved.
+template <class Acc>
+SRT_HD void fill_axis_cell(const Axis& axis, double offset, int64_t d, int64_t cell,
+                           const AxisTable<Acc>& table) {
+  const int64_t slot = d * table.cells + cell;
+  Acc* weight = table.weight + slot * table.max_taps;
+  const double extent = static_cast<double>(axis.pixels());
+  const double patch = static_cast<double>(axis.patch);
+  const double last = static_cast<double>(axis.tokens - 1);
+
+  // Pixels of a cell read non-decreasing tokens, so two running sums, for token `at` and the one
+  // after it, hold the weights in double and each is rounded once.
+  int32_t taps = 0;
+  int64_t counted = 0, first = 0, at = -1;
+  double here = 0, next = 0;
+  for (int64_t y = cell * axis.stride; y < (cell + 1) * axis.stride; ++y) {
+    const double p = static_cast<double>(y) + 0.5 + offset;
+    const bool covered = p >= 0 && p < extent;  // false for NaN: a non-finite offset covers nothing
+    if (covered || (axis.border != Border::coverage && std::isfinite(offset))) ++counted;
+    if (!covered && (axis.border != Border::clamp || !std::isfinite(offset))) continue;
+
+    double q = axis.upsample == Upsample::nearest ? std::floor(p / patch) : p / patch - 0.5;
+    q = q < 0 ? 0 : (q > last ? last : q);
+    const double floor_q = std::floor(q);
+    const int64_t token = static_cast<int64_t>(floor_q);
+    if (at < 0) first = at = token;
+    for (; at < token; ++at) {
+      weight[taps++] = static_cast<Acc>(here);
+      here = next;
+      next = 0;
+    }
+    here += 1 - (q - floor_q);
+    next += q - floor_q;
+  }
+  // A tap of weight zero is no tap: it would let a non-finite token reach a cell that ignores it.
+  if (here > 0) weight[taps++] = static_cast<Acc>(here);
+  if (next > 0) weight[taps++] = static_cast<Acc>(next);
+  table.first[slot] = static_cast<int32_t>(first);
+  table.taps[slot] = taps;
+  table.count[slot] = static_cast<double>(counted);
+}
+
+}  // namespace srt

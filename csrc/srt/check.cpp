@@ -1,0 +1,149 @@
+#include "check.h"
+
+#include <algorithm>
+#include <cmath>
+#include <iterator>
+
+namespace srt {
+namespace {
+
+[[noreturn]] void fail(const char* op, const std::string& rule, const std::string& got) {
+  throw Error("srt::" + std::string(op) + ": " + rule + "; got " + got);
+}
+
+// The number as Python prints it, as far as %g does.
+std::string format_number(double value) {
+  char text[32];
+  std::snprintf(text, sizeof(text), "%g", value);
+  return text;
+}
+
+bool product_overflows(std::initializer_list<int64_t> factors) {
+  int64_t product = 1;
+  for (const int64_t factor : factors)
+    if (__builtin_mul_overflow(product, factor, &product)) return true;
+  return false;
+}
+
+void check_pair(const char* name, const std::vector<int64_t>& pair) {
+  if (pair.size() != 2 || pair[0] < 1 || pair[1] < 1)
+    fail("ensemble", std::string(name) + " must be two integers >= 1, (y, x)", format_shape(pair));
+}
+
+template <class Mode, size_t N>
+Mode parse(const char* op, const char* name, std::string_view word,
+           const std::string_view (&words)[N]) {
+  const auto found = std::find(std::begin(words), std::end(words), word);
+  if (found == std::end(words)) {
+    std::string rule = std::string(name) + " must be one of ";
+    for (size_t i = 0; i < N; ++i)
+      rule += (i ? ", '" : "'") + std::string(words[i]) + "'";
+    fail(op, rule, "'" + std::string(word) + "'");
+  }
+  return static_cast<Mode>(found - std::begin(words));
+}
+
+}  // namespace
+
+std::string format_shape(const std::vector<int64_t>& shape) {
+  std::string text = "[";
+  for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
+  return text + "]";
+}
+
+Field check_ensemble(const std::vector<int64_t>& tokens, const std::vector<int64_t>& offsets,
+                     const std::vector<int64_t>& grid, const std::vector<int64_t>& patch,
+                     const std::vector<int64_t>* weights, const std::vector<int64_t>& stride,
+                     int64_t element_size) {
+  const char* op = "ensemble";
+  if (tokens.size() != 4) fail(op, "tokens must have 4 dimensions, [V, B, N, C]", format_shape(tokens));
+  if (tokens[0] < 1) fail(op, "tokens must hold at least one view", format_shape(tokens));
+  if (offsets.size() != 2 || offsets[0] != tokens[0] || offsets[1] != 2)
+    fail(op, "offsets must be [V, 2] with V = " + std::to_string(tokens[0]), format_shape(offsets));
+  if (weights && (weights->size() != 1 || (*weights)[0] != tokens[0]))
+    fail(op, "weights must be [V] with V = " + std::to_string(tokens[0]), format_shape(*weights));
+  check_pair("grid", grid);
+  check_pair("patch", patch);
+  check_pair("stride", stride);
+  Field field{};
+  for (int i = 0; i < 2; ++i) {
+    if (grid[i] > kMaxPixels / patch[i])
+      fail(op, "grid * patch must be at most 2^24 pixels on each axis",
+           format_shape(grid) + " * " + format_shape(patch));
+    const int64_t pixels = grid[i] * patch[i];
+    if (pixels % stride[i] != 0)
+      fail(op, "stride must divide grid * patch = " +
+               format_shape({grid[0] * patch[0], grid[1] * patch[1]}),
+           format_shape(stride));
+    field.grid[i] = grid[i];
+    field.patch[i] = patch[i];
+    field.stride[i] = stride[i];
+    field.cells[i] = pixels / stride[i];
+  }
+  if (grid[0] * grid[1] != tokens[2])
+    fail(op, "grid must hold the N = " + std::to_string(tokens[2]) + " tokens of a view",
+         format_shape(grid));
+  if (product_overflows({tokens[1], tokens[3], field.cells[0], field.cells[1], element_size}))
+    fail(op, "the output must have fewer than 2^63 bytes",
+         format_shape({tokens[1], tokens[3], field.cells[0], field.cells[1]}));
+  return field;
+}
+
+void check_shift(const std::vector<int64_t>& image, const std::vector<int64_t>& offsets,
+                 int64_t element_size) {
+  const char* op = "shift";
+  if (image.size() != 4) fail(op, "image must have 4 dimensions, [B, C, H, W]", format_shape(image));
+  if (image[2] > kMaxPixels || image[3] > kMaxPixels)
+    fail(op, "image must have at most 2^24 pixels on each axis", format_shape(image));
+  if (offsets.size() != 2 || offsets[0] < 1 || offsets[1] != 2)
+    fail(op, "offsets must be [V, 2] with V >= 1", format_shape(offsets));
+  if (product_overflows({offsets[0], image[0], image[1], image[2], image[3], element_size}))
+    fail(op, "the output must have fewer than 2^63 bytes",
+         format_shape({offsets[0], image[0], image[1], image[2], image[3]}));
+}
+
+void check_reduce(std::string_view word) {
+  if (word == "median") fail("ensemble", "reduce must be 'mean' in this version", "'median'");
+  enum class Reduce { mean, median };
+  parse<Reduce>("ensemble", "reduce", word, {"mean", "median"});
+}
+Upsample parse_upsample(std::string_view word) {
+  return parse<Upsample>("ensemble", "upsample", word, {"nearest", "bilinear"});
+}
+Border parse_border(std::string_view word) {
+  return parse<Border>("ensemble", "border", word, {"coverage", "zeros", "clamp"});
+}
+Padding parse_padding(std::string_view word) {
+  return parse<Padding>("shift", "padding", word, {"zeros", "border", "reflect", "circular"});
+}
+Interpolation parse_interpolation(std::string_view word) {
+  return parse<Interpolation>("shift", "interpolation", word, {"nearest", "bilinear", "bicubic"});
+}
+
+void check_offsets(const char* op, const double* offsets, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    // Written so that NaN fails.
+    if (!(std::fabs(offsets[i]) <= static_cast<double>(kMaxOffset)))
+      fail(op, "offsets must be finite and at most 2^20 pixels in size",
+           format_number(offsets[i]) + " at [" + std::to_string(i / 2) + ", " +
+               std::to_string(i % 2) + "]");
+  }
+}
+
+void check_weights(const double* weights, int64_t count) {
+  const auto at = [](int64_t i) { return " at [" + std::to_string(i) + "]"; };
+  double largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    if (!(weights[i] >= 0) || std::isinf(weights[i]))
+      fail("ensemble", "weights must be finite and >= 0", format_number(weights[i]) + at(i));
+    largest = std::max(largest, weights[i]);
+  }
+  // Smaller ones would vanish beside the others in float32, but still count as coverage.
+  for (int64_t i = 0; i < count; ++i) {
+    if (weights[i] != 0 && weights[i] < largest * 0x1p-80)
+      fail("ensemble", "weights must be 0 or at least 2^-80 of the largest",
+           format_number(weights[i]) + at(i));
+  }
+}
+
+}  // namespace srt

@@ -1,0 +1,45 @@
+// The rules for arguments, for every binding. Each throws srt::Error with the rule and the value
+// received; the words are the same as in srt_ext/checks.py.
+#pragma once
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "types.h"
+
+namespace srt {
+
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// Sizes of the field that ensemble makes.
+struct Field {
+  int64_t grid[2], patch[2], stride[2];  // (y, x)
+  int64_t cells[2];                      // H', W'
+};
+
+// tokens [V, B, N, C]; the lists have whatever length the caller passed.
+Field check_ensemble(const std::vector<int64_t>& tokens, const std::vector<int64_t>& offsets,
+                     const std::vector<int64_t>& grid, const std::vector<int64_t>& patch,
+                     const std::vector<int64_t>* weights, const std::vector<int64_t>& stride,
+                     int64_t element_size);
+// image [B, C, H, W], offsets [V, 2].
+void check_shift(const std::vector<int64_t>& image, const std::vector<int64_t>& offsets,
+                 int64_t element_size);
+
+void check_reduce(std::string_view word);
+Upsample parse_upsample(std::string_view word);
+Border parse_border(std::string_view word);
+Padding parse_padding(std::string_view word);
+Interpolation parse_interpolation(std::string_view word);
+
+// By value, for arguments on the host. `op` names the operator in the message.
+void check_offsets(const char* op, const double* offsets, int64_t count);
+void check_weights(const double* weights, int64_t count);
+
+std::string format_shape(const std::vector<int64_t>& shape);
+
+}  // namespace srt

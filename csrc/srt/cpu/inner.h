@@ -1,0 +1,212 @@
+// The inner loops. inner.cpp compiles this header once for each instruction set, with other flags.
+// Everything here, and everything it calls, has internal linkage: a template or inline function with
+// one name in all the objects would be merged by the linker, and the copy it kept could hold
+// instructions that the processor lacks. So no std:: templates and no functions of other headers.
+#pragma once
+#include "kernels.h"
+#include "lanes.h"
+
+namespace srt::cpu {
+namespace {
+
+// Four vectors of channels at a time: independent sums enough to hide the latency of an add, with
+// registers left on every instruction set.
+constexpr int kVectors = 4;
+constexpr int64_t kBlockBytes = kVectors * kVectorBytes;
+
+// sums[j] = sum over rows of weight * row[j], for the n channels of a block; lanes past n are zero.
+template <class T, class Acc>
+void combine_rows(const TokenRow<Acc>* rows, int64_t row_count, int64_t tokens_x, int64_t stride_n,
+                  int64_t n, Acc* sums) {
+  constexpr int64_t block = kBlockBytes / sizeof(Acc);
+  constexpr int lanes = kLanes<Acc>;
+  for (int64_t j = 0; j < tokens_x; ++j) {
+    Vec<Acc> sum[kVectors] = {};
+    for (int64_t r = 0; r < row_count; ++r) {
+      const T* token = static_cast<const T*>(rows[r].tokens) + j * stride_n;
+      const Acc weight = rows[r].weight;
+      if (n == block) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sum[v] += weight * load(token + v * lanes);
+      } else {
+        for (int v = 0; v < kVectors && v * lanes < n; ++v) {
+          const int64_t rest = n - v * lanes;
+          sum[v] += weight * (rest >= lanes ? load(token + v * lanes)
+                                            : load_part(token + v * lanes, rest));
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) store(sums + j * block + v * lanes, sum[v]);
+  }
+}
+
+// One output row: out[x] = inverse[x] * sum over groups and taps of weight * sums[token].
+template <class T, class Acc>
+void filter_row(const GroupFilter<Acc>* filters, int64_t filter_count, int64_t max_taps,
+                const Acc* inverse, int64_t columns, int64_t n, T* out, int64_t stride_c,
+                int64_t stride_x) {
+  constexpr int64_t block = kBlockBytes / sizeof(Acc);
+  constexpr int lanes = kLanes<Acc>;
+  for (int64_t x = 0; x < columns; ++x) {
+    Vec<Acc> sum[kVectors] = {};
+    for (int64_t g = 0; g < filter_count; ++g) {
+      const GroupFilter<Acc>& filter = filters[g];
+      const Acc* token = filter.sums + filter.first[x] * block;
+      const Acc* weight = filter.weight + x * max_taps;
+      for (int32_t k = 0; k < filter.taps[x]; ++k, token += block) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sum[v] += weight[k] * load(token + v * lanes);
+      }
+    }
+    T* cell = out + x * stride_x;
+    if (n == block && stride_c == 1) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) store(cell + v * lanes, sum[v] * inverse[x]);
+    } else {
+      for (int v = 0; v < kVectors && v * lanes < n; ++v) {
+        const int64_t rest = n - v * lanes;
+        store_part(cell + v * lanes * stride_c, stride_c, rest < lanes ? rest : lanes,
+                   sum[v] * inverse[x]);
+      }
+    }
+  }
+}
+
+template <class T, class Acc>
+void mean(const MeanPlan<Acc>& plan, int64_t begin, int64_t end, void* scratch) {
+  constexpr int64_t block = kBlockBytes / sizeof(Acc);
+  char* base = static_cast<char*>(scratch);
+  Acc* sums = reinterpret_cast<Acc*>(base + plan.scratch.sums);
+  auto* token_rows = reinterpret_cast<TokenRow<Acc>*>(base + plan.scratch.rows);
+  auto* filters = reinterpret_cast<GroupFilter<Acc>*>(base + plan.scratch.filters);
+  double* count = reinterpret_cast<double*>(base + plan.scratch.count);
+  Acc* inverse = reinterpret_cast<Acc*>(base + plan.scratch.inverse);
+  const int64_t blocks = (plan.channels + block - 1) / block;
+  const int64_t bands = (plan.rows + plan.band - 1) / plan.band;
+
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t c = task % blocks * block;
+    const int64_t band = task / blocks % bands;
+    const int64_t b = task / blocks / bands;
+    const int64_t n = plan.channels - c < block ? plan.channels - c : block;
+    const T* tokens = static_cast<const T*>(plan.tokens) + b * plan.token_strides[1] + c;
+    const int64_t y_end = (band + 1) * plan.band < plan.rows ? (band + 1) * plan.band : plan.rows;
+
+    for (int64_t y = band * plan.band; y < y_end; ++y) {
+      int64_t filter_count = 0;
+      for (int64_t x = 0; x < plan.columns; ++x) count[x] = 0;
+      for (int64_t g = 0; g < plan.groups; ++g) {
+        // The rows that the views of this group have for output row y, and their part of the count.
+        int64_t row_count = 0;
+        double count_y = 0;
+        for (int64_t i = plan.group_begin[g]; i < plan.group_begin[g + 1]; ++i) {
+          const auto& view = plan.views[i];
+          const int64_t slot = view.dy * plan.rows + y;
+          count_y += static_cast<double>(view.weight) * plan.y.count[slot];
+          const T* row = tokens + view.index * plan.token_strides[0] +
+                         plan.y.first[slot] * plan.tokens_x * plan.token_strides[2];
+          for (int32_t k = 0; k < plan.y.taps[slot]; ++k) {
+            token_rows[row_count++] = {row, view.weight * plan.y.weight[slot * plan.y.max_taps + k]};
+            row += plan.tokens_x * plan.token_strides[2];
+          }
+        }
+        const int64_t table = g * plan.columns;
+        if (count_y > 0) {
+          for (int64_t x = 0; x < plan.columns; ++x) count[x] += count_y * plan.x.count[table + x];
+        }
+        if (row_count == 0) continue;
+        Acc* group_sums = sums + g * plan.tokens_x * block;
+        combine_rows<T>(token_rows, row_count, plan.tokens_x, plan.token_strides[2], n, group_sums);
+        filters[filter_count++] = {plan.x.first + table, plan.x.taps + table,
+                                   plan.x.weight + table * plan.x.max_taps, group_sums};
+      }
+      for (int64_t x = 0; x < plan.columns; ++x)
+        inverse[x] = count[x] > 0 ? static_cast<Acc>(1 / count[x]) : 0;
+      T* out = static_cast<T*>(plan.out) + b * plan.out_strides[0] + c * plan.out_strides[1] +
+               y * plan.out_strides[2];
+      filter_row<T>(filters, filter_count, plan.x.max_taps, inverse, plan.columns, n, out,
+                    plan.out_strides[1], plan.out_strides[3]);
+    }
+  }
+}
+
+// One source position of a line: the vertical taps at column `column`, -1 being a padded zero.
+template <class T, class Acc>
+Acc vertical_taps(const TokenRow<Acc>* rows, int row_count, int64_t column) {
+  Acc sum = 0;
+  if (column >= 0) {
+    for (int r = 0; r < row_count; ++r)
+      sum += rows[r].weight * load_part(static_cast<const T*>(rows[r].tokens) + column, 1)[0];
+  }
+  return sum;
+}
+
+template <class T>
+void shift(const ShiftPlan& plan, int64_t begin, int64_t end, void* scratch) {
+  using Acc = typename AccumulatorOf<T>::type;
+  constexpr int lanes = kLanes<Acc>;
+  Acc* line = static_cast<Acc*>(scratch);
+  const int64_t width = plan.width;
+
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t y = task % plan.height;
+    const int64_t plane = task / plan.height % plan.planes;
+    const int64_t v = task / plan.height / plan.planes;
+    const ShiftPlan::View& view = plan.views[v];
+    const int64_t* source_y = plan.source_y + v * (plan.height + 3) + y;
+    const int64_t* source_x = plan.source_x + v * (width + 3);
+    const T* image = static_cast<const T*>(plan.image) + plane * plan.height * width;
+    T* out = static_cast<T*>(plan.out) + task * width;
+
+    // Whole pixels on both axes: a copy, bit for bit.
+    if (view.y.taps == 1 && view.x.taps == 1) {
+      if (source_y[0] < 0) {
+        std::memset(static_cast<void*>(out), 0, static_cast<size_t>(width) * sizeof(T));
+        continue;
+      }
+      const T* row = image + source_y[0] * width;
+      const int64_t inner_end = view.inner_end < width ? view.inner_end : width;
+      const int64_t inner_begin = view.inner_begin < inner_end ? view.inner_begin : inner_end;
+      for (int64_t x = 0; x < inner_begin; ++x) out[x] = source_x[x] < 0 ? T{} : row[source_x[x]];
+      if (inner_begin < inner_end)
+        std::memcpy(static_cast<void*>(out + inner_begin), row + view.x.first + inner_begin,
+                    static_cast<size_t>(inner_end - inner_begin) * sizeof(T));
+      for (int64_t x = inner_end; x < width; ++x) out[x] = source_x[x] < 0 ? T{} : row[source_x[x]];
+      continue;
+    }
+
+    // The vertical taps first, into a line that already holds the horizontal padding.
+    TokenRow<Acc> rows[4];
+    int row_count = 0;
+    for (int k = 0; k < view.y.taps; ++k) {
+      if (source_y[k] >= 0)
+        rows[row_count++] = {image + source_y[k] * width, static_cast<Acc>(view.y.weight[k])};
+    }
+    const int64_t positions = width + view.x.taps - 1;
+    int64_t m = 0;
+    for (; m < view.inner_begin; ++m) line[m] = vertical_taps<T>(rows, row_count, source_x[m]);
+    for (; m + lanes <= view.inner_end; m += lanes) {
+      Vec<Acc> sum = {};
+      for (int r = 0; r < row_count; ++r)
+        sum += rows[r].weight * load(static_cast<const T*>(rows[r].tokens) + view.x.first + m);
+      store(line + m, sum);
+    }
+    for (; m < positions; ++m) line[m] = vertical_taps<T>(rows, row_count, source_x[m]);
+
+    Acc weight[4];
+    for (int k = 0; k < view.x.taps; ++k) weight[k] = static_cast<Acc>(view.x.weight[k]);
+    for (int64_t x = 0; x < width; x += lanes) {
+      Vec<Acc> sum = {};
+      for (int k = 0; k < view.x.taps; ++k) sum += weight[k] * load(line + x + k);
+      if (x + lanes <= width) {
+        store(out + x, sum);
+      } else {
+        store_part(out + x, 1, width - x, sum);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace srt::cpu

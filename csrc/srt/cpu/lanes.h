@@ -1,0 +1,149 @@
+// Vectors as wide as the instruction set that compiles this file, and their loads and stores for
+// every element type. Included only by inner.h, which says why all of it is in an anonymous namespace.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "../types.h"
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace srt::cpu {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class Acc>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(Acc));
+
+template <class Acc>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(kVectorBytes)));
+};
+template <class Acc>
+using Vec = typename VectorOf<Acc>::type;
+
+typedef uint32_t VecU32 __attribute__((vector_size(kVectorBytes)));
+typedef int32_t VecI32 __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t VecU16 __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint8_t VecU8 __attribute__((vector_size(kVectorBytes / 4)));
+
+template <class To, class From>
+inline To bits_as(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+template <class V>
+inline V read(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+inline Vec<float> load(const float* p) { return read<Vec<float>>(p); }
+inline Vec<double> load(const double* p) { return read<Vec<double>>(p); }
+inline Vec<float> load(const uint8_t* p) {
+  return __builtin_convertvector(__builtin_convertvector(read<VecU8>(p), VecI32), Vec<float>);
+}
+inline Vec<float> load(const BFloat16* p) {
+  return bits_as<Vec<float>>(__builtin_convertvector(read<VecU16>(p), VecU32) << 16);
+}
+
+inline void store(float* p, Vec<float> v) { std::memcpy(p, &v, sizeof(v)); }
+inline void store(double* p, Vec<double> v) { std::memcpy(p, &v, sizeof(v)); }
+// Rounds half to even and saturates.
+inline void store(uint8_t* p, Vec<float> v) {
+  const Vec<float> magic = Vec<float>{} + 12582912.0f;  // 1.5 * 2^23: its ulp is 1
+  v = (v + magic) - magic;
+  v = v < 0.0f ? Vec<float>{} : v;
+  v = v > 255.0f ? Vec<float>{} + 255.0f : v;
+  const VecU8 bytes = __builtin_convertvector(__builtin_convertvector(v, VecI32), VecU8);
+  std::memcpy(p, &bytes, sizeof(bytes));
+}
+// Rounds half to even; a NaN keeps its sign and stays a NaN.
+inline void store(BFloat16* p, Vec<float> v) {
+  const VecU32 bits = bits_as<VecU32>(v);
+  const VecU32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const VecU32 quiet = (bits >> 16) | 0x40u;
+  const VecU16 half =
+      __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded, VecU16);
+  std::memcpy(p, &half, sizeof(half));
+}
+
+#if defined(__AVX512F__)
+inline Vec<float> load(const Half* p) { return bits_as<Vec<float>>(_mm512_cvtph_ps(read<__m256i>(p))); }
+inline void store(Half* p, Vec<float> v) {
+  const __m256i h = _mm512_cvtps_ph(bits_as<__m512>(v), _MM_FROUND_TO_NEAREST_INT);
+  std::memcpy(p, &h, sizeof(h));
+}
+#elif defined(__F16C__)
+inline Vec<float> load(const Half* p) { return bits_as<Vec<float>>(_mm256_cvtph_ps(read<__m128i>(p))); }
+inline void store(Half* p, Vec<float> v) {
+  const __m128i h = _mm256_cvtps_ph(bits_as<__m256>(v), _MM_FROUND_TO_NEAREST_INT);
+  std::memcpy(p, &h, sizeof(h));
+}
+#else
+inline float half_to_float(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
+  const uint32_t exponent = (h >> 10) & 31u, mantissa = h & 0x3ffu;
+  if (exponent == 31) return bits_as<float>(sign | 0x7f800000u | (mantissa << 13));
+  if (exponent != 0) return bits_as<float>(sign | ((exponent + 112) << 23) | (mantissa << 13));
+  const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;  // subnormal, exact
+  return sign ? -magnitude : magnitude;
+}
+inline uint16_t float_to_half(float value) {
+  const uint32_t bits = bits_as<uint32_t>(value);
+  const uint32_t sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
+  if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // 65520 and above
+  if (magnitude < 0x38800000u) {
+    // Below 2^-14 a half counts in steps of 2^-24, which is the ulp of a float at 0.5: adding 0.5
+    // rounds to them.
+    const uint32_t steps = bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3f000000u;
+    return static_cast<uint16_t>(sign | steps);
+  }
+  const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
+  return static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
+}
+inline Vec<float> load(const Half* p) {
+  Vec<float> v;
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = half_to_float(p[i].bits);
+  return v;
+}
+inline void store(Half* p, Vec<float> v) {
+  for (int i = 0; i < kLanes<float>; ++i) p[i].bits = float_to_half(v[i]);
+}
+#endif
+
+// The first n lanes, n < kLanes; the others read as zero.
+template <class T>
+inline auto load_part(const T* p, int64_t n) {
+  T lanes[kLanes<typename AccumulatorOf<T>::type>] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+  return load(lanes);
+}
+template <class T, class V>
+inline void store_part(T* p, int64_t stride, int64_t n, V v) {
+  T lanes[kLanes<typename AccumulatorOf<T>::type>];
+  store(lanes, v);
+  for (int64_t i = 0; i < n; ++i) p[i * stride] = lanes[i];
+}
+
+}  // namespace
+}  // namespace srt::cpu

@@ -1,0 +1,86 @@
+// shift: every translated view of a batch of images, view_v(y, x) = image(y - dy, x - dx).
+#pragma once
+#include <cmath>
+#include <cstdint>
+
+#include "types.h"
+
+namespace srt {
+
+struct ShiftArgs {
+  DType dtype;                    // any
+  const void* image;              // [B*C, H, W], dense
+  int64_t planes, height, width;  // planes = B*C
+  int64_t views;
+  const double* offsets;  // [V, 2] (dy, dx), pixels
+  Padding padding;
+  Interpolation interpolation;
+  void* out;  // [V, B*C, H, W], dense
+};
+
+void shift_cpu(const ShiftArgs& args, const Parallel& parallel);
+
+// One axis of one view: output pixel y reads source pixels y + first + k with weight[k], k < taps.
+// The weights do not depend on y; taps of weight zero are dropped, so a whole-pixel offset is one
+// tap of weight 1, which the kernels copy bit for bit.
+struct ShiftTaps {
+  int64_t first;
+  int32_t taps;
+  double weight[4];
+};
+
+SRT_HD inline ShiftTaps shift_taps(double offset, Interpolation interpolation) {
+  ShiftTaps t{};
+  if (interpolation == Interpolation::nearest) {
+    t.first = static_cast<int64_t>(std::floor(0.5 - offset));
+    t.taps = 1;
+    t.weight[0] = 1;
+    return t;
+  }
+  const double whole = std::floor(-offset);
+  const double f = -offset - whole;
+  double w[4];
+  int n = 0;
+  t.first = static_cast<int64_t>(whole);
+  if (interpolation == Interpolation::bilinear) {
+    w[n++] = 1 - f;
+    w[n++] = f;
+  } else {
+    // Cubic convolution (Keys 1981) with a = -0.75, the constant that PyTorch uses.
+    const double a = -0.75, g = 1 - f;
+    t.first -= 1;
+    w[n++] = a * f * g * g;
+    w[n++] = ((a + 2) * f - (a + 3)) * f * f + 1;
+    w[n++] = ((a + 2) * g - (a + 3)) * g * g + 1;
+    w[n++] = a * g * f * f;
+  }
+  int begin = 0;
+  while (w[begin] == 0) ++begin;
+  while (w[n - 1] == 0) --n;
+  t.first += begin;
+  for (int k = begin; k < n; ++k) t.weight[t.taps++] = w[k];
+  return t;
+}
+
+// The source pixel that stands at position i of an axis of n pixels; -1 for a padded zero.
+SRT_HD inline int64_t pad_index(int64_t i, int64_t n, Padding padding) {
+  if (i >= 0 && i < n) return i;
+  switch (padding) {
+    case Padding::zeros:
+      return -1;
+    case Padding::border:
+      return i < 0 ? 0 : n - 1;
+    case Padding::circular:
+      i %= n;
+      return i < 0 ? i + n : i;
+    case Padding::reflect:
+      break;
+  }
+  if (n == 1) return 0;
+  const int64_t period = 2 * (n - 1);
+  i %= period;
+  if (i < 0) i += period;
+  return i < n ? i : period - i;
+}
+
+}  // namespace srt

@@ -1,0 +1,49 @@
+// What the kernels share: element types, modes, limits, and the parallel runtime that a caller injects.
+#pragma once
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define SRT_HD __host__ __device__
+#else
+#define SRT_HD
+#endif
+
+namespace srt {
+
+enum class DType : int32_t { f32, f16, bf16, f64, u8 };
+enum class Upsample : int32_t { nearest, bilinear };
+enum class Border : int32_t { coverage, zeros, clamp };
+enum class Padding : int32_t { zeros, border, reflect, circular };
+enum class Interpolation : int32_t { nearest, bilinear, bicubic };
+
+// Storage of the 16-bit types. The arithmetic is in float; the conversions live with the backend.
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// What sums are kept in: float, and double for double.
+template <class T>
+struct AccumulatorOf {
+  using type = float;
+};
+template <>
+struct AccumulatorOf<double> {
+  using type = double;
+};
+
+// Bounds the axis tables, and keeps a pixel coordinate exact in every type that holds one.
+constexpr int64_t kMaxPixels = int64_t{1} << 24;
+constexpr int64_t kMaxOffset = int64_t{1} << 20;
+
+// The parallel runtime, injected (torch's, a thread pool, a serial one in tests). `run` calls
+// body(begin, end, context) on disjoint ranges that cover [0, n). A body must not throw.
+struct Parallel {
+  using Body = void (*)(int64_t begin, int64_t end, void* context);
+  int64_t threads;
+  void (*run)(int64_t n, Body body, void* context);
+};
+
+}  // namespace srt

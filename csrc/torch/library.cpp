@@ -1,0 +1,41 @@
+// The schemas of namespace srt, and the private ops that name and force the CPU kernels.
+#include "../srt/cpu/kernels.h"
+#include "common.h"
+
+namespace srt::glue {
+namespace {
+
+std::string cpu_kernels() { return cpu::kernels().name; }
+std::string available_cpu_kernels() { return cpu::available_kernels(); }
+void force_cpu_kernels(const std::string& name) {
+  if (!cpu::force_kernels(name.c_str()))
+    throw Error("srt::_force_cpu_kernels: name must be 'auto' or one of " +
+                std::string(cpu::available_kernels()) + "; got '" + name + "'");
+}
+
+}  // namespace
+}  // namespace srt::glue
+
+// A promise: extended only with defaulted keyword arguments that are no tensors.
+STABLE_TORCH_LIBRARY(srt, m) {
+  m.def(
+      "shift(Tensor image, Tensor offsets, *, str padding=\"reflect\", "
+      "str interpolation=\"bilinear\") -> Tensor");
+  m.def(
+      "ensemble(Tensor tokens, Tensor offsets, int[2] grid, int[2] patch, Tensor? weights=None, *, "
+      "str reduce=\"mean\", str upsample=\"bilinear\", str border=\"coverage\", int[2] stride=1) "
+      "-> Tensor");
+  m.def(
+      "ensemble.out(Tensor tokens, Tensor offsets, int[2] grid, int[2] patch, Tensor? weights=None, "
+      "*, str reduce=\"mean\", str upsample=\"bilinear\", str border=\"coverage\", "
+      "int[2] stride=1, Tensor(a!) out) -> ()");
+  m.def("_cpu_kernels() -> str");
+  m.def("_available_cpu_kernels() -> str");
+  m.def("_force_cpu_kernels(str name) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(srt, CompositeExplicitAutograd, m) {
+  m.impl("_cpu_kernels", TORCH_BOX(&srt::glue::cpu_kernels));
+  m.impl("_available_cpu_kernels", TORCH_BOX(&srt::glue::available_cpu_kernels));
+  m.impl("_force_cpu_kernels", TORCH_BOX(&srt::glue::force_cpu_kernels));
+}

@@ -1,0 +1,24 @@
+"""Dense features from frozen Vision Transformers: Stochastic Resonance Transformers, fast.
+
+``import srt_ext`` registers ``torch.ops.srt.*``. The import never fails: where torch or the native
+library is missing, the names that need it raise an ImportError with the reason, and ``srt-ext info``
+tells it too.
+"""
+
+from typing import Any
+
+from ._library import unavailable as _unavailable
+from ._version import __version__
+
+__all__ = ["SRT", "SRTOutput", "__version__", "ensemble", "reference", "shift", "views"]
+
+if _unavailable is None:
+    from . import reference, views
+    from .ops import ensemble, shift
+
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name in __all__:
+            raise ImportError(f"srt_ext.{name} is not available: {_unavailable}")
+        raise AttributeError(f"module 'srt_ext' has no attribute {name!r}")

@@ -1,0 +1,163 @@
+"""The rules for the metadata of arguments.
+
+The fake kernels and the Python functions use these; csrc/srt/check.cpp repeats them, in the same
+words, as invariants of the ops. Values (finite offsets, weights >= 0) are checked there alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+MAX_PIXELS = 2**24
+FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def _error(
+    kind: type[ValueError] | type[TypeError], op: str, rule: str, got: object
+) -> ValueError | TypeError:
+    return kind(f"srt::{op}: {rule}; got {got}")
+
+
+def _shape(tensor: torch.Tensor) -> list[int]:
+    return list(tensor.shape)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_tensor(op: str, name: str, value: object) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise _error(TypeError, op, f"{name} must be a torch.Tensor", type(value).__name__)
+
+
+def _check_element_type(op: str, name: str, tensor: torch.Tensor, allow_uint8: bool) -> None:
+    if tensor.dtype not in FLOATING and not (allow_uint8 and tensor.dtype == torch.uint8):
+        rule = f"{name} must be float32, float16, bfloat16 or float64"
+        raise _error(TypeError, op, rule + (", or uint8" if allow_uint8 else ""), _name(tensor.dtype))
+
+
+def _check_values(op: str, name: str, tensor: torch.Tensor, device: torch.device) -> None:
+    if tensor.device.type != "cpu" and tensor.device != device:
+        rule = f"{name} must be on the CPU or on the device of the input"
+        raise _error(ValueError, op, rule, tensor.device)
+    if tensor.dtype not in (torch.float32, torch.float64):
+        raise _error(TypeError, op, f"{name} must be float32 or float64", _name(tensor.dtype))
+
+
+def _check_word(op: str, name: str, word: str, words: Sequence[str]) -> None:
+    if not isinstance(word, str):
+        raise _error(TypeError, op, f"{name} must be a string", type(word).__name__)
+    if word not in words:
+        rule = f"{name} must be one of " + ", ".join(f"'{w}'" for w in words)
+        raise _error(ValueError, op, rule, f"'{word}'")
+
+
+def _check_pair(name: str, value: object) -> tuple[int, int]:
+    rule = f"{name} must be two integers >= 1, (y, x)"
+    if isinstance(value, int | torch.SymInt) and not isinstance(value, bool):
+        value = (value, value)
+    if not isinstance(value, Sequence) or not all(
+        isinstance(i, int | torch.SymInt) and not isinstance(i, bool) for i in value
+    ):
+        raise _error(TypeError, "ensemble", rule, repr(value))
+    if len(value) != 2 or value[0] < 1 or value[1] < 1:
+        raise _error(ValueError, "ensemble", rule, list(value))
+    return value[0], value[1]
+
+
+def check_ensemble(
+    tokens: torch.Tensor,
+    offsets: torch.Tensor,
+    grid: object,
+    patch: object,
+    weights: torch.Tensor | None,
+    reduce: str,
+    upsample: str,
+    border: str,
+    stride: object,
+    out: torch.Tensor | None = None,
+) -> list[int]:
+    """The shape [B, C, H', W'] of the field. Raises ValueError or TypeError."""
+    op = "ensemble"
+    _check_tensor(op, "tokens", tokens)
+    _check_tensor(op, "offsets", offsets)
+    if weights is not None:
+        _check_tensor(op, "weights", weights)
+    _check_element_type(op, "tokens", tokens, allow_uint8=False)
+    if tokens.dim() != 4:
+        rule = "tokens must have 4 dimensions, [V, B, N, C]"
+        raise _error(ValueError, op, rule, _shape(tokens))
+    views, batch, count, channels = tokens.shape
+    if views < 1:
+        raise _error(ValueError, op, "tokens must hold at least one view", _shape(tokens))
+    if offsets.dim() != 2 or offsets.shape[0] != views or offsets.shape[1] != 2:
+        rule = f"offsets must be [V, 2] with V = {views}"
+        raise _error(ValueError, op, rule, _shape(offsets))
+    if weights is not None and (weights.dim() != 1 or weights.shape[0] != views):
+        rule = f"weights must be [V] with V = {views}"
+        raise _error(ValueError, op, rule, _shape(weights))
+    grid, patch, stride = (
+        _check_pair("grid", grid),
+        _check_pair("patch", patch),
+        _check_pair("stride", stride),
+    )
+    pixels = [g * p for g, p in zip(grid, patch, strict=True)]
+    if max(pixels) > MAX_PIXELS:
+        rule = "grid * patch must be at most 2^24 pixels on each axis"
+        raise _error(ValueError, op, rule, f"{list(grid)} * {list(patch)}")
+    if any(n % s for n, s in zip(pixels, stride, strict=True)):
+        rule = f"stride must divide grid * patch = {pixels}"
+        raise _error(ValueError, op, rule, list(stride))
+    if grid[0] * grid[1] != count:
+        rule = f"grid must hold the N = {count} tokens of a view"
+        raise _error(ValueError, op, rule, list(grid))
+    shape = [batch, channels, pixels[0] // stride[0], pixels[1] // stride[1]]
+    if batch * channels * shape[2] * shape[3] * tokens.element_size() >= 2**63:
+        raise _error(ValueError, op, "the output must have fewer than 2^63 bytes", shape)
+    if channels > 1 and tokens.stride(3) != 1:
+        rule = "tokens must be dense in the last dimension"
+        raise _error(ValueError, op, rule, f"stride {tokens.stride(3)}")
+    if reduce == "median":
+        raise _error(ValueError, op, "reduce must be 'mean' in this version", "'median'")
+    _check_word(op, "reduce", reduce, ("mean", "median"))
+    _check_word(op, "upsample", upsample, ("nearest", "bilinear"))
+    _check_word(op, "border", border, ("coverage", "zeros", "clamp"))
+    _check_values(op, "offsets", offsets, tokens.device)
+    if weights is not None:
+        _check_values(op, "weights", weights, tokens.device)
+    if out is not None:
+        _check_tensor(op, "out", out)
+        if out.dtype != tokens.dtype:
+            rule = f"out must have the dtype of tokens, {_name(tokens.dtype)}"
+            raise _error(TypeError, op, rule, _name(out.dtype))
+        if out.device != tokens.device:
+            raise _error(ValueError, op, "out must be on the device of tokens", out.device)
+        if _shape(out) != shape:
+            raise _error(ValueError, op, f"out must be {shape}", _shape(out))
+    return shape
+
+
+def check_shift(
+    image: torch.Tensor, offsets: torch.Tensor, padding: str, interpolation: str
+) -> list[int]:
+    """The shape [V, B, C, H, W] of the views. Raises ValueError or TypeError."""
+    op = "shift"
+    _check_tensor(op, "image", image)
+    _check_tensor(op, "offsets", offsets)
+    _check_element_type(op, "image", image, allow_uint8=True)
+    if image.dim() != 4:
+        rule = "image must have 4 dimensions, [B, C, H, W]"
+        raise _error(ValueError, op, rule, _shape(image))
+    if max(image.shape[2], image.shape[3]) > MAX_PIXELS:
+        rule = "image must have at most 2^24 pixels on each axis"
+        raise _error(ValueError, op, rule, _shape(image))
+    if offsets.dim() != 2 or offsets.shape[0] < 1 or offsets.shape[1] != 2:
+        rule = "offsets must be [V, 2] with V >= 1"
+        raise _error(ValueError, op, rule, _shape(offsets))
+    _check_word(op, "padding", padding, ("zeros", "border", "reflect", "circular"))
+    _check_word(op, "interpolation", interpolation, ("nearest", "bilinear", "bicubic"))
+    _check_values(op, "offsets", offsets, image.device)
+    return [offsets.shape[0], *image.shape]

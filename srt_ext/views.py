@@ -1,0 +1,57 @@
+"""Designs of views: which offsets a picture is shown under.
+
+Every design is a tensor [V, 2] of (dy, dx) in pixels, float32.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def grid(radius: int, step: int = 1) -> torch.Tensor:
+    """All offsets of a square: -radius, -radius + step, ... up to radius, on both axes.
+
+    Args:
+        radius: pixels, >= 0. A radius of half a patch less one covers every sub-token position.
+        step: pixels, >= 1.
+
+    Example:
+        >>> grid(1).shape
+        torch.Size([9, 2])
+    """
+    if radius < 0 or step < 1:
+        raise ValueError(
+            f"views.grid: radius must be >= 0 and step >= 1; got radius {radius}, step {step}"
+        )
+    axis = torch.arange(-radius, radius + 1, step, dtype=torch.float32)
+    return torch.cartesian_prod(axis, axis)
+
+
+def paper(radius: int) -> torch.Tensor:
+    """The published design: the untouched picture, then the grid of whole pixels up to ``radius``.
+
+    The identity is thus counted twice. Source: Lao et al., ICML 2024.
+
+    Example:
+        >>> paper(3).shape
+        torch.Size([50, 2])
+    """
+    return torch.cat([torch.zeros(1, 2), grid(radius)])
+
+
+def parse(text: str) -> torch.Tensor:
+    """A design from words: ``grid:RADIUS``, ``grid:RADIUS:STEP`` or ``paper:RADIUS``.
+
+    Raises:
+        ValueError: anything else.
+    """
+    designs = {"grid": (grid, (1, 2)), "paper": (paper, (1,))}
+    name, *numbers = text.split(":")
+    if name in designs:
+        design, counts = designs[name]
+        if len(numbers) in counts and all(n.isdecimal() for n in numbers):
+            return design(*(int(n) for n in numbers))
+    raise ValueError(
+        "views must be grid:RADIUS, grid:RADIUS:STEP or paper:RADIUS with whole numbers, such as "
+        f"grid:3; got {text!r}"
+    )
