@@ -15,6 +15,7 @@ __all__ = ["SRT", "SRTOutput", "__version__", "ensemble", "reference", "shift", 
 if _unavailable is None:
     from . import reference, views
     from .ops import ensemble, shift
+    from .wrapper import SRT, SRTOutput
 
 else:
 

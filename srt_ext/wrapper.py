@@ -1,0 +1,198 @@
+"""``SRT``: a frozen ViT in, dense features out.
+
+Method: Lao et al., "Sub-token ViT Embedding via Stochastic Resonance Transformers", ICML 2024.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from . import views as designs
+from .backbones import Backbone, describe
+from .ops import ensemble, shift
+
+
+class SRTOutput(NamedTuple):
+    """What :class:`SRT` returns."""
+
+    field: torch.Tensor  # [B, C, ceil(H / sh), ceil(W / sw)]
+    prefix: torch.Tensor | None  # [B, K, C], class and register tokens averaged over the views
+
+
+class SRT(torch.nn.Module):
+    """Wraps a frozen ViT: shifts the picture, runs every view, moves the tokens back, averages.
+
+    Args:
+        model: a timm ViT, or any callable from images [B, 3, H, W] to tokens [B, K + h * w, C] (then
+            ``patch`` is needed, and ``prefix`` if K > 0).
+        views: offsets [V, 2], (dy, dx) in pixels, or words for :func:`srt_ext.views.parse`.
+        stride: pixels per output cell, (sh, sw) or one for both. 1 is pixel scale.
+        view_batch: views in one forward of the model; their number times the batch bounds its memory.
+        patch: (Ph, Pw), pixels per token, or one for both.
+        prefix: tokens in front that are no patches.
+        upsample, border: as in :func:`srt_ext.ensemble`.
+        padding, interpolation: as in :func:`srt_ext.shift`.
+
+    Calling it with images [B, 3, H, W] (normalised as the model wants them) gives an
+    :class:`SRTOutput`. Sizes that are no multiple of the patch are padded by repeating the last row
+    and column, and cropped back. No gradients are kept. Put the model in eval mode first.
+
+    Memory: one batch of views, the output, and tokens of at most the size of the output (or of one
+    batch of views). If the tokens of all views are more, they are summed in parts, in float32.
+
+    Raises:
+        TypeError, ValueError: as the ops, and for tokens whose number does not fit the picture.
+
+    Example:
+        >>> def mean_colour(x):  # a "model" whose tokens are the mean colours of 8 x 8 patches
+        ...     return torch.nn.functional.avg_pool2d(x, 8).flatten(2).transpose(1, 2)
+        >>> srt = SRT(mean_colour, views="grid:2", patch=8)
+        >>> srt(torch.rand(1, 3, 32, 30)).field.shape
+        torch.Size([1, 3, 32, 30])
+    """
+
+    def __init__(
+        self,
+        model: Callable[[torch.Tensor], torch.Tensor],
+        views: torch.Tensor | str = "grid:3",
+        *,
+        stride: int | tuple[int, int] = 1,
+        view_batch: int = 8,
+        patch: int | tuple[int, int] | None = None,
+        prefix: int | None = None,
+        upsample: str = "bilinear",
+        border: str = "coverage",
+        padding: str = "reflect",
+        interpolation: str = "bilinear",
+    ) -> None:
+        super().__init__()
+        self.model = model  # a submodule if it is a module
+        self.backbone: Backbone = describe(model, patch, prefix)
+        # On the CPU, and no buffer: .half() would round the offsets.
+        self.views = designs.parse(views) if isinstance(views, str) else views.detach().cpu()
+        if self.views.dim() != 2 or self.views.shape[0] < 1 or self.views.shape[1] != 2:
+            raise ValueError(
+                f"SRT: views must be [V, 2] with V >= 1; got {list(self.views.shape)}"
+            )
+        self.stride = (stride, stride) if isinstance(stride, int) else (stride[0], stride[1])
+        if min(self.stride) < 1:
+            raise ValueError(f"SRT: stride must be two integers >= 1, (y, x); got {stride}")
+        if view_batch < 1:
+            raise ValueError(f"SRT: view_batch must be >= 1; got {view_batch}")
+        self.view_batch = view_batch
+        self.upsample, self.border = upsample, border
+        self.padding, self.interpolation = padding, interpolation
+
+    def _pad(self, images: torch.Tensor) -> torch.Tensor:
+        """images [B, 3, H, W] to whole patches, to the right and below."""
+        *_, height, width = images.shape
+        patch_y, patch_x = self.backbone.patch
+        if images.shape[2] == 0 or images.shape[3] == 0:
+            raise ValueError(f"SRT: images must have pixels; got {list(images.shape)}")
+        below, right = -height % patch_y, -width % patch_x
+        return F.pad(images, (0, right, 0, below), mode="replicate") if below or right else images
+
+    def _tokens(self, views: torch.Tensor, count: int) -> torch.Tensor:
+        """views [k, B, 3, H, W] to tokens [k, B, K + N, C], N = ``count``."""
+        tokens = self.backbone.tokens(views.flatten(0, 1))
+        expected = self.backbone.prefix + count
+        if not isinstance(tokens, torch.Tensor) or tokens.dim() != 3 or tokens.shape[1] != expected:
+            got = list(tokens.shape) if isinstance(tokens, torch.Tensor) else type(tokens).__name__
+            raise ValueError(
+                f"SRT: the model must return tokens [B, {self.backbone.prefix} + {count}, C]; got {got}"
+            )
+        return tokens.unflatten(0, views.shape[:2])
+
+    @torch.no_grad()
+    def forward(
+        self, images: torch.Tensor, progress: Callable[[int], object] | None = None
+    ) -> SRTOutput:
+        """images [B, 3, H, W] -> :class:`SRTOutput`. ``progress`` is told views done, each batch."""
+        if images.dim() != 4:
+            raise ValueError(f"SRT: images must be [B, 3, H, W]; got {list(images.shape)}")
+        padded = self._pad(images)
+        patch, stride = self.backbone.patch, self.stride
+        size = padded.shape[-2:]
+        if size[0] % stride[0] or size[1] % stride[1]:
+            raise ValueError(
+                f"SRT: stride must divide the size in whole patches, {list(size)}; got {list(stride)}"
+            )
+        grid = (size[0] // patch[0], size[1] // patch[1])
+        cells = (size[0] // stride[0]) * (size[1] // stride[1])
+        total = len(self.views)
+        # As many views as have the tokens of one output, in whole batches.
+        batches = max(1, cells // (grid[0] * grid[1]) // self.view_batch)
+        part = min(total, batches * self.view_batch)
+
+        held = field = prefix = None
+        for begin in range(0, total, self.view_batch):
+            end = min(total, begin + self.view_batch)
+            views = shift(
+                padded,
+                self.views[begin:end],
+                padding=self.padding,
+                interpolation=self.interpolation,
+            )
+            tokens = self._tokens(views, grid[0] * grid[1])
+            if self.backbone.prefix:
+                prefix_sum = tokens[:, :, : self.backbone.prefix].float().sum(0)
+                prefix = prefix_sum if prefix is None else prefix + prefix_sum
+            dtype = tokens.dtype
+            if held is None:
+                sums = dtype if part == total or dtype == torch.float64 else torch.float32
+                shape = (part, len(images), grid[0] * grid[1], tokens.shape[-1])
+                held = tokens.new_empty(shape, dtype=sums)
+            first = begin - begin % part
+            held[begin - first : end - first] = tokens[:, :, self.backbone.prefix :]
+            if end - first == part or end == total:
+                offsets = self.views[first:end]
+                if part == total:
+                    field = self._ensemble(held, offsets, grid, self.border)
+                else:
+                    field = self._add(field, held[: end - first], offsets, grid)
+            if progress is not None:
+                progress(end)
+
+        assert field is not None
+        if part < total and self.border == "coverage":
+            ones = field.new_ones(()).expand(total, 1, grid[0] * grid[1], 1)
+            share = self._ensemble(ones, self.views, grid, "zeros")
+            field /= share.clamp(min=torch.finfo(share.dtype).tiny)  # 0 / tiny where none covers
+        height, width = (-(-images.shape[2 + i] // stride[i]) for i in range(2))
+        mean_prefix = None if prefix is None else (prefix / total).to(dtype)
+        return SRTOutput(field.to(dtype)[:, :, :height, :width], mean_prefix)
+
+    def _ensemble(
+        self, tokens: torch.Tensor, offsets: torch.Tensor, grid: tuple[int, int], border: str
+    ) -> torch.Tensor:
+        return ensemble(
+            tokens,
+            offsets,
+            grid,
+            self.backbone.patch,
+            upsample=self.upsample,
+            border=border,
+            stride=self.stride,
+        )
+
+    def _add(
+        self,
+        field: torch.Tensor | None,
+        tokens: torch.Tensor,
+        offsets: torch.Tensor,
+        grid: tuple[int, int],
+    ) -> torch.Tensor:
+        """Adds a part of the views to their running mean.
+
+        Means of parts add up, by their share of the views, where every view counts in every cell:
+        under ``clamp`` and ``zeros``. The mean under ``coverage`` is the one under ``zeros`` over
+        the share of views that cover the cell, which forward() divides by at the end.
+        """
+        border = "zeros" if self.border == "coverage" else self.border
+        mean = self._ensemble(tokens, offsets, grid, border)
+        share = len(offsets) / len(self.views)
+        return mean * share if field is None else field.add_(mean, alpha=share)

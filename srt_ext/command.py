@@ -1,0 +1,257 @@
+"""The command: ``srt-ext show``, ``features`` and ``info``."""
+
+from __future__ import annotations
+
+import platform
+import time
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from . import __version__
+from ._library import unavailable
+
+if TYPE_CHECKING:
+    import torch
+
+    from .wrapper import SRTOutput
+
+# A small ViT with published weights.
+DEFAULT_MODEL = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Dense features from frozen Vision Transformers (SRT), by fast kernels.",
+)
+console = Console()
+
+Photo = Annotated[Path, typer.Argument(help="A picture, of any kind that Pillow reads.")]
+ModelName = Annotated[str, typer.Option("--model", help="A ViT of timm.")]
+Weights = Annotated[
+    Path | None,
+    typer.Option(help="A .safetensors state dict; without it timm's pretrained weights are taken."),
+]
+Views = Annotated[str, typer.Option(help="grid:RADIUS, grid:RADIUS:STEP or paper:RADIUS, pixels.")]
+Stride = Annotated[int, typer.Option(min=1, help="Pixels per output cell; 1 is pixel scale.")]
+Size = Annotated[
+    int, typer.Option(min=0, help="Longer side to which a larger picture is reduced; 0 keeps it.")
+]
+ViewBatch = Annotated[int, typer.Option(min=1, help="Views in one forward of the model.")]
+
+
+def fail(message: str) -> typer.Exit:
+    """Says what is wrong on stderr; to be raised."""
+    Console(stderr=True).print(f"[red]error:[/red] {message}", highlight=False, soft_wrap=True)
+    return typer.Exit(1)
+
+
+def open_picture(path: Path, size: int) -> Any:
+    """An RGB picture, upright, its longer side at most ``size`` (0: as it is)."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file).convert("RGB")
+    except FileNotFoundError:
+        raise fail(f"{path} does not exist") from None
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise fail(f"{path} is no readable picture: {error}") from None
+    if size:
+        picture.thumbnail((size, size), Image.Resampling.LANCZOS)
+    return picture
+
+
+class Features:
+    """One picture through one model: the plain tokens, the SRT field, and the time of each part."""
+
+    def __init__(
+        self,
+        photo: Path,
+        model: str,
+        weights: Path | None,
+        views: str,
+        stride: int,
+        size: int,
+        view_batch: int,
+    ) -> None:
+        if unavailable is not None:
+            raise fail(unavailable)
+        import torch
+
+        from .backbones import ModelError, describe, load_timm
+        from .views import parse
+        from .wrapper import SRT
+
+        # What can be wrong and is quick to see, before a model is loaded.
+        if weights is not None and not weights.is_file():
+            raise fail(f"{weights} does not exist")
+        try:
+            offsets = parse(views)
+        except ValueError as error:
+            raise fail(str(error)) from None
+        self.picture = open_picture(photo, size)
+        try:
+            vit, config = load_timm(model, weights)
+        except ModelError as error:
+            raise fail(str(error)) from None
+
+        self.model_seconds = 0.0
+        backbone = describe(vit)
+
+        def timed(images: torch.Tensor) -> torch.Tensor:
+            start = time.perf_counter()
+            tokens = backbone.tokens(images)
+            self.model_seconds += time.perf_counter() - start
+            return tokens
+
+        wrap = {"patch": backbone.patch, "prefix": backbone.prefix, "view_batch": view_batch}
+        pixels = torch.from_numpy(np.asarray(self.picture).copy()).permute(2, 0, 1)[None] / 255
+        mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
+        image = (pixels - mean) / std
+        try:
+            self.plain: torch.Tensor = SRT(
+                timed, torch.zeros(1, 2), stride=backbone.patch, upsample="nearest", **wrap
+            )(image).field
+            srt = SRT(timed, offsets, stride=stride, **wrap)
+            self.model_seconds = 0.0
+            with Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                console=console,
+            ) as bar:
+                task = bar.add_task("views", total=len(offsets))
+                start = time.perf_counter()
+                self.output: SRTOutput = srt(image, lambda done: bar.update(task, completed=done))
+                seconds = time.perf_counter() - start
+        except ValueError as error:
+            raise fail(str(error)) from None
+        self.srt_seconds = seconds - self.model_seconds
+        self.patch = backbone.patch
+        self.views = len(offsets)
+
+    def report(self, written: Path) -> None:
+        shape = " x ".join(str(n) for n in self.output.field.shape[1:])
+        width, height = self.picture.size
+        share = 100 * self.srt_seconds / (self.srt_seconds + self.model_seconds)
+        console.print(
+            f"picture {width} x {height}, {self.views} views, field {shape}\n"
+            f"model {self.model_seconds:.2f} s, SRT {self.srt_seconds:.3f} s ({share:.1f} %)\n"
+            f"wrote {written}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def check_folder(path: Path) -> None:
+    if not path.absolute().parent.is_dir():
+        raise fail(f"the folder {path.absolute().parent} does not exist")
+
+
+@app.command()
+def show(
+    photo: Photo,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The picture to write.")] = Path(
+        "srt.png"
+    ),
+    model: ModelName = DEFAULT_MODEL,
+    weights: Weights = None,
+    views: Views = "grid:3",
+    stride: Stride = 1,
+    size: Size = 448,
+    view_batch: ViewBatch = 8,
+) -> None:
+    """Draws a photograph, its plain tokens and its SRT field, in one PCA basis, side by side."""
+    suffixes = (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp")
+    if output.suffix.lower() not in suffixes:
+        raise fail(f"--output must end in one of {', '.join(suffixes)}; got {output}")
+    check_folder(output)
+    features = Features(photo, model, weights, views, stride, size, view_batch)
+    from .visualize import Colours, side_by_side
+
+    colours = Colours(features.plain)
+    side_by_side(
+        [
+            ("input", np.asarray(features.picture, dtype=np.float32) / 255),
+            (f"tokens of {model.split('.')[0]}", colours(features.plain)),
+            (f"SRT, {features.views} views", colours(features.output.field)),
+        ],
+        output,
+    )
+    features.report(output)
+
+
+@app.command()
+def features(
+    photo: Photo,
+    output: Annotated[Path, typer.Option("--output", "-o", help="A .npz or .safetensors file.")],
+    model: ModelName = DEFAULT_MODEL,
+    weights: Weights = None,
+    views: Views = "grid:3",
+    stride: Stride = 1,
+    size: Size = 448,
+    view_batch: ViewBatch = 8,
+) -> None:
+    """Writes the SRT field of a photograph: `field` [C, H', W'] and `prefix` [K, C]."""
+    if output.suffix not in (".npz", ".safetensors"):
+        raise fail(f"--output must end in .npz or .safetensors; got {output}")
+    check_folder(output)
+    made = Features(photo, model, weights, views, stride, size, view_batch)
+    tensors = {"field": made.output.field[0].contiguous()}
+    if made.output.prefix is not None:
+        tensors["prefix"] = made.output.prefix[0].contiguous()
+    if output.suffix == ".npz":
+        np.savez(output, **{name: tensor.numpy() for name, tensor in tensors.items()})
+    else:
+        from safetensors.torch import save_file
+
+        save_file(
+            tensors,
+            output,
+            metadata={"model": model, "views": views, "stride": str(stride), "photo": photo.name},
+        )
+    made.report(output)
+
+
+def _version(package: str) -> str:
+    try:
+        return str(import_module(package).__version__)
+    except Exception as error:  # a broken package breaks in its own way
+        return f"not available: {type(error).__name__}: {str(error).splitlines()[0]}"
+
+
+@app.command()
+def info() -> None:
+    """Tells the version, the backends and what they run on, and why anything is missing."""
+    table = Table(show_header=False, box=None)
+    table.add_row("srt_ext", __version__)
+    table.add_row("python", f"{platform.python_version()}, {platform.machine()}")
+    table.add_row("torch", _version("torch"))
+    if unavailable is not None:
+        table.add_row("CPU", f"not available: {unavailable}")
+    else:
+        import torch
+
+        ops = torch.ops.srt
+        table.add_row(
+            "CPU",
+            f"{ops._cpu_kernels()} (of {ops._available_cpu_kernels()}), "
+            f"{torch.get_num_threads()} threads",
+        )
+        gpu = (
+            f"torch sees {torch.cuda.get_device_name()}"
+            if torch.cuda.is_available()
+            else f"torch {'finds no GPU' if torch.version.cuda else 'was built without CUDA'}"
+        )
+        table.add_row("CUDA", f"not available: this version has no CUDA kernels; {gpu}")
+    for package in ("timm", "torchvision", "PIL", "safetensors", "sklearn"):
+        table.add_row(package, _version(package))
+    console.print(table)

@@ -1,0 +1,53 @@
+"""Pictures of features: one PCA basis to colours, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+class Colours:
+    """Features to RGB by the first three principal components of the ones it is made from.
+
+    Args:
+        features: [1, C, h, w], any dtype. One basis and one range for every picture made with it,
+            so that colours can be compared.
+    """
+
+    def __init__(self, features: torch.Tensor) -> None:
+        from sklearn.decomposition import PCA
+
+        rows = _rows(features)
+        self._pca = PCA(n_components=3, svd_solver="full").fit(rows)
+        self._low, self._high = np.percentile(self._pca.transform(rows), [2, 98], axis=0)
+
+    def __call__(self, features: torch.Tensor) -> np.ndarray:
+        """features [1, C, h, w] -> RGB [h, w, 3] in 0 .. 1."""
+        projected = self._pca.transform(_rows(features))
+        scaled = (projected - self._low) / np.maximum(self._high - self._low, 1e-12)
+        return np.clip(scaled, 0, 1).reshape(*features.shape[-2:], 3).astype(np.float32)
+
+
+def _rows(features: torch.Tensor) -> np.ndarray:
+    """[1, C, h, w] -> [h * w, C], float32."""
+    return features[0].permute(1, 2, 0).flatten(0, 1).float().cpu().numpy()
+
+
+def side_by_side(panels: Sequence[tuple[str, np.ndarray]], path: Path) -> None:
+    """Writes titled pictures [H, W, 3] in 0 .. 1, all at the size of the first, as one picture."""
+    from matplotlib.figure import Figure
+
+    height, width = panels[0][1].shape[:2]
+    inch = 4.0
+    figure = Figure(figsize=(inch * len(panels), inch * height / width + 0.4), layout="constrained")
+    for axes, (title, picture) in zip(
+        np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True
+    ):
+        # Nearest: a block of the picture is a token.
+        axes.imshow(picture, interpolation="nearest", extent=(0, width, height, 0))
+        axes.set_title(title)
+        axes.set_axis_off()
+    figure.savefig(path, dpi=150)
