@@ -29,9 +29,9 @@ class CMakeBuild(build_ext):
         package = ROOT / "srt_ext" if self.inplace else Path(self.build_lib).resolve() / "srt_ext"
         build = Path(self.build_temp).resolve()
         # CMake keeps the paths of the first run; an isolated build has a new folder every time.
+        options = [f"-DPython3_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Release"]
         subprocess.check_call(
-            ["cmake", "-S", ROOT, "-B", build, "--fresh", "-G", "Ninja"]
-            + [f"-DPython3_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Release"]
+            ["cmake", "-S", ROOT, "-B", build, "--fresh", "-G", "Ninja", *options]
         )
         subprocess.check_call(["cmake", "--build", build])
         subprocess.check_call(["cmake", "--install", build, "--prefix", package])

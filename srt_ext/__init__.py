@@ -1,8 +1,8 @@
 """Dense features from frozen Vision Transformers: Stochastic Resonance Transformers, fast.
 
 ``import srt_ext`` registers ``torch.ops.srt.*``. The import never fails: where torch or the native
-library is missing, the names that need it raise an ImportError with the reason, and ``srt-ext info``
-tells it too.
+library is missing, the names that need it raise an ImportError with the reason, and ``srt-ext
+info`` tells it too.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""What SRT has to know of a model: how to get its tokens, their pitch, and how many are no patches."""
+"""What SRT has to know of a model: how to get its tokens, and which of them are patches."""
 
 from __future__ import annotations
 
@@ -67,6 +67,7 @@ def load_timm(name: str, weights: Path | None = None) -> tuple[Any, dict[str, An
         ModelError: unknown model, weights that do not fit, or no pretrained weights within reach.
     """
     import timm
+    from timm.data.config import resolve_model_data_config
 
     if not timm.is_model(name.split(".")[0]):
         near = ", ".join(timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:3])
@@ -92,4 +93,4 @@ def load_timm(name: str, weights: Path | None = None) -> tuple[Any, dict[str, An
             raise ModelError(f"{weights} is no readable safetensors file: {error}") from error
         except RuntimeError as error:
             raise ModelError(f"the weights in {weights} do not fit {name}: {error}") from error
-    return model.eval(), timm.data.resolve_model_data_config(model)
+    return model.eval(), resolve_model_data_config(model)

@@ -36,7 +36,9 @@ def _check_tensor(op: str, name: str, value: object) -> None:
 def _check_element_type(op: str, name: str, tensor: torch.Tensor, allow_uint8: bool) -> None:
     if tensor.dtype not in FLOATING and not (allow_uint8 and tensor.dtype == torch.uint8):
         rule = f"{name} must be float32, float16, bfloat16 or float64"
-        raise _error(TypeError, op, rule + (", or uint8" if allow_uint8 else ""), _name(tensor.dtype))
+        raise _error(
+            TypeError, op, rule + (", or uint8" if allow_uint8 else ""), _name(tensor.dtype)
+        )
 
 
 def _check_values(op: str, name: str, tensor: torch.Tensor, device: torch.device) -> None:

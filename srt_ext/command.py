@@ -111,7 +111,11 @@ class Features:
             self.model_seconds += time.perf_counter() - start
             return tokens
 
-        wrap = {"patch": backbone.patch, "prefix": backbone.prefix, "view_batch": view_batch}
+        wrap: dict[str, Any] = {
+            "patch": backbone.patch,
+            "prefix": backbone.prefix,
+            "view_batch": view_batch,
+        }
         pixels = torch.from_numpy(np.asarray(self.picture).copy()).permute(2, 0, 1)[None] / 255
         mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
         image = (pixels - mean) / std
@@ -209,7 +213,8 @@ def features(
     if made.output.prefix is not None:
         tensors["prefix"] = made.output.prefix[0].contiguous()
     if output.suffix == ".npz":
-        np.savez(output, **{name: tensor.numpy() for name, tensor in tensors.items()})
+        arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
+        np.savez(output, **arrays)
     else:
         from safetensors.torch import save_file
 

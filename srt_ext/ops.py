@@ -38,12 +38,12 @@ def shift(
 
     Args:
         image: [B, C, H, W], float32, float16, bfloat16, float64 or uint8.
-        offsets: [V, 2], (dy, dx) in pixels, any real numbers up to 2^20 in size; float32 or float64,
-            on the CPU or on the device of ``image``. Content moves down and right by them.
+        offsets: [V, 2], (dy, dx) in pixels, any real numbers up to 2^20 in size; float32 or
+            float64, on the CPU or on the device of ``image``. Content moves down and right by them.
         padding: what lies beyond the image: ``zeros``, ``border``, ``reflect`` (the edge is not
             repeated) or ``circular``.
-        interpolation: ``nearest``, ``bilinear`` or ``bicubic`` (a = -0.75). Whole-pixel offsets copy
-            bit for bit under each. uint8 results are rounded half to even and saturate.
+        interpolation: ``nearest``, ``bilinear`` or ``bicubic`` (a = -0.75). Whole-pixel offsets
+            copy bit for bit under each. uint8 results are rounded half to even and saturate.
 
     Returns:
         [V, B, C, H, W], dense, of the dtype of ``image``.
@@ -93,14 +93,14 @@ def ensemble(
 
     Args:
         tokens: [V, B, N, C], N = h * w tokens in row order; float32, float16, bfloat16 or float64.
-            The last dimension is dense; other strides are free, so ``out[:, :, prefix:]`` is read in
-            place. Sums are kept in float32 (float64 for float64).
+            The last dimension is dense; other strides are free, so ``out[:, :, prefix:]`` is read
+            in place. Sums are kept in float32 (float64 for float64).
         offsets: [V, 2], (dy, dx) in pixels by which the content of each view moved, as given to
             :func:`shift`; float32 or float64, on the CPU or on the device of ``tokens``.
         grid: (h, w), tokens.
         patch: (Ph, Pw), pixels from token to token.
-        weights: [V], finite and >= 0, float32 or float64; None for equal weights. A view of weight 0
-            is not read.
+        weights: [V], finite and >= 0, float32 or float64, none but 0 below 2^-80 of the largest;
+            None for equal weights. A view of weight 0 is not read.
         reduce: ``mean``.
         upsample: ``nearest`` or ``bilinear`` (``F.interpolate`` with ``align_corners=False``).
         border: a pixel that a view does not cover is left out (``coverage``), counts as 0

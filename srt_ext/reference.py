@@ -1,8 +1,8 @@
 """The oracle: what the ops compute, in plain PyTorch, written to be read.
 
-Slow and hungry on purpose: a pixel-scale map for every view. ``dtype`` is the precision of all sums;
-float64 is the truth that the kernels are tested against, and the same code in float32 gives the
-error budget that they have to keep.
+Slow and hungry on purpose: a pixel-scale map for every view. ``dtype`` is the precision of all
+sums; float64 is the truth that the kernels are tested against, and the same code in float32 gives
+the error budget that they have to keep.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from collections.abc import Sequence
 
 import torch
 
-# How far an interpolation reads around floor(coordinate), and the weight of each read at fraction f.
+# The constant of cubic convolution (Keys 1981) that PyTorch uses.
 _A = -0.75
 
 
 def _taps(f: torch.Tensor, interpolation: str) -> list[tuple[int, torch.Tensor]]:
+    """(k, weight) of each pixel k read beside floor(coordinate), at fraction f."""
     if interpolation == "bilinear":
         return [(0, 1 - f), (1, f)]
 
@@ -51,7 +52,9 @@ def _weighted(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return torch.where(weight == 0, torch.zeros((), dtype=value.dtype), weight * value)
 
 
-def _shift_axis(x: torch.Tensor, d: float, dim: int, padding: str, interpolation: str) -> torch.Tensor:
+def _shift_axis(
+    x: torch.Tensor, d: float, dim: int, padding: str, interpolation: str
+) -> torch.Tensor:
     """``x`` [..., H, W] moved by ``d`` pixels along ``dim``."""
     n = x.shape[dim]
     y = torch.arange(n)
@@ -89,7 +92,7 @@ def shift(
 def _axis(
     d: float, tokens: int, patch: int, upsample: str, border: str
 ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor, torch.Tensor]:
-    """For each pixel of one axis: (token, weight) reads, whether a view is seen, whether it counts."""
+    """For each pixel of one axis: (token, weight) reads, whether it is seen, whether it counts."""
     p = torch.arange(tokens * patch, dtype=torch.float64) + 0.5 + d
     covered = (p >= 0) & (p < tokens * patch)
     everywhere = torch.ones_like(covered)
@@ -129,7 +132,9 @@ def ensemble(
     maps = tokens.to(dtype).reshape(views, batch, *grid, channels).permute(0, 1, 4, 2, 3)
     scales = torch.ones(views) if weights is None else weights
     total = count = torch.zeros((), dtype=dtype)
-    for view, (dy, dx), scale in zip(maps, offsets.double().tolist(), scales.to(dtype), strict=True):
+    for view, (dy, dx), scale in zip(
+        maps, offsets.double().tolist(), scales.to(dtype), strict=True
+    ):
         if scale == 0:
             continue
         reads_y, seen_y, counted_y = _axis(dy, grid[0], patch[0], upsample, border)

@@ -28,7 +28,8 @@ class Colours:
         """features [1, C, h, w] -> RGB [h, w, 3] in 0 .. 1."""
         projected = self._pca.transform(_rows(features))
         scaled = (projected - self._low) / np.maximum(self._high - self._low, 1e-12)
-        return np.clip(scaled, 0, 1).reshape(*features.shape[-2:], 3).astype(np.float32)
+        rgb: np.ndarray = np.clip(scaled, 0, 1).reshape(*features.shape[-2:], 3)
+        return rgb.astype(np.float32)
 
 
 def _rows(features: torch.Tensor) -> np.ndarray:

@@ -27,11 +27,11 @@ class SRT(torch.nn.Module):
     """Wraps a frozen ViT: shifts the picture, runs every view, moves the tokens back, averages.
 
     Args:
-        model: a timm ViT, or any callable from images [B, 3, H, W] to tokens [B, K + h * w, C] (then
-            ``patch`` is needed, and ``prefix`` if K > 0).
+        model: a timm ViT, or any callable from images [B, 3, H, W] to tokens [B, K + h * w, C]
+            (then ``patch`` is needed, and ``prefix`` if K > 0).
         views: offsets [V, 2], (dy, dx) in pixels, or words for :func:`srt_ext.views.parse`.
         stride: pixels per output cell, (sh, sw) or one for both. 1 is pixel scale.
-        view_batch: views in one forward of the model; their number times the batch bounds its memory.
+        view_batch: views in one forward of the model; times the batch, they bound its memory.
         patch: (Ph, Pw), pixels per token, or one for both.
         prefix: tokens in front that are no patches.
         upsample, border: as in :func:`srt_ext.ensemble`.
@@ -75,9 +75,7 @@ class SRT(torch.nn.Module):
         # On the CPU, and no buffer: .half() would round the offsets.
         self.views = designs.parse(views) if isinstance(views, str) else views.detach().cpu()
         if self.views.dim() != 2 or self.views.shape[0] < 1 or self.views.shape[1] != 2:
-            raise ValueError(
-                f"SRT: views must be [V, 2] with V >= 1; got {list(self.views.shape)}"
-            )
+            raise ValueError(f"SRT: views must be [V, 2] with V >= 1; got {list(self.views.shape)}")
         self.stride = (stride, stride) if isinstance(stride, int) else (stride[0], stride[1])
         if min(self.stride) < 1:
             raise ValueError(f"SRT: stride must be two integers >= 1, (y, x); got {stride}")
@@ -103,15 +101,16 @@ class SRT(torch.nn.Module):
         if not isinstance(tokens, torch.Tensor) or tokens.dim() != 3 or tokens.shape[1] != expected:
             got = list(tokens.shape) if isinstance(tokens, torch.Tensor) else type(tokens).__name__
             raise ValueError(
-                f"SRT: the model must return tokens [B, {self.backbone.prefix} + {count}, C]; got {got}"
+                "SRT: the model must return tokens "
+                f"[B, {self.backbone.prefix} + {count}, C]; got {got}"
             )
-        return tokens.unflatten(0, views.shape[:2])
+        return tokens.reshape(*views.shape[:2], *tokens.shape[1:])
 
     @torch.no_grad()
     def forward(
         self, images: torch.Tensor, progress: Callable[[int], object] | None = None
     ) -> SRTOutput:
-        """images [B, 3, H, W] -> :class:`SRTOutput`. ``progress`` is told views done, each batch."""
+        """images [B, 3, H, W] -> :class:`SRTOutput`; ``progress`` is told the views done."""
         if images.dim() != 4:
             raise ValueError(f"SRT: images must be [B, 3, H, W]; got {list(images.shape)}")
         padded = self._pad(images)
@@ -119,7 +118,8 @@ class SRT(torch.nn.Module):
         size = padded.shape[-2:]
         if size[0] % stride[0] or size[1] % stride[1]:
             raise ValueError(
-                f"SRT: stride must divide the size in whole patches, {list(size)}; got {list(stride)}"
+                f"SRT: stride must divide the size in whole patches, {list(size)}; "
+                f"got {list(stride)}"
             )
         grid = (size[0] // patch[0], size[1] // patch[1])
         cells = (size[0] // stride[0]) * (size[1] // stride[1])

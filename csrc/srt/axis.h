@@ -28,10 +28,10 @@ struct Axis {
 // The tables of one axis for D offsets. A cell reads tokens first .. first + taps - 1.
 template <class Acc>
 struct AxisTable {
-  int32_t* first;    // [D, cells]
-  int32_t* taps;     // [D, cells]; 0 where no pixel of the cell reads a token
-  Acc* weight;       // [D, cells, max_taps], each > 0
-  double* count;     // [D, cells], counted pixels
+  int32_t* first;  // [D, cells]
+  int32_t* taps;   // [D, cells]; 0 where no pixel of the cell reads a token
+  Acc* weight;     // [D, cells, max_taps], each > 0
+  double* count;   // [D, cells], counted pixels
   int64_t cells;
   int64_t max_taps;
 };

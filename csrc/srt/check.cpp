@@ -36,8 +36,7 @@ Mode parse(const char* op, const char* name, std::string_view word,
   const auto found = std::find(std::begin(words), std::end(words), word);
   if (found == std::end(words)) {
     std::string rule = std::string(name) + " must be one of ";
-    for (size_t i = 0; i < N; ++i)
-      rule += (i ? ", '" : "'") + std::string(words[i]) + "'";
+    for (size_t i = 0; i < N; ++i) rule += (i ? ", '" : "'") + std::string(words[i]) + "'";
     fail(op, rule, "'" + std::string(word) + "'");
   }
   return static_cast<Mode>(found - std::begin(words));
@@ -56,7 +55,8 @@ Field check_ensemble(const std::vector<int64_t>& tokens, const std::vector<int64
                      const std::vector<int64_t>* weights, const std::vector<int64_t>& stride,
                      int64_t element_size) {
   const char* op = "ensemble";
-  if (tokens.size() != 4) fail(op, "tokens must have 4 dimensions, [V, B, N, C]", format_shape(tokens));
+  if (tokens.size() != 4)
+    fail(op, "tokens must have 4 dimensions, [V, B, N, C]", format_shape(tokens));
   if (tokens[0] < 1) fail(op, "tokens must hold at least one view", format_shape(tokens));
   if (offsets.size() != 2 || offsets[0] != tokens[0] || offsets[1] != 2)
     fail(op, "offsets must be [V, 2] with V = " + std::to_string(tokens[0]), format_shape(offsets));
@@ -72,7 +72,8 @@ Field check_ensemble(const std::vector<int64_t>& tokens, const std::vector<int64
            format_shape(grid) + " * " + format_shape(patch));
     const int64_t pixels = grid[i] * patch[i];
     if (pixels % stride[i] != 0)
-      fail(op, "stride must divide grid * patch = " +
+      fail(op,
+           "stride must divide grid * patch = " +
                format_shape({grid[0] * patch[0], grid[1] * patch[1]}),
            format_shape(stride));
     field.grid[i] = grid[i];
@@ -92,7 +93,8 @@ Field check_ensemble(const std::vector<int64_t>& tokens, const std::vector<int64
 void check_shift(const std::vector<int64_t>& image, const std::vector<int64_t>& offsets,
                  int64_t element_size) {
   const char* op = "shift";
-  if (image.size() != 4) fail(op, "image must have 4 dimensions, [B, C, H, W]", format_shape(image));
+  if (image.size() != 4)
+    fail(op, "image must have 4 dimensions, [B, C, H, W]", format_shape(image));
   if (image[2] > kMaxPixels || image[3] > kMaxPixels)
     fail(op, "image must have at most 2^24 pixels on each axis", format_shape(image));
   if (offsets.size() != 2 || offsets[0] < 1 || offsets[1] != 2)

@@ -1,4 +1,5 @@
-// ensemble: aggregates the tokens of shifted views into one dense field (DESIGN: README, "The maths").
+// ensemble: aggregates the tokens of shifted views into one dense field (DESIGN: README, "The
+// maths").
 #pragma once
 #include "types.h"
 

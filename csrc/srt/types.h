@@ -1,4 +1,5 @@
-// What the kernels share: element types, modes, limits, and the parallel runtime that a caller injects.
+// What the kernels share: element types, modes, limits, and the parallel runtime that a caller
+// injects.
 #pragma once
 #include <cstdint>
 

@@ -75,8 +75,9 @@ std::vector<double> host_values(const char* op, const char* name, const Tensor& 
     int64_t rest = static_cast<int64_t>(i), at = 0;
     for (size_t d = shape.size(); d-- > 0; rest /= shape[d])
       at += rest % shape[d] * tensor.stride(static_cast<int64_t>(d));
-    values[i] = dtype == ScalarType::Float ? static_cast<double>(static_cast<const float*>(data)[at])
-                                           : static_cast<const double*>(data)[at];
+    values[i] = dtype == ScalarType::Float
+                    ? static_cast<double>(static_cast<const float*>(data)[at])
+                    : static_cast<const double*>(data)[at];
   }
   return values;
 }

@@ -13,7 +13,8 @@ namespace {
   throw Error("srt::ensemble: " + rule + "; got " + got);
 }
 
-// The call as the schema has it, checked; the values live as long as the arguments that point to them.
+// The call as the schema has it, checked; the values live as long as the arguments that point to
+// them.
 struct Call {
   std::vector<double> offsets, weights;
   std::vector<int64_t> out_shape;
@@ -27,12 +28,12 @@ struct Call {
     const std::vector<int64_t> shape = shape_of(tokens);
     std::vector<int64_t> weights_shape;
     if (weights_tensor) weights_shape = shape_of(*weights_tensor);
-    const Field field =
-        check_ensemble(shape, shape_of(offsets_tensor), grid, patch,
-                       weights_tensor ? &weights_shape : nullptr, stride,
-                       static_cast<int64_t>(tokens.element_size()));
+    const Field field = check_ensemble(shape, shape_of(offsets_tensor), grid, patch,
+                                       weights_tensor ? &weights_shape : nullptr, stride,
+                                       static_cast<int64_t>(tokens.element_size()));
     if (tokens.stride(3) != 1 && shape[3] > 1)
-      fail("tokens must be dense in the last dimension", "stride " + std::to_string(tokens.stride(3)));
+      fail("tokens must be dense in the last dimension",
+           "stride " + std::to_string(tokens.stride(3)));
     check_reduce(reduce);
     args.upsample = parse_upsample(upsample);
     args.border = parse_border(border);
@@ -78,7 +79,8 @@ void check_out(const Tensor& out, const Tensor& tokens, const std::vector<int64_
     fail("out must have the dtype of tokens, " + dtype_name(tokens.scalar_type()),
          dtype_name(out.scalar_type()));
   if (!out.is_cpu()) fail("out must be on the device of tokens", "another device");
-  if (shape_of(out) != shape) fail("out must be " + format_shape(shape), format_shape(shape_of(out)));
+  if (shape_of(out) != shape)
+    fail("out must be " + format_shape(shape), format_shape(shape_of(out)));
   // Ordered by stride, every dimension has to step over all that the smaller ones span.
   std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
   for (int64_t d = 0; d < 4; ++d)
@@ -111,9 +113,8 @@ Tensor ensemble(const Tensor& tokens, const Tensor& offsets, const std::vector<i
 
 void ensemble_out(const Tensor& tokens, const Tensor& offsets, const std::vector<int64_t>& grid,
                   const std::vector<int64_t>& patch, const std::optional<Tensor>& weights,
-                  const std::string& reduce, const std::string& upsample,
-                  const std::string& border, const std::vector<int64_t>& stride,
-                  const Tensor& out) {
+                  const std::string& reduce, const std::string& upsample, const std::string& border,
+                  const std::vector<int64_t>& stride, const Tensor& out) {
   Call call(tokens, offsets, grid, patch, weights, reduce, upsample, border, stride);
   check_out(out, tokens, call.out_shape);
   call.run(out);

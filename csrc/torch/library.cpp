@@ -26,7 +26,8 @@ STABLE_TORCH_LIBRARY(srt, m) {
       "str reduce=\"mean\", str upsample=\"bilinear\", str border=\"coverage\", int[2] stride=1) "
       "-> Tensor");
   m.def(
-      "ensemble.out(Tensor tokens, Tensor offsets, int[2] grid, int[2] patch, Tensor? weights=None, "
+      "ensemble.out(Tensor tokens, Tensor offsets, int[2] grid, int[2] patch, Tensor? "
+      "weights=None, "
       "*, str reduce=\"mean\", str upsample=\"bilinear\", str border=\"coverage\", "
       "int[2] stride=1, Tensor(a!) out) -> ()");
   m.def("_cpu_kernels() -> str");

@@ -103,8 +103,8 @@ void mean(const EnsembleArgs& args, cpu::Kernel<cpu::MeanPlan<Acc>> kernel, int6
     return begin;
   };
   plan.scratch.sums = place(plan.groups * plan.tokens_x * block_bytes);
-  plan.scratch.rows = place(largest_group * plan.y.max_taps *
-                            static_cast<int64_t>(sizeof(cpu::TokenRow<Acc>)));
+  plan.scratch.rows =
+      place(largest_group * plan.y.max_taps * static_cast<int64_t>(sizeof(cpu::TokenRow<Acc>)));
   plan.scratch.filters = place(plan.groups * static_cast<int64_t>(sizeof(cpu::GroupFilter<Acc>)));
   plan.scratch.count = place(plan.columns * static_cast<int64_t>(sizeof(double)));
   plan.scratch.inverse = place(plan.columns * static_cast<int64_t>(sizeof(Acc)));
@@ -114,13 +114,13 @@ void mean(const EnsembleArgs& args, cpu::Kernel<cpu::MeanPlan<Acc>> kernel, int6
   // output rows to the next, unless that leaves a thread without work.
   const int64_t blocks = (args.channels + block - 1) / block;
   plan.band = std::max<int64_t>(1, args.patch[0] / args.stride[0]);
-  while (plan.band > 1 && plan.batch * blocks * ((plan.rows + plan.band - 1) / plan.band) <
-                              4 * parallel.threads)
+  while (plan.band > 1 &&
+         plan.batch * blocks * ((plan.rows + plan.band - 1) / plan.band) < 4 * parallel.threads)
     plan.band /= 2;
   const int64_t tasks = plan.batch * blocks * ((plan.rows + plan.band - 1) / plan.band);
 
-  // Multiply-adds in all; below about a hundred microseconds of them a second thread costs more than
-  // it brings.
+  // Multiply-adds in all; below about a hundred microseconds of them a second thread costs more
+  // than it brings.
   const double work =
       static_cast<double>(plan.batch) * static_cast<double>(args.channels * plan.rows) *
       static_cast<double>(plan.groups * plan.columns * plan.x.max_taps +

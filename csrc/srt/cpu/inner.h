@@ -1,6 +1,6 @@
 // The inner loops. inner.cpp compiles this header once for each instruction set, with other flags.
-// Everything here, and everything it calls, has internal linkage: a template or inline function with
-// one name in all the objects would be merged by the linker, and the copy it kept could hold
+// Everything here, and everything it calls, has internal linkage: a template or inline function
+// with one name in all the objects would be merged by the linker, and the copy it kept could hold
 // instructions that the processor lacks. So no std:: templates and no functions of other headers.
 #pragma once
 #include "kernels.h"
@@ -31,8 +31,8 @@ void combine_rows(const TokenRow<Acc>* rows, int64_t row_count, int64_t tokens_x
       } else {
         for (int v = 0; v < kVectors && v * lanes < n; ++v) {
           const int64_t rest = n - v * lanes;
-          sum[v] += weight * (rest >= lanes ? load(token + v * lanes)
-                                            : load_part(token + v * lanes, rest));
+          sum[v] += weight *
+                    (rest >= lanes ? load(token + v * lanes) : load_part(token + v * lanes, rest));
         }
       }
     }
@@ -107,7 +107,8 @@ void mean(const MeanPlan<Acc>& plan, int64_t begin, int64_t end, void* scratch) 
           const T* row = tokens + view.index * plan.token_strides[0] +
                          plan.y.first[slot] * plan.tokens_x * plan.token_strides[2];
           for (int32_t k = 0; k < plan.y.taps[slot]; ++k) {
-            token_rows[row_count++] = {row, view.weight * plan.y.weight[slot * plan.y.max_taps + k]};
+            token_rows[row_count++] = {row,
+                                       view.weight * plan.y.weight[slot * plan.y.max_taps + k]};
             row += plan.tokens_x * plan.token_strides[2];
           }
         }

@@ -18,13 +18,13 @@ struct MeanPlan {
     int64_t dy;     // its row of the y table
     Acc weight;     // > 0
   };
-  struct Scratch {  // byte offsets into a worker's scratch
-    int64_t sums;      // Acc [groups, tokens_x, block]: the combined rows of each group
-    int64_t rows;      // the token rows that one group combines
-    int64_t filters;   // the groups that reach this output row
-    int64_t count;     // double [columns]
-    int64_t inverse;   // Acc [columns]
-    int64_t bytes;     // in all
+  struct Scratch {    // byte offsets into a worker's scratch
+    int64_t sums;     // Acc [groups, tokens_x, block]: the combined rows of each group
+    int64_t rows;     // the token rows that one group combines
+    int64_t filters;  // the groups that reach this output row
+    int64_t count;    // double [columns]
+    int64_t inverse;  // Acc [columns]
+    int64_t bytes;    // in all
   };
   const void* tokens;        // [V, B, h*w, C]
   int64_t token_strides[3];  // of V, B and h*w, in elements

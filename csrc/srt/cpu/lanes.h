@@ -1,5 +1,6 @@
 // Vectors as wide as the instruction set that compiles this file, and their loads and stores for
-// every element type. Included only by inner.h, which says why all of it is in an anonymous namespace.
+// every element type. Included only by inner.h, which says why all of it is in an anonymous
+// namespace.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -87,13 +88,17 @@ inline void store(BFloat16* p, Vec<float> v) {
 }
 
 #if defined(__AVX512F__)
-inline Vec<float> load(const Half* p) { return bits_as<Vec<float>>(_mm512_cvtph_ps(read<__m256i>(p))); }
+inline Vec<float> load(const Half* p) {
+  return bits_as<Vec<float>>(_mm512_cvtph_ps(read<__m256i>(p)));
+}
 inline void store(Half* p, Vec<float> v) {
   const __m256i h = _mm512_cvtps_ph(bits_as<__m512>(v), _MM_FROUND_TO_NEAREST_INT);
   std::memcpy(p, &h, sizeof(h));
 }
 #elif defined(__F16C__)
-inline Vec<float> load(const Half* p) { return bits_as<Vec<float>>(_mm256_cvtph_ps(read<__m128i>(p))); }
+inline Vec<float> load(const Half* p) {
+  return bits_as<Vec<float>>(_mm256_cvtph_ps(read<__m128i>(p)));
+}
 inline void store(Half* p, Vec<float> v) {
   const __m128i h = _mm256_cvtps_ph(bits_as<__m256>(v), _MM_FROUND_TO_NEAREST_INT);
   std::memcpy(p, &h, sizeof(h));

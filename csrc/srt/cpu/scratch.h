@@ -14,8 +14,8 @@ namespace srt::cpu {
 constexpr int64_t kAlign = 64;
 inline int64_t align_up(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 
-// Splits `tasks` evenly over at most `workers` workers with `scratch_bytes` each. All memory is taken
-// here, before the parallel region: a body that runs in it must not throw.
+// Splits `tasks` evenly over at most `workers` workers with `scratch_bytes` each. All memory is
+// taken here, before the parallel region: a body that runs in it must not throw.
 template <class Plan>
 void run_tasks(const Plan& plan, Kernel<Plan> kernel, int64_t tasks, int64_t workers,
                int64_t scratch_bytes, const Parallel& parallel) {
@@ -28,8 +28,8 @@ void run_tasks(const Plan& plan, Kernel<Plan> kernel, int64_t tasks, int64_t wor
   workers = std::max<int64_t>(1, std::min({workers, tasks, parallel.threads}));
   scratch_bytes = align_up(scratch_bytes);
   Call call{plan, kernel, tasks, workers, scratch_bytes, {nullptr, &std::free}};
-  call.scratch.reset(static_cast<char*>(
-      std::aligned_alloc(kAlign, static_cast<size_t>(workers * scratch_bytes))));
+  call.scratch.reset(
+      static_cast<char*>(std::aligned_alloc(kAlign, static_cast<size_t>(workers * scratch_bytes))));
   if (!call.scratch) throw std::bad_alloc();
 
   const auto body = [](int64_t begin, int64_t end, void* context) {

@@ -39,7 +39,8 @@ void shift_cpu(const ShiftArgs& args, const Parallel& parallel) {
   const int64_t tasks = args.views * args.planes * args.height;
   const int64_t workers = tasks * args.width < (1 << 16) ? 1 : parallel.threads;
   const int64_t line_bytes = (line_x + 64) * static_cast<int64_t>(sizeof(double));
-  cpu::run_tasks(plan, by_dtype[static_cast<int>(args.dtype)], tasks, workers, line_bytes, parallel);
+  cpu::run_tasks(plan, by_dtype[static_cast<int>(args.dtype)], tasks, workers, line_bytes,
+                 parallel);
 }
 
 }  // namespace srt

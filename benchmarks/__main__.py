@@ -1,0 +1,145 @@
+"""``python -m benchmarks``: ours against the published loop and the limit, in one run.
+
+Readings are interleaved (one of each in turn), the median and the interquartile range are kept, and
+every result is compared before anything is timed. Writes benchmarks/results/cpu.json and prints the
+table that stands in the README.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import typer
+
+import srt_ext
+from benchmarks.peers import published_ensemble, published_shift
+
+RESULTS = Path(__file__).parent / "results"
+GRID, PATCH, CHANNELS = (14, 14), (16, 16), 384
+
+
+def interleaved(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
+    """Milliseconds of each call: the median and quartiles of ``rounds`` readings taken in turn.
+
+    A call named ``slow ...`` is read three times only.
+    """
+    readings: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(rounds + 1):  # the first round warms up
+        for name, call in calls.items():
+            if name.startswith("published") and not 0 < i <= 3:
+                continue
+            start = time.perf_counter()
+            result = call()
+            elapsed = time.perf_counter() - start
+            del result  # frees its memory outside the reading
+            if i:
+                readings[name].append(1e3 * elapsed)
+    return {
+        name: dict(zip(("q1", "median", "q3"), np.percentile(ms, [25, 50, 75]), strict=True))
+        for name, ms in readings.items()
+    }
+
+
+def machine() -> dict[str, Any]:
+    def output(*command: str) -> str:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    model = [line for line in output("lscpu").splitlines() if line.startswith("Model name")]
+    return {
+        "processor": model[0].split(":")[1].strip() if model else platform.processor(),
+        "threads": torch.get_num_threads(),
+        "kernels": torch.ops.srt._cpu_kernels(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "srt_ext": srt_ext.__version__,
+        "commit": output("git", "rev-parse", "--short", "HEAD"),
+        "date": date.today().isoformat(),
+    }
+
+
+def same(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    error = (ours - theirs).abs().max().item()
+    if not error < 1e-4:
+        raise SystemExit(f"{name}: ours and the published loop differ by {error}")
+
+
+def measure(rounds: int) -> list[dict[str, Any]]:
+    torch.manual_seed(0)
+    offsets = srt_ext.views.grid(3)
+    tokens = torch.randn(len(offsets), 1, GRID[0] * GRID[1], CHANNELS)
+    image = torch.rand(1, 3, GRID[0] * PATCH[0], GRID[1] * PATCH[1])
+    rows = []
+
+    for upsample in ("bilinear", "nearest"):
+
+        def ours(border: str, out: torch.Tensor | None = None, up: str = upsample) -> torch.Tensor:
+            return srt_ext.ensemble(
+                tokens, offsets, GRID, PATCH, upsample=up, border=border, out=out
+            )
+
+        def loop(up: str = upsample) -> torch.Tensor:
+            return published_ensemble(tokens, offsets, GRID, PATCH, up)
+
+        field = ours("zeros")
+        same(upsample, field, loop())
+        warm = torch.empty_like(field)
+        calls: dict[str, Callable[[], object]] = {
+            "ours": lambda ours=ours: ours("coverage"),
+            "ours, out=": lambda ours=ours, warm=warm: ours("coverage", warm),
+            "published": loop,
+            "limit": lambda shape=field.shape: torch.empty(shape).fill_(1.0),
+            "limit, out=": lambda warm=warm: warm.fill_(1.0),
+        }
+        rows.append({"op": f"mean, {upsample}", **interleaved(calls, rounds)})
+
+    ours_views = srt_ext.shift(image, offsets, padding="zeros")
+    same("shift", ours_views, published_shift(image, offsets))
+    shift_calls: dict[str, Callable[[], object]] = {
+        "ours": lambda: srt_ext.shift(image, offsets),
+        "published": lambda: published_shift(image, offsets),
+        "limit": lambda: torch.empty(ours_views.shape).fill_(1.0),
+    }
+    rows.append({"op": "shift", **interleaved(shift_calls, rounds)})
+    return rows
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as Markdown: milliseconds, and ratios of readings taken in one run."""
+    lines = [
+        "| 49 views, 224 x 224 | published loop | ours | ratio | allocate + fill | ours / it |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in results["rows"]:
+        published, ours, limit = (row[k]["median"] for k in ("published", "ours", "limit"))
+        lines.append(
+            f"| {row['op']} | {published:.0f} ms | {ours:.1f} ms | {published / ours:.0f} x "
+            f"| {limit:.1f} ms | {ours / limit:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main(rounds: int = 15, output: Path = RESULTS / "cpu.json") -> None:
+    """Measures, writes the JSON, prints the table."""
+    results = {
+        "machine": machine(),
+        "shape": {"grid": GRID, "patch": PATCH, "channels": CHANNELS, "views": 49},
+        "unit": "ms",
+        "rounds": rounds,
+        "rows": measure(rounds),
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(results, indent=1) + "\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,206 @@
+"""Cases of the ops: one description of a call, named samples, and hypothesis strategies.
+
+They feed the tests of correctness, opcheck, and whatever else has to hold for every call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+UPSAMPLES = ("nearest", "bilinear")
+BORDERS = ("coverage", "zeros", "clamp")
+PADDINGS = ("zeros", "border", "reflect", "circular")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
+FAR = 2.0**20  # the largest offset
+
+Pairs = tuple[tuple[float, float], ...]
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+_GRID: Pairs = tuple((float(y), float(x)) for y in (-2, 0, 2) for x in (-3, 0, 3))
+_REAL: Pairs = ((0.0, 0.0), (0.25, -0.625), (-3.3, 7.1), (2.5, 2.5), (-0.7, -5.9))
+
+
+def _random(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return values.to(dtype)
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """One call of ensemble."""
+
+    grid: tuple[int, int] = (3, 5)
+    patch: tuple[int, int] = (4, 6)
+    offsets: Pairs = _GRID
+    channels: int = 19
+    batch: int = 2
+    prefix: int = 0  # tokens of the model's output that stand before the grid and are sliced away
+    weights: tuple[float, ...] | None = None
+    stride: tuple[int, int] = (1, 1)
+    upsample: str = "bilinear"
+    border: str = "coverage"
+    value_dtype: torch.dtype = torch.float32  # of offsets and weights
+    seed: int = 0
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        return self.grid[0] * self.patch[0], self.grid[1] * self.patch[1]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        height, width = (n // s for n, s in zip(self.pixels, self.stride, strict=True))
+        return self.batch, self.channels, height, width
+
+    @property
+    def terms(self) -> int:
+        """No more products than this are summed for one output cell."""
+        return 4 * len(self.offsets) * self.stride[0] * self.stride[1]
+
+    def tokens(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        count = self.grid[0] * self.grid[1]
+        shape = (len(self.offsets), self.batch, self.prefix + count, self.channels)
+        return _random(shape, dtype, self.seed)[:, :, self.prefix :]
+
+    def call(self, tokens: torch.Tensor) -> Call:
+        """Arguments and keywords, for the op and for the function."""
+        weights = self.weights and torch.tensor(self.weights, dtype=self.value_dtype)
+        offsets = torch.tensor(self.offsets, dtype=self.value_dtype)
+        modes = {"upsample": self.upsample, "border": self.border, "stride": self.stride}
+        return (tokens, offsets, self.grid, self.patch, weights), modes
+
+
+@dataclass(frozen=True)
+class Shift:
+    """One call of shift."""
+
+    size: tuple[int, int] = (9, 21)
+    offsets: Pairs = _REAL
+    channels: int = 3
+    batch: int = 2
+    layout: str = "dense"  # or channels_last, sliced
+    padding: str = "reflect"
+    interpolation: str = "bilinear"
+    value_dtype: torch.dtype = torch.float32
+    seed: int = 0
+
+    def image(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        shape = (self.batch, self.channels, *self.size)
+        if self.layout == "sliced":
+            shape = (self.batch, self.channels + 1, self.size[0] + 2, 2 * self.size[1] + 1)
+        if dtype == torch.uint8:
+            image = torch.randint(
+                0, 256, shape, generator=torch.Generator().manual_seed(self.seed), dtype=dtype
+            )
+        else:
+            image = _random(shape, dtype, self.seed)
+        if self.layout == "channels_last":
+            return image.contiguous(memory_format=torch.channels_last)
+        return image[:, 1:, 2:, 1::2] if self.layout == "sliced" else image
+
+    def call(self, image: torch.Tensor) -> Call:
+        offsets = torch.tensor(self.offsets, dtype=self.value_dtype)
+        return (image, offsets), {"padding": self.padding, "interpolation": self.interpolation}
+
+
+def sample_ensembles() -> dict[str, Ensemble]:
+    plain = Ensemble()
+    return {
+        "grid": plain,
+        "nearest": replace(plain, upsample="nearest", border="zeros"),
+        "real": replace(plain, offsets=_REAL, border="clamp", value_dtype=torch.float64),
+        "beyond": replace(plain, offsets=((12.0, 0.0), (0.5, -30.0), (FAR, -FAR))),
+        "one_view": replace(plain, offsets=((0.75, -1.5),), prefix=2),
+        "weights": replace(plain, offsets=_REAL, weights=(1.0, 0.0, 2.5, 1e-3, 7.0)),
+        "token_scale": replace(plain, stride=(4, 6), upsample="nearest", border="zeros"),
+        "stride": replace(plain, stride=(6, 10), offsets=_REAL, prefix=1),
+        "whole": replace(plain, stride=(12, 30), border="zeros"),
+        "patch_1": replace(plain, patch=(1, 1), offsets=_REAL, stride=(3, 1)),
+        "one_token": replace(plain, grid=(1, 1), patch=(3, 2), channels=1, batch=1),
+        "wide": replace(plain, channels=151, batch=1, border="clamp"),
+    }
+
+
+def sample_shifts() -> dict[str, Shift]:
+    plain = Shift()
+    return {
+        "real": plain,
+        "whole": replace(plain, offsets=_GRID, padding="zeros"),
+        "bicubic": replace(plain, interpolation="bicubic", padding="circular"),
+        "nearest": replace(plain, interpolation="nearest", padding="border"),
+        "beyond": replace(plain, offsets=((40.5, -100.25), (FAR, -FAR)), value_dtype=torch.float64),
+        "strided": replace(plain, layout="sliced"),
+        "channels_last": replace(plain, layout="channels_last", interpolation="bicubic"),
+        "one_pixel": replace(plain, size=(1, 1)),
+    }
+
+
+def _offset(pixels: int) -> st.SearchStrategy[float]:
+    return st.one_of(
+        st.integers(-pixels - 1, pixels + 1).map(float),
+        st.integers(-8 * pixels, 8 * pixels).map(lambda eighths: eighths / 8),
+        st.floats(-2.0 * pixels, 2.0 * pixels),
+        st.sampled_from((FAR, -FAR, 0.25 - FAR, FAR - 0.5)),
+    )
+
+
+@st.composite
+def _offsets(draw: st.DrawFn, pixels: tuple[int, int]) -> Pairs:
+    # From small pools, so that some views share dy or dx.
+    dy, dx = (draw(st.lists(_offset(n), min_size=1, max_size=3)) for n in pixels)
+    pair = st.tuples(st.sampled_from(dy), st.sampled_from(dx))
+    return tuple(draw(st.lists(pair, min_size=1, max_size=6)))
+
+
+def _divisors(n: int) -> list[int]:
+    return [s for s in range(1, n + 1) if n % s == 0]
+
+
+_VALUE_DTYPES = st.sampled_from((torch.float32, torch.float64))
+
+
+@st.composite
+def ensembles(draw: st.DrawFn, **fixed: Any) -> Ensemble:
+    """Any valid call; ``fixed`` fields are taken as they are."""
+    grid = fixed.pop("grid", None) or draw(st.tuples(st.integers(1, 5), st.integers(1, 7)))
+    patch = fixed.pop("patch", None) or draw(st.tuples(st.integers(1, 6), st.integers(1, 9)))
+    pixels = (grid[0] * patch[0], grid[1] * patch[1])
+    offsets = draw(_offsets(pixels))
+    weight = st.one_of(st.just(0.0), st.floats(1e-3, 8.0))
+    weights = st.lists(weight, min_size=len(offsets), max_size=len(offsets)).map(tuple)
+    case = Ensemble(
+        grid=grid,
+        patch=patch,
+        offsets=offsets,
+        channels=draw(st.integers(1, 70)),
+        batch=draw(st.integers(1, 2)),
+        prefix=draw(st.integers(0, 2)),
+        weights=draw(st.none() | weights),
+        stride=draw(st.tuples(*(st.sampled_from(_divisors(n)) for n in pixels))),
+        upsample=draw(st.sampled_from(UPSAMPLES)),
+        border=draw(st.sampled_from(BORDERS)),
+        value_dtype=draw(_VALUE_DTYPES),
+        seed=draw(st.integers(0, 2**16)),
+    )
+    return replace(case, **fixed)
+
+
+@st.composite
+def shifts(draw: st.DrawFn, **fixed: Any) -> Shift:
+    size = fixed.pop("size", None) or draw(st.tuples(st.integers(1, 9), st.integers(1, 40)))
+    case = Shift(
+        size=size,
+        offsets=draw(_offsets(size)),
+        channels=draw(st.integers(1, 3)),
+        batch=draw(st.integers(1, 2)),
+        layout=draw(st.sampled_from(("dense", "channels_last", "sliced"))),
+        padding=draw(st.sampled_from(PADDINGS)),
+        interpolation=draw(st.sampled_from(INTERPOLATIONS)),
+        value_dtype=draw(_VALUE_DTYPES),
+        seed=draw(st.integers(0, 2**16)),
+    )
+    return replace(case, **fixed)

@@ -1,0 +1,184 @@
+"""``srt-ext`` as a user meets it: a real ViT, a real photograph, and what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("timm")
+pytest.importorskip("typer")
+
+from PIL import Image
+from skimage import data
+from typer.testing import CliRunner
+
+from srt_ext import SRT, views
+from srt_ext.command import app
+
+WEIGHTS = Path(__file__).parents[2] / "shared/weights"
+MODEL = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real weights where they are, else random ones of the same model."""
+    real = WEIGHTS / f"{MODEL}.fp16.safetensors"
+    if real.exists():
+        return real
+    import timm
+    from safetensors.torch import save_file
+
+    path = tmp_path_factory.mktemp("weights") / "random.safetensors"
+    save_file(timm.create_model(MODEL.split(".")[0]).state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("photo") / "chelsea.png"
+    Image.fromarray(data.chelsea()).save(path)
+    return path
+
+
+def test_show_writes_the_picture(photo: Path, weights: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.png"
+    code, text = run("show", photo, "-o", output, "--weights", weights, "--views", "grid:1")
+    assert code == 0, text
+    assert "448 x 298" in text
+    assert "9 views" in text
+    assert "model" in text
+    assert "SRT" in text
+    picture = np.asarray(Image.open(output).convert("RGB"))
+    assert picture.shape[1] > 3 * picture.shape[0] * 0.9  # three panels side by side
+    assert picture.std() > 20
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_features_are_those_of_srt(photo: Path, weights: Path, tmp_path: Path, suffix: str) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    from srt_ext.backbones import load_timm
+
+    output = tmp_path / f"out{suffix}"
+    options = ("--views", "grid:1", "--stride", 4, "--size", 64, "--weights", weights)
+    code, text = run("features", photo, "-o", output, *options)
+    assert code == 0, text
+    if suffix == ".npz":
+        tensors = {k: torch.from_numpy(v) for k, v in np.load(output).items()}
+    else:
+        tensors = load_file(output)
+        with safe_open(output, "pt") as file:
+            assert file.metadata()["views"] == "grid:1"
+
+    model, config = load_timm(MODEL, weights)
+    small = Image.open(photo)
+    small.thumbnail((64, 64), Image.Resampling.LANCZOS)
+    pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None] / 255
+    assert config["mean"] == (0.5, 0.5, 0.5)
+    expected = SRT(model, views.grid(1), stride=4)((pixels - 0.5) / 0.5)
+    torch.testing.assert_close(tensors["field"], expected.field[0])
+    assert expected.prefix is not None
+    torch.testing.assert_close(tensors["prefix"], expected.prefix[0])
+
+
+@pytest.mark.skipif(not WEIGHTS.exists(), reason="the real weights are not here")
+def test_real_weights_separate_the_astronaut_from_the_wall(tmp_path: Path, weights: Path) -> None:
+    """The field of a real ViT means something: suit is closer to suit than to the background."""
+    photo, output = tmp_path / "astronaut.png", tmp_path / "field.npz"
+    Image.fromarray(data.astronaut()).save(photo)
+    code, text = run("features", photo, "-o", output, "--weights", weights, "--views", "grid:1")
+    assert code == 0, text
+    field = torch.nn.functional.normalize(torch.from_numpy(np.load(output)["field"]), dim=0)
+    suit, other_sleeve, wall = field[:, 330, 60], field[:, 270, 262], field[:, 60, 290]
+    assert suit @ other_sleeve > suit @ wall + 0.3  # 0.87 and 0.27
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.jpg"], "missing.jpg does not exist"),
+        (["broken.jpg"], "no readable picture"),
+        (["PHOTO", "--model", "vit_nonsense"], "timm has no model 'vit_nonsense'"),
+        (["PHOTO", "--model", "resnet18", "--weights", "WEIGHTS"], "is no ViT"),
+        (["PHOTO", "--weights", "missing.safetensors"], "missing.safetensors does not exist"),
+        (["PHOTO", "--weights", "broken.jpg"], "no readable safetensors file"),
+        (
+            ["PHOTO", "--weights", "WEIGHTS", "--model", "vit_small_patch16_224"],
+            "do not fit vit_small_patch16_224",
+        ),
+        (["PHOTO", "--views", "ring"], "views must be"),
+        (["PHOTO", "--weights", "WEIGHTS", "--stride", "5"], "stride must divide"),
+        (["PHOTO", "-o", "out.xyz"], "must end in"),
+        (["PHOTO", "-o", "nowhere/out.png"], "does not exist"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line(
+    arguments: list[str],
+    message: str,
+    photo: Path,
+    weights: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("broken.jpg").write_bytes(b"\xff\xd8\xff no picture")
+    names = {"PHOTO": str(photo), "WEIGHTS": str(weights)}
+    code, text = run("show", *(names.get(a, a) for a in arguments))
+    assert code == 1
+    assert "error:" in text
+    assert message in text
+    assert "Traceback" not in text
+    assert not Path("srt.png").exists()
+
+
+def test_no_weights_within_reach(
+    photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    result = subprocess.run(
+        [sys.executable, "-m", "srt_ext", "show", photo],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=Path(__file__).parents[1],
+        check=False,
+    )
+    assert result.returncode == 1
+    assert "--weights" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_info_tells_backends() -> None:
+    code, text = run("info")
+    assert code == 0
+    for word in ("srt_ext", "torch", "CPU", "CUDA", torch.ops.srt._cpu_kernels(), "timm"):
+        assert word in text
+
+
+def test_module_and_script_are_the_same_command() -> None:
+    text = subprocess.run(
+        [sys.executable, "-m", "srt_ext", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    assert all(name in text for name in ("show", "features", "info"))
+
+
+def test_readme_table_is_that_of_the_committed_results() -> None:
+    from benchmarks.__main__ import table
+
+    root = Path(__file__).parents[1]
+    results = json.loads((root / "benchmarks/results/cpu.json").read_text())
+    assert table(results) in (root / "README.md").read_text()

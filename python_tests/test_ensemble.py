@@ -1,0 +1,453 @@
+"""ensemble on the CPU: against the oracle, against the published code, and by its properties."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from budget import assert_same_sum, assert_within_budget
+from hypothesis import given
+from hypothesis import strategies as st
+from samples import BORDERS, DTYPES, UPSAMPLES, Ensemble, ensembles, sample_ensembles
+
+import srt_ext
+from srt_ext import reference
+
+SAMPLES = sample_ensembles()
+each_sample = pytest.mark.parametrize("case", SAMPLES.values(), ids=SAMPLES.keys())
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def run(case: Ensemble, tokens: torch.Tensor) -> torch.Tensor:
+    args, modes = case.call(tokens)
+    return srt_ext.ensemble(*args, **modes)
+
+
+def oracle(
+    case: Ensemble, tokens: torch.Tensor, dtype: torch.dtype = torch.float64
+) -> torch.Tensor:
+    args, modes = case.call(tokens)
+    return reference.ensemble(*args, **modes, dtype=dtype)
+
+
+def check(case: Ensemble, dtype: torch.dtype) -> None:
+    tokens = case.tokens(dtype)
+    truth = oracle(case, tokens)
+    if dtype == torch.float64:
+        assert_same_sum(run(case, tokens), truth, oracle(case, tokens.abs()), case.terms)
+    else:
+        assert_within_budget(run(case, tokens), truth, oracle(case, tokens, torch.float32).to(dtype))
+
+
+@each_dtype
+@each_sample
+def test_error_budget(case: Ensemble, dtype: torch.dtype, cpu_kernels: str) -> None:
+    check(case, dtype)
+
+
+@given(ensembles(), st.sampled_from(DTYPES))
+def test_error_budget_of_any_call(cpu_kernels: str, case: Ensemble, dtype: torch.dtype) -> None:
+    check(case, dtype)
+
+
+@pytest.mark.parametrize("name", ["mean_p16_r3", "mean_p14_r2x4", "fast_p16_r3"])
+def test_golden(
+    name: str, golden: Callable[[str], dict[str, torch.Tensor]], cpu_kernels: str
+) -> None:
+    file = golden(name)
+    grid, patch = file["grid"].tolist(), file["patch"].tolist()
+    field = srt_ext.ensemble(
+        file["tokens"],
+        file["offsets"],
+        grid,
+        patch,
+        upsample="nearest",
+        border="zeros",
+        stride=patch,
+    )
+    # The published code sums in float32 in another order; DESIGN section 2 promises 1e-5.
+    torch.testing.assert_close(field[0].permute(1, 2, 0), file["output"], rtol=0, atol=1e-5)
+
+
+# ---- properties ---------------------------------------------------------------------------------
+
+
+def counted(case: Ensemble) -> torch.Tensor:
+    """[H', W'], whether some pixel of the cell is covered by a view of weight > 0."""
+    seen = torch.zeros(case.pixels, dtype=torch.bool)
+    for v, (dy, dx) in enumerate(case.offsets):
+        if case.weights is not None and case.weights[v] == 0:
+            continue
+        y, x = (
+            torch.arange(n, dtype=torch.float64) + 0.5 + d
+            for n, d in zip(case.pixels, (dy, dx), strict=True)
+        )
+        inside_y, inside_x = (y >= 0) & (y < case.pixels[0]), (x >= 0) & (x < case.pixels[1])
+        seen |= inside_y[:, None] & inside_x
+    height, width = case.shape[2:]
+    return seen.reshape(height, case.stride[0], width, case.stride[1]).any(3).any(1)
+
+
+@given(ensembles(value_dtype=torch.float64), st.sampled_from(("coverage", "clamp")))
+def test_constant_stays_constant(case: Ensemble, border: str) -> None:
+    case = replace(case, border=border)
+    value = -1.7
+    ones = torch.ones_like(case.tokens(torch.float64))
+    if border == "coverage":
+        somewhere = counted(case)
+    else:
+        somewhere = torch.tensor(case.weights is None or max(case.weights) > 0)
+    expected = torch.where(somewhere, value, 0.0).double().expand(case.shape)
+    assert_same_sum(run(case, value * ones), expected, expected, case.terms)
+
+
+@given(ensembles())
+def test_zero_where_no_view_counts(case: Ensemble) -> None:
+    case = replace(case, border="coverage", value_dtype=torch.float64)
+    field = run(case, case.tokens())
+    empty = (~counted(case)).expand(case.shape)
+    assert (field[empty] == 0).all()
+
+
+@pytest.mark.parametrize("border", ["coverage", "zeros"])
+@each_dtype
+def test_zero_beyond_the_image(border: str, dtype: torch.dtype, cpu_kernels: str) -> None:
+    case = replace(SAMPLES["beyond"], border=border, offsets=((12.0, 0.0), (0.0, -30.0)))
+    tokens = case.tokens(dtype)
+    assert torch.equal(run(case, tokens), torch.zeros(case.shape, dtype=dtype))
+
+
+@pytest.mark.parametrize("border", BORDERS)
+def test_zero_if_all_weights_are_zero(border: str) -> None:
+    case = replace(SAMPLES["one_view"], weights=(0.0,), border=border)
+    tokens = torch.full_like(case.tokens(), float("nan"))
+    assert torch.equal(run(case, tokens), torch.zeros(case.shape))
+
+
+@given(ensembles())
+def test_linear(case: Ensemble) -> None:
+    a, b = case.tokens(torch.float64), replace(case, seed=case.seed + 1).tokens(torch.float64)
+    expected = 2 * run(case, a) - 3 * run(case, b)
+    magnitude = oracle(case, 2 * a.abs() + 3 * b.abs())
+    assert_same_sum(run(case, 2 * a - 3 * b), expected, magnitude, 3 * case.terms)
+
+
+@given(ensembles(), st.randoms(use_true_random=False))
+def test_order_of_views(case: Ensemble, random: object) -> None:
+    order = list(range(len(case.offsets)))
+    random.shuffle(order)  # type: ignore[attr-defined]
+    permuted = replace(
+        case,
+        offsets=tuple(case.offsets[v] for v in order),
+        weights=case.weights and tuple(case.weights[v] for v in order),
+    )
+    tokens = case.tokens(torch.float64)
+    magnitude = oracle(case, tokens.abs())
+    assert_same_sum(run(permuted, tokens[order]), run(case, tokens), magnitude, case.terms)
+
+
+@given(ensembles(border="zeros"), st.data())
+def test_chunks_of_views_add_up(case: Ensemble, data: st.DataObject) -> None:
+    """Under zeros every view counts everywhere, so means recombine by the chunks' total weights."""
+    views = len(case.offsets)
+    weights = case.weights or (1.0,) * views
+    split = data.draw(st.integers(1, views - 1)) if views > 1 else 1
+    tokens = case.tokens(torch.float64)
+    total = torch.zeros(case.shape, dtype=torch.float64)
+    for chunk in (slice(0, split), slice(split, views)):
+        if chunk.start == views:
+            continue
+        part = replace(case, offsets=case.offsets[chunk], weights=weights[chunk])
+        scale = torch.tensor(weights[chunk], dtype=case.value_dtype).double().sum()
+        total += scale * run(part, tokens[chunk])
+    scale = torch.tensor(weights, dtype=case.value_dtype).double().sum()
+    expected = total / scale if scale > 0 else total
+    magnitude = oracle(case, tokens.abs())
+    assert_same_sum(run(case, tokens), expected, magnitude, 2 * case.terms)
+
+
+@given(ensembles())
+def test_stride_is_the_ratio_of_pooled_sums(case: Ensemble) -> None:
+    tokens = case.tokens(torch.float64)
+    sums = replace(case, stride=(1, 1), border="zeros" if case.border == "coverage" else case.border)
+
+    def pooled(values: torch.Tensor) -> torch.Tensor:
+        return F.avg_pool2d(run(sums, values), case.stride)
+
+    count = torch.ones(())
+    if case.border == "coverage":
+        count = pooled(torch.ones_like(tokens))
+    expected = torch.where(count > 0, pooled(tokens) / count, 0)
+    assert_same_sum(run(case, tokens), expected, oracle(case, tokens.abs()), 3 * case.terms)
+
+
+WHOLE_PATCHES = ((0, 0), (1, 0), (0, -1), (-2, 3), (4, 6))  # in patches; the grid is 3 x 5
+
+
+def test_shift_by_whole_patches_rolls_tokens() -> None:
+    case = replace(
+        SAMPLES["nearest"], offsets=tuple((4.0 * y, 6.0 * x) for y, x in WHOLE_PATCHES)
+    )
+    token_map = case.tokens(torch.float64)[0].reshape(2, 3, 5, -1).permute(0, 3, 1, 2)
+    image = token_map.repeat_interleave(4, 2).repeat_interleave(6, 3)
+    views = srt_ext.shift(image, torch.tensor(case.offsets), padding="circular")
+    for view, (y, x) in zip(views, WHOLE_PATCHES, strict=True):
+        rolled = token_map.roll((y, x), (2, 3)).repeat_interleave(4, 2).repeat_interleave(6, 3)
+        assert torch.equal(view, rolled)
+
+
+@pytest.mark.parametrize("stride", [(1, 1), (4, 6)])
+def test_rolled_tokens_come_back(stride: tuple[int, int], cpu_kernels: str) -> None:
+    case = replace(
+        SAMPLES["grid"],
+        offsets=tuple((4.0 * y, 6.0 * x) for y, x in WHOLE_PATCHES),
+        upsample="nearest",
+        stride=stride,
+    )
+    maps = case.tokens(torch.float64)[0].reshape(2, 3, 5, -1)
+    tokens = torch.stack([maps.roll(shift, (1, 2)) for shift in WHOLE_PATCHES]).flatten(2, 3)
+    expected = maps.permute(0, 3, 1, 2)
+    expected = expected.repeat_interleave(4 // stride[0], 2).repeat_interleave(6 // stride[1], 3)
+    assert_same_sum(run(case, tokens), expected, expected, case.terms)
+
+
+@pytest.mark.parametrize("upsample", UPSAMPLES)
+def test_rolled_tokens_of_one_view(upsample: str, cpu_kernels: str) -> None:
+    """Away from the seam, a view that moved by a whole patch reads what the unmoved one reads."""
+    case = replace(SAMPLES["one_view"], upsample=upsample, offsets=((4.0, -6.0),))
+    maps = case.tokens().reshape(2, 3, 5, -1)
+    rolled = maps.roll((1, -1), (1, 2)).reshape(1, 2, 15, -1)
+    still = run(replace(case, offsets=((0.0, 0.0),)), maps.reshape(1, 2, 15, -1))
+    inner = (..., slice(2, 6), slice(9, 27))
+    assert torch.equal(run(case, rolled)[inner], still[inner])
+
+
+# ---- containment --------------------------------------------------------------------------------
+
+
+def poison(tokens: torch.Tensor, seed: int) -> torch.Tensor:
+    """A copy with a few tokens NaN, Inf or -Inf, in every channel or in one."""
+    tokens = tokens.clone()
+    generator = torch.Generator().manual_seed(seed)
+    for value in (float("nan"), float("inf"), float("-inf")):
+        v, b, n, c = (int(torch.randint(s, (), generator=generator)) for s in tokens.shape)
+        tokens[v, b, n] = value
+        tokens[v, b, n - 1, c] = value
+    return tokens
+
+
+def check_containment(case: Ensemble, tokens: torch.Tensor) -> None:
+    actual, expected = run(case, tokens), oracle(case, tokens)
+    assert torch.equal(actual.isfinite(), expected.isfinite())
+    clean = run(case, torch.where(tokens.isfinite(), tokens, 0))
+    touched = ~expected.isfinite()
+    assert torch.equal(actual[~touched], clean[~touched])
+
+
+@each_dtype
+@each_sample
+def test_containment(case: Ensemble, dtype: torch.dtype, cpu_kernels: str) -> None:
+    tokens = case.tokens(dtype)
+    check_containment(case, poison(tokens, 1))
+    if case.weights is not None:
+        tokens = tokens.clone()
+        tokens[1] = float("nan")
+        assert case.weights[1] == 0
+        assert run(case, tokens).isfinite().all()
+
+
+@given(ensembles(), st.sampled_from(DTYPES), st.integers(0, 2**16))
+def test_containment_of_any_call(
+    cpu_kernels: str, case: Ensemble, dtype: torch.dtype, seed: int
+) -> None:
+    check_containment(case, poison(case.tokens(dtype), seed))
+
+
+def test_containment_where_coordinates_round(cpu_kernels: str) -> None:
+    """y + 0.5 + d rounds: pixel 0 reads token 0 and pixel 1 token 2. Token 1 is no tap of the cell."""
+    case = Ensemble(
+        grid=(4, 1),
+        patch=(1, 1),
+        offsets=((0.5 - 2.0**-53, 0.0),),
+        stride=(2, 1),
+        upsample="nearest",
+        value_dtype=torch.float64,
+    )
+    tokens = case.tokens()
+    tokens[:, :, 1] = float("nan")
+    assert oracle(case, tokens)[:, :, 0].isfinite().all()
+    assert run(case, tokens)[:, :, 0].isfinite().all()
+
+
+def test_a_token_reaches_the_cells_that_read_it(cpu_kernels: str) -> None:
+    """Spelled out, without the oracle: nearest, patch 4, one view moved by one pixel."""
+    tokens = torch.zeros(1, 1, 4, 3)
+    tokens[0, 0, 1] = float("inf")
+    field = srt_ext.ensemble(tokens, torch.tensor([[0.0, 1.0]]), (1, 4), (1, 4), upsample="nearest")
+    assert field[0, 0, 0].isinf().nonzero().flatten().tolist() == [3, 4, 5, 6]
+    field = srt_ext.ensemble(tokens, torch.tensor([[0.0, 1.0]]), (1, 4), (1, 4))
+    # p / 4 - 0.5 lies in (0, 2) for y + 1.5 in (2, 10).
+    assert field[0, 0, 0].isfinite().logical_not().nonzero().flatten().tolist() == list(range(1, 9))
+
+
+# ---- threads, layouts, memory -------------------------------------------------------------------
+
+
+@each_dtype
+@pytest.mark.parametrize("stride", [1, 4])
+def test_same_bits_over_threads(
+    stride: int, dtype: torch.dtype, threads: Callable[[int], None], cpu_kernels: str
+) -> None:
+    # Large enough to be split over threads.
+    case = Ensemble((7, 9), (8, 8), channels=133, stride=(stride, stride))
+    tokens = case.tokens(dtype)
+    fields = []
+    for count in (1, 2, 3, 7):
+        threads(count)
+        fields.append(run(case, tokens))
+    assert all(torch.equal(fields[0], field) for field in fields[1:])
+
+
+SIZES = [(2, 5), (1, 1), (0, 5), (2, 0), (0, 0), (1, 64)]
+
+
+@pytest.mark.parametrize("grid", [(2, 3), (1, 3), (2, 1), (1, 1)])
+@pytest.mark.parametrize(("batch", "channels"), SIZES)
+def test_exact_strides(batch: int, channels: int, grid: tuple[int, int]) -> None:
+    for stride in ((1, 1), (2, 3), (grid[0] * 2, grid[1] * 3)):
+        case = Ensemble(grid, (2, 3), batch=batch, channels=channels, stride=stride)
+        field = run(case, torch.ones(9, batch, grid[0] * grid[1], channels))
+        _, _, height, width = case.shape
+        assert tuple(field.shape) == case.shape
+        assert field.stride() == (height * width * channels, 1, width * channels, channels)
+        assert (field == 1).all()
+
+
+def buffer(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> tuple[torch.Tensor, ...]:
+    """A block of memory full of 7, and an output inside it that leaves a guard on every side."""
+    b, c, h, w = shape
+    if layout == "contiguous":
+        whole = torch.full((b + 2, c, h, w), 7.0, dtype=dtype)
+        return whole, whole[1:-1]
+    if layout == "channels_last":
+        whole = torch.full((b + 2, h, w, c), 7.0, dtype=dtype)
+        return whole, whole[1:-1].permute(0, 3, 1, 2)
+    if layout == "padded":
+        whole = torch.full((b + 2, h + 2, w + 2, c + 2), 7.0, dtype=dtype)
+        return whole, whole[1:-1, 1:-1, 1:-1, 1:-1].permute(0, 3, 1, 2)
+    # Steps of 2 and 3 between elements, and an axis order of its own.
+    whole = torch.full((3 * w + 3, b + 2, 2 * c + 2, h + 2), 7.0, dtype=dtype)
+    return whole, whole[1:-2:3, 1:-1, 1:-1:2, 1:-1].permute(1, 2, 3, 0)
+
+
+@each_dtype
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "padded", "steps"])
+@pytest.mark.parametrize("name", ["grid", "stride", "one_token", "wide"])
+def test_out(name: str, layout: str, dtype: torch.dtype, cpu_kernels: str) -> None:
+    case = SAMPLES[name]
+    tokens = case.tokens(dtype)
+    whole, out = buffer(case.shape, dtype, layout)
+    expected_whole, expected_out = buffer(case.shape, dtype, layout)
+    expected_out.copy_(run(case, tokens))
+    args, modes = case.call(tokens)
+    assert srt_ext.ensemble(*args, **modes, out=out) is out
+    assert torch.equal(whole, expected_whole)
+    assert torch.ops.srt.ensemble.out(*args, **modes, out=out.zero_()) is None
+    assert torch.equal(whole, expected_whole)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
+def test_out_of_no_elements(shape: tuple[int, int]) -> None:
+    tokens = torch.empty(1, shape[0], 1, shape[1])
+    out = torch.empty(*shape, 2, 2)
+    assert srt_ext.ensemble(tokens, torch.zeros(1, 2), (1, 1), (2, 2), out=out) is out
+
+
+@given(ensembles(), st.sampled_from(("expanded views", "expanded batch", "permuted", "steps")))
+def test_strides_of_tokens(case: Ensemble, layout: str) -> None:
+    tokens = case.tokens()
+    if layout == "expanded views":
+        tokens = tokens[:1].expand(tokens.shape)
+    elif layout == "expanded batch":
+        tokens = tokens[:, :1].expand(tokens.shape)
+    elif layout == "permuted":
+        tokens = tokens.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
+    else:
+        v, b, n, c = tokens.shape
+        wide = torch.full((2 * v, 3 * b, 2 * n + 1, c + 5), float("nan"))
+        wide[::2, ::3, 1::2, 3:-2] = tokens
+        tokens = wide[::2, ::3, 1::2, 3:-2]
+    assert torch.equal(run(case, tokens), run(case, tokens.contiguous()))
+
+
+def test_one_channel_may_have_any_stride() -> None:
+    case = replace(SAMPLES["grid"], channels=1)
+    tokens = case.tokens()
+    strided = torch.stack([tokens, tokens + 1], -1)[..., 0]
+    assert strided.stride(3) == 2
+    assert torch.equal(run(case, strided), run(case, tokens))
+
+
+@given(ensembles(), st.sampled_from((torch.float32, torch.float64)))
+def test_offsets_and_weights_of_any_dtype_and_stride(case: Ensemble, dtype: torch.dtype) -> None:
+    # float32 values, which both types hold.
+    views = len(case.offsets)
+    case = replace(case, value_dtype=torch.float32, weights=case.weights or (1.0,) * views)
+    (tokens, offsets, grid, patch, weights), modes = case.call(case.tokens())
+    expected = srt_ext.ensemble(tokens, offsets, grid, patch, weights, **modes)
+    wide = torch.full((views, 3, 2), float("nan"), dtype=dtype)
+    wide[:, 1], wide[:, 0, 1] = offsets, weights
+    transposed = offsets.to(dtype).t().contiguous().t()
+    for strided in (wide[:, 1], transposed):
+        field = srt_ext.ensemble(tokens, strided, grid, patch, wide[:, 0, 1], **modes)
+        assert torch.equal(field, expected)
+
+
+def test_tokens_are_not_copied_when_expanded() -> None:
+    """2^40 views of one token map would be petabytes; all but the first few have weight 0."""
+    views = 2**20
+    full = torch.randn(1, 2, 5 + 12, 2**16).expand(views, -1, -1, -1)
+    weights = torch.zeros(views)
+    weights[:3] = 1
+    tokens = full[:, :, 5:]
+    assert tokens.numel() * tokens.element_size() > 2**40
+    args = (torch.zeros(views, 2), (3, 4), (2, 2), weights)
+    field = srt_ext.ensemble(tokens, *args, stride=(6, 8))
+    dense = srt_ext.ensemble(tokens[:3].contiguous(), args[0][:3], *args[1:3], stride=(6, 8))
+    assert torch.equal(field, dense)
+
+
+MEMORY = """
+import torch, srt_ext
+
+def peak():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+
+full = torch.ones({views}, 1, 1 + 1024, 1024, dtype=torch.{dtype})
+offsets = torch.zeros({views}, 2)
+call = lambda tokens, side: srt_ext.ensemble(tokens, offsets[:len(tokens)], (side, side), (2, 2),
+                                             stride=2 * side)
+call(full[:1, :, 1:5], 2)  # the first call loads what it needs
+before = peak()
+field = call(full[:, :, 1:], 32)
+print(peak() - before, full.nbytes, bool((field == 1).all()))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize(("dtype", "views"), [("float16", 48), ("float32", 24)])
+def test_strided_tokens_are_not_copied(dtype: str, views: int) -> None:
+    """The peak of a process's memory while it reads ``full[:, :, prefix:]``: far below the tokens."""
+    script = MEMORY.format(dtype=dtype, views=views)
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    grown, size, right = result.stdout.split()
+    assert right == "True"
+    assert int(grown) < int(size) / 4

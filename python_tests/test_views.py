@@ -1,0 +1,40 @@
+"""Designs of views, and their words."""
+
+import pytest
+import torch
+
+from srt_ext import views
+
+
+def test_grid_is_every_offset_of_the_square() -> None:
+    offsets = views.grid(6, step=4)
+    assert offsets.dtype == torch.float32
+    expected = {(dy, dx) for dy in (-6, -2, 2, 6) for dx in (-6, -2, 2, 6)}
+    assert {(int(dy), int(dx)) for dy, dx in offsets.tolist()} == expected
+    assert len(offsets) == len(expected)
+
+
+def test_grid_of_radius_zero_is_the_picture_itself() -> None:
+    assert torch.equal(views.grid(0), torch.zeros(1, 2))
+
+
+def test_paper_counts_the_identity_twice() -> None:
+    offsets = views.paper(3)
+    assert torch.equal(offsets[0], torch.zeros(2))
+    assert torch.equal(offsets[1:], views.grid(3))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("grid:3", views.grid(3)), ("grid:6:2", views.grid(6, 2)), ("paper:2", views.paper(2))],
+)
+def test_parse(text: str, expected: torch.Tensor) -> None:
+    assert torch.equal(views.parse(text), expected)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "grid", "grid:", "grid:x", "grid:-1", "grid:1:2:3", "grid:3:0", "paper:1:2", "x:3"]
+)
+def test_parse_refuses(text: str) -> None:
+    with pytest.raises(ValueError, match=r"views"):
+        views.parse(text)

@@ -1,0 +1,203 @@
+"""SRT around models: real ones where timm is there, and small exact ones everywhere."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+import srt_ext
+from srt_ext import SRT, reference, views
+
+PATCH = (8, 4)
+
+
+def pooled(images: torch.Tensor) -> torch.Tensor:
+    """A model whose tokens are patch means: images [B, 3, H, W] -> [B, h * w, 3]."""
+    return F.avg_pool2d(images, PATCH).flatten(2).transpose(1, 2)
+
+
+def with_prefix(images: torch.Tensor) -> torch.Tensor:
+    """Two prefix tokens, the mean of the picture and ones, before the patches."""
+    mean = images.mean((2, 3))[:, None]
+    return torch.cat([mean, torch.ones_like(mean), pooled(images)], 1)
+
+
+def expected_field(
+    model: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, srt: SRT
+) -> torch.Tensor:
+    """What SRT means, from the oracle, in float64 and with no chunks: images of whole patches."""
+    shifted = reference.shift(images, srt.views).float()
+    tokens = torch.stack([model(view) for view in shifted])[:, :, srt.backbone.prefix :]
+    grid = (images.shape[2] // PATCH[0], images.shape[3] // PATCH[1])
+    return reference.ensemble(
+        tokens, srt.views, grid, PATCH, border=srt.border, stride=srt.stride
+    ).float()
+
+
+@pytest.mark.parametrize("border", ["coverage", "zeros", "clamp"])
+@pytest.mark.parametrize(
+    ("stride", "view_batch"),
+    [
+        (1, 49),  # all at once
+        (1, 4),  # batches, one ensemble
+        (PATCH, 4),  # token scale: parts of one batch
+        ((2, 2), 3),  # parts of several batches, the last one short
+        ((40, 20), 1),  # one cell
+    ],
+)
+def test_views_in_parts_equal_the_oracle(
+    border: str, stride: int | tuple[int, int], view_batch: int
+) -> None:
+    images = torch.randn(2, 3, 40, 20, generator=torch.Generator().manual_seed(0))
+    offsets = torch.cat([views.grid(3), torch.tensor([[0.4, -1.7], [21.0, 3.0]])])
+    srt = SRT(pooled, offsets, stride=stride, view_batch=view_batch, patch=PATCH, border=border)
+    field, prefix = srt(images)
+    assert prefix is None
+    torch.testing.assert_close(field, expected_field(pooled, images, srt))
+
+
+def test_a_cell_that_no_part_covers_is_zero() -> None:
+    srt = SRT(pooled, torch.full((5, 2), 30.0), stride=PATCH, view_batch=1, patch=PATCH)
+    field = srt(torch.ones(1, 3, 40, 20)).field
+    assert torch.equal(field, torch.zeros(1, 3, 5, 5))
+    srt = SRT(pooled, torch.tensor([[8.0, 0.0]] * 5), stride=PATCH, view_batch=1, patch=PATCH)
+    field = srt(torch.ones(1, 3, 40, 20)).field
+    torch.testing.assert_close(field[:, :, :4], torch.ones(1, 3, 4, 5))
+    assert torch.equal(field[:, :, 4:], torch.zeros(1, 3, 1, 5))
+
+
+def test_prefix_tokens_are_stripped_and_averaged() -> None:
+    images = torch.randn(2, 3, 40, 20)
+    srt = SRT(with_prefix, "grid:1", view_batch=2, patch=PATCH, prefix=2)
+    field, prefix = srt(images)
+    torch.testing.assert_close(field, expected_field(with_prefix, images, srt))
+    assert prefix is not None
+    means = srt_ext.shift(images, srt.views).mean((0, 3, 4))
+    torch.testing.assert_close(prefix, torch.stack([means, torch.ones_like(means)], 1))
+
+
+@pytest.mark.parametrize(("height", "width"), [(37, 19), (40, 20), (1, 1), (33, 20)])
+@pytest.mark.parametrize("stride", [1, (2, 4), PATCH])
+def test_any_size_is_padded_and_cropped_back(
+    height: int, width: int, stride: int | tuple[int, int]
+) -> None:
+    images = torch.randn(1, 3, height, width)
+    whole = F.pad(images, (0, -width % PATCH[1], 0, -height % PATCH[0]), mode="replicate")
+    srt = SRT(pooled, "grid:1", stride=stride, patch=PATCH)
+    field = srt(images).field
+    sh, sw = srt.stride
+    assert field.shape[2:] == (-(-height // sh), -(-width // sw))
+    assert torch.equal(field, srt(whole).field[:, :, : field.shape[2], : field.shape[3]])
+
+
+def test_tokens_held_do_not_grow_with_the_views() -> None:
+    """At token scale the tokens of one batch of views are held, however many views there are."""
+    held: list[int] = []
+
+    class Spy(SRT):
+        def _ensemble(self, tokens, offsets, grid, border):  # type: ignore[no-untyped-def]
+            held.append(tokens.untyped_storage().nbytes())
+            return super()._ensemble(tokens, offsets, grid, border)
+
+    for radius in (1, 4):
+        Spy(pooled, views.grid(radius), stride=PATCH, view_batch=3, patch=PATCH)(
+            torch.randn(1, 3, 40, 20)
+        )
+    assert max(held) == 3 * 25 * 3 * 4  # views * tokens * channels * bytes
+
+
+def test_progress_counts_views() -> None:
+    done: list[int] = []
+    SRT(pooled, "grid:1", view_batch=4, patch=PATCH)(torch.zeros(1, 3, 8, 8), done.append)
+    assert done == [4, 8, 9]
+
+
+def test_half_precision_tokens_keep_their_dtype() -> None:
+    images = torch.randn(1, 3, 40, 20)
+    for stride, batch in ((1, 49), (PATCH, 2)):
+        srt = SRT(
+            lambda x: pooled(x).bfloat16(), "grid:2", stride=stride, view_batch=batch, patch=PATCH
+        )
+        field = srt(images).field
+        assert field.dtype == torch.bfloat16
+        exact = SRT(pooled, "grid:2", stride=stride, view_batch=batch, patch=PATCH)(images).field
+        torch.testing.assert_close(field.float(), exact, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"patch": None}, "patch must be given"),
+        ({"patch": 0}, "patch must be two integers >= 1"),
+        ({"prefix": -1}, "prefix must be >= 0"),
+        ({"views": torch.zeros(0, 2)}, "views must be"),
+        ({"views": torch.zeros(3)}, "views must be"),
+        ({"views": "ring:3"}, "views must be"),
+        ({"view_batch": 0}, "view_batch must be >= 1"),
+        ({"stride": 0}, "stride must be"),
+    ],
+)
+def test_wrong_settings(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SRT(pooled, **{"patch": PATCH, **arguments})  # type: ignore[arg-type]
+
+
+def test_wrong_inputs() -> None:
+    srt = SRT(pooled, patch=PATCH)
+    with pytest.raises(ValueError, match="images must be"):
+        srt(torch.zeros(3, 8, 8))
+    with pytest.raises(ValueError, match="must have pixels"):
+        srt(torch.zeros(1, 3, 0, 8))
+    with pytest.raises(ValueError, match="stride must divide"):
+        SRT(pooled, stride=3, patch=PATCH)(torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ValueError, match="the model must return tokens"):
+        SRT(with_prefix, patch=PATCH)(torch.zeros(1, 3, 8, 8))
+    with pytest.raises(TypeError, match="callable"):
+        SRT(3, patch=PATCH)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="border must be one of"):
+        SRT(pooled, patch=PATCH, border="mirror")(torch.zeros(1, 3, 8, 8))
+
+
+def tiny_vit(**arguments: object) -> torch.nn.Module:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model: torch.nn.Module = timm.create_model(
+        "vit_tiny_patch16_224", depth=2, dynamic_img_size=True, **arguments
+    )
+    return model.eval()
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_a_timm_vit_needs_no_settings(registers: int) -> None:
+    model = tiny_vit(reg_tokens=registers, no_embed_class=bool(registers))
+    images = torch.randn(1, 3, 48, 40)
+    srt = SRT(model, "grid:1", view_batch=4)
+    field, prefix = srt(images)
+    assert field.shape == (1, 192, 48, 40)
+    assert prefix is not None
+    assert prefix.shape == (1, 1 + registers, 192)
+    assert not field.requires_grad
+
+    # One view of whole patches at token scale is the model's own output.
+    plain = SRT(model, torch.zeros(1, 2), stride=16, upsample="nearest")(torch.ones(1, 3, 32, 48))
+    with torch.no_grad():
+        tokens = model.forward_features(torch.ones(1, 3, 32, 48))  # type: ignore[operator]
+    torch.testing.assert_close(
+        plain.field.flatten(2).transpose(1, 2), tokens[:, 1 + registers :], atol=1e-6, rtol=1e-6
+    )
+
+
+def test_srt_is_a_module_that_can_be_copied_and_cast() -> None:
+    srt = SRT(tiny_vit(), views.grid(1) + 0.3)
+    twin = copy.deepcopy(srt).double()
+    assert {p.dtype for p in twin.parameters()} == {torch.float64}
+    assert {p.dtype for p in srt.parameters()} == {torch.float32}
+    assert torch.equal(twin.views, srt.views)
+    images = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(
+        twin(images.double()).field.float(), srt(images).field, atol=1e-4, rtol=1e-4
+    )
