@@ -10,6 +10,9 @@
 namespace srt {
 namespace {
 
+// For the sums of a task: about half of a second-level cache.
+constexpr int64_t kSumsBytes = 512 * 1024;
+
 // Owns the table of one axis for its distinct offsets.
 template <class Acc>
 struct AxisTableStorage {
@@ -92,7 +95,23 @@ void mean(const EnsembleArgs& args, cpu::Kernel<cpu::MeanPlan<Acc>> kernel, int6
   plan.out = args.out;
   std::copy_n(args.out_strides, 4, plan.out_strides);
 
+  // A task reads the same token rows for all the output rows of a band, which is as tall as a
+  // token, and writes whole cells one after the other, as long as its sums fit the cache. Where
+  // that leaves a thread without work, bands get lower, then chunks of channels narrower.
   const int64_t block = block_bytes / static_cast<int64_t>(sizeof(Acc));
+  const int64_t blocks = (args.channels + block - 1) / block;
+  // At least one group: with all weights 0 there is none.
+  const int64_t block_sums = std::max<int64_t>(1, plan.groups) * plan.tokens_x * block_bytes;
+  int64_t chunk_blocks = std::clamp<int64_t>(kSumsBytes / block_sums, 1, blocks);
+  plan.band = std::max<int64_t>(1, args.patch[0] / args.stride[0]);
+  const auto count_tasks = [&] {
+    const auto parts = [](int64_t n, int64_t size) { return (n + size - 1) / size; };
+    return plan.batch * parts(plan.rows, plan.band) * parts(blocks, chunk_blocks);
+  };
+  while (plan.band > 1 && count_tasks() < 4 * parallel.threads) plan.band /= 2;
+  while (chunk_blocks > 1 && count_tasks() < 4 * parallel.threads) chunk_blocks /= 2;
+  plan.chunk = chunk_blocks * block;
+
   int64_t largest_group = 0;
   for (size_t g = 0; g < dx.size(); ++g)
     largest_group = std::max(largest_group, group_begin[g + 1] - group_begin[g]);
@@ -102,22 +121,13 @@ void mean(const EnsembleArgs& args, cpu::Kernel<cpu::MeanPlan<Acc>> kernel, int6
     at += cpu::align_up(bytes);
     return begin;
   };
-  plan.scratch.sums = place(plan.groups * plan.tokens_x * block_bytes);
+  plan.scratch.sums = place(block_sums * chunk_blocks);
   plan.scratch.rows =
       place(largest_group * plan.y.max_taps * static_cast<int64_t>(sizeof(cpu::TokenRow<Acc>)));
   plan.scratch.filters = place(plan.groups * static_cast<int64_t>(sizeof(cpu::GroupFilter<Acc>)));
   plan.scratch.count = place(plan.columns * static_cast<int64_t>(sizeof(double)));
   plan.scratch.inverse = place(plan.columns * static_cast<int64_t>(sizeof(Acc)));
   plan.scratch.bytes = at;
-
-  // A band is as tall as a token, so that the token rows it reads stay in the cache from one of its
-  // output rows to the next, unless that leaves a thread without work.
-  const int64_t blocks = (args.channels + block - 1) / block;
-  plan.band = std::max<int64_t>(1, args.patch[0] / args.stride[0]);
-  while (plan.band > 1 &&
-         plan.batch * blocks * ((plan.rows + plan.band - 1) / plan.band) < 4 * parallel.threads)
-    plan.band /= 2;
-  const int64_t tasks = plan.batch * blocks * ((plan.rows + plan.band - 1) / plan.band);
 
   // Multiply-adds in all; below about a hundred microseconds of them a second thread costs more
   // than it brings.
@@ -126,7 +136,7 @@ void mean(const EnsembleArgs& args, cpu::Kernel<cpu::MeanPlan<Acc>> kernel, int6
       static_cast<double>(plan.groups * plan.columns * plan.x.max_taps +
                           static_cast<int64_t>(views.size()) * plan.tokens_x * plan.y.max_taps);
   const int64_t workers = work < 2e6 ? 1 : parallel.threads;
-  cpu::run_tasks(plan, kernel, tasks, workers, plan.scratch.bytes, parallel);
+  cpu::run_tasks(plan, kernel, count_tasks(), workers, plan.scratch.bytes, parallel);
 }
 
 }  // namespace

@@ -14,82 +14,93 @@ namespace {
 constexpr int kVectors = 4;
 constexpr int64_t kBlockBytes = kVectors * kVectorBytes;
 
-// sums[j] = sum over rows of weight * row[j], for the n channels of a block; lanes past n are zero.
+// sum += weight * the n channels from `from` on; lanes past n stay as they are.
+template <class T, class V>
+void add_block(const T* from, int64_t n, typename AccumulatorOf<T>::type weight,
+               V (&sum)[kVectors]) {
+  constexpr int lanes = kLanes<typename AccumulatorOf<T>::type>;
+  if (n >= kVectors * lanes) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sum[v] += weight * load(from + v * lanes);
+    return;
+  }
+  for (int v = 0; v < kVectors && v * lanes < n; ++v) {
+    const int64_t rest = n - v * lanes;
+    const V value = rest >= lanes ? load(from + v * lanes) : load_part(from + v * lanes, rest);
+    sum[v] += weight * value;
+  }
+}
+
+template <class T, class V>
+void store_block(T* to, int64_t stride, int64_t n, const V (&value)[kVectors]) {
+  constexpr int lanes = kLanes<typename AccumulatorOf<T>::type>;
+  if (n >= kVectors * lanes && stride == 1) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) store(to + v * lanes, value[v]);
+    return;
+  }
+  for (int v = 0; v < kVectors && v * lanes < n; ++v) {
+    const int64_t rest = n - v * lanes;
+    store_part(to + v * lanes * stride, stride, rest < lanes ? rest : lanes, value[v]);
+  }
+}
+
+// sums[j] = sum over rows of weight * row[j], for n channels of each token; zeros up to a whole
+// block.
 template <class T, class Acc>
 void combine_rows(const TokenRow<Acc>* rows, int64_t row_count, int64_t tokens_x, int64_t stride_n,
-                  int64_t n, Acc* sums) {
+                  int64_t n, int64_t chunk, Acc* sums) {
   constexpr int64_t block = kBlockBytes / sizeof(Acc);
-  constexpr int lanes = kLanes<Acc>;
   for (int64_t j = 0; j < tokens_x; ++j) {
-    Vec<Acc> sum[kVectors] = {};
-    for (int64_t r = 0; r < row_count; ++r) {
-      const T* token = static_cast<const T*>(rows[r].tokens) + j * stride_n;
-      const Acc weight = rows[r].weight;
-      if (n == block) {
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) sum[v] += weight * load(token + v * lanes);
-      } else {
-        for (int v = 0; v < kVectors && v * lanes < n; ++v) {
-          const int64_t rest = n - v * lanes;
-          sum[v] += weight *
-                    (rest >= lanes ? load(token + v * lanes) : load_part(token + v * lanes, rest));
-        }
-      }
+    for (int64_t c = 0; c < n; c += block) {
+      Vec<Acc> sum[kVectors] = {};
+      for (int64_t r = 0; r < row_count; ++r)
+        add_block(static_cast<const T*>(rows[r].tokens) + j * stride_n + c, n - c, rows[r].weight,
+                  sum);
+      store_block(sums + j * chunk + c, 1, block, sum);
     }
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store(sums + j * block + v * lanes, sum[v]);
   }
 }
 
 // One output row: out[x] = inverse[x] * sum over groups and taps of weight * sums[token].
 template <class T, class Acc>
 void filter_row(const GroupFilter<Acc>* filters, int64_t filter_count, int64_t max_taps,
-                const Acc* inverse, int64_t columns, int64_t n, T* out, int64_t stride_c,
-                int64_t stride_x) {
+                const Acc* inverse, int64_t columns, int64_t n, int64_t chunk, T* out,
+                int64_t stride_c, int64_t stride_x) {
   constexpr int64_t block = kBlockBytes / sizeof(Acc);
-  constexpr int lanes = kLanes<Acc>;
   for (int64_t x = 0; x < columns; ++x) {
-    Vec<Acc> sum[kVectors] = {};
-    for (int64_t g = 0; g < filter_count; ++g) {
-      const GroupFilter<Acc>& filter = filters[g];
-      const Acc* token = filter.sums + filter.first[x] * block;
-      const Acc* weight = filter.weight + x * max_taps;
-      for (int32_t k = 0; k < filter.taps[x]; ++k, token += block) {
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) sum[v] += weight[k] * load(token + v * lanes);
+    for (int64_t c = 0; c < n; c += block) {
+      Vec<Acc> sum[kVectors] = {};
+      for (int64_t g = 0; g < filter_count; ++g) {
+        const GroupFilter<Acc>& filter = filters[g];
+        const Acc* token = filter.sums + filter.first[x] * chunk + c;
+        const Acc* weight = filter.weight + x * max_taps;
+        for (int32_t k = 0; k < filter.taps[x]; ++k, token += chunk)
+          add_block(token, block, weight[k], sum);
       }
-    }
-    T* cell = out + x * stride_x;
-    if (n == block && stride_c == 1) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) store(cell + v * lanes, sum[v] * inverse[x]);
-    } else {
-      for (int v = 0; v < kVectors && v * lanes < n; ++v) {
-        const int64_t rest = n - v * lanes;
-        store_part(cell + v * lanes * stride_c, stride_c, rest < lanes ? rest : lanes,
-                   sum[v] * inverse[x]);
-      }
+      for (int v = 0; v < kVectors; ++v) sum[v] *= inverse[x];
+      store_block(out + x * stride_x + c * stride_c, stride_c, n - c, sum);
     }
   }
 }
 
 template <class T, class Acc>
 void mean(const MeanPlan<Acc>& plan, int64_t begin, int64_t end, void* scratch) {
-  constexpr int64_t block = kBlockBytes / sizeof(Acc);
   char* base = static_cast<char*>(scratch);
   Acc* sums = reinterpret_cast<Acc*>(base + plan.scratch.sums);
   auto* token_rows = reinterpret_cast<TokenRow<Acc>*>(base + plan.scratch.rows);
   auto* filters = reinterpret_cast<GroupFilter<Acc>*>(base + plan.scratch.filters);
   double* count = reinterpret_cast<double*>(base + plan.scratch.count);
   Acc* inverse = reinterpret_cast<Acc*>(base + plan.scratch.inverse);
-  const int64_t blocks = (plan.channels + block - 1) / block;
+  const int64_t chunks = (plan.channels + plan.chunk - 1) / plan.chunk;
   const int64_t bands = (plan.rows + plan.band - 1) / plan.band;
 
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t c = task % blocks * block;
-    const int64_t band = task / blocks % bands;
-    const int64_t b = task / blocks / bands;
-    const int64_t n = plan.channels - c < block ? plan.channels - c : block;
+    const int64_t c = task % chunks * plan.chunk;
+    const int64_t band = task / chunks % bands;
+    const int64_t b = task / chunks / bands;
+    const int64_t n = plan.channels - c < plan.chunk ? plan.channels - c : plan.chunk;
     const T* tokens = static_cast<const T*>(plan.tokens) + b * plan.token_strides[1] + c;
     const int64_t y_end = (band + 1) * plan.band < plan.rows ? (band + 1) * plan.band : plan.rows;
 
@@ -117,8 +128,9 @@ void mean(const MeanPlan<Acc>& plan, int64_t begin, int64_t end, void* scratch) 
           for (int64_t x = 0; x < plan.columns; ++x) count[x] += count_y * plan.x.count[table + x];
         }
         if (row_count == 0) continue;
-        Acc* group_sums = sums + g * plan.tokens_x * block;
-        combine_rows<T>(token_rows, row_count, plan.tokens_x, plan.token_strides[2], n, group_sums);
+        Acc* group_sums = sums + g * plan.tokens_x * plan.chunk;
+        combine_rows<T>(token_rows, row_count, plan.tokens_x, plan.token_strides[2], n, plan.chunk,
+                        group_sums);
         filters[filter_count++] = {plan.x.first + table, plan.x.taps + table,
                                    plan.x.weight + table * plan.x.max_taps, group_sums};
       }
@@ -126,8 +138,8 @@ void mean(const MeanPlan<Acc>& plan, int64_t begin, int64_t end, void* scratch) 
         inverse[x] = count[x] > 0 ? static_cast<Acc>(1 / count[x]) : 0;
       T* out = static_cast<T*>(plan.out) + b * plan.out_strides[0] + c * plan.out_strides[1] +
                y * plan.out_strides[2];
-      filter_row<T>(filters, filter_count, plan.x.max_taps, inverse, plan.columns, n, out,
-                    plan.out_strides[1], plan.out_strides[3]);
+      filter_row<T>(filters, filter_count, plan.x.max_taps, inverse, plan.columns, n, plan.chunk,
+                    out, plan.out_strides[1], plan.out_strides[3]);
     }
   }
 }

@@ -8,7 +8,7 @@
 
 namespace srt::cpu {
 
-// The weighted mean of all views. A task is one image, one band of output rows and one block of
+// The weighted mean of all views. A task is one image, one band of output rows and one chunk of
 // channels. Views are sorted by dx; those that share a dx form a group, because the rows of a group
 // can be summed before the horizontal filter is applied, once for all of them.
 template <class Acc>
@@ -19,7 +19,7 @@ struct MeanPlan {
     Acc weight;     // > 0
   };
   struct Scratch {    // byte offsets into a worker's scratch
-    int64_t sums;     // Acc [groups, tokens_x, block]: the combined rows of each group
+    int64_t sums;     // Acc [groups, tokens_x, chunk]: the combined rows of each group
     int64_t rows;     // the token rows that one group combines
     int64_t filters;  // the groups that reach this output row
     int64_t count;    // double [columns]
@@ -37,6 +37,7 @@ struct MeanPlan {
   const int64_t* group_begin;  // [groups + 1], into views
   const View* views;           // the views of weight > 0
   int64_t band;                // output rows of a task
+  int64_t chunk;               // channels of a task, whole blocks
   Scratch scratch;
   void* out;               // [B, C, H', W']
   int64_t out_strides[4];  // in elements
@@ -53,7 +54,7 @@ struct GroupFilter {
   const int32_t* first;  // [columns]
   const int32_t* taps;   // [columns]
   const Acc* weight;     // [columns, max_taps]
-  const Acc* sums;       // [tokens_x, block]
+  const Acc* sums;       // [tokens_x, chunk]
 };
 
 struct ShiftPlan {
@@ -76,7 +77,7 @@ using Kernel = void (*)(const Plan& plan, int64_t begin, int64_t end, void* scra
 
 struct Kernels {
   const char* name;
-  int64_t block_bytes;  // of the sums of one token in a task of MeanPlan
+  int64_t block_bytes;  // of the sums that stay in registers
   Kernel<MeanPlan<float>> mean_f32, mean_f16, mean_bf16;
   Kernel<MeanPlan<double>> mean_f64;
   // A task is an output row, counted over views and planes; scratch: Acc [width + 3 + 64].
