@@ -12,11 +12,11 @@ from hypothesis import HealthCheck, settings
 
 import srt_ext  # noqa: F401  (registers torch.ops.srt)
 
-# Derandomised, so that a run says the same as the run before it. A fixture holds for all examples of
-# a test, which is what `cpu_kernels` and `threads` are for.
+# Derandomised, so that a run says the same as the run before it. A fixture holds for all examples
+# of a test, which is what `cpu_kernels` is for.
 settings.register_profile(
     "srt",
-    max_examples=40,
+    max_examples=100,
     derandomize=True,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 from srt_ext import reference
 
@@ -33,7 +33,9 @@ def test_an_unmoved_view_is_interpolated(
 ) -> None:
     tokens = random(1, 2, grid[0] * grid[1], 3)
     token_map = as_map(tokens[0], grid)
-    bilinear = F.interpolate(token_map, scale_factor=patch, mode="bilinear", align_corners=False)
+    bilinear = functional.interpolate(
+        token_map, scale_factor=patch, mode="bilinear", align_corners=False
+    )
     field = reference.ensemble(tokens, ZERO, grid, patch, border=border)
     torch.testing.assert_close(field, bilinear, rtol=8 * EPS, atol=8 * EPS)
     nearest = token_map.repeat_interleave(patch[0], 2).repeat_interleave(patch[1], 3)
@@ -47,7 +49,9 @@ def test_a_stride_is_average_pooling_of_an_unmoved_view(stride: tuple[int, int])
     fine = reference.ensemble(tokens, ZERO, (3, 5), (4, 6))
     coarse = reference.ensemble(tokens, ZERO, (3, 5), (4, 6), stride=stride)
     # Means of up to 360 values of size below 4.
-    torch.testing.assert_close(coarse, F.avg_pool2d(fine, stride), rtol=0, atol=4 * 360 * EPS)
+    torch.testing.assert_close(
+        coarse, functional.avg_pool2d(fine, stride), rtol=0, atol=4 * 360 * EPS
+    )
 
 
 @pytest.mark.parametrize("border", ["coverage", "zeros"])
@@ -59,7 +63,9 @@ def test_whole_pixels_are_a_slice_of_the_upsampled_map(
     """The published loop: upsample a view, move it back, count where it is."""
     tokens = random(1, 1, 15, 2)
     modes = {} if upsample == "nearest" else {"align_corners": False}
-    full = F.interpolate(as_map(tokens[0], (3, 5)), scale_factor=(4, 6), mode=upsample, **modes)
+    full = functional.interpolate(
+        as_map(tokens[0], (3, 5)), scale_factor=(4, 6), mode=upsample, **modes
+    )
     height, width = 12, 30
     dy, dx = offset
     expected = torch.zeros_like(full)
@@ -75,13 +81,15 @@ def test_whole_pixels_are_a_slice_of_the_upsampled_map(
 
 def test_clamp_reads_the_edge_tokens() -> None:
     tokens = random(1, 1, 15, 2)
-    field = reference.ensemble(tokens, torch.tensor([[100.0, -100.0]]), (3, 5), (4, 6), border="clamp")
+    field = reference.ensemble(
+        tokens, torch.tensor([[100.0, -100.0]]), (3, 5), (4, 6), border="clamp"
+    )
     assert torch.equal(field[0, :, 0, 0], tokens[0, 0, 10])  # bottom left
     assert (field == field[..., :1, :1]).all()
 
 
 def test_border_and_weights_of_two_views() -> None:
-    """By hand: two tokens of one pixel; the second view moved right by one and covers pixel 0 only."""
+    """By hand: two tokens of one pixel; the second view moved by one and covers pixel 0 only."""
     tokens = torch.tensor([[1.0, 2.0], [10.0, 20.0]]).reshape(2, 1, 2, 1)
     offsets = torch.tensor([[0.0, 0.0], [0.0, 1.0]])
     weights = torch.tensor([1.0, 3.0])
@@ -103,7 +111,9 @@ def test_golden(name: str, golden: Callable[[str], dict[str, torch.Tensor]]) -> 
     grid, patch = file["grid"].tolist(), file["patch"].tolist()
     args = (file["tokens"], file["offsets"], grid, patch)
     field = reference.ensemble(*args, upsample="nearest", border="zeros", stride=patch)
-    torch.testing.assert_close(field[0].permute(1, 2, 0), file["output"].double(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        field[0].permute(1, 2, 0), file["output"].double(), rtol=0, atol=1e-5
+    )
 
 
 # ---- shift --------------------------------------------------------------------------------------
@@ -124,12 +134,12 @@ def sampled(
     else:
         y, x = (2 * y + 1) / height - 1, (2 * x + 1) / width - 1
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).expand(len(image), -1, -1, -1)
-    return F.grid_sample(image, grid, interpolation, padding, align_corners=corners)
+    return functional.grid_sample(image, grid, interpolation, padding, align_corners=corners)
 
 
 def assert_sampled(view: torch.Tensor, expected: torch.Tensor, image: torch.Tensor) -> None:
-    # grid_sample rounds coordinates of size up to 32 several times; an interpolated picture moves by
-    # at most 6 times its range for each pixel of coordinate.
+    # grid_sample rounds coordinates of size up to 32 several times; an interpolated picture moves
+    # by at most 6 times its range for each pixel of coordinate.
     bound = 8 * 32 * EPS * 6 * image.abs().max().item()
     torch.testing.assert_close(view, expected, rtol=0, atol=bound)
 
@@ -150,7 +160,9 @@ def test_shift_is_grid_sample(padding: str, mode: str, corners: bool, interpolat
 
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
 @pytest.mark.parametrize(("padding", "mode"), [("circular", "wrap"), ("reflect", "reflect")])
-def test_shift_is_grid_sample_of_a_padded_image(padding: str, mode: str, interpolation: str) -> None:
+def test_shift_is_grid_sample_of_a_padded_image(
+    padding: str, mode: str, interpolation: str
+) -> None:
     image = random(1, 2, HEIGHT, WIDTH)
     margin = 11
     padded = torch.from_numpy(np.pad(image.numpy(), [(0, 0)] * 2 + [(margin, margin)] * 2, mode))  # type: ignore[call-overload]

@@ -1,5 +1,4 @@
-// ensemble: aggregates the tokens of shifted views into one dense field (DESIGN: README, "The
-// maths").
+// ensemble: the tokens of shifted views, moved back into the frame of the picture and averaged.
 #pragma once
 #include "types.h"
 

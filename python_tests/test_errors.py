@@ -1,0 +1,459 @@
+"""Wrong arguments: an error that states the rule and the value, from Python and from the ops."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import srt_ext
+
+NAN, INF = float("nan"), float("inf")
+BIG = 2**62
+
+
+def tokens(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.ones(shape or (2, 1, 6, 3), dtype=dtype)
+
+
+def huge(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A tensor of any size on one element of memory."""
+    return torch.ones((), dtype=dtype).expand(shape)
+
+
+def dense_huge(*shape: int) -> torch.Tensor:
+    """The same, dense in the last dimension."""
+    return torch.ones(shape[-1]).expand(shape)
+
+
+def pairs(*values: tuple[float, float]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def ensemble_call(**changes: Any) -> dict[str, Any]:
+    call = {
+        "tokens": tokens(),
+        "offsets": torch.zeros(2, 2),
+        "grid": [2, 3],
+        "patch": [4, 5],
+        "weights": None,
+    }
+    return {**call, **changes}
+
+
+def shift_call(**changes: Any) -> dict[str, Any]:
+    return {"image": torch.ones(1, 2, 5, 6), "offsets": torch.zeros(2, 2), **changes}
+
+
+@dataclass(frozen=True)
+class Wrong:
+    rule: str
+    got: str
+    changes: dict[str, Any]
+    error: type[Exception] = ValueError
+    op: str = "ensemble"
+
+    @property
+    def message(self) -> str:
+        return f"srt::{self.op}: {self.rule}; got {self.got}"
+
+    def arguments(self) -> dict[str, Any]:
+        return (
+            ensemble_call(**self.changes) if self.op == "ensemble" else shift_call(**self.changes)
+        )
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.rule[:40]}-{self.got}"
+
+
+def wrong(rule: str, got: str, **changes: Any) -> Wrong:
+    return Wrong(rule, got, changes)
+
+
+def wrong_type(rule: str, got: str, **changes: Any) -> Wrong:
+    return Wrong(rule, got, changes, TypeError)
+
+
+def wrong_shift(rule: str, got: str, **changes: Any) -> Wrong:
+    return Wrong(rule, got, changes, op="shift")
+
+
+TOKENS_RANK = "tokens must have 4 dimensions, [V, B, N, C]"
+IMAGE_RANK = "image must have 4 dimensions, [B, C, H, W]"
+OFFSETS_SHAPE = "offsets must be [V, 2] with V = 2"
+SHIFT_OFFSETS_SHAPE = "offsets must be [V, 2] with V >= 1"
+WEIGHTS_SHAPE = "weights must be [V] with V = 2"
+VALUE_DTYPE = "must be float32 or float64"
+IMAGE_AXIS = "image must have at most 2^24 pixels on each axis"
+DENSE = "tokens must be dense in the last dimension"
+DIVIDES = "stride must divide grid * patch = [8, 15]"
+COUNT = "grid must hold the N = 6 tokens of a view"
+FLOATING = "must be float32, float16, bfloat16 or float64"
+PAIR = "must be two integers >= 1, (y, x)"
+OFFSETS = "offsets must be finite and at most 2^20 pixels in size"
+WEIGHTS = "weights must be finite and >= 0"
+TINY = "weights must be 0 or at least 2^-80 of the largest"
+BYTES = "the output must have fewer than 2^63 bytes"
+AXIS = "grid * patch must be at most 2^24 pixels on each axis"
+OVERLAP = "out must not overlap itself"
+SHARED_MEMORY = ("out must not share memory with tokens", "a view of the same memory")
+
+memory = torch.ones(2 * 6 * 3 + 8 * 15 * 3)
+OUT = (1, 3, 8, 15)  # of ensemble_call()
+
+RANKS = [
+    wrong(TOKENS_RANK, "[]", tokens=torch.ones(())),
+    wrong(TOKENS_RANK, "[6, 3]", tokens=tokens(6, 3)),
+    wrong(TOKENS_RANK, "[1, 2, 1, 6, 3]", tokens=tokens(1, 2, 1, 6, 3)),
+    wrong(
+        "tokens must hold at least one view",
+        "[0, 1, 6, 3]",
+        tokens=tokens(0, 1, 6, 3),
+        offsets=torch.zeros(0, 2),
+    ),
+    wrong(OFFSETS_SHAPE, "[3, 2]", offsets=torch.zeros(3, 2)),
+    wrong(OFFSETS_SHAPE, "[2, 3]", offsets=torch.zeros(2, 3)),
+    wrong(OFFSETS_SHAPE, "[4]", offsets=torch.zeros(4)),
+    wrong(OFFSETS_SHAPE, "[]", offsets=torch.zeros(())),
+    wrong(OFFSETS_SHAPE, "[2, 2, 1]", offsets=torch.zeros(2, 2, 1)),
+    wrong(WEIGHTS_SHAPE, "[3]", weights=torch.ones(3)),
+    wrong(WEIGHTS_SHAPE, "[2, 1]", weights=torch.ones(2, 1)),
+    wrong(WEIGHTS_SHAPE, "[]", weights=torch.ones(())),
+    wrong_shift(IMAGE_RANK, "[5, 6]", image=torch.ones(5, 6)),
+    wrong_shift(IMAGE_RANK, "[]", image=torch.ones(())),
+    wrong_shift(IMAGE_RANK, "[1, 1, 1, 5, 6]", image=torch.ones(1, 1, 1, 5, 6)),
+    wrong_shift(SHIFT_OFFSETS_SHAPE, "[0, 2]", offsets=torch.zeros(0, 2)),
+    wrong_shift(SHIFT_OFFSETS_SHAPE, "[2]", offsets=torch.zeros(2)),
+    wrong_shift(SHIFT_OFFSETS_SHAPE, "[2, 3]", offsets=torch.zeros(2, 3)),
+    wrong_shift(SHIFT_OFFSETS_SHAPE, "[1, 2, 2]", offsets=torch.zeros(1, 2, 2)),
+]
+
+DTYPES = [
+    *(
+        wrong_type(f"tokens {FLOATING}", name, tokens=tokens(dtype=getattr(torch, name)))
+        for name in ("uint8", "int8", "int16", "int32", "int64", "bool", "complex64", "complex128")
+    ),
+    *(
+        Wrong(
+            f"image {FLOATING}, or uint8",
+            name,
+            {"image": torch.ones(1, 2, 5, 6).to(dtype)},
+            TypeError,
+            "shift",
+        )
+        for name in ("int8", "int32", "int64", "bool", "complex64")
+        for dtype in (getattr(torch, name),)
+    ),
+    *(
+        wrong_type(f"offsets {VALUE_DTYPE}", name, offsets=torch.zeros(2, 2).to(dtype))
+        for name in ("float16", "bfloat16", "int64", "int32", "complex64")
+        for dtype in (getattr(torch, name),)
+    ),
+    wrong_type(f"weights {VALUE_DTYPE}", "float16", weights=torch.ones(2).half()),
+    wrong_type(f"weights {VALUE_DTYPE}", "int64", weights=torch.ones(2).long()),
+    Wrong(
+        f"offsets {VALUE_DTYPE}", "int64", {"offsets": torch.zeros(2, 2).long()}, TypeError, "shift"
+    ),
+    wrong_type(
+        "out must have the dtype of tokens, float32", "float64", out=torch.empty(OUT).double()
+    ),
+    wrong_type(
+        "out must have the dtype of tokens, float16",
+        "float32",
+        tokens=tokens().half(),
+        out=torch.empty(OUT),
+    ),
+]
+
+LISTS = [
+    *(
+        wrong(f"{name} {PAIR}", str(value), **{name: value})
+        for name in ("grid", "patch", "stride")
+        for value in ([], [2, 3, 1], [0, 3], [2, 0], [-2, -3], [2, -1])
+    ),
+    wrong(f"stride {PAIR}", "[0, 0]", stride=[0, 0]),
+    wrong(f"patch {PAIR}", f"[4, {-BIG}]", patch=[4, -BIG]),
+    wrong(DIVIDES, "[3, 1]", stride=[3, 1]),
+    wrong(DIVIDES, "[1, 30]", stride=[1, 30]),
+    wrong(DIVIDES, f"[{BIG}, {BIG}]", stride=[BIG, BIG]),
+    wrong(COUNT, "[3, 3]", grid=[3, 3]),
+    wrong(COUNT, "[1, 5]", grid=[1, 5]),
+    wrong("grid must hold the N = 0 tokens of a view", "[2, 3]", tokens=tokens(2, 1, 0, 3)),
+]
+
+OVERFLOWS = [
+    wrong(AXIS, f"[2, 3] * [{2**23 + 1}, 1]", patch=[2**23 + 1, 1]),
+    wrong(AXIS, f"[2, 3] * [{BIG}, {BIG}]", patch=[BIG, BIG]),
+    wrong(AXIS, f"[{BIG}, 3] * [4, 5]", grid=[BIG, 3]),
+    wrong(AXIS, f"[{2**32}, {2**32}] * [{2**32}, {2**32}]", grid=[2**32] * 2, patch=[2**32] * 2),
+    wrong(
+        BYTES,
+        f"[1, {2**20}, {2**24}, {2**24}]",
+        tokens=dense_huge(2, 1, 1, 2**20),
+        grid=[1, 1],
+        patch=[2**24, 2**24],
+    ),
+    wrong(
+        BYTES,
+        f"[{2**31}, {2**20}, {2**12}, 1]",
+        tokens=dense_huge(2, 2**31, 1, 2**20),
+        grid=[1, 1],
+        patch=[2**12, 1],
+    ),
+    wrong_shift(IMAGE_AXIS, f"[1, 1, {2**24 + 1}, 1]", image=huge(1, 1, 2**24 + 1, 1)),
+    wrong_shift(IMAGE_AXIS, f"[1, 1, 1, {2**40}]", image=huge(1, 1, 1, 2**40)),
+    wrong_shift(
+        BYTES,
+        f"[{2**20}, 1, 1, {2**24}, {2**24}]",
+        image=huge(1, 1, 2**24, 2**24),
+        offsets=huge(2**20, 2),
+    ),
+]
+
+VALUES = [
+    wrong(OFFSETS, "nan at [1, 0]", offsets=pairs((0, 0), (NAN, 0))),
+    wrong(OFFSETS, "inf at [0, 1]", offsets=pairs((0, INF), (0, 0))),
+    wrong(OFFSETS, "-inf at [1, 1]", offsets=pairs((0, 0), (0, -INF))),
+    wrong(OFFSETS, "1.04858e+06 at [0, 0]", offsets=pairs((2**20 + 0.25, 0), (0, 0))),
+    wrong(OFFSETS, "-1e+300 at [0, 0]", offsets=pairs((-1e300, 0), (0, 0))),
+    wrong_shift(OFFSETS, "nan at [0, 0]", offsets=pairs((NAN, 0))),
+    wrong_shift(OFFSETS, "-inf at [1, 1]", offsets=pairs((0, 0), (0, -INF))),
+    wrong_shift(OFFSETS, "2e+06 at [0, 1]", offsets=pairs((0, 2e6))),
+    wrong(WEIGHTS, "-1 at [0]", weights=torch.tensor([-1.0, 1.0])),
+    wrong(WEIGHTS, "nan at [1]", weights=torch.tensor([1.0, NAN])),
+    wrong(WEIGHTS, "inf at [1]", weights=torch.tensor([0.0, INF])),
+    wrong(WEIGHTS, "-1e-40 at [0]", weights=torch.tensor([-1e-40, 1.0], dtype=torch.float64)),
+    wrong(TINY, "1e-30 at [1]", weights=torch.tensor([1.0, 1e-30])),
+    wrong(TINY, "4.94066e-324 at [0]", weights=torch.tensor([5e-324, 1.0], dtype=torch.float64)),
+]
+
+MEDIAN = "reduce must be 'mean' in this version"
+REDUCES = "reduce must be one of 'mean', 'median'"
+UPSAMPLES = "upsample must be one of 'nearest', 'bilinear'"
+BORDERS = "border must be one of 'coverage', 'zeros', 'clamp'"
+PADDINGS = "padding must be one of 'zeros', 'border', 'reflect', 'circular'"
+INTERPOLATIONS = "interpolation must be one of 'nearest', 'bilinear', 'bicubic'"
+
+WORDS = [
+    wrong(MEDIAN, "'median'", reduce="median"),
+    *(wrong(REDUCES, f"'{word}'", reduce=word) for word in ("", "sum", "Mean", "mean ")),
+    *(wrong(UPSAMPLES, f"'{word}'", upsample=word) for word in ("", "bicubic", "linear")),
+    *(wrong(BORDERS, f"'{word}'", border=word) for word in ("", "reflect", "covéragé")),
+    *(wrong_shift(PADDINGS, f"'{word}'", padding=word) for word in ("", "clamp", "replicate")),
+    *(wrong_shift(INTERPOLATIONS, f"'{word}'", interpolation=word) for word in ("", "area")),
+]
+
+LAYOUTS = [
+    wrong(DENSE, "stride 2", tokens=tokens(2, 1, 6, 6)[..., ::2]),
+    wrong(DENSE, "stride 0", tokens=tokens(2, 1, 6, 1).expand(2, 1, 6, 3)),
+    wrong(DENSE, "stride 6", tokens=tokens(2, 1, 3, 6).transpose(2, 3)),
+    wrong("out must be [1, 3, 8, 15]", "[1, 8, 15, 3]", out=torch.empty(1, 8, 15, 3)),
+    wrong("out must be [1, 3, 8, 15]", "[3, 8, 15]", out=torch.empty(3, 8, 15)),
+    wrong("out must be [1, 3, 8, 15]", "[0]", out=torch.empty(0)),
+    wrong("out must be [1, 3, 4, 3]", "[1, 3, 8, 15]", stride=[2, 5], out=torch.empty(OUT)),
+    wrong(OVERLAP, "strides [0, 0, 0, 0]", out=torch.empty(()).expand(OUT)),
+    wrong(OVERLAP, "strides [120, 0, 15, 1]", out=torch.empty(1, 1, 8, 15).expand(OUT)),
+    wrong(OVERLAP, "strides [1, 1, 15, 1]", out=torch.empty(400).as_strided(OUT, (1, 1, 15, 1))),
+    wrong(
+        OVERLAP, "strides [1, 119, 15, 1]", out=torch.empty(400).as_strided(OUT, (1, 119, 15, 1))
+    ),
+    wrong(*SHARED_MEMORY, tokens=memory[:36].view(2, 1, 6, 3), out=memory[35:395].view(OUT)),
+    wrong(*SHARED_MEMORY, tokens=memory[-36:].view(2, 1, 6, 3), out=memory[1:361].view(OUT)),
+]
+
+TABLE = [*RANKS, *DTYPES, *LISTS, *OVERFLOWS, *VALUES, *WORDS, *LAYOUTS]
+
+
+def through_python(case: Wrong) -> None:
+    call = case.arguments()
+    getattr(srt_ext, case.op)(**call)
+
+
+def through_op(case: Wrong) -> None:
+    call = case.arguments()
+    op = getattr(torch.ops.srt, case.op)
+    (op.out if "out" in call else op)(**call)
+
+
+@pytest.mark.parametrize("case", TABLE, ids=str)
+def test_python_states_the_rule_and_the_value(case: Wrong) -> None:
+    with pytest.raises(case.error) as caught:
+        through_python(case)
+    assert type(caught.value) is case.error
+    assert str(caught.value) == case.message
+
+
+@pytest.mark.parametrize("case", TABLE, ids=str)
+def test_op_says_the_same(case: Wrong) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        through_op(case)
+    assert case.message in str(caught.value)
+
+
+def test_memory_beside_the_output_is_allowed() -> None:
+    """The neighbours of the two cases of shared memory that are refused."""
+    for part, rest in ((memory[:36], memory[36:396]), (memory[-36:], memory[-396:-36])):
+        out = rest.view(OUT)
+        srt_ext.ensemble(**ensemble_call(tokens=part.view(2, 1, 6, 3), out=out))
+        assert (out == 1).all()
+
+
+NOT_TENSORS = [
+    Wrong("tokens must be a torch.Tensor", "list", {"tokens": [[1.0]]}, TypeError),
+    Wrong("tokens must be a torch.Tensor", "NoneType", {"tokens": None}, TypeError),
+    Wrong("offsets must be a torch.Tensor", "list", {"offsets": [(0, 0), (0, 0)]}, TypeError),
+    Wrong("offsets must be a torch.Tensor", "NoneType", {"offsets": None}, TypeError),
+    Wrong("weights must be a torch.Tensor", "list", {"weights": [1.0, 1.0]}, TypeError),
+    Wrong("weights must be a torch.Tensor", "float", {"weights": 1.0}, TypeError),
+    Wrong("out must be a torch.Tensor", "list", {"out": []}, TypeError),
+    Wrong(f"grid {PAIR}", "None", {"grid": None}, TypeError),
+    Wrong(f"grid {PAIR}", "(2.0, 3.0)", {"grid": (2.0, 3.0)}, TypeError),
+    Wrong(f"patch {PAIR}", "'16'", {"patch": "16"}, TypeError),
+    Wrong(f"stride {PAIR}", "[1, None]", {"stride": [1, None]}, TypeError),
+    Wrong(f"stride {PAIR}", "1.5", {"stride": 1.5}, TypeError),
+    Wrong("reduce must be a string", "NoneType", {"reduce": None}, TypeError),
+    Wrong("upsample must be a string", "int", {"upsample": 1}, TypeError),
+    Wrong("border must be a string", "int", {"border": 0}, TypeError),
+    Wrong("image must be a torch.Tensor", "str", {"image": "photo.jpg"}, TypeError, "shift"),
+    Wrong("offsets must be a torch.Tensor", "tuple", {"offsets": ((0, 0),)}, TypeError, "shift"),
+    Wrong("padding must be a string", "NoneType", {"padding": None}, TypeError, "shift"),
+    Wrong("interpolation must be a string", "int", {"interpolation": 1}, TypeError, "shift"),
+]
+
+
+@pytest.mark.parametrize("case", NOT_TENSORS, ids=str)
+def test_wrong_python_types(case: Wrong) -> None:
+    """Here torch's own parser of arguments refuses the call of the op, in its words."""
+    with pytest.raises(TypeError) as caught:
+        through_python(case)
+    assert str(caught.value) == case.message
+    with pytest.raises((RuntimeError, TypeError)):
+        through_op(case)
+
+
+def test_numbers_beyond_int64_are_refused() -> None:
+    for name in ("grid", "patch", "stride"):
+        with pytest.raises((ValueError, TypeError), match=name):
+            srt_ext.ensemble(**ensemble_call(**{name: [2**63, 1]}))
+
+
+def test_nothing_is_written_on_error() -> None:
+    out = torch.full(OUT, 7.0)
+    for changes in ({"border": "no"}, {"offsets": pairs((NAN, 0), (0, 0))}, {"stride": [3, 1]}):
+        with pytest.raises(ValueError, match="got"):
+            srt_ext.ensemble(**ensemble_call(out=out, **changes))
+    assert (out == 7).all()
+
+
+# ---- gradients ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tokens", "weights", "offsets"])
+def test_ensemble_has_no_gradient(name: str) -> None:
+    call = ensemble_call(weights=torch.ones(2))
+    call[name] = call[name].clone().requires_grad_()
+    field = srt_ext.ensemble(**call)
+    with pytest.raises(RuntimeError, match=r"srt::ensemble has no derivative"):
+        field.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["image", "offsets"])
+def test_shift_has_no_gradient(name: str) -> None:
+    call = shift_call()
+    call[name] = call[name].clone().requires_grad_()
+    with pytest.raises(RuntimeError, match=r"srt::shift has no derivative"):
+        srt_ext.shift(**call).sum().backward()
+
+
+@pytest.mark.parametrize(("op", "name"), [("ensemble", "tokens"), ("shift", "image")])
+def test_no_forward_derivative(op: str, name: str) -> None:
+    call = ensemble_call() if op == "ensemble" else shift_call()
+    tangent = torch.ones_like(call[name])
+
+    def function(value: torch.Tensor) -> torch.Tensor:
+        return getattr(srt_ext, op)(**{**call, name: value})
+
+    with pytest.raises(RuntimeError):
+        torch.func.jvp(function, (call[name],), (tangent,))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError):
+        function(torch.autograd.forward_ad.make_dual(call[name], tangent))
+
+
+@pytest.mark.parametrize("name", ["tokens", "weights", "offsets", "out"])
+def test_out_is_not_differentiable(name: str) -> None:
+    call = ensemble_call(weights=torch.ones(2), out=torch.zeros(OUT))
+    call[name] = call[name].clone().requires_grad_()
+    rule = r"srt::ensemble: out= is not differentiable; got an argument that requires grad"
+    with pytest.raises(RuntimeError, match=rule):
+        torch.ops.srt.ensemble.out(**call)
+    with pytest.raises((RuntimeError, ValueError), match=rule):
+        srt_ext.ensemble(**call)
+    with torch.no_grad():
+        assert (srt_ext.ensemble(**call) == 1).all()
+
+
+# ---- calls that could crash a process -----------------------------------------------------------
+
+FAR = 2**40
+STILL = torch.zeros(1, 2)
+
+
+# Valid by their metadata, but of sizes that no memory holds, or empty with sizes that overflow.
+EXTREMES: dict[str, Callable[[], torch.Tensor]] = {
+    "views": lambda: srt_ext.ensemble(huge(FAR, 1, 1, 1), huge(FAR, 2), [1, 1], [1, 1]),
+    "views beyond a vector": lambda: srt_ext.ensemble(
+        huge(2**61, 1, 1, 1), huge(2**61, 2), [1, 1], [1, 1]
+    ),
+    "pixels": lambda: srt_ext.ensemble(tokens(1, 1, 1, 1), STILL, [1, 1], [2**24, 2**24]),
+    "no batch": lambda: srt_ext.ensemble(dense_huge(1, 0, 1, 2**20), STILL, [1, 1], [2**24, 2**24]),
+    "no channels": lambda: srt_ext.ensemble(huge(1, FAR, 1, 0), STILL, [1, 1], [2**24, 2**24]),
+    "no channels, out": lambda: srt_ext.ensemble(
+        huge(1, 5, 1, 0), STILL, [1, 1], [2**24, 2**24], out=huge(5, 0, 2**24, 2**24)
+    ),
+    "shift, pixels": lambda: srt_ext.shift(huge(1, 1, 2**24, 2**24), STILL),
+    "shift, views": lambda: srt_ext.shift(tokens(1, 1, 1, 1), huge(FAR, 2)),
+    "shift, views beyond a vector": lambda: srt_ext.shift(tokens(0, 1, 1, 1), huge(2**61, 2)),
+    "shift, no batch": lambda: srt_ext.shift(huge(0, FAR, 2**24, 2**24), STILL),
+    "shift, no pixels": lambda: srt_ext.shift(tokens(1, 1, 0, 0), STILL),
+}
+
+CHILD = """
+import resource, sys
+sys.path.insert(0, {folder!r})
+resource.setrlimit(resource.RLIMIT_AS, (2**36, 2**36))  # allocations of terabytes fail at once
+import test_errors
+test_errors.survive()
+"""
+
+
+def survive() -> None:
+    """Runs in a process of its own; the last line it prints names the call that ended it."""
+    for case in [*TABLE, *NOT_TENSORS]:
+        for through in (through_op, through_python):
+            print(through.__name__, case, flush=True)
+            try:
+                through(case)
+            except (RuntimeError, TypeError, ValueError):
+                continue
+            raise AssertionError("no error")
+    for name, call in EXTREMES.items():
+        print(name, flush=True)
+        try:
+            result = call()
+        except (MemoryError, RuntimeError, ValueError):
+            continue
+        assert result.numel() == 0
+    print("survived", flush=True)
+
+
+def test_no_call_ends_the_process() -> None:
+    script = CHILD.format(folder=str(Path(__file__).parent))
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.splitlines()[-1] == "survived"

@@ -1,0 +1,361 @@
+"""The built library, and the ops as torch sees them: symbols, schemas, compile, threads, forks."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from samples import DTYPES, Ensemble, Shift, sample_ensembles, sample_shifts
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.data import DataLoader, Dataset
+
+import srt_ext
+
+PACKAGE = Path(srt_ext.__file__).parent
+LIBRARY = PACKAGE / "_C.so"
+SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "srt"
+
+ENSEMBLES = sample_ensembles()
+SHIFTS = sample_shifts()
+each_ensemble = pytest.mark.parametrize("case", ENSEMBLES.values(), ids=ENSEMBLES.keys())
+each_shift = pytest.mark.parametrize("case", SHIFTS.values(), ids=SHIFTS.keys())
+
+
+def output_of(tool: str, *args: str) -> str:
+    if shutil.which(tool) is None:
+        pytest.skip(f"{tool} is not installed")
+    return subprocess.run([tool, *args], capture_output=True, text=True, check=True).stdout
+
+
+# ---- what the library is made of ----------------------------------------------------------------
+
+
+def test_undefined_symbols_are_of_the_stable_abi() -> None:
+    listing = output_of("nm", "-D", "--undefined-only", "-C", str(LIBRARY))
+    symbols = [line.split(maxsplit=1)[1] for line in listing.splitlines()]
+    of_torch = [s for s in symbols if re.search(r"torch|aoti|\bat::|\bc10::|caffe2", s)]
+    assert "aoti_torch_library_def" in of_torch
+    # C functions: without parameters in the demangled name, and without a namespace.
+    assert [s for s in of_torch if not re.fullmatch(r"(aoti_torch|torch)_\w+", s)] == []
+    assert [s for s in symbols if re.match(r"_?Py|pybind11", s)] == []
+
+
+def test_kernels_include_neither_torch_nor_python() -> None:
+    if not SOURCES.is_dir():
+        pytest.skip("not in a checkout")
+    files = [path for path in SOURCES.rglob("*") if path.suffix in {".h", ".cpp", ".cu", ".cuh"}]
+    assert len(files) > 5
+    for path in files:
+        for include in re.findall(r"^\s*#\s*include\s*([<\"].*[>\"])", path.read_text(), re.M):
+            assert not re.search(r"torch|ATen|c10|Python\.h|pybind11|numpy", include), path
+            if include.startswith('"'):
+                inside = (path.parent / include.strip('"')).resolve()
+                assert inside.is_relative_to(SOURCES), path
+
+
+def instruction_sets() -> dict[str, list[str]]:
+    """The instruction set that each function of the library needs; copies have one name."""
+    functions = defaultdict(list)
+    listing = output_of("objdump", "-d", "--no-show-raw-insn", str(LIBRARY))
+    for body in re.split(r"\n(?=[0-9a-f]+ <)", listing)[1:]:
+        name = body[body.index("<") + 1 : body.index(">:")]
+        if re.search(r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])|%k[1-7]", body):
+            functions[name].append("avx512")
+        else:
+            functions[name].append("avx2" if re.search(r"\n[^\t]*\tv\w", body) else "baseline")
+    return functions
+
+
+@pytest.mark.skipif(platform.machine() not in {"x86_64", "AMD64"}, reason="reads x86 code")
+def test_wide_instructions_stay_in_their_objects() -> None:
+    """What the linker may share between objects must run on every processor."""
+    functions = instruction_sets()
+    local = "_ZN3srt3cpu12_GLOBAL__N_1"  # srt::cpu::(anonymous namespace)
+    for name, sets in functions.items():
+        assert name.startswith(local) or set(sets) == {"baseline"}, name
+    kernels = {n: s for n, s in functions.items() if re.match(local + r"(4mean|5shift)I.*Plan", n)}
+    kernels = {n: s for n, s in kernels.items() if "." not in n}  # no cold parts
+    assert len(kernels) == 9  # mean of four dtypes, shift of five
+    for name, sets in kernels.items():
+        assert sorted(sets) == ["avx2", "avx512", "baseline"], name
+
+
+def test_forcing_kernels() -> None:
+    available = torch.ops.srt._available_cpu_kernels().split(",")
+    assert available[0] == "baseline"
+    assert torch.ops.srt._cpu_kernels() == available[-1]
+    for name in ("", "sse9", "AVX2", "baseline,avx2"):
+        with pytest.raises(RuntimeError, match=re.escape(f"got '{name}'")):
+            torch.ops.srt._force_cpu_kernels(name)
+    assert torch.ops.srt._cpu_kernels() == available[-1]
+
+
+def test_schemas_are_as_promised() -> None:
+    """DESIGN section 3: extended only with defaulted keyword arguments that are no tensors."""
+    ensemble = (
+        "Tensor tokens, Tensor offsets, int[2] grid, int[2] patch, Tensor? weights=None, *, "
+        'str reduce="mean", str upsample="bilinear", str border="coverage", int[2] stride=1'
+    )
+    shift = 'Tensor image, Tensor offsets, *, str padding="reflect", str interpolation="bilinear"'
+    promised = {
+        torch.ops.srt.shift.default: (f"srt::shift({shift}", ") -> Tensor"),
+        torch.ops.srt.ensemble.default: (f"srt::ensemble({ensemble}", ") -> Tensor"),
+        torch.ops.srt.ensemble.out: (f"srt::ensemble.out({ensemble}", ", Tensor(a!) out) -> ()"),
+    }
+    for op, (begin, end) in promised.items():
+        schema = str(op._schema)
+        assert schema.startswith(begin)
+        assert schema.endswith(end)
+
+
+# ---- as torch sees the ops ----------------------------------------------------------------------
+
+
+@each_ensemble
+def test_opcheck_ensemble(case: Ensemble) -> None:
+    args, modes = case.call(case.tokens())
+    torch.library.opcheck(torch.ops.srt.ensemble.default, args, modes)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("name", ["grid", "weights", "stride"])
+def test_opcheck_ensemble_out(name: str, layout: torch.memory_format) -> None:
+    case = ENSEMBLES[name]
+    args, modes = case.call(case.tokens())
+    out = torch.zeros(case.shape).contiguous(memory_format=layout)
+    torch.library.opcheck(torch.ops.srt.ensemble.out, args, {**modes, "out": out})
+
+
+@each_shift
+def test_opcheck_shift(case: Shift) -> None:
+    args, modes = case.call(case.image())
+    torch.library.opcheck(torch.ops.srt.shift.default, args, modes)
+
+
+def fakes(mode: FakeTensorMode, args: tuple[Any, ...]) -> list[Any]:
+    return [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args]
+
+
+def assert_same_metadata(fake: torch.Tensor, real: torch.Tensor) -> None:
+    assert fake.shape == real.shape
+    assert fake.stride() == real.stride()
+    assert fake.dtype == real.dtype
+    assert fake.device == real.device
+
+
+def check_fake_ensemble(case: Ensemble, dtype: torch.dtype) -> None:
+    args, modes = case.call(case.tokens(dtype))
+    with FakeTensorMode() as mode:
+        fake = srt_ext.ensemble(*fakes(mode, args), **modes)
+    assert_same_metadata(fake, srt_ext.ensemble(*args, **modes))
+
+
+def check_fake_shift(case: Shift, dtype: torch.dtype) -> None:
+    args, modes = case.call(case.image(dtype))
+    with FakeTensorMode() as mode:
+        fake = srt_ext.shift(*fakes(mode, args), **modes)
+    assert_same_metadata(fake, srt_ext.shift(*args, **modes))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_ensemble
+def test_fake_ensemble(case: Ensemble, dtype: torch.dtype) -> None:
+    check_fake_ensemble(case, dtype)
+
+
+@pytest.mark.parametrize(("batch", "channels"), [(1, 1), (0, 5), (2, 0), (0, 0)])
+@pytest.mark.parametrize("name", ["grid", "whole", "one_token"])
+def test_fake_ensemble_of_sizes_0_and_1(name: str, batch: int, channels: int) -> None:
+    check_fake_ensemble(replace(ENSEMBLES[name], batch=batch, channels=channels), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.uint8], ids=str)
+@each_shift
+def test_fake_shift(case: Shift, dtype: torch.dtype) -> None:
+    check_fake_shift(case, dtype)
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+@pytest.mark.parametrize("channels", [0, 1])
+@pytest.mark.parametrize("size", [(0, 5), (4, 0), (1, 1), (4, 5)], ids=str)
+def test_fake_shift_of_sizes_0_and_1(batch: int, channels: int, size: tuple[int, int]) -> None:
+    check_fake_shift(Shift(size, batch=batch, channels=channels), torch.float32)
+
+
+def test_fake_kernels_refuse_wrong_arguments() -> None:
+    with FakeTensorMode():
+        tokens, offsets = torch.ones(2, 1, 6, 3), torch.zeros(2, 2)
+        with pytest.raises(ValueError, match="grid must hold the N = 6 tokens of a view; got"):
+            torch.ops.srt.ensemble(tokens, offsets, [2, 2], [4, 5])
+        with pytest.raises(TypeError, match=r"tokens must be float32, .*; got int32"):
+            torch.ops.srt.ensemble(tokens.int(), offsets, [2, 3], [4, 5])
+        with pytest.raises(ValueError, match=r"out must be \[1, 3, 8, 15\]; got"):
+            torch.ops.srt.ensemble.out(tokens, offsets, [2, 3], [4, 5], out=torch.ones(1, 3, 8, 8))
+        with pytest.raises(ValueError, match=r"padding must be one of .*; got 'edge'"):
+            torch.ops.srt.shift(torch.ones(1, 1, 2, 2), offsets, padding="edge")
+
+
+@pytest.fixture
+def compiled() -> Any:
+    """torch.compile without a C++ compiler in the way: the graph is what is tested."""
+    torch.compiler.reset()
+    yield lambda function: torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.compiler.reset()
+
+
+Compiled = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+@pytest.mark.parametrize("name", ["grid", "weights", "stride"])
+def test_compiled_ensemble(name: str, compiled: Compiled) -> None:
+    case = ENSEMBLES[name]
+    args, modes = case.call(case.tokens())
+
+    def function(tokens: torch.Tensor, *rest: Any) -> torch.Tensor:
+        return 2 * srt_ext.ensemble(tokens + 1, *rest, **modes)
+
+    expected = function(*args)
+    field = compiled(function)(*args)
+    assert torch.equal(field, expected)
+    assert field.stride() == expected.stride()
+
+
+def test_compiled_ensemble_of_changing_sizes(compiled: Compiled) -> None:
+    function = compiled(lambda *args: srt_ext.ensemble(*args, (3, 5), (4, 6)))
+    for views, batch, channels in ((9, 2, 19), (5, 3, 8), (2, 4, 33), (7, 2, 11)):
+        tokens = torch.randn(views, batch, 15, channels)
+        offsets = torch.randn(views, 2)
+        assert torch.equal(
+            function(tokens, offsets), srt_ext.ensemble(tokens, offsets, (3, 5), (4, 6))
+        )
+
+
+def test_compiled_out(compiled: Compiled) -> None:
+    case = ENSEMBLES["grid"]
+    args, modes = case.call(case.tokens())
+
+    def function(out: torch.Tensor) -> torch.Tensor:
+        srt_ext.ensemble(*args, **modes, out=out)
+        return out + 1
+
+    out = torch.zeros(case.shape)
+    expected = srt_ext.ensemble(*args, **modes)
+    assert torch.equal(compiled(function)(out), expected + 1)
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("name", ["real", "bicubic"])
+def test_compiled_shift(name: str, compiled: Compiled) -> None:
+    case = SHIFTS[name]
+    args, modes = case.call(case.image())
+
+    def function(image: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        return srt_ext.shift(image * 2, offsets, **modes) - 1
+
+    assert torch.equal(compiled(function)(*args), function(*args))
+
+
+# ---- threads and processes ----------------------------------------------------------------------
+
+
+def busy_call(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Large enough for torch to split it over its threads."""
+    case = Ensemble((7, 9), (8, 8), channels=65, seed=seed)
+    args, modes = case.call(case.tokens())
+    shift = Shift((65, 127), seed=seed)
+    image, moves = shift.call(shift.image())
+    return srt_ext.ensemble(*args, **modes), srt_ext.shift(*image, **moves)
+
+
+@pytest.mark.parametrize("intra_op", [1, 3])
+def test_concurrent_calls(intra_op: int, threads: Callable[[int], None]) -> None:
+    threads(intra_op)
+    seeds = [seed % 5 for seed in range(40)]
+    expected = [busy_call(seed) for seed in range(5)]
+    with ThreadPoolExecutor(8) as pool:
+        for seed, results in zip(seeds, pool.map(busy_call, seeds), strict=True):
+            assert all(map(torch.equal, results, expected[seed]))
+
+
+class _Calls(Dataset[torch.Tensor]):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, seed: int) -> torch.Tensor:
+        return torch.cat([result.flatten() for result in busy_call(seed)])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_forked_workers(threads: Callable[[int], None]) -> None:
+    """A child has none of the threads that its parent started, and must not wait for them."""
+    threads(2)
+    expected = [torch.cat([r.flatten() for r in busy_call(seed)]) for seed in range(4)]
+    loader = DataLoader(
+        _Calls(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60
+    )
+    for result, alone in zip(loader, expected, strict=True):
+        assert torch.equal(result, alone)
+
+
+# ---- import -------------------------------------------------------------------------------------
+
+IMPORT = """
+import sys
+{before}
+import srt_ext
+assert srt_ext.__version__
+try:
+    srt_ext.ensemble
+except ImportError as error:
+    print(error)
+assert "torch" not in sys.modules or sys.modules["torch"] is None or {torch_is_there}
+"""
+
+
+def import_error(before: str, torch_is_there: bool) -> str:
+    script = IMPORT.format(before=before, torch_is_there=torch_is_there)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_import_without_torch() -> None:
+    reason = import_error("sys.modules['torch'] = None", torch_is_there=False)
+    assert "srt_ext.ensemble is not available: torch is not installed: pip install" in reason
+
+
+def test_import_with_an_old_torch() -> None:
+    stub = (
+        "import types, importlib.machinery as m\n"
+        "torch = types.ModuleType('torch')\n"
+        "torch.__version__ = '2.9.1+cpu'\n"
+        "torch.__spec__ = m.ModuleSpec('torch', None)\n"
+        "sys.modules['torch'] = torch"
+    )
+    reason = import_error(stub, torch_is_there=True)
+    assert "torch >= 2.10 is required; found 2.9.1+cpu" in reason
+
+
+def test_import_without_the_library(tmp_path: Path) -> None:
+    shutil.copytree(PACKAGE, tmp_path / "srt_ext", ignore=shutil.ignore_patterns("*.so"))
+    reason = import_error(f"sys.path.insert(0, {str(tmp_path)!r})", torch_is_there=True)
+    assert "_C.so does not exist: the package was not built" in reason
+
+
+def test_import_of_a_broken_library(tmp_path: Path) -> None:
+    shutil.copytree(PACKAGE, tmp_path / "srt_ext")
+    (tmp_path / "srt_ext" / "_C.so").write_bytes(b"not a library")
+    reason = import_error(f"sys.path.insert(0, {str(tmp_path)!r})", torch_is_there=True)
+    assert "_C.so does not load" in reason
