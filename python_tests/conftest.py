@@ -16,7 +16,7 @@ import srt_ext  # noqa: F401  (registers torch.ops.srt)
 # of a test, which is what `cpu_kernels` is for.
 settings.register_profile(
     "srt",
-    max_examples=100,
+    max_examples=60,
     derandomize=True,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],

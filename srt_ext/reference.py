@@ -20,17 +20,12 @@ def _taps(f: torch.Tensor, interpolation: str) -> list[tuple[int, torch.Tensor]]
     if interpolation == "bilinear":
         return [(0, 1 - f), (1, f)]
 
-    def near(d: torch.Tensor) -> torch.Tensor:
-        return ((_A + 2) * d - (_A + 3)) * d * d + 1
-
-    def far(d: torch.Tensor) -> torch.Tensor:
-        return ((_A * d - 5 * _A) * d + 8 * _A) * d - 4 * _A
-
-    exact = f == 0  # rounding leaves ~1e-16 in the far weights of a whole-pixel offset
-    weights = [far(1 + f), near(f), near(1 - f), far(2 - f)]
+    g = 1 - f
     return [
-        (k - 1, torch.where(exact, torch.full_like(w, float(k == 1)), w))
-        for k, w in enumerate(weights)
+        (-1, _A * f * g * g),
+        (0, ((_A + 2) * f - (_A + 3)) * f * f + 1),
+        (1, ((_A + 2) * g - (_A + 3)) * g * g + 1),
+        (2, _A * g * f * f),
     ]
 
 

@@ -25,12 +25,13 @@ struct Axis {
   }
 };
 
-// The tables of one axis for D offsets. A cell reads tokens first .. first + taps - 1.
+// The tables of one axis for D offsets. A cell reads tokens first .. first + taps - 1, those of
+// weight 0 excepted: with patch 1 the rounding of a coordinate can step over a token.
 template <class Acc>
 struct AxisTable {
   int32_t* first;  // [D, cells]
   int32_t* taps;   // [D, cells]; 0 where no pixel of the cell reads a token
-  Acc* weight;     // [D, cells, max_taps], each > 0
+  Acc* weight;     // [D, cells, max_taps]
   double* count;   // [D, cells], counted pixels
   int64_t cells;
   int64_t max_taps;

@@ -1,5 +1,7 @@
 #include "common.h"
 
+#include <algorithm>
+
 namespace srt::glue {
 
 std::vector<int64_t> shape_of(const Tensor& tensor) {
@@ -80,6 +82,13 @@ std::vector<double> host_values(const char* op, const char* name, const Tensor& 
                     : static_cast<const double*>(data)[at];
   }
   return values;
+}
+
+Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t step = 1;
+  for (size_t d = sizes.size(); d-- > 0; step *= std::max<int64_t>(1, sizes[d])) strides[d] = step;
+  return empty_strided(sizes, strides, dtype);
 }
 
 Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,

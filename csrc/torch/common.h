@@ -29,6 +29,8 @@ DType element_type(const char* op, const char* name, const Tensor& tensor, bool 
 // the caller, after this returns.
 std::vector<double> host_values(const char* op, const char* name, const Tensor& tensor);
 
+// Dense in the order of its dimensions, as torch lays it out where a size is 0, too.
+Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype);
 Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                      ScalarType dtype);
 

@@ -24,10 +24,8 @@ Tensor shift(const Tensor& image, const Tensor& offsets, const std::string& padd
   args.width = shape[3];
   args.views = offsets.size(0);
   args.offsets = values.data();
-  const int64_t plane = args.height * args.width;
-  const Tensor out = empty_strided({args.views, shape[0], shape[1], shape[2], shape[3]},
-                                   {args.planes * plane, shape[1] * plane, plane, args.width, 1},
-                                   image.scalar_type());
+  const Tensor out =
+      empty({args.views, shape[0], shape[1], shape[2], shape[3]}, image.scalar_type());
   args.out = out.mutable_data_ptr();
   shift_cpu(args, torch_parallel());
   return out;

@@ -76,7 +76,7 @@ void filter_row(const GroupFilter<Acc>* filters, int64_t filter_count, int64_t m
         const Acc* token = filter.sums + filter.first[x] * chunk + c;
         const Acc* weight = filter.weight + x * max_taps;
         for (int32_t k = 0; k < filter.taps[x]; ++k, token += chunk)
-          add_block(token, block, weight[k], sum);
+          if (weight[k] != 0) add_block(token, block, weight[k], sum);
       }
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) sum[v] *= inverse[x];
@@ -118,8 +118,8 @@ void mean(const MeanPlan<Acc>& plan, int64_t begin, int64_t end, void* scratch) 
           const T* row = tokens + view.index * plan.token_strides[0] +
                          plan.y.first[slot] * plan.tokens_x * plan.token_strides[2];
           for (int32_t k = 0; k < plan.y.taps[slot]; ++k) {
-            token_rows[row_count++] = {row,
-                                       view.weight * plan.y.weight[slot * plan.y.max_taps + k]};
+            const Acc weight = plan.y.weight[slot * plan.y.max_taps + k];
+            if (weight != 0) token_rows[row_count++] = {row, view.weight * weight};
             row += plan.tokens_x * plan.token_strides[2];
           }
         }
