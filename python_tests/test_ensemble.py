@@ -54,7 +54,8 @@ def test_error_budget(case: Ensemble, dtype: torch.dtype, cpu_kernels: str) -> N
 
 @given(ensembles(), st.sampled_from(DTYPES))
 def test_error_budget_of_any_call(cpu_kernels: str, case: Ensemble, dtype: torch.dtype) -> None:
-    check(case, dtype)
+    # The budget is the largest error of the oracle in float32: of a few values, that is luck.
+    check(replace(case, batch=max(case.batch, 128 // case.channels)), dtype)
 
 
 @pytest.mark.parametrize("name", ["mean_p16_r3", "mean_p14_r2x4", "fast_p16_r3"])

@@ -101,7 +101,7 @@ WEIGHTS = "weights must be finite and >= 0"
 TINY = "weights must be 0 or at least 2^-80 of the largest"
 BYTES = "the output must have fewer than 2^63 bytes"
 AXIS = "grid * patch must be at most 2^24 pixels on each axis"
-OVERLAP = "out must not overlap itself"
+OVERLAP = "out must not overlap itself (each stride must step over what the smaller ones span)"
 SHARED_MEMORY = ("out must not share memory with tokens", "a view of the same memory")
 
 memory = torch.ones(2 * 6 * 3 + 8 * 15 * 3)

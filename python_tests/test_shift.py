@@ -72,7 +72,9 @@ def test_error_budget_of_every_mode(interpolation: str, padding: str, cpu_kernel
 
 @given(shifts(), st.sampled_from(ALL_DTYPES))
 def test_error_budget_of_any_call(cpu_kernels: str, case: Shift, dtype: torch.dtype) -> None:
-    check(case, dtype)
+    # The budget is the largest error of the oracle in float32: of a few values, that is luck.
+    values = case.channels * case.size[0] * case.size[1]
+    check(replace(case, batch=max(case.batch, 128 // values)), dtype)
 
 
 @pytest.mark.parametrize("width", [1, 5, 64])
@@ -208,6 +210,18 @@ def test_containment_of_any_call(
     cpu_kernels: str, case: Shift, dtype: torch.dtype, seed: int
 ) -> None:
     check_containment(case, case.image(dtype), seed)
+
+
+@each_interpolation
+def test_containment_beside_whole_pixels(interpolation: str, cpu_kernels: str) -> None:
+    """Weights that vanish, in double or once they are rounded to float, are no taps."""
+    tiny = (5e-324, 1e-300, 1e-45, 1e-42, 1e-30, 2.0**-70, 2.0**-59, 1e-17, 2.0**-52, 1e-9)
+    steps = tuple(whole + sign * d for whole in (0.0, 3.0) for sign in (1, -1) for d in tiny)
+    offsets = tuple((0.0, d) for d in steps) + tuple((d, -2.0) for d in steps)
+    case = Shift((6, 11), offsets, interpolation=interpolation, value_dtype=torch.float64)
+    for dtype in DTYPES:
+        for seed in range(3):
+            check_containment(case, case.image(dtype), seed)
 
 
 # ---- threads and layouts ------------------------------------------------------------------------

@@ -70,6 +70,14 @@ def _check_pair(name: str, value: object) -> tuple[int, int]:
     return value[0], value[1]
 
 
+def _check_bytes(op: str, shape: Sequence[int], like: torch.Tensor) -> None:
+    total = like.element_size()
+    for size in shape:
+        total *= max(1, size)  # the strides of an empty tensor are products of its other sizes
+    if total >= 2**63:
+        raise _error(ValueError, op, "the output must have fewer than 2^63 bytes", list(shape))
+
+
 def check_ensemble(
     tokens: torch.Tensor,
     offsets: torch.Tensor,
@@ -117,8 +125,7 @@ def check_ensemble(
         rule = f"grid must hold the N = {count} tokens of a view"
         raise _error(ValueError, op, rule, list(grid))
     shape = [batch, channels, pixels[0] // stride[0], pixels[1] // stride[1]]
-    if batch * channels * shape[2] * shape[3] * tokens.element_size() >= 2**63:
-        raise _error(ValueError, op, "the output must have fewer than 2^63 bytes", shape)
+    _check_bytes(op, shape, tokens)
     if channels > 1 and tokens.stride(3) != 1:
         rule = "tokens must be dense in the last dimension"
         raise _error(ValueError, op, rule, f"stride {tokens.stride(3)}")
@@ -162,4 +169,6 @@ def check_shift(
     _check_word(op, "padding", padding, ("zeros", "border", "reflect", "circular"))
     _check_word(op, "interpolation", interpolation, ("nearest", "bilinear", "bicubic"))
     _check_values(op, "offsets", offsets, image.device)
-    return [offsets.shape[0], *image.shape]
+    shape = [offsets.shape[0], *_shape(image)]
+    _check_bytes(op, shape, image)
+    return shape

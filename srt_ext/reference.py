@@ -23,8 +23,8 @@ def _taps(f: torch.Tensor, interpolation: str) -> list[tuple[int, torch.Tensor]]
     g = 1 - f
     return [
         (-1, _A * f * g * g),
-        (0, ((_A + 2) * f - (_A + 3)) * f * f + 1),
-        (1, ((_A + 2) * g - (_A + 3)) * g * g + 1),
+        (0, g * (-_A + g * ((2 * _A + 3) - (_A + 2) * g))),
+        (1, f * (-_A + f * ((2 * _A + 3) - (_A + 2) * f))),
         (2, _A * g * f * f),
     ]
 

@@ -18,10 +18,11 @@ std::string format_number(double value) {
   return text;
 }
 
-bool product_overflows(std::initializer_list<int64_t> factors) {
+// A size of 0 counts as 1: the strides of an empty tensor are products of the others.
+bool product_overflows(std::initializer_list<int64_t> sizes) {
   int64_t product = 1;
-  for (const int64_t factor : factors)
-    if (__builtin_mul_overflow(product, factor, &product)) return true;
+  for (const int64_t size : sizes)
+    if (__builtin_mul_overflow(product, std::max<int64_t>(1, size), &product)) return true;
   return false;
 }
 

@@ -46,12 +46,13 @@ SRT_HD inline ShiftTaps shift_taps(double offset, Interpolation interpolation) {
     w[n++] = 1 - f;
     w[n++] = f;
   } else {
-    // Cubic convolution (Keys 1981) with a = -0.75, the constant that PyTorch uses.
+    // Cubic convolution (Keys 1981) with a = -0.75, the constant that PyTorch uses. As products with
+    // f or g, so that no weight cancels to 0 between two that are not.
     const double a = -0.75, g = 1 - f;
     t.first -= 1;
     w[n++] = a * f * g * g;
-    w[n++] = ((a + 2) * f - (a + 3)) * f * f + 1;
-    w[n++] = ((a + 2) * g - (a + 3)) * g * g + 1;
+    w[n++] = g * (-a + g * ((2 * a + 3) - (a + 2) * g));
+    w[n++] = f * (-a + f * ((2 * a + 3) - (a + 2) * f));
     w[n++] = a * g * f * f;
   }
   int begin = 0;

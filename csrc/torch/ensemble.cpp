@@ -81,7 +81,8 @@ void check_out(const Tensor& out, const Tensor& tokens, const std::vector<int64_
   if (!out.is_cpu()) fail("out must be on the device of tokens", "another device");
   if (shape_of(out) != shape)
     fail("out must be " + format_shape(shape), format_shape(shape_of(out)));
-  // Ordered by stride, every dimension has to step over all that the smaller ones span.
+  if (out.numel() == 0) return;
+  // Sufficient, and true of every view that slicing and permuting make.
   std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
   for (int64_t d = 0; d < 4; ++d)
     if (out.size(d) > 1) dims.emplace_back(out.stride(d), out.size(d));
@@ -89,7 +90,7 @@ void check_out(const Tensor& out, const Tensor& tokens, const std::vector<int64_
   int64_t span = 1;
   for (const auto& [stride, size] : dims) {
     if (stride < span)
-      fail("out must not overlap itself",
+      fail("out must not overlap itself (each stride must step over what the smaller ones span)",
            "strides " + format_shape({out.stride(0), out.stride(1), out.stride(2), out.stride(3)}));
     span += (size - 1) * stride;
   }
