@@ -30,7 +30,7 @@ GRID, PATCH, CHANNELS = (14, 14), (16, 16), 384
 def interleaved(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
     """Milliseconds of each call: the median and quartiles of ``rounds`` readings taken in turn.
 
-    A call named ``slow ...`` is read three times only.
+    The published loop takes seconds: it is read three times only.
     """
     readings: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(rounds + 1):  # the first round warms up

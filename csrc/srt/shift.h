@@ -46,8 +46,8 @@ SRT_HD inline ShiftTaps shift_taps(double offset, Interpolation interpolation) {
     w[n++] = 1 - f;
     w[n++] = f;
   } else {
-    // Cubic convolution (Keys 1981) with a = -0.75, the constant that PyTorch uses. As products with
-    // f or g, so that no weight cancels to 0 between two that are not.
+    // Cubic convolution (Keys 1981) with a = -0.75, the constant that PyTorch uses. As products
+    // with f or g, so that no weight cancels to 0 between two that are not.
     const double a = -0.75, g = 1 - f;
     t.first -= 1;
     w[n++] = a * f * g * g;
