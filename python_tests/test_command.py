@@ -114,7 +114,7 @@ def test_real_weights_separate_the_astronaut_from_the_wall(tmp_path: Path, weigh
         (["broken.jpg"], "no readable picture"),
         (["PHOTO", "--model", "vit_nonsense"], "timm has no model 'vit_nonsense'"),
         (["PHOTO", "--model", "resnet18", "--weights", "WEIGHTS"], "is no ViT"),
-        (["PHOTO", "--weights", "missing.safetensors"], "missing.safetensors does not exist"),
+        (["PHOTO", "--weights", "missing.safetensors"], "missing.safetensors is no file"),
         (["PHOTO", "--weights", "broken.jpg"], "no readable safetensors file"),
         (
             ["PHOTO", "--weights", "WEIGHTS", "--model", "vit_small_patch16_224"],
@@ -124,6 +124,12 @@ def test_real_weights_separate_the_astronaut_from_the_wall(tmp_path: Path, weigh
         (["PHOTO", "--weights", "WEIGHTS", "--stride", "5"], "stride must divide"),
         (["PHOTO", "-o", "out.xyz"], "must end in"),
         (["PHOTO", "-o", "nowhere/out.png"], "does not exist"),
+        (["PHOTO", "-o", "folder.png"], "folder.png cannot be written"),
+        (["PHOTO", "--weights", "."], "is no file"),
+        (["PHOTO", "--weights", "WEIGHTS", "--model", MODEL + "x"], "timm cannot make"),
+        (["no[/b]picture[red].png"], "no[/b]picture[red].png does not exist"),
+        (["dot.png", "--weights", "WEIGHTS"], "fewer than 3 tokens"),
+        (["float.tif", "--weights", "WEIGHTS"], "is no picture of 8 or 16 bits"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(
@@ -136,6 +142,9 @@ def test_what_is_wrong_is_said_in_a_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("broken.jpg").write_bytes(b"\xff\xd8\xff no picture")
+    Path("folder.png").mkdir()
+    Image.new("RGB", (3, 3)).save("dot.png")
+    Image.new("F", (20, 20)).save("float.tif")
     names = {"PHOTO": str(photo), "WEIGHTS": str(weights)}
     code, text = run("show", *(names.get(a, a) for a in arguments))
     assert code == 1
@@ -143,6 +152,26 @@ def test_what_is_wrong_is_said_in_a_line(
     assert message in text
     assert "Traceback" not in text
     assert not Path("srt.png").exists()
+
+
+def test_depth_and_transparency(tmp_path: Path) -> None:
+    """16 bits keep their shades, and what is transparent is white."""
+    from srt_ext.command import open_picture
+
+    shades = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+    Image.fromarray(shades).save(tmp_path / "deep.png")
+    deep = np.asarray(open_picture(tmp_path / "deep.png", 0))
+    assert (deep == (shades // 257)[:, :, None]).all()
+    Image.new("RGBA", (4, 4), (200, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert (np.asarray(open_picture(tmp_path / "clear.png", 0)) == 255).all()
+
+
+def test_a_picture_too_large_to_be_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (100, 100)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    code, text = run("show", tmp_path / "bomb.png")
+    assert code == 1
+    assert "no readable picture" in text
 
 
 def test_no_weights_within_reach(

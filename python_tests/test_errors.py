@@ -457,3 +457,69 @@ def test_no_call_ends_the_process() -> None:
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.splitlines()[-1] == "survived"
+
+
+# ---- out= behaves as torch's own out= functions -------------------------------------------------
+
+
+def out_call(out: torch.Tensor, tokens: torch.Tensor | None = None) -> None:
+    tokens = torch.ones(1, 1, 6, 3) if tokens is None else tokens
+    torch.ops.srt.ensemble.out(tokens, torch.zeros(1, 2), [2, 3], [2, 2], out=out)
+
+
+def test_out_gets_a_new_version() -> None:
+    out = torch.empty(1, 3, 4, 6)
+    weight = torch.ones(1, 3, 4, 6, requires_grad=True)
+    out_call(out)
+    loss = (out * weight).sum()
+    out_call(out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    version = out._version
+    with torch.no_grad():
+        out_call(out)
+    assert out._version > version
+
+
+def test_no_forward_derivative_through_out() -> None:
+    tokens, out = torch.ones(1, 1, 6, 3), torch.empty(1, 3, 4, 6)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(tokens, tokens)
+        with pytest.raises(RuntimeError, match="out= is not differentiable"):
+            out_call(out, dual)
+
+    def field(tokens: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(1, 3, 4, 6)
+        out_call(out, tokens)
+        return out
+
+    with pytest.raises(RuntimeError):
+        torch.func.jvp(field, (tokens,), (tokens,))
+
+
+NEGATED = """
+import torch, srt_ext
+out = torch.zeros(1, 3, 4, 6, dtype=torch.complex64).conj().imag
+assert out.is_neg()
+for mode in (torch.no_grad, torch.inference_mode):
+    with mode():
+        try:
+            srt_ext.ensemble(torch.ones(1, 1, 6, 3), torch.zeros(1, 2), (2, 3), (2, 2), out=out)
+        except ValueError as error:
+            print(error)
+"""
+
+
+def test_a_negated_out_is_refused() -> None:
+    result = subprocess.run([sys.executable, "-c", NEGATED], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("out must be no lazily negated or conjugated view") == 2
+
+
+def test_negated_tokens_are_read_as_what_they_mean() -> None:
+    tokens = torch.full((1, 1, 6, 3), 1 + 2j).conj().imag
+    assert tokens.is_neg()
+    out = torch.empty(1, 3, 4, 6)
+    out_call(out, tokens)
+    assert (out == -2).all()
+    assert (srt_ext.ensemble(tokens, torch.zeros(1, 2), (2, 3), (2, 2)) == -2).all()

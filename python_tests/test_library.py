@@ -336,6 +336,13 @@ def test_import_without_torch() -> None:
     assert "srt_ext.ensemble is not available: torch is not installed: pip install" in reason
 
 
+def test_import_with_a_broken_torch(tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text("raise ImportError('libcudart.so.13: not found')")
+    reason = import_error(f"sys.path.insert(0, {str(tmp_path)!r})", torch_is_there=False)
+    assert "torch is installed but does not load: libcudart.so.13: not found" in reason
+
+
 def test_import_with_an_old_torch() -> None:
     stub = (
         "import types, importlib.machinery as m\n"

@@ -274,3 +274,17 @@ def test_offsets_of_any_dtype_and_stride(case: Shift) -> None:
     wide[:, 1::2] = offsets
     for strided in (transposed, wide[:, 1::2]):
         assert torch.equal(srt_ext.shift(image, strided, **modes), expected)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("hair", [1e-50, -1e-23, 2.0**-41, -(2.0**-41)])
+def test_a_hair_off_a_whole_pixel_is_the_whole_pixel(
+    hair: float, interpolation: str, cpu_kernels: str
+) -> None:
+    """Its other taps would vanish in float32 and multiply Inf by 0."""
+    image = torch.tensor([0.0, 1.0, 2.0, float("inf"), 4.0, -0.0, 6.0]).expand(1, 1, 1, 7)
+    offsets = torch.tensor([[0.0, 1.0], [0.0, 1.0 + hair], [hair, 1.0]], dtype=torch.float64)
+    views = srt_ext.shift(image, offsets, interpolation=interpolation)
+    assert torch.equal(
+        views[1:].view(torch.int32), views[:1].expand_as(views[1:]).view(torch.int32)
+    )

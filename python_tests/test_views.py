@@ -33,7 +33,13 @@ def test_parse(text: str, expected: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "grid", "grid:", "grid:x", "grid:-1", "grid:1:2:3", "grid:3:0", "paper:1:2", "x:3"]
+    "text",
+    [
+        *("", "grid", "grid:", "grid:x", "grid:-1", "grid:1:2:3", "grid:3:0", "paper:1:2", "x:3"),
+        "grid:3:4",  # not centred
+        "grid:1000000",
+        "grid:99999999999999999999",
+    ],
 )
 def test_parse_refuses(text: str) -> None:
     with pytest.raises(ValueError, match=r"views"):

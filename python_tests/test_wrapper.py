@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -99,15 +101,52 @@ def test_tokens_held_do_not_grow_with_the_views() -> None:
     held: list[int] = []
 
     class Spy(SRT):
-        def _ensemble(self, tokens, offsets, grid, border):  # type: ignore[no-untyped-def]
+        def _ensemble(self, tokens, *rest):  # type: ignore[no-untyped-def]
             held.append(tokens.untyped_storage().nbytes())
-            return super()._ensemble(tokens, offsets, grid, border)
+            return super()._ensemble(tokens, *rest)
 
     for radius in (1, 4):
         Spy(pooled, views.grid(radius), stride=PATCH, view_batch=3, patch=PATCH)(
             torch.randn(1, 3, 40, 20)
         )
     assert max(held) == 3 * 25 * 3 * 4  # views * tokens * channels * bytes
+
+
+MEMORY = """
+import torch
+from srt_ext import SRT, views
+
+def peak():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+
+def model(images):  # 4096 channels for a grid of 8 x 8
+    return images[:, :1, ::8, ::8].flatten(2).transpose(1, 2).expand(-1, -1, 4096)
+
+def field(radius):
+    return SRT(model, views.grid(radius), stride=2, view_batch=2, patch=8)(image).field
+
+image = torch.ones(1, 3, 64, 64)
+field(0)  # the first call loads what it needs
+before = peak()
+result = field({radius})
+print((peak() - before) / result.nbytes, bool(((result - 1).abs() < 1e-5).all()))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("radius", [4, 8])
+def test_memory_is_three_outputs(radius: int) -> None:
+    """The tokens of 81 views are 5 times the output, those of 289 views 18 times."""
+    result = subprocess.run(
+        [sys.executable, "-c", MEMORY.format(radius=radius)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    outputs, right = result.stdout.split()
+    assert right == "True"
+    assert float(outputs) < 3.5  # and one batch of views
 
 
 def test_progress_counts_views() -> None:
@@ -133,16 +172,36 @@ def test_half_precision_tokens_keep_their_dtype() -> None:
     [
         ({"patch": None}, "patch must be given"),
         ({"patch": 0}, "patch must be two integers >= 1"),
-        ({"prefix": -1}, "prefix must be >= 0"),
+        ({"prefix": -1}, "prefix must be an integer >= 0; got -1"),
+        ({"stride": (2,)}, "stride must be two integers >= 1"),
         ({"views": torch.zeros(0, 2)}, "views must be"),
         ({"views": torch.zeros(3)}, "views must be"),
         ({"views": "ring:3"}, "views must be"),
-        ({"view_batch": 0}, "view_batch must be >= 1"),
+        ({"view_batch": 0}, "view_batch must be an integer >= 1; got 0"),
         ({"stride": 0}, "stride must be"),
+        ({"border": "mirror"}, "border must be one of .*; got 'mirror'"),
+        ({"padding": "mirror"}, "padding must be one of"),
     ],
 )
 def test_wrong_settings(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        SRT(pooled, **{"patch": PATCH, **arguments})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"stride": 2.0}, "stride must be two integers >= 1, .*; got 2.0"),
+        ({"patch": "8"}, "patch must be two integers >= 1"),
+        ({"patch": 8.0}, "patch must be two integers >= 1"),
+        ({"view_batch": 2.5}, "view_batch must be an integer >= 1; got 2.5"),
+        ({"prefix": 1.0}, "prefix must be an integer >= 0; got 1.0"),
+        ({"views": [[0, 0]]}, "views must be a torch.Tensor; got list"),
+        ({"upsample": None}, "upsample must be a string"),
+    ],
+)
+def test_settings_of_the_wrong_type(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
         SRT(pooled, **{"patch": PATCH, **arguments})  # type: ignore[arg-type]
 
 
@@ -158,8 +217,8 @@ def test_wrong_inputs() -> None:
         SRT(with_prefix, patch=PATCH)(torch.zeros(1, 3, 8, 8))
     with pytest.raises(TypeError, match="callable"):
         SRT(3, patch=PATCH)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="border must be one of"):
-        SRT(pooled, patch=PATCH, border="mirror")(torch.zeros(1, 3, 8, 8))
+    with pytest.raises(TypeError, match=r"images must be a torch.Tensor; got list"):
+        srt([[0.0]])
 
 
 def tiny_vit(**arguments: object) -> torch.nn.Module:
@@ -192,6 +251,7 @@ def test_a_timm_vit_needs_no_settings(registers: int) -> None:
 
 
 def test_srt_is_a_module_that_can_be_copied_and_cast() -> None:
+    """And its model may be replaced."""
     srt = SRT(tiny_vit(), views.grid(1) + 0.3)
     twin = copy.deepcopy(srt).double()
     assert {p.dtype for p in twin.parameters()} == {torch.float64}
@@ -201,3 +261,5 @@ def test_srt_is_a_module_that_can_be_copied_and_cast() -> None:
     torch.testing.assert_close(
         twin(images.double()).field.float(), srt(images).field, atol=1e-4, rtol=1e-4
     )
+    srt.model = tiny_vit(global_pool="avg", class_token=False)
+    assert srt(images).prefix is None

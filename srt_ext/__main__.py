@@ -9,9 +9,13 @@ def main() -> None:
     try:
         from .command import app
     except ImportError as error:
+        from . import __version__
+        from ._library import unavailable
+
         sys.exit(
             f"srt-ext: the command needs packages that are not installed ({error}): "
-            "pip install 'srt_ext[models]'"
+            f"pip install 'srt_ext[models]'\nsrt_ext {__version__}: "
+            + (f"no ops: {unavailable}" if unavailable else "torch.ops.srt is available")
         )
     app()
 

@@ -12,8 +12,10 @@ def _load() -> str | None:
     """Registers ``torch.ops.srt``; the reason in words if that is impossible."""
     if find_spec("torch") is None:
         return "torch is not installed: pip install 'srt_ext[torch]'"
-    import torch
-
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return f"torch is installed but does not load: {error}"
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < MIN_TORCH:
         return f"torch >= 2.10 is required; found {torch.__version__}"
     path = Path(__file__).with_name("_C.so")

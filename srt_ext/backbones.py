@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from .checks import check_count, check_pair
+
 
 @dataclass(frozen=True)
 class Backbone:
@@ -44,12 +46,8 @@ def describe(
             "SRT: patch must be given for a model that is no timm ViT; "
             f"got None with {type(model).__name__}"
         )
-    pair = (patch, patch) if isinstance(patch, int) else tuple(patch)
-    if len(pair) != 2 or min(pair) < 1:
-        raise ValueError(f"SRT: patch must be two integers >= 1, (y, x); got {patch}")
-    if prefix is not None and prefix < 0:
-        raise ValueError(f"SRT: prefix must be >= 0; got {prefix}")
-    return Backbone(tokens, (pair[0], pair[1]), prefix or 0)
+    prefix = 0 if prefix is None else check_count("SRT", "prefix", prefix, 0)
+    return Backbone(tokens, check_pair("SRT", "patch", patch), prefix)
 
 
 class ModelError(RuntimeError):
@@ -78,9 +76,11 @@ def load_timm(name: str, weights: Path | None = None) -> tuple[Any, dict[str, An
     except TypeError as error:
         raise ModelError(f"{name} is no ViT that takes any picture size: {error}") from error
     except Exception as error:  # the hub client raises whatever its transport does
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        if weights is not None:
+            raise ModelError(f"timm cannot make {name}: {reason}") from error
         raise ModelError(
-            f"the pretrained weights of {name} could not be loaded: "
-            f"{type(error).__name__}: {str(error).splitlines()[0]}. "
+            f"the pretrained weights of {name} could not be loaded: {reason}. "
             "Give a state dict with --weights FILE.safetensors"
         ) from error
     if weights is not None:

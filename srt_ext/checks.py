@@ -11,13 +11,17 @@ from collections.abc import Sequence
 import torch
 
 MAX_PIXELS = 2**24
+UPSAMPLES = ("nearest", "bilinear")
+BORDERS = ("coverage", "zeros", "clamp")
+PADDINGS = ("zeros", "border", "reflect", "circular")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def _error(
-    kind: type[ValueError] | type[TypeError], op: str, rule: str, got: object
+    kind: type[ValueError] | type[TypeError], where: str, rule: str, got: object
 ) -> ValueError | TypeError:
-    return kind(f"srt::{op}: {rule}; got {got}")
+    return kind(f"{where}: {rule}; got {got}")
 
 
 def _shape(tensor: torch.Tensor) -> list[int]:
@@ -28,54 +32,64 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _check_tensor(op: str, name: str, value: object) -> None:
+def check_tensor(where: str, name: str, value: object) -> None:
     if not isinstance(value, torch.Tensor):
-        raise _error(TypeError, op, f"{name} must be a torch.Tensor", type(value).__name__)
+        raise _error(TypeError, where, f"{name} must be a torch.Tensor", type(value).__name__)
 
 
-def _check_element_type(op: str, name: str, tensor: torch.Tensor, allow_uint8: bool) -> None:
+def _check_element_type(where: str, name: str, tensor: torch.Tensor, allow_uint8: bool) -> None:
     if tensor.dtype not in FLOATING and not (allow_uint8 and tensor.dtype == torch.uint8):
         rule = f"{name} must be float32, float16, bfloat16 or float64"
         raise _error(
-            TypeError, op, rule + (", or uint8" if allow_uint8 else ""), _name(tensor.dtype)
+            TypeError, where, rule + (", or uint8" if allow_uint8 else ""), _name(tensor.dtype)
         )
 
 
-def _check_values(op: str, name: str, tensor: torch.Tensor, device: torch.device) -> None:
+def _check_values(where: str, name: str, tensor: torch.Tensor, device: torch.device) -> None:
     if tensor.device.type != "cpu" and tensor.device != device:
         rule = f"{name} must be on the CPU or on the device of the input"
-        raise _error(ValueError, op, rule, tensor.device)
+        raise _error(ValueError, where, rule, tensor.device)
     if tensor.dtype not in (torch.float32, torch.float64):
-        raise _error(TypeError, op, f"{name} must be float32 or float64", _name(tensor.dtype))
+        raise _error(TypeError, where, f"{name} must be float32 or float64", _name(tensor.dtype))
 
 
-def _check_word(op: str, name: str, word: str, words: Sequence[str]) -> None:
+def check_word(where: str, name: str, word: str, words: Sequence[str]) -> None:
     if not isinstance(word, str):
-        raise _error(TypeError, op, f"{name} must be a string", type(word).__name__)
+        raise _error(TypeError, where, f"{name} must be a string", type(word).__name__)
     if word not in words:
         rule = f"{name} must be one of " + ", ".join(f"'{w}'" for w in words)
-        raise _error(ValueError, op, rule, f"'{word}'")
+        raise _error(ValueError, where, rule, f"'{word}'")
 
 
-def _check_pair(name: str, value: object) -> tuple[int, int]:
+def check_pair(where: str, name: str, value: object) -> tuple[int, int]:
+    """(y, x); one integer stands for both."""
     rule = f"{name} must be two integers >= 1, (y, x)"
     if isinstance(value, int | torch.SymInt) and not isinstance(value, bool):
         value = (value, value)
     if not isinstance(value, Sequence) or not all(
         isinstance(i, int | torch.SymInt) and not isinstance(i, bool) for i in value
     ):
-        raise _error(TypeError, "ensemble", rule, repr(value))
+        raise _error(TypeError, where, rule, repr(value))
     if len(value) != 2 or value[0] < 1 or value[1] < 1:
-        raise _error(ValueError, "ensemble", rule, list(value))
+        raise _error(ValueError, where, rule, list(value))
     return value[0], value[1]
 
 
-def _check_bytes(op: str, shape: Sequence[int], like: torch.Tensor) -> None:
+def check_count(where: str, name: str, value: object, least: int) -> int:
+    rule = f"{name} must be an integer >= {least}"
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise _error(TypeError, where, rule, repr(value))
+    if value < least:
+        raise _error(ValueError, where, rule, value)
+    return value
+
+
+def _check_bytes(where: str, shape: Sequence[int], like: torch.Tensor) -> None:
     total = like.element_size()
     for size in shape:
         total *= max(1, size)  # the strides of an empty tensor are products of its other sizes
     if total >= 2**63:
-        raise _error(ValueError, op, "the output must have fewer than 2^63 bytes", list(shape))
+        raise _error(ValueError, where, "the output must have fewer than 2^63 bytes", list(shape))
 
 
 def check_ensemble(
@@ -91,61 +105,61 @@ def check_ensemble(
     out: torch.Tensor | None = None,
 ) -> list[int]:
     """The shape [B, C, H', W'] of the field. Raises ValueError or TypeError."""
-    op = "ensemble"
-    _check_tensor(op, "tokens", tokens)
-    _check_tensor(op, "offsets", offsets)
+    where = "srt::ensemble"
+    check_tensor(where, "tokens", tokens)
+    check_tensor(where, "offsets", offsets)
     if weights is not None:
-        _check_tensor(op, "weights", weights)
-    _check_element_type(op, "tokens", tokens, allow_uint8=False)
+        check_tensor(where, "weights", weights)
+    _check_element_type(where, "tokens", tokens, allow_uint8=False)
     if tokens.dim() != 4:
         rule = "tokens must have 4 dimensions, [V, B, N, C]"
-        raise _error(ValueError, op, rule, _shape(tokens))
+        raise _error(ValueError, where, rule, _shape(tokens))
     views, batch, count, channels = tokens.shape
     if views < 1:
-        raise _error(ValueError, op, "tokens must hold at least one view", _shape(tokens))
+        raise _error(ValueError, where, "tokens must hold at least one view", _shape(tokens))
     if offsets.dim() != 2 or offsets.shape[0] != views or offsets.shape[1] != 2:
         rule = f"offsets must be [V, 2] with V = {views}"
-        raise _error(ValueError, op, rule, _shape(offsets))
+        raise _error(ValueError, where, rule, _shape(offsets))
     if weights is not None and (weights.dim() != 1 or weights.shape[0] != views):
         rule = f"weights must be [V] with V = {views}"
-        raise _error(ValueError, op, rule, _shape(weights))
+        raise _error(ValueError, where, rule, _shape(weights))
     grid, patch, stride = (
-        _check_pair("grid", grid),
-        _check_pair("patch", patch),
-        _check_pair("stride", stride),
+        check_pair(where, "grid", grid),
+        check_pair(where, "patch", patch),
+        check_pair(where, "stride", stride),
     )
     pixels = [g * p for g, p in zip(grid, patch, strict=True)]
     if max(pixels) > MAX_PIXELS:
         rule = "grid * patch must be at most 2^24 pixels on each axis"
-        raise _error(ValueError, op, rule, f"{list(grid)} * {list(patch)}")
+        raise _error(ValueError, where, rule, f"{list(grid)} * {list(patch)}")
     if any(n % s for n, s in zip(pixels, stride, strict=True)):
         rule = f"stride must divide grid * patch = {pixels}"
-        raise _error(ValueError, op, rule, list(stride))
+        raise _error(ValueError, where, rule, list(stride))
     if grid[0] * grid[1] != count:
         rule = f"grid must hold the N = {count} tokens of a view"
-        raise _error(ValueError, op, rule, list(grid))
+        raise _error(ValueError, where, rule, list(grid))
     shape = [batch, channels, pixels[0] // stride[0], pixels[1] // stride[1]]
-    _check_bytes(op, shape, tokens)
+    _check_bytes(where, shape, tokens)
     if channels > 1 and tokens.stride(3) != 1:
         rule = "tokens must be dense in the last dimension"
-        raise _error(ValueError, op, rule, f"stride {tokens.stride(3)}")
+        raise _error(ValueError, where, rule, f"stride {tokens.stride(3)}")
     if reduce == "median":
-        raise _error(ValueError, op, "reduce must be 'mean' in this version", "'median'")
-    _check_word(op, "reduce", reduce, ("mean", "median"))
-    _check_word(op, "upsample", upsample, ("nearest", "bilinear"))
-    _check_word(op, "border", border, ("coverage", "zeros", "clamp"))
-    _check_values(op, "offsets", offsets, tokens.device)
+        raise _error(ValueError, where, "reduce must be 'mean' in this version", "'median'")
+    check_word(where, "reduce", reduce, ("mean", "median"))
+    check_word(where, "upsample", upsample, UPSAMPLES)
+    check_word(where, "border", border, BORDERS)
+    _check_values(where, "offsets", offsets, tokens.device)
     if weights is not None:
-        _check_values(op, "weights", weights, tokens.device)
+        _check_values(where, "weights", weights, tokens.device)
     if out is not None:
-        _check_tensor(op, "out", out)
+        check_tensor(where, "out", out)
         if out.dtype != tokens.dtype:
             rule = f"out must have the dtype of tokens, {_name(tokens.dtype)}"
-            raise _error(TypeError, op, rule, _name(out.dtype))
+            raise _error(TypeError, where, rule, _name(out.dtype))
         if out.device != tokens.device:
-            raise _error(ValueError, op, "out must be on the device of tokens", out.device)
+            raise _error(ValueError, where, "out must be on the device of tokens", out.device)
         if _shape(out) != shape:
-            raise _error(ValueError, op, f"out must be {shape}", _shape(out))
+            raise _error(ValueError, where, f"out must be {shape}", _shape(out))
     return shape
 
 
@@ -153,22 +167,22 @@ def check_shift(
     image: torch.Tensor, offsets: torch.Tensor, padding: str, interpolation: str
 ) -> list[int]:
     """The shape [V, B, C, H, W] of the views. Raises ValueError or TypeError."""
-    op = "shift"
-    _check_tensor(op, "image", image)
-    _check_tensor(op, "offsets", offsets)
-    _check_element_type(op, "image", image, allow_uint8=True)
+    where = "srt::shift"
+    check_tensor(where, "image", image)
+    check_tensor(where, "offsets", offsets)
+    _check_element_type(where, "image", image, allow_uint8=True)
     if image.dim() != 4:
         rule = "image must have 4 dimensions, [B, C, H, W]"
-        raise _error(ValueError, op, rule, _shape(image))
+        raise _error(ValueError, where, rule, _shape(image))
     if max(image.shape[2], image.shape[3]) > MAX_PIXELS:
         rule = "image must have at most 2^24 pixels on each axis"
-        raise _error(ValueError, op, rule, _shape(image))
+        raise _error(ValueError, where, rule, _shape(image))
     if offsets.dim() != 2 or offsets.shape[0] < 1 or offsets.shape[1] != 2:
         rule = "offsets must be [V, 2] with V >= 1"
-        raise _error(ValueError, op, rule, _shape(offsets))
-    _check_word(op, "padding", padding, ("zeros", "border", "reflect", "circular"))
-    _check_word(op, "interpolation", interpolation, ("nearest", "bilinear", "bicubic"))
-    _check_values(op, "offsets", offsets, image.device)
+        raise _error(ValueError, where, rule, _shape(offsets))
+    check_word(where, "padding", padding, PADDINGS)
+    check_word(where, "interpolation", interpolation, INTERPOLATIONS)
+    _check_values(where, "offsets", offsets, image.device)
     shape = [offsets.shape[0], *_shape(image)]
-    _check_bytes(op, shape, image)
+    _check_bytes(where, shape, image)
     return shape

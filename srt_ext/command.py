@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from importlib import import_module
@@ -13,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from . import __version__
 from ._library import unavailable
@@ -48,21 +50,34 @@ ViewBatch = Annotated[int, typer.Option(min=1, help="Views in one forward of the
 
 def fail(message: str) -> typer.Exit:
     """Says what is wrong on stderr; to be raised."""
-    Console(stderr=True).print(f"[red]error:[/red] {message}", highlight=False, soft_wrap=True)
+    text = Text.assemble(("error: ", "red"), message)  # no markup: a name may hold brackets
+    Console(stderr=True).print(text, highlight=False, soft_wrap=True)
     return typer.Exit(1)
 
 
 def open_picture(path: Path, size: int) -> Any:
-    """An RGB picture, upright, its longer side at most ``size`` (0: as it is)."""
+    """An RGB picture, upright, its longer side at most ``size`` (0: as it is).
+
+    What is transparent becomes white; 16 bits a pixel are reduced to 8.
+    """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file).convert("RGB")
+            picture = ImageOps.exif_transpose(file)
     except FileNotFoundError:
         raise fail(f"{path} does not exist") from None
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
         raise fail(f"{path} is no readable picture: {error}") from None
+    if picture.mode in ("F", "I") or picture.mode.startswith("I;"):
+        depth = np.asarray(picture, dtype=np.float64)
+        if picture.mode == "F" or depth.min() < 0 or depth.max() > 65535:
+            raise fail(f"{path} is no picture of 8 or 16 bits: its values go to {depth.max():g}")
+        picture = Image.fromarray(np.rint(depth / 257).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    picture = picture.convert("RGB")
     if size:
         picture.thumbnail((size, size), Image.Resampling.LANCZOS)
     return picture
@@ -91,7 +106,7 @@ class Features:
 
         # What can be wrong and is quick to see, before a model is loaded.
         if weights is not None and not weights.is_file():
-            raise fail(f"{weights} does not exist")
+            raise fail(f"{weights} is no file")
         try:
             offsets = parse(views)
         except ValueError as error:
@@ -150,14 +165,21 @@ class Features:
             f"picture {width} x {height}, {self.views} views, field {shape}\n"
             f"model {self.model_seconds:.2f} s, SRT {self.srt_seconds:.3f} s ({share:.1f} %)\n"
             f"wrote {written}",
+            markup=False,
             highlight=False,
             soft_wrap=True,
         )
 
 
-def check_folder(path: Path) -> None:
-    if not path.absolute().parent.is_dir():
-        raise fail(f"the folder {path.absolute().parent} does not exist")
+def check_output(path: Path, suffixes: tuple[str, ...]) -> None:
+    """Before hours of work are lost on it."""
+    if path.suffix.lower() not in suffixes:
+        raise fail(f"--output must end in {' or '.join(suffixes)}; got {path}")
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise fail(f"the folder {folder} does not exist")
+    if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise fail(f"{path} cannot be written")
 
 
 @app.command()
@@ -174,19 +196,21 @@ def show(
     view_batch: ViewBatch = 8,
 ) -> None:
     """Draws a photograph, its plain tokens and its SRT field, in one PCA basis, side by side."""
-    suffixes = (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp")
-    if output.suffix.lower() not in suffixes:
-        raise fail(f"--output must end in one of {', '.join(suffixes)}; got {output}")
-    check_folder(output)
+    check_output(output, (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp"))
     features = Features(photo, model, weights, views, stride, size, view_batch)
-    from .visualize import Colours, side_by_side
+    from .visualize import Colours, enlarge, side_by_side
 
+    if features.plain[0, 0].numel() < 3:
+        raise fail(f"{photo} has fewer than 3 tokens: no colours can be made of them")
     colours = Colours(features.plain)
+    width, height = features.picture.size
+    blocks = enlarge(colours(features.plain), features.patch, (height, width))
+    cells = enlarge(colours(features.output.field), (stride, stride), (height, width))
     side_by_side(
         [
             ("input", np.asarray(features.picture, dtype=np.float32) / 255),
-            (f"tokens of {model.split('.')[0]}", colours(features.plain)),
-            (f"SRT, {features.views} views", colours(features.output.field)),
+            (f"tokens of {model.split('.')[0]}", blocks),
+            (f"SRT, {features.views} views", cells),
         ],
         output,
     )
@@ -205,16 +229,15 @@ def features(
     view_batch: ViewBatch = 8,
 ) -> None:
     """Writes the SRT field of a photograph: `field` [C, H', W'] and `prefix` [K, C]."""
-    if output.suffix not in (".npz", ".safetensors"):
-        raise fail(f"--output must end in .npz or .safetensors; got {output}")
-    check_folder(output)
+    check_output(output, (".npz", ".safetensors"))
     made = Features(photo, model, weights, views, stride, size, view_batch)
     tensors = {"field": made.output.field[0].contiguous()}
     if made.output.prefix is not None:
         tensors["prefix"] = made.output.prefix[0].contiguous()
-    if output.suffix == ".npz":
+    if output.suffix.lower() == ".npz":
         arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
-        np.savez(output, **arrays)
+        with output.open("wb") as file:  # savez would add its own suffix to .NPZ
+            np.savez(file, **arrays)
     else:
         from safetensors.torch import save_file
 
@@ -230,23 +253,27 @@ def _version(package: str) -> str:
     try:
         return str(import_module(package).__version__)
     except Exception as error:  # a broken package breaks in its own way
-        return f"not available: {type(error).__name__}: {str(error).splitlines()[0]}"
+        return f"not available: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 @app.command()
 def info() -> None:
     """Tells the version, the backends and what they run on, and why anything is missing."""
     table = Table(show_header=False, box=None)
-    table.add_row("srt_ext", __version__)
-    table.add_row("python", f"{platform.python_version()}, {platform.machine()}")
-    table.add_row("torch", _version("torch"))
+
+    def row(name: str, value: str) -> None:
+        table.add_row(name, Text(value))  # no markup: reasons hold brackets
+
+    row("srt_ext", __version__)
+    row("python", f"{platform.python_version()}, {platform.machine()}")
+    row("torch", _version("torch"))
     if unavailable is not None:
-        table.add_row("CPU", f"not available: {unavailable}")
+        row("CPU", f"not available: {unavailable}")
     else:
         import torch
 
         ops = torch.ops.srt
-        table.add_row(
+        row(
             "CPU",
             f"{ops._cpu_kernels()} (of {ops._available_cpu_kernels()}), "
             f"{torch.get_num_threads()} threads",
@@ -256,7 +283,7 @@ def info() -> None:
             if torch.cuda.is_available()
             else f"torch {'finds no GPU' if torch.version.cuda else 'was built without CUDA'}"
         )
-        table.add_row("CUDA", f"not available: this version has no CUDA kernels; {gpu}")
+        row("CUDA", f"not available: this version has no CUDA kernels; {gpu}")
     for package in ("timm", "torchvision", "PIL", "safetensors", "sklearn"):
-        table.add_row(package, _version(package))
+        row(package, _version(package))
     console.print(table)

@@ -43,7 +43,8 @@ def shift(
         padding: what lies beyond the image: ``zeros``, ``border``, ``reflect`` (the edge is not
             repeated) or ``circular``.
         interpolation: ``nearest``, ``bilinear`` or ``bicubic`` (a = -0.75). Whole-pixel offsets
-            copy bit for bit under each. uint8 results are rounded half to even and saturate.
+            copy bit for bit under each, and offsets within 2^-40 of one count as it. uint8 results
+            are rounded half to even and saturate.
 
     Returns:
         [V, B, C, H, W], dense, of the dtype of ``image``.
@@ -107,8 +108,8 @@ def ensemble(
             (``zeros``, as published), or reads the nearest edge token (``clamp``).
         stride: pixels per output cell, (sh, sw) or one for both; divides (H, W). 1 is pixel scale,
             ``patch`` is token scale.
-        out: [B, C, H / sh, W / sw], written in place; any strides without overlap, channels_last is
-            the fast one. Not differentiable.
+        out: [B, C, H / sh, W / sw], written in place; any strides that step over what the smaller
+            ones span, channels_last is the fast one. Not differentiable.
 
     Returns:
         [B, C, H / sh, W / sw] of the dtype of ``tokens``, with strides (H'W'C, 1, W'C, C)
@@ -229,15 +230,41 @@ _register_autograd(torch.ops.srt.shift.default)
 _register_autograd(torch.ops.srt.ensemble.default)
 
 
-def _ensemble_out(*args: Any, **kwargs: Any) -> None:
-    if torch.is_grad_enabled() and any(
-        isinstance(a, torch.Tensor) and a.requires_grad for a in (*args, kwargs["out"])
+# ensemble.out, as torch's own out= functions behave: no derivative, a new version of `out` (so that
+# a backward that saved the old content fails), no lazy negation of the memory that is written.
+_OUT = torch.ops.srt.ensemble.out
+
+
+def _out_autograd(*args: Any, out: torch.Tensor, **modes: Any) -> None:
+    tensors = [a for a in (*args, out) if isinstance(a, torch.Tensor)]
+    if any(torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors) or (
+        torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     ):
         raise RuntimeError(
             "srt::ensemble: out= is not differentiable; got an argument that requires grad"
         )
     with torch._C._AutoDispatchBelowAutograd():
-        torch.ops.srt.ensemble.out(*args, **kwargs)
+        _OUT(*args, **modes, out=out)
 
 
-_autograd.impl("ensemble.out", _ensemble_out, "Autograd")
+def _out_version(keys: Any, *args: Any, out: torch.Tensor, **modes: Any) -> None:
+    if out.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError("srt::ensemble: out must be no inference tensor outside inference mode")
+    torch.autograd.graph.increment_version(out)
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        _OUT.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *args, **modes, out=out)
+
+
+def _out_negative(*args: Any, out: torch.Tensor, **modes: Any) -> None:
+    if out.is_neg() or out.is_conj():
+        raise RuntimeError(
+            "srt::ensemble: out must be no lazily negated or conjugated view; got one"
+        )
+    plain = [a.resolve_neg().resolve_conj() if isinstance(a, torch.Tensor) else a for a in args]
+    _OUT(*plain, **modes, out=out)
+
+
+_autograd.impl("ensemble.out", _out_autograd, "Autograd")
+_autograd.impl("ensemble.out", _out_version, "ADInplaceOrView", with_keyset=True)
+_autograd.impl("ensemble.out", _out_negative, "Negative")
+_autograd.impl("ensemble.out", _out_negative, "Conjugate")

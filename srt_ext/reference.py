@@ -58,7 +58,9 @@ def _shift_axis(
     if interpolation == "nearest":
         reads = [(y + torch.floor(0.5 - delta).long(), torch.ones(()))]
     else:
-        whole = torch.floor(-delta)
+        whole, nearest = torch.floor(-delta), torch.floor(0.5 - delta)
+        if (nearest + delta).abs() < 2.0**-40:  # a whole pixel, by the op's contract
+            whole, delta = nearest, -nearest
         reads = [(y + whole.long() + k, w) for k, w in _taps(-delta - whole, interpolation)]
     total = torch.zeros_like(x)
     for position, weight in reads:

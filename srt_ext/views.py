@@ -7,22 +7,28 @@ from __future__ import annotations
 
 import torch
 
+# More forwards than anybody waits for; a larger number is a slip of the keyboard.
+MAX_VIEWS = 2**16
+
 
 def grid(radius: int, step: int = 1) -> torch.Tensor:
     """All offsets of a square: -radius, -radius + step, ... up to radius, on both axes.
 
     Args:
-        radius: pixels, >= 0. A radius of half a patch less one covers every sub-token position.
-        step: pixels, >= 1.
+        radius: pixels, >= 0. Half a patch reaches every position within a token.
+        step: pixels, >= 1; divides 2 * radius, so that the grid is centred.
 
     Example:
         >>> grid(1).shape
         torch.Size([9, 2])
     """
-    if radius < 0 or step < 1:
+    if radius < 0 or step < 1 or 2 * radius % step:
         raise ValueError(
-            f"views.grid: radius must be >= 0 and step >= 1; got radius {radius}, step {step}"
+            "views.grid: radius must be >= 0, and step >= 1 must divide 2 * radius; "
+            f"got radius {radius}, step {step}"
         )
+    if (2 * radius // step + 1) ** 2 > MAX_VIEWS:
+        raise ValueError(f"views.grid: at most {MAX_VIEWS} views; got radius {radius}, step {step}")
     axis = torch.arange(-radius, radius + 1, step, dtype=torch.float32)
     return torch.cartesian_prod(axis, axis)
 

@@ -37,8 +37,13 @@ def _rows(features: torch.Tensor) -> np.ndarray:
     return features[0].permute(1, 2, 0).flatten(0, 1).float().cpu().numpy()
 
 
+def enlarge(picture: np.ndarray, cell: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    """[h, w, 3] with cells of (y, x) pixels -> [H, W, 3], the padding to whole cells cut off."""
+    return picture.repeat(cell[0], 0).repeat(cell[1], 1)[: size[0], : size[1]]
+
+
 def side_by_side(panels: Sequence[tuple[str, np.ndarray]], path: Path) -> None:
-    """Writes titled pictures [H, W, 3] in 0 .. 1, all at the size of the first, as one picture."""
+    """Writes titled pictures [H, W, 3] in 0 .. 1, all of one size, as one picture."""
     from matplotlib.figure import Figure
 
     height, width = panels[0][1].shape[:2]
@@ -47,8 +52,7 @@ def side_by_side(panels: Sequence[tuple[str, np.ndarray]], path: Path) -> None:
     for axes, (title, picture) in zip(
         np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True
     ):
-        # Nearest: a block of the picture is a token.
-        axes.imshow(picture, interpolation="nearest", extent=(0, width, height, 0))
+        axes.imshow(picture, interpolation="nearest")
         axes.set_title(title)
         axes.set_axis_off()
     figure.savefig(path, dpi=150)

@@ -13,6 +13,16 @@ import torch.nn.functional as F  # noqa: N812
 
 from . import views as designs
 from .backbones import Backbone, describe
+from .checks import (
+    BORDERS,
+    INTERPOLATIONS,
+    PADDINGS,
+    UPSAMPLES,
+    check_count,
+    check_pair,
+    check_tensor,
+    check_word,
+)
 from .ops import ensemble, shift
 
 
@@ -41,8 +51,9 @@ class SRT(torch.nn.Module):
     :class:`SRTOutput`. Sizes that are no multiple of the patch are padded by repeating the last row
     and column, and cropped back. No gradients are kept. Put the model in eval mode first.
 
-    Memory: one batch of views, the output, and tokens of at most the size of the output (or of one
-    batch of views). If the tokens of all views are more, they are summed in parts, in float32.
+    Memory, beside what the model needs for one batch of views: the output, and the tokens of all
+    views. Where those would outgrow the output they are summed in parts, in float32: three times
+    the output, or the tokens of one batch if they are more, however many views there are.
 
     Raises:
         TypeError, ValueError: as the ops, and for tokens whose number does not fit the picture.
@@ -71,19 +82,28 @@ class SRT(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.model = model  # a submodule if it is a module
-        self.backbone: Backbone = describe(model, patch, prefix)
+        self._patch, self._prefix = patch, prefix
+        describe(model, patch, prefix)
+        if isinstance(views, str):
+            views = designs.parse(views)
+        check_tensor("SRT", "views", views)
+        if views.dim() != 2 or views.shape[0] < 1 or views.shape[1] != 2:
+            raise ValueError(f"SRT: views must be [V, 2] with V >= 1; got {list(views.shape)}")
         # On the CPU, and no buffer: .half() would round the offsets.
-        self.views = designs.parse(views) if isinstance(views, str) else views.detach().cpu()
-        if self.views.dim() != 2 or self.views.shape[0] < 1 or self.views.shape[1] != 2:
-            raise ValueError(f"SRT: views must be [V, 2] with V >= 1; got {list(self.views.shape)}")
-        self.stride = (stride, stride) if isinstance(stride, int) else (stride[0], stride[1])
-        if min(self.stride) < 1:
-            raise ValueError(f"SRT: stride must be two integers >= 1, (y, x); got {stride}")
-        if view_batch < 1:
-            raise ValueError(f"SRT: view_batch must be >= 1; got {view_batch}")
-        self.view_batch = view_batch
+        self.views = views.detach().cpu()
+        self.stride = check_pair("SRT", "stride", stride)
+        self.view_batch = check_count("SRT", "view_batch", view_batch, 1)
+        check_word("SRT", "upsample", upsample, UPSAMPLES)
+        check_word("SRT", "border", border, BORDERS)
+        check_word("SRT", "padding", padding, PADDINGS)
+        check_word("SRT", "interpolation", interpolation, INTERPOLATIONS)
         self.upsample, self.border = upsample, border
         self.padding, self.interpolation = padding, interpolation
+
+    @property
+    def backbone(self) -> Backbone:
+        """How the tokens of the present ``model`` are got."""
+        return describe(self.model, self._patch, self._prefix)
 
     def _pad(self, images: torch.Tensor) -> torch.Tensor:
         """images [B, 3, H, W] to whole patches, to the right and below."""
@@ -111,6 +131,7 @@ class SRT(torch.nn.Module):
         self, images: torch.Tensor, progress: Callable[[int], object] | None = None
     ) -> SRTOutput:
         """images [B, 3, H, W] -> :class:`SRTOutput`; ``progress`` is told the views done."""
+        check_tensor("SRT", "images", images)
         if images.dim() != 4:
             raise ValueError(f"SRT: images must be [B, 3, H, W]; got {list(images.shape)}")
         padded = self._pad(images)
@@ -128,7 +149,11 @@ class SRT(torch.nn.Module):
         batches = max(1, cells // (grid[0] * grid[1]) // self.view_batch)
         part = min(total, batches * self.view_batch)
 
-        held = field = prefix = None
+        # Means of parts add up, by their share of the views, where every view counts in every cell:
+        # under clamp and zeros. The mean under coverage is the one under zeros over the share of
+        # views that cover the cell.
+        part_border = "zeros" if self.border == "coverage" else self.border
+        held = field = part_mean = prefix = None
         for begin in range(0, total, self.view_batch):
             end = min(total, begin + self.view_batch)
             views = shift(
@@ -139,35 +164,49 @@ class SRT(torch.nn.Module):
             )
             tokens = self._tokens(views, grid[0] * grid[1])
             if self.backbone.prefix:
-                prefix_sum = tokens[:, :, : self.backbone.prefix].float().sum(0)
+                sums = torch.promote_types(tokens.dtype, torch.float32)
+                prefix_sum = tokens[:, :, : self.backbone.prefix].to(sums).sum(0)
                 prefix = prefix_sum if prefix is None else prefix + prefix_sum
             dtype = tokens.dtype
             if held is None:
-                sums = dtype if part == total or dtype == torch.float64 else torch.float32
+                sums = dtype if part == total else torch.promote_types(dtype, torch.float32)
                 shape = (part, len(images), grid[0] * grid[1], tokens.shape[-1])
                 held = tokens.new_empty(shape, dtype=sums)
             first = begin - begin % part
             held[begin - first : end - first] = tokens[:, :, self.backbone.prefix :]
             if end - first == part or end == total:
                 offsets = self.views[first:end]
+                share = len(offsets) / total
                 if part == total:
                     field = self._ensemble(held, offsets, grid, self.border)
+                elif field is None:
+                    field = self._ensemble(held, offsets, grid, part_border).mul_(share)
                 else:
-                    field = self._add(field, held[: end - first], offsets, grid)
+                    part_mean = torch.empty_like(field) if part_mean is None else part_mean
+                    rest = held[: end - first]
+                    field.add_(
+                        self._ensemble(rest, offsets, grid, part_border, part_mean), alpha=share
+                    )
             if progress is not None:
                 progress(end)
 
         assert field is not None
+        del held, part_mean
         if part < total and self.border == "coverage":
             ones = field.new_ones(()).expand(total, 1, grid[0] * grid[1], 1)
-            share = self._ensemble(ones, self.views, grid, "zeros")
-            field /= share.clamp(min=torch.finfo(share.dtype).tiny)  # 0 / tiny where none covers
+            covered = self._ensemble(ones, self.views, grid, "zeros")
+            field /= covered.clamp(min=torch.finfo(field.dtype).tiny)  # 0 / tiny where none covers
         height, width = (-(-images.shape[2 + i] // stride[i]) for i in range(2))
         mean_prefix = None if prefix is None else (prefix / total).to(dtype)
         return SRTOutput(field.to(dtype)[:, :, :height, :width], mean_prefix)
 
     def _ensemble(
-        self, tokens: torch.Tensor, offsets: torch.Tensor, grid: tuple[int, int], border: str
+        self,
+        tokens: torch.Tensor,
+        offsets: torch.Tensor,
+        grid: tuple[int, int],
+        border: str,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         return ensemble(
             tokens,
@@ -177,22 +216,5 @@ class SRT(torch.nn.Module):
             upsample=self.upsample,
             border=border,
             stride=self.stride,
+            out=out,
         )
-
-    def _add(
-        self,
-        field: torch.Tensor | None,
-        tokens: torch.Tensor,
-        offsets: torch.Tensor,
-        grid: tuple[int, int],
-    ) -> torch.Tensor:
-        """Adds a part of the views to their running mean.
-
-        Means of parts add up, by their share of the views, where every view counts in every cell:
-        under ``clamp`` and ``zeros``. The mean under ``coverage`` is the one under ``zeros`` over
-        the share of views that cover the cell, which forward() divides by at the end.
-        """
-        border = "zeros" if self.border == "coverage" else self.border
-        mean = self._ensemble(tokens, offsets, grid, border)
-        share = len(offsets) / len(self.views)
-        return mean * share if field is None else field.add_(mean, alpha=share)

@@ -20,6 +20,10 @@ struct ShiftArgs {
 
 void shift_cpu(const ShiftArgs& args, const Parallel& parallel);
 
+// An offset this close to a whole pixel is that whole pixel: the weights of its other taps, down to
+// the square of the distance, would vanish in float32 and multiply a non-finite pixel by 0.
+constexpr double kWholePixel = 0x1p-40;
+
 // One axis of one view: output pixel y reads source pixels y + first + k with weight[k], k < taps.
 // The weights do not depend on y; taps of weight zero are dropped, so a whole-pixel offset is one
 // tap of weight 1, which the kernels copy bit for bit.
@@ -37,8 +41,12 @@ SRT_HD inline ShiftTaps shift_taps(double offset, Interpolation interpolation) {
     t.weight[0] = 1;
     return t;
   }
-  const double whole = std::floor(-offset);
-  const double f = -offset - whole;
+  double whole = std::floor(-offset);
+  double f = -offset - whole;
+  if (f < kWholePixel || f > 1 - kWholePixel) {
+    whole = std::floor(0.5 - offset);
+    f = 0;
+  }
   double w[4];
   int n = 0;
   t.first = static_cast<int64_t>(whole);
