@@ -76,7 +76,7 @@ def load_timm(name: str, weights: Path | None = None) -> tuple[Any, dict[str, An
     except TypeError as error:
         raise ModelError(f"{name} is no ViT that takes any picture size: {error}") from error
     except Exception as error:  # the hub client raises whatever its transport does
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}".rstrip(".")
         if weights is not None:
             raise ModelError(f"timm cannot make {name}: {reason}") from error
         raise ModelError(
