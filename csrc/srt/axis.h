@@ -25,6 +25,47 @@ struct Axis {
   }
 };
 
+// What one output cell reads. Calls tap(token, weight) for each token of positive weight,
+// ascending, and returns the number of pixels that count. `offset`: pixels that the view's content
+// moved. An axis has at most kMaxPixels, so positions fit 32 bits.
+template <class Tap>
+SRT_HD int32_t visit_axis_cell(const Axis& axis, double offset, int64_t cell, Tap&& tap) {
+  // A non-finite offset covers nothing. CUDA meets it: there nobody looks at the values before.
+  if (!(std::fabs(offset) <= static_cast<double>(kMaxOffset))) return 0;
+  const double extent = static_cast<double>(axis.pixels());
+  const double patch = static_cast<double>(axis.patch);
+  const double last = static_cast<double>(axis.tokens - 1);
+
+  // Pixels of a cell read non-decreasing tokens, so two running sums, for token `at` and the one
+  // after it, hold the weights in double and each is rounded once.
+  int32_t counted = 0, at = -1;
+  double here = 0, next = 0;
+  const int32_t end = static_cast<int32_t>((cell + 1) * axis.stride);
+  for (int32_t y = end - static_cast<int32_t>(axis.stride); y < end; ++y) {
+    const double p = static_cast<double>(y) + 0.5 + offset;
+    const bool covered = p >= 0 && p < extent;
+    if (covered || axis.border != Border::coverage) ++counted;
+    if (!covered && axis.border != Border::clamp) continue;
+
+    double q = axis.upsample == Upsample::nearest ? std::floor(p / patch) : p / patch - 0.5;
+    q = q < 0 ? 0 : (q > last ? last : q);
+    const double floor_q = std::floor(q);
+    const int32_t token = static_cast<int32_t>(floor_q);
+    if (at < 0) at = token;
+    for (; at < token; ++at) {
+      if (here > 0) tap(at, here);
+      here = next;
+      next = 0;
+    }
+    here += 1 - (q - floor_q);
+    next += q - floor_q;
+  }
+  // A tap of weight zero is no tap: it would let a non-finite token reach a cell that ignores it.
+  if (here > 0) tap(at, here);
+  if (next > 0) tap(at + 1, next);
+  return counted;
+}
+
 // The tables of one axis for D offsets. A cell reads tokens first .. first + taps - 1, those of
 // weight 0 excepted: with patch 1 the rounding of a coordinate can step over a token.
 template <class Acc>
@@ -37,44 +78,19 @@ struct AxisTable {
   int64_t max_taps;
 };
 
-// Fills one cell of the table of offset number `d`. `offset`: pixels that the view's content moved.
+// Fills one cell of the table of offset number `d`.
 template <class Acc>
-SRT_HD void fill_axis_cell(const Axis& axis, double offset, int64_t d, int64_t cell,
-                           const AxisTable<Acc>& table) {
+void fill_axis_cell(const Axis& axis, double offset, int64_t d, int64_t cell,
+                    const AxisTable<Acc>& table) {
   const int64_t slot = d * table.cells + cell;
   Acc* weight = table.weight + slot * table.max_taps;
-  const double extent = static_cast<double>(axis.pixels());
-  const double patch = static_cast<double>(axis.patch);
-  const double last = static_cast<double>(axis.tokens - 1);
-
-  // Pixels of a cell read non-decreasing tokens, so two running sums, for token `at` and the one
-  // after it, hold the weights in double and each is rounded once.
-  int32_t taps = 0;
-  int64_t counted = 0, first = 0, at = -1;
-  double here = 0, next = 0;
-  for (int64_t y = cell * axis.stride; y < (cell + 1) * axis.stride; ++y) {
-    const double p = static_cast<double>(y) + 0.5 + offset;
-    const bool covered = p >= 0 && p < extent;  // false for NaN: a non-finite offset covers nothing
-    if (covered || (axis.border != Border::coverage && std::isfinite(offset))) ++counted;
-    if (!covered && (axis.border != Border::clamp || !std::isfinite(offset))) continue;
-
-    double q = axis.upsample == Upsample::nearest ? std::floor(p / patch) : p / patch - 0.5;
-    q = q < 0 ? 0 : (q > last ? last : q);
-    const double floor_q = std::floor(q);
-    const int64_t token = static_cast<int64_t>(floor_q);
-    if (at < 0) first = at = token;
-    for (; at < token; ++at) {
-      weight[taps++] = static_cast<Acc>(here);
-      here = next;
-      next = 0;
-    }
-    here += 1 - (q - floor_q);
-    next += q - floor_q;
-  }
-  // A tap of weight zero is no tap: it would let a non-finite token reach a cell that ignores it.
-  if (here > 0) weight[taps++] = static_cast<Acc>(here);
-  if (next > 0) weight[taps++] = static_cast<Acc>(next);
-  table.first[slot] = static_cast<int32_t>(first);
+  int32_t first = 0, taps = 0;
+  const int32_t counted = visit_axis_cell(axis, offset, cell, [&](int32_t token, double value) {
+    if (taps == 0) first = token;
+    while (first + taps < token) weight[taps++] = 0;
+    weight[taps++] = static_cast<Acc>(value);
+  });
+  table.first[slot] = first;
   table.taps[slot] = taps;
   table.count[slot] = static_cast<double>(counted);
 }

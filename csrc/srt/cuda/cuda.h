@@ -1,0 +1,41 @@
+// The CUDA entry points. All pointers are of the current device unless a name says host; everything
+// is enqueued on `stream`, nothing waits for it, and all of it can be captured in a CUDA graph. Each
+// throws srt::Error where a launch fails.
+#pragma once
+#include <cstdint>
+
+#include "../ensemble.h"
+#include "../shift.h"
+
+struct CUstream_st;  // cudaStream_t is a pointer to it
+
+namespace srt {
+
+// Numbers of the views, dense: in the memory of the host, where they have been checked, or on the
+// device, where nobody has looked at them. A view whose device values the host would refuse (an
+// offset or a weight that is not finite, an offset beyond 2^20 px, a weight that is negative or
+// below 2^-80 of the largest) covers nothing.
+struct ViewNumbers {
+  const double* host;  // read before the call returns; null where `device` is given
+  const void* device;
+  DType dtype;  // of `device`: f32 or f64
+};
+
+// Bytes of device memory, aligned to 256, that ensemble_mean_cuda needs besides its arguments, all of
+// which must be set; free to reuse in stream order.
+int64_t ensemble_mean_cuda_workspace(const EnsembleArgs& args, const ViewNumbers& offsets,
+                                     const ViewNumbers& weights);
+
+// offsets [V, 2] (dy, dx), pixels; weights [V] or both pointers null for ones. The pointers to
+// offsets and weights in `args` are not read. f32, f16, bf16 and f64.
+void ensemble_mean_cuda(const EnsembleArgs& args, const ViewNumbers& offsets,
+                        const ViewNumbers& weights, void* workspace, CUstream_st* stream);
+
+int64_t shift_cuda_workspace(const ShiftArgs& args);
+
+// offsets [V, 2] (dy, dx), pixels; the pointer in `args` is not read. Every dtype. A view that covers
+// nothing is 0.
+void shift_cuda(const ShiftArgs& args, const ViewNumbers& offsets, void* workspace,
+                CUstream_st* stream);
+
+}  // namespace srt

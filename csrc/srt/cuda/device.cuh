@@ -1,0 +1,178 @@
+// What the CUDA kernels share: element types as they are loaded and stored, the numbers of the
+// views, and checked launches.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <string>
+
+#include "../check.h"
+#include "../types.h"
+#include "cuda.h"
+
+namespace srt::cuda {
+
+constexpr int kThreads = 256;  // of every block
+constexpr int kWarpThreads = 32;
+constexpr int kVectorBytes = 16;
+
+SRT_HD constexpr int64_t div_up(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+// ---- elements -----------------------------------------------------------------------------------
+
+// N elements that are loaded and stored together, 16 bytes an instruction.
+template <class T, int N>
+struct alignas(sizeof(T) * N < kVectorBytes ? sizeof(T) * N : kVectorBytes) Pack {
+  T at[N];
+};
+
+__device__ inline float to_acc(float value) { return value; }
+__device__ inline double to_acc(double value) { return value; }
+__device__ inline float to_acc(uint8_t value) { return value; }
+__device__ inline float to_acc(Half value) { return __half2float(__ushort_as_half(value.bits)); }
+__device__ inline float to_acc(BFloat16 value) {
+  return __bfloat162float(__ushort_as_bfloat16(value.bits));
+}
+
+template <class T>
+__device__ inline T from_acc(typename AccumulatorOf<T>::type value) {
+  return value;
+}
+template <>
+__device__ inline Half from_acc<Half>(float value) {
+  return {__half_as_ushort(__float2half_rn(value))};
+}
+template <>
+__device__ inline BFloat16 from_acc<BFloat16>(float value) {
+  return {__bfloat16_as_ushort(__float2bfloat16_rn(value))};
+}
+// Rounds half to even and saturates.
+template <>
+__device__ inline uint8_t from_acc<uint8_t>(float value) {
+  return static_cast<uint8_t>(rintf(fminf(fmaxf(value, 0.0f), 255.0f)));
+}
+
+template <int kBytes>
+struct WordOf;
+template <>
+struct WordOf<1> {
+  using type = unsigned char;
+};
+template <>
+struct WordOf<2> {
+  using type = unsigned short;
+};
+template <>
+struct WordOf<4> {
+  using type = unsigned int;
+};
+template <>
+struct WordOf<8> {
+  using type = unsigned long long;
+};
+template <>
+struct WordOf<16> {
+  using type = uint4;
+};
+
+// Every output element is written by this, once, and marked as the first to leave the cache: it
+// must not push out the tokens, which are read again.
+template <class T>
+__device__ inline void store(T* to, const T& value) {
+  using Word = typename WordOf<sizeof(T)>::type;
+  Word word;
+  memcpy(&word, &value, sizeof(word));
+  __stcs(reinterpret_cast<Word*>(to), word);
+}
+
+// ---- numbers of the views -----------------------------------------------------------------------
+
+// Numbers of the host travel in the parameters of a kernel, which hold 4 KB. A copy from pageable
+// memory could wait for the stream, and a graph that captured it would read the memory of the host
+// again at each replay.
+constexpr int64_t kInlineNumbers = 480;
+struct InlineNumbers {
+  double at[kInlineNumbers];
+};
+
+struct DeviceNumbers {
+  const void* data;  // null: look in the parameters
+  bool f64;
+
+  __device__ double operator[](int64_t i) const {
+    return f64 ? static_cast<const double*>(data)[i]
+               : static_cast<double>(static_cast<const float*>(data)[i]);
+  }
+};
+
+inline DeviceNumbers device_numbers(const ViewNumbers& numbers) {
+  return {numbers.device, numbers.dtype == DType::f64};
+}
+
+// ---- launches -----------------------------------------------------------------------------------
+
+inline void check(const char* op, cudaError_t status) {
+  if (status != cudaSuccess)
+    throw Error("srt::" + std::string(op) + ": CUDA: " + cudaGetErrorString(status));
+}
+
+// The kernels walk their work in steps of the grid, so a grid may be smaller than the work.
+constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
+
+template <class... Parameters, class... Arguments>
+void launch(const char* op, void (*kernel)(Parameters...), int64_t blocks, CUstream_st* stream,
+            Arguments... arguments) {
+  if (blocks == 0) return;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(std::min(blocks, kMaxBlocks)));
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  check(op, cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+// Block b does the work b, b + gridDim.x, ... below n.
+#define SRT_FOR_BLOCK(work, n) for (int64_t work = blockIdx.x; work < (n); work += gridDim.x)
+// One piece of work a thread.
+#define SRT_FOR_THREAD(work, n)                                                              \
+  for (int64_t work = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; work < (n); \
+       work += static_cast<int64_t>(gridDim.x) * kThreads)
+
+static __global__ void __launch_bounds__(kThreads)
+    upload_kernel(const __grid_constant__ InlineNumbers numbers, int64_t n, double* to) {
+  SRT_FOR_THREAD(i, n) { to[i] = numbers.at[i]; }
+}
+
+// Too many for the parameters of one kernel: one launch for every kInlineNumbers of them.
+inline DeviceNumbers upload(const char* op, const double* host, int64_t n, double* to,
+                            CUstream_st* stream) {
+  for (int64_t i = 0; i < n; i += kInlineNumbers) {
+    const int64_t part = std::min(n - i, kInlineNumbers);
+    InlineNumbers numbers;
+    std::copy_n(host + i, part, numbers.at);
+    launch(op, upload_kernel, div_up(part, kThreads), stream, numbers, part, to + i);
+  }
+  return {to, true};
+}
+
+// Gives out aligned pieces of a workspace; counts only, if there is none.
+class Workspace {
+ public:
+  explicit Workspace(void* base) : base_(static_cast<char*>(base)) {}
+  template <class T>
+  T* take(int64_t n) {
+    char* piece = base_ + bytes_;
+    bytes_ += div_up(n * static_cast<int64_t>(sizeof(T)), 256) * 256;
+    return base_ ? reinterpret_cast<T*>(piece) : nullptr;
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  char* base_;
+  int64_t bytes_ = 0;
+};
+
+}  // namespace srt::cuda

@@ -1,0 +1,607 @@
+// The mean on the device, as four kernels: the views in the order of their dx, the tables of both
+// axes, the inverse of the total weight of each cell, and the mean itself. The first three make a
+// few hundred kilobytes from the offsets, wherever these lie; nothing ever comes back to the host.
+#include "../axis.h"
+#include "../ensemble.h"
+#include "device.cuh"
+
+namespace srt::cuda {
+namespace {
+
+// A block of the mean covers a tile of the output, rows x cells x channels, in two steps. First
+// "columns" are combined: a column is one token position of all the views that share a dx; its sum
+// over views and token rows is made for every output row of the tile (a warp a column, 8 lanes
+// along the channels, 4 along the rows). Then the columns are filtered horizontally into sums that
+// stay in registers (8 lanes along the channels, 32 positions of rows and cells).
+template <class T, bool kSmall>
+struct Tile {
+  using Acc = typename AccumulatorOf<T>::type;
+  static constexpr int lanes = 8;
+  static constexpr int vector = kVectorBytes / static_cast<int>(sizeof(T));  // channels of a thread
+  static constexpr int channels = lanes * vector;
+  static constexpr int quarters = 4;
+  static constexpr int columns = kThreads / (lanes * quarters);  // combined at a time
+  // Rows that a thread combines. Each token row that it loads serves all of them.
+  static constexpr int combined = kSmall ? 1 : (sizeof(T) == 2 ? 2 : 4);
+  static constexpr int rows = quarters * combined;
+  // Outputs of a thread: 64 sums, or 1 x 1 where there is too little work for the device.
+  static constexpr int thread_rows = kSmall || sizeof(T) == 2 ? 1 : 2;
+  static constexpr int thread_cells = kSmall ? 1 : 8;
+  static constexpr int row_groups = rows / thread_rows;
+  static constexpr int cell_groups = kThreads / lanes / row_groups;
+  static constexpr int cells = cell_groups * thread_cells;
+  static constexpr int blocks = kSmall ? 3 : 2;  // resident on a processor
+};
+
+struct View {
+  double dy, dx;  // pixels; NaN for a view that covers nothing
+  double weight;  // at most 1
+  int64_t index;  // in tokens
+};
+
+// One token column of the views [begin, end), which share a dx.
+struct alignas(kVectorBytes) Column {
+  int32_t begin, end;
+  int32_t token;
+  uint32_t groups;  // bit g: cell group g of the tile has a weight that is not 0
+};
+
+// The token rows that `combined` output rows of one view read.
+struct alignas(kVectorBytes) RowSpan {
+  int64_t offset;  // of the first of them in tokens, in elements
+  int32_t count;
+};
+
+template <class Acc>
+struct MeanPlan {
+  const void* tokens;        // [V, B, h*w, C]
+  int64_t token_strides[3];  // of V, B and h*w, in elements
+  int64_t views, batch, channels;
+  Axis y, x;
+  View* sorted;  // [V] by dx
+  // The vertical table: weights of token rows, dense over the rows of a block.
+  int64_t combined, row_blocks, max_rows;
+  RowSpan* row_span;  // [V, row_blocks]
+  Acc* row_weight;    // [V, row_blocks, max_rows, combined], times the weight of the view
+  double* row_count;  // [V, H'] counted pixels
+  // The horizontal table: weights of columns, dense over the cells of a tile.
+  int64_t tile_cells, cell_groups, x_tiles, max_columns;
+  int32_t* column_total;   // [x_tiles]
+  Column* column;          // [x_tiles, max_columns]
+  Acc* column_weight;      // [x_tiles, max_columns, tile_cells]
+  double* column_count;    // [V, W'] counted pixels
+  Acc* inverse;            // [H', W'] 1 / total weight, 0 where no view counts
+  void* out;               // [B, C, H', W']
+  int64_t out_strides[4];  // in elements
+};
+
+// ---- the views ----------------------------------------------------------------------------------
+
+struct RawViews {
+  DeviceNumbers offsets,
+      weights;  // [V, 2] and [V]; null: in the parameters, weights behind offsets
+  int64_t views;
+  bool weighted;
+
+  __device__ View operator()(const InlineNumbers& numbers, int64_t v) const {
+    View view{};
+    view.index = v;
+    view.dy = offsets.data ? offsets[2 * v] : numbers.at[2 * v];
+    view.dx = offsets.data ? offsets[2 * v + 1] : numbers.at[2 * v + 1];
+    view.weight = 1;
+    if (weighted) {
+      const int64_t at = offsets.data ? v : 2 * views + v;
+      view.weight = weights.data ? weights[v] : numbers.at[at];
+    }
+    return view;
+  }
+};
+
+// The rules that the host enforces with errors. Only ratios of weights matter: they become at
+// most 1.
+__device__ inline View counted_view(View view, double largest) {
+  view.weight /= largest;
+  const double limit = static_cast<double>(kMaxOffset);
+  if (!(fabs(view.dy) <= limit && fabs(view.dx) <= limit && view.weight >= 0x1p-80 &&
+        view.weight <= 1)) {
+    view.weight = 0;
+    view.dy = view.dx = nan("");
+  }
+  return view;
+}
+
+// Sorts by counting, for each view, those before it. Views that cover nothing come last.
+__global__ void __launch_bounds__(kThreads)
+    sort_views(const __grid_constant__ RawViews raw, const __grid_constant__ InlineNumbers numbers,
+               View* sorted) {
+  SRT_FOR_THREAD(v, raw.views) {
+    double largest = 0;
+    for (int64_t u = 0; u < raw.views; ++u) {
+      const double weight = raw(numbers, u).weight;
+      if (weight > largest && isfinite(weight)) largest = weight;
+    }
+    const View own = counted_view(raw(numbers, v), largest);
+    int64_t rank = 0;
+    for (int64_t u = 0; u < raw.views; ++u) {
+      const double dx = counted_view(raw(numbers, u), largest).dx;
+      const bool tie = u < v && (dx == own.dx || (isnan(dx) && isnan(own.dx)));
+      if (dx < own.dx || tie || (isnan(own.dx) && !isnan(dx))) ++rank;
+    }
+    sorted[rank] = own;
+  }
+}
+
+// ---- the tables ---------------------------------------------------------------------------------
+
+// One block of output rows of one view.
+template <class Acc>
+__device__ void fill_rows(const MeanPlan<Acc>& plan, int64_t v, int64_t block) {
+  const View view = plan.sorted[v];
+  const int64_t begin = block * plan.combined, rows = plan.y.cells();
+  const int64_t end = min(begin + plan.combined, rows);
+  int32_t first = 0, last = -1;  // token rows
+  for (int64_t y = begin; y < end; ++y) {
+    const int32_t count = visit_axis_cell(plan.y, view.dy, y, [&](int32_t token, double) {
+      if (last < 0) first = token;
+      last = token;
+    });
+    plan.row_count[v * rows + y] = static_cast<double>(count);
+  }
+  const int64_t slot = v * plan.row_blocks + block;
+  plan.row_span[slot] = {
+      view.index * plan.token_strides[0] + first * plan.x.tokens * plan.token_strides[2],
+      last - first + 1};
+  Acc* weight = plan.row_weight + slot * plan.max_rows * plan.combined;
+  for (int64_t i = 0; i < plan.combined * (last - first + 1); ++i) weight[i] = 0;
+  for (int64_t y = begin; y < end; ++y) {
+    visit_axis_cell(plan.y, view.dy, y, [&](int32_t token, double value) {
+      weight[static_cast<int64_t>(token - first) * plan.combined + y - begin] =
+          static_cast<Acc>(view.weight) * static_cast<Acc>(value);
+    });
+  }
+}
+
+// All columns of one tile of cells, by a whole block: a thread a cell, several views at a time.
+template <class Acc>
+__device__ void fill_columns(const MeanPlan<Acc>& plan, int64_t tile) {
+  __shared__ int32_t first[kThreads], last[kThreads];  // tokens of each view
+  __shared__ int64_t place[kThreads];                  // of its first column
+  __shared__ int64_t total;
+  const int cells = static_cast<int>(plan.tile_cells), thread = static_cast<int>(threadIdx.x);
+  const int at_a_time = kThreads / cells, local = thread / cells;
+  const int64_t cell = tile * cells + thread % cells, all_cells = plan.x.cells();
+  if (thread == 0) total = 0;
+  for (int64_t v0 = 0; v0 < plan.views; v0 += at_a_time) {
+    if (thread < at_a_time) {
+      first[thread] = INT32_MAX;
+      last[thread] = -1;
+    }
+    __syncthreads();
+    const int64_t v = v0 + local;
+    // Of the views that share a dx the first one makes the columns.
+    const bool leads = v < plan.views && (v == 0 || plan.sorted[v - 1].dx != plan.sorted[v].dx);
+    if (v < plan.views && cell < all_cells) {
+      int32_t low = -1, high = -1;
+      const int32_t count =
+          visit_axis_cell(plan.x, plan.sorted[v].dx, cell, [&](int32_t token, double) {
+            if (low < 0) low = token;
+            high = token;
+          });
+      plan.column_count[v * all_cells + cell] = static_cast<double>(count);
+      if (leads && high >= 0) {
+        atomicMin(&first[local], low);
+        atomicMax(&last[local], high);
+      }
+    }
+    __syncthreads();
+    if (thread == 0) {
+      for (int i = 0; i < at_a_time; ++i) {
+        place[i] = total;
+        if (last[i] >= 0) total += last[i] - first[i] + 1;
+      }
+    }
+    __syncthreads();
+    const bool fills = leads && last[local] >= 0;
+    Column* column = plan.column + tile * plan.max_columns + place[local];
+    Acc* weight = plan.column_weight + (tile * plan.max_columns + place[local]) * cells;
+    if (fills) {
+      int64_t end = v + 1;
+      while (end < plan.views && plan.sorted[end].dx == plan.sorted[v].dx) ++end;
+      const auto group_begin = static_cast<int32_t>(v), group_end = static_cast<int32_t>(end);
+      for (int32_t token = first[local]; token <= last[local]; ++token) {
+        const int i = token - first[local];
+        weight[i * cells + thread % cells] = 0;
+        if (thread % cells == 0) column[i] = {group_begin, group_end, token, 0};
+      }
+    }
+    __syncthreads();
+    if (fills && cell < all_cells) {
+      const uint32_t group = static_cast<uint32_t>(thread % cells / (cells / plan.cell_groups));
+      visit_axis_cell(plan.x, plan.sorted[v].dx, cell, [&](int32_t token, double value) {
+        const int64_t i = token - first[local];
+        weight[i * cells + thread % cells] = static_cast<Acc>(value);
+        atomicOr(&column[i].groups, 1u << group);
+      });
+    }
+    __syncthreads();
+  }
+  if (thread == 0) plan.column_total[tile] = static_cast<int32_t>(total);
+  __syncthreads();
+}
+
+template <class Acc>
+__global__ void __launch_bounds__(kThreads)
+    fill_tables(const __grid_constant__ MeanPlan<Acc> plan) {
+  const int64_t pieces = plan.views * plan.row_blocks;
+  SRT_FOR_BLOCK(block, plan.x_tiles + div_up(pieces, kThreads)) {
+    if (block < plan.x_tiles) {
+      fill_columns(plan, block);
+    } else {
+      const int64_t piece = (block - plan.x_tiles) * kThreads + threadIdx.x;
+      if (piece < pieces) fill_rows(plan, piece / plan.row_blocks, piece % plan.row_blocks);
+    }
+  }
+}
+
+// A thread makes the inverses of 8 rows of one cell, so each count of a column is read once for
+// them.
+template <class Acc>
+__global__ void __launch_bounds__(kThreads)
+    fill_inverse(const __grid_constant__ MeanPlan<Acc> plan) {
+  constexpr int kRows = 8;
+  const int64_t rows = plan.y.cells(), cells = plan.x.cells();
+  SRT_FOR_THREAD(i, div_up(rows, kRows) * cells) {
+    const int64_t y0 = i / cells * kRows, x = i % cells;
+    double total[kRows] = {};
+    for (int64_t v = 0; v < plan.views; ++v) {
+      // As it stands in the sums, in their type.
+      const double weight = static_cast<double>(static_cast<Acc>(plan.sorted[v].weight));
+      const double count = weight * plan.column_count[v * cells + x];
+#pragma unroll
+      for (int r = 0; r < kRows; ++r)
+        total[r] += y0 + r < rows ? count * plan.row_count[v * rows + y0 + r] : 0;
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (y0 + r < rows)
+        plan.inverse[(y0 + r) * cells + x] = total[r] > 0 ? static_cast<Acc>(1 / total[r]) : 0;
+    }
+  }
+}
+
+// ---- the mean -----------------------------------------------------------------------------------
+
+// kVector: 16 bytes an access, which needs aligned rows of channels on both sides.
+template <class T, bool kSmall, bool kVector>
+__global__ void __launch_bounds__(kThreads, kVector ? Tile<T, kSmall>::blocks : 2)
+    mean_kernel(const __grid_constant__ MeanPlan<typename AccumulatorOf<T>::type> plan,
+                int64_t first_tile) {
+  using Tile = cuda::Tile<T, kSmall>;
+  using Acc = typename Tile::Acc;
+  constexpr int kVec = Tile::vector;
+  // Channels in shared memory, so that the 16-byte accesses of neighbouring lanes do not collide.
+  constexpr int kWord = kVectorBytes / sizeof(Acc), kWords = kVec / kWord > 0 ? kVec / kWord : 1;
+  using Word = Pack<Acc, kVec / kWords>;
+  // Rows that are loaded before the first of them is used.
+  constexpr int kAhead = kSmall ? 3 : 2;
+  __shared__ Word sums[2][Tile::columns][Tile::rows][kWords][Tile::lanes];
+  __shared__ alignas(kVectorBytes) Acc weights[2][Tile::columns][Tile::cells];
+  __shared__ uint32_t groups[2][Tile::columns];
+
+  // Where the tile lies. Read again from here when the sums are done: kept in registers all the
+  // while it would cost the sums theirs.
+  __shared__ const T* tile_tokens;  // channel c0 of image b
+  __shared__ T* tile_out;
+  __shared__ int64_t tile_channels;  // from c0 on
+  __shared__ int tile_x, tile_y;
+
+  const int thread = static_cast<int>(threadIdx.x);
+  const int lane = thread % Tile::lanes;
+  const int quarter = thread / Tile::lanes % Tile::quarters;
+  const int warp = thread / kWarpThreads;
+  const int row_group = thread / Tile::lanes % Tile::row_groups;
+  const int cell_group = thread / Tile::lanes / Tile::row_groups;
+
+  if (thread == 0) {
+    // Blocks that run together share token rows: chunks of channels first, then along the row.
+    const int64_t chunks = div_up(plan.channels, Tile::channels);
+    const int64_t y_tiles = div_up(plan.y.cells(), Tile::rows);
+    const int64_t tile = first_tile + blockIdx.x;
+    const int64_t c0 = tile % chunks * Tile::channels;
+    const int64_t b = tile / chunks / plan.x_tiles / y_tiles;
+    tile_x = static_cast<int>(tile / chunks % plan.x_tiles);
+    tile_y = static_cast<int>(tile / chunks / plan.x_tiles % y_tiles);
+    tile_tokens = static_cast<const T*>(plan.tokens) + b * plan.token_strides[1] + c0;
+    tile_out = static_cast<T*>(plan.out) + b * plan.out_strides[0] + c0 * plan.out_strides[1];
+    tile_channels = plan.channels - c0;
+  }
+  __syncthreads();
+  const T* tokens = tile_tokens + lane * kVec;
+  const int row_block = tile_y * Tile::quarters + quarter;
+  // Channels that this thread has; in vectors they are all or none.
+  const int channels =
+      static_cast<int>(min(max(tile_channels - lane * kVec, int64_t{0}), int64_t{kVec}));
+  const bool combines = channels > 0 && row_block < plan.row_blocks;
+  const int32_t total = plan.column_total[tile_x];
+
+  Acc out[Tile::thread_rows][Tile::thread_cells][kVec] = {};
+  for (int32_t first = 0; first < total; first += Tile::columns) {
+    const int side = first / Tile::columns & 1;
+    // Combine one column a warp.
+    Acc sum[Tile::combined][kVec] = {};
+    if (first + warp < total) {
+      const int64_t at = tile_x * plan.max_columns + first + warp;
+      const Column column = plan.column[at];
+      if (combines) {
+        const T* column_tokens = tokens + column.token * plan.token_strides[2];
+        const int64_t row_step = plan.x.tokens * plan.token_strides[2];
+        int64_t slot = column.begin * plan.row_blocks + row_block;
+        for (int32_t v = column.begin; v < column.end; ++v, slot += plan.row_blocks) {
+          const RowSpan span = plan.row_span[slot];
+          const T* token = column_tokens + span.offset;
+          const auto* weight = reinterpret_cast<const Pack<Acc, Tile::combined>*>(plan.row_weight) +
+                               slot * plan.max_rows;
+          for (int32_t rest = span.count; rest > 0; rest -= kAhead) {
+            Pack<T, kVec> value[kAhead];
+#pragma unroll
+            for (int a = 0; a < kAhead; ++a) {
+              if (a >= rest) break;
+              if (kVector) {
+                value[a] = *reinterpret_cast<const Pack<T, kVec>*>(token);
+              } else {
+#pragma unroll
+                for (int e = 0; e < kVec; ++e) value[a].at[e] = e < channels ? token[e] : T{};
+              }
+              token += row_step;
+            }
+#pragma unroll
+            for (int a = 0; a < kAhead; ++a) {
+              if (a >= rest) break;
+              const Pack<Acc, Tile::combined> w = *weight++;
+#pragma unroll
+              for (int r = 0; r < Tile::combined; ++r) {
+                if (w.at[r] == 0) continue;  // a non-finite token must not reach this row
+#pragma unroll
+                for (int e = 0; e < kVec; ++e) sum[r][e] += w.at[r] * to_acc(value[a].at[e]);
+              }
+            }
+          }
+        }
+      }
+      if (thread % kWarpThreads == 0) groups[side][warp] = column.groups;
+      for (int x = thread % kWarpThreads; x < Tile::cells; x += kWarpThreads)
+        weights[side][warp][x] = plan.column_weight[at * Tile::cells + x];
+    } else if (thread % kWarpThreads == 0) {
+      groups[side][warp] = 0;
+    }
+#pragma unroll
+    for (int r = 0; r < Tile::combined; ++r) {
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) {
+        Word word;
+#pragma unroll
+        for (int e = 0; e < kVec / kWords; ++e) word.at[e] = sum[r][i * (kVec / kWords) + e];
+        sums[side][warp][quarter * Tile::combined + r][i][lane] = word;
+      }
+    }
+    // One barrier is enough: the next round writes the other side, and the round after it comes
+    // behind the next barrier.
+    __syncthreads();
+
+    // Filter all of them into this thread's outputs.
+#pragma unroll 1
+    for (int s = 0; s < Tile::columns; ++s) {
+      if ((groups[side][s] >> cell_group & 1) == 0) continue;
+      Pack<Acc, Tile::thread_cells> weight =
+          *reinterpret_cast<const Pack<Acc, Tile::thread_cells>*>(
+              &weights[side][s][cell_group * Tile::thread_cells]);
+      Acc value[Tile::thread_rows][kVec];
+#pragma unroll
+      for (int r = 0; r < Tile::thread_rows; ++r) {
+#pragma unroll
+        for (int i = 0; i < kWords; ++i) {
+          const Word word = sums[side][s][row_group * Tile::thread_rows + r][i][lane];
+#pragma unroll
+          for (int e = 0; e < kVec / kWords; ++e) value[r][i * (kVec / kWords) + e] = word.at[e];
+        }
+      }
+#pragma unroll
+      for (int x = 0; x < Tile::thread_cells; ++x) {
+        if (weight.at[x] == 0) continue;
+#pragma unroll
+        for (int r = 0; r < Tile::thread_rows; ++r) {
+#pragma unroll
+          for (int e = 0; e < kVec; ++e) out[r][x][e] += weight.at[x] * value[r][e];
+        }
+      }
+    }
+  }
+
+  const int64_t rest = tile_channels - lane * kVec;
+  const int64_t rows = plan.y.cells(), cells = plan.x.cells();
+  const int64_t y0 = tile_y * Tile::rows + row_group * Tile::thread_rows;
+  const int64_t x0 = tile_x * Tile::cells + cell_group * Tile::thread_cells;
+  T* const field = tile_out + lane * kVec * plan.out_strides[1];
+#pragma unroll
+  for (int r = 0; r < Tile::thread_rows; ++r) {
+#pragma unroll
+    for (int x = 0; x < Tile::thread_cells; ++x) {
+      if (y0 + r >= rows || x0 + x >= cells || rest <= 0) continue;
+      const Acc inverse = plan.inverse[(y0 + r) * cells + x0 + x];
+      T* cell = field + (y0 + r) * plan.out_strides[2] + (x0 + x) * plan.out_strides[3];
+      Pack<T, kVec> value;
+#pragma unroll
+      for (int e = 0; e < kVec; ++e) value.at[e] = from_acc<T>(inverse * out[r][x][e]);
+      if (kVector) {
+        store(reinterpret_cast<Pack<T, kVec>*>(cell), value);
+      } else {
+#pragma unroll
+        for (int e = 0; e < kVec; ++e) {
+          if (e < rest) store(cell + e * plan.out_strides[1], value.at[e]);
+        }
+      }
+    }
+  }
+}
+
+// ---- on the host --------------------------------------------------------------------------------
+
+// Whether every row of channels on both sides is a whole number of aligned vectors.
+bool vectors_fit(const EnsembleArgs& args, int64_t element_size) {
+  const int64_t vector = kVectorBytes / element_size;
+  const auto fits = [&](int64_t size, int64_t stride) { return size == 1 || stride % vector == 0; };
+  const auto aligned = [](const void* p) {
+    return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0;
+  };
+  return aligned(args.tokens) && aligned(args.out) && args.channels % vector == 0 &&
+         args.out_strides[1] == 1 && fits(args.views, args.token_strides[0]) &&
+         fits(args.batch, args.token_strides[1]) &&
+         fits(args.grid[0] * args.grid[1], args.token_strides[2]) &&
+         fits(args.batch, args.out_strides[0]) && fits(0, args.out_strides[2]) &&
+         fits(0, args.out_strides[3]);
+}
+
+template <class T, bool kSmall>
+MeanPlan<typename AccumulatorOf<T>::type> make_plan(const EnsembleArgs& args,
+                                                    Workspace& workspace) {
+  using Tile = cuda::Tile<T, kSmall>;
+  using Acc = typename Tile::Acc;
+  MeanPlan<Acc> plan{};
+  plan.tokens = args.tokens;
+  std::copy_n(args.token_strides, 3, plan.token_strides);
+  plan.views = args.views;
+  plan.batch = args.batch;
+  plan.channels = args.channels;
+  plan.y = {args.grid[0], args.patch[0], args.stride[0], args.upsample, args.border};
+  plan.x = {args.grid[1], args.patch[1], args.stride[1], args.upsample, args.border};
+  // n cells span (n * stride - 1) / patch tokens; interpolation and rounding add one at each end.
+  const auto window = [](const Axis& axis, int64_t n) {
+    return std::min(axis.tokens, (n * axis.stride - 1) / axis.patch + 3);
+  };
+  plan.combined = Tile::combined;
+  plan.row_blocks = div_up(plan.y.cells(), Tile::combined);
+  plan.max_rows = window(plan.y, Tile::combined);
+  plan.tile_cells = Tile::cells;
+  plan.cell_groups = Tile::cell_groups;
+  plan.x_tiles = div_up(plan.x.cells(), Tile::cells);
+  plan.max_columns = args.views * window(plan.x, Tile::cells);
+  if (plan.max_columns > INT32_MAX)
+    throw Error("srt::ensemble: on CUDA views * (tokens of " + std::to_string(Tile::cells) +
+                " output cells of a row) must be below 2^31; got " +
+                std::to_string(plan.max_columns));
+
+  plan.sorted = workspace.take<View>(args.views);
+  plan.row_span = workspace.take<RowSpan>(args.views * plan.row_blocks);
+  plan.row_weight =
+      workspace.take<Acc>(args.views * plan.row_blocks * plan.max_rows * Tile::combined);
+  plan.row_count = workspace.take<double>(args.views * plan.y.cells());
+  plan.column_total = workspace.take<int32_t>(plan.x_tiles);
+  plan.column = workspace.take<Column>(plan.x_tiles * plan.max_columns);
+  plan.column_weight = workspace.take<Acc>(plan.x_tiles * plan.max_columns * Tile::cells);
+  plan.column_count = workspace.take<double>(args.views * plan.x.cells());
+  plan.inverse = workspace.take<Acc>(plan.y.cells() * plan.x.cells());
+  plan.out = args.out;
+  std::copy_n(args.out_strides, 4, plan.out_strides);
+  return plan;
+}
+
+template <class T, bool kSmall, bool kVector>
+int64_t mean(const EnsembleArgs& args, const ViewNumbers& offsets, const ViewNumbers& weights,
+             void* base, CUstream_st* stream) {
+  using Tile = cuda::Tile<T, kSmall>;
+  using Acc = typename Tile::Acc;
+  const char* op = "ensemble";
+  Workspace workspace(base);
+  const auto plan = make_plan<T, kSmall>(args, workspace);
+  const int64_t views = args.views;
+  const bool weighted = weights.host || weights.device;
+  const bool fits = 3 * views <= kInlineNumbers;
+  double* uploaded_offsets = offsets.host && !fits ? workspace.take<double>(2 * views) : nullptr;
+  double* uploaded_weights = weights.host && !fits ? workspace.take<double>(views) : nullptr;
+  if (!base) return workspace.bytes();
+
+  RawViews raw{device_numbers(offsets), device_numbers(weights), views, weighted};
+  InlineNumbers numbers{};
+  if (uploaded_offsets) {
+    raw.offsets = upload(op, offsets.host, 2 * views, uploaded_offsets, stream);
+  } else if (offsets.host) {
+    std::copy_n(offsets.host, 2 * views, numbers.at);
+  }
+  if (uploaded_weights) {
+    raw.weights = upload(op, weights.host, views, uploaded_weights, stream);
+  } else if (weights.host) {
+    std::copy_n(weights.host, views, numbers.at + (offsets.host ? 2 * views : 0));
+  }
+  launch(op, sort_views, div_up(views, kThreads), stream, raw, numbers, plan.sorted);
+  launch(op, fill_tables<Acc>, plan.x_tiles + div_up(views * plan.row_blocks, kThreads), stream,
+         plan);
+  launch(op, fill_inverse<Acc>, div_up(div_up(plan.y.cells(), 8) * plan.x.cells(), kThreads),
+         stream, plan);
+  const int64_t tiles = plan.batch * div_up(plan.y.cells(), Tile::rows) * plan.x_tiles *
+                        div_up(plan.channels, Tile::channels);
+  // A tile a block; more than a grid holds go in several.
+  for (int64_t first = 0; first < tiles; first += kMaxBlocks)
+    launch(op, mean_kernel<T, kSmall, kVector>, tiles - first, stream, plan, first);
+  return workspace.bytes();
+}
+
+// Large tiles read each token less often; they pay where there are enough of them.
+template <class T>
+bool fills_device(const EnsembleArgs& args) {
+  using Tile = cuda::Tile<T, false>;
+  int device = 0, processors = 0;
+  check("ensemble", cudaGetDevice(&device));
+  check("ensemble", cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+  const int64_t rows = args.grid[0] * args.patch[0] / args.stride[0];
+  const int64_t cells = args.grid[1] * args.patch[1] / args.stride[1];
+  return args.batch * div_up(rows, Tile::rows) * div_up(cells, Tile::cells) *
+             div_up(args.channels, Tile::channels) >=
+         2 * processors;
+}
+
+template <class T>
+int64_t choose_mean(const EnsembleArgs& args, const ViewNumbers& offsets,
+                    const ViewNumbers& weights, void* base, CUstream_st* stream) {
+  if (!vectors_fit(args, sizeof(T)))
+    return mean<T, true, false>(args, offsets, weights, base, stream);
+  if constexpr (sizeof(T) < sizeof(double)) {
+    if (fills_device<T>(args)) return mean<T, false, true>(args, offsets, weights, base, stream);
+  }
+  return mean<T, true, true>(args, offsets, weights, base, stream);
+}
+
+// With no workspace: tells how large it must be.
+int64_t run(const EnsembleArgs& args, const ViewNumbers& offsets, const ViewNumbers& weights,
+            void* base, CUstream_st* stream) {
+  if (args.batch == 0 || args.channels == 0) return 0;
+  switch (args.dtype) {
+    case DType::f32:
+      return choose_mean<float>(args, offsets, weights, base, stream);
+    case DType::f16:
+      return choose_mean<Half>(args, offsets, weights, base, stream);
+    case DType::bf16:
+      return choose_mean<BFloat16>(args, offsets, weights, base, stream);
+    case DType::f64:
+      return choose_mean<double>(args, offsets, weights, base, stream);
+    case DType::u8:
+      break;  // tokens are floating
+  }
+  return 0;
+}
+
+}  // namespace
+}  // namespace srt::cuda
+
+namespace srt {
+
+int64_t ensemble_mean_cuda_workspace(const EnsembleArgs& args, const ViewNumbers& offsets,
+                                     const ViewNumbers& weights) {
+  return cuda::run(args, offsets, weights, nullptr, nullptr);
+}
+
+void ensemble_mean_cuda(const EnsembleArgs& args, const ViewNumbers& offsets,
+                        const ViewNumbers& weights, void* workspace, CUstream_st* stream) {
+  cuda::run(args, offsets, weights, workspace, stream);
+}
+
+}  // namespace srt
