@@ -120,15 +120,19 @@ inline void check(const char* op, cudaError_t status) {
     throw Error("srt::" + std::string(op) + ": CUDA: " + cudaGetErrorString(status));
 }
 
-// The kernels walk their work in steps of the grid, so a grid may be smaller than the work.
-constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
+// Of one launch. Most kernels walk their work in steps of the grid, which may be smaller than it.
+inline int64_t max_blocks(const char* op) {
+  int device = 0, blocks = 0;
+  check(op, cudaGetDevice(&device));
+  check(op, cudaDeviceGetAttribute(&blocks, cudaDevAttrMaxGridDimX, device));
+  return blocks;
+}
 
 template <class... Parameters, class... Arguments>
 void launch(const char* op, void (*kernel)(Parameters...), int64_t blocks, CUstream_st* stream,
             Arguments... arguments) {
-  if (blocks == 0) return;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(std::min(blocks, kMaxBlocks)));
+  config.gridDim = dim3(static_cast<unsigned>(std::min(blocks, max_blocks(op))));
   config.blockDim = dim3(kThreads);
   config.stream = stream;
   check(op, cudaLaunchKernelEx(&config, kernel, arguments...));

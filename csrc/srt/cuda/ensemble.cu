@@ -285,7 +285,7 @@ __global__ void __launch_bounds__(kThreads, kVector ? Tile<T, kSmall>::blocks : 
   // Rows that are loaded before the first of them is used.
   constexpr int kAhead = kSmall ? 3 : 2;
   __shared__ Word sums[2][Tile::columns][Tile::rows][kWords][Tile::lanes];
-  __shared__ alignas(kVectorBytes) Acc weights[2][Tile::columns][Tile::cells];
+  alignas(kVectorBytes) __shared__ Acc weights[2][Tile::columns][Tile::cells];
   __shared__ uint32_t groups[2][Tile::columns];
 
   // Where the tile lies. Read again from here when the sums are done: kept in registers all the
@@ -540,7 +540,7 @@ int64_t mean(const EnsembleArgs& args, const ViewNumbers& offsets, const ViewNum
   const int64_t tiles = plan.batch * div_up(plan.y.cells(), Tile::rows) * plan.x_tiles *
                         div_up(plan.channels, Tile::channels);
   // A tile a block; more than a grid holds go in several.
-  for (int64_t first = 0; first < tiles; first += kMaxBlocks)
+  for (int64_t first = 0; first < tiles; first += max_blocks(op))
     launch(op, mean_kernel<T, kSmall, kVector>, tiles - first, stream, plan, first);
   return workspace.bytes();
 }

@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kPack = kVectorBytes / sizeof(T);
   // Whole vectors are read from a line: they may reach past its last position.
   constexpr int kLine = kTileColumns + kVectorBytes;
-  __shared__ alignas(kVectorBytes) Acc lines[kTileRows][kLine];
+  alignas(kVectorBytes) __shared__ Acc lines[kTileRows][kLine];
   __shared__ ShiftTaps taps[2];
   const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;
   const int lane = static_cast<int>(threadIdx.x) % kWarpThreads;

@@ -1,0 +1,48 @@
+// The CUDA sources as a library for the CPU, called from test_cuda_on_host.py. Every function returns
+// null, or what went wrong.
+#include "../../csrc/srt/cuda/ensemble.cu"
+#include "../../csrc/srt/cuda/shift.cu"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+thread_local std::string message;
+
+template <class Body>
+const char* guarded(Body body) {
+  try {
+    body();
+    return nullptr;
+  } catch (const std::exception& error) {
+    message = error.what();
+    return message.c_str();
+  }
+}
+
+}  // namespace
+
+EXPORT HostDevice* device() { return &host_device; }
+
+// Without a workspace: only tells its size.
+EXPORT const char* ensemble(const srt::EnsembleArgs* args, const srt::ViewNumbers* offsets,
+                            const srt::ViewNumbers* weights, void* workspace, int64_t* bytes) {
+  return guarded([&] {
+    if (workspace) {
+      srt::ensemble_mean_cuda(*args, *offsets, *weights, workspace, host_device.stream);
+    } else {
+      *bytes = srt::ensemble_mean_cuda_workspace(*args, *offsets, *weights);
+    }
+  });
+}
+
+EXPORT const char* shift(const srt::ShiftArgs* args, const srt::ViewNumbers* offsets,
+                         void* workspace, int64_t* bytes) {
+  return guarded([&] {
+    if (workspace) {
+      srt::shift_cuda(*args, *offsets, workspace, host_device.stream);
+    } else {
+      *bytes = srt::shift_cuda_workspace(*args);
+    }
+  });
+}

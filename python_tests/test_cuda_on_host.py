@@ -1,0 +1,674 @@
+"""The CUDA kernels, executed on the CPU: g++ compiles them with cuda_on_host/cuda_runtime.h.
+
+Every buffer stands between guard zones of NaN: a read beyond it shows in the result, a write beyond
+it in the guards. Every element of every output must be written once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_int, c_int32, c_int64, c_void_p
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from budget import assert_same_sum, assert_within_budget
+from hypothesis import given
+from hypothesis import strategies as st
+from samples import (
+    BORDERS,
+    DTYPES,
+    FAR,
+    INTERPOLATIONS,
+    PADDINGS,
+    UPSAMPLES,
+    Ensemble,
+    Shift,
+    ensembles,
+    sample_ensembles,
+    sample_shifts,
+    shifts,
+)
+from test_ensemble import oracle, poison
+from test_shift import ALL_DTYPES, bits, padded_slice, special_image
+from test_shift import oracle as shift_oracle
+
+ROOT = Path(__file__).resolve().parents[1]
+STUB = Path(__file__).parent / "cuda_on_host"
+SOURCES = ROOT / "csrc" / "srt"
+
+NAN = float("nan")
+GUARD = 512  # bytes on each side of a buffer; more than any access is wide
+CODES = {t: i for i, t in enumerate((*DTYPES, torch.uint8))}  # srt::DType
+
+
+class EnsembleArgs(Structure):
+    _fields_ = (
+        ("dtype", c_int32),
+        ("tokens", c_void_p),
+        ("views", c_int64),
+        ("batch", c_int64),
+        ("channels", c_int64),
+        ("token_strides", c_int64 * 3),
+        ("offsets", c_void_p),
+        ("weights", c_void_p),
+        ("grid", c_int64 * 2),
+        ("patch", c_int64 * 2),
+        ("stride", c_int64 * 2),
+        ("upsample", c_int32),
+        ("border", c_int32),
+        ("out", c_void_p),
+        ("out_strides", c_int64 * 4),
+    )
+
+
+class ShiftArgs(Structure):
+    _fields_ = (
+        ("dtype", c_int32),
+        ("image", c_void_p),
+        ("planes", c_int64),
+        ("height", c_int64),
+        ("width", c_int64),
+        ("views", c_int64),
+        ("offsets", c_void_p),
+        ("padding", c_int32),
+        ("interpolation", c_int32),
+        ("out", c_void_p),
+    )
+
+
+class ViewNumbers(Structure):
+    _fields_ = (("host", POINTER(c_double)), ("device", c_void_p), ("dtype", c_int32))
+
+
+class HostDevice(Structure):
+    _fields_ = (
+        ("processors", c_int),
+        ("max_grid", c_int),
+        ("stream", c_void_p),
+        ("launches", c_int),
+        ("failing_launch", c_int),
+        ("watched", c_void_p),
+        ("watched_bytes", c_int64),
+        ("writes", c_void_p),
+        ("outside", c_int64),
+    )
+
+
+class Guarded:
+    """A flat buffer of ``count`` elements between guards; all bytes are 0xff, which is NaN."""
+
+    def __init__(self, count: int, dtype: torch.dtype, skip: int = 0) -> None:
+        size = dtype.itemsize
+        self.bytes = torch.full((2 * GUARD + (count + skip) * size,), 0xFF, dtype=torch.uint8)
+        misaligned = self.bytes.data_ptr() % 64
+        assert misaligned == 0
+        self.begin, self.end = GUARD + skip * size, GUARD + (skip + count) * size
+        self.elements = self.bytes[self.begin : self.end].view(dtype) if count else None
+
+    def intact(self) -> bool:
+        guards = torch.cat([self.bytes[: self.begin], self.bytes[self.end :]])
+        return bool((guards == 0xFF).all())
+
+    def pointer(self) -> int:
+        return self.bytes.data_ptr() + self.begin
+
+
+class Numbers:
+    """Offsets or weights, on the host or "on the device" in float32 or float64."""
+
+    def __init__(self, values: torch.Tensor | None, place: str) -> None:
+        self.struct = ViewNumbers()
+        if values is None:
+            return
+        if place == "host":
+            self.values = values.double().contiguous()
+            self.struct.host = ctypes.cast(self.values.data_ptr(), POINTER(c_double))
+            return
+        dtype = torch.float32 if place == "device, float32" else torch.float64
+        self.buffer = Guarded(values.numel(), dtype)
+        self.buffer.elements.copy_(values.flatten())
+        self.struct.device = self.buffer.pointer()
+        self.struct.dtype = CODES[dtype]
+
+
+class CudaOnHost:
+    """The kernels, called as the glue calls them."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
+        library.device.restype = POINTER(HostDevice)
+        for function in (library.ensemble, library.shift):
+            function.restype = c_char_p
+        self.reset()
+
+    @property
+    def device(self) -> Any:
+        return self.library.device().contents
+
+    def reset(self) -> None:
+        self.device.processors = 1
+        self.device.max_grid = 2**31 - 1
+        self.device.failing_launch = -1
+        self.device.stream = 0x5EED
+
+    def tiles(self, size: str) -> None:
+        """Large tiles are chosen where they fill all processors."""
+        self.device.processors = {"large": 0, "small": 2**20}[size]
+
+    def _run(self, function: Any, args: Structure, numbers: list[Numbers], out: Guarded) -> None:
+        structs = [byref(n.struct) for n in numbers]
+        size = c_int64(-1)
+        error = function(byref(args), *structs, None, byref(size))
+        if error:
+            raise RuntimeError(error.decode())
+        workspace = Guarded(max(size.value, 1), torch.uint8)
+        writes = torch.zeros(max(out.end - out.begin, 1), dtype=torch.uint8)
+        device = self.device
+        device.launches = 0
+        device.watched, device.watched_bytes = out.pointer(), out.end - out.begin
+        device.writes, device.outside = writes.data_ptr(), 0
+        error = function(byref(args), *structs, c_void_p(workspace.pointer()), byref(size))
+        device.watched = None
+        assert workspace.intact()
+        assert out.intact()
+        assert device.outside == 0
+        if error:
+            raise RuntimeError(error.decode())
+        self.writes = writes[: out.end - out.begin]
+
+    def ensemble(
+        self,
+        case: Ensemble,
+        tokens: torch.Tensor,
+        *,
+        place: str | tuple[str, str] = "host",
+        layout: str = "channels_last",
+        skip: int = 0,
+    ) -> torch.Tensor:
+        """tokens [V, B, N, C] with any outer strides; ``skip`` elements spoil the alignment.
+
+        ``place``: of the offsets and of the weights, if they differ.
+        """
+        (_, offsets, grid, patch, weights), modes = case.call(tokens)
+        views, batch, _, channels = tokens.shape
+        span = 1 + sum((n - 1) * s for n, s in zip(tokens.shape, tokens.stride(), strict=True))
+        source = Guarded(span, tokens.dtype, skip)
+        source.elements.copy_(tokens.as_strided((span,), (1,)))
+        assert source.intact()
+
+        b, c, h, w = case.shape
+        sizes, strides = {
+            "channels_last": (b * h * w * c, (h * w * c, 1, w * c, c)),
+            "contiguous": (b * h * w * c, (c * h * w, h * w, w, 1)),
+            # Rows and cells with gaps of 16 and 32 bytes, and of one element.
+            "padded": (
+                b * h * (w + 1) * (c + 16),
+                (h * (w + 1) * (c + 16), 1, (w + 1) * (c + 16), c + 16),
+            ),
+            "steps": (
+                b * h * w * (2 * c + 1),
+                (h * w * (2 * c + 1), 2, w * (2 * c + 1), 2 * c + 1),
+            ),
+        }[layout]
+        out = Guarded(sizes, tokens.dtype, skip)
+        args = EnsembleArgs(
+            dtype=CODES[tokens.dtype],
+            tokens=source.pointer(),
+            views=views,
+            batch=batch,
+            channels=channels,
+            token_strides=(c_int64 * 3)(*tokens.stride()[:3]),
+            grid=(c_int64 * 2)(*grid),
+            patch=(c_int64 * 2)(*patch),
+            stride=(c_int64 * 2)(*modes["stride"]),
+            upsample=UPSAMPLES.index(modes["upsample"]),
+            border=BORDERS.index(modes["border"]),
+            out=out.pointer(),
+            out_strides=(c_int64 * 4)(*strides),
+        )
+        places = (place, place) if isinstance(place, str) else place
+        numbers = [Numbers(v, p) for v, p in zip((offsets, weights), places, strict=True)]
+        self._run(self.library.ensemble, args, numbers, out)
+        # Which bytes belong to an element, and were they written once and no other ones?
+        expected = torch.zeros(sizes, tokens.dtype.itemsize, dtype=torch.uint8)
+        expected.as_strided(
+            (*case.shape, tokens.dtype.itemsize), (*(s * tokens.dtype.itemsize for s in strides), 1)
+        ).fill_(1)
+        assert torch.equal(self.writes, expected.flatten())
+        return out.elements.as_strided(case.shape, strides)
+
+    def shift(
+        self, case: Shift, image: torch.Tensor, *, place: str = "host", skip: int = 0
+    ) -> torch.Tensor:
+        (image, offsets), modes = case.call(image)
+        b, c, h, w = image.shape
+        source = Guarded(image.numel(), image.dtype)
+        source.elements.copy_(image.flatten())
+        out = Guarded(len(offsets) * image.numel(), image.dtype, skip)
+        args = ShiftArgs(
+            dtype=CODES[image.dtype],
+            image=source.pointer(),
+            planes=b * c,
+            height=h,
+            width=w,
+            views=len(offsets),
+            padding=PADDINGS.index(modes["padding"]),
+            interpolation=INTERPOLATIONS.index(modes["interpolation"]),
+            out=out.pointer(),
+        )
+        self._run(self.library.shift, args, [Numbers(offsets, place)], out)
+        assert (self.writes == 1).all()
+        return out.elements.reshape(len(offsets), b, c, h, w)
+
+
+def compiled(stub: Path, sources: Path, to: Path) -> ctypes.CDLL:
+    flags = "-std=c++17 -O1 -shared -fPIC -fvisibility=hidden -Wall -Werror -Wno-unknown-pragmas"
+    command = [
+        "g++",
+        *flags.split(),
+        "-I",
+        stub,
+        stub / "host.cpp",
+        sources / "check.cpp",
+        "-o",
+        to,
+    ]
+    subprocess.run(command, check=True)
+    return ctypes.CDLL(str(to))
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    if shutil.which("g++") is None or not SOURCES.is_dir():
+        pytest.skip("needs g++ and the sources")
+    return compiled(STUB, SOURCES, tmp_path_factory.mktemp("cuda_on_host") / "host.so")
+
+
+@pytest.fixture
+def cuda(library: ctypes.CDLL) -> Iterator[CudaOnHost]:
+    kernels = CudaOnHost(library)
+    yield kernels
+    kernels.reset()
+
+
+PLACES = ("host", "device, float64")
+ENSEMBLES = sample_ensembles()
+SHIFTS = sample_shifts()
+each_ensemble = pytest.mark.parametrize("case", ENSEMBLES.values(), ids=ENSEMBLES.keys())
+each_shift = pytest.mark.parametrize("case", SHIFTS.values(), ids=SHIFTS.keys())
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+each_tile = pytest.mark.parametrize("tiles", ["large", "small"])
+each_padding = pytest.mark.parametrize("padding", PADDINGS)
+each_interpolation = pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+
+
+def check(case: Ensemble, tokens: torch.Tensor, field: torch.Tensor) -> None:
+    truth = oracle(case, tokens)
+    if tokens.dtype == torch.float64:
+        assert_same_sum(field, truth, oracle(case, tokens.abs()), case.terms)
+    else:
+        assert_within_budget(field, truth, oracle(case, tokens, torch.float32).to(tokens.dtype))
+
+
+# ---- ensemble -----------------------------------------------------------------------------------
+
+
+@each_dtype
+@each_tile
+# 40: whole vectors in every dtype, and the last chunk of channels has idle lanes.
+@pytest.mark.parametrize("channels", [40, None])
+@each_ensemble
+def test_ensemble(
+    case: Ensemble, channels: int | None, tiles: str, dtype: torch.dtype, cuda: CudaOnHost
+) -> None:
+    cuda.tiles(tiles)
+    case = replace(case, channels=channels or case.channels)
+    tokens = case.tokens(dtype)
+    check(case, tokens, cuda.ensemble(case, tokens))
+
+
+@given(
+    ensembles(),
+    st.sampled_from(DTYPES),
+    st.sampled_from((None, 8, 16, 72)),
+    st.sampled_from(("large", "small")),
+    st.sampled_from(PLACES),
+)
+def test_any_ensemble(
+    library: ctypes.CDLL,
+    case: Ensemble,
+    dtype: torch.dtype,
+    channels: int | None,
+    tiles: str,
+    place: str,
+) -> None:
+    cuda = CudaOnHost(library)
+    cuda.tiles(tiles)
+    case = replace(case, channels=channels or case.channels)
+    # The budget is the largest error of the oracle in float32: of a few values, that is luck.
+    case = replace(case, batch=max(case.batch, 128 // case.channels))
+    tokens = case.tokens(dtype)
+    check(case, tokens, cuda.ensemble(case, tokens, place=place))
+
+
+def test_tiles_of_a_real_shape(cuda: CudaOnHost) -> None:
+    """Several tiles along every axis, and several rounds of columns."""
+    case = Ensemble((3, 5), (16, 16), batch=1, channels=72, border="zeros")
+    for tiles in ("large", "small"):
+        cuda.tiles(tiles)
+        for dtype in (torch.float32, torch.bfloat16):
+            tokens = case.tokens(dtype)
+            check(case, tokens, cuda.ensemble(case, tokens))
+
+
+@each_tile
+@each_dtype
+def test_same_bits_wherever_the_numbers_lie(
+    dtype: torch.dtype, tiles: str, cuda: CudaOnHost
+) -> None:
+    cuda.tiles(tiles)
+    for name in ("real", "weights"):
+        # Numbers that float32 holds, so that it makes no difference.
+        case = replace(ENSEMBLES[name], channels=16)
+        case = replace(
+            case, offsets=tuple((round(y * 8) / 8, round(x * 8) / 8) for y, x in case.offsets)
+        )
+        case = replace(case, weights=case.weights and (1.0, 0.0, 2.5, 0.125, 7.0))
+        tokens = case.tokens(dtype)
+        field = cuda.ensemble(case, tokens)
+        for place in ("device, float32", "device, float64"):
+            assert torch.equal(field, cuda.ensemble(case, tokens, place=place))
+
+
+@each_dtype
+@each_tile
+@each_ensemble
+def test_containment(case: Ensemble, tiles: str, dtype: torch.dtype, cuda: CudaOnHost) -> None:
+    cuda.tiles(tiles)
+    for channels in (16, case.channels):
+        case = replace(case, channels=channels)
+        tokens = poison(case.tokens(dtype), 1)
+        field, expected = cuda.ensemble(case, tokens), oracle(case, tokens)
+        assert torch.equal(field.isfinite(), expected.isfinite())
+        clean = cuda.ensemble(case, torch.where(tokens.isfinite(), tokens, 0))
+        kept = expected.isfinite()
+        assert torch.equal(field[kept], clean[kept])
+
+
+@each_dtype
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "padded", "steps"])
+def test_out_of_any_strides(layout: str, dtype: torch.dtype, cuda: CudaOnHost) -> None:
+    for tiles in ("large", "small"):
+        cuda.tiles(tiles)
+        for channels in (16, 19):
+            case = replace(ENSEMBLES["stride"], channels=channels)
+            tokens = case.tokens(dtype)
+            expected = cuda.ensemble(case, tokens)
+            for skip in (0, 1):
+                field = cuda.ensemble(case, tokens, layout=layout, skip=skip)
+                assert torch.equal(field, expected)
+
+
+@each_dtype
+def test_tokens_of_any_strides(dtype: torch.dtype, cuda: CudaOnHost) -> None:
+    case = replace(ENSEMBLES["grid"], channels=16)
+    tokens = case.tokens(dtype)
+    expected = cuda.ensemble(case, tokens)
+    padded = torch.full((*tokens.shape[:3], 21), NAN, dtype=dtype)[..., 2:18].copy_(tokens)
+    swapped = tokens.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3)
+    for strided in (padded, swapped):
+        assert torch.equal(cuda.ensemble(case, strided), expected)
+    same = tokens[:1].expand(len(case.offsets), -1, -1, -1)
+    assert torch.equal(cuda.ensemble(case, same), cuda.ensemble(case, same.contiguous()))
+
+
+@pytest.mark.parametrize("views", [160, 161, 200, 500])
+@pytest.mark.parametrize("place", PLACES)
+def test_many_views(place: str, views: int, cuda: CudaOnHost) -> None:
+    """More numbers than the parameters of a kernel hold."""
+    generator = torch.Generator().manual_seed(views)
+    offsets = (torch.rand(views, 2, generator=generator) * 8 - 4).tolist()
+    weights = tuple(torch.rand(views, generator=generator).tolist())
+    case = Ensemble((2, 2), (4, 4), tuple(map(tuple, offsets)), channels=8, batch=2)
+    for same in (case, replace(case, weights=weights)):
+        tokens = same.tokens()
+        check(same, tokens, cuda.ensemble(same, tokens, place=place))
+
+
+def test_numbers_in_different_places(cuda: CudaOnHost) -> None:
+    few = replace(ENSEMBLES["weights"], value_dtype=torch.float64)
+    many = replace(few, offsets=few.offsets * 40, weights=few.weights * 40)  # type: ignore[operator]
+    for case in (few, many):
+        tokens = case.tokens()
+        expected = cuda.ensemble(case, tokens)
+        for places in (("host", "device, float64"), ("device, float64", "host")):
+            assert torch.equal(cuda.ensemble(case, tokens, place=places), expected)
+
+
+NOTHING = (
+    (NAN, 0.0),
+    (0.0, NAN),
+    (float("inf"), 1.0),
+    (2.0, float("-inf")),
+    (0.0, 2.0 * FAR),
+    (-1e300, 0.0),
+)
+
+
+@pytest.mark.parametrize("border", BORDERS)
+@each_tile
+def test_numbers_that_the_host_refuses_cover_nothing(
+    tiles: str, border: str, cuda: CudaOnHost
+) -> None:
+    cuda.tiles(tiles)
+    good = replace(ENSEMBLES["real"], border=border, weights=(1.0, 3.0, 0.5, 2.0, 1.0), channels=16)
+    bad_weights = (NAN, -1.0, float("inf"), float("-inf"), 3.0 * 2.0**-81, 0.0)
+    ordinary = ((0.0, 0.0),) * len(bad_weights)
+    case = replace(
+        good,
+        offsets=NOTHING[:3] + good.offsets + NOTHING[3:] + ordinary,
+        weights=(1.0,) * 3 + good.weights + (1.0,) * 3 + bad_weights,  # type: ignore[operator]
+    )
+    tokens = torch.full((len(case.offsets), 2, 15, 16), NAN)
+    tokens[3:8] = good.tokens()
+    field = cuda.ensemble(case, tokens, place="device, float64")
+    assert torch.equal(field, cuda.ensemble(good, good.tokens()))
+    none = replace(case, offsets=NOTHING, weights=None)
+    assert not cuda.ensemble(none, tokens[:6], place="device, float64").any()
+
+
+@pytest.mark.parametrize("max_grid", [1, 3])
+@each_tile
+def test_a_grid_that_is_smaller_than_the_work(tiles: str, max_grid: int, cuda: CudaOnHost) -> None:
+    cuda.tiles(tiles)
+    for channels in (19, 136):
+        case = replace(ENSEMBLES["grid"], channels=channels)
+        tokens = case.tokens()
+        cuda.device.max_grid = 2**31 - 1
+        expected = cuda.ensemble(case, tokens)
+        cuda.device.max_grid = max_grid
+        assert torch.equal(cuda.ensemble(case, tokens), expected)
+    shift = SHIFTS["real"]
+    cuda.device.max_grid = 2**31 - 1
+    views = cuda.shift(shift, shift.image())
+    cuda.device.max_grid = max_grid
+    assert torch.equal(cuda.shift(shift, shift.image()), views)
+
+
+def test_empty(cuda: CudaOnHost) -> None:
+    cuda.ensemble(replace(ENSEMBLES["grid"], batch=1, channels=4), torch.ones(9, 1, 15, 4))
+    assert cuda.device.launches == 4
+    for shape in ((9, 0, 15, 4), (9, 1, 15, 0)):
+        case = replace(ENSEMBLES["grid"], batch=shape[1], channels=shape[3])
+        args = EnsembleArgs(views=9, batch=shape[1], channels=shape[3])
+        cuda.device.launches = 0
+        numbers = ViewNumbers()
+        size = c_int64(-1)
+        for workspace in (None, c_void_p(1)):
+            assert not cuda.library.ensemble(
+                byref(args), byref(numbers), byref(numbers), workspace, byref(size)
+            )
+        assert size.value == 0
+        assert cuda.device.launches == 0, case
+
+
+def test_every_launch_is_checked(cuda: CudaOnHost) -> None:
+    case = replace(ENSEMBLES["weights"], offsets=ENSEMBLES["weights"].offsets * 40)
+    case = replace(case, weights=(1.0,) * 200)
+    cuda.ensemble(case, case.tokens())
+    count = cuda.device.launches
+    assert count == 1 + 1 + 4  # offsets and weights go up, then the four kernels
+    shift = replace(SHIFTS["real"], offsets=SHIFTS["real"].offsets * 60)
+    for call, launches in (
+        (lambda: cuda.ensemble(case, case.tokens()), count),
+        (lambda: cuda.shift(shift, shift.image()), 3),
+    ):
+        for failing in range(launches):
+            cuda.device.failing_launch = failing
+            with pytest.raises(RuntimeError, match=r"srt::\w+: CUDA: unspecified launch failure"):
+                call()
+            assert cuda.device.launches == failing + 1
+        cuda.device.failing_launch = launches
+        call()
+        assert cuda.device.launches == launches
+
+
+# ---- shift --------------------------------------------------------------------------------------
+
+
+def check_shift(case: Shift, image: torch.Tensor, views: torch.Tensor) -> None:
+    truth = shift_oracle(case, image)
+    if image.dtype == torch.uint8:
+        allowed = 2 * (shift_oracle(case, image, torch.float32) - truth).abs().max()
+        assert ((views - truth.clamp(0, 255)).abs() <= 0.5 + allowed).all()
+    elif image.dtype == torch.float64:
+        bound = 64 * torch.finfo(image.dtype).eps * image.abs().max()
+        assert ((views - truth).abs() <= bound).all()
+    else:
+        same_precision = shift_oracle(case, image, torch.float32).to(image.dtype)
+        assert_within_budget(views, truth, same_precision)
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+@pytest.mark.parametrize("size", [None, (9, 32), (19, 272), (2, 300)], ids=str)
+@each_shift
+def test_shift(
+    case: Shift, size: tuple[int, int] | None, dtype: torch.dtype, cuda: CudaOnHost
+) -> None:
+    case = replace(case, size=size or case.size)
+    image = case.image(dtype)
+    check_shift(case, image, cuda.shift(case, image))
+
+
+@each_padding
+@each_interpolation
+def test_every_mode_of_shift(interpolation: str, padding: str, cuda: CudaOnHost) -> None:
+    for dtype in ALL_DTYPES:
+        for width in (37, 48):
+            case = Shift(size=(7, width), padding=padding, interpolation=interpolation)
+            image = case.image(dtype)
+            check_shift(case, image, cuda.shift(case, image))
+
+
+@given(shifts(), st.sampled_from(ALL_DTYPES), st.sampled_from(PLACES), st.sampled_from((0, 1)))
+def test_any_shift(
+    library: ctypes.CDLL, case: Shift, dtype: torch.dtype, place: str, skip: int
+) -> None:
+    cuda = CudaOnHost(library)
+    values = case.channels * case.size[0] * case.size[1]
+    case = replace(case, batch=max(case.batch, 128 // values))
+    image = case.image(dtype)
+    check_shift(case, image, cuda.shift(case, image, place=place, skip=skip))
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+@each_padding
+@each_interpolation
+def test_whole_pixels_copy_bit_for_bit(
+    interpolation: str, padding: str, dtype: torch.dtype, cuda: CudaOnHost
+) -> None:
+    offsets = ((0, 0), (1, -2), (-2, 1), (0, 36), (-7, -40), (300, -1000), (0, -1))
+    for size in ((3, 37), (9, 32), (1, 1)):
+        image = special_image(size, dtype)
+        case = Shift(size, tuple((float(y), float(x)) for y, x in offsets), 2, 1)
+        case = replace(case, padding=padding, interpolation=interpolation)
+        views = cuda.shift(case, image)
+        for view, (dy, dx) in zip(views, offsets, strict=True):
+            assert torch.equal(bits(view), padded_slice(image, dy, dx, padding)), (size, dy, dx)
+
+
+@each_padding
+@each_interpolation
+@each_dtype
+def test_containment_of_shift(
+    dtype: torch.dtype, interpolation: str, padding: str, cuda: CudaOnHost
+) -> None:
+    for width in (21, 32):
+        case = Shift((9, width), padding=padding, interpolation=interpolation)
+        image = case.image(dtype)
+        for i, value in enumerate((NAN, float("inf"), float("-inf"))):
+            image[i % 2, i, 2 * i, 5 * i] = value
+        views = cuda.shift(case, image)
+        assert torch.equal(views.isfinite(), shift_oracle(case, image).isfinite())
+
+
+@pytest.mark.parametrize("views", [240, 241, 700])
+@pytest.mark.parametrize("place", PLACES)
+def test_shift_of_many_views(place: str, views: int, cuda: CudaOnHost) -> None:
+    generator = torch.Generator().manual_seed(views)
+    offsets = (torch.rand(views, 2, generator=generator) * 8 - 4).tolist()
+    case = Shift((5, 8), tuple(map(tuple, offsets)), value_dtype=torch.float64)
+    image = case.image()
+    check_shift(case, image, cuda.shift(case, image, place=place))
+
+
+@each_padding
+@each_interpolation
+def test_shift_by_what_the_host_refuses(interpolation: str, padding: str, cuda: CudaOnHost) -> None:
+    good = Shift((6, 16), padding=padding, interpolation=interpolation, value_dtype=torch.float64)
+    case = replace(good, offsets=good.offsets + NOTHING)
+    for dtype in ALL_DTYPES:
+        image = case.image(dtype)
+        views = cuda.shift(case, image, place="device, float64")
+        assert torch.equal(views[: len(good.offsets)], cuda.shift(good, image))
+        assert not views[len(good.offsets) :].any()
+
+
+def test_the_stub_sees_what_it_should(library: ctypes.CDLL, tmp_path: Path) -> None:
+    """Each fault below is put into the source; the checks of this file must find it."""
+    faults: dict[str, tuple[str, str, str]] = {
+        "a missing barrier": (
+            "ensemble.cu",
+            "    __syncthreads();\n\n    // Filter",
+            "\n    // Filter",
+        ),
+        "a write beyond": ("ensemble.cu", "x0 + x >= cells", "x0 + x > cells"),
+        "a row that is not written": ("ensemble.cu", "y0 + r >= rows", "y0 + r + 1 >= rows"),
+        "a weight of 0 that is multiplied": ("ensemble.cu", "if (weight.at[x] == 0) continue;", ""),
+        "a line that is too short": ("shift.cu", "columns + taps[1].taps - 1", "columns"),
+    }
+    runs: dict[str, Callable[[CudaOnHost], None]] = {
+        "ensemble.cu": lambda cuda: (
+            test_ensemble(ENSEMBLES["real"], 40, "large", torch.float32, cuda),
+            test_containment(ENSEMBLES["real"], "large", torch.float32, cuda),
+        )[0],
+        "shift.cu": lambda cuda: test_shift(SHIFTS["real"], (9, 32), torch.float32, cuda),
+    }
+    sources, stub = tmp_path / "csrc" / "srt", tmp_path / "python_tests" / "cuda_on_host"
+    shutil.copytree(SOURCES, sources)
+    shutil.copytree(STUB, stub)
+    for i, (fault, (name, good, bad)) in enumerate(faults.items()):
+        source = sources / "cuda" / name
+        text = source.read_text()
+        assert text.count(good) == 1, fault
+        source.write_text(text.replace(good, bad))
+        kernels = CudaOnHost(compiled(stub, sources, tmp_path / f"{i}.so"))
+        source.write_text(text)
+        with pytest.raises(AssertionError):
+            runs[name](kernels)
