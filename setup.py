@@ -1,17 +1,22 @@
 """Builds the native library by driving CMake; metadata stands in pyproject.toml.
 
 CMakeLists.txt is the one truth of the native build: what is compiled, with which flags, for which
-instruction sets. This file only tells setuptools when to run it and where the result goes. The
-result, ``_C.so``, is no Python extension: it is loaded by ``torch.ops.load_library`` and knows
-nothing of the interpreter, so one build serves every Python and every torch >= 2.10.
+instruction sets and GPUs. This file only tells setuptools when to run it and where the result goes.
+The results, ``_C.so`` and ``_C_cuda.so``, are no Python extensions: ``torch.ops.load_library`` loads
+them and they know nothing of the interpreter, so one build serves every Python and every torch >= 2.10.
 
 ``pip install .`` builds in isolation, with the torch that pyproject.toml asks for; add
 ``--no-build-isolation`` to build with the torch (and cmake and ninja) that you have. ``-v`` shows
 what the build chose. Nothing is downloaded here.
+
+The CUDA kernels are built where nvcc is found. ``SRT_CUDA=1`` in the environment makes their absence
+an error, ``SRT_CUDA=0`` leaves them out, and ``SRT_CUDA_ARCHS`` (``90``, ``80;90``, ``native``, ...)
+builds for fewer GPUs than ``all-major``, which is the default.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,14 +35,20 @@ class CMakeBuild(build_ext):
         build = Path(self.build_temp).resolve()
         # CMake keeps the paths of the first run; an isolated build has a new folder every time.
         options = [f"-DPython3_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Release"]
+        for name in ("SRT_CUDA", "SRT_CUDA_ARCHS"):
+            if name in os.environ:
+                options.append(f"-D{name}={os.environ[name]}")
         subprocess.check_call(
             ["cmake", "-S", ROOT, "-B", build, "--fresh", "-G", "Ninja", *options]
         )
         subprocess.check_call(["cmake", "--build", build])
+        for library in package.glob("_C*.so"):  # of a build with other options
+            library.unlink()
         subprocess.check_call(["cmake", "--install", build, "--prefix", package])
 
     def get_outputs(self) -> list[str]:
-        return [str(Path(self.build_lib) / "srt_ext" / "_C.so")]
+        package = Path(self.build_lib) / "srt_ext"
+        return [str(path) for path in sorted(package.glob("_C*.so"))]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}

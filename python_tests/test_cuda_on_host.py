@@ -7,8 +7,10 @@ it in the guards. Every element of every output must be written once.
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_int, c_int32, c_int64, c_void_p
 from dataclasses import replace
@@ -267,27 +269,21 @@ class CudaOnHost:
         return out.elements.reshape(len(offsets), b, c, h, w)
 
 
-def compiled(stub: Path, sources: Path, to: Path) -> ctypes.CDLL:
-    flags = "-std=c++17 -O1 -shared -fPIC -fvisibility=hidden -Wall -Werror -Wno-unknown-pragmas"
-    command = [
-        "g++",
-        *flags.split(),
-        "-I",
-        stub,
-        stub / "host.cpp",
-        sources / "check.cpp",
-        "-o",
-        to,
-    ]
-    subprocess.run(command, check=True)
-    return ctypes.CDLL(str(to))
+def compiled(stub: Path, sources: Path, to: Path, name: str = "host.cpp", flags: str = "") -> Path:
+    usual = "-std=c++17 -O1 -shared -fPIC -fvisibility=hidden -Wall -Werror -Wno-unknown-pragmas"
+    files = [stub / name, sources / "check.cpp"]
+    subprocess.run(
+        ["g++", *usual.split(), "-I", stub, *files, *flags.split(), "-o", to], check=True
+    )
+    return to
 
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     if shutil.which("g++") is None or not SOURCES.is_dir():
         pytest.skip("needs g++ and the sources")
-    return compiled(STUB, SOURCES, tmp_path_factory.mktemp("cuda_on_host") / "host.so")
+    path = compiled(STUB, SOURCES, tmp_path_factory.mktemp("cuda_on_host") / "host.so")
+    return ctypes.CDLL(str(path))
 
 
 @pytest.fixture
@@ -668,7 +664,80 @@ def test_the_stub_sees_what_it_should(library: ctypes.CDLL, tmp_path: Path) -> N
         text = source.read_text()
         assert text.count(good) == 1, fault
         source.write_text(text.replace(good, bad))
-        kernels = CudaOnHost(compiled(stub, sources, tmp_path / f"{i}.so"))
+        kernels = CudaOnHost(ctypes.CDLL(str(compiled(stub, sources, tmp_path / f"{i}.so"))))
         source.write_text(text)
         with pytest.raises(AssertionError):
             runs[name](kernels)
+
+
+# ---- the ops ------------------------------------------------------------------------------------
+
+OPS = """
+import ctypes, sys, warnings
+import pytest, torch
+import srt_ext, test_ensemble, test_shift
+from samples import DTYPES, sample_ensembles, sample_shifts
+from test_cuda_on_host import ALL_DTYPES, CODES, NOTHING, HostDevice
+
+torch.ops.load_library(sys.argv[1])  # in the place of the CPU kernels
+library = ctypes.CDLL(sys.argv[1])
+library.device.restype = ctypes.POINTER(HostDevice)
+device = library.device().contents
+device.stream = 0x5EED
+
+def launches():
+    count, device.launches = device.launches, 0
+    return count
+
+for dtype in DTYPES:
+    for case in sample_ensembles().values():
+        launches()
+        test_ensemble.check(case, dtype)
+        assert launches() == 4
+    test_ensemble.test_out("stride", dtype, "")
+for dtype in ALL_DTYPES:
+    for case in sample_shifts().values():
+        launches()
+        test_shift.check(case, dtype)
+        assert launches() == 1
+for size in test_ensemble.SIZES:
+    test_ensemble.test_exact_strides(*size, (2, 3))
+assert not srt_ext.shift(torch.ones(1, 1, 4, 4), torch.tensor(NOTHING)).any()
+
+tokens, offsets = torch.ones(2, 1, 6, 16), torch.zeros(2, 2)
+launches()
+for wrong in ({"out": tokens}, {"weights": torch.ones(3)}, {"upsample": "cubic"}):
+    with pytest.raises(ValueError):
+        srt_ext.ensemble(tokens, offsets, (2, 3), (4, 4), **wrong)
+assert launches() == 0
+# Numbers of any strides and dtypes.
+expected = srt_ext.ensemble(tokens, offsets, (2, 3), (4, 4))
+strided = torch.zeros(4, 6, dtype=torch.float64)[::2, 1:4:2]
+assert torch.equal(srt_ext.ensemble(tokens, strided, (2, 3), (4, 4)), expected)
+device.failing_launch = 2
+launches()
+with pytest.raises(RuntimeError, match="srt::ensemble: CUDA: unspecified launch failure"):
+    torch.ops.srt.ensemble(tokens, offsets, [2, 3], [4, 4])
+assert library.live_guards() == 0
+print("done")
+"""
+
+
+def test_ops(tmp_path: Path) -> None:
+    """The glue, through the dispatcher; every tensor counts as one on the device."""
+    if shutil.which("g++") is None or not SOURCES.is_dir():
+        pytest.skip("needs g++ and the sources")
+    torch_path = Path(torch.__file__).parent
+    flags = (
+        f"-DUSE_CUDA -DTORCH_TARGET_VERSION=0x020a000000000000 -isystem {torch_path}/include "
+        f"-Wl,-Bsymbolic -L {torch_path}/lib -ltorch_cpu"
+    )
+    library = compiled(STUB, SOURCES, tmp_path / "ops.so", "glue.cpp", flags)
+    path = os.pathsep.join((str(ROOT), str(ROOT / "python_tests")))
+    result = subprocess.run(
+        [sys.executable, "-c", OPS, str(library)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout == "done\n", result.stderr

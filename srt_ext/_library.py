@@ -1,4 +1,4 @@
-"""Loads the native library, and remembers why it could not."""
+"""Loads the native libraries, and remembers why it could not."""
 
 from __future__ import annotations
 
@@ -31,5 +31,28 @@ def _load() -> str | None:
     return None
 
 
+def _load_cuda() -> str | None:
+    """Adds the CUDA kernels to ``torch.ops.srt``; the reason in words if that is impossible."""
+    if unavailable is not None:
+        return unavailable
+    import torch
+
+    if torch.version.cuda is None:
+        return "torch was built without CUDA"
+    path = Path(__file__).with_name("_C_cuda.so")
+    if not path.exists():
+        return (
+            f"{path} does not exist: nvcc was not found when the package was built, or SRT_CUDA=0. "
+            "Build it again with nvcc on PATH; SRT_CUDA=1 pip install -v . tells what is missing"
+        )
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"{path} does not load: {error}"
+    return None
+
+
 # None once torch.ops.srt is registered.
 unavailable = _load()
+# None once it has CUDA kernels, whether or not there is a GPU.
+cuda_unavailable = _load_cuda()

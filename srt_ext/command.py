@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import __version__
-from ._library import unavailable
+from ._library import cuda_unavailable, unavailable
 
 if TYPE_CHECKING:
     import torch
@@ -256,6 +256,17 @@ def _version(package: str) -> str:
         return f"not available: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
+def _cuda() -> str:
+    if cuda_unavailable is not None:
+        return f"not available: {cuda_unavailable}"
+    import torch
+
+    if not torch.cuda.is_available():
+        return "kernels loaded, but torch finds no GPU"
+    gpus = (torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    return f"{', '.join(gpus)} (CUDA {torch.version.cuda})"
+
+
 @app.command()
 def info() -> None:
     """Tells the version, the backends and what they run on, and why anything is missing."""
@@ -278,12 +289,7 @@ def info() -> None:
             f"{ops._cpu_kernels()} (of {ops._available_cpu_kernels()}), "
             f"{torch.get_num_threads()} threads",
         )
-        gpu = (
-            f"torch sees {torch.cuda.get_device_name()}"
-            if torch.cuda.is_available()
-            else f"torch {'finds no GPU' if torch.version.cuda else 'was built without CUDA'}"
-        )
-        row("CUDA", f"not available: this version has no CUDA kernels; {gpu}")
+    row("CUDA", _cuda())
     for package in ("timm", "torchvision", "PIL", "safetensors", "sklearn"):
         row(package, _version(package))
     console.print(table)

@@ -10,6 +10,7 @@ from typing import Any, NoReturn, cast
 
 import torch
 
+from ._library import cuda_unavailable
 from .checks import check_ensemble, check_shift
 
 _PREFIX = "srt::"
@@ -22,6 +23,10 @@ def _explain(error: RuntimeError, op: str, check: Callable[[], object]) -> NoRet
     """
     check()
     message = str(error)
+    if isinstance(error, NotImplementedError) and "'CUDA'" in message and cuda_unavailable:
+        raise NotImplementedError(
+            f"{_PREFIX}{op}: CUDA kernels are not available: {cuda_unavailable}"
+        ) from error
     if f"{_PREFIX}{op}: " in message:
         raise ValueError(message[message.index(_PREFIX) :].splitlines()[0]) from None
     raise error
@@ -40,6 +45,7 @@ def shift(
         image: [B, C, H, W], float32, float16, bfloat16, float64 or uint8.
         offsets: [V, 2], (dy, dx) in pixels, any real numbers up to 2^20 in size; float32 or
             float64, on the CPU or on the device of ``image``. Content moves down and right by them.
+            On a GPU nobody waits for their values: a view that a CPU tensor could not ask for is 0.
         padding: what lies beyond the image: ``zeros``, ``border``, ``reflect`` (the edge is not
             repeated) or ``circular``.
         interpolation: ``nearest``, ``bilinear`` or ``bicubic`` (a = -0.75). Whole-pixel offsets
@@ -97,7 +103,9 @@ def ensemble(
             The last dimension is dense; other strides are free, so ``out[:, :, prefix:]`` is read
             in place. Sums are kept in float32 (float64 for float64).
         offsets: [V, 2], (dy, dx) in pixels by which the content of each view moved, as given to
-            :func:`shift`; float32 or float64, on the CPU or on the device of ``tokens``.
+            :func:`shift`; float32 or float64, on the CPU or on the device of ``tokens``. On a GPU
+            nobody waits for their values, nor for those of ``weights``: where a CPU tensor would be
+            an error (not finite, too large, negative), the view counts nowhere.
         grid: (h, w), tokens.
         patch: (Ph, Pw), pixels from token to token.
         weights: [V], finite and >= 0, float32 or float64, none but 0 below 2^-80 of the largest;

@@ -62,50 +62,59 @@ DType element_type(const char* op, const char* name, const Tensor& tensor, bool 
               "; got " + dtype_name(dtype));
 }
 
-std::vector<double> host_values(const char* op, const char* name, const Tensor& tensor) {
+bool same_device(const Tensor& a, const Tensor& b) {
+  int32_t types[2];
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(a.get(), &types[0]));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(b.get(), &types[1]));
+  return types[0] == types[1] && (a.is_cpu() || a.get_device_index() == b.get_device_index());
+}
+
+Numbers view_numbers(const char* op, const char* name, const Tensor& tensor, const Tensor& input) {
   const auto fail = [&](const std::string& rule, const std::string& got) {
     throw Error("srt::" + std::string(op) + ": " + name + " " + rule + "; got " + got);
   };
-  if (!tensor.is_cpu()) fail("must be on the CPU or on the device of the input", "another device");
+  if (!tensor.is_cpu() && !same_device(tensor, input))
+    fail("must be on the CPU or on the device of the input", "another device");
   const ScalarType dtype = tensor.scalar_type();
   if (dtype != ScalarType::Float && dtype != ScalarType::Double)
     fail("must be float32 or float64", dtype_name(dtype));
+  Numbers numbers;
+  if (!tensor.is_cpu()) {
+    numbers.device = tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+    return numbers;
+  }
   const std::vector<int64_t> shape = shape_of(tensor);
   const void* data = tensor.const_data_ptr();
-  std::vector<double> values(static_cast<size_t>(tensor.numel()));
-  for (size_t i = 0; i < values.size(); ++i) {
+  numbers.host.resize(static_cast<size_t>(tensor.numel()));
+  for (size_t i = 0; i < numbers.host.size(); ++i) {
     int64_t rest = static_cast<int64_t>(i), at = 0;
     for (size_t d = shape.size(); d-- > 0; rest /= shape[d])
       at += rest % shape[d] * tensor.stride(static_cast<int64_t>(d));
-    values[i] = dtype == ScalarType::Float
-                    ? static_cast<double>(static_cast<const float*>(data)[at])
-                    : static_cast<const double*>(data)[at];
+    numbers.host[i] = dtype == ScalarType::Float
+                          ? static_cast<double>(static_cast<const float*>(data)[at])
+                          : static_cast<const double*>(data)[at];
   }
-  return values;
+  return numbers;
 }
 
-Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {
+Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like) {
   std::vector<int64_t> strides(sizes.size());
   int64_t step = 1;
   for (size_t d = sizes.size(); d-- > 0; step *= std::max<int64_t>(1, sizes[d])) strides[d] = step;
-  return empty_strided(sizes, strides, dtype);
+  return empty_strided(sizes, strides, dtype, like);
 }
 
 Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
-                     ScalarType dtype) {
+                     ScalarType dtype, const Tensor& like) {
+  int32_t device_type, device_index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-      aoti_torch_device_type_cpu(), 0, &handle));
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
+      device_index, &handle));
   return Tensor(handle);
-}
-
-Parallel torch_parallel() {
-  return {static_cast<int64_t>(torch::stable::get_num_threads()),
-          [](int64_t n, Parallel::Body body, void* context) {
-            STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, 1, body, context));
-          }};
 }
 
 }  // namespace srt::glue

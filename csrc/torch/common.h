@@ -1,4 +1,4 @@
-// What the glue of every op needs from a stable tensor.
+// What the glue of every op and backend needs from a stable tensor.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -6,6 +6,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -25,16 +26,23 @@ std::string dtype_name(ScalarType dtype);
 // float32, float16, bfloat16, float64, and uint8 where `allow_uint8`.
 DType element_type(const char* op, const char* name, const Tensor& tensor, bool allow_uint8);
 
-// A CPU tensor of float32 or float64, any strides, as doubles in C order. The shape is checked by
-// the caller, after this returns.
-std::vector<double> host_values(const char* op, const char* name, const Tensor& tensor);
+bool same_device(const Tensor& a, const Tensor& b);
 
-// Dense in the order of its dimensions, as torch lays it out where a size is 0, too.
-Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype);
+// Offsets or weights. On the host they are read, in C order, to be checked by value; on the device
+// nobody looks at them.
+struct Numbers {
+  std::vector<double> host;
+  std::optional<Tensor> device;  // dense, float32 or float64
+};
+
+// `tensor` must be float32 or float64 and lie on the CPU or on the device of `input`. The caller
+// has checked its shape.
+Numbers view_numbers(const char* op, const char* name, const Tensor& tensor, const Tensor& input);
+
+// On the device of `like`; dense in the order of its dimensions, as torch lays it out where a size
+// is 0, too.
+Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like);
 Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
-                     ScalarType dtype);
-
-// torch's intra-op threads.
-Parallel torch_parallel();
+                     ScalarType dtype, const Tensor& like);
 
 }  // namespace srt::glue

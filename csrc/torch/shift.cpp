@@ -1,37 +1,30 @@
-#include "../srt/shift.h"
-
-#include "common.h"
+#include "shift.h"
 
 namespace srt::glue {
-namespace {
 
-Tensor shift(const Tensor& image, const Tensor& offsets, const std::string& padding,
-             const std::string& interpolation) {
-  ShiftArgs args{};
-  args.dtype = element_type("shift", "image", image, /*allow_uint8=*/true);
-  const std::vector<int64_t> shape = shape_of(image);
-  check_shift(shape, shape_of(offsets), static_cast<int64_t>(image.element_size()));
+ShiftCall::ShiftCall(const Tensor& given, const Tensor& offsets_tensor, const std::string& padding,
+                     const std::string& interpolation)
+    : image(given) {
+  args.dtype = element_type("shift", "image", given, /*allow_uint8=*/true);
+  const std::vector<int64_t> shape = shape_of(given);
+  check_shift(shape, shape_of(offsets_tensor), static_cast<int64_t>(given.element_size()));
   args.padding = parse_padding(padding);
   args.interpolation = parse_interpolation(interpolation);
-  const std::vector<double> values = host_values("shift", "offsets", offsets);
-  check_offsets("shift", values.data(), static_cast<int64_t>(values.size()));
+  offsets = view_numbers("shift", "offsets", offsets_tensor, given);
+  if (!offsets.device)
+    check_offsets("shift", offsets.host.data(), static_cast<int64_t>(offsets.host.size()));
 
   // One image is small beside its views: a strided one is made dense first.
-  const Tensor dense = image.is_contiguous() ? image : torch::stable::contiguous(image);
-  args.image = dense.const_data_ptr();
+  if (!image.is_contiguous()) image = torch::stable::contiguous(image);
+  args.image = image.const_data_ptr();
   args.planes = shape[0] * shape[1];
   args.height = shape[2];
   args.width = shape[3];
-  args.views = offsets.size(0);
-  args.offsets = values.data();
-  const Tensor out =
-      empty({args.views, shape[0], shape[1], shape[2], shape[3]}, image.scalar_type());
-  args.out = out.mutable_data_ptr();
-  shift_cpu(args, torch_parallel());
-  return out;
+  args.views = offsets_tensor.size(0);
+  if (!offsets.device) args.offsets = offsets.host.data();
+  out_shape = {args.views, shape[0], shape[1], shape[2], shape[3]};
 }
 
-}  // namespace
-}  // namespace srt::glue
+Tensor ShiftCall::new_out() const { return empty(out_shape, image.scalar_type(), image); }
 
-STABLE_TORCH_LIBRARY_IMPL(srt, CPU, m) { m.impl("shift", TORCH_BOX(&srt::glue::shift)); }
+}  // namespace srt::glue

@@ -1,0 +1,24 @@
+// The arguments of shift, checked; for every backend.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "../srt/shift.h"
+#include "common.h"
+
+namespace srt::glue {
+
+// Owns what `args` points to, except out. args.offsets is null where they lie on the device.
+struct ShiftCall {
+  Numbers offsets;
+  Tensor image;  // dense
+  ShiftArgs args{};
+  std::vector<int64_t> out_shape;
+
+  ShiftCall(const Tensor& image, const Tensor& offsets, const std::string& padding,
+            const std::string& interpolation);
+
+  Tensor new_out() const;
+};
+
+}  // namespace srt::glue

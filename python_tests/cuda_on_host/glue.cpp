@@ -1,0 +1,34 @@
+// The CUDA ops themselves, over kernels that run on the CPU: registered for CPU tensors in the place
+// of the CPU kernels, and every tensor counts as one on the device. Loaded by test_cuda_on_host.py in
+// a process of its own.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "host.cpp"
+
+// In place of torch's own, which would look for a GPU.
+static int guards = 0;
+extern "C" AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard) {
+  *guard = reinterpret_cast<DeviceGuardHandle>(++guards);
+  return AOTI_TORCH_SUCCESS;
+}
+extern "C" AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) {
+  --guards;
+  return AOTI_TORCH_SUCCESS;
+}
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+  if (guards == 0) abort();  // the current device is not yet that of the input
+  *stream = host_device.stream;
+  return AOTI_TORCH_SUCCESS;
+}
+EXPORT int live_guards() { return guards; }
+
+#define is_cpu is_cuda
+#define CUDA CPU
+#include "../../csrc/torch/common.cpp"
+#include "../../csrc/torch/cuda.cpp"
+#include "../../csrc/torch/ensemble.cpp"
+#include "../../csrc/torch/shift.cpp"
