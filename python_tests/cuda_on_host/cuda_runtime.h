@@ -1,7 +1,7 @@
-// Stands in for the CUDA runtime, for tests only: g++ compiles the .cu files with this header, and a
-// launch executes every thread of every block on the CPU. A thread is a fiber that runs until a
-// barrier; then the next one runs. So a missing barrier, an access beyond a buffer, a wrong index or
-// a hidden order of threads shows as a wrong result, without a GPU. It says nothing about speed.
+// Stands in for the CUDA runtime, for tests only: g++ compiles the .cu files with this header, and
+// a launch executes every thread of every block on the CPU. A thread is a fiber that runs until a
+// barrier; then the next one runs. So a missing barrier, an access beyond a buffer, a wrong index
+// or a hidden order of threads shows as a wrong result, without a GPU. It says nothing about speed.
 #pragma once
 #include <math.h>
 #include <setjmp.h>
@@ -20,7 +20,8 @@
 #define __global__
 #define __device__
 #define __host__
-#define __shared__ static  // blocks run one after the other; what a block left is the next one's garbage
+#define __shared__ \
+  static  // blocks run one after the other; what a block left is the next one's garbage
 #define __grid_constant__
 #define __launch_bounds__(...)
 
@@ -35,7 +36,11 @@ struct uint4 {
   unsigned x, y, z, w;
 };
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorLaunchFailure = 719
+};
 enum cudaDeviceAttr { cudaDevAttrMaxGridDimX, cudaDevAttrMultiProcessorCount };
 struct CUstream_st;
 typedef CUstream_st* cudaStream_t;
@@ -180,12 +185,18 @@ inline unsigned atomicOr(unsigned* at, unsigned value) {
   return old;
 }
 
+template <class T>
+T __ldg(const T* from) {
+  if (reinterpret_cast<uintptr_t>(from) % sizeof(T) != 0) abort();  // a GPU would stop here
+  T value;
+  memcpy(&value, from, sizeof(value));
+  return value;
+}
+
 // The kernels write every element of an output with this.
 template <class T>
 void __stcs(T* to, T value) {
-  if (reinterpret_cast<uintptr_t>(to) % alignof(T) != 0 ||
-      reinterpret_cast<uintptr_t>(to) % sizeof(T) != 0)
-    abort();  // a GPU would stop here
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(T) != 0) abort();  // a GPU would stop here
   char* begin = reinterpret_cast<char*>(to);
   if (host_device.watched) {
     const int64_t at = begin - host_device.watched;

@@ -1,5 +1,5 @@
-// The CUDA sources as a library for the CPU, called from test_cuda_on_host.py. Every function returns
-// null, or what went wrong.
+// The CUDA sources as a library for the CPU, called from test_cuda_on_host.py. Every function
+// returns null, or what went wrong.
 #include "../../csrc/srt/cuda/ensemble.cu"
 #include "../../csrc/srt/cuda/shift.cu"
 

@@ -79,6 +79,21 @@ struct WordOf<16> {
   using type = uint4;
 };
 
+// Reads what no thread of this kernel writes, in as few instructions as its alignment allows; left
+// to itself the compiler may split a pack.
+template <class T>
+__device__ inline T load(const T* from) {
+  constexpr int kBytes = sizeof(T) < kVectorBytes ? sizeof(T) : kVectorBytes;
+  using Word = typename WordOf<kBytes>::type;
+  Word word[sizeof(T) / kBytes];
+#pragma unroll
+  for (size_t i = 0; i < sizeof(T) / kBytes; ++i)
+    word[i] = __ldg(reinterpret_cast<const Word*>(from) + i);
+  T value;
+  memcpy(&value, word, sizeof(value));
+  return value;
+}
+
 // Every output element is written by this, once, and marked as the first to leave the cache: it
 // must not push out the tokens, which are read again.
 template <class T>

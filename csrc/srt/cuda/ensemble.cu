@@ -30,6 +30,7 @@ struct Tile {
   static constexpr int row_groups = rows / thread_rows;
   static constexpr int cell_groups = kThreads / lanes / row_groups;
   static constexpr int cells = cell_groups * thread_cells;
+  static_assert(cells <= kWarpThreads && cell_groups <= 32);
   static constexpr int blocks = kSmall ? 3 : 2;  // resident on a processor
 };
 
@@ -56,6 +57,7 @@ template <class Acc>
 struct MeanPlan {
   const void* tokens;        // [V, B, h*w, C]
   int64_t token_strides[3];  // of V, B and h*w, in elements
+  int64_t row_step;          // from a row of tokens to the next, in elements
   int64_t views, batch, channels;
   Axis y, x;
   View* sorted;  // [V] by dx
@@ -148,9 +150,8 @@ __device__ void fill_rows(const MeanPlan<Acc>& plan, int64_t v, int64_t block) {
     plan.row_count[v * rows + y] = static_cast<double>(count);
   }
   const int64_t slot = v * plan.row_blocks + block;
-  plan.row_span[slot] = {
-      view.index * plan.token_strides[0] + first * plan.x.tokens * plan.token_strides[2],
-      last - first + 1};
+  plan.row_span[slot] = {view.index * plan.token_strides[0] + first * plan.row_step,
+                         last - first + 1};
   Acc* weight = plan.row_weight + slot * plan.max_rows * plan.combined;
   for (int64_t i = 0; i < plan.combined * (last - first + 1); ++i) weight[i] = 0;
   for (int64_t y = begin; y < end; ++y) {
@@ -316,12 +317,6 @@ __global__ void __launch_bounds__(kThreads, kVector ? Tile<T, kSmall>::blocks : 
     tile_channels = plan.channels - c0;
   }
   __syncthreads();
-  const T* tokens = tile_tokens + lane * kVec;
-  const int row_block = tile_y * Tile::quarters + quarter;
-  // Channels that this thread has; in vectors they are all or none.
-  const int channels =
-      static_cast<int>(min(max(tile_channels - lane * kVec, int64_t{0}), int64_t{kVec}));
-  const bool combines = channels > 0 && row_block < plan.row_blocks;
   const int32_t total = plan.column_total[tile_x];
 
   Acc out[Tile::thread_rows][Tile::thread_cells][kVec] = {};
@@ -331,46 +326,50 @@ __global__ void __launch_bounds__(kThreads, kVector ? Tile<T, kSmall>::blocks : 
     Acc sum[Tile::combined][kVec] = {};
     if (first + warp < total) {
       const int64_t at = tile_x * plan.max_columns + first + warp;
-      const Column column = plan.column[at];
-      if (combines) {
-        const T* column_tokens = tokens + column.token * plan.token_strides[2];
-        const int64_t row_step = plan.x.tokens * plan.token_strides[2];
+      const Column column = load(plan.column + at);
+      // Channels that this thread has; in vectors they are all or none.
+      const int64_t channels = tile_channels - lane * kVec;
+      const int row_block = tile_y * Tile::quarters + quarter;
+      if (channels > 0 && row_block < plan.row_blocks) {
+        const T* column_tokens = tile_tokens + lane * kVec + column.token * plan.token_strides[2];
         int64_t slot = column.begin * plan.row_blocks + row_block;
         for (int32_t v = column.begin; v < column.end; ++v, slot += plan.row_blocks) {
-          const RowSpan span = plan.row_span[slot];
+          const RowSpan span = load(plan.row_span + slot);
           const T* token = column_tokens + span.offset;
           const auto* weight = reinterpret_cast<const Pack<Acc, Tile::combined>*>(plan.row_weight) +
                                slot * plan.max_rows;
           for (int32_t rest = span.count; rest > 0; rest -= kAhead) {
             Pack<T, kVec> value[kAhead];
+            Pack<Acc, Tile::combined> w[kAhead];
 #pragma unroll
             for (int a = 0; a < kAhead; ++a) {
               if (a >= rest) break;
+              w[a] = load(weight++);
               if (kVector) {
-                value[a] = *reinterpret_cast<const Pack<T, kVec>*>(token);
+                value[a] = load(reinterpret_cast<const Pack<T, kVec>*>(token));
               } else {
 #pragma unroll
                 for (int e = 0; e < kVec; ++e) value[a].at[e] = e < channels ? token[e] : T{};
               }
-              token += row_step;
+              token += plan.row_step;
             }
 #pragma unroll
             for (int a = 0; a < kAhead; ++a) {
               if (a >= rest) break;
-              const Pack<Acc, Tile::combined> w = *weight++;
 #pragma unroll
               for (int r = 0; r < Tile::combined; ++r) {
-                if (w.at[r] == 0) continue;  // a non-finite token must not reach this row
+                if (w[a].at[r] == 0) continue;  // a non-finite token must not reach this row
 #pragma unroll
-                for (int e = 0; e < kVec; ++e) sum[r][e] += w.at[r] * to_acc(value[a].at[e]);
+                for (int e = 0; e < kVec; ++e) sum[r][e] += w[a].at[r] * to_acc(value[a].at[e]);
               }
             }
           }
         }
       }
       if (thread % kWarpThreads == 0) groups[side][warp] = column.groups;
-      for (int x = thread % kWarpThreads; x < Tile::cells; x += kWarpThreads)
-        weights[side][warp][x] = plan.column_weight[at * Tile::cells + x];
+      if (thread % kWarpThreads < Tile::cells)
+        weights[side][warp][thread % kWarpThreads] =
+            plan.column_weight[at * Tile::cells + thread % kWarpThreads];
     } else if (thread % kWarpThreads == 0) {
       groups[side][warp] = 0;
     }
@@ -417,7 +416,7 @@ __global__ void __launch_bounds__(kThreads, kVector ? Tile<T, kSmall>::blocks : 
     }
   }
 
-  const int64_t rest = tile_channels - lane * kVec;
+  const int64_t channels = tile_channels - lane * kVec;
   const int64_t rows = plan.y.cells(), cells = plan.x.cells();
   const int64_t y0 = tile_y * Tile::rows + row_group * Tile::thread_rows;
   const int64_t x0 = tile_x * Tile::cells + cell_group * Tile::thread_cells;
@@ -426,7 +425,7 @@ __global__ void __launch_bounds__(kThreads, kVector ? Tile<T, kSmall>::blocks : 
   for (int r = 0; r < Tile::thread_rows; ++r) {
 #pragma unroll
     for (int x = 0; x < Tile::thread_cells; ++x) {
-      if (y0 + r >= rows || x0 + x >= cells || rest <= 0) continue;
+      if (y0 + r >= rows || x0 + x >= cells || channels <= 0) continue;
       const Acc inverse = plan.inverse[(y0 + r) * cells + x0 + x];
       T* cell = field + (y0 + r) * plan.out_strides[2] + (x0 + x) * plan.out_strides[3];
       Pack<T, kVec> value;
@@ -437,7 +436,7 @@ __global__ void __launch_bounds__(kThreads, kVector ? Tile<T, kSmall>::blocks : 
       } else {
 #pragma unroll
         for (int e = 0; e < kVec; ++e) {
-          if (e < rest) store(cell + e * plan.out_strides[1], value.at[e]);
+          if (e < channels) store(cell + e * plan.out_strides[1], value.at[e]);
         }
       }
     }
@@ -469,6 +468,7 @@ MeanPlan<typename AccumulatorOf<T>::type> make_plan(const EnsembleArgs& args,
   MeanPlan<Acc> plan{};
   plan.tokens = args.tokens;
   std::copy_n(args.token_strides, 3, plan.token_strides);
+  plan.row_step = args.grid[1] * args.token_strides[2];
   plan.views = args.views;
   plan.batch = args.batch;
   plan.channels = args.channels;
