@@ -31,7 +31,6 @@ struct Tile {
   static constexpr int cell_groups = kThreads / lanes / row_groups;
   static constexpr int cells = cell_groups * thread_cells;
   static_assert(cells <= kWarpThreads && cell_groups <= 32);
-  static constexpr int blocks = kSmall ? 3 : 2;  // resident on a processor
 };
 
 struct View {
@@ -274,7 +273,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // kVector: 16 bytes an access, which needs aligned rows of channels on both sides.
 template <class T, bool kSmall, bool kVector>
-__global__ void __launch_bounds__(kThreads, kVector ? Tile<T, kSmall>::blocks : 2)
+__global__ void __launch_bounds__(kThreads, 2)
     mean_kernel(const __grid_constant__ MeanPlan<typename AccumulatorOf<T>::type> plan,
                 int64_t first_tile) {
   using Tile = cuda::Tile<T, kSmall>;
@@ -283,8 +282,9 @@ __global__ void __launch_bounds__(kThreads, kVector ? Tile<T, kSmall>::blocks : 
   // Channels in shared memory, so that the 16-byte accesses of neighbouring lanes do not collide.
   constexpr int kWord = kVectorBytes / sizeof(Acc), kWords = kVec / kWord > 0 ? kVec / kWord : 1;
   using Word = Pack<Acc, kVec / kWords>;
-  // Rows that are loaded before the first of them is used.
-  constexpr int kAhead = kSmall ? 3 : 2;
+  // Views and token rows that are loaded before the first of them is used. Small tiles leave few
+  // warps to hide the latency, and registers to spend.
+  constexpr int kViewsAhead = kSmall && kVector ? 2 : 1, kRowsAhead = kSmall ? 3 : 2;
   __shared__ Word sums[2][Tile::columns][Tile::rows][kWords][Tile::lanes];
   alignas(kVectorBytes) __shared__ Acc weights[2][Tile::columns][Tile::cells];
   __shared__ uint32_t groups[2][Tile::columns];
@@ -332,35 +332,53 @@ __global__ void __launch_bounds__(kThreads, kVector ? Tile<T, kSmall>::blocks : 
       const int row_block = tile_y * Tile::quarters + quarter;
       if (channels > 0 && row_block < plan.row_blocks) {
         const T* column_tokens = tile_tokens + lane * kVec + column.token * plan.token_strides[2];
-        int64_t slot = column.begin * plan.row_blocks + row_block;
-        for (int32_t v = column.begin; v < column.end; ++v, slot += plan.row_blocks) {
-          const RowSpan span = load(plan.row_span + slot);
-          const T* token = column_tokens + span.offset;
-          const auto* weight = reinterpret_cast<const Pack<Acc, Tile::combined>*>(plan.row_weight) +
-                               slot * plan.max_rows;
-          for (int32_t rest = span.count; rest > 0; rest -= kAhead) {
-            Pack<T, kVec> value[kAhead];
-            Pack<Acc, Tile::combined> w[kAhead];
+        for (int32_t v = column.begin; v < column.end; v += kViewsAhead) {
+          const T* token[kViewsAhead];
+          const Pack<Acc, Tile::combined>* weight[kViewsAhead];
+          int32_t rest[kViewsAhead], longest = 0;
 #pragma unroll
-            for (int a = 0; a < kAhead; ++a) {
-              if (a >= rest) break;
-              w[a] = load(weight++);
-              if (kVector) {
-                value[a] = load(reinterpret_cast<const Pack<T, kVec>*>(token));
-              } else {
+          for (int a = 0; a < kViewsAhead; ++a) {
+            rest[a] = 0;
+            if (v + a >= column.end) break;
+            const int64_t slot = (v + a) * plan.row_blocks + row_block;
+            const RowSpan span = load(plan.row_span + slot);
+            token[a] = column_tokens + span.offset;
+            weight[a] = reinterpret_cast<const Pack<Acc, Tile::combined>*>(plan.row_weight) +
+                        slot * plan.max_rows;
+            rest[a] = span.count;
+            longest = max(longest, rest[a]);
+          }
+          for (int32_t k = 0; k < longest; k += kRowsAhead) {
+            Pack<T, kVec> value[kViewsAhead][kRowsAhead];
+            Pack<Acc, Tile::combined> w[kViewsAhead][kRowsAhead];
 #pragma unroll
-                for (int e = 0; e < kVec; ++e) value[a].at[e] = e < channels ? token[e] : T{};
+            for (int a = 0; a < kViewsAhead; ++a) {
+#pragma unroll
+              for (int i = 0; i < kRowsAhead; ++i) {
+                if (k + i >= rest[a]) break;
+                w[a][i] = load(weight[a]++);
+                if (kVector) {
+                  value[a][i] = load(reinterpret_cast<const Pack<T, kVec>*>(token[a]));
+                } else {
+#pragma unroll
+                  for (int e = 0; e < kVec; ++e)
+                    value[a][i].at[e] = e < channels ? token[a][e] : T{};
+                }
+                token[a] += plan.row_step;
               }
-              token += plan.row_step;
             }
 #pragma unroll
-            for (int a = 0; a < kAhead; ++a) {
-              if (a >= rest) break;
+            for (int a = 0; a < kViewsAhead; ++a) {
 #pragma unroll
-              for (int r = 0; r < Tile::combined; ++r) {
-                if (w[a].at[r] == 0) continue;  // a non-finite token must not reach this row
+              for (int i = 0; i < kRowsAhead; ++i) {
+                if (k + i >= rest[a]) break;
 #pragma unroll
-                for (int e = 0; e < kVec; ++e) sum[r][e] += w[a].at[r] * to_acc(value[a].at[e]);
+                for (int r = 0; r < Tile::combined; ++r) {
+                  if (w[a][i].at[r] == 0) continue;  // a non-finite token must not reach this row
+#pragma unroll
+                  for (int e = 0; e < kVec; ++e)
+                    sum[r][e] += w[a][i].at[r] * to_acc(value[a][i].at[e]);
+                }
               }
             }
           }
