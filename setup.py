@@ -2,16 +2,17 @@
 
 CMakeLists.txt is the one truth of the native build: what is compiled, with which flags, for which
 instruction sets and GPUs. This file only tells setuptools when to run it and where the result goes.
-The results, ``_C.so`` and ``_C_cuda.so``, are no Python extensions: ``torch.ops.load_library`` loads
-them and they know nothing of the interpreter, so one build serves every Python and every torch >= 2.10.
+The results, ``_C.so`` and ``_C_cuda.so``, are no Python extensions: they are loaded by
+``torch.ops.load_library`` and know nothing of the interpreter, so one build serves every Python and
+every torch >= 2.10.
 
 ``pip install .`` builds in isolation, with the torch that pyproject.toml asks for; add
 ``--no-build-isolation`` to build with the torch (and cmake and ninja) that you have. ``-v`` shows
 what the build chose. Nothing is downloaded here.
 
-The CUDA kernels are built where nvcc is found. ``SRT_CUDA=1`` in the environment makes their absence
-an error, ``SRT_CUDA=0`` leaves them out, and ``SRT_CUDA_ARCHS`` (``90``, ``80;90``, ``native``, ...)
-builds for fewer GPUs than ``all-major``, which is the default.
+The CUDA kernels are built where nvcc is found. In the environment ``SRT_CUDA=1`` makes it an error
+if it is not, ``SRT_CUDA=0`` leaves them out, and ``SRT_CUDA_ARCHS`` (``90``, ``80;90``, ``native``)
+builds for other GPUs than ``all-major``, the default.
 """
 
 from __future__ import annotations

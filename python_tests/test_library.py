@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader, Dataset
 
 import srt_ext
+from srt_ext._library import cuda_unavailable
 
 PACKAGE = Path(srt_ext.__file__).parent
 LIBRARY = PACKAGE / "_C.so"
@@ -42,14 +43,42 @@ def output_of(tool: str, *args: str) -> str:
 # ---- what the library is made of ----------------------------------------------------------------
 
 
-def test_undefined_symbols_are_of_the_stable_abi() -> None:
-    listing = output_of("nm", "-D", "--undefined-only", "-C", str(LIBRARY))
+@pytest.mark.parametrize("name", ["_C.so", "_C_cuda.so"])
+def test_undefined_symbols_are_of_the_stable_abi(name: str) -> None:
+    if not (PACKAGE / name).exists():
+        pytest.skip(f"no {name}: built without nvcc")
+    listing = output_of("nm", "-D", "--undefined-only", "-C", str(PACKAGE / name))
     symbols = [line.split(maxsplit=1)[1] for line in listing.splitlines()]
     of_torch = [s for s in symbols if re.search(r"torch|aoti|\bat::|\bc10::|caffe2", s)]
-    assert "aoti_torch_library_def" in of_torch
+    assert "aoti_torch_library_init_impl" in of_torch
     # C functions: without parameters in the demangled name, and without a namespace.
     assert [s for s in of_torch if not re.fullmatch(r"(aoti_torch|torch)_\w+", s)] == []
     assert [s for s in symbols if re.match(r"_?Py|pybind11", s)] == []
+    # The CUDA runtime is inside, so that the binary does not ask for the one of a certain torch.
+    assert [s for s in symbols if re.match(r"(__)?cuda|cu[A-Z]", s)] == []
+
+
+def test_cuda_kernels_are_there_or_the_reason_is() -> None:
+    for op in ("shift", "ensemble", "ensemble.out"):
+        registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"srt::{op}", "CUDA")
+        assert registered == (cuda_unavailable is None)
+    if torch.version.cuda is None:
+        assert cuda_unavailable == "torch was built without CUDA"
+    elif not (PACKAGE / "_C_cuda.so").exists():
+        assert "_C_cuda.so does not exist: nvcc was not found" in str(cuda_unavailable)
+    else:
+        assert cuda_unavailable is None
+
+
+def test_a_call_on_cuda_without_kernels_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch refuses a CUDA tensor where no kernel for it was loaded."""
+    refusal = "Could not run 'srt::shift' with arguments from the 'CUDA' backend."
+    monkeypatch.setattr(srt_ext.ops, "cuda_unavailable", "nvcc was not found")
+    with pytest.raises(NotImplementedError, match=r"srt::shift: CUDA .* available: nvcc was not"):
+        srt_ext.ops._explain(NotImplementedError(refusal), "shift", lambda: None)
+    monkeypatch.setattr(srt_ext.ops, "cuda_unavailable", None)
+    with pytest.raises(NotImplementedError, match="Could not run"):
+        srt_ext.ops._explain(NotImplementedError(refusal), "shift", lambda: None)
 
 
 def test_kernels_include_neither_torch_nor_python() -> None:
@@ -366,3 +395,22 @@ def test_import_of_a_broken_library(tmp_path: Path) -> None:
     (tmp_path / "srt_ext" / "_C.so").write_bytes(b"not a library")
     reason = import_error(f"sys.path.insert(0, {str(tmp_path)!r})", torch_is_there=True)
     assert "_C.so does not load" in reason
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch was built without CUDA")
+@pytest.mark.parametrize(
+    ("content", "reason"), [(None, "_C_cuda.so does not exist: nvcc"), (b"no", "does not load")]
+)
+def test_import_without_cuda_kernels(content: bytes | None, reason: str, tmp_path: Path) -> None:
+    shutil.copytree(PACKAGE, tmp_path / "srt_ext", ignore=shutil.ignore_patterns("_C_cuda.so"))
+    if content is not None:
+        (tmp_path / "srt_ext" / "_C_cuda.so").write_bytes(content)
+    script = (
+        "import torch, srt_ext, srt_ext._library as library; print(library.cuda_unavailable); "
+        "srt_ext.shift(torch.ones(1, 1, 2, 2), torch.zeros(1, 2))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert reason in result.stdout
