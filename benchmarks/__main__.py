@@ -8,22 +8,18 @@ table that stands in the README.
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import typer
 
 import srt_ext
+from benchmarks.common import RESULTS, machine, quartiles
 from benchmarks.peers import published_ensemble, published_shift
 
-RESULTS = Path(__file__).parent / "results"
 GRID, PATCH, CHANNELS = (14, 14), (16, 16), 384
 
 
@@ -43,27 +39,7 @@ def interleaved(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str
             del result  # frees its memory outside the reading
             if i:
                 readings[name].append(1e3 * elapsed)
-    return {
-        name: dict(zip(("q1", "median", "q3"), np.percentile(ms, [25, 50, 75]), strict=True))
-        for name, ms in readings.items()
-    }
-
-
-def machine() -> dict[str, Any]:
-    def output(*command: str) -> str:
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-    model = [line for line in output("lscpu").splitlines() if line.startswith("Model name")]
-    return {
-        "processor": model[0].split(":")[1].strip() if model else platform.processor(),
-        "threads": torch.get_num_threads(),
-        "kernels": torch.ops.srt._cpu_kernels(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "srt_ext": srt_ext.__version__,
-        "commit": output("git", "rev-parse", "--short", "HEAD"),
-        "date": date.today().isoformat(),
-    }
+    return {name: quartiles(ms) for name, ms in readings.items()}
 
 
 def same(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import affine
+
+from srt_ext import reference
+
+Pair = tuple[int, int]
 
 
 def _translate(image: torch.Tensor, dy: float, dx: float) -> torch.Tensor:
@@ -20,11 +27,18 @@ def _translate(image: torch.Tensor, dy: float, dx: float) -> torch.Tensor:
     )
 
 
+def _upsample(view: torch.Tensor, grid: Pair, patch: Pair, upsample: str) -> torch.Tensor:
+    """view [B, N, C] -> [B, C, H, W], pixels."""
+    # Dense first: torch upsamples the transposed map several times slower.
+    tokens_map = view.transpose(1, 2).reshape(*view.shape[::2], *grid).contiguous()
+    return F.interpolate(tokens_map, (grid[0] * patch[0], grid[1] * patch[1]), mode=upsample)
+
+
 def published_ensemble(
     tokens: torch.Tensor,
     offsets: torch.Tensor,
-    grid: tuple[int, int],
-    patch: tuple[int, int],
+    grid: Pair,
+    patch: Pair,
     upsample: str,
 ) -> torch.Tensor:
     """The published way to the mean: upsample each view to pixels, move it back, add.
@@ -32,17 +46,162 @@ def published_ensemble(
     tokens [V, B, N, C], offsets [V, 2] whole pixels -> [B, C, H, W]. Pixels that a view does not
     cover count as zeros.
     """
-    size = (grid[0] * patch[0], grid[1] * patch[1])
-    mode = {"mode": "nearest"} if upsample == "nearest" else {"mode": "bilinear"}
     total = torch.zeros(())
     for view, (dy, dx) in zip(tokens, offsets.tolist(), strict=True):
-        # Dense first: torch upsamples the transposed map several times slower.
-        tokens_map = view.transpose(1, 2).reshape(*view.shape[::2], *grid).contiguous()
-        pixels = F.interpolate(tokens_map, size, **mode)
-        total = total + _translate(pixels, -dy, -dx)
+        total = total + _translate(_upsample(view, grid, patch, upsample), -dy, -dx)
     return total / len(tokens)
 
 
 def published_shift(image: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """image [B, C, H, W] -> its views [V, B, C, H, W], one affine transform each, zeros outside."""
     return torch.stack([_translate(image, dy, dx) for dy, dx in offsets.tolist()])
+
+
+def _overlap(size: int, offset: int) -> tuple[slice, slice]:
+    """The pixels of one axis that a moved view covers, and where the view has them."""
+    begin, end = max(0, -offset), min(size, size - offset)
+    return slice(begin, end), slice(begin + offset, end + offset)
+
+
+def sliced_ensemble(
+    tokens: torch.Tensor, offsets: torch.Tensor, grid: Pair, patch: Pair, upsample: str
+) -> torch.Tensor:
+    """The published way without its affine: each upsampled view is added where it covers."""
+    height, width = grid[0] * patch[0], grid[1] * patch[1]
+    total = tokens.new_zeros(tokens.shape[1], tokens.shape[3], height, width)
+    for view, (dy, dx) in zip(tokens, offsets.int().tolist(), strict=True):
+        (to_y, from_y), (to_x, from_x) = _overlap(height, dy), _overlap(width, dx)
+        pixels = _upsample(view, grid, patch, upsample)
+        total[..., to_y, to_x] += pixels[..., from_y, from_x]
+    return total.div_(len(tokens))
+
+
+def _axis_matrix(
+    offset: float, tokens: int, patch: int, stride: int, upsample: str, border: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One axis of one view: [cells, tokens] weights, and [cells] counted pixels; float64."""
+    reads, seen, counted = reference._axis(offset, tokens, patch, upsample, border)
+    matrix = torch.zeros(tokens * patch, tokens, dtype=torch.float64)
+    for token, weight in reads:
+        matrix[torch.arange(tokens * patch), token] += torch.where(seen, weight, 0)
+    cells = matrix.reshape(-1, stride, tokens).sum(1)
+    return cells, counted.double().reshape(-1, stride).sum(1)
+
+
+def _by_columns(
+    tokens: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, views: Pair, grid: Pair
+) -> torch.Tensor:
+    """tokens [Dy * Dx, B, N, C], rows [H', Dy * h], columns [W', Dx * w] -> [B, C, H', W']."""
+    (count_y, count_x), (h, w) = views, grid
+    batch, channels = tokens.shape[1], tokens.shape[3]
+    # The views that share dx are summed by the product along y: one copy of the tokens, which are
+    # small, and no more views from here on.
+    stacked = tokens.reshape(count_y, count_x, batch, h, w, channels).permute(2, 0, 3, 1, 4, 5)
+    stacked = stacked.reshape(batch, count_y * h, count_x * w * channels)
+    combined = torch.bmm(rows.expand(batch, -1, -1), stacked)
+    combined = combined.reshape(batch * len(rows), count_x * w, channels)
+    field = torch.bmm(columns.expand(len(combined), -1, -1), combined)
+    return field.reshape(batch, len(rows), len(columns), channels).permute(0, 3, 1, 2)
+
+
+def _by_views(
+    tokens: torch.Tensor,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    inverse: torch.Tensor,
+    grid: Pair,
+) -> torch.Tensor:
+    """tokens [V, B, N, C], rows [V, H', h], columns [W', V * w], inverse [H', W', 1]."""
+    views, batch, _, channels = tokens.shape
+    height, (h, w) = rows.shape[1], grid
+    fields = []
+    for b in range(batch):
+        maps = tokens[:, b].reshape(views, h, w * channels)
+        if torch.compiler.is_compiling():  # which takes no such out=
+            combined = torch.bmm(rows, maps).transpose(0, 1)
+        else:
+            combined = tokens.new_empty(height, views, w * channels)
+            torch.bmm(rows, maps, out=combined.transpose(0, 1))  # where the next product reads it
+        combined = combined.reshape(height, views * w, channels)
+        fields.append(torch.bmm(columns.expand(height, -1, -1), combined).mul_(inverse))
+    return (
+        torch.stack(fields).permute(0, 3, 1, 2) if batch > 1 else fields[0].permute(2, 0, 1)[None]
+    )
+
+
+def separable_ensemble(
+    offsets: torch.Tensor,
+    grid: Pair,
+    patch: Pair,
+    stride: Pair,
+    upsample: str,
+    border: str,
+    like: torch.Tensor,
+) -> tuple[Callable[..., torch.Tensor], tuple[object, ...]]:
+    """The mean as two matrix products, f = sum over dx of (sum over dy of A T) B^T.
+
+    Returns a function and what it takes after the tokens [V, B, N, C]; its result is
+    [B, C, H', W'], channels_last as ours. Its tables, of the dtype and device of ``like``, are made
+    here, before any clock starts.
+    """
+    dy, dx = (offsets.double()[:, k].unique() for k in (0, 1))
+    arguments = zip(grid, patch, stride, strict=True)
+    (rows, count_y), (columns, count_x) = (
+        map(torch.stack, zip(*(_axis_matrix(d, *axis, upsample, border) for d in ds), strict=True))
+        for ds, axis in zip((dy.tolist(), dx.tolist()), arguments, strict=True)
+    )  # [D, cells, tokens], [D, cells]
+    if torch.equal(offsets.double(), torch.cartesian_prod(dy, dx)):
+        # Every dy with every dx: the counts are a product too, and go into the tables.
+        tables = []
+        for matrix, count in ((rows, count_y), (columns, count_x)):
+            total = count.sum(0)
+            scale = torch.where(total > 0, 1 / total, 0)
+            table = (matrix * scale[:, None]).transpose(0, 1).flatten(1)
+            tables.append(table.to(like))
+        return _by_columns, (*tables, (len(dy), len(dx)), grid)
+    of_y, of_x = (
+        torch.searchsorted(d, offsets.double()[:, k].contiguous()) for k, d in ((0, dy), (1, dx))
+    )
+    total = torch.einsum("vy,vx->yx", count_y[of_y], count_x[of_x])
+    inverse = torch.where(total > 0, 1 / total, 0)[..., None]
+    columns = columns[of_x].transpose(0, 1).flatten(1)
+    return _by_views, (rows[of_y].to(like), columns.to(like), inverse.to(like), grid)
+
+
+def sliced_shift(image: torch.Tensor, offsets: list[tuple[float, float]]) -> torch.Tensor:
+    """image [B, C, H, W] -> [V, B, C, H, W], reflected: pad once, then blend slices.
+
+    Views that share dy share the blend of their rows. A whole-pixel offset is one slice.
+    """
+    height, width = image.shape[2:]
+    margin = int(max(abs(d) for pair in offsets for d in pair)) + 1
+    padded = F.pad(image, (margin,) * 4, mode="reflect")
+
+    def blend(x: torch.Tensor, d: float, size: int, dim: int) -> torch.Tensor:
+        first = margin + math.floor(-d)
+        near = x.narrow(dim, first, size)
+        fraction = -d - math.floor(-d)
+        return torch.lerp(near, x.narrow(dim, first + 1, size), fraction) if fraction else near
+
+    rows = {dy: blend(padded, dy, height, 2) for dy, _ in offsets}
+    return torch.stack([blend(rows[dy], dx, width, 3) for dy, dx in offsets])
+
+
+def sampling_grid(image: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """[V * B, H, W, 2], what grid_sample wants for the views of ``image``."""
+    batch, _, height, width = image.shape
+    y, x = (torch.arange(n, dtype=torch.float64) for n in (height, width))
+    dy, dx = offsets.double().T[:, :, None]
+    y, x = ((i - d) * 2 / (n - 1) - 1 for i, d, n in ((y, dy, height), (x, dx, width)))
+    places = torch.stack(
+        [x[:, None, :].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], -1
+    )
+    return places.repeat_interleave(batch, 0).to(image)
+
+
+def sampled_shift(image: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """image [B, C, H, W] -> [V, B, C, H, W] by one grid_sample, reflected as ours."""
+    views = len(places) // len(image)
+    images = image.expand(views, *image.shape).flatten(0, 1)
+    views_flat = F.grid_sample(images, places, padding_mode="reflection", align_corners=True)
+    return views_flat.unflatten(0, (views, len(image)))

@@ -25,8 +25,8 @@ void shift_cpu(const ShiftArgs& args, const Parallel& parallel);
 constexpr double kWholePixel = 0x1p-40;
 
 // One axis of one view: output pixel y reads source pixels y + first + k with weight[k], k < taps.
-// The weights do not depend on y; taps of weight zero are dropped, so a whole-pixel offset is one
-// tap of weight 1, which the kernels copy bit for bit.
+// The weights do not depend on y and none of them is 0, so a whole-pixel offset is one tap of
+// weight 1, which the kernels copy bit for bit.
 struct ShiftTaps {
   int64_t first;
   int32_t taps;
@@ -35,39 +35,27 @@ struct ShiftTaps {
 
 SRT_HD inline ShiftTaps shift_taps(double offset, Interpolation interpolation) {
   ShiftTaps t{};
-  if (interpolation == Interpolation::nearest) {
+  const double whole = std::floor(-offset), f = -offset - whole, g = 1 - f;
+  if (interpolation == Interpolation::nearest || f < kWholePixel || g < kWholePixel) {
     t.first = static_cast<int64_t>(std::floor(0.5 - offset));
     t.taps = 1;
     t.weight[0] = 1;
-    return t;
-  }
-  double whole = std::floor(-offset);
-  double f = -offset - whole;
-  if (f < kWholePixel || f > 1 - kWholePixel) {
-    whole = std::floor(0.5 - offset);
-    f = 0;
-  }
-  double w[4];
-  int n = 0;
-  t.first = static_cast<int64_t>(whole);
-  if (interpolation == Interpolation::bilinear) {
-    w[n++] = 1 - f;
-    w[n++] = f;
+  } else if (interpolation == Interpolation::bilinear) {
+    t.first = static_cast<int64_t>(whole);
+    t.taps = 2;
+    t.weight[0] = g;
+    t.weight[1] = f;
   } else {
     // Cubic convolution (Keys 1981) with a = -0.75, the constant that PyTorch uses. As products
     // with f or g, so that no weight cancels to 0 between two that are not.
-    const double a = -0.75, g = 1 - f;
-    t.first -= 1;
-    w[n++] = a * f * g * g;
-    w[n++] = g * (-a + g * ((2 * a + 3) - (a + 2) * g));
-    w[n++] = f * (-a + f * ((2 * a + 3) - (a + 2) * f));
-    w[n++] = a * g * f * f;
+    const double a = -0.75;
+    t.first = static_cast<int64_t>(whole) - 1;
+    t.taps = 4;
+    t.weight[0] = a * f * g * g;
+    t.weight[1] = g * (-a + g * ((2 * a + 3) - (a + 2) * g));
+    t.weight[2] = f * (-a + f * ((2 * a + 3) - (a + 2) * f));
+    t.weight[3] = a * g * f * f;
   }
-  int begin = 0;
-  while (w[begin] == 0) ++begin;
-  while (w[n - 1] == 0) --n;
-  t.first += begin;
-  for (int k = begin; k < n; ++k) t.weight[t.taps++] = w[k];
   return t;
 }
 

@@ -1,6 +1,6 @@
 // The CUDA entry points. All pointers are of the current device unless a name says host; everything
-// is enqueued on `stream`, nothing waits for it, and all of it can be captured in a CUDA graph. Each
-// throws srt::Error where a launch fails.
+// is enqueued on `stream`, nothing waits for it, and all of it can be captured in a CUDA graph.
+// Each throws srt::Error where a launch fails.
 #pragma once
 #include <cstdint>
 
@@ -21,8 +21,8 @@ struct ViewNumbers {
   DType dtype;  // of `device`: f32 or f64
 };
 
-// Bytes of device memory, aligned to 256, that ensemble_mean_cuda needs besides its arguments, all of
-// which must be set; free to reuse in stream order.
+// Bytes of device memory, aligned to 256, that ensemble_mean_cuda needs besides its arguments, all
+// of which must be set; free to reuse in stream order.
 int64_t ensemble_mean_cuda_workspace(const EnsembleArgs& args, const ViewNumbers& offsets,
                                      const ViewNumbers& weights);
 
@@ -33,8 +33,8 @@ void ensemble_mean_cuda(const EnsembleArgs& args, const ViewNumbers& offsets,
 
 int64_t shift_cuda_workspace(const ShiftArgs& args);
 
-// offsets [V, 2] (dy, dx), pixels; the pointer in `args` is not read. Every dtype. A view that covers
-// nothing is 0.
+// offsets [V, 2] (dy, dx), pixels; the pointer in `args` is not read. Every dtype. A view that
+// covers nothing is 0.
 void shift_cuda(const ShiftArgs& args, const ViewNumbers& offsets, void* workspace,
                 CUstream_st* stream);
 

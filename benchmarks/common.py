@@ -1,0 +1,44 @@
+"""What the benchmarks of all devices share: where results go, and the facts of the machine."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import srt_ext
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def quartiles(readings: Sequence[float]) -> dict[str, float]:
+    q1, median, q3 = (float(q) for q in np.percentile(readings, [25, 50, 75]))
+    return {"q1": q1, "median": median, "q3": q3}
+
+
+def output(*command: str) -> str:
+    """What a command prints; nothing if it fails or does not exist."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        return ""
+
+
+def machine() -> dict[str, Any]:
+    model = [line for line in output("lscpu").splitlines() if line.startswith("Model name")]
+    return {
+        "processor": model[0].split(":")[1].strip() if model else platform.processor(),
+        "threads": torch.get_num_threads(),
+        "kernels": torch.ops.srt._cpu_kernels(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "srt_ext": srt_ext.__version__,
+        "commit": output("git", "rev-parse", "--short", "HEAD"),
+        "date": date.today().isoformat(),
+    }
