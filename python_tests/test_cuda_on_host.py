@@ -353,14 +353,19 @@ def test_any_ensemble(
     check(case, tokens, cuda.ensemble(case, tokens, place=place))
 
 
-def test_tiles_of_a_real_shape(cuda: CudaOnHost) -> None:
-    """Several tiles along every axis, and several rounds of columns."""
-    case = Ensemble((3, 5), (16, 16), batch=1, channels=72, border="zeros")
-    for tiles in ("large", "small"):
-        cuda.tiles(tiles)
+@each_tile
+@pytest.mark.parametrize("upsample", UPSAMPLES)
+@pytest.mark.parametrize("offsets", ["grid", "real"])
+def test_tiles_of_a_real_shape(offsets: str, upsample: str, tiles: str, cuda: CudaOnHost) -> None:
+    """Several tiles along every axis, several rounds of columns, and long runs between breaks."""
+    cuda.tiles(tiles)
+    case = replace(ENSEMBLES[offsets], grid=(3, 5), patch=(16, 16), batch=1, channels=72)
+    for border in BORDERS:
+        case = replace(case, upsample=upsample, border=border)
         for dtype in (torch.float32, torch.bfloat16):
             tokens = case.tokens(dtype)
             check(case, tokens, cuda.ensemble(case, tokens))
+            check_containment(case, poison(tokens, 2), cuda)
 
 
 @each_tile
@@ -382,6 +387,14 @@ def test_same_bits_wherever_the_numbers_lie(
             assert torch.equal(field, cuda.ensemble(case, tokens, place=place))
 
 
+def check_containment(case: Ensemble, tokens: torch.Tensor, cuda: CudaOnHost) -> None:
+    field, expected = cuda.ensemble(case, tokens), oracle(case, tokens)
+    assert torch.equal(field.isfinite(), expected.isfinite())
+    clean = cuda.ensemble(case, torch.where(tokens.isfinite(), tokens, 0))
+    kept = expected.isfinite()
+    assert torch.equal(field[kept], clean[kept])
+
+
 @each_dtype
 @each_tile
 @each_ensemble
@@ -389,12 +402,7 @@ def test_containment(case: Ensemble, tiles: str, dtype: torch.dtype, cuda: CudaO
     cuda.tiles(tiles)
     for channels in (16, case.channels):
         case = replace(case, channels=channels)
-        tokens = poison(case.tokens(dtype), 1)
-        field, expected = cuda.ensemble(case, tokens), oracle(case, tokens)
-        assert torch.equal(field.isfinite(), expected.isfinite())
-        clean = cuda.ensemble(case, torch.where(tokens.isfinite(), tokens, 0))
-        kept = expected.isfinite()
-        assert torch.equal(field[kept], clean[kept])
+        check_containment(case, poison(case.tokens(dtype), 1), cuda)
 
 
 @each_dtype
@@ -499,7 +507,7 @@ def test_a_grid_that_is_smaller_than_the_work(tiles: str, max_grid: int, cuda: C
 
 def test_empty(cuda: CudaOnHost) -> None:
     cuda.ensemble(replace(ENSEMBLES["grid"], batch=1, channels=4), torch.ones(9, 1, 15, 4))
-    assert cuda.device.launches == 4
+    assert cuda.device.launches == 5
     for shape in ((9, 0, 15, 4), (9, 1, 15, 0)):
         case = replace(ENSEMBLES["grid"], batch=shape[1], channels=shape[3])
         args = EnsembleArgs(views=9, batch=shape[1], channels=shape[3])
@@ -519,7 +527,7 @@ def test_every_launch_is_checked(cuda: CudaOnHost) -> None:
     case = replace(case, weights=(1.0,) * 200)
     cuda.ensemble(case, case.tokens())
     count = cuda.device.launches
-    assert count == 1 + 1 + 4  # offsets and weights go up, then the four kernels
+    assert count == 1 + 1 + 5  # offsets and weights go up, then the five kernels
     shift = replace(SHIFTS["real"], offsets=SHIFTS["real"].offsets * 60)
     for call, launches in (
         (lambda: cuda.ensemble(case, case.tokens()), count),
@@ -639,13 +647,10 @@ def test_shift_by_what_the_host_refuses(interpolation: str, padding: str, cuda: 
 def test_the_stub_sees_what_it_should(library: ctypes.CDLL, tmp_path: Path) -> None:
     """Each fault below is put into the source; the checks of this file must find it."""
     faults: dict[str, tuple[str, str, str]] = {
-        "a missing barrier": (
-            "ensemble.cu",
-            "    __syncthreads();\n\n    // Filter",
-            "\n    // Filter",
-        ),
-        "a write beyond": ("ensemble.cu", "x0 + x >= cells", "x0 + x > cells"),
-        "a row that is not written": ("ensemble.cu", "y0 + r >= rows", "y0 + r + 1 >= rows"),
+        "a missing barrier": ("ensemble.cu", "__syncthreads();\n\n      // Filter", "// Filter"),
+        "a write beyond": ("ensemble.cu", "x <= cells.last; ++x", "x <= cells.last + 1; ++x"),
+        "a row that is not written": ("ensemble.cu", "y <= rows.last; ++y", "y < rows.last; ++y"),
+        "a run across a break": ("ensemble.cu", "if (breaks) plan", "if (breaks && cell % 7) plan"),
         "a weight of 0 that is multiplied": ("ensemble.cu", "if (weight.at[x] == 0) continue;", ""),
         "a line that is too short": ("shift.cu", "columns + taps[1].taps - 1", "columns"),
     }
@@ -693,7 +698,7 @@ for dtype in DTYPES:
     for case in sample_ensembles().values():
         launches()
         test_ensemble.check(case, dtype)
-        assert launches() == 4
+        assert launches() == 5
     test_ensemble.test_out("stride", dtype, "")
 for dtype in ALL_DTYPES:
     for case in sample_shifts().values():

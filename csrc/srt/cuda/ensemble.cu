@@ -1,6 +1,6 @@
-// The mean on the device, as four kernels: the views in the order of their dx, the tables of both
-// axes, the inverse of the total weight of each cell, and the mean itself. The first three make a
-// few hundred kilobytes from the offsets, wherever these lie; nothing ever comes back to the host.
+// The mean on the device. Four small kernels make its tables from the offsets, wherever these lie:
+// the views in the order of their dx, where the field breaks, the runs between the breaks, and the
+// weights of both axes. Nothing ever comes back to the host.
 #include "../axis.h"
 #include "../ensemble.h"
 #include "device.cuh"
@@ -8,11 +8,22 @@
 namespace srt::cuda {
 namespace {
 
-// A block of the mean covers a tile of the output, rows x cells x channels, in two steps. First
-// "columns" are combined: a column is one token position of all the views that share a dx; its sum
-// over views and token rows is made for every output row of the tile (a warp a column, 8 lanes
-// along the channels, 4 along the rows). Then the columns are filtered horizontally into sums that
-// stay in registers (8 lanes along the channels, 32 positions of rows and cells).
+// Blocks of the mean that a processor holds at a time.
+constexpr int kResident = 2;
+
+// Between two breaks every view reads the same tokens, with weights that are linear in the
+// position. So is the field: only the ends of a run are summed, the cells between them are
+// interpolated.
+struct Run {
+  int32_t first, last;
+};
+
+// A block of the mean makes a tile of rows x cells x channels, where rows and cells are ends of
+// runs, in three steps. "Columns" are combined: a column is one token position of all the views
+// that share a dx; it is summed over views and token rows for every row of the tile (a warp a
+// column, 8 lanes along the channels, 4 along the rows). The columns are filtered horizontally into
+// sums that stay in registers (8 lanes along the channels, 32 positions of rows and cells). The
+// runs are written.
 template <class T, bool kSmall>
 struct Tile {
   using Acc = typename AccumulatorOf<T>::type;
@@ -24,11 +35,10 @@ struct Tile {
   // Rows that a thread combines. Each token row that it loads serves all of them.
   static constexpr int combined = kSmall ? 1 : (sizeof(T) == 2 ? 2 : 4);
   static constexpr int rows = quarters * combined;
-  // Outputs of a thread: 64 sums, or 1 x 1 where there is too little work for the device.
-  static constexpr int thread_rows = kSmall || sizeof(T) == 2 ? 1 : 2;
-  static constexpr int thread_cells = kSmall ? 1 : 8;
-  static constexpr int row_groups = rows / thread_rows;
-  static constexpr int cell_groups = kThreads / lanes / row_groups;
+  // Sums of a thread: the ends of one run of rows by those of a few runs of cells.
+  static constexpr int thread_cells = kSmall ? 2 : (sizeof(T) == 2 ? 4 : 8);
+  static constexpr int row_groups = rows / 2;
+  static constexpr int cell_groups = kSmall ? 4 : kThreads / lanes / row_groups;
   static constexpr int cells = cell_groups * thread_cells;
   static_assert(cells <= kWarpThreads && cell_groups <= 32);
 };
@@ -46,10 +56,19 @@ struct alignas(kVectorBytes) Column {
   uint32_t groups;  // bit g: cell group g of the tile has a weight that is not 0
 };
 
-// The token rows that `combined` output rows of one view read.
+// The token rows that `combined` rows of a tile read in one view.
 struct alignas(kVectorBytes) RowSpan {
   int64_t offset;  // of the first of them in tokens, in elements
   int32_t count;
+};
+
+struct AxisPlan {
+  Axis axis;
+  int64_t cells;
+  uint8_t* breaks;  // [cells], 1 where a cell does not go on as the ones before it
+  Run* runs;        // every cell is in one; none is shorter than 2, but at the end of a segment
+  int32_t* total;   // runs
+  double* count;    // [V, cells], counted pixels
 };
 
 template <class Acc>
@@ -58,19 +77,17 @@ struct MeanPlan {
   int64_t token_strides[3];  // of V, B and h*w, in elements
   int64_t row_step;          // from a row of tokens to the next, in elements
   int64_t views, batch, channels;
-  Axis y, x;
   View* sorted;  // [V] by dx
+  AxisPlan y, x;
   // The vertical table: weights of token rows, dense over the rows of a block.
   int64_t combined, row_blocks, max_rows;
-  RowSpan* row_span;  // [V, row_blocks]
-  Acc* row_weight;    // [V, row_blocks, max_rows, combined], times the weight of the view
-  double* row_count;  // [V, H'] counted pixels
+  RowSpan* row_span;  // [row_blocks, V]
+  Acc* row_weight;    // [row_blocks, V, max_rows, combined], times the weight of the view
   // The horizontal table: weights of columns, dense over the cells of a tile.
   int64_t tile_cells, cell_groups, x_tiles, max_columns;
   int32_t* column_total;   // [x_tiles]
   Column* column;          // [x_tiles, max_columns]
   Acc* column_weight;      // [x_tiles, max_columns, tile_cells]
-  double* column_count;    // [V, W'] counted pixels
   Acc* inverse;            // [H', W'] 1 / total weight, 0 where no view counts
   void* out;               // [B, C, H', W']
   int64_t out_strides[4];  // in elements
@@ -111,10 +128,12 @@ __device__ inline View counted_view(View view, double largest) {
   return view;
 }
 
-// Sorts by counting, for each view, those before it. Views that cover nothing come last.
+// Sorts by counting, for each view, those before it. Views that cover nothing come last. Clears the
+// breaks of both axes, which are found next.
 __global__ void __launch_bounds__(kThreads)
     sort_views(const __grid_constant__ RawViews raw, const __grid_constant__ InlineNumbers numbers,
-               View* sorted) {
+               View* sorted, uint8_t* breaks, int64_t cells) {
+  SRT_FOR_THREAD(cell, cells) breaks[cell] = 0;
   SRT_FOR_THREAD(v, raw.views) {
     double largest = 0;
     for (int64_t u = 0; u < raw.views; ++u) {
@@ -132,30 +151,118 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// ---- runs ---------------------------------------------------------------------------------------
+
+// Cells that runs are looked for in, by one thread.
+constexpr int64_t kSegment = 64;
+
+struct CellReads {
+  int32_t first, last;  // tokens; -1 for none
+  int32_t count;
+};
+
+__device__ inline CellReads read_cell(const Axis& axis, double offset, int64_t cell) {
+  CellReads reads{-1, -1, 0};
+  reads.count = visit_axis_cell(axis, offset, cell, [&](int32_t token, double) {
+    if (reads.first < 0) reads.first = token;
+    reads.last = token;
+  });
+  return reads;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    find_breaks(const __grid_constant__ AxisPlan y, const __grid_constant__ AxisPlan x,
+                const View* sorted, int64_t views) {
+  const int64_t cells = y.cells + x.cells;
+  SRT_FOR_THREAD(i, views * cells) {
+    const int64_t v = i / cells;
+    const bool vertical = i % cells < y.cells;
+    const AxisPlan& plan = vertical ? y : x;
+    const int64_t cell = vertical ? i % cells : i % cells - y.cells;
+    const double offset = vertical ? sorted[v].dy : sorted[v].dx;
+    const CellReads here = read_cell(plan.axis, offset, cell);
+    plan.count[v * plan.cells + cell] = here.count;
+    // A cell of several pixels may read tokens that its neighbour reads, and not be linear.
+    bool breaks = cell == 0 || plan.axis.stride > 1;
+    if (!breaks) {
+      const CellReads before = read_cell(plan.axis, offset, cell - 1);
+      breaks = before.first != here.first || before.last != here.last || before.count != here.count;
+    }
+    if (breaks) plan.breaks[cell] = 1;
+  }
+}
+
+// The last cell of the run that begins at `cell`. Two cells are a run in any case: nothing lies
+// between them.
+__device__ inline int64_t end_of_run(const uint8_t* breaks, int64_t cell, int64_t end) {
+  int64_t last = cell;
+  while (last + 1 < end && !breaks[last + 1]) ++last;
+  return last == cell && cell + 1 < end ? cell + 1 : last;
+}
+
+// A block an axis, a thread a segment.
+__global__ void __launch_bounds__(kThreads)
+    list_runs(const __grid_constant__ AxisPlan y, const __grid_constant__ AxisPlan x) {
+  __shared__ int32_t counts[kThreads];
+  const int thread = static_cast<int>(threadIdx.x);
+  SRT_FOR_BLOCK(axis, 2) {
+    const AxisPlan& plan = axis == 0 ? y : x;
+    int32_t total = 0;
+    for (int64_t from = 0; from < plan.cells; from += kThreads * kSegment) {
+      const int64_t begin = from + thread * kSegment, end = min(begin + kSegment, plan.cells);
+      int32_t count = 0;
+      for (int64_t cell = begin; cell < end; cell = end_of_run(plan.breaks, cell, end) + 1) ++count;
+      counts[thread] = count;
+      __syncthreads();
+      int32_t place = total;
+      for (int i = 0; i < kThreads; ++i) {
+        if (i < thread) place += counts[i];
+        total += counts[i];
+      }
+      for (int64_t cell = begin; cell < end; ++place) {
+        const int64_t last = end_of_run(plan.breaks, cell, end);
+        plan.runs[place] = {static_cast<int32_t>(cell), static_cast<int32_t>(last)};
+        cell = last + 1;
+      }
+      __syncthreads();
+    }
+    if (thread == 0) *plan.total = total;
+  }
+}
+
+// The end number i of the runs of an axis: the first cell of a run, then its last; -1 beyond them.
+__device__ inline int64_t end_cell(const AxisPlan& plan, int64_t i) {
+  if (i / 2 >= *plan.total) return -1;
+  const Run run = plan.runs[i / 2];
+  return i % 2 == 0 ? run.first : run.last;
+}
+
 // ---- the tables ---------------------------------------------------------------------------------
 
-// One block of output rows of one view.
+// One block of rows of one view.
 template <class Acc>
 __device__ void fill_rows(const MeanPlan<Acc>& plan, int64_t v, int64_t block) {
   const View view = plan.sorted[v];
-  const int64_t begin = block * plan.combined, rows = plan.y.cells();
-  const int64_t end = min(begin + plan.combined, rows);
+  const int64_t begin = block * plan.combined;
   int32_t first = 0, last = -1;  // token rows
-  for (int64_t y = begin; y < end; ++y) {
-    const int32_t count = visit_axis_cell(plan.y, view.dy, y, [&](int32_t token, double) {
-      if (last < 0) first = token;
-      last = token;
-    });
-    plan.row_count[v * rows + y] = static_cast<double>(count);
+  for (int64_t r = 0; r < plan.combined; ++r) {
+    const int64_t y = end_cell(plan.y, begin + r);
+    if (y < 0) break;
+    const CellReads reads = read_cell(plan.y.axis, view.dy, y);
+    if (reads.first < 0) continue;
+    if (last < 0) first = reads.first;
+    last = reads.last;
   }
-  const int64_t slot = v * plan.row_blocks + block;
+  const int64_t slot = block * plan.views + v;
   plan.row_span[slot] = {view.index * plan.token_strides[0] + first * plan.row_step,
                          last - first + 1};
   Acc* weight = plan.row_weight + slot * plan.max_rows * plan.combined;
   for (int64_t i = 0; i < plan.combined * (last - first + 1); ++i) weight[i] = 0;
-  for (int64_t y = begin; y < end; ++y) {
-    visit_axis_cell(plan.y, view.dy, y, [&](int32_t token, double value) {
-      weight[static_cast<int64_t>(token - first) * plan.combined + y - begin] =
+  for (int64_t r = 0; r < plan.combined; ++r) {
+    const int64_t y = end_cell(plan.y, begin + r);
+    if (y < 0) break;
+    visit_axis_cell(plan.y.axis, view.dy, y, [&](int32_t token, double value) {
+      weight[static_cast<int64_t>(token - first) * plan.combined + r] =
           static_cast<Acc>(view.weight) * static_cast<Acc>(value);
     });
   }
@@ -169,7 +276,8 @@ __device__ void fill_columns(const MeanPlan<Acc>& plan, int64_t tile) {
   __shared__ int64_t total;
   const int cells = static_cast<int>(plan.tile_cells), thread = static_cast<int>(threadIdx.x);
   const int at_a_time = kThreads / cells, local = thread / cells;
-  const int64_t cell = tile * cells + thread % cells, all_cells = plan.x.cells();
+  const int64_t cell = end_cell(plan.x, tile * cells + thread % cells);
+  const uint32_t group = static_cast<uint32_t>(thread % cells / (cells / plan.cell_groups));
   if (thread == 0) total = 0;
   for (int64_t v0 = 0; v0 < plan.views; v0 += at_a_time) {
     if (thread < at_a_time) {
@@ -180,17 +288,11 @@ __device__ void fill_columns(const MeanPlan<Acc>& plan, int64_t tile) {
     const int64_t v = v0 + local;
     // Of the views that share a dx the first one makes the columns.
     const bool leads = v < plan.views && (v == 0 || plan.sorted[v - 1].dx != plan.sorted[v].dx);
-    if (v < plan.views && cell < all_cells) {
-      int32_t low = -1, high = -1;
-      const int32_t count =
-          visit_axis_cell(plan.x, plan.sorted[v].dx, cell, [&](int32_t token, double) {
-            if (low < 0) low = token;
-            high = token;
-          });
-      plan.column_count[v * all_cells + cell] = static_cast<double>(count);
-      if (leads && high >= 0) {
-        atomicMin(&first[local], low);
-        atomicMax(&last[local], high);
+    if (leads && cell >= 0) {
+      const CellReads reads = read_cell(plan.x.axis, plan.sorted[v].dx, cell);
+      if (reads.first >= 0) {
+        atomicMin(&first[local], reads.first);
+        atomicMax(&last[local], reads.last);
       }
     }
     __syncthreads();
@@ -215,9 +317,8 @@ __device__ void fill_columns(const MeanPlan<Acc>& plan, int64_t tile) {
       }
     }
     __syncthreads();
-    if (fills && cell < all_cells) {
-      const uint32_t group = static_cast<uint32_t>(thread % cells / (cells / plan.cell_groups));
-      visit_axis_cell(plan.x, plan.sorted[v].dx, cell, [&](int32_t token, double value) {
+    if (fills && cell >= 0) {
+      visit_axis_cell(plan.x.axis, plan.sorted[v].dx, cell, [&](int32_t token, double value) {
         const int64_t i = token - first[local];
         weight[i * cells + thread % cells] = static_cast<Acc>(value);
         atomicOr(&column[i].groups, 1u << group);
@@ -229,71 +330,93 @@ __device__ void fill_columns(const MeanPlan<Acc>& plan, int64_t tile) {
   __syncthreads();
 }
 
+// The inverses of a few rows of one cell: each count of a column is read once for them.
+constexpr int64_t kInverseRows = 4;
+
 template <class Acc>
-__global__ void __launch_bounds__(kThreads)
-    fill_tables(const __grid_constant__ MeanPlan<Acc> plan) {
-  const int64_t pieces = plan.views * plan.row_blocks;
-  SRT_FOR_BLOCK(block, plan.x_tiles + div_up(pieces, kThreads)) {
-    if (block < plan.x_tiles) {
-      fill_columns(plan, block);
-    } else {
-      const int64_t piece = (block - plan.x_tiles) * kThreads + threadIdx.x;
-      if (piece < pieces) fill_rows(plan, piece / plan.row_blocks, piece % plan.row_blocks);
-    }
+__device__ void fill_inverse(const MeanPlan<Acc>& plan, int64_t y0, int64_t x) {
+  const int64_t rows = plan.y.cells, cells = plan.x.cells;
+  double total[kInverseRows] = {};
+  for (int64_t v = 0; v < plan.views; ++v) {
+    // As it stands in the sums, in their type.
+    const double weight = static_cast<double>(static_cast<Acc>(plan.sorted[v].weight));
+    const double count = weight * plan.x.count[v * cells + x];
+#pragma unroll
+    for (int r = 0; r < kInverseRows; ++r)
+      total[r] += y0 + r < rows ? count * plan.y.count[v * rows + y0 + r] : 0;
+  }
+#pragma unroll
+  for (int r = 0; r < kInverseRows; ++r) {
+    if (y0 + r < rows)
+      plan.inverse[(y0 + r) * cells + x] = total[r] > 0 ? static_cast<Acc>(1 / total[r]) : 0;
   }
 }
 
-// A thread makes the inverses of 8 rows of one cell, so each count of a column is read once for
-// them.
 template <class Acc>
 __global__ void __launch_bounds__(kThreads)
-    fill_inverse(const __grid_constant__ MeanPlan<Acc> plan) {
-  constexpr int kRows = 8;
-  const int64_t rows = plan.y.cells(), cells = plan.x.cells();
-  SRT_FOR_THREAD(i, div_up(rows, kRows) * cells) {
-    const int64_t y0 = i / cells * kRows, x = i % cells;
-    double total[kRows] = {};
-    for (int64_t v = 0; v < plan.views; ++v) {
-      // As it stands in the sums, in their type.
-      const double weight = static_cast<double>(static_cast<Acc>(plan.sorted[v].weight));
-      const double count = weight * plan.column_count[v * cells + x];
-#pragma unroll
-      for (int r = 0; r < kRows; ++r)
-        total[r] += y0 + r < rows ? count * plan.row_count[v * rows + y0 + r] : 0;
-    }
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      if (y0 + r < rows)
-        plan.inverse[(y0 + r) * cells + x] = total[r] > 0 ? static_cast<Acc>(1 / total[r]) : 0;
+    fill_tables(const __grid_constant__ MeanPlan<Acc> plan) {
+  const int64_t spans = plan.views * plan.row_blocks;
+  const int64_t inverses = div_up(plan.y.cells, kInverseRows) * plan.x.cells;
+  const int64_t span_blocks = div_up(spans, kThreads);
+  SRT_FOR_BLOCK(block, plan.x_tiles + span_blocks + div_up(inverses, kThreads)) {
+    if (block < plan.x_tiles) {
+      fill_columns(plan, block);
+    } else if (block < plan.x_tiles + span_blocks) {
+      const int64_t i = (block - plan.x_tiles) * kThreads + threadIdx.x;
+      if (i < spans) fill_rows(plan, i % plan.views, i / plan.views);
+    } else {
+      const int64_t i = (block - plan.x_tiles - span_blocks) * kThreads + threadIdx.x;
+      if (i < inverses) fill_inverse(plan, i / plan.x.cells * kInverseRows, i % plan.x.cells);
     }
   }
 }
 
 // ---- the mean -----------------------------------------------------------------------------------
 
-// kVector: 16 bytes an access, which needs aligned rows of channels on both sides.
+// The value at position `at` of a run. The ends come out as they are: what they ignore, and the
+// other end does not, must not be multiplied by 0.
+template <class Acc, int N>
+__device__ void interpolate(const Acc (&first)[N], const Acc (&last)[N], const Run& run, int32_t at,
+                            Acc (&value)[N]) {
+  if (at == run.first) {
+#pragma unroll
+    for (int e = 0; e < N; ++e) value[e] = first[e];
+  } else if (at == run.last) {
+#pragma unroll
+    for (int e = 0; e < N; ++e) value[e] = last[e];
+  } else {
+    const Acc w = static_cast<Acc>(at - run.first) / static_cast<Acc>(run.last - run.first);
+#pragma unroll
+    for (int e = 0; e < N; ++e) value[e] = (1 - w) * first[e] + w * last[e];
+  }
+}
+
+// kVector: 16 bytes an access, which needs aligned rows of channels on both sides. As many blocks
+// as the device holds at a time go through the tiles: how many there are, only the device knows.
 template <class T, bool kSmall, bool kVector>
-__global__ void __launch_bounds__(kThreads, 2)
-    mean_kernel(const __grid_constant__ MeanPlan<typename AccumulatorOf<T>::type> plan,
-                int64_t first_tile) {
+__global__ void __launch_bounds__(kThreads, kResident)
+    mean_kernel(const __grid_constant__ MeanPlan<typename AccumulatorOf<T>::type> plan) {
   using Tile = cuda::Tile<T, kSmall>;
   using Acc = typename Tile::Acc;
   constexpr int kVec = Tile::vector;
   // Channels in shared memory, so that the 16-byte accesses of neighbouring lanes do not collide.
   constexpr int kWord = kVectorBytes / sizeof(Acc), kWords = kVec / kWord > 0 ? kVec / kWord : 1;
   using Word = Pack<Acc, kVec / kWords>;
-  // Views and token rows that are loaded before the first of them is used. Small tiles leave few
-  // warps to hide the latency, and registers to spend.
-  constexpr int kViewsAhead = kSmall && kVector ? 2 : 1, kRowsAhead = kSmall ? 3 : 2;
+  // Views and token rows that are loaded before the first of them is used, and whether their
+  // weights are: as far as the registers go. Small tiles leave few warps to hide the latency.
+  constexpr int kViewsAhead = kSmall && kVector && sizeof(T) > 2 ? 2 : 1;
+  constexpr int kRowsAhead = kSmall ? 3 : 2;
+  constexpr bool kWeightsAhead = kSmall || sizeof(T) == 2;
   __shared__ Word sums[2][Tile::columns][Tile::rows][kWords][Tile::lanes];
   alignas(kVectorBytes) __shared__ Acc weights[2][Tile::columns][Tile::cells];
   __shared__ uint32_t groups[2][Tile::columns];
 
-  // Where the tile lies. Read again from here when the sums are done: kept in registers all the
-  // while it would cost the sums theirs.
+  // Where the tile lies. Read from here whenever it is needed: kept in registers all the while it
+  // would cost the sums theirs.
+  __shared__ int64_t tile;
   __shared__ const T* tile_tokens;  // channel c0 of image b
   __shared__ T* tile_out;
-  __shared__ int64_t tile_channels;  // from c0 on
+  __shared__ int tile_channels;  // from c0 on; 0 beyond the last tile
   __shared__ int tile_x, tile_y;
 
   const int thread = static_cast<int>(threadIdx.x);
@@ -303,165 +426,191 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int row_group = thread / Tile::lanes % Tile::row_groups;
   const int cell_group = thread / Tile::lanes / Tile::row_groups;
 
-  if (thread == 0) {
-    // Blocks that run together share token rows: chunks of channels first, then along the row.
-    const int64_t chunks = div_up(plan.channels, Tile::channels);
-    const int64_t y_tiles = div_up(plan.y.cells(), Tile::rows);
-    const int64_t tile = first_tile + blockIdx.x;
-    const int64_t c0 = tile % chunks * Tile::channels;
-    const int64_t b = tile / chunks / plan.x_tiles / y_tiles;
-    tile_x = static_cast<int>(tile / chunks % plan.x_tiles);
-    tile_y = static_cast<int>(tile / chunks / plan.x_tiles % y_tiles);
-    tile_tokens = static_cast<const T*>(plan.tokens) + b * plan.token_strides[1] + c0;
-    tile_out = static_cast<T*>(plan.out) + b * plan.out_strides[0] + c0 * plan.out_strides[1];
-    tile_channels = plan.channels - c0;
-  }
-  __syncthreads();
-  const int32_t total = plan.column_total[tile_x];
+  if (thread == 0) tile = blockIdx.x;
+  for (;;) {
+    if (thread == 0) {
+      // Blocks that run together share token rows: chunks of channels first, then along the row.
+      const int64_t chunks = div_up(plan.channels, Tile::channels);
+      const int64_t x_tiles = div_up(2 * *plan.x.total, Tile::cells);
+      const int64_t y_tiles = div_up(2 * *plan.y.total, Tile::rows);
+      const int64_t c0 = tile % chunks * Tile::channels;
+      const int64_t b = tile / chunks / x_tiles / y_tiles;
+      tile_x = static_cast<int>(tile / chunks % x_tiles);
+      tile_y = static_cast<int>(tile / chunks / x_tiles % y_tiles);
+      tile_tokens = static_cast<const T*>(plan.tokens) + b * plan.token_strides[1] + c0;
+      tile_out = static_cast<T*>(plan.out) + b * plan.out_strides[0] + c0 * plan.out_strides[1];
+      const int64_t channels = min(plan.channels - c0, int64_t{Tile::channels});
+      tile_channels = b < plan.batch ? static_cast<int>(channels) : 0;
+      tile += gridDim.x;
+    }
+    __syncthreads();
+    if (tile_channels == 0) return;
+    const int32_t total = plan.column_total[tile_x];
 
-  Acc out[Tile::thread_rows][Tile::thread_cells][kVec] = {};
-  for (int32_t first = 0; first < total; first += Tile::columns) {
-    const int side = first / Tile::columns & 1;
-    // Combine one column a warp.
-    Acc sum[Tile::combined][kVec] = {};
-    if (first + warp < total) {
-      const int64_t at = tile_x * plan.max_columns + first + warp;
-      const Column column = load(plan.column + at);
-      // Channels that this thread has; in vectors they are all or none.
-      const int64_t channels = tile_channels - lane * kVec;
-      const int row_block = tile_y * Tile::quarters + quarter;
-      if (channels > 0 && row_block < plan.row_blocks) {
-        const T* column_tokens = tile_tokens + lane * kVec + column.token * plan.token_strides[2];
-        for (int32_t v = column.begin; v < column.end; v += kViewsAhead) {
-          const T* token[kViewsAhead];
-          const Pack<Acc, Tile::combined>* weight[kViewsAhead];
-          int32_t rest[kViewsAhead], longest = 0;
-#pragma unroll
-          for (int a = 0; a < kViewsAhead; ++a) {
-            rest[a] = 0;
-            if (v + a >= column.end) break;
-            const int64_t slot = (v + a) * plan.row_blocks + row_block;
-            const RowSpan span = load(plan.row_span + slot);
-            token[a] = column_tokens + span.offset;
-            weight[a] = reinterpret_cast<const Pack<Acc, Tile::combined>*>(plan.row_weight) +
-                        slot * plan.max_rows;
-            rest[a] = span.count;
-            longest = max(longest, rest[a]);
-          }
-          for (int32_t k = 0; k < longest; k += kRowsAhead) {
-            Pack<T, kVec> value[kViewsAhead][kRowsAhead];
-            Pack<Acc, Tile::combined> w[kViewsAhead][kRowsAhead];
+    Acc out[2][Tile::thread_cells][kVec] = {};
+    for (int32_t first = 0; first < total; first += Tile::columns) {
+      const int side = first / Tile::columns & 1;
+      // Combine one column a warp.
+      Acc sum[Tile::combined][kVec] = {};
+      if (first + warp < total) {
+        const int64_t at = tile_x * plan.max_columns + first + warp;
+        const Column column = load(plan.column + at);
+        // Channels that this thread has; in vectors they are all or none.
+        const int channels = tile_channels - lane * kVec;
+        const int row_block = tile_y * Tile::quarters + quarter;
+        if (channels > 0 && row_block < plan.row_blocks) {
+          const T* column_tokens = tile_tokens + lane * kVec + column.token * plan.token_strides[2];
+          for (int32_t v = column.begin; v < column.end; v += kViewsAhead) {
+            const T* token[kViewsAhead];
+            const Pack<Acc, Tile::combined>* weight[kViewsAhead];
+            int32_t rest[kViewsAhead], longest = 0;
 #pragma unroll
             for (int a = 0; a < kViewsAhead; ++a) {
-#pragma unroll
-              for (int i = 0; i < kRowsAhead; ++i) {
-                if (k + i >= rest[a]) break;
-                w[a][i] = load(weight[a]++);
-                if (kVector) {
-                  value[a][i] = load(reinterpret_cast<const Pack<T, kVec>*>(token[a]));
-                } else {
-#pragma unroll
-                  for (int e = 0; e < kVec; ++e)
-                    value[a][i].at[e] = e < channels ? token[a][e] : T{};
-                }
-                token[a] += plan.row_step;
-              }
+              rest[a] = 0;
+              if (v + a >= column.end) break;
+              const int64_t slot = row_block * plan.views + v + a;
+              const RowSpan span = load(plan.row_span + slot);
+              token[a] = column_tokens + span.offset;
+              weight[a] = reinterpret_cast<const Pack<Acc, Tile::combined>*>(plan.row_weight) +
+                          slot * plan.max_rows;
+              rest[a] = span.count;
+              longest = a == 0 ? rest[a] : max(longest, rest[a]);
             }
+            for (int32_t k = 0; k < longest; k += kRowsAhead) {
+              Pack<T, kVec> value[kViewsAhead][kRowsAhead];
+              Pack<Acc, Tile::combined> w[kViewsAhead][kRowsAhead];
 #pragma unroll
-            for (int a = 0; a < kViewsAhead; ++a) {
+              for (int a = 0; a < kViewsAhead; ++a) {
 #pragma unroll
-              for (int i = 0; i < kRowsAhead; ++i) {
-                if (k + i >= rest[a]) break;
+                for (int i = 0; i < kRowsAhead; ++i) {
+                  if (k + i >= rest[a]) break;
+                  if (kWeightsAhead) w[a][i] = load(weight[a]++);
+                  if (kVector) {
+                    value[a][i] = load(reinterpret_cast<const Pack<T, kVec>*>(token[a]));
+                  } else {
 #pragma unroll
-                for (int r = 0; r < Tile::combined; ++r) {
-                  if (w[a][i].at[r] == 0) continue;  // a non-finite token must not reach this row
+                    for (int e = 0; e < kVec; ++e)
+                      value[a][i].at[e] = e < channels ? token[a][e] : T{};
+                  }
+                  token[a] += plan.row_step;
+                }
+              }
 #pragma unroll
-                  for (int e = 0; e < kVec; ++e)
-                    sum[r][e] += w[a][i].at[r] * to_acc(value[a][i].at[e]);
+              for (int a = 0; a < kViewsAhead; ++a) {
+#pragma unroll
+                for (int i = 0; i < kRowsAhead; ++i) {
+                  if (k + i >= rest[a]) break;
+                  if (!kWeightsAhead) w[a][i] = load(weight[a]++);
+#pragma unroll
+                  for (int r = 0; r < Tile::combined; ++r) {
+                    if (w[a][i].at[r] == 0) continue;  // a non-finite token must not reach this row
+#pragma unroll
+                    for (int e = 0; e < kVec; ++e)
+                      sum[r][e] += w[a][i].at[r] * to_acc(value[a][i].at[e]);
+                  }
                 }
               }
             }
           }
         }
+        if (thread % kWarpThreads == 0) groups[side][warp] = column.groups;
+        if (thread % kWarpThreads < Tile::cells)
+          weights[side][warp][thread % kWarpThreads] =
+              plan.column_weight[at * Tile::cells + thread % kWarpThreads];
+      } else if (thread % kWarpThreads == 0) {
+        groups[side][warp] = 0;
       }
-      if (thread % kWarpThreads == 0) groups[side][warp] = column.groups;
-      if (thread % kWarpThreads < Tile::cells)
-        weights[side][warp][thread % kWarpThreads] =
-            plan.column_weight[at * Tile::cells + thread % kWarpThreads];
-    } else if (thread % kWarpThreads == 0) {
-      groups[side][warp] = 0;
-    }
 #pragma unroll
-    for (int r = 0; r < Tile::combined; ++r) {
-#pragma unroll
-      for (int i = 0; i < kWords; ++i) {
-        Word word;
-#pragma unroll
-        for (int e = 0; e < kVec / kWords; ++e) word.at[e] = sum[r][i * (kVec / kWords) + e];
-        sums[side][warp][quarter * Tile::combined + r][i][lane] = word;
-      }
-    }
-    // One barrier is enough: the next round writes the other side, and the round after it comes
-    // behind the next barrier.
-    __syncthreads();
-
-    // Filter all of them into this thread's outputs.
-#pragma unroll 1
-    for (int s = 0; s < Tile::columns; ++s) {
-      if ((groups[side][s] >> cell_group & 1) == 0) continue;
-      Pack<Acc, Tile::thread_cells> weight =
-          *reinterpret_cast<const Pack<Acc, Tile::thread_cells>*>(
-              &weights[side][s][cell_group * Tile::thread_cells]);
-      Acc value[Tile::thread_rows][kVec];
-#pragma unroll
-      for (int r = 0; r < Tile::thread_rows; ++r) {
+      for (int r = 0; r < Tile::combined; ++r) {
 #pragma unroll
         for (int i = 0; i < kWords; ++i) {
-          const Word word = sums[side][s][row_group * Tile::thread_rows + r][i][lane];
+          Word word;
 #pragma unroll
-          for (int e = 0; e < kVec / kWords; ++e) value[r][i * (kVec / kWords) + e] = word.at[e];
+          for (int e = 0; e < kVec / kWords; ++e) word.at[e] = sum[r][i * (kVec / kWords) + e];
+          sums[side][warp][quarter * Tile::combined + r][i][lane] = word;
         }
       }
-#pragma unroll
-      for (int x = 0; x < Tile::thread_cells; ++x) {
-        if (weight.at[x] == 0) continue;
-#pragma unroll
-        for (int r = 0; r < Tile::thread_rows; ++r) {
-#pragma unroll
-          for (int e = 0; e < kVec; ++e) out[r][x][e] += weight.at[x] * value[r][e];
-        }
-      }
-    }
-  }
+      // One barrier is enough: the next round writes the other side, and the round after it comes
+      // behind the next barrier.
+      __syncthreads();
 
-  const int64_t channels = tile_channels - lane * kVec;
-  const int64_t rows = plan.y.cells(), cells = plan.x.cells();
-  const int64_t y0 = tile_y * Tile::rows + row_group * Tile::thread_rows;
-  const int64_t x0 = tile_x * Tile::cells + cell_group * Tile::thread_cells;
-  T* const field = tile_out + lane * kVec * plan.out_strides[1];
+      // Filter all of them into this thread's sums.
+#pragma unroll 1
+      for (int s = 0; s < Tile::columns; ++s) {
+        if (cell_group >= Tile::cell_groups || (groups[side][s] >> cell_group & 1) == 0) continue;
+        const auto weight = *reinterpret_cast<const Pack<Acc, Tile::thread_cells>*>(
+            &weights[side][s][cell_group * Tile::thread_cells]);
+        Acc value[2][kVec];
 #pragma unroll
-  for (int r = 0; r < Tile::thread_rows; ++r) {
+        for (int r = 0; r < 2; ++r) {
 #pragma unroll
-    for (int x = 0; x < Tile::thread_cells; ++x) {
-      if (y0 + r >= rows || x0 + x >= cells || channels <= 0) continue;
-      const Acc inverse = plan.inverse[(y0 + r) * cells + x0 + x];
-      T* cell = field + (y0 + r) * plan.out_strides[2] + (x0 + x) * plan.out_strides[3];
-      Pack<T, kVec> value;
+          for (int i = 0; i < kWords; ++i) {
+            const Word word = sums[side][s][row_group * 2 + r][i][lane];
 #pragma unroll
-      for (int e = 0; e < kVec; ++e) value.at[e] = from_acc<T>(inverse * out[r][x][e]);
-      if (kVector) {
-        store(reinterpret_cast<Pack<T, kVec>*>(cell), value);
-      } else {
+            for (int e = 0; e < kVec / kWords; ++e) value[r][i * (kVec / kWords) + e] = word.at[e];
+          }
+        }
 #pragma unroll
-        for (int e = 0; e < kVec; ++e) {
-          if (e < channels) store(cell + e * plan.out_strides[1], value.at[e]);
+        for (int x = 0; x < Tile::thread_cells; ++x) {
+          if (weight.at[x] == 0) continue;
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+#pragma unroll
+            for (int e = 0; e < kVec; ++e) out[r][x][e] += weight.at[x] * value[r][e];
+          }
         }
       }
     }
+
+    // Write the runs.
+    const int channels = tile_channels - lane * kVec;
+    const int run_y = tile_y * (Tile::rows / 2) + row_group;
+    if (channels > 0 && cell_group < Tile::cell_groups && run_y < *plan.y.total) {
+      const Run rows = plan.y.runs[run_y];
+      T* const field = tile_out + lane * kVec * plan.out_strides[1];
+#pragma unroll
+      for (int i = 0; i < Tile::thread_cells / 2; ++i) {
+        const int run_x = tile_x * (Tile::cells / 2) + cell_group * (Tile::thread_cells / 2) + i;
+        if (run_x >= *plan.x.total) break;
+        const Run cells = plan.x.runs[run_x];
+#pragma unroll 1
+        for (int32_t y = rows.first; y <= rows.last; ++y) {
+          Acc left[kVec], right[kVec];
+          interpolate(out[0][2 * i], out[1][2 * i], rows, y, left);
+          interpolate(out[0][2 * i + 1], out[1][2 * i + 1], rows, y, right);
+#pragma unroll 1
+          for (int32_t x = cells.first; x <= cells.last; ++x) {
+            T* cell = field + y * plan.out_strides[2] + x * plan.out_strides[3];
+            const Acc inverse = plan.inverse[y * plan.x.cells + x];
+            Acc sum[kVec];
+            interpolate(left, right, cells, x, sum);
+            Pack<T, kVec> value;
+#pragma unroll
+            for (int e = 0; e < kVec; ++e) value.at[e] = from_acc<T>(inverse * sum[e]);
+            if (kVector) {
+              store(reinterpret_cast<Pack<T, kVec>*>(cell), value);
+            } else {
+#pragma unroll
+              for (int e = 0; e < kVec; ++e) {
+                if (e < channels) store(cell + e * plan.out_strides[1], value.at[e]);
+              }
+            }
+          }
+        }
+      }
+    }
+    __syncthreads();  // before the next tile is chosen
   }
 }
 
 // ---- on the host --------------------------------------------------------------------------------
+
+int processors() {
+  int device = 0, count = 0;
+  check("ensemble", cudaGetDevice(&device));
+  check("ensemble", cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
 
 // Whether every row of channels on both sides is a whole number of aligned vectors.
 bool vectors_fit(const EnsembleArgs& args, int64_t element_size) {
@@ -490,34 +639,46 @@ MeanPlan<typename AccumulatorOf<T>::type> make_plan(const EnsembleArgs& args,
   plan.views = args.views;
   plan.batch = args.batch;
   plan.channels = args.channels;
-  plan.y = {args.grid[0], args.patch[0], args.stride[0], args.upsample, args.border};
-  plan.x = {args.grid[1], args.patch[1], args.stride[1], args.upsample, args.border};
-  // n cells span (n * stride - 1) / patch tokens; interpolation and rounding add one at each end.
+  plan.y.axis = {args.grid[0], args.patch[0], args.stride[0], args.upsample, args.border};
+  plan.x.axis = {args.grid[1], args.patch[1], args.stride[1], args.upsample, args.border};
+  plan.y.cells = plan.y.axis.cells();
+  plan.x.cells = plan.x.axis.cells();
+  // n ends of runs span n cells, or with runs that are as long as a token n / 2 tokens more; and
+  // interpolation and rounding add one at each end.
   const auto window = [](const Axis& axis, int64_t n) {
-    return std::min(axis.tokens, (n * axis.stride - 1) / axis.patch + 3);
+    const int64_t inside = axis.stride == 1 ? div_up(n, 2) : 0;
+    return std::min(axis.tokens, (n * axis.stride - 1) / axis.patch + 3 + inside);
   };
+  const int64_t rows = plan.y.cells, cells = plan.x.cells;
+  const int64_t max_runs_y = div_up(rows, 2), max_runs_x = div_up(cells, 2);
   plan.combined = Tile::combined;
-  plan.row_blocks = div_up(plan.y.cells(), Tile::combined);
-  plan.max_rows = window(plan.y, Tile::combined);
+  plan.row_blocks = div_up(2 * max_runs_y, Tile::combined);
+  plan.max_rows = window(plan.y.axis, Tile::combined);
   plan.tile_cells = Tile::cells;
   plan.cell_groups = Tile::cell_groups;
-  plan.x_tiles = div_up(plan.x.cells(), Tile::cells);
-  plan.max_columns = args.views * window(plan.x, Tile::cells);
+  plan.x_tiles = div_up(2 * max_runs_x, Tile::cells);
+  plan.max_columns = args.views * window(plan.x.axis, Tile::cells);
   if (plan.max_columns > INT32_MAX)
     throw Error("srt::ensemble: on CUDA views * (tokens of " + std::to_string(Tile::cells) +
                 " output cells of a row) must be below 2^31; got " +
                 std::to_string(plan.max_columns));
 
   plan.sorted = workspace.take<View>(args.views);
+  plan.y.breaks = workspace.take<uint8_t>(rows + cells);
+  plan.x.breaks = plan.y.breaks + rows;
+  plan.y.runs = workspace.take<Run>(max_runs_y);
+  plan.x.runs = workspace.take<Run>(max_runs_x);
+  plan.y.total = workspace.take<int32_t>(1);
+  plan.x.total = workspace.take<int32_t>(1);
+  plan.y.count = workspace.take<double>(args.views * rows);
+  plan.x.count = workspace.take<double>(args.views * cells);
   plan.row_span = workspace.take<RowSpan>(args.views * plan.row_blocks);
   plan.row_weight =
       workspace.take<Acc>(args.views * plan.row_blocks * plan.max_rows * Tile::combined);
-  plan.row_count = workspace.take<double>(args.views * plan.y.cells());
   plan.column_total = workspace.take<int32_t>(plan.x_tiles);
   plan.column = workspace.take<Column>(plan.x_tiles * plan.max_columns);
   plan.column_weight = workspace.take<Acc>(plan.x_tiles * plan.max_columns * Tile::cells);
-  plan.column_count = workspace.take<double>(args.views * plan.x.cells());
-  plan.inverse = workspace.take<Acc>(plan.y.cells() * plan.x.cells());
+  plan.inverse = workspace.take<Acc>(rows * cells);
   plan.out = args.out;
   std::copy_n(args.out_strides, 4, plan.out_strides);
   return plan;
@@ -550,16 +711,20 @@ int64_t mean(const EnsembleArgs& args, const ViewNumbers& offsets, const ViewNum
   } else if (weights.host) {
     std::copy_n(weights.host, views, numbers.at + (offsets.host ? 2 * views : 0));
   }
-  launch(op, sort_views, div_up(views, kThreads), stream, raw, numbers, plan.sorted);
-  launch(op, fill_tables<Acc>, plan.x_tiles + div_up(views * plan.row_blocks, kThreads), stream,
-         plan);
-  launch(op, fill_inverse<Acc>, div_up(div_up(plan.y.cells(), 8) * plan.x.cells(), kThreads),
+  const int64_t rows = plan.y.cells, cells = plan.x.cells;
+  launch(op, sort_views, div_up(std::max(views, rows + cells), kThreads), stream, raw, numbers,
+         plan.sorted, plan.y.breaks, rows + cells);
+  launch(op, find_breaks, div_up(views * (rows + cells), kThreads), stream, plan.y, plan.x,
+         plan.sorted, views);
+  launch(op, list_runs, 2, stream, plan.y, plan.x);
+  launch(op, fill_tables<Acc>,
+         plan.x_tiles + div_up(views * plan.row_blocks, kThreads) +
+             div_up(div_up(rows, kInverseRows) * cells, kThreads),
          stream, plan);
-  const int64_t tiles = plan.batch * div_up(plan.y.cells(), Tile::rows) * plan.x_tiles *
+  const int64_t tiles = plan.batch * div_up(2 * div_up(rows, 2), Tile::rows) * plan.x_tiles *
                         div_up(plan.channels, Tile::channels);
-  // A tile a block; more than a grid holds go in several.
-  for (int64_t first = 0; first < tiles; first += max_blocks(op))
-    launch(op, mean_kernel<T, kSmall, kVector>, tiles - first, stream, plan, first);
+  launch(op, mean_kernel<T, kSmall, kVector>,
+         std::min<int64_t>(tiles, kResident * std::max(1, processors())), stream, plan);
   return workspace.bytes();
 }
 
@@ -567,14 +732,11 @@ int64_t mean(const EnsembleArgs& args, const ViewNumbers& offsets, const ViewNum
 template <class T>
 bool fills_device(const EnsembleArgs& args) {
   using Tile = cuda::Tile<T, false>;
-  int device = 0, processors = 0;
-  check("ensemble", cudaGetDevice(&device));
-  check("ensemble", cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
   const int64_t rows = args.grid[0] * args.patch[0] / args.stride[0];
   const int64_t cells = args.grid[1] * args.patch[1] / args.stride[1];
   return args.batch * div_up(rows, Tile::rows) * div_up(cells, Tile::cells) *
              div_up(args.channels, Tile::channels) >=
-         2 * processors;
+         kResident * processors();
 }
 
 template <class T>
