@@ -648,7 +648,7 @@ def test_the_stub_sees_what_it_should(library: ctypes.CDLL, tmp_path: Path) -> N
     """Each fault below is put into the source; the checks of this file must find it."""
     faults: dict[str, tuple[str, str, str]] = {
         "a missing barrier": ("ensemble.cu", "__syncthreads();\n\n      // Filter", "// Filter"),
-        "a write beyond": ("ensemble.cu", "x <= cells.last; ++x", "x <= cells.last + 1; ++x"),
+        "a write beyond": ("ensemble.cu", "put(cell + plan", "put(cell + 2 * plan"),
         "a row that is not written": ("ensemble.cu", "y <= rows.last; ++y", "y < rows.last; ++y"),
         "a run across a break": ("ensemble.cu", "if (breaks) plan", "if (breaks && cell % 7) plan"),
         "a weight of 0 that is multiplied": ("ensemble.cu", "if (weight.at[x] == 0) continue;", ""),

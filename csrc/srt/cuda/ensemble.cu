@@ -373,22 +373,11 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- the mean -----------------------------------------------------------------------------------
 
-// The value at position `at` of a run. The ends come out as they are: what they ignore, and the
-// other end does not, must not be multiplied by 0.
-template <class Acc, int N>
-__device__ void interpolate(const Acc (&first)[N], const Acc (&last)[N], const Run& run, int32_t at,
-                            Acc (&value)[N]) {
-  if (at == run.first) {
-#pragma unroll
-    for (int e = 0; e < N; ++e) value[e] = first[e];
-  } else if (at == run.last) {
-#pragma unroll
-    for (int e = 0; e < N; ++e) value[e] = last[e];
-  } else {
-    const Acc w = static_cast<Acc>(at - run.first) / static_cast<Acc>(run.last - run.first);
-#pragma unroll
-    for (int e = 0; e < N; ++e) value[e] = (1 - w) * first[e] + w * last[e];
-  }
+// Inside a run, between the values at its ends. Equal ones, as nearest upsampling has them, stay as
+// they are.
+template <class Acc>
+__device__ Acc mix(Acc first, Acc last, Acc position) {
+  return first == last ? first : (1 - position) * first + position * last;
 }
 
 // kVector: 16 bytes an access, which needs aligned rows of channels on both sides. As many blocks
@@ -423,7 +412,12 @@ __global__ void __launch_bounds__(kThreads, kResident)
   const int lane = thread % Tile::lanes;
   const int quarter = thread / Tile::lanes % Tile::quarters;
   const int warp = thread / kWarpThreads;
-  const int row_group = thread / Tile::lanes % Tile::row_groups;
+  // Long runs of rows follow each other at the distance of a token: the lanes of a warp take every
+  // other run, so that they have about as many rows to write.
+  constexpr int kApart = Tile::row_groups > Tile::quarters ? Tile::row_groups / Tile::quarters : 1;
+  const int row_place = thread / Tile::lanes % Tile::row_groups;
+  const int row_group =
+      row_place * kApart % Tile::row_groups + row_place * kApart / Tile::row_groups;
   const int cell_group = thread / Tile::lanes / Tile::row_groups;
 
   if (thread == 0) tile = blockIdx.x;
@@ -567,35 +561,54 @@ __global__ void __launch_bounds__(kThreads, kResident)
     const int run_y = tile_y * (Tile::rows / 2) + row_group;
     if (channels > 0 && cell_group < Tile::cell_groups && run_y < *plan.y.total) {
       const Run rows = plan.y.runs[run_y];
+      const Acc row_step = Acc{1} / static_cast<Acc>(rows.last - rows.first);
       T* const field = tile_out + lane * kVec * plan.out_strides[1];
+      const auto put = [&](T* cell, const Acc(&value)[kVec], Acc inverse) {
+        Pack<T, kVec> pack;
+#pragma unroll
+        for (int e = 0; e < kVec; ++e) pack.at[e] = from_acc<T>(inverse * value[e]);
+        if (kVector) {
+          store(reinterpret_cast<Pack<T, kVec>*>(cell), pack);
+        } else {
+#pragma unroll
+          for (int e = 0; e < kVec; ++e) {
+            if (e < channels) store(cell + e * plan.out_strides[1], pack.at[e]);
+          }
+        }
+      };
 #pragma unroll
       for (int i = 0; i < Tile::thread_cells / 2; ++i) {
         const int run_x = tile_x * (Tile::cells / 2) + cell_group * (Tile::thread_cells / 2) + i;
         if (run_x >= *plan.x.total) break;
         const Run cells = plan.x.runs[run_x];
+        const int32_t length = cells.last - cells.first;
+        const Acc cell_step = Acc{1} / static_cast<Acc>(length);
 #pragma unroll 1
         for (int32_t y = rows.first; y <= rows.last; ++y) {
+          // The ends come out as they are: what one of them ignores must not be multiplied by 0.
           Acc left[kVec], right[kVec];
-          interpolate(out[0][2 * i], out[1][2 * i], rows, y, left);
-          interpolate(out[0][2 * i + 1], out[1][2 * i + 1], rows, y, right);
-#pragma unroll 1
-          for (int32_t x = cells.first; x <= cells.last; ++x) {
-            T* cell = field + y * plan.out_strides[2] + x * plan.out_strides[3];
-            const Acc inverse = plan.inverse[y * plan.x.cells + x];
-            Acc sum[kVec];
-            interpolate(left, right, cells, x, sum);
-            Pack<T, kVec> value;
+          const Acc down = static_cast<Acc>(y - rows.first) * row_step;
 #pragma unroll
-            for (int e = 0; e < kVec; ++e) value.at[e] = from_acc<T>(inverse * sum[e]);
-            if (kVector) {
-              store(reinterpret_cast<Pack<T, kVec>*>(cell), value);
-            } else {
-#pragma unroll
-              for (int e = 0; e < kVec; ++e) {
-                if (e < channels) store(cell + e * plan.out_strides[1], value.at[e]);
-              }
-            }
+          for (int e = 0; e < kVec; ++e) {
+            const auto at = [&](const Acc& first, const Acc& last) {
+              return y == rows.first ? first : y == rows.last ? last : mix(first, last, down);
+            };
+            left[e] = at(out[0][2 * i][e], out[1][2 * i][e]);
+            right[e] = at(out[0][2 * i + 1][e], out[1][2 * i + 1][e]);
           }
+          const Acc* inverse = plan.inverse + y * plan.x.cells + cells.first;
+          T* cell = field + y * plan.out_strides[2] + cells.first * plan.out_strides[3];
+          put(cell, left, inverse[0]);
+#pragma unroll 1
+          for (int32_t n = 1; n < length; ++n) {
+            cell += plan.out_strides[3];
+            Acc value[kVec];
+#pragma unroll
+            for (int e = 0; e < kVec; ++e)
+              value[e] = mix(left[e], right[e], static_cast<Acc>(n) * cell_step);
+            put(cell, value, inverse[n]);
+          }
+          if (length > 0) put(cell + plan.out_strides[3], right, inverse[length]);
         }
       }
     }
