@@ -1,0 +1,175 @@
+"""``python -m benchmarks.limits``: the two numbers of the CUDA kernels, and what they predict.
+
+Bytes that a call must move and operations that it must do, counted from the axis tables of each
+shape, and the times that they imply on an H200. Beside them the work that the kernels of
+csrc/srt/cuda really issue, counted by walking their tiles. Nothing is measured here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+
+import srt_ext
+from srt_ext import reference
+
+# H200: 4.3 TB/s copy, measured (benchmarks/NOTES.md); 132 processors of 4 schedulers at 1.755 GHz,
+# 67 TFLOP/s of float32, data sheet.
+COPY, FLOPS, ISSUES = 4.3e12, 67e12, 132 * 4 * 1.755e9
+# Assumed: of the time, how much of it a kernel keeps the memory or the schedulers busy; and the
+# microseconds in which a kernel starts and ends.
+BUSY, LAUNCH = 0.8, 3
+
+
+@dataclass(frozen=True)
+class Code:
+    """Instructions of a thread in the large tile of mean_kernel, read off the loops of its sm_90
+    code, and how the tile is shared out."""
+
+    view: int  # of a column, besides its token rows
+    row: int  # a token row of a view
+    column: int  # a column that a thread filters
+    skip: int  # one that it does not read
+    round: int  # of 8 columns
+    tile: int
+    line: int  # a row of output in a run of cells, with its two ends
+    cell: int  # each cell between them
+    combined: int  # rows that a thread combines
+    cells: int  # that a thread filters
+
+
+F32 = Code(31, 38, 99, 8, 150, 250, 106, 35, combined=4, cells=8)
+B16 = Code(34, 64, 112, 8, 170, 250, 160, 57, combined=2, cells=4)
+THREADS, COLUMNS, CELLS, SEGMENT = 256, 8, 32, 64
+
+
+@dataclass(frozen=True)
+class Shape:
+    name: str
+    grid: tuple[int, int]
+    patch: tuple[int, int]
+    channels: int
+    stride: tuple[int, int] = (1, 1)
+
+
+SHAPES = (
+    Shape("224x224 P=16 C=384", (14, 14), (16, 16), 384),
+    Shape("480x848 P=16 C=384", (30, 53), (16, 16), 384),
+    Shape("518x518 P=14 C=1024", (37, 37), (14, 14), 1024),
+    Shape("480x848 stride 4", (30, 53), (16, 16), 384, (4, 4)),
+)
+
+
+def reads(shape: Shape, axis: int, offsets: list[float], upsample: str) -> torch.Tensor:
+    """[D, cells, tokens]: does the cell of the view with that offset read the token?"""
+    tokens, patch, stride = shape.grid[axis], shape.patch[axis], shape.stride[axis]
+    tables = torch.zeros(len(offsets), tokens * patch, tokens, dtype=torch.bool)
+    for table, offset in zip(tables, offsets, strict=True):
+        taps, seen, _ = reference._axis(offset, tokens, patch, upsample, "coverage")
+        for token, weight in taps:
+            table[torch.arange(tokens * patch), token] |= seen & (weight > 0)
+    return tables.reshape(len(offsets), -1, stride, tokens).any(2)
+
+
+def runs(table: torch.Tensor, stride: int) -> list[tuple[int, int]]:
+    """The runs of cells (first, last) that list_runs finds, for tables [D, cells, tokens]."""
+    cells = table.shape[1]
+    same = [False] + [
+        stride == 1 and torch.equal(table[:, i], table[:, i - 1]) for i in range(1, cells)
+    ]
+    found, first = [], 0
+    while first < cells:
+        end = min(cells, first // SEGMENT * SEGMENT + SEGMENT)
+        last = first
+        while last + 1 < end and same[last + 1]:
+            last += 1
+        if last == first and first + 1 < end:
+            last += 1
+        found.append((first, last))
+        first = last + 1
+    return found
+
+
+def blocks(table: torch.Tensor, ends: list[int], size: int) -> torch.Tensor:
+    """[D, blocks] tokens that `size` ends of runs after each other span."""
+    parts = [ends[i : i + size] for i in range(0, len(ends), size)]
+    spans = []
+    for part in parts:
+        read = table[:, part].any(1).int()  # [D, tokens]
+        first, last = read.argmax(1), read.shape[1] - 1 - read.flip(1).argmax(1)
+        spans.append(torch.where(read.any(1), last - first + 1, 0))
+    return torch.stack(spans, 1)
+
+
+def mean(shape: Shape, upsample: str, size: int) -> tuple[float, ...]:
+    """Seconds: to write, to read and write, to do the operations, to issue the instructions."""
+    offsets = srt_ext.views.grid(3)
+    dy, dx = (offsets[:, k].unique().tolist() for k in (0, 1))
+    rows, columns = reads(shape, 0, dy, upsample), reads(shape, 1, dx, upsample)
+    height, width = rows.shape[1], columns.shape[1]
+    written = height * width * shape.channels * size
+    read = len(offsets) * shape.grid[0] * shape.grid[1] * shape.channels * size
+    # Rows of the views that share dx, summed for each token column; then a filter along the row.
+    combine = len(dx) * shape.grid[1] * rows.sum().item()
+    filtered = height * columns.sum().item()
+    operations = 2 * (combine + filtered) * shape.channels
+
+    # As mean_kernel does it, which sums at the ends of runs only.
+    code = F32 if size == 4 else B16
+    runs_y, runs_x = runs(rows, shape.stride[0]), runs(columns, shape.stride[1])
+    ends_y, ends_x = ([i for run in r for i in run] for r in (runs_y, runs_x))
+    tile_rows = 4 * code.combined
+    y_tiles, chunks = ceil(len(ends_y) / tile_rows), ceil(shape.channels * size / 128)
+    spans = blocks(rows, ends_y, code.combined).double()
+    tiles = blocks(columns, ends_x, CELLS).sum(0)  # columns of each tile
+    groups = blocks(columns, ends_x, code.cells).sum().item()
+    all_columns = tiles.sum().item()
+    of_view = code.view + spans.mean().item() * code.row
+    combining = all_columns / COLUMNS * len(dy) * of_view * THREADS
+    active = groups * THREADS / (CELLS / code.cells)
+    filtering = active * code.column + (all_columns * THREADS - active) * code.skip
+    rounds = (tiles / COLUMNS).ceil().sum().item() * code.round * THREADS
+    fixed = len(tiles) * code.tile * THREADS
+    once = (combining + filtering + rounds + fixed) * y_tiles * chunks / 32
+    # The 4 runs of rows of a warp take as long as the longest of them.
+    apart = max(1, tile_rows // 2 // 4)
+    lengths = [last - first + 1 for first, last in runs_y]
+    warps = [
+        lengths[t + k : t + tile_rows // 2 : apart]
+        for t in range(0, len(lengths), tile_rows // 2)
+        for k in range(apart)
+    ]
+    lines = sum(max(w) for w in warps)
+    of_line = sum(code.line + max(0, last - first - 1) * code.cell for first, last in runs_x)
+    writing = lines * of_line * chunks
+    return (
+        written / COPY,
+        (written + read) / COPY,
+        operations / FLOPS,
+        (once + writing) / ISSUES,
+    )
+
+
+def main() -> None:
+    print("mean, 49 views (grid:3); microseconds\n")
+    print("| shape | dtype | upsampling | written | moved | operations | issued | predicted |")
+    print("|---|---|---|---|---|---|---|---|")
+    for shape in SHAPES:
+        for size, dtype in ((4, "float32"), (2, "bfloat16")):
+            for upsample in ("bilinear", "nearest"):
+                us = [1e6 * t for t in mean(shape, upsample, size)]
+                cells = (f"{t:.0f}" for t in us)
+                print(f"| {shape.name} | {dtype} | {upsample} | {' | '.join(cells)} | ", end="")
+                print(f"{max(us[1] / BUSY, us[3] / BUSY):.0f} |")
+    print("\nshift, 49 views, float32; microseconds\n")
+    print("| image | moved | predicted |\n|---|---|---|")
+    for batch, height, width in ((1, 224, 224), (8, 224, 224), (1, 480, 848)):
+        image = 4 * 3 * batch * height * width
+        moved = 1e6 * 50 * image / COPY
+        print(f"| {batch}x3x{height}x{width} | {moved:.1f} | {LAUNCH + moved / BUSY:.0f} |")
+
+
+if __name__ == "__main__":
+    main()
