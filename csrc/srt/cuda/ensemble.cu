@@ -59,7 +59,7 @@ struct alignas(kVectorBytes) Column {
 // The token rows that `combined` rows of a tile read in one view.
 struct alignas(kVectorBytes) RowSpan {
   int64_t offset;  // of the first of them in tokens, in elements
-  int32_t count;
+  int64_t count;   // 64 bits, so that no byte of what is loaded stays unwritten
 };
 
 struct AxisPlan {
@@ -243,9 +243,10 @@ __device__ inline int64_t end_cell(const AxisPlan& plan, int64_t i) {
 template <class Acc>
 __device__ void fill_rows(const MeanPlan<Acc>& plan, int64_t v, int64_t block) {
   const View view = plan.sorted[v];
-  const int64_t begin = block * plan.combined;
+  const int combined = static_cast<int>(plan.combined);
+  const int64_t begin = block * combined;
   int32_t first = 0, last = -1;  // token rows
-  for (int64_t r = 0; r < plan.combined; ++r) {
+  for (int r = 0; r < combined; ++r) {
     const int64_t y = end_cell(plan.y, begin + r);
     if (y < 0) break;
     const CellReads reads = read_cell(plan.y.axis, view.dy, y);
@@ -257,12 +258,12 @@ __device__ void fill_rows(const MeanPlan<Acc>& plan, int64_t v, int64_t block) {
   plan.row_span[slot] = {view.index * plan.token_strides[0] + first * plan.row_step,
                          last - first + 1};
   Acc* weight = plan.row_weight + slot * plan.max_rows * plan.combined;
-  for (int64_t i = 0; i < plan.combined * (last - first + 1); ++i) weight[i] = 0;
-  for (int64_t r = 0; r < plan.combined; ++r) {
+  for (int i = 0; i < combined * (last - first + 1); ++i) weight[i] = 0;
+  for (int r = 0; r < combined; ++r) {
     const int64_t y = end_cell(plan.y, begin + r);
     if (y < 0) break;
     visit_axis_cell(plan.y.axis, view.dy, y, [&](int32_t token, double value) {
-      weight[static_cast<int64_t>(token - first) * plan.combined + r] =
+      weight[(token - first) * combined + r] =
           static_cast<Acc>(view.weight) * static_cast<Acc>(value);
     });
   }
@@ -467,7 +468,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
               token[a] = column_tokens + span.offset;
               weight[a] = reinterpret_cast<const Pack<Acc, Tile::combined>*>(plan.row_weight) +
                           slot * plan.max_rows;
-              rest[a] = span.count;
+              rest[a] = static_cast<int32_t>(span.count);
               longest = a == 0 ? rest[a] : max(longest, rest[a]);
             }
             for (int32_t k = 0; k < longest; k += kRowsAhead) {
