@@ -46,7 +46,7 @@ __device__ void filter_line(const Line* line, int taps, const Line (&weight)[kMa
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     shift_kernel(const __grid_constant__ ShiftPlan plan,
                  const __grid_constant__ InlineNumbers inline_offsets) {
   using Acc = typename AccumulatorOf<T>::type;
