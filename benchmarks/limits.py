@@ -42,7 +42,7 @@ class Code:
 
 F32 = Code(31, 38, 99, 8, 150, 250, 106, 35, combined=4, cells=8)
 B16 = Code(34, 64, 112, 8, 170, 250, 160, 57, combined=2, cells=4)
-THREADS, COLUMNS, CELLS, SEGMENT = 256, 8, 32, 64
+THREADS, COLUMNS, CELLS, SEGMENT, RESIDENT = 256, 8, 32, 64, 2 * 132
 
 
 @dataclass(frozen=True)
@@ -144,11 +144,14 @@ def mean(shape: Shape, upsample: str, size: int) -> tuple[float, ...]:
     lines = sum(max(w) for w in warps)
     of_line = sum(code.line + max(0, last - first - 1) * code.cell for first, last in runs_x)
     writing = lines * of_line * chunks
+    # The blocks that the processors hold at a time each take every 264th tile.
+    share = y_tiles * len(tiles) * chunks / RESIDENT
+    uneven = ceil(share) / share
     return (
         written / COPY,
         (written + read) / COPY,
         operations / FLOPS,
-        (once + writing) / ISSUES,
+        (once + writing) * uneven / ISSUES,
     )
 
 

@@ -32,15 +32,20 @@ def assert_within_budget(
 
 
 def assert_same_sum(
-    actual: torch.Tensor, expected: torch.Tensor, magnitude: torch.Tensor, terms: int
+    actual: torch.Tensor,
+    expected: torch.Tensor,
+    magnitude: torch.Tensor,
+    terms: int,
+    eps: float = torch.finfo(torch.float64).eps,
 ) -> None:
-    """Two float64 sums of the same ``terms`` products, in any order.
+    """Two sums of the same ``terms`` products, in any order; float64 unless ``eps`` says otherwise.
 
     Each is within terms * eps of the sum of the products' sizes (``magnitude``), to first order; a
     few roundings more lie in the weights, in the count and in the division by it.
     """
-    assert actual.dtype == expected.dtype == torch.float64
+    assert expected.dtype == torch.float64
+    assert torch.finfo(actual.dtype).eps <= eps
     assert actual.shape == expected.shape
-    bound = 2 * (terms + 8) * torch.finfo(torch.float64).eps * magnitude.abs()
-    error = (actual - expected).abs()
+    bound = 2 * (terms + 8) * eps * magnitude.abs()
+    error = (actual.double() - expected).abs()
     assert (error <= bound).all(), f"error {error.max():.3g}, bound {bound.max():.3g}"

@@ -66,6 +66,21 @@ def test_show_writes_the_picture(photo: Path, weights: Path, tmp_path: Path) -> 
     assert picture.std() > 20
 
 
+def test_show_noise_adds_a_panel(photo: Path, weights: Path, tmp_path: Path) -> None:
+    pictures = []
+    for noise in ([], ["--noise"]):
+        output = tmp_path / f"out{len(noise)}.png"
+        options = ("--views", "grid:1", "--stride", 4, "--size", 128, "--weights", weights)
+        code, text = run("show", photo, "-o", output, *options, *noise)
+        assert code == 0, text
+        pictures.append(np.asarray(Image.open(output).convert("RGB")))
+    three, four = pictures
+    assert four.shape[1] > 1.25 * three.shape[1]
+    panel = four[:, 3 * four.shape[1] // 4 :]
+    assert panel.std() > 20
+    assert (panel == panel[:, :, :1]).mean() > 0.99  # grey
+
+
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
 def test_features_are_those_of_srt(photo: Path, weights: Path, tmp_path: Path, suffix: str) -> None:
     from safetensors import safe_open

@@ -51,6 +51,7 @@ CODES = {t: i for i, t in enumerate((*DTYPES, torch.uint8))}  # srt::DType
 
 class EnsembleArgs(Structure):
     _fields_ = (
+        ("reduce", c_int32),
         ("dtype", c_int32),
         ("tokens", c_void_p),
         ("views", c_int64),
@@ -66,6 +67,9 @@ class EnsembleArgs(Structure):
         ("border", c_int32),
         ("out", c_void_p),
         ("out_strides", c_int64 * 4),
+        ("variance", c_void_p),
+        ("seen", c_void_p),
+        ("plane_stride", c_int64),
     )
 
 
@@ -522,6 +526,15 @@ def test_empty(cuda: CudaOnHost) -> None:
         assert cuda.device.launches == 0, case
 
 
+@pytest.mark.parametrize("grid", [(3, 21), (5, 37)])
+def test_positions_far_from_0_in_float64(grid: tuple[int, int], cuda: CudaOnHost) -> None:
+    """Weights round in proportion to the position: cells between two of them would show it."""
+    for seed in range(5):
+        case = Ensemble(grid, (2, 26), ((0.3, 0.7),), channels=8, seed=seed)
+        tokens = case.tokens(torch.float64)
+        check(case, tokens, cuda.ensemble(case, tokens))
+
+
 def test_every_launch_is_checked(cuda: CudaOnHost) -> None:
     case = replace(ENSEMBLES["weights"], offsets=ENSEMBLES["weights"].offsets * 40)
     case = replace(case, weights=(1.0,) * 200)
@@ -719,10 +732,11 @@ assert launches() == 0
 expected = srt_ext.ensemble(tokens, offsets, (2, 3), (4, 4))
 strided = torch.zeros(4, 6, dtype=torch.float64)[::2, 1:4:2]
 assert torch.equal(srt_ext.ensemble(tokens, strided, (2, 3), (4, 4)), expected)
-device.failing_launch = 2
-launches()
-with pytest.raises(RuntimeError, match="srt::ensemble: CUDA: unspecified launch failure"):
-    torch.ops.srt.ensemble(tokens, offsets, [2, 3], [4, 4])
+for ensemble in (torch.ops.srt.ensemble, srt_ext.ensemble):
+    device.failing_launch = 2
+    launches()
+    with pytest.raises(RuntimeError, match="srt::ensemble: CUDA: unspecified launch failure"):
+        ensemble(tokens, offsets, [2, 3], [4, 4])
 assert library.live_guards() == 0
 print("done")
 """

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import srt_ext
+from srt_ext import ops
 
 NAN, INF = float("nan"), float("inf")
 BIG = 2**62
@@ -51,6 +52,22 @@ def shift_call(**changes: Any) -> dict[str, Any]:
     return {"image": torch.ones(1, 2, 5, 6), "offsets": torch.zeros(2, 2), **changes}
 
 
+def per_cell() -> torch.Tensor:
+    return torch.zeros(8, 15, dtype=torch.float64)
+
+
+# The state of each stream, for ensemble_call().
+STATES: dict[str, Callable[[], dict[str, torch.Tensor]]] = {
+    "accumulate_mean_": lambda: {"mean": torch.zeros(OUT), "weight": per_cell()},
+    "accumulate_moments_": lambda: {
+        "mean": torch.zeros(OUT),
+        "var": torch.zeros(OUT),
+        "weight": per_cell(),
+    },
+    "accumulate_median_": lambda: {"window": torch.zeros(8, *OUT), "count": per_cell()},
+}
+
+
 @dataclass(frozen=True)
 class Wrong:
     rule: str
@@ -64,9 +81,12 @@ class Wrong:
         return f"srt::{self.op}: {self.rule}; got {self.got}"
 
     def arguments(self) -> dict[str, Any]:
-        return (
-            ensemble_call(**self.changes) if self.op == "ensemble" else shift_call(**self.changes)
-        )
+        if self.op == "shift":
+            return shift_call(**self.changes)
+        call = {**STATES.get(self.op, dict)(), **ensemble_call(), **self.changes}
+        if self.op == "accumulate_median_":
+            del call["weights"]
+        return call
 
     def __str__(self) -> str:
         return f"{self.op}-{self.rule[:40]}-{self.got}"
@@ -233,7 +253,7 @@ VALUES = [
     wrong(TINY, "4.94066e-324 at [0]", weights=torch.tensor([5e-324, 1.0], dtype=torch.float64)),
 ]
 
-MEDIAN = "reduce must be 'mean' in this version"
+UNWEIGHTED = "weights must be None where reduce is 'median'"
 REDUCES = "reduce must be one of 'mean', 'median'"
 UPSAMPLES = "upsample must be one of 'nearest', 'bilinear'"
 BORDERS = "border must be one of 'coverage', 'zeros', 'clamp'"
@@ -241,7 +261,7 @@ PADDINGS = "padding must be one of 'zeros', 'border', 'reflect', 'circular'"
 INTERPOLATIONS = "interpolation must be one of 'nearest', 'bilinear', 'bicubic'"
 
 WORDS = [
-    wrong(MEDIAN, "'median'", reduce="median"),
+    wrong(UNWEIGHTED, "weights", reduce="median", weights=torch.ones(2)),
     *(wrong(REDUCES, f"'{word}'", reduce=word) for word in ("", "sum", "Mean", "mean ")),
     *(wrong(UPSAMPLES, f"'{word}'", upsample=word) for word in ("", "bicubic", "linear")),
     *(wrong(BORDERS, f"'{word}'", border=word) for word in ("", "reflect", "covéragé")),
@@ -267,12 +287,94 @@ LAYOUTS = [
     wrong(*SHARED_MEMORY, tokens=memory[-36:].view(2, 1, 6, 3), out=memory[1:361].view(OUT)),
 ]
 
-TABLE = [*RANKS, *DTYPES, *LISTS, *OVERFLOWS, *VALUES, *WORDS, *LAYOUTS]
+OTHER_OPS = [
+    Wrong(rule, got, changes, error, op)
+    for op in ("ensemble_moments", *STATES)
+    for rule, got, changes, error in (
+        (TOKENS_RANK, "[6, 3]", {"tokens": tokens(6, 3)}, ValueError),
+        (f"tokens {FLOATING}", "int32", {"tokens": tokens(dtype=torch.int32)}, TypeError),
+        (f"patch {PAIR}", "[]", {"patch": []}, ValueError),
+        (DIVIDES, "[3, 1]", {"stride": [3, 1]}, ValueError),
+        (UPSAMPLES, "'cubic'", {"upsample": "cubic"}, ValueError),
+        (BORDERS, "'wrap'", {"border": "wrap"}, ValueError),
+        (OFFSETS, "nan at [1, 0]", {"offsets": pairs((0, 0), (NAN, 0))}, ValueError),
+    )
+]
+
+state_memory = torch.zeros(1000)
+STREAM_WEIGHTS = "weights must be 0 or between 2^-500 and 2^500"
+
+
+def wrong_state(
+    op: str, rule: str, got: str, error: type[Exception] = ValueError, **changes: Any
+) -> Wrong:
+    return Wrong(rule, got, changes, error, f"accumulate_{op}_")
+
+
+STREAMS = [
+    wrong_state("mean", "mean must be [1, 3, 8, 15]", "[1, 3, 8, 5]", mean=torch.zeros(1, 3, 8, 5)),
+    wrong_state(
+        "mean", "mean must be float32", "float64", TypeError, mean=torch.zeros(OUT).double()
+    ),
+    wrong_state("mean", "mean must be float32", "float16", TypeError, mean=torch.zeros(OUT).half()),
+    wrong_state(
+        "mean",
+        "mean must be float64, as tokens are",
+        "float32",
+        TypeError,
+        tokens=tokens(dtype=torch.float64),
+    ),
+    wrong_state("mean", "weight must be [8, 15]", "[15, 8]", weight=per_cell().t()),
+    wrong_state("mean", "weight must be float64", "float32", TypeError, weight=per_cell().float()),
+    wrong_state(
+        "mean",
+        "weight must be contiguous",
+        "strides [1, 8]",
+        weight=torch.zeros(15, 8, dtype=torch.float64).t(),
+    ),
+    wrong_state(
+        "mean",
+        OVERLAP.replace("out", "mean", 1),
+        "strides [0, 0, 0, 0]",
+        mean=torch.zeros(()).expand(OUT),
+    ),
+    wrong_state(
+        "moments",
+        "var must have the strides of mean",
+        "strides [360, 1, 45, 3]",
+        var=torch.zeros(OUT).to(memory_format=torch.channels_last),
+    ),
+    wrong_state(
+        "moments",
+        "mean and var must not share memory",
+        "views of the same memory",
+        mean=state_memory[:360].view(OUT),
+        var=state_memory[359:719].view(OUT),
+    ),
+    wrong_state(
+        "median", "window must be [8, 1, 3, 8, 15]", "[7, 1, 3, 8, 15]", window=torch.zeros(7, *OUT)
+    ),
+    wrong_state("median", "count must be [8, 15]", "[8]", count=torch.zeros(8).double()),
+    *(
+        wrong_state(op, STREAM_WEIGHTS, got, weights=torch.tensor(values, dtype=torch.float64))
+        for op in ("mean", "moments")
+        for values, got in (([0.0, 1e160], "1e+160 at [1]"), ([1e-160, 0.0], "1e-160 at [0]"))
+    ),
+]
+
+TABLE = [*RANKS, *DTYPES, *LISTS, *OVERFLOWS, *VALUES, *WORDS, *LAYOUTS, *OTHER_OPS, *STREAMS]
 
 
 def through_python(case: Wrong) -> None:
     call = case.arguments()
-    getattr(srt_ext, case.op)(**call)
+    if case.op in STATES:
+        state = {name: call.pop(name) for name in STATES[case.op]()}
+        weights = [call.pop("weights")] if "weights" in call else []
+        views = (call.pop("tokens"), call.pop("offsets"), call.pop("grid"), call.pop("patch"))
+        modes = {"upsample": "bilinear", "border": "coverage", "stride": 1, **call}
+        ops.accumulate(case.op, state, *views, *weights, **modes)
+    else:
+        getattr(srt_ext, case.op)(**call)
 
 
 def through_op(case: Wrong) -> None:
@@ -361,6 +463,32 @@ def test_ensemble_has_no_gradient(name: str) -> None:
     field = srt_ext.ensemble(**call)
     with pytest.raises(RuntimeError, match=r"srt::ensemble has no derivative"):
         field.sum().backward()
+
+
+def test_moments_have_no_gradient() -> None:
+    call = ensemble_call(tokens=tokens().requires_grad_())
+    for result in srt_ext.ensemble_moments(**call):
+        with pytest.raises(RuntimeError, match=r"srt::ensemble_moments has no derivative"):
+            result.sum().backward()
+
+
+@pytest.mark.parametrize("op", STATES)
+def test_a_stream_is_not_differentiable(op: str) -> None:
+    case = Wrong("", "", {"tokens": tokens().requires_grad_()}, op=op)
+    rule = f"srt::{op}: the state of a stream is not differentiable; got an argument that requires"
+    with pytest.raises(RuntimeError, match=rule):
+        getattr(torch.ops.srt, op)(**case.arguments())
+    with torch.no_grad():
+        getattr(torch.ops.srt, op)(**case.arguments())
+
+
+@pytest.mark.parametrize("op", STATES)
+def test_a_state_gets_a_new_version(op: str) -> None:
+    call = Wrong("", "", {}, op=op).arguments()
+    state = [call[name] for name in STATES[op]()]
+    versions = [tensor._version for tensor in state]
+    getattr(torch.ops.srt, op)(**call)
+    assert all(t._version > v for t, v in zip(state, versions, strict=True))
 
 
 @pytest.mark.parametrize("name", ["image", "offsets"])

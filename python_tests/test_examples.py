@@ -6,7 +6,7 @@ import importlib
 import pytest
 
 
-@pytest.mark.parametrize("module", ["ops", "views", "wrapper"])
+@pytest.mark.parametrize("module", ["ops", "streaming", "views", "wrapper"])
 def test_docstrings(module: str) -> None:
     results = doctest.testmod(importlib.import_module(f"srt_ext.{module}"))
     assert results.attempted > 0

@@ -34,6 +34,9 @@ each_ensemble = pytest.mark.parametrize("case", ENSEMBLES.values(), ids=ENSEMBLE
 each_shift = pytest.mark.parametrize("case", SHIFTS.values(), ids=SHIFTS.keys())
 
 
+Compiled = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
 def output_of(tool: str, *args: str) -> str:
     if shutil.which(tool) is None:
         pytest.skip(f"{tool} is not installed")
@@ -114,9 +117,11 @@ def test_wide_instructions_stay_in_their_objects() -> None:
     local = "_ZN3srt3cpu12_GLOBAL__N_1"  # srt::cpu::(anonymous namespace)
     for name, sets in functions.items():
         assert name.startswith(local) or set(sets) == {"baseline"}, name
-    kernels = {n: s for n, s in functions.items() if re.match(local + r"(4mean|5shift)I.*Plan", n)}
+    kernel = local + r"(4mean|5shift|13reduce_values)I.*Plan"
+    kernels = {n: s for n, s in functions.items() if re.match(kernel, n)}
     kernels = {n: s for n, s in kernels.items() if "." not in n}  # no cold parts
-    assert len(kernels) == 9  # mean of four dtypes, shift of five
+    # shift of five dtypes; mean of four, and of the 16-bit ones into float32; four other reductions.
+    assert len(kernels) == 5 + 4 + 2 + 4 * 4
     for name, sets in kernels.items():
         assert sorted(sets) == ["avx2", "avx512", "baseline"], name
 
@@ -137,11 +142,30 @@ def test_schemas_are_as_promised() -> None:
         "Tensor tokens, Tensor offsets, int[2] grid, int[2] patch, Tensor? weights=None, *, "
         'str reduce="mean", str upsample="bilinear", str border="coverage", int[2] stride=1'
     )
+    places = "Tensor tokens, Tensor offsets, int[2] grid, int[2] patch"
+    modes = '*, str upsample="bilinear", str border="coverage", int[2] stride=1'
+    views = f"{places}, Tensor? weights=None, {modes}"
     shift = 'Tensor image, Tensor offsets, *, str padding="reflect", str interpolation="bilinear"'
     promised = {
         torch.ops.srt.shift.default: (f"srt::shift({shift}", ") -> Tensor"),
         torch.ops.srt.ensemble.default: (f"srt::ensemble({ensemble}", ") -> Tensor"),
         torch.ops.srt.ensemble.out: (f"srt::ensemble.out({ensemble}", ", Tensor(a!) out) -> ()"),
+        torch.ops.srt.ensemble_moments.default: (
+            f"srt::ensemble_moments({views}",
+            ") -> (Tensor mean, Tensor var)",
+        ),
+        torch.ops.srt.accumulate_mean_.default: (
+            f"srt::accumulate_mean_(Tensor(a!) mean, Tensor(b!) weight, {views}",
+            ") -> ()",
+        ),
+        torch.ops.srt.accumulate_moments_.default: (
+            "srt::accumulate_moments_(Tensor(a!) mean, Tensor(b!) var, Tensor(c!) weight, " + views,
+            ") -> ()",
+        ),
+        torch.ops.srt.accumulate_median_.default: (
+            f"srt::accumulate_median_(Tensor(a!) window, Tensor(b!) count, {places}, {modes}",
+            ") -> ()",
+        ),
     }
     for op, (begin, end) in promised.items():
         schema = str(op._schema)
@@ -165,6 +189,63 @@ def test_opcheck_ensemble_out(name: str, layout: torch.memory_format) -> None:
     args, modes = case.call(case.tokens())
     out = torch.zeros(case.shape).contiguous(memory_format=layout)
     torch.library.opcheck(torch.ops.srt.ensemble.out, args, {**modes, "out": out})
+
+
+@each_ensemble
+def test_opcheck_median_and_moments(case: Ensemble) -> None:
+    args, modes = case.call(case.tokens())
+    torch.library.opcheck(torch.ops.srt.ensemble_moments.default, args, modes)
+    (*args, _), modes = case.call(case.tokens())
+    torch.library.opcheck(torch.ops.srt.ensemble.default, args, {**modes, "reduce": "median"})
+
+
+def states(case: Ensemble) -> dict[str, list[torch.Tensor]]:
+    """The state of each stream, by the name of its op."""
+    field, seen = torch.zeros(case.shape), torch.zeros(case.shape[2:], dtype=torch.float64)
+    return {
+        "accumulate_mean_": [field, seen],
+        "accumulate_moments_": [field, field.clone(), seen],
+        "accumulate_median_": [torch.zeros(8, *case.shape), seen],
+    }
+
+
+@pytest.mark.parametrize("op", states(Ensemble()))
+@pytest.mark.parametrize("name", ["grid", "weights", "stride", "one_token"])
+def test_opcheck_accumulate(name: str, op: str) -> None:
+    case = ENSEMBLES[name]
+    args, modes = case.call(case.tokens())
+    if op == "accumulate_median_":
+        args = args[:4]
+    op_ = getattr(torch.ops.srt, op).default
+    torch.library.opcheck(op_, (*states(case)[op], *args), modes)
+
+
+@pytest.mark.parametrize("op", states(Ensemble()))
+def test_compiled_accumulate(op: str, compiled: Compiled) -> None:
+    case = ENSEMBLES["grid"]
+    args, modes = case.call(case.tokens())
+    call = getattr(torch.ops.srt, op)
+
+    def function(state: list[torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
+        call(*state, tokens + 1, *args[1:4], **modes)
+        return state[0] + 1
+
+    eager, state = states(case)[op], states(case)[op]
+    expected = [function(eager, args[0]) for _ in range(2)]
+    for right in expected:
+        assert torch.equal(compiled(function)(state, args[0]), right)
+    assert all(map(torch.equal, state, eager))
+
+
+def test_compiled_moments(compiled: Compiled) -> None:
+    case = ENSEMBLES["weights"]
+    args, modes = case.call(case.tokens())
+
+    def function(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, var = srt_ext.ensemble_moments(tokens + 1, *args[1:], **modes)
+        return mean, var.sqrt()
+
+    assert all(map(torch.equal, compiled(function)(args[0]), function(args[0])))
 
 
 @each_shift
@@ -242,9 +323,6 @@ def compiled() -> Any:
     torch.compiler.reset()
     yield lambda function: torch.compile(function, fullgraph=True, backend="aot_eager")
     torch.compiler.reset()
-
-
-Compiled = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 @pytest.mark.parametrize("name", ["grid", "weights", "stride"])

@@ -24,6 +24,22 @@ def test_paper_counts_the_identity_twice() -> None:
     assert torch.equal(offsets[1:], views.grid(3))
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 9, 25, 49, 121])
+def test_spread_is_a_permutation_whose_parts_spread(count: int) -> None:
+    line = torch.stack([torch.zeros(count), torch.arange(count)], 1)
+    order = views.spread(line)[:, 1].long().tolist()
+    assert sorted(order) == list(range(count))
+    for n in (1, count // 3, count // 2):
+        # The largest gap between the first n of them is no more than three times the mean one.
+        seen = sorted(order[:n])
+        gaps = [b - a for a, b in zip([0, *seen], [*seen, count], strict=True)]
+        assert max(gaps) <= 3 * count / (n + 1) + 1
+
+
+def test_spread_of_no_views() -> None:
+    assert views.spread(torch.zeros(0, 2)).shape == (0, 2)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [("grid:3", views.grid(3)), ("grid:6:2", views.grid(6, 2)), ("paper:2", views.paper(2))],

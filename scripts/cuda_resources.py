@@ -34,7 +34,7 @@ def main() -> int:
     found = [match.groupdict() for match in KERNEL.finditer(Path(sys.argv[1]).read_text())]
     for kernel, name in zip(found, demangled([k["name"] for k in found]), strict=True):
         kernel["name"] = name
-    architectures = sorted({k["arch"] for k in found}, key=int)
+    architectures = sorted({k["arch"] for k in found}, key=lambda a: int(a.rstrip("af")))
     print("registers (+ bytes of spills), by architecture:", *(f"sm_{a}" for a in architectures))
     cells: dict[str, dict[str, str]] = {}
     for k in found:

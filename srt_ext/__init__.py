@@ -10,11 +10,25 @@ from typing import Any
 from ._library import unavailable as _unavailable
 from ._version import __version__
 
-__all__ = ["SRT", "SRTOutput", "__version__", "ensemble", "reference", "shift", "views"]
+__all__ = [
+    "SRT",
+    "RunningMean",
+    "RunningMedian",
+    "RunningMoments",
+    "SRTOutput",
+    "__version__",
+    "ensemble",
+    "ensemble_moments",
+    "reference",
+    "shift",
+    "views",
+]
 
 if _unavailable is None:
+    from . import _autograd as _autograd
     from . import reference, views
-    from .ops import ensemble, shift
+    from .ops import ensemble, ensemble_moments, shift
+    from .streaming import RunningMean, RunningMedian, RunningMoments
     from .wrapper import SRT, SRTOutput
 
 else:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 
 MAX_PIXELS = 2**24
+WINDOW_PLANES = 8  # of the state of a running median: 7 values, and the place of the median
+REDUCES = ("mean", "median")
 UPSAMPLES = ("nearest", "bilinear")
 BORDERS = ("coverage", "zeros", "clamp")
 PADDINGS = ("zeros", "border", "reflect", "circular")
@@ -92,20 +94,18 @@ def _check_bytes(where: str, shape: Sequence[int], like: torch.Tensor) -> None:
         raise _error(ValueError, where, "the output must have fewer than 2^63 bytes", list(shape))
 
 
-def check_ensemble(
+def check_views(
+    where: str,
     tokens: torch.Tensor,
     offsets: torch.Tensor,
     grid: object,
     patch: object,
     weights: torch.Tensor | None,
-    reduce: str,
     upsample: str,
     border: str,
     stride: object,
-    out: torch.Tensor | None = None,
 ) -> list[int]:
     """The shape [B, C, H', W'] of the field. Raises ValueError or TypeError."""
-    where = "srt::ensemble"
     check_tensor(where, "tokens", tokens)
     check_tensor(where, "offsets", offsets)
     if weights is not None:
@@ -143,24 +143,71 @@ def check_ensemble(
     if channels > 1 and tokens.stride(3) != 1:
         rule = "tokens must be dense in the last dimension"
         raise _error(ValueError, where, rule, f"stride {tokens.stride(3)}")
-    if reduce == "median":
-        raise _error(ValueError, where, "reduce must be 'mean' in this version", "'median'")
-    check_word(where, "reduce", reduce, ("mean", "median"))
     check_word(where, "upsample", upsample, UPSAMPLES)
     check_word(where, "border", border, BORDERS)
     _check_values(where, "offsets", offsets, tokens.device)
     if weights is not None:
         _check_values(where, "weights", weights, tokens.device)
-    if out is not None:
-        check_tensor(where, "out", out)
-        if out.dtype != tokens.dtype:
-            rule = f"out must have the dtype of tokens, {_name(tokens.dtype)}"
-            raise _error(TypeError, where, rule, _name(out.dtype))
-        if out.device != tokens.device:
-            raise _error(ValueError, where, "out must be on the device of tokens", out.device)
-        if _shape(out) != shape:
-            raise _error(ValueError, where, f"out must be {shape}", _shape(out))
     return shape
+
+
+def _check_written(
+    where: str,
+    name: str,
+    tensor: torch.Tensor,
+    shape: list[int],
+    dtype: torch.dtype,
+    dtype_rule: str,
+    device: torch.device,
+) -> None:
+    check_tensor(where, name, tensor)
+    if tensor.dtype != dtype:
+        raise _error(TypeError, where, f"{name} must {dtype_rule}", _name(tensor.dtype))
+    if tensor.device != device:
+        raise _error(ValueError, where, f"{name} must be on the device of tokens", tensor.device)
+    if _shape(tensor) != shape:
+        raise _error(ValueError, where, f"{name} must be {shape}", _shape(tensor))
+
+
+def check_ensemble(
+    tokens: torch.Tensor,
+    offsets: torch.Tensor,
+    grid: object,
+    patch: object,
+    weights: torch.Tensor | None,
+    reduce: str,
+    upsample: str,
+    border: str,
+    stride: object,
+    out: torch.Tensor | None = None,
+) -> list[int]:
+    """The shape [B, C, H', W'] of the field. Raises ValueError or TypeError."""
+    where = "srt::ensemble"
+    check_word(where, "reduce", reduce, REDUCES)
+    if reduce == "median" and weights is not None:
+        raise _error(ValueError, where, "weights must be None where reduce is 'median'", "weights")
+    shape = check_views(where, tokens, offsets, grid, patch, weights, upsample, border, stride)
+    if out is not None:
+        rule = f"have the dtype of tokens, {_name(tokens.dtype)}"
+        _check_written(where, "out", out, shape, tokens.dtype, rule, tokens.device)
+    return shape
+
+
+def check_state(
+    where: str, state: dict[str, torch.Tensor], shape: list[int], tokens: torch.Tensor
+) -> None:
+    """The state of a stream: mean, var or window, and weight or count."""
+    double = tokens.dtype == torch.float64
+    dtype = torch.float64 if double else torch.float32
+    rule = "be float64, as tokens are" if double else "be float32"
+    for name, tensor in state.items():
+        if name in ("weight", "count"):
+            _check_written(
+                where, name, tensor, shape[2:], torch.float64, "be float64", tokens.device
+            )
+        else:
+            planes = [WINDOW_PLANES, *shape] if name == "window" else shape
+            _check_written(where, name, tensor, planes, dtype, rule, tokens.device)
 
 
 def check_shift(

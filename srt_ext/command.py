@@ -22,8 +22,6 @@ from ._library import cuda_unavailable, unavailable
 if TYPE_CHECKING:
     import torch
 
-    from .wrapper import SRTOutput
-
 # A small ViT with published weights.
 DEFAULT_MODEL = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 
@@ -95,6 +93,7 @@ class Features:
         stride: int,
         size: int,
         view_batch: int,
+        noise: bool = False,
     ) -> None:
         if unavailable is not None:
             raise fail(unavailable)
@@ -102,7 +101,7 @@ class Features:
 
         from .backbones import ModelError, describe, load_timm
         from .views import parse
-        from .wrapper import SRT
+        from .wrapper import SRT, SRTOutput
 
         # What can be wrong and is quick to see, before a model is loaded.
         if weights is not None and not weights.is_file():
@@ -149,7 +148,17 @@ class Features:
             ) as bar:
                 task = bar.add_task("views", total=len(offsets))
                 start = time.perf_counter()
-                self.output: SRTOutput = srt(image, lambda done: bar.update(task, completed=done))
+
+                def progress(done: int) -> None:
+                    bar.update(task, completed=done)
+
+                self.noise: torch.Tensor | None = None
+                if noise:
+                    moments = srt.moments(image, progress)
+                    self.noise = moments.var[0].float().sum(0).sqrt()
+                    self.output = SRTOutput(moments.mean, moments.prefix)
+                else:
+                    self.output = srt(image, progress)
                 seconds = time.perf_counter() - start
         except ValueError as error:
             raise fail(str(error)) from None
@@ -194,11 +203,14 @@ def show(
     stride: Stride = 1,
     size: Size = 448,
     view_batch: ViewBatch = 8,
+    noise: Annotated[
+        bool, typer.Option("--noise", help="Also draw how far the views differ: the noise map.")
+    ] = False,
 ) -> None:
     """Draws a photograph, its plain tokens and its SRT field, in one PCA basis, side by side."""
     check_output(output, (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp"))
-    features = Features(photo, model, weights, views, stride, size, view_batch)
-    from .visualize import Colours, enlarge, side_by_side
+    features = Features(photo, model, weights, views, stride, size, view_batch, noise)
+    from .visualize import Colours, brightness, enlarge, side_by_side
 
     if features.plain[0, 0].numel() < 3:
         raise fail(f"{photo} has fewer than 3 tokens: no colours can be made of them")
@@ -206,14 +218,15 @@ def show(
     width, height = features.picture.size
     blocks = enlarge(colours(features.plain), features.patch, (height, width))
     cells = enlarge(colours(features.output.field), (stride, stride), (height, width))
-    side_by_side(
-        [
-            ("input", np.asarray(features.picture, dtype=np.float32) / 255),
-            (f"tokens of {model.split('.')[0]}", blocks),
-            (f"SRT, {features.views} views", cells),
-        ],
-        output,
-    )
+    panels = [
+        ("input", np.asarray(features.picture, dtype=np.float32) / 255),
+        (f"tokens of {model.split('.')[0]}", blocks),
+        (f"SRT, {features.views} views", cells),
+    ]
+    if features.noise is not None:
+        grey = enlarge(brightness(features.noise), (stride, stride), (height, width))
+        panels.append(("noise: spread of the views", grey))
+    side_by_side(panels, output)
     features.report(output)
 
 

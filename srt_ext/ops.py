@@ -11,7 +11,7 @@ from typing import Any, NoReturn, cast
 import torch
 
 from ._library import cuda_unavailable
-from .checks import check_ensemble, check_shift
+from .checks import check_ensemble, check_shift, check_state, check_views
 
 _PREFIX = "srt::"
 
@@ -27,7 +27,7 @@ def _explain(error: RuntimeError, op: str, check: Callable[[], object]) -> NoRet
         raise NotImplementedError(
             f"{_PREFIX}{op}: CUDA kernels are not available: {cuda_unavailable}"
         ) from error
-    if f"{_PREFIX}{op}: " in message:
+    if f"{_PREFIX}{op}: " in message and f"{_PREFIX}{op}: CUDA: " not in message:
         raise ValueError(message[message.index(_PREFIX) :].splitlines()[0]) from None
     raise error
 
@@ -110,7 +110,8 @@ def ensemble(
         patch: (Ph, Pw), pixels from token to token.
         weights: [V], finite and >= 0, float32 or float64, none but 0 below 2^-80 of the largest;
             None for equal weights. A view of weight 0 is not read.
-        reduce: ``mean``.
+        reduce: ``mean`` or ``median``: the lower median over the views that cover the cell, exact,
+            NaN where one of them is (as ``torch.median``); it takes no weights.
         upsample: ``nearest`` or ``bilinear`` (``F.interpolate`` with ``align_corners=False``).
         border: a pixel that a view does not cover is left out (``coverage``), counts as 0
             (``zeros``, as published), or reads the nearest edge token (``clamp``).
@@ -156,6 +157,83 @@ def ensemble(
             "ensemble",
             lambda: check_ensemble(tokens, offsets, grid, patch, weights, **modes, out=out),
         )
+
+
+def ensemble_moments(
+    tokens: torch.Tensor,
+    offsets: torch.Tensor,
+    grid: Sequence[int],
+    patch: Sequence[int],
+    weights: torch.Tensor | None = None,
+    *,
+    upsample: str = "bilinear",
+    border: str = "coverage",
+    stride: int | Sequence[int] = 1,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean over the views and their variance, from one reading of the tokens.
+
+    The variance is the weighted population variance of what the views say about a cell: the noise
+    map of the paper is its root. It is as exact where the mean is 1e4 times the spread.
+
+    Args:
+        tokens, offsets, grid, patch, weights, upsample, border, stride: as for :func:`ensemble`.
+
+    Returns:
+        (mean, var), each as the result of :func:`ensemble`. Both are 0 where no view counts.
+
+    Raises:
+        TypeError, ValueError: as :func:`ensemble`.
+
+    Example:
+        >>> tokens = torch.tensor([1.0, 3.0]).reshape(2, 1, 1, 1)  # two views of one token
+        >>> mean, var = ensemble_moments(tokens, torch.zeros(2, 2), grid=(1, 1), patch=(1, 1))
+        >>> mean.item(), var.item()
+        (2.0, 1.0)
+    """
+    modes: dict[str, Any] = {"upsample": upsample, "border": border, "stride": stride}
+    op = torch.ops.srt.ensemble_moments
+    if torch.compiler.is_compiling():
+        return cast(
+            tuple[torch.Tensor, torch.Tensor], op(tokens, offsets, grid, patch, weights, **modes)
+        )
+    try:
+        mean, var = op(tokens, offsets, grid, patch, weights, **modes)
+        return mean, var
+    except RuntimeError as error:
+        name = "ensemble_moments"
+        _explain(
+            error,
+            name,
+            lambda: check_views(_PREFIX + name, tokens, offsets, grid, patch, weights, **modes),
+        )
+
+
+def accumulate(
+    op: str,
+    state: dict[str, torch.Tensor],
+    tokens: torch.Tensor,
+    offsets: torch.Tensor,
+    grid: Sequence[int],
+    patch: Sequence[int],
+    *weights: torch.Tensor | None,
+    **modes: Any,
+) -> None:
+    """``torch.ops.srt.<op>`` with errors as the functions have them; for srt_ext.streaming."""
+    call = getattr(torch.ops.srt, op)
+    if torch.compiler.is_compiling():
+        call(*state.values(), tokens, offsets, grid, patch, *weights, **modes)
+        return
+    try:
+        call(*state.values(), tokens, offsets, grid, patch, *weights, **modes)
+    except RuntimeError as error:
+
+        def check() -> None:
+            (weight,) = weights or (None,)
+            where = _PREFIX + op
+            shape = check_views(where, tokens, offsets, grid, patch, weight, **modes)
+            check_state(where, state, shape, tokens)
+
+        _explain(error, op, check)
 
 
 def _channels_last(shape: Sequence[int]) -> tuple[int, int, int, int]:
@@ -209,70 +287,76 @@ def _(
     check_ensemble(tokens, offsets, grid, patch, weights, reduce, upsample, border, stride, out)
 
 
-# Without a kernel at the Autograd key torch would only warn, and forward-mode AD would lose the
-# tangent in silence. Until the ops have derivatives, asking for one is an error.
-class _NoDerivative(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, op: Any, modes: dict[str, Any], *args: Any) -> Any:
-        ctx.name = op.name()
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args, **modes)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> NoReturn:
-        raise RuntimeError(f"{ctx.name} has no derivative in this version")
-
-
-_autograd = torch.library.Library("srt", "IMPL")
-
-
-def _register_autograd(op: Any) -> None:
-    _autograd.impl(
-        op.name().removeprefix(_PREFIX),
-        lambda *args, **modes: _NoDerivative.apply(op, modes, *args),
-        "Autograd",
-    )
+@torch.library.register_fake("srt::ensemble_moments")
+def _(
+    tokens: torch.Tensor,
+    offsets: torch.Tensor,
+    grid: Sequence[int],
+    patch: Sequence[int],
+    weights: torch.Tensor | None = None,
+    *,
+    upsample: str = "bilinear",
+    border: str = "coverage",
+    stride: Sequence[int] = (1, 1),
+) -> tuple[torch.Tensor, torch.Tensor]:
+    where = "srt::ensemble_moments"
+    shape = check_views(where, tokens, offsets, grid, patch, weights, upsample, border, stride)
+    strides = _channels_last(shape)
+    return tokens.new_empty_strided(shape, strides), tokens.new_empty_strided(shape, strides)
 
 
-_register_autograd(torch.ops.srt.shift.default)
-_register_autograd(torch.ops.srt.ensemble.default)
+@torch.library.register_fake("srt::accumulate_mean_")
+def _(
+    mean: torch.Tensor,
+    weight: torch.Tensor,
+    tokens: torch.Tensor,
+    offsets: torch.Tensor,
+    grid: Sequence[int],
+    patch: Sequence[int],
+    weights: torch.Tensor | None = None,
+    *,
+    upsample: str = "bilinear",
+    border: str = "coverage",
+    stride: Sequence[int] = (1, 1),
+) -> None:
+    where = "srt::accumulate_mean_"
+    shape = check_views(where, tokens, offsets, grid, patch, weights, upsample, border, stride)
+    check_state(where, {"mean": mean, "weight": weight}, shape, tokens)
 
 
-# ensemble.out, as torch's own out= functions behave: no derivative, a new version of `out` (so that
-# a backward that saved the old content fails), no lazy negation of the memory that is written.
-_OUT = torch.ops.srt.ensemble.out
+@torch.library.register_fake("srt::accumulate_moments_")
+def _(
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    weight: torch.Tensor,
+    tokens: torch.Tensor,
+    offsets: torch.Tensor,
+    grid: Sequence[int],
+    patch: Sequence[int],
+    weights: torch.Tensor | None = None,
+    *,
+    upsample: str = "bilinear",
+    border: str = "coverage",
+    stride: Sequence[int] = (1, 1),
+) -> None:
+    where = "srt::accumulate_moments_"
+    shape = check_views(where, tokens, offsets, grid, patch, weights, upsample, border, stride)
+    check_state(where, {"mean": mean, "var": var, "weight": weight}, shape, tokens)
 
 
-def _out_autograd(*args: Any, out: torch.Tensor, **modes: Any) -> None:
-    tensors = [a for a in (*args, out) if isinstance(a, torch.Tensor)]
-    if any(torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors) or (
-        torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    ):
-        raise RuntimeError(
-            "srt::ensemble: out= is not differentiable; got an argument that requires grad"
-        )
-    with torch._C._AutoDispatchBelowAutograd():
-        _OUT(*args, **modes, out=out)
-
-
-def _out_version(keys: Any, *args: Any, out: torch.Tensor, **modes: Any) -> None:
-    if out.is_inference() and not torch.is_inference_mode_enabled():
-        raise RuntimeError("srt::ensemble: out must be no inference tensor outside inference mode")
-    torch.autograd.graph.increment_version(out)
-    with torch._C._AutoDispatchBelowADInplaceOrView():
-        _OUT.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *args, **modes, out=out)
-
-
-def _out_negative(*args: Any, out: torch.Tensor, **modes: Any) -> None:
-    if out.is_neg() or out.is_conj():
-        raise RuntimeError(
-            "srt::ensemble: out must be no lazily negated or conjugated view; got one"
-        )
-    plain = [a.resolve_neg().resolve_conj() if isinstance(a, torch.Tensor) else a for a in args]
-    _OUT(*plain, **modes, out=out)
-
-
-_autograd.impl("ensemble.out", _out_autograd, "Autograd")
-_autograd.impl("ensemble.out", _out_version, "ADInplaceOrView", with_keyset=True)
-_autograd.impl("ensemble.out", _out_negative, "Negative")
-_autograd.impl("ensemble.out", _out_negative, "Conjugate")
+@torch.library.register_fake("srt::accumulate_median_")
+def _(
+    window: torch.Tensor,
+    count: torch.Tensor,
+    tokens: torch.Tensor,
+    offsets: torch.Tensor,
+    grid: Sequence[int],
+    patch: Sequence[int],
+    *,
+    upsample: str = "bilinear",
+    border: str = "coverage",
+    stride: Sequence[int] = (1, 1),
+) -> None:
+    where = "srt::accumulate_median_"
+    shape = check_views(where, tokens, offsets, grid, patch, None, upsample, border, stride)
+    check_state(where, {"window": window, "count": count}, shape, tokens)

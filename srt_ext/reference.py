@@ -7,7 +7,8 @@ the error budget that they have to keep.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -111,24 +112,22 @@ def _cells(x: torch.Tensor, stride: Sequence[int]) -> torch.Tensor:
     return x.reshape(*lead, height // sh, sh, width // sw, sw).sum((-3, -1))
 
 
-def ensemble(
+def _view_sums(
     tokens: torch.Tensor,
     offsets: torch.Tensor,
     grid: Sequence[int],
     patch: Sequence[int],
-    weights: torch.Tensor | None = None,
-    *,
-    upsample: str = "bilinear",
-    border: str = "coverage",
-    stride: int | Sequence[int] = 1,
-    dtype: torch.dtype = torch.float64,
-) -> torch.Tensor:
-    """The mean of :func:`srt_ext.ensemble`, computed and returned in ``dtype``: [B, C, H', W']."""
+    weights: torch.Tensor | None,
+    upsample: str,
+    border: str,
+    stride: int | Sequence[int],
+    dtype: torch.dtype,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Of each view of weight > 0: the weight, sums over cells [B, C, H', W'], counts [H', W']."""
     stride = (stride, stride) if isinstance(stride, int) else stride
     views, batch, _, channels = tokens.shape
     maps = tokens.to(dtype).reshape(views, batch, *grid, channels).permute(0, 1, 4, 2, 3)
     scales = torch.ones(views) if weights is None else weights
-    total = count = torch.zeros((), dtype=dtype)
     for view, (dy, dx), scale in zip(
         maps, offsets.double().tolist(), scales.to(dtype), strict=True
     ):
@@ -144,9 +143,78 @@ def ensemble(
                 )
                 value = view[:, :, token_y[:, None], token_x[None, :]]
                 pixels = pixels + _weighted(weight.to(dtype), value)
-        total = total + scale * _cells(pixels, stride)
-        count = count + scale * _cells(torch.outer(counted_y, counted_x).to(dtype), stride)
-    if total.dim() == 0:
-        height, width = (g * p // s for g, p, s in zip(grid, patch, stride, strict=True))
-        return torch.zeros(batch, channels, height, width, dtype=dtype)
-    return torch.where(count > 0, total / count, torch.zeros((), dtype=dtype))
+        counted = torch.outer(counted_y, counted_x).to(dtype)
+        yield scale, _cells(pixels, stride), _cells(counted, stride)
+
+
+def _field(
+    tokens: torch.Tensor,
+    grid: Sequence[int],
+    patch: Sequence[int],
+    stride: int | Sequence[int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Zeros [B, C, H', W']: what a field is where no view counts."""
+    stride = (stride, stride) if isinstance(stride, int) else stride
+    cells = (g * p // s for g, p, s in zip(grid, patch, stride, strict=True))
+    return torch.zeros(tokens.shape[1], tokens.shape[3], *cells, dtype=dtype)
+
+
+def ensemble(
+    tokens: torch.Tensor,
+    offsets: torch.Tensor,
+    grid: Sequence[int],
+    patch: Sequence[int],
+    weights: torch.Tensor | None = None,
+    *,
+    reduce: str = "mean",
+    upsample: str = "bilinear",
+    border: str = "coverage",
+    stride: int | Sequence[int] = 1,
+    dtype: torch.dtype = torch.float64,
+) -> torch.Tensor:
+    """As :func:`srt_ext.ensemble`, computed and returned in ``dtype``: [B, C, H', W']."""
+    empty = _field(tokens, grid, patch, stride, dtype)
+    sums = _view_sums(tokens, offsets, grid, patch, weights, upsample, border, stride, dtype)
+    if reduce == "mean":
+        total, count = empty, torch.zeros((), dtype=dtype)
+        for scale, view_sum, view_count in sums:
+            total = total + scale * view_sum
+            count = count + scale * view_count
+        return torch.where(count > 0, total / count, empty)
+
+    # The views that count come first, in order; a NaN that counts is the result, as in torch.
+    values = [
+        (torch.where(count > 0, s / count, 0), (count > 0).expand_as(s)) for _, s, count in sums
+    ]
+    stack, counts = torch.stack([v for v, _ in values]), torch.stack([c for _, c in values])
+    ordered = torch.where(counts, stack, torch.inf).sort(0).values
+    number = counts.sum(0, keepdim=True)
+    median = ordered.gather(0, (number - 1).clamp(min=0) // 2)[0]
+    median = torch.where((counts & stack.isnan()).any(0), torch.nan, median)
+    return torch.where(number[0] > 0, median, empty)
+
+
+def ensemble_moments(
+    tokens: torch.Tensor,
+    offsets: torch.Tensor,
+    grid: Sequence[int],
+    patch: Sequence[int],
+    weights: torch.Tensor | None = None,
+    *,
+    upsample: str = "bilinear",
+    border: str = "coverage",
+    stride: int | Sequence[int] = 1,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`srt_ext.ensemble_moments`, computed and returned in ``dtype``."""
+    modes: dict[str, Any] = {"upsample": upsample, "border": border, "stride": stride}
+    mean = ensemble(tokens, offsets, grid, patch, weights, **modes, dtype=dtype)
+    total, count = torch.zeros_like(mean), torch.zeros((), dtype=dtype)
+    for scale, view_sum, view_count in _view_sums(
+        tokens, offsets, grid, patch, weights, **modes, dtype=dtype
+    ):
+        squared = (view_sum / view_count - mean) ** 2
+        total = total + scale * view_count * torch.where(view_count > 0, squared, 0)
+        count = count + scale * view_count
+    return mean, torch.where(count > 0, total / count, torch.zeros((), dtype=dtype))

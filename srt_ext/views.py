@@ -5,6 +5,8 @@ Every design is a tensor [V, 2] of (dy, dx) in pixels, float32.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 # More forwards than anybody waits for; a larger number is a slip of the keyboard.
@@ -43,6 +45,28 @@ def paper(radius: int) -> torch.Tensor:
         torch.Size([50, 2])
     """
     return torch.cat([torch.zeros(1, 2), grid(radius)])
+
+
+def spread(offsets: torch.Tensor) -> torch.Tensor:
+    """The same views in an order in which any few that follow each other spread over all of them.
+
+    Steps of the golden ratio through the list, for :class:`srt_ext.RunningMedian`, whose error
+    grows where the views drift.
+
+    Args:
+        offsets: [V, 2], (dy, dx) in pixels, in any order that drifts, such as that of a grid.
+
+    Example:
+        >>> spread(grid(1))[:3]
+        tensor([[-1., -1.],
+                [ 1.,  0.],
+                [ 0.,  1.]])
+    """
+    count = len(offsets)
+    step = max(1, round(count * (5**0.5 - 1) / 2))
+    while math.gcd(step, count) > 1:
+        step += 1
+    return offsets[torch.arange(count) * step % max(1, count)]
 
 
 def parse(text: str) -> torch.Tensor:

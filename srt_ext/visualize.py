@@ -37,6 +37,14 @@ def _rows(features: torch.Tensor) -> np.ndarray:
     return features[0].permute(1, 2, 0).flatten(0, 1).float().cpu().numpy()
 
 
+def brightness(values: torch.Tensor) -> np.ndarray:
+    """values [h, w], any range -> grey RGB [h, w, 3] in 0 .. 1, by the 2nd to 98th percentile."""
+    array = values.cpu().numpy()
+    low, high = np.percentile(array, [2, 98])
+    scaled = np.clip((array - low) / max(high - low, 1e-12), 0, 1).astype(np.float32)
+    return np.repeat(scaled[..., None], 3, axis=-1)
+
+
 def enlarge(picture: np.ndarray, cell: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
     """[h, w, 3] with cells of (y, x) pixels -> [H, W, 3], the padding to whole cells cut off."""
     return picture.repeat(cell[0], 0).repeat(cell[1], 1)[: size[0], : size[1]]

@@ -6,7 +6,7 @@ Method: Lao et al., "Sub-token ViT Embedding via Stochastic Resonance Transforme
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -17,13 +17,15 @@ from .checks import (
     BORDERS,
     INTERPOLATIONS,
     PADDINGS,
+    REDUCES,
     UPSAMPLES,
     check_count,
     check_pair,
     check_tensor,
     check_word,
 )
-from .ops import ensemble, shift
+from .ops import ensemble, ensemble_moments, shift
+from .streaming import RunningMean, RunningMedian, RunningMoments
 
 
 class SRTOutput(NamedTuple):
@@ -33,14 +35,26 @@ class SRTOutput(NamedTuple):
     prefix: torch.Tensor | None  # [B, K, C], class and register tokens averaged over the views
 
 
+class SRTMoments(NamedTuple):
+    """What :meth:`SRT.moments` returns."""
+
+    mean: torch.Tensor  # [B, C, ceil(H / sh), ceil(W / sw)]
+    var: torch.Tensor  # as mean: the population variance over the views
+    prefix: torch.Tensor | None  # [B, K, C]
+
+
 class SRT(torch.nn.Module):
-    """Wraps a frozen ViT: shifts the picture, runs every view, moves the tokens back, averages.
+    """Wraps a frozen ViT: shifts the picture, runs every view, moves the tokens back, aggregates.
 
     Args:
         model: a timm ViT, or any callable from images [B, 3, H, W] to tokens [B, K + h * w, C]
             (then ``patch`` is needed, and ``prefix`` if K > 0).
         views: offsets [V, 2], (dy, dx) in pixels, or words for :func:`srt_ext.views.parse`.
+        reduce: ``mean`` or ``median``.
         stride: pixels per output cell, (sh, sw) or one for both. 1 is pixel scale.
+        streaming: aggregate each batch of views as it comes and hold none of their tokens. The
+            mean is the same up to rounding; the median becomes approximate, and the views are run
+            in the order of :func:`srt_ext.views.spread` (:class:`srt_ext.RunningMedian`).
         view_batch: views in one forward of the model; times the batch, they bound its memory.
         patch: (Ph, Pw), pixels per token, or one for both.
         prefix: tokens in front that are no patches.
@@ -51,9 +65,10 @@ class SRT(torch.nn.Module):
     :class:`SRTOutput`. Sizes that are no multiple of the patch are padded by repeating the last row
     and column, and cropped back. No gradients are kept. Put the model in eval mode first.
 
-    Memory, beside what the model needs for one batch of views: the output, and the tokens of all
-    views. Where those would outgrow the output they are summed in parts, in float32: three times
-    the output, or the tokens of one batch if they are more, however many views there are.
+    Memory, beside what the model needs for one batch of views: the output and the tokens of all
+    views. A mean whose tokens would outgrow the output is aggregated in parts, in float32: twice
+    the output, or the output and the tokens of one batch if they are more, however many views
+    there are. With ``streaming``: the output in float32 for a mean, 8 times that for a median.
 
     Raises:
         TypeError, ValueError: as the ops, and for tokens whose number does not fit the picture.
@@ -71,8 +86,10 @@ class SRT(torch.nn.Module):
         model: Callable[[torch.Tensor], torch.Tensor],
         views: torch.Tensor | str = "grid:3",
         *,
+        reduce: str = "mean",
         stride: int | tuple[int, int] = 1,
         view_batch: int = 8,
+        streaming: bool = False,
         patch: int | tuple[int, int] | None = None,
         prefix: int | None = None,
         upsample: str = "bilinear",
@@ -93,10 +110,12 @@ class SRT(torch.nn.Module):
         self.views = views.detach().cpu()
         self.stride = check_pair("SRT", "stride", stride)
         self.view_batch = check_count("SRT", "view_batch", view_batch, 1)
+        check_word("SRT", "reduce", reduce, REDUCES)
         check_word("SRT", "upsample", upsample, UPSAMPLES)
         check_word("SRT", "border", border, BORDERS)
         check_word("SRT", "padding", padding, PADDINGS)
         check_word("SRT", "interpolation", interpolation, INTERPOLATIONS)
+        self.reduce, self.streaming = reduce, streaming
         self.upsample, self.border = upsample, border
         self.padding, self.interpolation = padding, interpolation
 
@@ -131,6 +150,24 @@ class SRT(torch.nn.Module):
         self, images: torch.Tensor, progress: Callable[[int], object] | None = None
     ) -> SRTOutput:
         """images [B, 3, H, W] -> :class:`SRTOutput`; ``progress`` is told the views done."""
+        (field,), prefix = self._aggregate(images, self.reduce, progress)
+        return SRTOutput(field, prefix)
+
+    @torch.no_grad()
+    def moments(
+        self, images: torch.Tensor, progress: Callable[[int], object] | None = None
+    ) -> SRTMoments:
+        """images [B, 3, H, W] -> mean and variance over the views, whatever ``reduce`` is.
+
+        The root of the variance, its norm over the channels, is the noise map of the paper.
+        """
+        (mean, var), prefix = self._aggregate(images, "moments", progress)
+        return SRTMoments(mean, var, prefix)
+
+    def _aggregate(
+        self, images: torch.Tensor, reduce: str, progress: Callable[[int], object] | None
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+        """The fields, cropped to the picture, and the mean of the prefix tokens."""
         check_tensor("SRT", "images", images)
         if images.dim() != 4:
             raise ValueError(f"SRT: images must be [B, 3, H, W]; got {list(images.shape)}")
@@ -143,78 +180,66 @@ class SRT(torch.nn.Module):
                 f"got {list(stride)}"
             )
         grid = (size[0] // patch[0], size[1] // patch[1])
-        cells = (size[0] // stride[0]) * (size[1] // stride[1])
-        total = len(self.views)
-        # As many views as have the tokens of one output, in whole batches.
-        batches = max(1, cells // (grid[0] * grid[1]) // self.view_batch)
-        part = min(total, batches * self.view_batch)
+        count, cells = grid[0] * grid[1], (size[0] // stride[0]) * (size[1] // stride[1])
+        settings: dict[str, Any] = {
+            "upsample": self.upsample,
+            "border": self.border,
+            "stride": stride,
+        }
+        running = _RUNNING[reduce](grid, patch, **settings)
+        offsets = self.views
+        if self.streaming and reduce == "median":
+            offsets = designs.spread(offsets)
 
-        # Means of parts add up, by their share of the views, where every view counts in every cell:
-        # under clamp and zeros. The mean under coverage is the one under zeros over the share of
-        # views that cover the cell.
-        part_border = "zeros" if self.border == "coverage" else self.border
-        held = field = part_mean = prefix = None
+        # Views whose tokens are held until they are aggregated: of a median all, otherwise as many
+        # as have the tokens of one output, in whole batches.
+        total = len(offsets)
+        part = self.view_batch
+        if not self.streaming:
+            batches = max(1, cells // count // self.view_batch)
+            part = total if reduce == "median" else min(total, batches * self.view_batch)
+        held = prefix = None
+        fields: tuple[torch.Tensor, ...] = ()
         for begin in range(0, total, self.view_batch):
             end = min(total, begin + self.view_batch)
             views = shift(
-                padded,
-                self.views[begin:end],
-                padding=self.padding,
-                interpolation=self.interpolation,
+                padded, offsets[begin:end], padding=self.padding, interpolation=self.interpolation
             )
-            tokens = self._tokens(views, grid[0] * grid[1])
+            tokens = self._tokens(views, count)
             if self.backbone.prefix:
                 sums = torch.promote_types(tokens.dtype, torch.float32)
                 prefix_sum = tokens[:, :, : self.backbone.prefix].to(sums).sum(0)
                 prefix = prefix_sum if prefix is None else prefix + prefix_sum
-            dtype = tokens.dtype
-            if held is None:
-                sums = dtype if part == total else torch.promote_types(dtype, torch.float32)
-                shape = (part, len(images), grid[0] * grid[1], tokens.shape[-1])
-                held = tokens.new_empty(shape, dtype=sums)
+            dtype, patches = tokens.dtype, tokens[:, :, self.backbone.prefix :]
             first = begin - begin % part
-            held[begin - first : end - first] = tokens[:, :, self.backbone.prefix :]
+            if part > self.view_batch:
+                if held is None:
+                    held = patches.new_empty(part, *patches.shape[1:])
+                held[begin - first : end - first] = patches
+                patches = held[: end - first]
+            elif patches.stride(3) != 1:
+                patches = patches.contiguous()
             if end - first == part or end == total:
-                offsets = self.views[first:end]
-                share = len(offsets) / total
-                if part == total:
-                    field = self._ensemble(held, offsets, grid, self.border)
-                elif field is None:
-                    field = self._ensemble(held, offsets, grid, part_border).mul_(share)
+                chunk = (patches, offsets[first:end])
+                if part >= total and not self.streaming:
+                    fields = self._all_at_once(reduce, *chunk, grid, patch, **settings)
                 else:
-                    part_mean = torch.empty_like(field) if part_mean is None else part_mean
-                    rest = held[: end - first]
-                    field.add_(
-                        self._ensemble(rest, offsets, grid, part_border, part_mean), alpha=share
-                    )
+                    running.update(*chunk)
             if progress is not None:
                 progress(end)
 
-        assert field is not None
-        del held, part_mean
-        if part < total and self.border == "coverage":
-            ones = field.new_ones(()).expand(total, 1, grid[0] * grid[1], 1)
-            covered = self._ensemble(ones, self.views, grid, "zeros")
-            field /= covered.clamp(min=torch.finfo(field.dtype).tiny)  # 0 / tiny where none covers
+        del held, patches, chunk
+        if not fields:
+            fields = running.fields()
         height, width = (-(-images.shape[2 + i] // stride[i]) for i in range(2))
         mean_prefix = None if prefix is None else (prefix / total).to(dtype)
-        return SRTOutput(field.to(dtype)[:, :, :height, :width], mean_prefix)
+        return tuple(field[:, :, :height, :width] for field in fields), mean_prefix
 
-    def _ensemble(
-        self,
-        tokens: torch.Tensor,
-        offsets: torch.Tensor,
-        grid: tuple[int, int],
-        border: str,
-        out: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        return ensemble(
-            tokens,
-            offsets,
-            grid,
-            self.backbone.patch,
-            upsample=self.upsample,
-            border=border,
-            stride=self.stride,
-            out=out,
-        )
+    @staticmethod
+    def _all_at_once(reduce: str, *args: Any, **settings: Any) -> tuple[torch.Tensor, ...]:
+        if reduce == "moments":
+            return ensemble_moments(*args, **settings)
+        return (ensemble(*args, reduce=reduce, **settings),)
+
+
+_RUNNING = {"mean": RunningMean, "median": RunningMedian, "moments": RunningMoments}

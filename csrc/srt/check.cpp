@@ -26,9 +26,9 @@ bool product_overflows(std::initializer_list<int64_t> sizes) {
   return false;
 }
 
-void check_pair(const char* name, const std::vector<int64_t>& pair) {
+void check_pair(const char* op, const char* name, const std::vector<int64_t>& pair) {
   if (pair.size() != 2 || pair[0] < 1 || pair[1] < 1)
-    fail("ensemble", std::string(name) + " must be two integers >= 1, (y, x)", format_shape(pair));
+    fail(op, std::string(name) + " must be two integers >= 1, (y, x)", format_shape(pair));
 }
 
 template <class Mode, size_t N>
@@ -51,11 +51,10 @@ std::string format_shape(const std::vector<int64_t>& shape) {
   return text + "]";
 }
 
-Field check_ensemble(const std::vector<int64_t>& tokens, const std::vector<int64_t>& offsets,
-                     const std::vector<int64_t>& grid, const std::vector<int64_t>& patch,
-                     const std::vector<int64_t>* weights, const std::vector<int64_t>& stride,
-                     int64_t element_size) {
-  const char* op = "ensemble";
+Field check_ensemble(const char* op, const std::vector<int64_t>& tokens,
+                     const std::vector<int64_t>& offsets, const std::vector<int64_t>& grid,
+                     const std::vector<int64_t>& patch, const std::vector<int64_t>* weights,
+                     const std::vector<int64_t>& stride, int64_t element_size) {
   if (tokens.size() != 4)
     fail(op, "tokens must have 4 dimensions, [V, B, N, C]", format_shape(tokens));
   if (tokens[0] < 1) fail(op, "tokens must hold at least one view", format_shape(tokens));
@@ -63,9 +62,9 @@ Field check_ensemble(const std::vector<int64_t>& tokens, const std::vector<int64
     fail(op, "offsets must be [V, 2] with V = " + std::to_string(tokens[0]), format_shape(offsets));
   if (weights && (weights->size() != 1 || (*weights)[0] != tokens[0]))
     fail(op, "weights must be [V] with V = " + std::to_string(tokens[0]), format_shape(*weights));
-  check_pair("grid", grid);
-  check_pair("patch", patch);
-  check_pair("stride", stride);
+  check_pair(op, "grid", grid);
+  check_pair(op, "patch", patch);
+  check_pair(op, "stride", stride);
   Field field{};
   for (int i = 0; i < 2; ++i) {
     if (grid[i] > kMaxPixels / patch[i])
@@ -105,16 +104,17 @@ void check_shift(const std::vector<int64_t>& image, const std::vector<int64_t>& 
          format_shape({offsets[0], image[0], image[1], image[2], image[3]}));
 }
 
-void check_reduce(std::string_view word) {
-  if (word == "median") fail("ensemble", "reduce must be 'mean' in this version", "'median'");
-  enum class Reduce { mean, median };
-  parse<Reduce>("ensemble", "reduce", word, {"mean", "median"});
+Reduce parse_reduce(std::string_view word, bool weighted) {
+  const Reduce reduce = parse<Reduce>("ensemble", "reduce", word, {"mean", "median"});
+  if (reduce == Reduce::median && weighted)
+    fail("ensemble", "weights must be None where reduce is 'median'", "weights");
+  return reduce;
 }
-Upsample parse_upsample(std::string_view word) {
-  return parse<Upsample>("ensemble", "upsample", word, {"nearest", "bilinear"});
+Upsample parse_upsample(const char* op, std::string_view word) {
+  return parse<Upsample>(op, "upsample", word, {"nearest", "bilinear"});
 }
-Border parse_border(std::string_view word) {
-  return parse<Border>("ensemble", "border", word, {"coverage", "zeros", "clamp"});
+Border parse_border(const char* op, std::string_view word) {
+  return parse<Border>(op, "border", word, {"coverage", "zeros", "clamp"});
 }
 Padding parse_padding(std::string_view word) {
   return parse<Padding>("shift", "padding", word, {"zeros", "border", "reflect", "circular"});
@@ -133,19 +133,22 @@ void check_offsets(const char* op, const double* offsets, int64_t count) {
   }
 }
 
-void check_weights(const double* weights, int64_t count) {
-  const auto at = [](int64_t i) { return " at [" + std::to_string(i) + "]"; };
+void check_weights(const char* op, const double* weights, int64_t count, bool stream) {
+  const auto got = [&](int64_t i) {
+    return format_number(weights[i]) + " at [" + std::to_string(i) + "]";
+  };
   double largest = 0;
   for (int64_t i = 0; i < count; ++i) {
     if (!(weights[i] >= 0) || std::isinf(weights[i]))
-      fail("ensemble", "weights must be finite and >= 0", format_number(weights[i]) + at(i));
+      fail(op, "weights must be finite and >= 0", got(i));
+    if (stream && weights[i] != 0 && !(weights[i] >= 0x1p-500 && weights[i] <= 0x1p500))
+      fail(op, "weights must be 0 or between 2^-500 and 2^500", got(i));
     largest = std::max(largest, weights[i]);
   }
   // Smaller ones would vanish beside the others in float32, but still count as coverage.
   for (int64_t i = 0; i < count; ++i) {
     if (weights[i] != 0 && weights[i] < largest * 0x1p-80)
-      fail("ensemble", "weights must be 0 or at least 2^-80 of the largest",
-           format_number(weights[i]) + at(i));
+      fail(op, "weights must be 0 or at least 2^-80 of the largest", got(i));
   }
 }
 

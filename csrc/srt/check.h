@@ -21,24 +21,27 @@ struct Field {
   int64_t cells[2];                      // H', W'
 };
 
-// tokens [V, B, N, C]; the lists have whatever length the caller passed.
-Field check_ensemble(const std::vector<int64_t>& tokens, const std::vector<int64_t>& offsets,
-                     const std::vector<int64_t>& grid, const std::vector<int64_t>& patch,
-                     const std::vector<int64_t>* weights, const std::vector<int64_t>& stride,
-                     int64_t element_size);
+// tokens [V, B, N, C]; the lists have whatever length the caller passed. `op` names the operator in
+// messages.
+Field check_ensemble(const char* op, const std::vector<int64_t>& tokens,
+                     const std::vector<int64_t>& offsets, const std::vector<int64_t>& grid,
+                     const std::vector<int64_t>& patch, const std::vector<int64_t>* weights,
+                     const std::vector<int64_t>& stride, int64_t element_size);
 // image [B, C, H, W], offsets [V, 2].
 void check_shift(const std::vector<int64_t>& image, const std::vector<int64_t>& offsets,
                  int64_t element_size);
 
-void check_reduce(std::string_view word);
-Upsample parse_upsample(std::string_view word);
-Border parse_border(std::string_view word);
+// For ensemble: the mean, or the median, which takes no weights.
+Reduce parse_reduce(std::string_view word, bool weighted);
+Upsample parse_upsample(const char* op, std::string_view word);
+Border parse_border(const char* op, std::string_view word);
 Padding parse_padding(std::string_view word);
 Interpolation parse_interpolation(std::string_view word);
 
-// By value, for arguments on the host. `op` names the operator in the message.
+// By value, for arguments on the host.
 void check_offsets(const char* op, const double* offsets, int64_t count);
-void check_weights(const double* weights, int64_t count);
+// Of one call only the ratios matter; those of a stream are added up over its chunks.
+void check_weights(const char* op, const double* weights, int64_t count, bool stream);
 
 std::string format_shape(const std::vector<int64_t>& shape);
 

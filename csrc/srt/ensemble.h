@@ -1,11 +1,18 @@
-// ensemble: the tokens of shifted views, moved back into the frame of the picture and averaged.
+// ensemble: the tokens of shifted views, moved back into the frame of the picture and aggregated,
+// in one call or in chunks of views that arrive one after the other.
 #pragma once
 #include "types.h"
 
 namespace srt {
 
+// The lower median of a stream, in 8 numbers an element: the kWindow values around the median, in
+// order, then the place of the median among them. See cpu/window.h.
+constexpr int kWindow = 7;
+constexpr int kWindowPlanes = kWindow + 1;
+
 struct EnsembleArgs {
-  DType dtype;         // of tokens and out: f32, f16, bf16 or f64
+  Reduce reduce;
+  DType dtype;         // of tokens: f32, f16, bf16 or f64
   const void* tokens;  // [V, B, h*w, C], channels dense
   int64_t views, batch, channels;
   int64_t token_strides[3];  // of V, B and h*w, in elements
@@ -16,11 +23,18 @@ struct EnsembleArgs {
   int64_t stride[2];         // (sh, sw), pixels per output cell
   Upsample upsample;
   Border border;
-  void* out;               // [B, C, h*Ph/sh, w*Pw/sw]
+  void* out;               // [B, C, h*Ph/sh, w*Pw/sw]: the mean or median
   int64_t out_strides[4];  // in elements; no two elements share a place
+  void* variance;          // as `out`; of moments only
+  // Null for one call over all views. Otherwise the tokens are the next chunk of a stream: `out`
+  // and `variance` are its state so far, in float32 (float64 for float64 tokens), and `seen` is the
+  // weight that each cell has got, for the median the number of views. Where `seen` is 0 the state
+  // is not read. The state of a median is kWindowPlanes planes as `out`, `plane_stride` apart.
+  double* seen;  // [h*Ph/sh, w*Pw/sw], dense
+  int64_t plane_stride;
 };
 
-// Weighted mean over the views. Throws std::bad_alloc before anything is written.
-void ensemble_mean_cpu(const EnsembleArgs& args, const Parallel& parallel);
+// Throws std::bad_alloc before anything is written.
+void ensemble_cpu(const EnsembleArgs& args, const Parallel& parallel);
 
 }  // namespace srt

@@ -4,7 +4,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include "ensemble.h"
+#include "ops.h"
 #include "shift.h"
 
 namespace srt::glue {
@@ -40,34 +40,17 @@ Tensor shift(const Tensor& image, const Tensor& offsets, const std::string& padd
   return out;
 }
 
-void run(EnsembleCall& call, const Tensor& tokens, const Tensor& out) {
-  const torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
-  call.set_out(out);
+void run(EnsembleCall& call) {
+  if (call.args.reduce != Reduce::mean || call.args.seen)
+    throw Error("srt::" + std::string(call.op) +
+                ": on CUDA only the mean of one call is there in this version");
+  const torch::stable::accelerator::DeviceGuard guard(call.tokens.get_device_index());
   const ViewNumbers offsets = pointers(call.offsets);
   const ViewNumbers weights = call.weights ? pointers(*call.weights) : ViewNumbers{};
   const Tensor workspace =
-      new_workspace(ensemble_mean_cuda_workspace(call.args, offsets, weights), tokens);
+      new_workspace(ensemble_mean_cuda_workspace(call.args, offsets, weights), call.tokens);
   ensemble_mean_cuda(call.args, offsets, weights, workspace.mutable_data_ptr(),
-                     current_stream(tokens));
-}
-
-Tensor ensemble(const Tensor& tokens, const Tensor& offsets, const std::vector<int64_t>& grid,
-                const std::vector<int64_t>& patch, const std::optional<Tensor>& weights,
-                const std::string& reduce, const std::string& upsample, const std::string& border,
-                const std::vector<int64_t>& stride) {
-  EnsembleCall call(tokens, offsets, grid, patch, weights, reduce, upsample, border, stride);
-  const Tensor out = call.new_out(tokens);
-  run(call, tokens, out);
-  return out;
-}
-
-void ensemble_out(const Tensor& tokens, const Tensor& offsets, const std::vector<int64_t>& grid,
-                  const std::vector<int64_t>& patch, const std::optional<Tensor>& weights,
-                  const std::string& reduce, const std::string& upsample, const std::string& border,
-                  const std::vector<int64_t>& stride, const Tensor& out) {
-  EnsembleCall call(tokens, offsets, grid, patch, weights, reduce, upsample, border, stride);
-  call.check_out(out, tokens);
-  run(call, tokens, out);
+                     current_stream(call.tokens));
 }
 
 }  // namespace
@@ -75,6 +58,5 @@ void ensemble_out(const Tensor& tokens, const Tensor& offsets, const std::vector
 
 STABLE_TORCH_LIBRARY_IMPL(srt, CUDA, m) {
   m.impl("shift", TORCH_BOX(&srt::glue::shift));
-  m.impl("ensemble", TORCH_BOX(&srt::glue::ensemble));
-  m.impl("ensemble.out", TORCH_BOX(&srt::glue::ensemble_out));
+  SRT_IMPLEMENT_ENSEMBLE(m, srt::glue::EnsembleOps<&srt::glue::run>);
 }

@@ -6,8 +6,8 @@
 namespace srt::glue {
 namespace {
 
-[[noreturn]] void fail(const std::string& rule, const std::string& got) {
-  throw Error("srt::ensemble: " + rule + "; got " + got);
+[[noreturn]] void fail(const char* op, const std::string& rule, const std::string& got) {
+  throw Error("srt::" + std::string(op) + ": " + rule + "; got " + got);
 }
 
 // Address range [begin, end) of a tensor's elements.
@@ -21,35 +21,43 @@ std::pair<const char*, const char*> extent(const Tensor& tensor) {
   return {begin, begin + (last + 1) * static_cast<int64_t>(tensor.element_size())};
 }
 
+std::string format_strides(const Tensor& tensor) {
+  std::vector<int64_t> strides;
+  for (int64_t d = 0; d < tensor.dim(); ++d) strides.push_back(tensor.stride(d));
+  return "strides " + format_shape(strides);
+}
+
+bool share_memory(const Tensor& a, const Tensor& b) {
+  const auto x = extent(a), y = extent(b);
+  return x.first < y.second && y.first < x.second;
+}
+
 }  // namespace
 
-EnsembleCall::EnsembleCall(const Tensor& tokens, const Tensor& offsets_tensor,
-                           const std::vector<int64_t>& grid, const std::vector<int64_t>& patch,
-                           const std::optional<Tensor>& weights_tensor, const std::string& reduce,
-                           const std::string& upsample, const std::string& border,
-                           const std::vector<int64_t>& stride) {
-  args.dtype = element_type("ensemble", "tokens", tokens, /*allow_uint8=*/false);
+EnsembleCall::EnsembleCall(const char* name, const ViewArguments& given, Reduce reduce, bool stream)
+    : op(name), tokens(given.tokens) {
+  args.reduce = reduce;
+  args.dtype = element_type(op, "tokens", tokens, /*allow_uint8=*/false);
   const std::vector<int64_t> shape = shape_of(tokens);
   std::vector<int64_t> weights_shape;
-  if (weights_tensor) weights_shape = shape_of(*weights_tensor);
-  const Field field = check_ensemble(shape, shape_of(offsets_tensor), grid, patch,
-                                     weights_tensor ? &weights_shape : nullptr, stride,
+  if (given.weights) weights_shape = shape_of(*given.weights);
+  const Field field = check_ensemble(op, shape, shape_of(given.offsets), given.grid, given.patch,
+                                     given.weights ? &weights_shape : nullptr, given.stride,
                                      static_cast<int64_t>(tokens.element_size()));
   if (tokens.stride(3) != 1 && shape[3] > 1)
-    fail("tokens must be dense in the last dimension",
+    fail(op, "tokens must be dense in the last dimension",
          "stride " + std::to_string(tokens.stride(3)));
-  check_reduce(reduce);
-  args.upsample = parse_upsample(upsample);
-  args.border = parse_border(border);
-  offsets = view_numbers("ensemble", "offsets", offsets_tensor, tokens);
+  args.upsample = parse_upsample(op, given.upsample);
+  args.border = parse_border(op, given.border);
+  offsets = view_numbers(op, "offsets", given.offsets, tokens);
   if (!offsets.device) {
-    check_offsets("ensemble", offsets.host.data(), static_cast<int64_t>(offsets.host.size()));
+    check_offsets(op, offsets.host.data(), static_cast<int64_t>(offsets.host.size()));
     args.offsets = offsets.host.data();
   }
-  if (weights_tensor) {
-    weights = view_numbers("ensemble", "weights", *weights_tensor, tokens);
+  if (given.weights) {
+    weights = view_numbers(op, "weights", *given.weights, tokens);
     if (!weights->device) {
-      check_weights(weights->host.data(), static_cast<int64_t>(weights->host.size()));
+      check_weights(op, weights->host.data(), static_cast<int64_t>(weights->host.size()), stream);
       args.weights = weights->host.data();
     }
   }
@@ -64,7 +72,7 @@ EnsembleCall::EnsembleCall(const Tensor& tokens, const Tensor& offsets_tensor,
   out_shape = {args.batch, args.channels, field.cells[0], field.cells[1]};
 }
 
-Tensor EnsembleCall::new_out(const Tensor& tokens) const {
+Tensor EnsembleCall::new_out() const {
   const int64_t channels = out_shape[1], height = out_shape[2], width = out_shape[3];
   const std::vector<int64_t> strides{height * width * channels, 1, width * channels, channels};
   return empty_strided(out_shape, strides, tokens.scalar_type(), tokens);
@@ -75,29 +83,81 @@ void EnsembleCall::set_out(const Tensor& out) {
   for (int d = 0; d < 4; ++d) args.out_strides[d] = out.stride(d);
 }
 
-void EnsembleCall::check_out(const Tensor& out, const Tensor& tokens) const {
-  if (out.scalar_type() != tokens.scalar_type())
-    fail("out must have the dtype of tokens, " + dtype_name(tokens.scalar_type()),
-         dtype_name(out.scalar_type()));
-  if (!same_device(out, tokens)) fail("out must be on the device of tokens", "another device");
-  if (shape_of(out) != out_shape)
-    fail("out must be " + format_shape(out_shape), format_shape(shape_of(out)));
-  if (out.numel() == 0) return;
+void EnsembleCall::set_variance(const Tensor& variance) {
+  args.variance = variance.mutable_data_ptr();
+}
+
+void EnsembleCall::check_written(const char* name, const Tensor& tensor,
+                                 const std::vector<int64_t>& shape, ScalarType dtype,
+                                 const std::string& dtype_rule) const {
+  const std::string subject = name;
+  if (tensor.scalar_type() != dtype)
+    fail(op, subject + " must " + dtype_rule, dtype_name(tensor.scalar_type()));
+  if (!same_device(tensor, tokens))
+    fail(op, subject + " must be on the device of tokens", "another device");
+  if (shape_of(tensor) != shape)
+    fail(op, subject + " must be " + format_shape(shape), format_shape(shape_of(tensor)));
+  if (tensor.numel() == 0) return;
   // Sufficient, and true of every view that slicing and permuting make.
   std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
-  for (int64_t d = 0; d < 4; ++d)
-    if (out.size(d) > 1) dims.emplace_back(out.stride(d), out.size(d));
+  for (int64_t d = 0; d < tensor.dim(); ++d)
+    if (tensor.size(d) > 1) dims.emplace_back(tensor.stride(d), tensor.size(d));
   std::sort(dims.begin(), dims.end());
   int64_t span = 1;
   for (const auto& [stride, size] : dims) {
     if (stride < span)
-      fail("out must not overlap itself (each stride must step over what the smaller ones span)",
-           "strides " + format_shape({out.stride(0), out.stride(1), out.stride(2), out.stride(3)}));
+      fail(op,
+           subject +
+               " must not overlap itself (each stride must step over what the smaller ones "
+               "span)",
+           format_strides(tensor));
     span += (size - 1) * stride;
   }
-  const auto a = extent(out), b = extent(tokens);
-  if (a.first < b.second && b.first < a.second)
-    fail("out must not share memory with tokens", "a view of the same memory");
+  if (share_memory(tensor, tokens))
+    fail(op, subject + " must not share memory with tokens", "a view of the same memory");
+}
+
+void EnsembleCall::check_out(const Tensor& out) const {
+  check_written("out", out, out_shape, tokens.scalar_type(),
+                "have the dtype of tokens, " + dtype_name(tokens.scalar_type()));
+}
+
+void EnsembleCall::set_state(const Tensor& field, const Tensor* variance, const Tensor& seen) {
+  const bool median = args.reduce == Reduce::median;
+  const char* const name = median ? "window" : "mean";
+  const char* const seen_name = median ? "count" : "weight";
+  const bool f64 = tokens.scalar_type() == ScalarType::Double;
+  const ScalarType dtype = f64 ? ScalarType::Double : ScalarType::Float;
+  const std::string rule = f64 ? "be float64, as tokens are" : "be float32";
+  std::vector<int64_t> shape = out_shape;
+  if (median) shape.insert(shape.begin(), kWindowPlanes);
+  check_written(name, field, shape, dtype, rule);
+  check_written(seen_name, seen, {out_shape[2], out_shape[3]}, ScalarType::Double, "be float64");
+  if (!seen.is_contiguous())
+    fail(op, std::string(seen_name) + " must be contiguous", format_strides(seen));
+  std::vector<std::pair<const char*, const Tensor*>> state{{name, &field}};
+  if (variance) {
+    check_written("var", *variance, shape, dtype, rule);
+    for (int64_t d = 0; d < 4; ++d) {
+      if (shape[static_cast<size_t>(d)] > 1 && variance->stride(d) != field.stride(d))
+        fail(op, "var must have the strides of mean", format_strides(*variance));
+    }
+    state.emplace_back("var", variance);
+    set_variance(*variance);
+  }
+  state.emplace_back(seen_name, &seen);
+  for (size_t i = 0; i < state.size(); ++i) {
+    for (size_t j = 0; j < i; ++j) {
+      if (share_memory(*state[i].second, *state[j].second))
+        fail(op, std::string(state[j].first) + " and " + state[i].first + " must not share memory",
+             "views of the same memory");
+    }
+  }
+  args.out = field.mutable_data_ptr();
+  const int64_t first = median ? 1 : 0;
+  for (int64_t d = 0; d < 4; ++d) args.out_strides[d] = field.stride(first + d);
+  if (median) args.plane_stride = field.stride(0);
+  args.seen = static_cast<double*>(seen.mutable_data_ptr());
 }
 
 }  // namespace srt::glue

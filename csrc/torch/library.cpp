@@ -16,20 +16,28 @@ void force_cpu_kernels(const std::string& name) {
 }  // namespace
 }  // namespace srt::glue
 
+#define SRT_VIEWS "Tensor tokens, Tensor offsets, int[2] grid, int[2] patch"
+#define SRT_MODES "str upsample=\"bilinear\", str border=\"coverage\", int[2] stride=1"
+
 // A promise: extended only with defaulted keyword arguments that are no tensors.
 STABLE_TORCH_LIBRARY(srt, m) {
   m.def(
       "shift(Tensor image, Tensor offsets, *, str padding=\"reflect\", "
       "str interpolation=\"bilinear\") -> Tensor");
-  m.def(
-      "ensemble(Tensor tokens, Tensor offsets, int[2] grid, int[2] patch, Tensor? weights=None, *, "
-      "str reduce=\"mean\", str upsample=\"bilinear\", str border=\"coverage\", int[2] stride=1) "
-      "-> Tensor");
-  m.def(
-      "ensemble.out(Tensor tokens, Tensor offsets, int[2] grid, int[2] patch, Tensor? "
-      "weights=None, "
-      "*, str reduce=\"mean\", str upsample=\"bilinear\", str border=\"coverage\", "
-      "int[2] stride=1, Tensor(a!) out) -> ()");
+  m.def("ensemble(" SRT_VIEWS ", Tensor? weights=None, *, str reduce=\"mean\", " SRT_MODES
+        ") -> Tensor");
+  m.def("ensemble.out(" SRT_VIEWS ", Tensor? weights=None, *, str reduce=\"mean\", " SRT_MODES
+        ", Tensor(a!) out) -> ()");
+  m.def("ensemble_moments(" SRT_VIEWS ", Tensor? weights=None, *, " SRT_MODES
+        ") "
+        "-> (Tensor mean, Tensor var)");
+  // The state of a stream; srt_ext/streaming.py makes it.
+  m.def("accumulate_mean_(Tensor(a!) mean, Tensor(b!) weight, " SRT_VIEWS
+        ", Tensor? weights=None, *, " SRT_MODES ") -> ()");
+  m.def("accumulate_moments_(Tensor(a!) mean, Tensor(b!) var, Tensor(c!) weight, " SRT_VIEWS
+        ", Tensor? weights=None, *, " SRT_MODES ") -> ()");
+  m.def("accumulate_median_(Tensor(a!) window, Tensor(b!) count, " SRT_VIEWS ", *, " SRT_MODES
+        ") -> ()");
   m.def("_cpu_kernels() -> str");
   m.def("_available_cpu_kernels() -> str");
   m.def("_force_cpu_kernels(str name) -> ()");

@@ -1,14 +1,25 @@
 // Compiled once for each instruction set; SRT_ISA names it (CMakeLists.txt has the flags).
 #include "inner.h"
 
+#include "values.h"
+
 namespace srt::cpu {
 
 #define SRT_STRING_(x) #x
 #define SRT_STRING(x) SRT_STRING_(x)
 
-const Kernels SRT_ISA = {SRT_STRING(SRT_ISA), kBlockBytes,           mean<float, float>,
-                         mean<Half, float>,   mean<BFloat16, float>, mean<double, double>,
-                         shift<float>,        shift<Half>,           shift<BFloat16>,
-                         shift<double>,       shift<uint8_t>};
+namespace {
+template <class T, class Acc = typename AccumulatorOf<T>::type>
+constexpr EnsembleKernels<Acc> kEnsemble = {mean<T, T>,
+                                            mean<T, Acc>,
+                                            reduce_values<T, Median<T, Acc>>,
+                                            reduce_values<T, Moments<T, Acc>>,
+                                            reduce_values<T, StreamMedian<Acc>>,
+                                            reduce_values<T, StreamMoments<Acc>>};
+}  // namespace
+
+const Kernels SRT_ISA = {SRT_STRING(SRT_ISA), kBlockBytes,       kEnsemble<float>, kEnsemble<Half>,
+                         kEnsemble<BFloat16>, kEnsemble<double>, shift<float>,     shift<Half>,
+                         shift<BFloat16>,     shift<double>,     shift<uint8_t>};
 
 }  // namespace srt::cpu

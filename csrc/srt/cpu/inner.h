@@ -26,22 +26,30 @@ void add_block(const T* from, int64_t n, typename AccumulatorOf<T>::type weight,
   }
   for (int v = 0; v < kVectors && v * lanes < n; ++v) {
     const int64_t rest = n - v * lanes;
-    const V value = rest >= lanes ? load(from + v * lanes) : load_part(from + v * lanes, rest);
-    sum[v] += weight * value;
+    sum[v] += weight * load_part(from + v * lanes, 1, rest < lanes ? rest : lanes);
   }
 }
 
-template <class T, class V>
-void store_block(T* to, int64_t stride, int64_t n, const V (&value)[kVectors]) {
+template <int N, class T, class V>
+void store_block(T* to, int64_t stride, int64_t n, const V (&value)[N]) {
   constexpr int lanes = kLanes<typename AccumulatorOf<T>::type>;
-  if (n >= kVectors * lanes && stride == 1) {
+  if (n >= N * lanes && stride == 1) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store(to + v * lanes, value[v]);
+    for (int v = 0; v < N; ++v) store(to + v * lanes, value[v]);
     return;
   }
-  for (int v = 0; v < kVectors && v * lanes < n; ++v) {
+  for (int v = 0; v < N && v * lanes < n; ++v) {
     const int64_t rest = n - v * lanes;
     store_part(to + v * lanes * stride, stride, rest < lanes ? rest : lanes, value[v]);
+  }
+}
+
+template <int N, class T, class V>
+void load_block(const T* from, int64_t stride, int64_t n, V (&value)[N]) {
+  constexpr int lanes = kLanes<typename AccumulatorOf<T>::type>;
+  for (int v = 0; v < N && v * lanes < n; ++v) {
+    const int64_t rest = n - v * lanes;
+    value[v] = load_part(from + v * lanes * stride, stride, rest < lanes ? rest : lanes);
   }
 }
 
@@ -62,11 +70,12 @@ void combine_rows(const TokenRow<Acc>* rows, int64_t row_count, int64_t tokens_x
   }
 }
 
-// One output row: out[x] = inverse[x] * sum over groups and taps of weight * sums[token].
-template <class T, class Acc>
+// One output row: out[x] = inverse[x] * sum over groups and taps of weight * sums[token], and where
+// there is a `keep`, keep[x] * out[x] is added.
+template <class Out, class Acc>
 void filter_row(const GroupFilter<Acc>* filters, int64_t filter_count, int64_t max_taps,
-                const Acc* inverse, int64_t columns, int64_t n, int64_t chunk, T* out,
-                int64_t stride_c, int64_t stride_x) {
+                const Acc* inverse, const Acc* keep, int64_t columns, int64_t n, int64_t chunk,
+                Out* out, int64_t stride_c, int64_t stride_x) {
   constexpr int64_t block = kBlockBytes / sizeof(Acc);
   for (int64_t x = 0; x < columns; ++x) {
     for (int64_t c = 0; c < n; c += block) {
@@ -80,12 +89,19 @@ void filter_row(const GroupFilter<Acc>* filters, int64_t filter_count, int64_t m
       }
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) sum[v] *= inverse[x];
-      store_block(out + x * stride_x + c * stride_c, stride_c, n - c, sum);
+      Out* const cell = out + x * stride_x + c * stride_c;
+      if (keep && keep[x] != 0) {
+        Vec<Acc> before[kVectors] = {};
+        load_block(cell, stride_c, n - c, before);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sum[v] += keep[x] * before[v];
+      }
+      store_block(cell, stride_c, n - c, sum);
     }
   }
 }
 
-template <class T, class Acc>
+template <class T, class Out, class Acc>
 void mean(const MeanPlan<Acc>& plan, int64_t begin, int64_t end, void* scratch) {
   char* base = static_cast<char*>(scratch);
   Acc* sums = reinterpret_cast<Acc*>(base + plan.scratch.sums);
@@ -93,6 +109,7 @@ void mean(const MeanPlan<Acc>& plan, int64_t begin, int64_t end, void* scratch) 
   auto* filters = reinterpret_cast<GroupFilter<Acc>*>(base + plan.scratch.filters);
   double* count = reinterpret_cast<double*>(base + plan.scratch.count);
   Acc* inverse = reinterpret_cast<Acc*>(base + plan.scratch.inverse);
+  Acc* keep = plan.seen ? reinterpret_cast<Acc*>(base + plan.scratch.keep) : nullptr;
   const int64_t chunks = (plan.channels + plan.chunk - 1) / plan.chunk;
   const int64_t bands = (plan.rows + plan.band - 1) / plan.band;
 
@@ -134,12 +151,16 @@ void mean(const MeanPlan<Acc>& plan, int64_t begin, int64_t end, void* scratch) 
         filters[filter_count++] = {plan.x.first + table, plan.x.taps + table,
                                    plan.x.weight + table * plan.x.max_taps, group_sums};
       }
-      for (int64_t x = 0; x < plan.columns; ++x)
-        inverse[x] = count[x] > 0 ? static_cast<Acc>(1 / count[x]) : 0;
-      T* out = static_cast<T*>(plan.out) + b * plan.out_strides[0] + c * plan.out_strides[1] +
-               y * plan.out_strides[2];
-      filter_row<T>(filters, filter_count, plan.x.max_taps, inverse, plan.columns, n, plan.chunk,
-                    out, plan.out_strides[1], plan.out_strides[3]);
+      for (int64_t x = 0; x < plan.columns; ++x) {
+        const double before = plan.seen ? plan.seen[y * plan.columns + x] : 0;
+        const double total = before + plan.scale * count[x];
+        inverse[x] = total > 0 ? static_cast<Acc>(plan.scale / total) : 0;
+        if (keep) keep[x] = total > 0 ? static_cast<Acc>(before / total) : 0;
+      }
+      Out* out = static_cast<Out*>(plan.out) + b * plan.out_strides[0] + c * plan.out_strides[1] +
+                 y * plan.out_strides[2];
+      filter_row(filters, filter_count, plan.x.max_taps, inverse, keep, plan.columns, n, plan.chunk,
+                 out, plan.out_strides[1], plan.out_strides[3]);
     }
   }
 }
@@ -150,7 +171,7 @@ Acc vertical_taps(const TokenRow<Acc>* rows, int row_count, int64_t column) {
   Acc sum = 0;
   if (column >= 0) {
     for (int r = 0; r < row_count; ++r)
-      sum += rows[r].weight * load_part(static_cast<const T*>(rows[r].tokens) + column, 1)[0];
+      sum += rows[r].weight * load_part(static_cast<const T*>(rows[r].tokens) + column, 1, 1)[0];
   }
   return sum;
 }

@@ -5,26 +5,19 @@
 #include "../axis.h"
 #include "../shift.h"
 #include "../types.h"
+#include "../window.h"
 
 namespace srt::cpu {
 
-// The weighted mean of all views. A task is one image, one band of output rows and one chunk of
-// channels. Views are sorted by dx; those that share a dx form a group, because the rows of a group
-// can be summed before the horizontal filter is applied, once for all of them.
+// What the kernels of ensemble share. A task is one image, one band of output rows and one chunk of
+// channels. Views are sorted by dx; those that share a dx form a group, which shares a row of the x
+// table.
 template <class Acc>
-struct MeanPlan {
+struct ViewsPlan {
   struct View {
     int64_t index;  // in tokens
     int64_t dy;     // its row of the y table
-    Acc weight;     // > 0
-  };
-  struct Scratch {    // byte offsets into a worker's scratch
-    int64_t sums;     // Acc [groups, tokens_x, chunk]: the combined rows of each group
-    int64_t rows;     // the token rows that one group combines
-    int64_t filters;  // the groups that reach this output row
-    int64_t count;    // double [columns]
-    int64_t inverse;  // Acc [columns]
-    int64_t bytes;    // in all
+    Acc weight;     // > 0, at most 1
   };
   const void* tokens;        // [V, B, h*w, C]
   int64_t token_strides[3];  // of V, B and h*w, in elements
@@ -38,12 +31,53 @@ struct MeanPlan {
   const View* views;           // the views of weight > 0
   int64_t band;                // output rows of a task
   int64_t chunk;               // channels of a task, whole blocks
-  Scratch scratch;
-  void* out;               // [B, C, H', W']
-  int64_t out_strides[4];  // in elements
+  void* out;                   // [B, C, H', W']
+  int64_t out_strides[4];      // in elements
+  // Of a stream; null for one call over all views (ensemble.h).
+  const double* seen;  // [H', W']
+  double scale;        // of the weights of the views, in units of `seen`
 };
 
-// What the scratch of a MeanPlan holds.
+// The weighted mean. The rows of a group can be summed before the horizontal filter is applied,
+// once for all of its views.
+template <class Acc>
+struct MeanPlan : ViewsPlan<Acc> {
+  struct Scratch {    // byte offsets into a worker's scratch
+    int64_t sums;     // Acc [groups, tokens_x, chunk]: the combined rows of each group
+    int64_t rows;     // the token rows that one group combines
+    int64_t filters;  // the groups that reach this output row
+    int64_t count;    // double [columns]
+    int64_t inverse;  // Acc [columns]
+    int64_t keep;     // Acc [columns]
+    int64_t bytes;    // in all
+  };
+  Scratch scratch;
+};
+
+// Reductions that need the value of every view in a cell: the median, the moments. The weights of
+// the tables are divided by the counted pixels of the cell.
+template <class Acc>
+struct ValuePlan : ViewsPlan<Acc> {
+  struct Scratch {
+    int64_t sums;         // Acc [V, tokens_x, chunk]: the combined rows of each view
+    int64_t rows;         // the token rows that one view combines
+    int64_t group_begin;  // int64_t [groups + 1], into the combined rows
+    int64_t row_weight;   // double [V]: of each combined row
+    int64_t values;       // ViewValue [V]
+    int64_t weights;      // double [V]: of the values
+    int64_t shares;       // Acc [V]: of their total
+    int64_t steps;        // WindowStep [V]
+    int64_t buffer;       // Acc [max(V, kLargestNetwork), block]: what a cell selects from
+    int64_t bytes;
+  };
+  // The first cell after those that equal this one in every view: [rows] and [columns].
+  const int32_t *end_y, *end_x;
+  Scratch scratch;
+  void* variance;  // as out
+  int64_t plane_stride;
+};
+
+// What the scratch of the plans holds.
 template <class Acc>
 struct TokenRow {
   const void* tokens;  // [w, C]
@@ -55,6 +89,12 @@ struct GroupFilter {
   const int32_t* taps;   // [columns]
   const Acc* weight;     // [columns, max_taps]
   const Acc* sums;       // [tokens_x, chunk]
+};
+template <class Acc>
+struct ViewValue {
+  const Acc* sums;    // [taps, chunk]
+  const Acc* weight;  // [taps]
+  int64_t taps;
 };
 
 struct ShiftPlan {
@@ -75,11 +115,18 @@ struct ShiftPlan {
 template <class Plan>
 using Kernel = void (*)(const Plan& plan, int64_t begin, int64_t end, void* scratch);
 
+// The kernels of ensemble for tokens of one type. In a stream `out` has the accumulator's type.
+template <class Acc>
+struct EnsembleKernels {
+  Kernel<MeanPlan<Acc>> mean, stream_mean;
+  Kernel<ValuePlan<Acc>> median, moments, stream_median, stream_moments;
+};
+
 struct Kernels {
   const char* name;
   int64_t block_bytes;  // of the sums that stay in registers
-  Kernel<MeanPlan<float>> mean_f32, mean_f16, mean_bf16;
-  Kernel<MeanPlan<double>> mean_f64;
+  EnsembleKernels<float> ensemble_f32, ensemble_f16, ensemble_bf16;
+  EnsembleKernels<double> ensemble_f64;
   // A task is an output row, counted over views and planes; scratch: Acc [width + 3 + 64].
   Kernel<ShiftPlan> shift_f32, shift_f16, shift_bf16, shift_f64, shift_u8;
 };

@@ -136,16 +136,20 @@ inline void store(Half* p, Vec<float> v) {
 }
 #endif
 
-// The first n lanes, n < kLanes; the others read as zero.
+// The first n lanes; the others read as zero.
 template <class T>
-inline auto load_part(const T* p, int64_t n) {
-  T lanes[kLanes<typename AccumulatorOf<T>::type>] = {};
-  for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+inline auto load_part(const T* p, int64_t stride, int64_t n) {
+  constexpr int all = kLanes<typename AccumulatorOf<T>::type>;
+  if (n == all && stride == 1) return load(p);
+  T lanes[all] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = p[i * stride];
   return load(lanes);
 }
 template <class T, class V>
 inline void store_part(T* p, int64_t stride, int64_t n, V v) {
-  T lanes[kLanes<typename AccumulatorOf<T>::type>];
+  constexpr int all = kLanes<typename AccumulatorOf<T>::type>;
+  if (n == all && stride == 1) return store(p, v);
+  T lanes[all];
   store(lanes, v);
   for (int64_t i = 0; i < n; ++i) p[i * stride] = lanes[i];
 }

@@ -65,10 +65,11 @@ struct alignas(kVectorBytes) RowSpan {
 struct AxisPlan {
   Axis axis;
   int64_t cells;
-  uint8_t* breaks;  // [cells], 1 where a cell does not go on as the ones before it
-  Run* runs;        // every cell is in one; none is shorter than 2, but at the end of a segment
-  int32_t* total;   // runs
-  double* count;    // [V, cells], counted pixels
+  bool interpolated;  // cells between the ends of runs; otherwise each is summed
+  uint8_t* breaks;    // [cells], 1 where a cell does not go on as the ones before it
+  Run* runs;          // every cell is in one; none is shorter than 2, but at the end of a segment
+  int32_t* total;     // runs
+  double* count;      // [V, cells], counted pixels
 };
 
 template <class Acc>
@@ -183,7 +184,7 @@ __global__ void __launch_bounds__(kThreads)
     const CellReads here = read_cell(plan.axis, offset, cell);
     plan.count[v * plan.cells + cell] = here.count;
     // A cell of several pixels may read tokens that its neighbour reads, and not be linear.
-    bool breaks = cell == 0 || plan.axis.stride > 1;
+    bool breaks = cell == 0 || plan.axis.stride > 1 || !plan.interpolated;
     if (!breaks) {
       const CellReads before = read_cell(plan.axis, offset, cell - 1);
       breaks = before.first != here.first || before.last != here.last || before.count != here.count;
@@ -655,6 +656,9 @@ MeanPlan<typename AccumulatorOf<T>::type> make_plan(const EnsembleArgs& args,
   plan.channels = args.channels;
   plan.y.axis = {args.grid[0], args.patch[0], args.stride[0], args.upsample, args.border};
   plan.x.axis = {args.grid[1], args.patch[1], args.stride[1], args.upsample, args.border};
+  // In float64 the rounding of the weights at the ends of a run, which grows with the position,
+  // would show in the cells between them.
+  plan.y.interpolated = plan.x.interpolated = sizeof(Acc) < sizeof(double);
   plan.y.cells = plan.y.axis.cells();
   plan.x.cells = plan.x.axis.cells();
   // n ends of runs span n cells, or with runs that are as long as a token n / 2 tokens more; and
@@ -708,7 +712,7 @@ int64_t mean(const EnsembleArgs& args, const ViewNumbers& offsets, const ViewNum
   const auto plan = make_plan<T, kSmall>(args, workspace);
   const int64_t views = args.views;
   const bool weighted = weights.host || weights.device;
-  const bool fits = 3 * views <= kInlineNumbers;
+  const bool fits = (weighted ? 3 : 2) * views <= kInlineNumbers;
   double* uploaded_offsets = offsets.host && !fits ? workspace.take<double>(2 * views) : nullptr;
   double* uploaded_weights = weights.host && !fits ? workspace.take<double>(views) : nullptr;
   if (!base) return workspace.bytes();
@@ -742,13 +746,19 @@ int64_t mean(const EnsembleArgs& args, const ViewNumbers& offsets, const ViewNum
   return workspace.bytes();
 }
 
-// Large tiles read each token less often; they pay where there are enough of them.
+// Large tiles read each token less often; they pay where there are enough of them. Where the
+// offsets lie on the device nobody knows how many runs there are: as many as on a grid, a break a
+// token for each row of the grid.
 template <class T>
 bool fills_device(const EnsembleArgs& args) {
   using Tile = cuda::Tile<T, false>;
-  const int64_t rows = args.grid[0] * args.patch[0] / args.stride[0];
-  const int64_t cells = args.grid[1] * args.patch[1] / args.stride[1];
-  return args.batch * div_up(rows, Tile::rows) * div_up(cells, Tile::cells) *
+  const auto ends = [&](int axis) {
+    const double breaks = std::ceil(std::sqrt(static_cast<double>(args.views)));
+    const int64_t a_token = div_up(args.patch[axis], args.stride[axis]);
+    const int64_t cells = args.grid[axis] * args.patch[axis] / args.stride[axis];
+    return std::min(cells, args.grid[axis] * std::min(a_token, 2 * static_cast<int64_t>(breaks)));
+  };
+  return args.batch * div_up(ends(0), Tile::rows) * div_up(ends(1), Tile::cells) *
              div_up(args.channels, Tile::channels) >=
          kResident * processors();
 }

@@ -1,0 +1,347 @@
+// The reductions that need the value of every view in a cell. Like inner.h, which it extends, it is
+// compiled once for each instruction set; the same rule holds: all of it has internal linkage.
+#pragma once
+#include "../window.h"
+#include "inner.h"
+
+namespace srt::cpu {
+namespace {
+
+// Of channels that are gathered at a time: the values of 49 views and the two tokens that each
+// reads stay in the first-level cache.
+constexpr int kValueVectors = 2;
+
+// Cells [y, y_end) x [x, x_end) that all views give the same values, and n channels of them.
+struct CellRun {
+  int64_t y, y_end, x, x_end;
+  int64_t at;  // of the first channel and cell (0, 0) in the output, in elements
+  int64_t n;
+};
+
+template <class Acc>
+struct CellValues {
+  Acc* value;             // [count, block], and room for kLargestNetwork
+  const Acc* share;       // [count], of their total weight
+  WindowStep<Acc>* step;  // [count], scratch
+  int64_t spread;         // in which steps a stream goes through them
+  int64_t count;
+  double total;  // weight
+  bool finite;   // all values
+};
+
+// Calls cell(offset in the output, number of the cell) for each cell of a run.
+template <class Acc, class Cell>
+void for_cells(const ValuePlan<Acc>& plan, const CellRun& run, Cell&& cell) {
+  for (int64_t y = run.y; y < run.y_end; ++y)
+    for (int64_t x = run.x; x < run.x_end; ++x)
+      cell(run.at + y * plan.out_strides[2] + x * plan.out_strides[3], y * plan.columns + x);
+}
+
+// ---- the median ---------------------------------------------------------------------------------
+
+template <class V>
+struct VectorOrder {
+  static SRT_INLINE V min(V a, V b) { return a < b ? a : b; }
+  static SRT_INLINE V max(V a, V b) { return a > b ? a : b; }
+};
+
+template <class Acc>
+constexpr Acc kInfinity = static_cast<Acc>(__builtin_inf());
+
+template <int N, class Acc>
+__attribute__((noinline)) Vec<Acc> median_by_network(Acc* values, int64_t count, int64_t step) {
+  using V = Vec<Acc>;
+  for (int64_t i = count; i < N; ++i) {
+    const bool low = i - count < low_padding(N, static_cast<int>(count));
+    store(values + i * step, V{} + (low ? -kInfinity<Acc> : kInfinity<Acc>));
+  }
+  V value[N];
+#pragma GCC unroll 64
+  for (int i = 0; i < N; ++i) value[i] = load(values + i * step);
+  return MedianOf<N, VectorOrder<V>, V>::lower(value);
+}
+
+template <class Acc>
+struct KeyOf;
+template <>
+struct KeyOf<float> {
+  typedef int32_t one;
+  typedef int32_t type __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct KeyOf<double> {
+  typedef int64_t one;
+  typedef int64_t type __attribute__((vector_size(kVectorBytes)));
+};
+
+// Any number of values: the bits of the result are found from the top, by counting. A number is
+// ordered as its key, an integer. Overwrites the values.
+template <class Acc>
+__attribute__((noinline)) Vec<Acc> median_by_bits(Acc* values, int64_t count, int64_t step) {
+  using Key = typename KeyOf<Acc>::type;
+  using One = typename KeyOf<Acc>::one;
+  constexpr int bits = 8 * sizeof(One);
+  constexpr One top = One{1} << (bits - 2);  // the highest bit but the sign
+  const auto flip = [](Key bit) { return bit ^ ((bit >> (bits - 1)) & (top - 1 + top)); };
+  for (int64_t i = 0; i < count; ++i)
+    store(values + i * step, bits_as<Vec<Acc>>(flip(read<Key>(values + i * step))));
+  const One rank = static_cast<One>((count - 1) / 2);
+  const auto reach = [&](Key key) {  // whether no more than `rank` keys are below it
+    Key below = {};
+    for (int64_t i = 0; i < count; ++i) below -= read<Key>(values + i * step) < key;
+    return below <= rank;
+  };
+  Key key = reach(Key{}) ? Key{} : Key{} - top - top;
+  for (One bit = top; bit > 0; bit /= 2) key = reach(key | bit) ? key | bit : key;
+  return bits_as<Vec<Acc>>(flip(key));
+}
+
+template <size_t I = 0, class Acc>
+Vec<Acc> lower_median(Acc* values, int64_t count, int64_t step) {
+  if constexpr (I == sizeof(kNetworkSizes) / sizeof(int)) {
+    return median_by_bits(values, count, step);
+  } else {
+    if (count <= kNetworkSizes[I]) return median_by_network<kNetworkSizes[I]>(values, count, step);
+    return lower_median<I + 1>(values, count, step);
+  }
+}
+
+template <class Out, class Acc>
+struct Median {
+  static void reduce(const ValuePlan<Acc>& plan, const CellRun& run,
+                     const CellValues<Acc>& values) {
+    constexpr int lanes = kLanes<Acc>, block = kValueVectors * lanes;
+    Vec<Acc> result[kValueVectors] = {};
+    for (int v = 0; values.count > 0 && v < kValueVectors && v * lanes < run.n; ++v) {
+      Acc* const value = values.value + v * lanes;
+      Vec<Acc> poison = {};
+      for (int64_t i = 0; !values.finite && i < values.count; ++i) {
+        const Vec<Acc> x = load(value + i * block);
+        poison = x != x ? x : poison;
+      }
+      result[v] = lower_median(value, values.count, block);
+      result[v] = poison != poison ? poison : result[v];
+    }
+    Out* const out = static_cast<Out*>(plan.out);
+    for_cells(plan, run, [&](int64_t at, int64_t) {
+      store_block(out + at, plan.out_strides[1], run.n, result);
+    });
+  }
+};
+
+template <class Acc>
+struct StreamMedian {
+  static void reduce(const ValuePlan<Acc>& plan, const CellRun& run,
+                     const CellValues<Acc>& values) {
+    constexpr int lanes = kLanes<Acc>, block = kValueVectors * lanes;
+    const int64_t stride = plan.out_strides[1];
+    for_cells(plan, run, [&](int64_t at, int64_t cell) {
+      const double seen = plan.seen[cell];
+      for (int64_t i = 0; i < values.count; ++i)
+        values.step[i] = WindowStep<Acc>(seen + static_cast<double>(i));
+      for (int v = 0; values.count > 0 && v < kValueVectors && v * lanes < run.n; ++v) {
+        const int64_t n = run.n - v * lanes < lanes ? run.n - v * lanes : lanes;
+        Acc* const state = static_cast<Acc*>(plan.out) + at + v * lanes * stride;
+        Vec<Acc> window[kWindow], place = {};
+        for (int i = 0; i < kWindow; ++i) window[i] = Vec<Acc>{} + kInfinity<Acc>;
+        if (seen > 0) {
+          for (int i = 0; i < kWindow; ++i)
+            window[i] = load_part(state + i * plan.plane_stride, stride, n);
+          place = load_part(state + kWindow * plan.plane_stride, stride, n);
+        }
+        for (int64_t i = 0, at = 0; i < values.count; ++i) {
+          add_to_window(window, place, load(values.value + v * lanes + at * block), values.step[i]);
+          at = at + values.spread < values.count ? at + values.spread
+                                                 : at + values.spread - values.count;
+        }
+        for (int i = 0; i < kWindow; ++i)
+          store_part(state + i * plan.plane_stride, stride, n, window[i]);
+        store_part(state + kWindow * plan.plane_stride, stride, n, place);
+      }
+    });
+  }
+};
+
+// ---- the moments --------------------------------------------------------------------------------
+
+// Of the values of a cell, in two passes over them.
+template <class Acc>
+void moments_of(const CellValues<Acc>& values, Vec<Acc> (&mean)[kValueVectors],
+                Vec<Acc> (&variance)[kValueVectors]) {
+  constexpr int lanes = kLanes<Acc>, block = kValueVectors * lanes;
+  for (int v = 0; v < kValueVectors; ++v) {
+    const Acc* const value = values.value + v * lanes;
+    Vec<Acc> sum = {}, squares = {}, rest = {};
+    for (int64_t i = 0; i < values.count; ++i) sum += values.share[i] * load(value + i * block);
+    for (int64_t i = 0; i < values.count; ++i) {
+      const Vec<Acc> from_mean = load(value + i * block) - sum;
+      const Vec<Acc> part = values.share[i] * from_mean;
+      rest += part;  // what rounding left out of the mean
+      squares += part * from_mean;
+    }
+    squares -= rest * rest;
+    mean[v] = sum;
+    variance[v] = squares < Acc{0} ? Vec<Acc>{} : squares;
+  }
+}
+
+template <class Out, class Acc>
+struct Moments {
+  static void reduce(const ValuePlan<Acc>& plan, const CellRun& run,
+                     const CellValues<Acc>& values) {
+    Vec<Acc> mean[kValueVectors] = {}, variance[kValueVectors] = {};
+    moments_of(values, mean, variance);
+    for_cells(plan, run, [&](int64_t at, int64_t) {
+      store_block(static_cast<Out*>(plan.out) + at, plan.out_strides[1], run.n, mean);
+      store_block(static_cast<Out*>(plan.variance) + at, plan.out_strides[1], run.n, variance);
+    });
+  }
+};
+
+// The state and a chunk are joined as two samples are (Chan, Golub and LeVeque 1979).
+template <class Acc>
+struct StreamMoments {
+  static void reduce(const ValuePlan<Acc>& plan, const CellRun& run,
+                     const CellValues<Acc>& values) {
+    if (values.count == 0) return;
+    Vec<Acc> mean[kValueVectors], variance[kValueVectors];
+    moments_of(values, mean, variance);
+    const int64_t stride = plan.out_strides[1];
+    for_cells(plan, run, [&](int64_t at, int64_t cell) {
+      Acc* const state[] = {static_cast<Acc*>(plan.out) + at,
+                            static_cast<Acc*>(plan.variance) + at};
+      const double seen = plan.seen[cell], chunk = plan.scale * values.total;
+      const Acc keep = static_cast<Acc>(seen / (seen + chunk));
+      const Acc added = static_cast<Acc>(chunk / (seen + chunk));
+      if (keep == 0) {
+        store_block(state[0], stride, run.n, mean);
+        store_block(state[1], stride, run.n, variance);
+        return;
+      }
+      Vec<Acc> old_mean[kValueVectors] = {}, old_variance[kValueVectors] = {};
+      load_block(state[0], stride, run.n, old_mean);
+      load_block(state[1], stride, run.n, old_variance);
+      for (int v = 0; v < kValueVectors; ++v) {
+        const Vec<Acc> apart = mean[v] - old_mean[v];
+        old_mean[v] += added * apart;
+        old_variance[v] =
+            keep * old_variance[v] + added * variance[v] + keep * added * apart * apart;
+      }
+      store_block(state[0], stride, run.n, old_mean);
+      store_block(state[1], stride, run.n, old_variance);
+    });
+  }
+};
+
+// ---- the values ---------------------------------------------------------------------------------
+
+// buffer[i] = the value of view i for one block of channels from `c` on; whether all are finite.
+template <class Acc>
+bool gather(const ViewValue<Acc>* values, int64_t count, int64_t chunk, int64_t c, Acc* buffer) {
+  constexpr int lanes = kLanes<Acc>;
+  constexpr int64_t block = kValueVectors * lanes;
+  Vec<Acc> check = {};
+  for (int64_t i = 0; i < count; ++i) {
+    Vec<Acc> sum[kValueVectors] = {};
+    const Acc* token = values[i].sums + c;
+    for (int64_t k = 0; k < values[i].taps; ++k, token += chunk) {
+      const Acc weight = values[i].weight[k];
+      if (weight == 0) continue;
+#pragma GCC unroll 2
+      for (int v = 0; v < kValueVectors; ++v) sum[v] += weight * load(token + v * lanes);
+    }
+#pragma GCC unroll 2
+    for (int v = 0; v < kValueVectors; ++v) store(buffer + i * block + v * lanes, sum[v]);
+#pragma GCC unroll 2
+    for (int v = 0; v < kValueVectors; ++v) check += sum[v] * Acc{0};  // Inf * 0 is NaN
+  }
+  Acc all = 0;
+  for (int l = 0; l < lanes; ++l) all += check[l];
+  return all == 0;
+}
+
+template <class T, class Reduction, class Acc>
+void reduce_values(const ValuePlan<Acc>& plan, int64_t begin, int64_t end, void* scratch) {
+  constexpr int64_t block = kValueVectors * kLanes<Acc>;
+  char* base = static_cast<char*>(scratch);
+  Acc* sums = reinterpret_cast<Acc*>(base + plan.scratch.sums);
+  auto* token_rows = reinterpret_cast<TokenRow<Acc>*>(base + plan.scratch.rows);
+  int64_t* row_begin = reinterpret_cast<int64_t*>(base + plan.scratch.group_begin);
+  double* row_weight = reinterpret_cast<double*>(base + plan.scratch.row_weight);
+  auto* values = reinterpret_cast<ViewValue<Acc>*>(base + plan.scratch.values);
+  double* weights = reinterpret_cast<double*>(base + plan.scratch.weights);
+  Acc* shares = reinterpret_cast<Acc*>(base + plan.scratch.shares);
+  auto* steps = reinterpret_cast<WindowStep<Acc>*>(base + plan.scratch.steps);
+  Acc* buffer = reinterpret_cast<Acc*>(base + plan.scratch.buffer);
+  const int64_t chunks = (plan.channels + plan.chunk - 1) / plan.chunk;
+  const int64_t bands = (plan.rows + plan.band - 1) / plan.band;
+
+  int64_t spread = 1, spread_of = 0;
+
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t c = task % chunks * plan.chunk;
+    const int64_t band = task / chunks % bands;
+    const int64_t b = task / chunks / bands;
+    const int64_t n = plan.channels - c < plan.chunk ? plan.channels - c : plan.chunk;
+    const T* tokens = static_cast<const T*>(plan.tokens) + b * plan.token_strides[1] + c;
+    const int64_t band_end =
+        (band + 1) * plan.band < plan.rows ? (band + 1) * plan.band : plan.rows;
+
+    CellRun run{};
+    for (run.y = band * plan.band; run.y < band_end; run.y = run.y_end) {
+      run.y_end = plan.end_y[run.y] < band_end ? plan.end_y[run.y] : band_end;
+      int64_t rows = 0;
+      for (int64_t g = 0; g < plan.groups; ++g) {
+        row_begin[g] = rows;
+        for (int64_t i = plan.group_begin[g]; i < plan.group_begin[g + 1]; ++i) {
+          const auto& view = plan.views[i];
+          const int64_t slot = view.dy * plan.rows + run.y;
+          if (!(plan.y.count[slot] > 0)) continue;
+          const T* row = tokens + view.index * plan.token_strides[0] +
+                         plan.y.first[slot] * plan.tokens_x * plan.token_strides[2];
+          int64_t row_count = 0;
+          for (int32_t k = 0; k < plan.y.taps[slot]; ++k) {
+            const Acc weight = plan.y.weight[slot * plan.y.max_taps + k];
+            if (weight != 0) token_rows[row_count++] = {row, weight};
+            row += plan.tokens_x * plan.token_strides[2];
+          }
+          combine_rows<T>(token_rows, row_count, plan.tokens_x, plan.token_strides[2], n,
+                          plan.chunk, sums + rows * plan.tokens_x * plan.chunk);
+          row_weight[rows++] = static_cast<double>(view.weight) * plan.y.count[slot];
+        }
+      }
+      row_begin[plan.groups] = rows;
+
+      for (run.x = 0; run.x < plan.columns; run.x = run.x_end) {
+        run.x_end = plan.end_x[run.x];
+        int64_t count = 0;
+        double total = 0;
+        for (int64_t g = 0; g < plan.groups; ++g) {
+          const int64_t slot = g * plan.columns + run.x;
+          if (!(plan.x.count[slot] > 0)) continue;
+          for (int64_t r = row_begin[g]; r < row_begin[g + 1]; ++r) {
+            values[count] = {sums + (r * plan.tokens_x + plan.x.first[slot]) * plan.chunk,
+                             plan.x.weight + slot * plan.x.max_taps, plan.x.taps[slot]};
+            weights[count] = row_weight[r] * plan.x.count[slot];
+            total += weights[count++];
+          }
+        }
+        if (count != spread_of) {
+          spread = count > 1 ? spread_step(count) : 1;
+          spread_of = count;
+        }
+        for (int64_t i = 0; i < count; ++i) shares[i] = static_cast<Acc>(weights[i] / total);
+        for (int64_t from = 0; from < n; from += block) {
+          run.n = n - from < block ? n - from : block;
+          run.at = b * plan.out_strides[0] + (c + from) * plan.out_strides[1];
+          const bool finite = gather(values, count, plan.chunk, from, buffer);
+          Reduction::reduce(plan, run,
+                            CellValues<Acc>{buffer, shares, steps, spread, count, total, finite});
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace srt::cpu
