@@ -71,19 +71,16 @@ SRT_INLINE void add_to_window(V (&window)[kWindow], V& place, V x, const WindowS
   const V if_above = above > Acc{0} ? none + Acc{last} : middle;
   const V inside = x > window[last] ? if_above : middle;
   const V most = x < window[0] ? if_below : inside;  // the lowest goes where the target is beyond
-#if defined(__CUDACC__)
-#pragma unroll
-#endif
+  // The eight in order, by two steps that do not wait for each other.
+  V before = value < window[0] ? value : window[0];
+#pragma GCC unroll 8
   for (int i = 0; i < kWindow; ++i) {
-    const V w = window[i];
-    window[i] = value < w ? value : w;
-    value = value > w ? value : w;
+    V after = value;
+    if (i < last) after = value < window[i + 1] ? value : window[i + 1];
+    after = window[i] > after ? window[i] : after;
+    window[i] = target > most ? after : before;
+    before = after;
   }
-#if defined(__CUDACC__)
-#pragma unroll
-#endif
-  for (int i = 0; i < last; ++i) window[i] = target > most ? window[i + 1] : window[i];
-  window[last] = target > most ? value : window[last];
   const V next = target > most ? target - Acc{1} : target;
   place = x == x ? next : x;
 }

@@ -134,30 +134,41 @@ struct StreamMedian {
   static void reduce(const ValuePlan<Acc>& plan, const CellRun& run,
                      const CellValues<Acc>& values) {
     constexpr int lanes = kLanes<Acc>, block = kValueVectors * lanes;
-    const int64_t stride = plan.out_strides[1];
+    const int64_t count = values.count, stride = plan.out_strides[1];
+    if (count == 0) return;
     for_cells(plan, run, [&](int64_t at, int64_t cell) {
       const double seen = plan.seen[cell];
-      for (int64_t i = 0; i < values.count; ++i)
+      for (int64_t i = 0; i < count; ++i)
         values.step[i] = WindowStep<Acc>(seen + static_cast<double>(i));
-      for (int v = 0; values.count > 0 && v < kValueVectors && v * lanes < run.n; ++v) {
-        const int64_t n = run.n - v * lanes < lanes ? run.n - v * lanes : lanes;
-        Acc* const state = static_cast<Acc*>(plan.out) + at + v * lanes * stride;
-        Vec<Acc> window[kWindow], place = {};
-        for (int i = 0; i < kWindow; ++i) window[i] = Vec<Acc>{} + kInfinity<Acc>;
+      Acc* const state = static_cast<Acc*>(plan.out) + at;
+      Vec<Acc> planes[kWindowPlanes][kValueVectors] = {};
+      for (int i = 0; i < kWindowPlanes; ++i) {
         if (seen > 0) {
-          for (int i = 0; i < kWindow; ++i)
-            window[i] = load_part(state + i * plan.plane_stride, stride, n);
-          place = load_part(state + kWindow * plan.plane_stride, stride, n);
+          load_block(state + i * plan.plane_stride, stride, run.n, planes[i]);
+        } else if (i < kWindow) {
+          for (int v = 0; v < kValueVectors; ++v) planes[i][v] += kInfinity<Acc>;
         }
-        for (int64_t i = 0, at = 0; i < values.count; ++i) {
-          add_to_window(window, place, load(values.value + v * lanes + at * block), values.step[i]);
-          at = at + values.spread < values.count ? at + values.spread
-                                                 : at + values.spread - values.count;
-        }
-        for (int i = 0; i < kWindow; ++i)
-          store_part(state + i * plan.plane_stride, stride, n, window[i]);
-        store_part(state + kWindow * plan.plane_stride, stride, n, place);
       }
+      // By vector: each has a window of its own, and one does not wait for the other.
+      Vec<Acc> window[kValueVectors][kWindow], place[kValueVectors];
+      for (int v = 0; v < kValueVectors; ++v) {
+        for (int i = 0; i < kWindow; ++i) window[v][i] = planes[i][v];
+        place[v] = planes[kWindow][v];
+      }
+      for (int64_t i = 0, next = 0; i < count; ++i) {
+#pragma GCC unroll 2
+        for (int v = 0; v < kValueVectors; ++v)
+          add_to_window(window[v], place[v], load(values.value + next * block + v * lanes),
+                        values.step[i]);
+        next += values.spread;
+        if (next >= count) next -= count;
+      }
+      for (int v = 0; v < kValueVectors; ++v) {
+        for (int i = 0; i < kWindow; ++i) planes[i][v] = window[v][i];
+        planes[kWindow][v] = place[v];
+      }
+      for (int i = 0; i < kWindowPlanes; ++i)
+        store_block(state + i * plan.plane_stride, stride, run.n, planes[i]);
     });
   }
 };
