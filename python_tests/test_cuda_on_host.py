@@ -7,6 +7,7 @@ it in the guards. Every element of every output must be written once.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import shutil
 import subprocess
@@ -37,8 +38,11 @@ from samples import (
     shifts,
 )
 from test_ensemble import oracle, poison
+from test_median import median_oracle
 from test_shift import ALL_DTYPES, bits, padded_slice, special_image
 from test_shift import oracle as shift_oracle
+
+from srt_ext import RunningMean, RunningMedian, RunningMoments, reference
 
 ROOT = Path(__file__).resolve().parents[1]
 STUB = Path(__file__).parent / "cuda_on_host"
@@ -143,6 +147,17 @@ class Numbers:
         self.struct.dtype = CODES[dtype]
 
 
+class State:
+    """Of a stream, between guards. What a kernel must not read before it has written it is NaN."""
+
+    out: Guarded | None = None
+
+    def allocate(self, count: int, dtype: torch.dtype, cells: int) -> None:
+        if self.out is None:
+            self.out, self.seen = Guarded(count, dtype), Guarded(cells, torch.float64)
+            self.seen.elements.zero_()
+
+
 class CudaOnHost:
     """The kernels, called as the glue calls them."""
 
@@ -196,10 +211,14 @@ class CudaOnHost:
         place: str | tuple[str, str] = "host",
         layout: str = "channels_last",
         skip: int = 0,
+        reduce: str = "mean",
+        state: State | None = None,
     ) -> torch.Tensor:
         """tokens [V, B, N, C] with any outer strides; ``skip`` elements spoil the alignment.
 
-        ``place``: of the offsets and of the weights, if they differ.
+        ``place``: of the offsets and of the weights, if they differ. With a ``state``, the tokens
+        are a chunk of a stream. Moments are [2, B, C, H', W'], mean and variance; the state of a
+        median is [8, B, C, H', W'].
         """
         (_, offsets, grid, patch, weights), modes = case.call(tokens)
         views, batch, _, channels = tokens.shape
@@ -222,8 +241,14 @@ class CudaOnHost:
                 (h * w * (2 * c + 1), 2, w * (2 * c + 1), 2 * c + 1),
             ),
         }[layout]
-        out = Guarded(sizes, tokens.dtype, skip)
+        planes = {"mean": 1, "moments": 2, "median": 8 if state else 1}[reduce]
+        dtype = tokens.dtype
+        if state:
+            dtype = torch.promote_types(dtype, torch.float32)
+            state.allocate(planes * sizes, dtype, h * w)
+        out = state.out if state else Guarded(planes * sizes, dtype, skip)
         args = EnsembleArgs(
+            reduce=("mean", "median", "moments").index(reduce),
             dtype=CODES[tokens.dtype],
             tokens=source.pointer(),
             views=views,
@@ -237,17 +262,23 @@ class CudaOnHost:
             border=BORDERS.index(modes["border"]),
             out=out.pointer(),
             out_strides=(c_int64 * 4)(*strides),
+            variance=out.pointer() + sizes * dtype.itemsize if reduce == "moments" else None,
+            seen=state.seen.pointer() if state else None,
+            plane_stride=sizes,
         )
         places = (place, place) if isinstance(place, str) else place
         numbers = [Numbers(v, p) for v, p in zip((offsets, weights), places, strict=True)]
         self._run(self.library.ensemble, args, numbers, out)
+        if state:
+            assert state.seen.intact()
         # Which bytes belong to an element, and were they written once and no other ones?
-        expected = torch.zeros(sizes, tokens.dtype.itemsize, dtype=torch.uint8)
-        expected.as_strided(
-            (*case.shape, tokens.dtype.itemsize), (*(s * tokens.dtype.itemsize for s in strides), 1)
-        ).fill_(1)
+        size = dtype.itemsize
+        expected = torch.zeros(planes * sizes, size, dtype=torch.uint8)
+        places = ((planes, *case.shape), (sizes, *strides))
+        expected.as_strided((*places[0], size), (*(s * size for s in places[1]), 1)).fill_(1)
         assert torch.equal(self.writes, expected.flatten())
-        return out.elements.as_strided(case.shape, strides)
+        fields = out.elements.as_strided(*places)
+        return fields[0] if planes == 1 else fields
 
     def shift(
         self, case: Shift, image: torch.Tensor, *, place: str = "host", skip: int = 0
@@ -688,12 +719,171 @@ def test_the_stub_sees_what_it_should(library: ctypes.CDLL, tmp_path: Path) -> N
             runs[name](kernels)
 
 
+# ---- median, moments, streams -------------------------------------------------------------------
+
+each_place = pytest.mark.parametrize("place", PLACES)
+
+
+def check_median(case: Ensemble, tokens: torch.Tensor, cuda: CudaOnHost, **options: Any) -> None:
+    case = replace(case, weights=None)
+    truth = median_oracle(case, tokens)
+    field = cuda.ensemble(case, tokens, reduce="median", **options)
+    if tokens.dtype == torch.float64:
+        terms = 4 * case.stride[0] * case.stride[1]
+        bound = 2 * (terms + 8) * torch.finfo(torch.float64).eps * tokens.abs().max()
+        assert ((field - truth).abs() <= bound).all()
+    else:
+        same = median_oracle(case, tokens, torch.float32).to(tokens.dtype)
+        assert_within_budget(field, truth, same)
+
+
+@each_dtype
+@each_place
+@each_ensemble
+def test_median(case: Ensemble, place: str, dtype: torch.dtype, cuda: CudaOnHost) -> None:
+    check_median(case, case.tokens(dtype), cuda, place=place)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "padded", "steps"])
+@pytest.mark.parametrize("reduce", ["median", "moments"])
+def test_values_into_any_strides(reduce: str, layout: str, cuda: CudaOnHost) -> None:
+    case = replace(ENSEMBLES["stride"], weights=None)
+    tokens = case.tokens()
+    expected = cuda.ensemble(case, tokens, reduce=reduce)
+    assert torch.equal(cuda.ensemble(case, tokens, reduce=reduce, layout=layout, skip=1), expected)
+
+
+@given(ensembles(), st.sampled_from(DTYPES), st.sampled_from(PLACES))
+def test_any_median_and_moments(
+    library: ctypes.CDLL, case: Ensemble, dtype: torch.dtype, place: str
+) -> None:
+    cuda = CudaOnHost(library)
+    case = replace(case, channels=min(case.channels, 40))
+    check_moments(case, case.tokens(dtype), cuda, place=place)
+    case = replace(case, batch=max(case.batch, 128 // case.channels))
+    check_median(case, case.tokens(dtype), cuda, place=place)
+
+
+# Every network, the numbers beside its size, and the counting beyond the largest.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("views", [1, 2, 9, 10, 25, 26, 49, 50, 51, 64, 65, 130])
+def test_bits_of_torch_median(views: int, dtype: torch.dtype, cuda: CudaOnHost) -> None:
+    """With infinities and, in a quarter of the channels, NaN."""
+    generator = torch.Generator().manual_seed(views)
+    case = Ensemble((1, 1), (2, 2), ((0.0, 0.0),) * views, channels=64, batch=1, border="clamp")
+    tokens = case.tokens(dtype)
+    share = torch.rand(tokens.shape, generator=generator)
+    tokens[share < 0.4] = float("inf")
+    tokens[share < 0.2] = -float("inf")
+    tokens[:, :, :, :16][share[:, :, :, :16] > 1 - 1 / views] = float("nan")
+    field = cuda.ensemble(case, tokens, reduce="median")
+    expected = tokens[:, 0, 0].median(0).values
+    assert expected.isnan().any()
+    for pixel in field[0].flatten(1).T:
+        assert torch.equal(pixel.nan_to_num(7e4), expected.nan_to_num(7e4))
+
+
+@each_dtype
+@each_ensemble
+def test_median_containment(case: Ensemble, dtype: torch.dtype, cuda: CudaOnHost) -> None:
+    case = replace(case, weights=None)
+    tokens = poison(case.tokens(dtype), 1)
+    actual, expected = cuda.ensemble(case, tokens, reduce="median"), median_oracle(case, tokens)
+    assert torch.equal(actual.isnan(), expected.isnan())
+    assert torch.equal(actual.isinf(), expected.isinf())
+
+
+def check_moments(case: Ensemble, tokens: torch.Tensor, cuda: CudaOnHost, **options: Any) -> None:
+    args, modes = case.call(tokens)
+    fields = cuda.ensemble(case, tokens, reduce="moments", **options)
+    truths = reference.ensemble_moments(*args, **modes)
+    sums = torch.promote_types(tokens.dtype, torch.float32)
+    size = tokens.double().abs().max().clamp(min=1) ** 2
+    bound = 4 * (case.terms + 16) * torch.finfo(sums).eps * size
+    for field, truth in zip(fields, truths, strict=True):
+        unit = torch.finfo(tokens.dtype).eps * truth.abs()
+        tiny = torch.finfo(tokens.dtype).smallest_normal
+        assert ((field.double() - truth).abs() <= bound + unit + tiny).all()
+
+
+@each_dtype
+@each_place
+@each_ensemble
+def test_moments(case: Ensemble, place: str, dtype: torch.dtype, cuda: CudaOnHost) -> None:
+    check_moments(case, case.tokens(dtype), cuda, place=place)
+
+
+def test_variance_beside_a_large_mean(cuda: CudaOnHost) -> None:
+    case = replace(ENSEMBLES["real"], upsample="nearest")
+    tokens = 1e4 + case.tokens()
+    args, modes = case.call(tokens)
+    _, var = cuda.ensemble(case, tokens, reduce="moments")
+    truth = reference.ensemble_moments(*args, **modes)[1]
+    # Running means of 1e4 are rounded to float32, 6e-4 each.
+    rounding = 8 * torch.finfo(torch.float32).eps * 1e4
+    assert ((var - truth).abs() <= rounding * (1 + truth.sqrt())).all()
+
+
+STREAMS = {"mean": RunningMean, "moments": RunningMoments, "median": RunningMedian}
+
+
+@each_dtype
+@each_place
+@pytest.mark.parametrize("reduce", STREAMS)
+@each_ensemble
+def test_streams_equal_those_of_the_cpu(
+    case: Ensemble, reduce: str, place: str, dtype: torch.dtype, cuda: CudaOnHost
+) -> None:
+    """Chunks of 1, 3 and then 2 views; what each cell has got, and the state itself."""
+    if reduce == "median":
+        case = replace(case, weights=None)
+    (tokens, offsets, grid, patch, weights), modes = case.call(case.tokens(dtype))
+    running, state = STREAMS[reduce](grid, patch, **modes), State()
+    ends = [0, 1, *range(4, len(offsets) + 2, 2)]
+    for part in itertools.starmap(slice, itertools.pairwise(ends)):
+        if part.start >= len(offsets):
+            break
+        chunk = [tokens[part], offsets[part]]
+        piece = replace(case, offsets=case.offsets[part])
+        if weights is not None:
+            chunk.append(weights[part])
+            piece = replace(piece, weights=case.weights[part])
+        running.update(*chunk)
+        fields = cuda.ensemble(piece, tokens[part], reduce=reduce, state=state, place=place)
+    *expected, seen = running._state.values()
+    counted = seen > 0
+    torch.testing.assert_close(state.seen.elements.view_as(seen), seen, rtol=1e-6, atol=0)
+    fields = fields if reduce == "median" else fields.reshape(len(expected), *case.shape)
+    close = (
+        {"rtol": 1e-5, "atol": 1e-5} if dtype != torch.float64 else {"rtol": 1e-12, "atol": 1e-12}
+    )
+    for field, right in zip(fields, expected[0] if reduce == "median" else expected, strict=True):
+        torch.testing.assert_close(field[..., counted], right[..., counted], **close)
+
+
+def test_what_the_host_would_refuse_adds_nothing(cuda: CudaOnHost) -> None:
+    """Weights on the device that a stream cannot hold, and offsets that are not finite."""
+    case = replace(ENSEMBLES["one_view"], value_dtype=torch.float64)
+    tokens, state = case.tokens(), State()
+    cuda.ensemble(case, tokens, state=state)
+    before, seen = state.out.elements.clone(), state.seen.elements.clone()
+    for changes in (
+        {"weights": (1e200,)},
+        {"weights": (1e-200,)},
+        {"weights": (float("nan"),)},
+        {"offsets": ((float("nan"), 0.0),)},
+    ):
+        cuda.ensemble(replace(case, **changes), tokens, state=state, place="device, float64")
+        assert torch.equal(state.out.elements, before)
+        assert torch.equal(state.seen.elements, seen)
+
+
 # ---- the ops ------------------------------------------------------------------------------------
 
 OPS = """
 import ctypes, sys, warnings
 import pytest, torch
-import srt_ext, test_ensemble, test_shift
+import srt_ext, test_ensemble, test_median, test_shift, test_streaming
 from samples import DTYPES, sample_ensembles, sample_shifts
 from test_cuda_on_host import ALL_DTYPES, CODES, NOTHING, HostDevice
 
@@ -718,6 +908,15 @@ for dtype in ALL_DTYPES:
         launches()
         test_shift.check(case, dtype)
         assert launches() == 1
+for case in sample_ensembles().values():
+    launches()
+    test_median.check_median(case, torch.float32)
+    assert launches() == 4
+    test_median.check_moments(case, torch.float32)
+    assert launches() == 4
+    test_streaming.check(case, torch.bfloat16, [2, 1])
+test_streaming.test_a_cell_that_no_view_covers_is_zero()
+test_streaming.test_weights_of_chunks_count_against_each_other("")
 for size in test_ensemble.SIZES:
     test_ensemble.test_exact_strides(*size, (2, 3))
 assert not srt_ext.shift(torch.ones(1, 1, 4, 4), torch.tensor(NOTHING)).any()

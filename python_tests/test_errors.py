@@ -113,7 +113,7 @@ VALUE_DTYPE = "must be float32 or float64"
 IMAGE_AXIS = "image must have at most 2^24 pixels on each axis"
 DENSE = "tokens must be dense in the last dimension"
 DIVIDES = "stride must divide grid * patch = [8, 15]"
-COUNT = "grid must hold the N = 6 tokens of a view"
+COUNT = "grid must hold the N = 6 tokens of a view, without class or register tokens"
 FLOATING = "must be float32, float16, bfloat16 or float64"
 PAIR = "must be two integers >= 1, (y, x)"
 OFFSETS = "offsets must be finite and at most 2^20 pixels in size"
@@ -204,7 +204,7 @@ LISTS = [
     wrong(DIVIDES, f"[{BIG}, {BIG}]", stride=[BIG, BIG]),
     wrong(COUNT, "[3, 3]", grid=[3, 3]),
     wrong(COUNT, "[1, 5]", grid=[1, 5]),
-    wrong("grid must hold the N = 0 tokens of a view", "[2, 3]", tokens=tokens(2, 1, 0, 3)),
+    wrong(COUNT.replace("6", "0"), "[2, 3]", tokens=tokens(2, 1, 0, 3)),
 ]
 
 OVERFLOWS = [

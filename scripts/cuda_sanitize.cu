@@ -338,8 +338,8 @@ void run(const Ensemble& e, const Type& type, const std::string& what) {
   compare(type, what, out_elements, e.out_skip * type.size, place, truth, bound, [&](void* out) {
     const Numbers moves(e.offsets, e.where), scales(e.weights, e.where);
     args.out = out;
-    const Buffer workspace(ensemble_mean_cuda_workspace(args, moves.view, scales.view), 0);
-    ensemble_mean_cuda(args, moves.view, scales.view, workspace.data(), stream);
+    const Buffer workspace(ensemble_cuda_workspace(args, moves.view, scales.view), 0);
+    ensemble_cuda("ensemble", args, moves.view, scales.view, workspace.data(), stream);
     CHECK(cudaStreamSynchronize(stream));  // the workspace is freed here
   });
 }

@@ -21,8 +21,8 @@ def _load() -> str | None:
     path = Path(__file__).with_name("_C.so")
     if not path.exists():
         return (
-            f"{path} does not exist: the package was not built. Install it (pip install .), and to "
-            "run from the source folder install it there (pip install -e .)"
+            f"{path} does not exist: the package was not built, or this is its source folder and "
+            "hides the installed one. Run elsewhere, or install it here (pip install -e .)"
         )
     try:
         torch.ops.load_library(path)

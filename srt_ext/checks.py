@@ -136,7 +136,7 @@ def check_views(
         rule = f"stride must divide grid * patch = {pixels}"
         raise _error(ValueError, where, rule, list(stride))
     if grid[0] * grid[1] != count:
-        rule = f"grid must hold the N = {count} tokens of a view"
+        rule = f"grid must hold the N = {count} tokens of a view, without class or register tokens"
         raise _error(ValueError, where, rule, list(grid))
     shape = [batch, channels, pixels[0] // stride[0], pixels[1] // stride[1]]
     _check_bytes(where, shape, tokens)

@@ -176,7 +176,8 @@ class SRT(torch.nn.Module):
         size = padded.shape[-2:]
         if size[0] % stride[0] or size[1] % stride[1]:
             raise ValueError(
-                f"SRT: stride must divide the size in whole patches, {list(size)}; "
+                f"SRT: stride must divide the picture, padded to whole patches of {list(patch)}: "
+                f"(y, x) = {list(size)}; "
                 f"got {list(stride)}"
             )
         grid = (size[0] // patch[0], size[1] // patch[1])

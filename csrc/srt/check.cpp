@@ -82,7 +82,9 @@ Field check_ensemble(const char* op, const std::vector<int64_t>& tokens,
     field.cells[i] = pixels / stride[i];
   }
   if (grid[0] * grid[1] != tokens[2])
-    fail(op, "grid must hold the N = " + std::to_string(tokens[2]) + " tokens of a view",
+    fail(op,
+         "grid must hold the N = " + std::to_string(tokens[2]) +
+             " tokens of a view, without class or register tokens",
          format_shape(grid));
   if (product_overflows({tokens[1], tokens[3], field.cells[0], field.cells[1], element_size}))
     fail(op, "the output must have fewer than 2^63 bytes",

@@ -12,19 +12,18 @@
 
 namespace srt {
 
-// A chunk is added in steps of the golden ratio through its values, which are sorted by dx: in that
-// order they would drift.
-SRT_HD inline int64_t spread_step(int64_t count) {
-  int64_t step = static_cast<int64_t>(static_cast<double>(count) * 0.6180339887498949 + 0.5);
-  if (step < 1) return 1;
-  for (;; ++step) {
-    int64_t a = count, b = step;
+// A chunk is added in steps of the golden ratio through its views, which are sorted by dx: in that
+// order they would drift. spread_step finds the step, prime to the number of views.
+SRT_HD inline int64_t spread_step(int64_t views) {
+  const auto golden = static_cast<int64_t>(static_cast<double>(views) * 0.6180339887498949 + 0.5);
+  for (int64_t step = golden < 1 ? 1 : golden;; ++step) {
+    int64_t a = views, b = step;
     while (b != 0) {
       const int64_t rest = a % b;
       a = b;
       b = rest;
     }
-    if (a == 1) return step % count;
+    if (a == 1) return step;
   }
 }
 
@@ -73,7 +72,7 @@ SRT_INLINE void add_to_window(V (&window)[kWindow], V& place, V x, const WindowS
   const V most = x < window[0] ? if_below : inside;  // the lowest goes where the target is beyond
   // The eight in order, by two steps that do not wait for each other.
   V before = value < window[0] ? value : window[0];
-#pragma GCC unroll 8
+  SRT_UNROLL
   for (int i = 0; i < kWindow; ++i) {
     V after = value;
     if (i < last) after = value < window[i + 1] ? value : window[i + 1];

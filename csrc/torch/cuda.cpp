@@ -41,16 +41,13 @@ Tensor shift(const Tensor& image, const Tensor& offsets, const std::string& padd
 }
 
 void run(EnsembleCall& call) {
-  if (call.args.reduce != Reduce::mean || call.args.seen)
-    throw Error("srt::" + std::string(call.op) +
-                ": on CUDA only the mean of one call is there in this version");
   const torch::stable::accelerator::DeviceGuard guard(call.tokens.get_device_index());
   const ViewNumbers offsets = pointers(call.offsets);
   const ViewNumbers weights = call.weights ? pointers(*call.weights) : ViewNumbers{};
   const Tensor workspace =
-      new_workspace(ensemble_mean_cuda_workspace(call.args, offsets, weights), call.tokens);
-  ensemble_mean_cuda(call.args, offsets, weights, workspace.mutable_data_ptr(),
-                     current_stream(call.tokens));
+      new_workspace(ensemble_cuda_workspace(call.args, offsets, weights), call.tokens);
+  ensemble_cuda(call.op, call.args, offsets, weights, workspace.mutable_data_ptr(),
+                current_stream(call.tokens));
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 // returns null, or what went wrong.
 #include "../../csrc/srt/cuda/ensemble.cu"
 #include "../../csrc/srt/cuda/shift.cu"
+#include "../../csrc/srt/cuda/values.cu"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -29,9 +30,9 @@ EXPORT const char* ensemble(const srt::EnsembleArgs* args, const srt::ViewNumber
                             const srt::ViewNumbers* weights, void* workspace, int64_t* bytes) {
   return guarded([&] {
     if (workspace) {
-      srt::ensemble_mean_cuda(*args, *offsets, *weights, workspace, host_device.stream);
+      srt::ensemble_cuda("ensemble", *args, *offsets, *weights, workspace, host_device.stream);
     } else {
-      *bytes = srt::ensemble_mean_cuda_workspace(*args, *offsets, *weights);
+      *bytes = srt::ensemble_cuda_workspace(*args, *offsets, *weights);
     }
   });
 }

@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "../axis.h"
-#include "../select.h"
+#include "../window.h"
 #include "kernels.h"
 #include "scratch.h"
 
@@ -103,9 +103,10 @@ struct Views {
     });
     group_begin.assign(dx.size() + 1, 0);
     for (const int64_t v : counted) {
-      views.push_back({v, position(dy, args.offsets[2 * v]),
+      const int64_t group = position(dx, args.offsets[2 * v + 1]);
+      views.push_back({v, position(dy, args.offsets[2 * v]), group,
                        static_cast<Acc>(args.weights ? args.weights[v] / scale : 1)});
-      ++group_begin[static_cast<size_t>(position(dx, args.offsets[2 * v + 1])) + 1];
+      ++group_begin[static_cast<size_t>(group) + 1];
     }
     for (size_t g = 0; g < dx.size(); ++g) group_begin[g + 1] += group_begin[g];
 
@@ -123,6 +124,7 @@ struct Views {
     plan.groups = static_cast<int64_t>(dx.size());
     plan.group_begin = group_begin.data();
     plan.views = views.data();
+    plan.view_count = static_cast<int64_t>(views.size());
     plan.out = args.out;
     std::copy_n(args.out_strides, 4, plan.out_strides);
     plan.seen = args.seen;
@@ -190,11 +192,10 @@ void mean(const EnsembleArgs& args, const cpu::EnsembleKernels<Acc>& kernels, in
   plan.scratch.count = layout.place<double>(plan.columns);
   plan.scratch.inverse = layout.place<Acc>(plan.columns);
   plan.scratch.keep = layout.place<Acc>(args.seen ? plan.columns : 0);
-  const auto counted = static_cast<int64_t>(views.views.size());
   const double work = static_cast<double>(plan.batch) *
                       static_cast<double>(args.channels * plan.rows) *
                       static_cast<double>(plan.groups * plan.columns * plan.x.max_taps +
-                                          counted * plan.tokens_x * plan.y.max_taps);
+                                          plan.view_count * plan.tokens_x * plan.y.max_taps);
   cpu::run_tasks<cpu::MeanPlan<Acc>>(plan, args.seen ? kernels.stream_mean : kernels.mean, tasks,
                                      workers_for(work, parallel), layout.bytes, parallel);
 }
@@ -210,14 +211,19 @@ void reduce_values(const EnsembleArgs& args, cpu::Kernel<cpu::ValuePlan<Acc>> ke
   plan.end_x = end_x.data();
   plan.variance = args.variance;
   plan.plane_stride = args.plane_stride;
-  const auto counted = static_cast<int64_t>(views.views.size());
+  const int64_t counted = plan.view_count;
+  std::vector<int64_t> order;
+  if (args.seen && args.reduce == Reduce::median) {
+    const int64_t step = spread_step(counted);
+    for (int64_t k = 0, at = 0; k < counted; ++k, at = (at + step) % counted) order.push_back(at);
+    plan.order = order.data();
+  }
   const int64_t block_sums = std::max<int64_t>(1, counted) * plan.tokens_x * block_bytes;
   const int64_t tasks = split(args, block_bytes, block_sums, parallel.threads, plan);
   Layout layout;
   plan.scratch.sums = layout.place<Acc>(counted * plan.tokens_x * plan.chunk);
   plan.scratch.rows = layout.place<cpu::TokenRow<Acc>>(plan.y.max_taps);
-  plan.scratch.group_begin = layout.place<int64_t>(plan.groups + 1);
-  plan.scratch.row_weight = layout.place<double>(counted);
+  plan.scratch.row_of = layout.place<int64_t>(counted);
   plan.scratch.values = layout.place<cpu::ViewValue<Acc>>(counted);
   plan.scratch.weights = layout.place<double>(counted);
   plan.scratch.shares = layout.place<Acc>(counted);

@@ -17,6 +17,7 @@ struct ViewsPlan {
   struct View {
     int64_t index;  // in tokens
     int64_t dy;     // its row of the y table
+    int64_t group;  // its row of the x table
     Acc weight;     // > 0, at most 1
   };
   const void* tokens;        // [V, B, h*w, C]
@@ -28,11 +29,12 @@ struct ViewsPlan {
   AxisTable<Acc> x;       // [groups, columns]
   int64_t groups;
   const int64_t* group_begin;  // [groups + 1], into views
-  const View* views;           // the views of weight > 0
-  int64_t band;                // output rows of a task
-  int64_t chunk;               // channels of a task, whole blocks
-  void* out;                   // [B, C, H', W']
-  int64_t out_strides[4];      // in elements
+  const View* views;           // [view_count] the views of weight > 0
+  int64_t view_count;
+  int64_t band;            // output rows of a task
+  int64_t chunk;           // channels of a task, whole blocks
+  void* out;               // [B, C, H', W']
+  int64_t out_strides[4];  // in elements
   // Of a stream; null for one call over all views (ensemble.h).
   const double* seen;  // [H', W']
   double scale;        // of the weights of the views, in units of `seen`
@@ -59,19 +61,19 @@ struct MeanPlan : ViewsPlan<Acc> {
 template <class Acc>
 struct ValuePlan : ViewsPlan<Acc> {
   struct Scratch {
-    int64_t sums;         // Acc [V, tokens_x, chunk]: the combined rows of each view
-    int64_t rows;         // the token rows that one view combines
-    int64_t group_begin;  // int64_t [groups + 1], into the combined rows
-    int64_t row_weight;   // double [V]: of each combined row
-    int64_t values;       // ViewValue [V]
-    int64_t weights;      // double [V]: of the values
-    int64_t shares;       // Acc [V]: of their total
-    int64_t steps;        // WindowStep [V]
-    int64_t buffer;       // Acc [max(V, kLargestNetwork), block]: what a cell selects from
+    int64_t sums;     // Acc [V, tokens_x, chunk]: the combined rows of each view
+    int64_t rows;     // the token rows that one view combines
+    int64_t row_of;   // int64_t [V]: the combined row of a view, or -1
+    int64_t values;   // ViewValue [V]
+    int64_t weights;  // double [V]: of the values
+    int64_t shares;   // Acc [V]: of their total
+    int64_t steps;    // WindowStep [V]
+    int64_t buffer;   // Acc [max(V, kLargestNetwork), block]: what a cell selects from
     int64_t bytes;
   };
   // The first cell after those that equal this one in every view: [rows] and [columns].
   const int32_t *end_y, *end_x;
+  const int64_t* order;  // [view_count] in which the values stand; null for that of the views
   Scratch scratch;
   void* variance;  // as out
   int64_t plane_stride;

@@ -23,7 +23,6 @@ struct CellValues {
   Acc* value;             // [count, block], and room for kLargestNetwork
   const Acc* share;       // [count], of their total weight
   WindowStep<Acc>* step;  // [count], scratch
-  int64_t spread;         // in which steps a stream goes through them
   int64_t count;
   double total;  // weight
   bool finite;   // all values
@@ -155,13 +154,11 @@ struct StreamMedian {
         for (int i = 0; i < kWindow; ++i) window[v][i] = planes[i][v];
         place[v] = planes[kWindow][v];
       }
-      for (int64_t i = 0, next = 0; i < count; ++i) {
+      for (int64_t i = 0; i < count; ++i) {
 #pragma GCC unroll 2
         for (int v = 0; v < kValueVectors; ++v)
-          add_to_window(window[v], place[v], load(values.value + next * block + v * lanes),
+          add_to_window(window[v], place[v], load(values.value + i * block + v * lanes),
                         values.step[i]);
-        next += values.spread;
-        if (next >= count) next -= count;
       }
       for (int v = 0; v < kValueVectors; ++v) {
         for (int i = 0; i < kWindow; ++i) planes[i][v] = window[v][i];
@@ -277,8 +274,7 @@ void reduce_values(const ValuePlan<Acc>& plan, int64_t begin, int64_t end, void*
   char* base = static_cast<char*>(scratch);
   Acc* sums = reinterpret_cast<Acc*>(base + plan.scratch.sums);
   auto* token_rows = reinterpret_cast<TokenRow<Acc>*>(base + plan.scratch.rows);
-  int64_t* row_begin = reinterpret_cast<int64_t*>(base + plan.scratch.group_begin);
-  double* row_weight = reinterpret_cast<double*>(base + plan.scratch.row_weight);
+  int64_t* row_of = reinterpret_cast<int64_t*>(base + plan.scratch.row_of);
   auto* values = reinterpret_cast<ViewValue<Acc>*>(base + plan.scratch.values);
   double* weights = reinterpret_cast<double*>(base + plan.scratch.weights);
   Acc* shares = reinterpret_cast<Acc*>(base + plan.scratch.shares);
@@ -286,8 +282,6 @@ void reduce_values(const ValuePlan<Acc>& plan, int64_t begin, int64_t end, void*
   Acc* buffer = reinterpret_cast<Acc*>(base + plan.scratch.buffer);
   const int64_t chunks = (plan.channels + plan.chunk - 1) / plan.chunk;
   const int64_t bands = (plan.rows + plan.band - 1) / plan.band;
-
-  int64_t spread = 1, spread_of = 0;
 
   for (int64_t task = begin; task < end; ++task) {
     const int64_t c = task % chunks * plan.chunk;
@@ -302,44 +296,38 @@ void reduce_values(const ValuePlan<Acc>& plan, int64_t begin, int64_t end, void*
     for (run.y = band * plan.band; run.y < band_end; run.y = run.y_end) {
       run.y_end = plan.end_y[run.y] < band_end ? plan.end_y[run.y] : band_end;
       int64_t rows = 0;
-      for (int64_t g = 0; g < plan.groups; ++g) {
-        row_begin[g] = rows;
-        for (int64_t i = plan.group_begin[g]; i < plan.group_begin[g + 1]; ++i) {
-          const auto& view = plan.views[i];
-          const int64_t slot = view.dy * plan.rows + run.y;
-          if (!(plan.y.count[slot] > 0)) continue;
-          const T* row = tokens + view.index * plan.token_strides[0] +
-                         plan.y.first[slot] * plan.tokens_x * plan.token_strides[2];
-          int64_t row_count = 0;
-          for (int32_t k = 0; k < plan.y.taps[slot]; ++k) {
-            const Acc weight = plan.y.weight[slot * plan.y.max_taps + k];
-            if (weight != 0) token_rows[row_count++] = {row, weight};
-            row += plan.tokens_x * plan.token_strides[2];
-          }
-          combine_rows<T>(token_rows, row_count, plan.tokens_x, plan.token_strides[2], n,
-                          plan.chunk, sums + rows * plan.tokens_x * plan.chunk);
-          row_weight[rows++] = static_cast<double>(view.weight) * plan.y.count[slot];
+      for (int64_t i = 0; i < plan.view_count; ++i) {
+        const auto& view = plan.views[i];
+        const int64_t slot = view.dy * plan.rows + run.y;
+        row_of[i] = -1;
+        if (!(plan.y.count[slot] > 0)) continue;
+        const T* row = tokens + view.index * plan.token_strides[0] +
+                       plan.y.first[slot] * plan.tokens_x * plan.token_strides[2];
+        int64_t row_count = 0;
+        for (int32_t k = 0; k < plan.y.taps[slot]; ++k) {
+          const Acc weight = plan.y.weight[slot * plan.y.max_taps + k];
+          if (weight != 0) token_rows[row_count++] = {row, weight};
+          row += plan.tokens_x * plan.token_strides[2];
         }
+        combine_rows<T>(token_rows, row_count, plan.tokens_x, plan.token_strides[2], n, plan.chunk,
+                        sums + rows * plan.tokens_x * plan.chunk);
+        row_of[i] = rows++;
       }
-      row_begin[plan.groups] = rows;
 
       for (run.x = 0; run.x < plan.columns; run.x = run.x_end) {
         run.x_end = plan.end_x[run.x];
         int64_t count = 0;
         double total = 0;
-        for (int64_t g = 0; g < plan.groups; ++g) {
-          const int64_t slot = g * plan.columns + run.x;
-          if (!(plan.x.count[slot] > 0)) continue;
-          for (int64_t r = row_begin[g]; r < row_begin[g + 1]; ++r) {
-            values[count] = {sums + (r * plan.tokens_x + plan.x.first[slot]) * plan.chunk,
-                             plan.x.weight + slot * plan.x.max_taps, plan.x.taps[slot]};
-            weights[count] = row_weight[r] * plan.x.count[slot];
-            total += weights[count++];
-          }
-        }
-        if (count != spread_of) {
-          spread = count > 1 ? spread_step(count) : 1;
-          spread_of = count;
+        for (int64_t k = 0; k < plan.view_count; ++k) {
+          const int64_t i = plan.order ? plan.order[k] : k;
+          const auto& view = plan.views[i];
+          const int64_t slot = view.group * plan.columns + run.x;
+          if (row_of[i] < 0 || !(plan.x.count[slot] > 0)) continue;
+          values[count] = {sums + (row_of[i] * plan.tokens_x + plan.x.first[slot]) * plan.chunk,
+                           plan.x.weight + slot * plan.x.max_taps, plan.x.taps[slot]};
+          weights[count] = static_cast<double>(view.weight) * plan.x.count[slot] *
+                           plan.y.count[view.dy * plan.rows + run.y];
+          total += weights[count++];
         }
         for (int64_t i = 0; i < count; ++i) shares[i] = static_cast<Acc>(weights[i] / total);
         for (int64_t from = 0; from < n; from += block) {
@@ -347,7 +335,7 @@ void reduce_values(const ValuePlan<Acc>& plan, int64_t begin, int64_t end, void*
           run.at = b * plan.out_strides[0] + (c + from) * plan.out_strides[1];
           const bool finite = gather(values, count, plan.chunk, from, buffer);
           Reduction::reduce(plan, run,
-                            CellValues<Acc>{buffer, shares, steps, spread, count, total, finite});
+                            CellValues<Acc>{buffer, shares, steps, count, total, finite});
         }
       }
     }

@@ -21,15 +21,16 @@ struct ViewNumbers {
   DType dtype;  // of `device`: f32 or f64
 };
 
-// Bytes of device memory, aligned to 256, that ensemble_mean_cuda needs besides its arguments, all
-// of which must be set; free to reuse in stream order.
-int64_t ensemble_mean_cuda_workspace(const EnsembleArgs& args, const ViewNumbers& offsets,
-                                     const ViewNumbers& weights);
+// Bytes of device memory, aligned to 256, that ensemble_cuda needs besides its arguments, all of
+// which must be set; free to reuse in stream order.
+int64_t ensemble_cuda_workspace(const EnsembleArgs& args, const ViewNumbers& offsets,
+                                const ViewNumbers& weights);
 
 // offsets [V, 2] (dy, dx), pixels; weights [V] or both pointers null for ones. The pointers to
-// offsets and weights in `args` are not read. f32, f16, bf16 and f64.
-void ensemble_mean_cuda(const EnsembleArgs& args, const ViewNumbers& offsets,
-                        const ViewNumbers& weights, void* workspace, CUstream_st* stream);
+// offsets and weights in `args` are not read. f32, f16, bf16 and f64. `op` names the operator in
+// messages.
+void ensemble_cuda(const char* op, const EnsembleArgs& args, const ViewNumbers& offsets,
+                   const ViewNumbers& weights, void* workspace, CUstream_st* stream);
 
 int64_t shift_cuda_workspace(const ShiftArgs& args);
 

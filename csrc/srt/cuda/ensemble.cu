@@ -3,7 +3,7 @@
 // weights of both axes. Nothing ever comes back to the host.
 #include "../axis.h"
 #include "../ensemble.h"
-#include "device.cuh"
+#include "views.cuh"
 
 namespace srt::cuda {
 namespace {
@@ -41,12 +41,6 @@ struct Tile {
   static constexpr int cell_groups = kSmall ? 4 : kThreads / lanes / row_groups;
   static constexpr int cells = cell_groups * thread_cells;
   static_assert(cells <= kWarpThreads && cell_groups <= 32);
-};
-
-struct View {
-  double dy, dx;  // pixels; NaN for a view that covers nothing
-  double weight;  // at most 1
-  int64_t index;  // in tokens
 };
 
 // One token column of the views [begin, end), which share a dx.
@@ -93,64 +87,6 @@ struct MeanPlan {
   void* out;               // [B, C, H', W']
   int64_t out_strides[4];  // in elements
 };
-
-// ---- the views ----------------------------------------------------------------------------------
-
-struct RawViews {
-  DeviceNumbers offsets,
-      weights;  // [V, 2] and [V]; null: in the parameters, weights behind offsets
-  int64_t views;
-  bool weighted;
-
-  __device__ View operator()(const InlineNumbers& numbers, int64_t v) const {
-    View view{};
-    view.index = v;
-    view.dy = offsets.data ? offsets[2 * v] : numbers.at[2 * v];
-    view.dx = offsets.data ? offsets[2 * v + 1] : numbers.at[2 * v + 1];
-    view.weight = 1;
-    if (weighted) {
-      const int64_t at = offsets.data ? v : 2 * views + v;
-      view.weight = weights.data ? weights[v] : numbers.at[at];
-    }
-    return view;
-  }
-};
-
-// The rules that the host enforces with errors. Only ratios of weights matter: they become at
-// most 1.
-__device__ inline View counted_view(View view, double largest) {
-  view.weight /= largest;
-  const double limit = static_cast<double>(kMaxOffset);
-  if (!(fabs(view.dy) <= limit && fabs(view.dx) <= limit && view.weight >= 0x1p-80 &&
-        view.weight <= 1)) {
-    view.weight = 0;
-    view.dy = view.dx = nan("");
-  }
-  return view;
-}
-
-// Sorts by counting, for each view, those before it. Views that cover nothing come last. Clears the
-// breaks of both axes, which are found next.
-__global__ void __launch_bounds__(kThreads)
-    sort_views(const __grid_constant__ RawViews raw, const __grid_constant__ InlineNumbers numbers,
-               View* sorted, uint8_t* breaks, int64_t cells) {
-  SRT_FOR_THREAD(cell, cells) breaks[cell] = 0;
-  SRT_FOR_THREAD(v, raw.views) {
-    double largest = 0;
-    for (int64_t u = 0; u < raw.views; ++u) {
-      const double weight = raw(numbers, u).weight;
-      if (weight > largest && isfinite(weight)) largest = weight;
-    }
-    const View own = counted_view(raw(numbers, v), largest);
-    int64_t rank = 0;
-    for (int64_t u = 0; u < raw.views; ++u) {
-      const double dx = counted_view(raw(numbers, u), largest).dx;
-      const bool tie = u < v && (dx == own.dx || (isnan(dx) && isnan(own.dx)));
-      if (dx < own.dx || tie || (isnan(own.dx) && !isnan(dx))) ++rank;
-    }
-    sorted[rank] = own;
-  }
-}
 
 // ---- runs ---------------------------------------------------------------------------------------
 
@@ -703,35 +639,20 @@ MeanPlan<typename AccumulatorOf<T>::type> make_plan(const EnsembleArgs& args,
 }
 
 template <class T, bool kSmall, bool kVector>
-int64_t mean(const EnsembleArgs& args, const ViewNumbers& offsets, const ViewNumbers& weights,
-             void* base, CUstream_st* stream) {
+int64_t mean(const char* op, const EnsembleArgs& args, const ViewNumbers& offsets,
+             const ViewNumbers& weights, void* base, CUstream_st* stream) {
   using Tile = cuda::Tile<T, kSmall>;
   using Acc = typename Tile::Acc;
-  const char* op = "ensemble";
   Workspace workspace(base);
   const auto plan = make_plan<T, kSmall>(args, workspace);
   const int64_t views = args.views;
-  const bool weighted = weights.host || weights.device;
-  const bool fits = (weighted ? 3 : 2) * views <= kInlineNumbers;
-  double* uploaded_offsets = offsets.host && !fits ? workspace.take<double>(2 * views) : nullptr;
-  double* uploaded_weights = weights.host && !fits ? workspace.take<double>(views) : nullptr;
+  InlineNumbers numbers;
+  const RawViews raw = raw_views(op, offsets, weights, views, workspace, numbers, stream);
   if (!base) return workspace.bytes();
 
-  RawViews raw{device_numbers(offsets), device_numbers(weights), views, weighted};
-  InlineNumbers numbers{};
-  if (uploaded_offsets) {
-    raw.offsets = upload(op, offsets.host, 2 * views, uploaded_offsets, stream);
-  } else if (offsets.host) {
-    std::copy_n(offsets.host, 2 * views, numbers.at);
-  }
-  if (uploaded_weights) {
-    raw.weights = upload(op, weights.host, views, uploaded_weights, stream);
-  } else if (weights.host) {
-    std::copy_n(weights.host, views, numbers.at + (offsets.host ? 2 * views : 0));
-  }
   const int64_t rows = plan.y.cells, cells = plan.x.cells;
   launch(op, sort_views, div_up(std::max(views, rows + cells), kThreads), stream, raw, numbers,
-         plan.sorted, plan.y.breaks, rows + cells);
+         plan.sorted, nullptr, plan.y.breaks, rows + cells);
   launch(op, find_breaks, div_up(views * (rows + cells), kThreads), stream, plan.y, plan.x,
          plan.sorted, views);
   launch(op, list_runs, 2, stream, plan.y, plan.x);
@@ -764,29 +685,32 @@ bool fills_device(const EnsembleArgs& args) {
 }
 
 template <class T>
-int64_t choose_mean(const EnsembleArgs& args, const ViewNumbers& offsets,
+int64_t choose_mean(const char* op, const EnsembleArgs& args, const ViewNumbers& offsets,
                     const ViewNumbers& weights, void* base, CUstream_st* stream) {
   if (!vectors_fit(args, sizeof(T)))
-    return mean<T, true, false>(args, offsets, weights, base, stream);
+    return mean<T, true, false>(op, args, offsets, weights, base, stream);
   if constexpr (sizeof(T) < sizeof(double)) {
-    if (fills_device<T>(args)) return mean<T, false, true>(args, offsets, weights, base, stream);
+    if (fills_device<T>(args))
+      return mean<T, false, true>(op, args, offsets, weights, base, stream);
   }
-  return mean<T, true, true>(args, offsets, weights, base, stream);
+  return mean<T, true, true>(op, args, offsets, weights, base, stream);
 }
 
 // With no workspace: tells how large it must be.
-int64_t run(const EnsembleArgs& args, const ViewNumbers& offsets, const ViewNumbers& weights,
-            void* base, CUstream_st* stream) {
+int64_t run(const char* op, const EnsembleArgs& args, const ViewNumbers& offsets,
+            const ViewNumbers& weights, void* base, CUstream_st* stream) {
+  if (args.reduce != Reduce::mean || args.seen)
+    return reduce_values(op, args, offsets, weights, base, stream);
   if (args.batch == 0 || args.channels == 0) return 0;
   switch (args.dtype) {
     case DType::f32:
-      return choose_mean<float>(args, offsets, weights, base, stream);
+      return choose_mean<float>(op, args, offsets, weights, base, stream);
     case DType::f16:
-      return choose_mean<Half>(args, offsets, weights, base, stream);
+      return choose_mean<Half>(op, args, offsets, weights, base, stream);
     case DType::bf16:
-      return choose_mean<BFloat16>(args, offsets, weights, base, stream);
+      return choose_mean<BFloat16>(op, args, offsets, weights, base, stream);
     case DType::f64:
-      return choose_mean<double>(args, offsets, weights, base, stream);
+      return choose_mean<double>(op, args, offsets, weights, base, stream);
     case DType::u8:
       break;  // tokens are floating
   }
@@ -798,14 +722,14 @@ int64_t run(const EnsembleArgs& args, const ViewNumbers& offsets, const ViewNumb
 
 namespace srt {
 
-int64_t ensemble_mean_cuda_workspace(const EnsembleArgs& args, const ViewNumbers& offsets,
-                                     const ViewNumbers& weights) {
-  return cuda::run(args, offsets, weights, nullptr, nullptr);
+int64_t ensemble_cuda_workspace(const EnsembleArgs& args, const ViewNumbers& offsets,
+                                const ViewNumbers& weights) {
+  return cuda::run("ensemble", args, offsets, weights, nullptr, nullptr);
 }
 
-void ensemble_mean_cuda(const EnsembleArgs& args, const ViewNumbers& offsets,
-                        const ViewNumbers& weights, void* workspace, CUstream_st* stream) {
-  cuda::run(args, offsets, weights, workspace, stream);
+void ensemble_cuda(const char* op, const EnsembleArgs& args, const ViewNumbers& offsets,
+                   const ViewNumbers& weights, void* workspace, CUstream_st* stream) {
+  cuda::run(op, args, offsets, weights, workspace, stream);
 }
 
 }  // namespace srt
