@@ -52,6 +52,65 @@ def published_ensemble(
     return total / len(tokens)
 
 
+def published_median(
+    tokens: torch.Tensor,
+    offsets: torch.Tensor,
+    grid: Pair,
+    patch: Pair,
+    upsample: str,
+) -> torch.Tensor:
+    """The published way to the median: a pixel-scale map of every view, stacked, torch.median."""
+    maps = [
+        _translate(_upsample(view, grid, patch, upsample), -dy, -dx)
+        for view, (dy, dx) in zip(tokens, offsets.tolist(), strict=True)
+    ]
+    return torch.stack(maps).median(0).values
+
+
+def p_square(values: torch.Tensor) -> torch.Tensor:
+    """values [V, E], V >= 5, in their order -> an estimate of the median of each element [E].
+
+    Jain and Chlamtac, "The P-square algorithm for dynamic calculation of quantiles and histograms
+    without storing observations", 1985. Five heights and three positions are kept.
+    """
+    heights = list(values[:5].sort(0).values)
+    places = [torch.full_like(values[0], float(i + 1)) for i in range(5)]
+    for seen, value in enumerate(values[5:], 5):
+        heights[0] = torch.minimum(heights[0], value)
+        heights[4] = torch.maximum(heights[4], value)
+        for i in (1, 2, 3):
+            places[i] = places[i] + (value < heights[i])
+        places[4] = torch.full_like(value, seen + 1.0)
+        for i in (1, 2, 3):
+            missing = 1 + seen * i / 4 - places[i]
+            left, right = places[i] - places[i - 1], places[i + 1] - places[i]
+            up = (missing >= 1) & (right > 1)
+            step = up.to(value.dtype) - ((missing <= -1) & (left > 1) & ~up).to(value.dtype)
+            below, above = heights[i] - heights[i - 1], heights[i + 1] - heights[i]
+            curve = heights[i] + step / (left + right) * (
+                (left + step) * above / right + (right - step) * below / left
+            )
+            line = heights[i] + step * torch.where(step > 0, above / right, below / left)
+            inside = (heights[i - 1] < curve) & (curve < heights[i + 1])
+            heights[i] = torch.where(step != 0, torch.where(inside, curve, line), heights[i])
+            places[i] = places[i] + step
+    return heights[2]
+
+
+def step_halving(values: torch.Tensor) -> torch.Tensor:
+    """values [V, E] -> an estimate of the median [E], from two numbers: it and a step.
+
+    Every value moves the estimate by a step towards itself; one that lies within a step halves it.
+    Feldman and Shavitt, "An optimal median calculation algorithm for estimating Internet link
+    delays from active measurements", 2007.
+    """
+    median, step = values[0].clone(), (values[1] - values[0]).abs()
+    for value in values[1:]:
+        median = median + step * torch.sign(value - median)
+        step = torch.where((value - median).abs() < step, step / 2, step)
+    return median
+
+
 def published_shift(image: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """image [B, C, H, W] -> its views [V, B, C, H, W], one affine transform each, zeros outside."""
     return torch.stack([_translate(image, dy, dx) for dy, dx in offsets.tolist()])

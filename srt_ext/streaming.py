@@ -329,8 +329,8 @@ class RunningMedian(_Running):
         median = values[0].clone()
         for i, value in enumerate(values[1:], 1):
             torch.where(place >= i, value, median, out=median)
-        median = torch.where(place.isnan(), place, median)
-        return (torch.where(self._state["count"] > 0, median, 0).to(self._dtype),)
+        torch.where(place.isnan(), place, median, out=median)
+        return (median.masked_fill_(self._state["count"] == 0, 0).to(self._dtype),)
 
     def merge(self, other: RunningMedian) -> NoReturn:
         """Raises: the windows of two streams do not tell the median of both."""
