@@ -28,6 +28,7 @@ import srt_ext
 from benchmarks.common import RESULTS, machine, output, quartiles
 from benchmarks.peers import (
     published_ensemble,
+    published_median,
     published_shift,
     sampled_shift,
     sampling_grid,
@@ -317,6 +318,58 @@ def measure_field(bench: Bench, case: Field, dtype: torch.dtype, upsample: str) 
     bench.row(about, peers, case.small, dtype)
 
 
+def measure_values(bench: Bench, case: Field, dtype: torch.dtype, upsample: str) -> None:
+    """Median and moments of one call, and a chunk of 8 views into each running state."""
+    device = bench.clock.device
+    torch.manual_seed(0)
+    shape = (len(case.offsets), 1, case.grid[0] * case.grid[1], case.channels)
+    tokens = torch.randn(shape, device=device).to(dtype)
+    place = (case.offsets, case.grid, case.patch)
+    modes: dict[str, Any] = {"upsample": upsample, "stride": case.stride}
+    out = torch.empty_like(srt_ext.ensemble(tokens, *place, **modes))
+    source = torch.randn(out.shape, device=device).to(out)
+    picked = torch.linspace(0, case.channels - 1, min(CROP, case.channels)).long().to(device)
+
+    def truth(border: str) -> torch.Tensor:
+        with torch.device(device):
+            return reference.ensemble(
+                tokens[..., picked], *place, reduce="median", border=border, **modes
+            )
+
+    def crop(result: torch.Tensor) -> torch.Tensor:
+        return result[:, picked]
+
+    median = partial(srt_ext.ensemble, tokens, *place, reduce="median", **modes)
+    limits: dict[str, Callable[[], Peer]] = {
+        "fill": lambda: Peer(lambda: out.fill_(1.0)),
+        "copy": lambda: Peer(lambda: out.copy_(source)),
+    }
+    peers = {
+        "ours": lambda: Peer(median, truth("coverage"), crop),
+        "ours, out=": lambda: Peer(partial(median, out=out), truth("coverage"), crop),
+        **limits,
+    }
+    if case.loops and len(case.offsets) * out.nbytes < 2**33:
+        stack = partial(published_median, tokens, *place, upsample)
+        peers["published"] = lambda: Peer(stack, truth("zeros"), crop)
+    about: dict[str, Any] = {"shape": case.text()}
+    about |= {"output_bytes": out.nbytes, "input_bytes": tokens.nbytes}
+    bench.row({"op": f"median, {upsample}", **about}, peers, case.small, dtype)
+
+    moments = partial(srt_ext.ensemble_moments, tokens, *place, **modes)
+    peers = {"ours": lambda: Peer(moments), **limits}
+    bench.row({"op": f"moments, {upsample}", **about}, peers, case.small, dtype)
+
+    chunk = (tokens[:8], case.offsets[:8])
+    for kind in (srt_ext.RunningMean, srt_ext.RunningMoments, srt_ext.RunningMedian):
+        running: Any = kind(case.grid, case.patch, **modes)
+        running.update(*chunk)
+        call = partial(running.update, *chunk)
+        peers = {"ours": lambda call=call: Peer(call), **limits}
+        name = f"{kind.__name__}, {upsample}, 8 views"
+        bench.row({"op": name, **about}, peers, case.small, dtype)
+
+
 def measure_views(bench: Bench, case: Views, dtype: torch.dtype) -> None:
     device = bench.clock.device
     torch.manual_seed(0)
@@ -431,6 +484,7 @@ def tables(results: dict[str, Any]) -> str:
     shifts = ("slices", "slices, compiled", "grid_sample", "published")
     means = [row for row in results["rows"] if row["op"].startswith("mean")]
     moves = [row for row in results["rows"] if row["op"].startswith("shift")]
+    values = [row for row in results["rows"] if row["op"].startswith(("median", "mom", "Running"))]
     failed = [
         f"- {row['op']}, {row['dtype']}, {row['shape']}: {name}: {entry['failed']}"
         for row in results["rows"]
@@ -446,6 +500,8 @@ def tables(results: dict[str, Any]) -> str:
             table(means, peers),
             "",
             table(moves, shifts),
+            "",
+            table(values, ("published",)),
             "",
             "Not timed:" if failed else "",
             *failed,
@@ -524,6 +580,12 @@ def main(
         work += [
             partial(measure_field, bench, case, dtype, upsample)
             for case in fields
+            for upsample in ("bilinear", "nearest")
+        ]
+        work += [
+            partial(measure_values, bench, case, dtype, upsample)
+            for case in fields
+            if dtype != torch.float16 and not case.name
             for upsample in ("bilinear", "nearest")
         ]
         for step in work:

@@ -759,6 +759,88 @@ def test_compiled_calls_are_captured() -> None:
         torch.compiler.reset()
 
 
+# ---- median, moments, streams of views ----------------------------------------------------------
+
+
+def check_reductions(case: Ensemble, tokens: torch.Tensor, values: str) -> None:
+    """Against the oracle: the median and the moments of one call."""
+    plain = replace(case, weights=None)
+    args, modes = placed(plain.call(tokens), values)
+    field = srt_ext.ensemble(*args, reduce="median", **modes).cpu()
+    args, modes = plain.call(tokens)
+    truth = reference.ensemble(*args, reduce="median", **modes)
+    sums = torch.promote_types(tokens.dtype, torch.float32)
+    eps, unit = torch.finfo(sums).eps, torch.finfo(tokens.dtype)
+    size = tokens.double().abs().max().clamp(min=1)
+    bound = 2 * (4 * case.stride[0] * case.stride[1] + 8) * eps * size
+    assert ((field - truth).abs() <= bound + unit.eps * truth.abs()).all()
+
+    args, modes = placed(case.call(tokens), values)
+    results = srt_ext.ensemble_moments(*args, **modes)
+    args, modes = case.call(tokens)
+    bound = 4 * (case.terms + 16) * eps * size**2
+    for result, right in zip(results, reference.ensemble_moments(*args, **modes), strict=True):
+        rounding = unit.eps * right.abs() + unit.smallest_normal
+        assert ((result.cpu() - right).abs() <= bound + rounding).all()
+
+
+@each_values
+@each_dtype
+@each_ensemble
+def test_median_and_moments(case: Ensemble, dtype: torch.dtype, values: str) -> None:
+    check_reductions(case, case.tokens(dtype), values)
+
+
+@pytest.mark.parametrize("views", [9, 10, 25, 26, 49, 50, 51, 64, 65, 130])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_bits_of_torch_median(views: int, dtype: torch.dtype) -> None:
+    """With infinities and, in a quarter of the channels, NaN; every network and between them."""
+    generator = torch.Generator().manual_seed(views)
+    case = Ensemble((2, 3), (2, 2), ((0.0, 0.0),) * views, channels=64, batch=1, upsample="nearest")
+    tokens = case.tokens(dtype)
+    share = torch.rand(tokens.shape, generator=generator)
+    tokens[share < 0.4] = INF
+    tokens[share < 0.2] = -INF
+    tokens[:, :, :, :16][share[:, :, :, :16] > 1 - 1 / views] = NAN
+    args, modes = placed(case.call(tokens), "device")
+    field = srt_ext.ensemble(*args, reduce="median", **modes).cpu()[0, :, ::2, ::2].flatten(1).T
+    expected = tokens[:, 0].median(0).values
+    assert torch.equal(field.nan_to_num(7e4), expected.nan_to_num(7e4))
+
+
+@each_dtype
+@each_values
+@pytest.mark.parametrize(
+    "kind", [srt_ext.RunningMean, srt_ext.RunningMoments, srt_ext.RunningMedian]
+)
+@each_ensemble
+def test_streams_equal_those_of_the_cpu(
+    case: Ensemble, kind: Any, values: str, dtype: torch.dtype
+) -> None:
+    if kind is srt_ext.RunningMedian:
+        case = replace(case, weights=None)
+    (tokens, offsets, grid, patch, weights), modes = case.call(case.tokens(dtype))
+    on_cpu, on_gpu = kind(grid, patch, **modes), kind(grid, patch, **modes)
+    for begin in range(0, len(offsets), 2):
+        numbers = [offsets[begin : begin + 2]]
+        if weights is not None:
+            numbers.append(weights[begin : begin + 2])
+        on_cpu.update(tokens[begin : begin + 2], *numbers)
+        if values == "device":
+            numbers = [place(number) for number in numbers]
+        on_gpu.update(place(tokens[begin : begin + 2]), *numbers)
+    close = 1e-12 if dtype == torch.float64 else 1e-5
+    for here, there in zip(on_cpu._state.values(), on_gpu._state.values(), strict=True):
+        counted = on_cpu._state[kind._seen] > 0
+        torch.testing.assert_close(
+            there.cpu()[..., counted], here[..., counted], rtol=close, atol=close
+        )
+    resumed = kind(grid, patch, **modes)
+    resumed.load_state_dict(on_gpu.state_dict())
+    for a, b in zip(resumed.fields(), on_gpu.fields(), strict=True):
+        assert torch.equal(a, b)
+
+
 # ---- streams and graphs -------------------------------------------------------------------------
 
 
@@ -778,11 +860,20 @@ def calls(
 ) -> list[torch.Tensor]:
     place = ((3, 5), (8, 8))
     out = torch.empty(2, 40, 24, 40, device=DEVICE)
+    mean, var, window = (torch.zeros(n, 2, 40, 24, 40, device=DEVICE) for n in (1, 1, 8))
+    weight, count = (torch.zeros(24, 40, dtype=torch.float64, device=DEVICE) for _ in range(2))
+    for part in (slice(0, 2), slice(2, None)):
+        chunk = (tokens[part], offsets[part], *place)
+        torch.ops.srt.accumulate_moments_(mean[0], var[0], weight, *chunk, weights[part])
+        torch.ops.srt.accumulate_median_(window, count, *chunk)
     return [
         srt_ext.ensemble(tokens, offsets, *place, weights),
         srt_ext.ensemble(tokens, offsets, *place, stride=8, border="zeros"),
         srt_ext.ensemble(tokens, offsets, *place, upsample="nearest", out=out),
         srt_ext.shift(image, offsets),
+        srt_ext.ensemble(tokens, offsets, *place, reduce="median"),
+        *srt_ext.ensemble_moments(tokens, offsets, *place, weights),
+        *(mean, var, weight, window, count),
     ]
 
 

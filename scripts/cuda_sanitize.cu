@@ -245,6 +245,8 @@ struct Ensemble {
   Upsample upsample = Upsample::bilinear;
   Border border = Border::coverage;
   Where where = Where::host;
+  Reduce reduce = Reduce::mean;
+  bool stream = false;  // the views are the first chunk of one
   std::vector<double> offsets = {-3, -2, -3, 0, -3, 2, 0, -2, 0, 0, 0, 2, 3, -2, 3, 0, 3, 2};
   std::vector<double> weights;
 };
@@ -270,6 +272,10 @@ void run(const Ensemble& e, const Type& type, const std::string& what) {
   std::copy_n(e.stride, 2, args.stride);
   args.upsample = e.upsample;
   args.border = e.border;
+  args.reduce = e.reduce;
+  const int64_t planes = e.reduce == Reduce::moments
+                             ? 2
+                             : (e.stream && e.reduce == Reduce::median ? kWindowPlanes : 1);
 
   // The truth, dense, from numbers that the host accepts: a refused view has weight 0.
   std::vector<double> offsets = as_given(e.offsets, e.where);
@@ -290,7 +296,7 @@ void run(const Ensemble& e, const Type& type, const std::string& what) {
   }
   const int64_t cells = e.batch * e.channels * height * width;
   const auto cpu = [&](const std::vector<double>& values) {
-    std::vector<double> field(cells);
+    std::vector<double> field(planes * cells), seen(height * width);
     EnsembleArgs on_host = args;
     on_host.dtype = DType::f64;
     on_host.tokens = values.data() + first;
@@ -299,16 +305,27 @@ void run(const Ensemble& e, const Type& type, const std::string& what) {
     on_host.out = field.data();
     const int64_t dense[4] = {e.channels * height * width, height * width, width, 1};
     std::copy_n(dense, 4, on_host.out_strides);
+    on_host.variance = field.data() + cells;
+    on_host.plane_stride = cells;
+    if (e.stream) on_host.seen = seen.data();
+    if (e.reduce == Reduce::median) on_host.weights = nullptr;
     ensemble_cpu(on_host, kSerial);
     return field;
   };
-  const std::vector<double> truth = cpu(tokens.exact), size = cpu(magnitudes(tokens.exact));
+  const std::vector<double> truth = cpu(tokens.exact);
+  std::vector<double> size = cpu(magnitudes(tokens.exact));
+  if (e.reduce != Reduce::mean) {  // a value is no larger than the tokens, a variance than a square
+    double most = 1;
+    for (const double token : tokens.exact) most = std::max(most, std::fabs(token));
+    std::fill(size.begin(), size.end(), 4 * most * most);
+  }
   const double terms = static_cast<double>(4 * views * e.stride[0] * e.stride[1]);
   const double acc = type.dtype == DType::f64 ? kF64.eps : kF32.eps;
-  std::vector<double> bound(cells);
-  for (int64_t i = 0; i < cells; ++i)
-    bound[i] =
-        (terms + 8) * acc * size[i] + 0.5 * type.eps * std::max(std::fabs(truth[i]), type.tiny);
+  const Type& out_type = e.stream ? (type.dtype == DType::f64 ? kF64 : kF32) : type;
+  std::vector<double> bound(truth.size());
+  for (size_t i = 0; i < truth.size(); ++i)
+    bound[i] = (terms + 8) * acc * size[i] +
+               0.5 * out_type.eps * std::max(std::fabs(truth[i]), out_type.tiny);
 
   const int64_t c_last = e.channels;
   int64_t strides[4] = {height * width * c_last, 1, width * c_last, c_last};
@@ -321,11 +338,14 @@ void run(const Ensemble& e, const Type& type, const std::string& what) {
     strides[0] = height * strides[2] + 7;
   }
   std::vector<int64_t> place;
-  for (int64_t b = 0; b < e.batch; ++b)
-    for (int64_t c = 0; c < e.channels; ++c)
-      for (int64_t y = 0; y < height; ++y)
-        for (int64_t x = 0; x < width; ++x)
-          place.push_back(b * strides[0] + c * strides[1] + y * strides[2] + x * strides[3]);
+  const int64_t plane_stride = e.batch * strides[0] + 16;
+  for (int64_t p = 0; p < planes; ++p)
+    for (int64_t b = 0; b < e.batch; ++b)
+      for (int64_t c = 0; c < e.channels; ++c)
+        for (int64_t y = 0; y < height; ++y)
+          for (int64_t x = 0; x < width; ++x)
+            place.push_back(p * plane_stride + b * strides[0] + c * strides[1] + y * strides[2] +
+                            x * strides[3]);
 
   // Only what the call may read: the tokens of the grid, from the first to the end of the last.
   const std::vector<char> readable(tokens.bytes.begin() + first * type.size, tokens.bytes.end());
@@ -335,9 +355,15 @@ void run(const Ensemble& e, const Type& type, const std::string& what) {
   std::copy_n(strides, 4, args.out_strides);
   const int64_t out_elements =
       place.empty() ? 0 : *std::max_element(place.begin(), place.end()) + 1;
-  compare(type, what, out_elements, e.out_skip * type.size, place, truth, bound, [&](void* out) {
+  const int64_t out_skip = e.out_skip * out_type.size;
+  compare(out_type, what, out_elements, out_skip, place, truth, bound, [&](void* out) {
     const Numbers moves(e.offsets, e.where), scales(e.weights, e.where);
+    const Buffer seen(height * width * static_cast<int64_t>(sizeof(double)), 0);
+    seen.fill(0);
     args.out = out;
+    args.variance = static_cast<char*>(out) + plane_stride * out_type.size;
+    args.plane_stride = plane_stride;
+    if (e.stream) args.seen = reinterpret_cast<double*>(seen.data());
     const Buffer workspace(ensemble_cuda_workspace(args, moves.view, scales.view), 0);
     ensemble_cuda("ensemble", args, moves.view, scales.view, workspace.data(), stream);
     CHECK(cudaStreamSynchronize(stream));  // the workspace is freed here
@@ -533,6 +559,31 @@ bool all() {
                        e.layout = Layout::nchw;
                      }),
                  });
+  const auto reduced = [](Reduce reduce, bool stream, int64_t views) {
+    E e;
+    e.reduce = reduce, e.stream = stream, e.border = Border::clamp;
+    e.offsets = many(views), e.batch = views > 100 ? 1 : 2, e.channels = views > 100 ? 9 : 19;
+    return e;
+  };
+  std::vector<E> medians, others;
+  for (const int64_t views : {9, 25, 49, 64, 130}) {
+    medians.push_back(reduced(Reduce::median, false, views));
+    medians.back().where = views == 49 ? Where::device_f64 : Where::host;
+  }
+  for (const bool stream : {false, true}) {
+    for (const Reduce reduce : {Reduce::mean, Reduce::median, Reduce::moments}) {
+      if (!stream && reduce != Reduce::moments) continue;
+      for (const Layout layout : {Layout::channels_last, Layout::padded}) {
+        others.push_back(reduced(reduce, stream, 9));
+        others.back().layout = layout;
+        others.back().prefix = 1;
+      }
+      others.push_back(reduced(reduce, stream, 301));
+      if (reduce != Reduce::median) others.back().weights = std::vector<double>(301, 0.5);
+    }
+  }
+  ok &= group<E>("ensemble: medians", kFloating, medians);
+  ok &= group<E>("ensemble: moments, streams", kFloating, others);
   ok &= group<E>("ensemble: nothing", kFloating,
                  {with<E>([](E& e) { e.batch = 0; }), with<E>([](E& e) { e.channels = 0; })});
 
