@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -170,6 +172,37 @@ def test_same_bits_over_threads(
         results.append([median(case, tokens), *srt_ext.ensemble_moments(*args, **modes)])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+MEMORY = """
+import torch, srt_ext
+
+def peak():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+
+def field(tokens):
+    offsets = srt_ext.views.grid(7)[: len(tokens)]
+    return srt_ext.ensemble(tokens, offsets, (14, 14), (16, 16), reduce="median", upsample="{upsample}")
+
+field(torch.ones(2, 1, 196, 8))
+tokens = torch.randn({views}, 1, 196, 64)
+before = peak()
+result = field(tokens)
+print((peak() - before) / result.nbytes)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("upsample", ["nearest", "bilinear"])
+@pytest.mark.parametrize("views", [49, 225])
+def test_no_stack_of_maps_is_made(views: int, upsample: str) -> None:
+    """Beside the tokens it takes its output, and cache-sized scratch, not a map for every view."""
+    script = MEMORY.format(views=views, upsample=upsample)
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert float(result.stdout) < 2
 
 
 # ---- moments ------------------------------------------------------------------------------------
