@@ -183,7 +183,8 @@ def peak():
 
 def field(tokens):
     offsets = srt_ext.views.grid(7)[: len(tokens)]
-    return srt_ext.ensemble(tokens, offsets, (14, 14), (16, 16), reduce="median", upsample="{upsample}")
+    modes = dict(reduce="median", upsample="{upsample}")
+    return srt_ext.ensemble(tokens, offsets, (14, 14), (16, 16), **modes)
 
 field(torch.ones(2, 1, 196, 8))
 tokens = torch.randn({views}, 1, 196, 64)
