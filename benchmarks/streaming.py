@@ -155,7 +155,7 @@ def field(offsets):
         running = getattr(srt_ext, way)(GRID, PATCH)
         for at in offsets.split(CHUNK):
             running.update(tokens(len(at)), at)
-        return running.fields()
+        return running._fields()
     if way == "moments":
         return srt_ext.ensemble_moments(tokens(len(offsets)), offsets, GRID, PATCH)
     return srt_ext.ensemble(tokens(len(offsets)), offsets, GRID, PATCH, reduce=way)

@@ -52,7 +52,7 @@ def tensors(running: Any) -> list[torch.Tensor]:
 
 
 def results(running: Any) -> list[torch.Tensor]:
-    return [field.clone() for field in running.fields()]
+    return [field.clone() for field in running._fields()]
 
 
 # ---- mean and moments ---------------------------------------------------------------------------
@@ -126,6 +126,32 @@ def test_weights_of_chunks_count_against_each_other(cpu_kernels: str) -> None:
     assert running.variance().item() == 0.25 * 2.25**2 + 0.75 * 0.75**2
 
 
+@pytest.mark.parametrize("kind", [RunningMean, RunningMoments])
+def test_a_stream_merged_with_itself_stays_what_it_is(kind: Kind) -> None:
+    case = SAMPLES["real"]
+    running = feed(new(kind, case), case, case.tokens(), [2])
+    before = results(running)
+    running.merge(running)
+    torch.testing.assert_close(results(running), before)
+    assert running.views == 10
+
+
+def test_infinite_means_stay_infinite(cpu_kernels: str) -> None:
+    """As in one call; the variance of an infinite value is NaN."""
+    tokens = torch.tensor([1.0, float("inf"), 2.0, 3.0]).reshape(4, 1, 1, 1)
+    place = (torch.zeros(4, 2), (1, 1), (1, 1))
+    one, var = srt_ext.ensemble_moments(tokens, *place)
+    assert one.item() == float("inf")
+    assert var.isnan().item()
+    for chunk in (1, 2, 3):
+        running = RunningMoments((1, 1), (1, 1))
+        for begin in range(0, 4, chunk):
+            part = tokens[begin : begin + chunk]
+            running.update(part, torch.zeros(len(part), 2))
+        assert running.result().item() == float("inf")
+        assert running.variance().isnan().item()
+
+
 @given(ensembles(border="coverage"), st.integers(1, 5), st.integers(1, 5))
 def test_merge_is_associative(case: Ensemble, first: int, second: int) -> None:
     case = replace(case, offsets=(case.offsets * 6)[:6], weights=None)
@@ -150,7 +176,7 @@ def test_merge_is_associative(case: Ensemble, first: int, second: int) -> None:
             right = other
         for merged in (left, right):
             assert merged.views == 6
-            for field, truth in zip(merged.fields(), (mean, var), strict=False):
+            for field, truth in zip(merged._fields(), (mean, var), strict=False):
                 assert_same_sum(field, truth, size, 2 * case.terms)
             torch.testing.assert_close(
                 merged._state["weight"], feed(new(kind, case), case, tokens, [6])._state["weight"]
@@ -221,6 +247,29 @@ def test_median_of_views_that_drift() -> None:
     for v in range(count):
         running.update(ramp[v : v + 1].contiguous(), torch.zeros(1, 2))
     assert (running.result() - 50).abs().max() <= 10
+
+
+def run_values(*parts: tuple[float, int]) -> float:
+    running = RunningMedian((1, 1), (1, 1))
+    for value, times in parts:
+        for _ in range(times):
+            running.update(torch.full((1, 1, 1, 1), value), torch.zeros(1, 2))
+    return running.result().item()
+
+
+def test_median_leaves_a_window_of_equal_values(cpu_kernels: str) -> None:
+    assert run_values((0.0, 10), (1.0, 1000)) == 1
+    assert run_values((0.0, 9), (5.0, 9), (7.0, 1000)) == 7
+    assert run_values((0.0, 10), (-2.0, 1000)) == -2
+
+
+@pytest.mark.parametrize("chunk", [1, 8, 1000])
+def test_median_of_rectified_views(chunk: int) -> None:
+    """Half of the values are 0, as those of a ReLU."""
+    case, tokens = random_views(121, chunk)
+    tokens = tokens.clamp(min=0)
+    running = feed(new(RunningMedian, case), case, tokens, [chunk])
+    assert (running.result() - median(case, tokens)).abs().mean() < 0.02
 
 
 def test_one_chunk_in_any_order_of_views_drifts_not() -> None:
@@ -335,7 +384,9 @@ def test_nothing_is_added_on_error(kind: Kind) -> None:
     wrong: list[tuple[torch.Tensor, torch.Tensor, str]] = [
         (tokens, torch.full((9, 2), float("nan")), "offsets must be finite"),
         (tokens[:, :, :4], offsets, "grid must hold the N = 4 tokens"),
-        (tokens[:, :1], offsets, r"must be \[(8, )?1, 19"),
+        (tokens[:, :1], offsets, r"tokens must keep their batch and channels, \[2, 19\]"),
+        (tokens[:0], torch.zeros(5, 9), r"offsets must be \[V, 2\]"),
+        (tokens[:0, :, :4], offsets[:0], "grid must hold the N = 4 tokens"),
         (tokens.double(), offsets, "tokens must keep their dtype"),
         (tokens, torch.zeros(3, 2), r"offsets must be \[V, 2\]"),
     ]
@@ -350,6 +401,63 @@ def test_nothing_is_added_on_error(kind: Kind) -> None:
     with pytest.raises(ValueError, match="no views were added"):
         fresh.result()
     fresh.update(tokens.double(), offsets)  # the failed chunk has decided nothing
+
+
+def test_nothing_is_allocated_before_the_checks() -> None:
+    """The state would take 281 TB."""
+    for kind in KINDS:
+        running = kind((4096, 4096), (256, 256))
+        with pytest.raises(ValueError, match="grid must hold the N = 4 tokens"):
+            running.update(torch.ones(1, 1, 4, 8), torch.zeros(1, 2))
+        with pytest.raises(TypeError, match="tokens must be float32"):
+            running.update(torch.ones(0, 1, 2**24, 1, dtype=torch.int64), torch.zeros(0, 2))
+        for wrong in ({"border": "wrap"}, {"upsample": "cubic"}, {"stride": 3}):
+            with pytest.raises(ValueError, match=kind.__name__):
+                kind((1, 1), (4, 4), **wrong)
+
+
+@each_kind
+def test_a_damaged_state_is_refused_and_changes_nothing(kind: Kind) -> None:
+    running = feed(new(kind, SAMPLES["grid"]), SAMPLES["grid"], SAMPLES["grid"].tokens(), [9])
+    good = running.state_dict()
+    first = next(iter(good["state"]))
+    tensor = good["state"][first]
+    damages: list[dict[str, Any]] = [
+        {"state": {}, "views": None},
+        {"state": None},
+        {"grid": 5},
+        {"dtype": torch.int64},
+        {"state": {**good["state"], first: [1]}},
+        {"state": {**good["state"], first: tensor[..., :1]}},
+        {"state": {**good["state"], first: tensor.half()}},
+        {"state": {first: tensor}},
+    ]
+    before = [t.clone() for t in tensors(running)]
+    for damage in damages:
+        with pytest.raises(ValueError, match=kind.__name__):
+            running.load_state_dict({**good, **damage})
+    with pytest.raises(ValueError, match="all of its keys"):
+        running.load_state_dict({key: value for key, value in good.items() if key != "views"})
+    assert running.views == 9
+    assert all(map(torch.equal, tensors(running), before))
+    shuffled = dict(sorted(good["state"].items(), reverse=True))
+    running.load_state_dict({**good, "state": shuffled})
+    assert list(running._state) == list(good["state"])
+
+
+def test_inference_mode_comes_and_goes() -> None:
+    case = SAMPLES["grid"]
+    tokens = case.tokens()
+    for kind in (RunningMean, RunningMoments):
+        with torch.inference_mode():
+            running, other = new(kind, case), new(kind, case)
+            part = replace(case, offsets=case.offsets[:3])
+            feed(running, part, tokens[:3], [2])
+            feed(other, part, tokens[:3], [2])
+            running.merge(other)
+            running.load_state_dict(running.state_dict())
+        feed(running, replace(case, offsets=case.offsets[3:]), tokens[3:], [2])
+        assert running.views == 12
 
 
 def test_wrong_states_and_merges() -> None:
@@ -395,6 +503,12 @@ def rank(number: int, folder: str) -> None:
         )
         running.all_reduce()
         torch.save(running.state_dict(), f"{folder}/{kind.__name__}-{number}.pt")
+        # Other settings on one process: an error on both, and nothing happens.
+        other = kind((1, 1 + number), (2, 2))
+        other.update(torch.ones(1, 1, 1 + number, 2), torch.zeros(1, 2))
+        with pytest.raises(ValueError, match="all processes must have a stream of the same"):
+            other.all_reduce()
+        assert other.views == 1
         # A process without views takes part, too.
         alone = new(kind, case)
         if number == 0:
@@ -422,7 +536,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
                 running = new(kind, case)
                 running.load_state_dict(state)
                 assert running.views == 9
-                for field, truth in zip(running.fields(), expected, strict=False):
+                for field, truth in zip(running._fields(), expected, strict=False):
                     torch.testing.assert_close(field.double(), truth, rtol=1e-5, atol=1e-6)
             # Every process has the same.
             for key, tensor in states[0]["state"].items():

@@ -104,8 +104,12 @@ def check_views(
     upsample: str,
     border: str,
     stride: object,
+    least: int = 1,
 ) -> list[int]:
-    """The shape [B, C, H', W'] of the field. Raises ValueError or TypeError."""
+    """The shape [B, C, H', W'] of the field of ``least`` views or more.
+
+    Raises ValueError or TypeError.
+    """
     check_tensor(where, "tokens", tokens)
     check_tensor(where, "offsets", offsets)
     if weights is not None:
@@ -115,7 +119,7 @@ def check_views(
         rule = "tokens must have 4 dimensions, [V, B, N, C]"
         raise _error(ValueError, where, rule, _shape(tokens))
     views, batch, count, channels = tokens.shape
-    if views < 1:
+    if views < least:
         raise _error(ValueError, where, "tokens must hold at least one view", _shape(tokens))
     if offsets.dim() != 2 or offsets.shape[0] != views or offsets.shape[1] != 2:
         rule = f"offsets must be [V, 2] with V = {views}"

@@ -11,7 +11,15 @@ from typing import Any, NoReturn
 
 import torch
 
-from .checks import WINDOW_PLANES, check_pair, check_tensor
+from .checks import (
+    BORDERS,
+    FLOATING,
+    UPSAMPLES,
+    WINDOW_PLANES,
+    check_pair,
+    check_views,
+    check_word,
+)
 from .ops import accumulate
 
 
@@ -34,6 +42,13 @@ class _Running:
         name = type(self).__name__
         self.grid, self.patch = check_pair(name, "grid", grid), check_pair(name, "patch", patch)
         self.stride = check_pair(name, "stride", stride)
+        check_word(name, "upsample", upsample, UPSAMPLES)
+        check_word(name, "border", border, BORDERS)
+        pixels = [g * p for g, p in zip(self.grid, self.patch, strict=True)]
+        if any(n % s for n, s in zip(pixels, self.stride, strict=True)):
+            raise ValueError(
+                f"{name}: stride must divide grid * patch = {pixels}; got {list(self.stride)}"
+            )
         self.upsample, self.border = upsample, border
         self.reset()
 
@@ -47,17 +62,24 @@ class _Running:
     def _modes(self) -> dict[str, Any]:
         return {"upsample": self.upsample, "border": self.border, "stride": self.stride}
 
-    def _allocate(self, tokens: torch.Tensor) -> None:
-        self._dtype = tokens.dtype
-        sums = torch.float64 if tokens.dtype == torch.float64 else torch.float32
+    def _shapes(self, batch: int, channels: int) -> dict[str, tuple[int, ...]]:
+        """Of the state, as it lies in memory: channels last."""
         height, width = (
             g * p // s for g, p, s in zip(self.grid, self.patch, self.stride, strict=True)
         )
-        batch, channels = tokens.shape[1], tokens.shape[3]
-        for name, planes in self._planes.items():
-            shape = (*planes, batch, height, width, channels)
-            self._state[name] = tokens.new_zeros(shape, dtype=sums).movedim(-1, -3)
-        self._state[self._seen] = tokens.new_zeros(height, width, dtype=torch.float64)
+        planes = {
+            name: (*lead, batch, height, width, channels) for name, lead in self._planes.items()
+        }
+        return {**planes, self._seen: (height, width)}
+
+    def _allocate(self, tokens: torch.Tensor) -> None:
+        self._dtype = tokens.dtype
+        sums = torch.float64 if tokens.dtype == torch.float64 else torch.float32
+        with torch.inference_mode(False):  # or the state could not be written outside of it
+            for name, shape in self._shapes(tokens.shape[1], tokens.shape[3]).items():
+                dtype = torch.float64 if name == self._seen else sums
+                state = torch.zeros(shape, dtype=dtype, device=tokens.device)
+                self._state[name] = state if name == self._seen else state.movedim(-1, -3)
 
     def update(self, tokens: torch.Tensor, offsets: torch.Tensor) -> None:
         """Adds views: tokens [V, B, N, C], offsets [V, 2], as for ``ensemble``.
@@ -69,19 +91,26 @@ class _Running:
     def _update(
         self, tokens: torch.Tensor, offsets: torch.Tensor, *weights: torch.Tensor | None
     ) -> None:
-        check_tensor(type(self).__name__, "tokens", tokens)
+        where, (weight,) = f"srt::{self._op}", weights or (None,)
+        place = (self.grid, self.patch)
         fresh = not self._state
+        if fresh or tokens.shape[:1] == (0,):  # before anything is allocated
+            check_views(where, tokens, offsets, *place, weight, **self._modes, least=0)
         if fresh:
-            if tokens.dim() != 4:
-                rule = "tokens must have 4 dimensions, [V, B, N, C]"
-                raise ValueError(f"srt::{self._op}: {rule}; got {list(tokens.shape)}")
             self._allocate(tokens)
         elif tokens.dtype != self._dtype:
             rule = f"tokens must keep their dtype, {self._dtype}"
             raise TypeError(f"{type(self).__name__}: {rule}; got {tokens.dtype}")
-        if tokens.dim() == 4 and tokens.shape[0] == 0:
+        elif tokens.dim() == 4:
+            *_, batch, channels, _, _ = next(iter(self._state.values())).shape
+            size = (batch, channels)
+            if size != (tokens.shape[1], tokens.shape[3]):
+                raise ValueError(
+                    f"{type(self).__name__}: tokens must keep their batch and channels, "
+                    f"{list(size)}; got {[tokens.shape[1], tokens.shape[3]]}"
+                )
+        if tokens.shape[0] == 0:
             return
-        place = (self.grid, self.patch)
         try:
             accumulate(
                 self._op, self._state, tokens.detach(), offsets, *place, *weights, **self._modes
@@ -96,7 +125,7 @@ class _Running:
         if not self._state:
             raise ValueError(f"{type(self).__name__}: no views were added")
 
-    def fields(self) -> tuple[torch.Tensor, ...]:
+    def _fields(self) -> tuple[torch.Tensor, ...]:
         """The results, each [B, C, H', W'] in the dtype of the tokens, or the state itself.
 
         For the last use of a stream: later updates may write to them.
@@ -139,27 +168,52 @@ class _Running:
         """Goes on where :meth:`state_dict` was taken: the same result, bit for bit.
 
         Raises:
-            ValueError: it is of another kind of stream, or has other settings.
+            ValueError: it is of another kind of stream, has other settings, or is damaged. Then
+                this stream stays as it was.
         """
         name = type(self).__name__
-        names = [*self._planes, self._seen]
-        state = state_dict.get("state", {})
-        if state and list(state) != names:
-            raise ValueError(f"{name}: the state must have {names}; got {list(state)}")
-        settings = {key: state_dict.get(key) for key in self._settings()}
-        settings |= {key: tuple(settings[key] or ()) for key in ("grid", "patch", "stride")}
-        if settings != self._settings():
-            raise ValueError(
-                f"{name}: the state must have the settings {self._settings()}; got {settings}"
-            )
-        self.views, self._dtype = state_dict["views"], state_dict["dtype"]
-        # As they were allocated, whatever a file has made of their strides.
-        self._state = {
-            key: value.clone()
-            if key == self._seen
-            else value.movedim(-3, -1).contiguous().clone().movedim(-1, -3)
-            for key, value in state.items()
+
+        def fail(rule: str, got: object) -> NoReturn:
+            raise ValueError(f"{name}: {rule}; got {got}")
+
+        missing = {*self._settings(), "views", "dtype", "state"} - set(state_dict)
+        if missing:
+            fail("a state_dict must have all of its keys", f"none of {sorted(missing)}")
+        settings = {
+            key: tuple(value) if isinstance(value, list | tuple) else value
+            for key, value in state_dict.items()
+            if key in self._settings()
         }
+        if settings != self._settings():
+            fail(f"the state must have the settings {self._settings()}", settings)
+        views, dtype, state = (state_dict[key] for key in ("views", "dtype", "state"))
+        if dtype not in FLOATING or not isinstance(views, int) or not isinstance(state, dict):
+            fail(
+                "views, dtype and state must be a number, a floating dtype and tensors",
+                (views, dtype),
+            )
+        loaded: dict[str, torch.Tensor] = {}
+        if state:
+            names = [*self._planes, self._seen]
+            if set(state) != set(names) or not all(
+                isinstance(value, torch.Tensor) for value in state.values()
+            ):
+                fail(f"the state must have the tensors {names}", list(state))
+            first = state[names[0]]
+            if first.dim() < 4:
+                fail(f"{names[0]} must be [..., B, C, H', W']", list(first.shape))
+            shapes = self._shapes(first.shape[-4], first.shape[-3])
+            sums = torch.float64 if dtype == torch.float64 else torch.float32
+            for key in names:
+                value, expected = state[key], torch.float64 if key == self._seen else sums
+                value = value if key == self._seen else value.movedim(-3, -1)
+                if value.shape != shapes[key] or value.dtype != expected:
+                    fail(f"{key} must be {list(shapes[key])} of {expected}", list(value.shape))
+                # As it was allocated, whatever a file has made of its strides.
+                with torch.inference_mode(False):
+                    value = value.clone(memory_format=torch.contiguous_format)
+                    loaded[key] = value if key == self._seen else value.movedim(-1, -3)
+        self.views, self._dtype, self._state = views, dtype, loaded
 
 
 class RunningMean(_Running):
@@ -197,7 +251,6 @@ class RunningMean(_Running):
         self._check_views()
         return self._state["mean"].to(self._dtype, copy=True)
 
-    @torch.no_grad()
     def merge(self, other: RunningMean) -> None:
         """Adds all views of another stream with the same settings; associative up to rounding."""
         self._check_same(other)
@@ -206,36 +259,49 @@ class RunningMean(_Running):
         if not self._state:
             self.load_state_dict(other.state_dict())
             return
-        total = self._state["weight"] + other._state["weight"]
-        keep, share = (self._shares(s._state["weight"], total) for s in (self, other))
-        self._state["mean"].mul_(keep).add_(share * other._state["mean"])
-        self._state["weight"] = total
-        self.views += other.views
+        with torch.inference_mode(False), torch.no_grad():
+            mine, theirs = self._state, other._state
+            total = mine["weight"] + theirs["weight"]
+            keep, share = (self._shares(s["weight"], total) for s in (mine, theirs))
+            self._state = {**self._joined(theirs, keep, share), "weight": total}
+            self.views += other.views
 
-    @torch.no_grad()
+    def _joined(
+        self, other: dict[str, torch.Tensor], keep: torch.Tensor, share: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        return {"mean": (share * other["mean"]).add_(keep * self._state["mean"])}
+
     def all_reduce(self, group: Any = None) -> None:
         """Makes this the stream of the views of all processes of a ``torch.distributed`` group.
 
-        Every process must have had an ``update``; one without views calls it with none.
+        Every process must have had an ``update``; one without views calls it with none. Raises on
+        all of them if one has not, or has other settings; then nothing was changed.
         """
-        share = self._all_reduce_weight(group)
-        self._state["mean"] = _sum_over(self._state["mean"] * share, group)
+        shapes = [tuple(tensor.shape) for tensor in self._state.values()]
+        own = (type(self).__name__, self._settings(), str(self._dtype), shapes, self.views)
+        every: list[Any] = [None] * torch.distributed.get_world_size(group)
+        torch.distributed.all_gather_object(every, own, group=group)
+        if any(one[:4] != own[:4] for one in every) or not shapes:
+            raise ValueError(
+                f"{type(self).__name__}: all processes must have a stream of the same settings, "
+                f"dtype and size; got {[one[:4] for one in every]}"
+            )
+        with torch.inference_mode(False), torch.no_grad():
+            total = _sum_over(self._state["weight"], group)
+            share = self._shares(self._state["weight"], total)
+            self._state = {**self._reduced(share, group), "weight": total}
+            self.views = sum(one[4] for one in every)
 
-    def _all_reduce_weight(self, group: Any) -> torch.Tensor:
-        """Joins weights and numbers of views; the share of this process [H', W']."""
-        self._check_views()
-        total = _sum_over(self._state["weight"].clone(), group)
-        share = self._shares(self._state["weight"], total)
-        self._state["weight"] = total
-        self.views = int(_sum_over(total.new_tensor([self.views]), group).item())
-        return share
+    def _reduced(self, share: torch.Tensor, group: Any) -> dict[str, torch.Tensor]:
+        return {"mean": _sum_over(self._state["mean"] * share, group)}
 
 
 def _sum_over(tensor: torch.Tensor, group: Any) -> torch.Tensor:
-    """The sum of the tensors of all processes; reduced as dense memory, kept in its strides."""
-    dense = tensor if tensor.is_contiguous() else tensor.movedim(-3, -1).contiguous()
+    """The sum of the tensors of all processes, in the strides of this one."""
+    dense = tensor if tensor.dim() == 2 else tensor.movedim(-3, -1)  # as a state lies in memory
+    dense = dense.clone(memory_format=torch.contiguous_format)
     torch.distributed.all_reduce(dense, group=group)
-    return dense if tensor.is_contiguous() else dense.movedim(-1, -3)
+    return dense if tensor.dim() == 2 else dense.movedim(-1, -3)
 
 
 class RunningMoments(RunningMean):
@@ -243,7 +309,9 @@ class RunningMoments(RunningMean):
 
     State, whatever the number of views: mean and population variance [B, C, H', W'] and the weight
     of each cell [H', W']. Chunks and streams are joined as Chan, Golub and LeVeque do ("Updating
-    formulae and a pairwise algorithm for computing sample variances", 1979).
+    formulae and a pairwise algorithm for computing sample variances", 1979). The mean is rounded to
+    float32 between chunks, and the spread is taken from it: where it is 1e4 times the spread the
+    variance is within 0.5 % (that of :func:`srt_ext.ensemble_moments`, in one call, within 1e-5).
 
     Args:
         grid, patch, upsample, border, stride: as for :func:`srt_ext.ensemble`.
@@ -263,28 +331,18 @@ class RunningMoments(RunningMean):
         self._check_views()
         return self._state["var"].to(self._dtype, copy=True)
 
-    @torch.no_grad()
-    def merge(self, other: RunningMean) -> None:
-        """Adds all views of another stream with the same settings; associative up to rounding."""
-        self._check_same(other)
-        if self._state and other._state:
-            total = self._state["weight"] + other._state["weight"]
-            keep, share = (self._shares(s._state["weight"], total) for s in (self, other))
-            apart = (other._state["mean"] - self._state["mean"]).square_().mul_(keep * share)
-            self._state["var"].mul_(keep).add_(share * other._state["var"]).add_(apart)
-        super().merge(other)
+    def _joined(
+        self, other: dict[str, torch.Tensor], keep: torch.Tensor, share: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        # Shares before squares: no cell that one stream alone covers multiplies an overflow by 0.
+        apart = (other["mean"] - self._state["mean"]).mul_((keep * share).sqrt()).square_()
+        var = (share * other["var"]).add_(keep * self._state["var"])
+        return {**super()._joined(other, keep, share), "var": var.add_(apart)}
 
-    @torch.no_grad()
-    def all_reduce(self, group: Any = None) -> None:
-        """Makes this the stream of the views of all processes of a ``torch.distributed`` group.
-
-        Every process must have had an ``update``; one without views calls it with none.
-        """
-        share = self._all_reduce_weight(group)
-        mean = _sum_over(self._state["mean"] * share, group)
-        spread = (self._state["mean"] - mean).square_().add_(self._state["var"])
-        self._state["var"] = _sum_over(spread.mul_(share), group)
-        self._state["mean"] = mean
+    def _reduced(self, share: torch.Tensor, group: Any) -> dict[str, torch.Tensor]:
+        mean = super()._reduced(share, group)["mean"]
+        apart = (self._state["mean"] - mean).mul_(share.sqrt()).square_()
+        return {"mean": mean, "var": _sum_over(apart.add_(self._state["var"] * share), group)}
 
 
 class RunningMedian(_Running):
@@ -295,7 +353,8 @@ class RunningMedian(_Running):
     tokens), and the number of views of each cell [H', W'].
 
     The median is exact as long as it stays among the 7 values, always up to 7 views. Where it
-    leaves them, the window follows it by the mean gap between its values. So the order of the views
+    leaves them, the window follows it by the mean gap between its values: slowly, where most values
+    are equal or lie in two heaps far apart. So the order of the views
     matters: in the raster order of a grid, where the values drift, the error is ten times that in
     an order which spreads them, such as :func:`srt_ext.views.spread` gives
     (benchmarks/streaming.py measures both). Within a chunk the order is spread.
@@ -319,10 +378,10 @@ class RunningMedian(_Running):
 
     def result(self) -> torch.Tensor:
         """[B, C, H', W'] in the dtype of the tokens."""
-        return self.fields()[0]
+        return self._fields()[0]
 
     @torch.no_grad()
-    def fields(self) -> tuple[torch.Tensor, ...]:
+    def _fields(self) -> tuple[torch.Tensor, ...]:
         """As :meth:`result`."""
         self._check_views()
         *values, place = self._state["window"]
@@ -334,8 +393,16 @@ class RunningMedian(_Running):
 
     def merge(self, other: RunningMedian) -> NoReturn:
         """Raises: the windows of two streams do not tell the median of both."""
+        self._refuse("merge")
+
+    def all_reduce(self, group: Any = None) -> NoReturn:
+        """Raises: the windows of several streams do not tell the median of all."""
+        self._refuse("all_reduce")
+
+    @staticmethod
+    def _refuse(what: str) -> NoReturn:
         raise NotImplementedError(
-            "RunningMedian: merge is not defined: a window holds the 7 values around the median of "
-            "its own views, and the median of both streams may lie in neither. Give one stream all "
-            "views, or merge means"
+            f"RunningMedian: {what} is not defined: a window holds the 7 values around the median "
+            "of its own views, and the median of both streams may lie in neither. Give one stream "
+            "all views, or merge means"
         )

@@ -231,7 +231,7 @@ class SRT(torch.nn.Module):
 
         del held, patches, chunk
         if not fields:
-            fields = running.fields()
+            fields = running._fields()
         height, width = (-(-images.shape[2 + i] // stride[i]) for i in range(2))
         mean_prefix = None if prefix is None else (prefix / total).to(dtype)
         return tuple(field[:, :, :height, :width] for field in fields), mean_prefix

@@ -56,9 +56,12 @@ SRT_INLINE void add_to_window(V (&window)[kWindow], V& place, V x, const WindowS
   // the value next to the window is needed, which was dropped: it lies between x and the window,
   // and one gap away as far as the window can tell. (Comparisons are chosen so that a NaN, of an
   // infinite window, changes nothing.)
+  // Seven equal values have no gap: there the dropped ones are taken to lie evenly up to x.
   const V gap = (window[last] - window[0]) * (Acc{1} / last);
-  const V lost_low = target < Acc{1} ? window[0] - gap : -infinity;
-  const V lost_high = target > Acc{last} ? window[last] + gap : infinity;
+  const V gap_low = gap > Acc{0} ? gap : (window[0] - x) / (below + Acc{1});
+  const V gap_high = gap > Acc{0} ? gap : (x - window[last]) / (above + Acc{1});
+  const V lost_low = target < Acc{1} ? window[0] - gap_low : -infinity;
+  const V lost_high = target > Acc{last} ? window[last] + gap_high : infinity;
   const V lowest = below > Acc{0} ? lost_low : -infinity;
   const V highest = above > Acc{0} ? lost_high : infinity;
   V value = lowest > x ? lowest : x;

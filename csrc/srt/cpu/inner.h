@@ -88,7 +88,8 @@ void filter_row(const GroupFilter<Acc>* filters, int64_t filter_count, int64_t m
           if (weight[k] != 0) add_block(token, block, weight[k], sum);
       }
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sum[v] *= inverse[x];
+      for (int v = 0; v < kVectors; ++v)
+        sum[v] = inverse[x] != 0 ? sum[v] * inverse[x] : Vec<Acc>{};
       Out* const cell = out + x * stride_x + c * stride_c;
       if (keep && keep[x] != 0) {
         Vec<Acc> before[kVectors] = {};

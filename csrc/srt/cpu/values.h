@@ -221,6 +221,7 @@ struct StreamMoments {
       const double seen = plan.seen[cell], chunk = plan.scale * values.total;
       const Acc keep = static_cast<Acc>(seen / (seen + chunk));
       const Acc added = static_cast<Acc>(chunk / (seen + chunk));
+      if (added == 0) return;  // too little to show
       if (keep == 0) {
         store_block(state[0], stride, run.n, mean);
         store_block(state[1], stride, run.n, variance);
@@ -231,7 +232,9 @@ struct StreamMoments {
       load_block(state[1], stride, run.n, old_variance);
       for (int v = 0; v < kValueVectors; ++v) {
         const Vec<Acc> apart = mean[v] - old_mean[v];
-        old_mean[v] += added * apart;
+        // The first form rounds less, the second keeps an infinite mean.
+        const Vec<Acc> joined = keep * old_mean[v] + added * mean[v];
+        old_mean[v] = apart - apart == Acc{0} ? old_mean[v] + added * apart : joined;
         old_variance[v] =
             keep * old_variance[v] + added * variance[v] + keep * added * apart * apart;
       }

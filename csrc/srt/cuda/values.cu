@@ -264,22 +264,29 @@ struct CountingMedian {
   }
 };
 
-// Mean, sum of squared deviations and total weight of the views (West 1979).
+// Mean and variance of the views. The sum of squared deviations is kept as West does (1979), of the
+// distances from the first value: beside a large mean they are small, and so are their roundings.
 template <class T>
 struct Sample {
   using Acc = typename AccumulatorOf<T>::type;
-  Acc mean = 0, squares = 0;
+  Acc mean = 0, variance = 0;
   double weight = 0;
 
   explicit __device__ Sample(const Cell<T>& cell) {
+    Acc first = 0, distance = 0, sum = 0, squares = 0;
     cell.each_value([&](Acc value, double part) {
+      if (weight == 0) first = value;
       weight += part;
-      const Acc from_mean = value - mean;
-      mean += static_cast<Acc>(part / weight) * from_mean;
-      squares += static_cast<Acc>(part) * from_mean * (value - mean);
+      sum += static_cast<Acc>(part) * value;
+      const Acc own = value - first, apart = own - distance;
+      distance += static_cast<Acc>(part / weight) * apart;
+      squares += static_cast<Acc>(part) * apart * (own - distance);
     });
+    if (weight > 0) {
+      mean = sum / static_cast<Acc>(weight);
+      variance = squares / static_cast<Acc>(weight);
+    }
   }
-  __device__ Acc variance() const { return weight > 0 ? squares / static_cast<Acc>(weight) : 0; }
 };
 
 template <class T>
@@ -288,7 +295,7 @@ struct Moments {
   static __device__ void reduce(const Cell<T>& cell) {
     const Sample<T> sample(cell);
     write(cell, cell.plan.out, sample.mean);
-    write(cell, cell.plan.variance, sample.variance());
+    write(cell, cell.plan.variance, sample.variance);
   }
 };
 
@@ -307,13 +314,26 @@ struct StreamSample {
       const Acc keep = total > 0 ? static_cast<Acc>(seen / total) : 0;
       const Acc added = total > 0 ? static_cast<Acc>(chunk / total) : 0;
       // Where nothing was seen the state is not read.
-      const Acc old_mean = keep != 0 ? *mean : 0, apart = sample.mean - old_mean;
-      if (kVariance) {
-        Acc* const variance = static_cast<Acc*>(plan.variance) + at;
-        const Acc spread = keep != 0 ? keep * *variance + keep * added * apart * apart : 0;
-        store(variance, added != 0 ? spread + added * sample.variance() : spread);
+      Acc joined = sample.mean, spread = sample.variance;
+      if (keep != 0) {
+        const Acc old = *mean, apart = sample.mean - old;
+        // The first form rounds less, the second keeps an infinite mean.
+        if (added == 0) {
+          joined = old;
+        } else if (apart - apart == 0) {
+          joined = old + added * apart;
+        } else {
+          joined = keep * old + added * sample.mean;
+        }
+        if (kVariance) {
+          const Acc before = static_cast<const Acc*>(plan.variance)[at];
+          spread = added == 0
+                       ? before
+                       : keep * before + added * sample.variance + keep * added * apart * apart;
+        }
       }
-      store(mean, keep == 0 ? sample.mean : added != 0 ? old_mean + added * apart : old_mean);
+      store(mean, joined);
+      if (kVariance) store(static_cast<Acc*>(plan.variance) + at, spread);
     });
   }
 };
