@@ -381,10 +381,12 @@ def test_nothing_is_added_on_error(kind: Kind) -> None:
     running = feed(new(kind, case), case, tokens, [4])
     before = [t.clone() for t in tensors(running)]
     offsets = torch.zeros(9, 2)
-    wrong: list[tuple[torch.Tensor, torch.Tensor, str]] = [
+    wrong: list[tuple[Any, torch.Tensor, str]] = [
         (tokens, torch.full((9, 2), float("nan")), "offsets must be finite"),
         (tokens[:, :, :4], offsets, "grid must hold the N = 4 tokens"),
         (tokens[:, :1], offsets, r"tokens must keep their batch and channels, \[2, 19\]"),
+        ([[1.0]], offsets, "tokens must be a torch.Tensor; got list"),
+        (torch.ones(()), offsets, "tokens must have 4 dimensions"),
         (tokens[:0], torch.zeros(5, 9), r"offsets must be \[V, 2\]"),
         (tokens[:0, :, :4], offsets[:0], "grid must hold the N = 4 tokens"),
         (tokens.double(), offsets, "tokens must keep their dtype"),

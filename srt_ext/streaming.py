@@ -17,6 +17,7 @@ from .checks import (
     UPSAMPLES,
     WINDOW_PLANES,
     check_pair,
+    check_tensor,
     check_views,
     check_word,
 )
@@ -93,8 +94,9 @@ class _Running:
     ) -> None:
         where, (weight,) = f"srt::{self._op}", weights or (None,)
         place = (self.grid, self.patch)
-        fresh = not self._state
-        if fresh or tokens.shape[:1] == (0,):  # before anything is allocated
+        check_tensor(where, "tokens", tokens)
+        fresh, empty = not self._state, tokens.shape[:1] == (0,)
+        if fresh or empty:  # before anything is allocated
             check_views(where, tokens, offsets, *place, weight, **self._modes, least=0)
         if fresh:
             self._allocate(tokens)
@@ -109,7 +111,7 @@ class _Running:
                     f"{type(self).__name__}: tokens must keep their batch and channels, "
                     f"{list(size)}; got {[tokens.shape[1], tokens.shape[3]]}"
                 )
-        if tokens.shape[0] == 0:
+        if empty:
             return
         try:
             accumulate(
