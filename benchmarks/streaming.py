@@ -56,6 +56,10 @@ def random_values(kind: str, count: int) -> torch.Tensor:
         return torch.where(torch.rand(values.shape) < 0.1, 10 * values, values)
     if kind == "bimodal":
         return 0.5 * values + torch.where(torch.rand(values.shape) < 0.5, -1.5, 1.5)
+    if kind == "ReLU, 40 % zeros":
+        return (values + 0.2533).clamp(min=0)
+    if kind == "rounded, ties":
+        return (2 * values).round() / 2
     return values
 
 
@@ -95,7 +99,7 @@ def real_values(weights: Path, frames: Path) -> dict[int, torch.Tensor]:
 def accuracy(weights: Path | None, frames: Path | None) -> list[dict[str, Any]]:
     rows = []
     real = real_values(weights, frames) if weights and frames else {}
-    kinds = ["Gaussian", "10 % outliers", "bimodal"]
+    kinds = ["Gaussian", "10 % outliers", "bimodal", "ReLU, 40 % zeros", "rounded, ties"]
     kinds += ["features, spread", "features, random", "features, raster"] if real else []
     for kind in kinds:
         for count in RADII:
