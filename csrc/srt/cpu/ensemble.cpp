@@ -1,6 +1,11 @@
 #include "../ensemble.h"
 
+#if defined(__linux__)
+#include <unistd.h>
+#endif
+
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "../axis.h"
@@ -11,8 +16,20 @@
 namespace srt {
 namespace {
 
-// For the sums of a task: about half of a second-level cache.
-constexpr int64_t kSumsBytes = 512 * 1024;
+// For the sums of a task: what stays in the second-level cache beside the tokens and the output.
+int64_t sums_bytes() {
+  static const int64_t bytes = [] {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    const int64_t cache = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    if (cache > 0) return cache / 4 * 3;
+#endif
+    return int64_t{768 * 1024};
+  }();
+  return bytes;
+}
+
+// What it costs to load a vector in multiply-adds: of tokens, and of sums in the cache.
+constexpr int64_t kLoadTokens = 3, kLoadSums = 1;
 
 // Owns the table of one axis for its distinct offsets.
 template <class Acc>
@@ -64,6 +81,98 @@ struct AxisTableStorage {
     return end;
   }
 };
+
+// The tokens that cells [cell, cell + tile) of offset number `d` read.
+template <class Acc>
+std::pair<int32_t, int32_t> tokens_of(const AxisTable<Acc>& table, int64_t d, int64_t cell,
+                                      int64_t tile) {
+  int32_t first = INT32_MAX, end = 0;
+  for (int64_t i = cell; i < std::min(cell + tile, table.cells); ++i) {
+    const int64_t slot = d * table.cells + i;
+    if (table.taps[slot] == 0) continue;
+    first = std::min(first, table.first[slot]);
+    end = std::max(end, table.first[slot] + table.taps[slot]);
+  }
+  return {std::min(first, end), end};
+}
+
+// Owns the tiles of a table.
+template <class Acc>
+struct TileStorage {
+  std::vector<int64_t> begin{0};
+  std::vector<int64_t> token;
+  std::vector<Acc> weight;
+
+  // One set of tiles for each offset.
+  cpu::TileTable<Acc> fill(const AxisTable<Acc>& table, int64_t offsets, int64_t tile) {
+    for (int64_t d = 0; d < offsets; ++d)
+      for (int64_t cell = 0; cell < table.cells; cell += tile) {
+        add(table, d, cell, tile, 0);
+        begin.push_back(static_cast<int64_t>(token.size()));
+      }
+    return get(table, tile);
+  }
+  // One set for all of them: token j of offset number d becomes d * tokens + j.
+  cpu::TileTable<Acc> fill_merged(const AxisTable<Acc>& table, int64_t offsets, int64_t tile,
+                                  int64_t tokens) {
+    for (int64_t cell = 0; cell < table.cells; cell += tile) {
+      for (int64_t d = 0; d < offsets; ++d) add(table, d, cell, tile, d * tokens);
+      begin.push_back(static_cast<int64_t>(token.size()));
+    }
+    return get(table, tile);
+  }
+  // The most that one tile reads.
+  int64_t largest() const {
+    int64_t most = 0;
+    for (size_t i = 1; i < begin.size(); ++i) most = std::max(most, begin[i] - begin[i - 1]);
+    return most;
+  }
+
+ private:
+  void add(const AxisTable<Acc>& table, int64_t d, int64_t cell, int64_t tile, int64_t base) {
+    const auto [first, end] = tokens_of(table, d, cell, tile);
+    for (int32_t read = first; read < end; ++read) {
+      bool any = false;
+      for (int64_t i = cell; i < cell + tile; ++i) {
+        const int64_t slot = d * table.cells + i;
+        const int64_t k = i < table.cells ? read - table.first[slot] : -1;
+        const bool reads = k >= 0 && k < table.taps[slot];
+        weight.push_back(reads ? table.weight[slot * table.max_taps + k] : 0);
+        any = any || weight.back() != 0;
+      }
+      if (any) {
+        token.push_back(base + read);
+      } else {
+        weight.resize(weight.size() - static_cast<size_t>(tile));
+      }
+    }
+  }
+  cpu::TileTable<Acc> get(const AxisTable<Acc>& table, int64_t tile) const {
+    return {tile, (table.cells + tile - 1) / tile, begin.data(), token.data(), weight.data()};
+  }
+};
+
+// The size of the tiles of a table, at most `largest`, that takes the least work. `load`: what it
+// costs to load a vector, in multiply-adds.
+template <class Acc>
+int64_t best_tile(const AxisTable<Acc>& table, int64_t offsets, int64_t largest, int64_t load) {
+  int64_t best = 1, least = INT64_MAX;
+  for (int64_t tile = 1; tile <= largest; tile *= 2) {
+    int64_t inputs = 0;
+    for (int64_t d = 0; d < offsets; ++d) {
+      for (int64_t cell = 0; cell < table.cells; cell += tile) {
+        const auto [first, end] = tokens_of(table, d, cell, tile);
+        inputs += end - first;
+      }
+    }
+    const int64_t work = inputs * (tile + load);
+    if (work < least) {
+      least = work;
+      best = tile;
+    }
+  }
+  return best;
+}
 
 // The distinct values, ascending: a grid of n x n views needs n tables an axis, not n * n.
 std::vector<double> distinct(std::vector<double> values) {
@@ -139,25 +248,26 @@ struct Views {
   }
 };
 
-// A task reads the same token rows for all the output rows of a band, which is as tall as a token,
-// and writes whole cells one after the other, as long as its sums fit the cache. Where that leaves
-// a thread without work, bands get lower, then chunks of channels narrower. `block_sums`: bytes of
-// the sums of one block of channels. Returns the number of tasks.
+// A task is a band of output rows and a chunk of channels. Where that leaves a thread without work,
+// bands get lower, down to `least_band`, then chunks narrower. Returns the number of tasks.
 template <class Acc>
-int64_t split(const EnsembleArgs& args, int64_t block_bytes, int64_t block_sums, int64_t threads,
-              cpu::ViewsPlan<Acc>& plan) {
-  const int64_t block = block_bytes / static_cast<int64_t>(sizeof(Acc));
-  const int64_t blocks = (args.channels + block - 1) / block;
-  int64_t chunk_blocks = std::clamp<int64_t>(kSumsBytes / block_sums, 1, blocks);
-  plan.band = std::max<int64_t>(1, args.patch[0] / args.stride[0]);
+int64_t split(int64_t block, int64_t least_band, int64_t threads, cpu::ViewsPlan<Acc>& plan) {
   const auto count_tasks = [&] {
     const auto parts = [](int64_t n, int64_t size) { return (n + size - 1) / size; };
-    return plan.batch * parts(plan.rows, plan.band) * parts(blocks, chunk_blocks);
+    return plan.batch * parts(plan.rows, plan.band) * parts(plan.channels, plan.chunk);
   };
-  while (plan.band > 1 && count_tasks() < 4 * threads) plan.band /= 2;
-  while (chunk_blocks > 1 && count_tasks() < 4 * threads) chunk_blocks /= 2;
-  plan.chunk = chunk_blocks * block;
+  while (plan.band > least_band && count_tasks() < 4 * threads) plan.band /= 2;
+  while (plan.chunk > block && count_tasks() < 4 * threads)
+    plan.chunk = (plan.chunk / block + 1) / 2 * block;
   return count_tasks();
+}
+
+// Channels, in whole blocks, of which `bytes` each fit the cache.
+int64_t fitting_channels(int64_t channels, int64_t block, int64_t bytes) {
+  const int64_t blocks = (channels + block - 1) / block;
+  const int64_t fit = std::clamp<int64_t>(sums_bytes() / (bytes * block), 1, blocks);
+  const int64_t parts = (blocks + fit - 1) / fit;
+  return (blocks + parts - 1) / parts * block;  // parts of equal size
 }
 
 // Byte offsets of arrays that follow each other.
@@ -178,20 +288,35 @@ int64_t workers_for(double work, const Parallel& parallel) {
 }
 
 template <class Acc>
-void mean(const EnsembleArgs& args, const cpu::EnsembleKernels<Acc>& kernels, int64_t block_bytes,
-          const Parallel& parallel) {
+void mean(const EnsembleArgs& args, const cpu::EnsembleKernels<Acc>& kernels,
+          const cpu::Kernels& isa, const Parallel& parallel) {
   cpu::MeanPlan<Acc> plan{};
   const Views<Acc> views(args, /*divide=*/false, plan);
-  // At least one group: with all weights 0 there is none.
-  const int64_t block_sums = std::max<int64_t>(1, plan.groups) * plan.tokens_x * block_bytes;
-  const int64_t tasks = split(args, block_bytes, block_sums, parallel.threads, plan);
+  const int64_t dy = static_cast<int64_t>(views.dy.size()), dx = plan.groups;
+  const int64_t block = isa.block_bytes / static_cast<int64_t>(sizeof(Acc));
+  // With all weights 0 there is no group.
+  const int64_t sums = std::max<int64_t>(1, dx) * plan.tokens_x * static_cast<int64_t>(sizeof(Acc));
+  int64_t largest = isa.max_tile;
+  while (largest > 1 && largest * sums * block > sums_bytes()) largest /= 2;
+  TileStorage<Acc> y, x, exact_y, exact_x;
+  plan.tile_y = y.fill(plan.y, dy, best_tile(plan.y, dy, largest, kLoadTokens));
+  plan.tile_x =
+      x.fill_merged(plan.x, dx, best_tile(plan.x, dx, isa.max_tile, kLoadSums), plan.tokens_x);
+  plan.exact_y = exact_y.fill(plan.y, dy, 1);
+  plan.exact_x = exact_x.fill_merged(plan.x, dx, 1, plan.tokens_x);
+  plan.band = plan.tile_y.tile;
+  plan.chunk = (plan.channels + block - 1) / block * block;
+  const int64_t tasks = split(block, plan.band, parallel.threads, plan);
+  plan.pass = fitting_channels(plan.chunk, block, plan.band * sums);
+
+  const int64_t inputs = views.largest_group() * y.largest();
   Layout layout;
-  plan.scratch.sums = layout.place<Acc>(plan.groups * plan.tokens_x * plan.chunk);
-  plan.scratch.rows = layout.place<cpu::TokenRow<Acc>>(views.largest_group() * plan.y.max_taps);
-  plan.scratch.filters = layout.place<cpu::GroupFilter<Acc>>(plan.groups);
+  plan.scratch.sums = layout.place<Acc>(plan.band * dx * plan.tokens_x * plan.pass);
+  plan.scratch.at = layout.place<int64_t>(inputs);
+  plan.scratch.weights = layout.place<Acc>(inputs * plan.band);
   plan.scratch.count = layout.place<double>(plan.columns);
-  plan.scratch.inverse = layout.place<Acc>(plan.columns);
-  plan.scratch.keep = layout.place<Acc>(args.seen ? plan.columns : 0);
+  plan.scratch.inverse = layout.place<Acc>(plan.band * plan.columns);
+  plan.scratch.keep = layout.place<Acc>(args.seen ? plan.band * plan.columns : 0);
   const double work = static_cast<double>(plan.batch) *
                       static_cast<double>(args.channels * plan.rows) *
                       static_cast<double>(plan.groups * plan.columns * plan.x.max_taps +
@@ -218,8 +343,12 @@ void reduce_values(const EnsembleArgs& args, cpu::Kernel<cpu::ValuePlan<Acc>> ke
     for (int64_t k = 0, at = 0; k < counted; ++k, at = (at + step) % counted) order.push_back(at);
     plan.order = order.data();
   }
-  const int64_t block_sums = std::max<int64_t>(1, counted) * plan.tokens_x * block_bytes;
-  const int64_t tasks = split(args, block_bytes, block_sums, parallel.threads, plan);
+  // A band is as tall as a token: its rows read the same tokens.
+  const int64_t block = block_bytes / static_cast<int64_t>(sizeof(Acc));
+  const int64_t sums = counted * plan.tokens_x * static_cast<int64_t>(sizeof(Acc));
+  plan.band = std::max<int64_t>(1, args.patch[0] / args.stride[0]);
+  plan.chunk = fitting_channels(plan.channels, block, std::max<int64_t>(1, sums));
+  const int64_t tasks = split(block, 1, parallel.threads, plan);
   Layout layout;
   plan.scratch.sums = layout.place<Acc>(counted * plan.tokens_x * plan.chunk);
   plan.scratch.rows = layout.place<cpu::TokenRow<Acc>>(plan.y.max_taps);
@@ -259,11 +388,12 @@ std::vector<double> chunk_weights(const EnsembleArgs& args) {
 }
 
 template <class Acc>
-void reduce(const EnsembleArgs& args, const cpu::EnsembleKernels<Acc>& kernels, int64_t block_bytes,
-            const Parallel& parallel) {
+void reduce(const EnsembleArgs& args, const cpu::EnsembleKernels<Acc>& kernels,
+            const cpu::Kernels& isa, const Parallel& parallel) {
+  const int64_t block_bytes = isa.block_bytes;
   switch (args.reduce) {
     case Reduce::mean:
-      return mean(args, kernels, block_bytes, parallel);
+      return mean(args, kernels, isa, parallel);
     case Reduce::median:
       return reduce_values(args, args.seen ? kernels.stream_median : kernels.median, block_bytes,
                            parallel);
@@ -277,22 +407,21 @@ void reduce(const EnsembleArgs& args, const cpu::EnsembleKernels<Acc>& kernels, 
 
 void ensemble_cpu(const EnsembleArgs& args, const Parallel& parallel) {
   const cpu::Kernels& kernels = cpu::kernels();
-  const int64_t block_bytes = kernels.block_bytes;
   std::vector<double> added;
   if (args.seen) added = chunk_weights(args);
   if (args.batch > 0 && args.channels > 0) {
     switch (args.dtype) {
       case DType::f32:
-        reduce(args, kernels.ensemble_f32, block_bytes, parallel);
+        reduce(args, kernels.ensemble_f32, kernels, parallel);
         break;
       case DType::f16:
-        reduce(args, kernels.ensemble_f16, block_bytes, parallel);
+        reduce(args, kernels.ensemble_f16, kernels, parallel);
         break;
       case DType::bf16:
-        reduce(args, kernels.ensemble_bf16, block_bytes, parallel);
+        reduce(args, kernels.ensemble_bf16, kernels, parallel);
         break;
       case DType::f64:
-        reduce(args, kernels.ensemble_f64, block_bytes, parallel);
+        reduce(args, kernels.ensemble_f64, kernels, parallel);
         break;
       case DType::u8:
         break;  // tokens are floating

@@ -18,8 +18,9 @@ constexpr EnsembleKernels<Acc> kEnsemble = {mean<T, T>,
                                             reduce_values<T, StreamMoments<Acc>>};
 }  // namespace
 
-const Kernels SRT_ISA = {SRT_STRING(SRT_ISA), kBlockBytes,       kEnsemble<float>, kEnsemble<Half>,
-                         kEnsemble<BFloat16>, kEnsemble<double>, shift<float>,     shift<Half>,
-                         shift<BFloat16>,     shift<double>,     shift<uint8_t>};
+const Kernels SRT_ISA = {SRT_STRING(SRT_ISA), kBlockBytes,     kMaxTile,
+                         kEnsemble<float>,    kEnsemble<Half>, kEnsemble<BFloat16>,
+                         kEnsemble<double>,   shift<float>,    shift<Half>,
+                         shift<BFloat16>,     shift<double>,   shift<uint8_t>};
 
 }  // namespace srt::cpu

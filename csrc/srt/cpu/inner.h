@@ -14,154 +14,234 @@ namespace {
 constexpr int kVectors = 4;
 constexpr int64_t kBlockBytes = kVectors * kVectorBytes;
 
-// sum += weight * the n channels from `from` on; lanes past n stay as they are.
-template <class T, class V>
-void add_block(const T* from, int64_t n, typename AccumulatorOf<T>::type weight,
-               V (&sum)[kVectors]) {
-  constexpr int lanes = kLanes<typename AccumulatorOf<T>::type>;
-  if (n >= kVectors * lanes) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sum[v] += weight * load(from + v * lanes);
-    return;
-  }
-  for (int v = 0; v < kVectors && v * lanes < n; ++v) {
-    const int64_t rest = n - v * lanes;
-    sum[v] += weight * load_part(from + v * lanes, 1, rest < lanes ? rest : lanes);
-  }
-}
-
+// Loops over vectors that stay in registers are unrolled, and what they are passed to is inlined:
+// an index that is not constant would put the array into memory.
 template <int N, class T, class V>
-void store_block(T* to, int64_t stride, int64_t n, const V (&value)[N]) {
+SRT_INLINE void store_block(T* to, int64_t stride, int64_t n, const V (&value)[N]) {
   constexpr int lanes = kLanes<typename AccumulatorOf<T>::type>;
   if (n >= N * lanes && stride == 1) {
 #pragma GCC unroll 4
     for (int v = 0; v < N; ++v) store(to + v * lanes, value[v]);
     return;
   }
-  for (int v = 0; v < N && v * lanes < n; ++v) {
+#pragma GCC unroll 4
+  for (int v = 0; v < N; ++v) {
+    if (v * lanes >= n) break;
     const int64_t rest = n - v * lanes;
     store_part(to + v * lanes * stride, stride, rest < lanes ? rest : lanes, value[v]);
   }
 }
 
 template <int N, class T, class V>
-void load_block(const T* from, int64_t stride, int64_t n, V (&value)[N]) {
+SRT_INLINE void load_block(const T* from, int64_t stride, int64_t n, V (&value)[N]) {
   constexpr int lanes = kLanes<typename AccumulatorOf<T>::type>;
-  for (int v = 0; v < N && v * lanes < n; ++v) {
+#pragma GCC unroll 4
+  for (int v = 0; v < N; ++v) {
+    if (v * lanes >= n) break;
     const int64_t rest = n - v * lanes;
     value[v] = load_part(from + v * lanes * stride, stride, rest < lanes ? rest : lanes);
   }
 }
 
-// sums[j] = sum over rows of weight * row[j], for n channels of each token; zeros up to a whole
-// block.
-template <class T, class Acc>
-void combine_rows(const TokenRow<Acc>* rows, int64_t row_count, int64_t tokens_x, int64_t stride_n,
-                  int64_t n, int64_t chunk, Acc* sums) {
-  constexpr int64_t block = kBlockBytes / sizeof(Acc);
-  for (int64_t j = 0; j < tokens_x; ++j) {
-    for (int64_t c = 0; c < n; c += block) {
-      Vec<Acc> sum[kVectors] = {};
-      for (int64_t r = 0; r < row_count; ++r)
-        add_block(static_cast<const T*>(rows[r].tokens) + j * stride_n + c, n - c, rows[r].weight,
-                  sum);
-      store_block(sums + j * chunk + c, 1, block, sum);
+// The sums of a tile of X cells that stay in registers, by V vectors of channels.
+#if defined(__AVX512F__)
+constexpr int kMaxTile = 8, kTileSums = 16;
+#else
+constexpr int kMaxTile = 4, kTileSums = 8;
+#endif
+template <int X>
+constexpr int kTileVectors = kTileSums / X < kVectors ? kTileSums / X : kVectors;
+
+// sum[i] = the sum over k < count of weight[k][i] * the n channels from at[k] * scale on; 0 in
+// lanes past n.
+template <int X, int V, class T, class Acc>
+SRT_INLINE void sum_inputs(const T* from, const int64_t* at, int64_t scale, const Acc* weight,
+                           int64_t count, int64_t n, Vec<Acc> (&sum)[X][V]) {
+  constexpr int lanes = kLanes<Acc>;
+#pragma GCC unroll 8
+  for (int i = 0; i < X; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sum[i][v] = Vec<Acc>{};
+  }
+  for (int64_t k = 0; k < count; ++k) {
+    const T* const p = from + at[k] * scale;
+    Vec<Acc> in[V];
+    if (n >= V * lanes) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) in[v] = load(p + v * lanes);
+    } else {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) in[v] = Vec<Acc>{};
+      load_block(p, 1, n, in);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < X; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sum[i][v] += weight[k * X + i] * in[v];
     }
   }
 }
 
-// One output row: out[x] = inverse[x] * sum over groups and taps of weight * sums[token], and where
-// there is a `keep`, keep[x] * out[x] is added.
-template <class Out, class Acc>
-void filter_row(const GroupFilter<Acc>* filters, int64_t filter_count, int64_t max_taps,
-                const Acc* inverse, const Acc* keep, int64_t columns, int64_t n, int64_t chunk,
-                Out* out, int64_t stride_c, int64_t stride_x) {
-  constexpr int64_t block = kBlockBytes / sizeof(Acc);
-  for (int64_t x = 0; x < columns; ++x) {
-    for (int64_t c = 0; c < n; c += block) {
-      Vec<Acc> sum[kVectors] = {};
-      for (int64_t g = 0; g < filter_count; ++g) {
-        const GroupFilter<Acc>& filter = filters[g];
-        const Acc* token = filter.sums + filter.first[x] * chunk + c;
-        const Acc* weight = filter.weight + x * max_taps;
-        for (int32_t k = 0; k < filter.taps[x]; ++k, token += chunk)
-          if (weight[k] != 0) add_block(token, block, weight[k], sum);
+// The rows of every group, summed for tile number `tile` of output rows and n channels: sums
+// [X, groups, tokens_x, pass]. Returns whether all of them are finite.
+template <int X, class T, class Acc>
+bool combine_tile(const MeanPlan<Acc>& plan, const TileTable<Acc>& table, int64_t tile,
+                  const T* tokens, int64_t n, char* base) {
+  constexpr int V = kTileVectors<X>;
+  constexpr int64_t block = V * kLanes<Acc>;
+  int64_t* const at = reinterpret_cast<int64_t*>(base + plan.scratch.at);
+  Acc* const weights = reinterpret_cast<Acc*>(base + plan.scratch.weights);
+  Acc* const sums = reinterpret_cast<Acc*>(base + plan.scratch.sums);
+  const int64_t stride_n = plan.token_strides[2];
+  const int64_t row = plan.groups * plan.tokens_x * plan.pass;
+  Vec<Acc> check = {};
+  for (int64_t g = 0; g < plan.groups; ++g) {
+    int64_t count = 0;
+    for (int64_t i = plan.group_begin[g]; i < plan.group_begin[g + 1]; ++i) {
+      const auto& view = plan.views[i];
+      const int64_t slot = view.dy * table.tiles + tile;
+      for (int64_t k = table.begin[slot]; k < table.begin[slot + 1]; ++k, ++count) {
+        at[count] = view.index * plan.token_strides[0] + table.token[k] * plan.tokens_x * stride_n;
+        for (int x = 0; x < X; ++x) weights[count * X + x] = view.weight * table.weight[k * X + x];
       }
+    }
+    for (int64_t j = 0; j < plan.tokens_x; ++j) {
+      Acc* const to = sums + (g * plan.tokens_x + j) * plan.pass;
+      for (int64_t c = 0; c < n; c += block) {
+        Vec<Acc> sum[X][V];
+        sum_inputs<X, V>(tokens + j * stride_n + c, at, 1, weights, count, n - c, sum);
+#pragma GCC unroll 8
+        for (int i = 0; i < X; ++i) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v)
-        sum[v] = inverse[x] != 0 ? sum[v] * inverse[x] : Vec<Acc>{};
-      Out* const cell = out + x * stride_x + c * stride_c;
-      if (keep && keep[x] != 0) {
-        Vec<Acc> before[kVectors] = {};
-        load_block(cell, stride_c, n - c, before);
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) sum[v] += keep[x] * before[v];
+          for (int v = 0; v < V; ++v) {
+            store(to + i * row + c + v * kLanes<Acc>, sum[i][v]);
+            check += sum[i][v] * Acc{0};  // Inf * 0 is NaN
+          }
+        }
       }
-      store_block(cell, stride_c, n - c, sum);
     }
   }
+  Acc all = 0;
+  for (int l = 0; l < kLanes<Acc>; ++l) all += check[l];
+  return all == 0;
+}
+
+// Output rows [row, row_end) of the band from their sums: out[x] = inverse[x] * sum over groups and
+// tokens, and where there is a `keep`, keep[x] * out[x] is added.
+template <int X, class Out, class Acc>
+void filter_rows(const MeanPlan<Acc>& plan, const TileTable<Acc>& table, int64_t row,
+                 int64_t row_end, int64_t n, Out* out, char* base) {
+  constexpr int V = kTileVectors<X>;
+  constexpr int64_t block = V * kLanes<Acc>;
+  const Acc* const sums = reinterpret_cast<Acc*>(base + plan.scratch.sums);
+  const Acc* const inverses = reinterpret_cast<Acc*>(base + plan.scratch.inverse);
+  const Acc* const keeps = reinterpret_cast<Acc*>(base + plan.scratch.keep);
+  const int64_t stride_c = plan.out_strides[1], stride_x = plan.out_strides[3];
+  for (int64_t r = row; r < row_end; ++r) {
+    const Acc* const from = sums + (r - row) * plan.groups * plan.tokens_x * plan.pass;
+    for (int64_t tile = 0; tile < table.tiles; ++tile) {
+      const int64_t x = tile * X, cells = plan.columns - x < X ? plan.columns - x : X;
+      const Acc* const inverse = inverses + r * plan.columns + x;
+      const Acc* const keep = plan.seen ? keeps + r * plan.columns + x : nullptr;
+      const int64_t first = table.begin[tile], count = table.begin[tile + 1] - first;
+      for (int64_t c = 0; c < n; c += block) {
+        Vec<Acc> sum[X][V];
+        sum_inputs<X, V>(from + c, table.token + first, plan.pass, table.weight + first * X, count,
+                         block, sum);
+        Out* const to = out + r * plan.out_strides[2] + x * stride_x + c * stride_c;
+#pragma GCC unroll 8
+        for (int i = 0; i < X; ++i) {
+          if (i >= cells) break;
+          Out* const cell = to + i * stride_x;
+#pragma GCC unroll 4
+          for (int v = 0; v < V; ++v) sum[i][v] *= inverse[i];
+          if (keep && keep[i] != 0) {
+            Vec<Acc> before[V];
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) before[v] = Vec<Acc>{};
+            load_block(cell, stride_c, n - c, before);
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) sum[i][v] += keep[i] * before[v];
+          }
+          store_block(cell, stride_c, n - c, sum[i]);
+        }
+      }
+    }
+  }
+}
+
+// Calls body(the number of cells of a tile, as a type).
+template <int X>
+struct TileSize {
+  static constexpr int value = X;
+};
+template <class Body>
+SRT_INLINE bool with_tile(int64_t tile, Body&& body) {
+  if constexpr (kMaxTile >= 8) {
+    if (tile == 8) return body(TileSize<8>{});
+  }
+  if (tile == 4) return body(TileSize<4>{});
+  if (tile == 2) return body(TileSize<2>{});
+  return body(TileSize<1>{});
 }
 
 template <class T, class Out, class Acc>
 void mean(const MeanPlan<Acc>& plan, int64_t begin, int64_t end, void* scratch) {
-  char* base = static_cast<char*>(scratch);
-  Acc* sums = reinterpret_cast<Acc*>(base + plan.scratch.sums);
-  auto* token_rows = reinterpret_cast<TokenRow<Acc>*>(base + plan.scratch.rows);
-  auto* filters = reinterpret_cast<GroupFilter<Acc>*>(base + plan.scratch.filters);
-  double* count = reinterpret_cast<double*>(base + plan.scratch.count);
-  Acc* inverse = reinterpret_cast<Acc*>(base + plan.scratch.inverse);
-  Acc* keep = plan.seen ? reinterpret_cast<Acc*>(base + plan.scratch.keep) : nullptr;
+  char* const base = static_cast<char*>(scratch);
+  double* const count = reinterpret_cast<double*>(base + plan.scratch.count);
+  Acc* const inverses = reinterpret_cast<Acc*>(base + plan.scratch.inverse);
+  Acc* const keeps = reinterpret_cast<Acc*>(base + plan.scratch.keep);
   const int64_t chunks = (plan.channels + plan.chunk - 1) / plan.chunk;
-  const int64_t bands = (plan.rows + plan.band - 1) / plan.band;
+  const int64_t bands = plan.tile_y.tiles;
 
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t c = task % chunks * plan.chunk;
     const int64_t band = task / chunks % bands;
     const int64_t b = task / chunks / bands;
-    const int64_t n = plan.channels - c < plan.chunk ? plan.channels - c : plan.chunk;
-    const T* tokens = static_cast<const T*>(plan.tokens) + b * plan.token_strides[1] + c;
-    const int64_t y_end = (band + 1) * plan.band < plan.rows ? (band + 1) * plan.band : plan.rows;
-
-    for (int64_t y = band * plan.band; y < y_end; ++y) {
-      int64_t filter_count = 0;
+    const int64_t y = band * plan.band;
+    const int64_t rows = plan.rows - y < plan.band ? plan.rows - y : plan.band;
+    for (int64_t r = 0; r < rows; ++r) {
       for (int64_t x = 0; x < plan.columns; ++x) count[x] = 0;
       for (int64_t g = 0; g < plan.groups; ++g) {
-        // The rows that the views of this group have for output row y, and their part of the count.
-        int64_t row_count = 0;
         double count_y = 0;
-        for (int64_t i = plan.group_begin[g]; i < plan.group_begin[g + 1]; ++i) {
-          const auto& view = plan.views[i];
-          const int64_t slot = view.dy * plan.rows + y;
-          count_y += static_cast<double>(view.weight) * plan.y.count[slot];
-          const T* row = tokens + view.index * plan.token_strides[0] +
-                         plan.y.first[slot] * plan.tokens_x * plan.token_strides[2];
-          for (int32_t k = 0; k < plan.y.taps[slot]; ++k) {
-            const Acc weight = plan.y.weight[slot * plan.y.max_taps + k];
-            if (weight != 0) token_rows[row_count++] = {row, view.weight * weight};
-            row += plan.tokens_x * plan.token_strides[2];
-          }
-        }
-        const int64_t table = g * plan.columns;
-        if (count_y > 0) {
-          for (int64_t x = 0; x < plan.columns; ++x) count[x] += count_y * plan.x.count[table + x];
-        }
-        if (row_count == 0) continue;
-        Acc* group_sums = sums + g * plan.tokens_x * plan.chunk;
-        combine_rows<T>(token_rows, row_count, plan.tokens_x, plan.token_strides[2], n, plan.chunk,
-                        group_sums);
-        filters[filter_count++] = {plan.x.first + table, plan.x.taps + table,
-                                   plan.x.weight + table * plan.x.max_taps, group_sums};
+        for (int64_t i = plan.group_begin[g]; i < plan.group_begin[g + 1]; ++i)
+          count_y += static_cast<double>(plan.views[i].weight) *
+                     plan.y.count[plan.views[i].dy * plan.rows + y + r];
+        if (!(count_y > 0)) continue;
+        const double* const count_x = plan.x.count + g * plan.columns;
+        for (int64_t x = 0; x < plan.columns; ++x) count[x] += count_y * count_x[x];
       }
+      Acc* const inverse = inverses + r * plan.columns;
       for (int64_t x = 0; x < plan.columns; ++x) {
-        const double before = plan.seen ? plan.seen[y * plan.columns + x] : 0;
+        const double before = plan.seen ? plan.seen[(y + r) * plan.columns + x] : 0;
         const double total = before + plan.scale * count[x];
         inverse[x] = total > 0 ? static_cast<Acc>(plan.scale / total) : 0;
-        if (keep) keep[x] = total > 0 ? static_cast<Acc>(before / total) : 0;
+        if (plan.seen)
+          keeps[r * plan.columns + x] = total > 0 ? static_cast<Acc>(before / total) : 0;
       }
-      Out* out = static_cast<Out*>(plan.out) + b * plan.out_strides[0] + c * plan.out_strides[1] +
-                 y * plan.out_strides[2];
-      filter_row(filters, filter_count, plan.x.max_taps, inverse, keep, plan.columns, n, plan.chunk,
-                 out, plan.out_strides[1], plan.out_strides[3]);
+    }
+
+    const int64_t chunk = task % chunks * plan.chunk;
+    const int64_t chunk_end =
+        chunk + plan.chunk < plan.channels ? chunk + plan.chunk : plan.channels;
+    for (int64_t c = chunk; c < chunk_end; c += plan.pass) {
+      const int64_t n = chunk_end - c < plan.pass ? chunk_end - c : plan.pass;
+      const T* const tokens = static_cast<const T*>(plan.tokens) + b * plan.token_strides[1] + c;
+      Out* const out = static_cast<Out*>(plan.out) + b * plan.out_strides[0] +
+                       c * plan.out_strides[1] + y * plan.out_strides[2];
+      const bool finite = with_tile(plan.tile_y.tile, [&](auto tile) {
+        return combine_tile<tile.value>(plan, plan.tile_y, band, tokens, n, base);
+      });
+      if (finite) {
+        with_tile(plan.tile_x.tile, [&](auto tile) {
+          filter_rows<tile.value>(plan, plan.tile_x, 0, rows, n, out, base);
+          return true;
+        });
+        continue;
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        combine_tile<1>(plan, plan.exact_y, y + r, tokens, n, base);
+        filter_rows<1>(plan, plan.exact_x, r, r + 1, n, out, base);
+      }
     }
   }
 }

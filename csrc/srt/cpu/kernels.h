@@ -40,18 +40,35 @@ struct ViewsPlan {
   double scale;        // of the weights of the views, in units of `seen`
 };
 
-// The weighted mean. The rows of a group can be summed before the horizontal filter is applied,
-// once for all of its views.
+// An axis as products of small matrices: `tile` cells that follow each other read the same few
+// tokens, each with a weight for every one of them, so a token is loaded once for all. Where a cell
+// does not read a token the weight is 0, which only finite tokens forgive; tiles of one cell have
+// no such weights.
+template <class Acc>
+struct TileTable {
+  int64_t tile;          // cells
+  int64_t tiles;         // of the axis; the last one may have less cells
+  const int64_t* begin;  // [D * tiles + 1], into the inputs
+  const int64_t* token;  // [inputs]
+  const Acc* weight;     // [inputs, tile]
+};
+
+// The weighted mean: for each group of views, their rows are summed once for a tile of output rows;
+// then one filter along each row. Both are products with a TileTable.
 template <class Acc>
 struct MeanPlan : ViewsPlan<Acc> {
-  struct Scratch {    // byte offsets into a worker's scratch
-    int64_t sums;     // Acc [groups, tokens_x, chunk]: the combined rows of each group
-    int64_t rows;     // the token rows that one group combines
-    int64_t filters;  // the groups that reach this output row
-    int64_t count;    // double [columns]
-    int64_t inverse;  // Acc [columns]
-    int64_t keep;     // Acc [columns]
-    int64_t bytes;    // in all
+  TileTable<Acc> tile_y;            // [distinct dy]
+  TileTable<Acc> tile_x;            // of all groups together: its tokens are [groups, tokens_x]
+  TileTable<Acc> exact_y, exact_x;  // the same in tiles of one cell, for tokens that are not finite
+  int64_t pass;                     // channels whose sums fit the cache, whole blocks
+  struct Scratch {                  // byte offsets into a worker's scratch
+    int64_t sums;                   // Acc [tile_y, groups, tokens_x, pass]
+    int64_t at;                     // int64 [inputs of a group]: in tokens, in elements
+    int64_t weights;                // Acc [inputs of a group, tile]
+    int64_t count;                  // double [columns]
+    int64_t inverse;                // Acc [tile_y, columns]
+    int64_t keep;                   // Acc [tile_y, columns]
+    int64_t bytes;                  // in all
   };
   Scratch scratch;
 };
@@ -84,13 +101,6 @@ template <class Acc>
 struct TokenRow {
   const void* tokens;  // [w, C]
   Acc weight;
-};
-template <class Acc>
-struct GroupFilter {
-  const int32_t* first;  // [columns]
-  const int32_t* taps;   // [columns]
-  const Acc* weight;     // [columns, max_taps]
-  const Acc* sums;       // [tokens_x, chunk]
 };
 template <class Acc>
 struct ViewValue {
@@ -126,7 +136,8 @@ struct EnsembleKernels {
 
 struct Kernels {
   const char* name;
-  int64_t block_bytes;  // of the sums that stay in registers
+  int64_t block_bytes;  // of the channels that are treated together, at most
+  int64_t max_tile;     // cells
   EnsembleKernels<float> ensemble_f32, ensemble_f16, ensemble_bf16;
   EnsembleKernels<double> ensemble_f64;
   // A task is an output row, counted over views and planes; scratch: Acc [width + 3 + 64].

@@ -251,6 +251,39 @@ struct StreamMoments {
 
 // ---- the values ---------------------------------------------------------------------------------
 
+// sum += weight * the n channels from `from` on; lanes past n stay as they are.
+template <class T, class V>
+void add_block(const T* from, int64_t n, typename AccumulatorOf<T>::type weight,
+               V (&sum)[kVectors]) {
+  constexpr int lanes = kLanes<typename AccumulatorOf<T>::type>;
+  if (n >= kVectors * lanes) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sum[v] += weight * load(from + v * lanes);
+    return;
+  }
+  for (int v = 0; v < kVectors && v * lanes < n; ++v) {
+    const int64_t rest = n - v * lanes;
+    sum[v] += weight * load_part(from + v * lanes, 1, rest < lanes ? rest : lanes);
+  }
+}
+
+// sums[j] = sum over rows of weight * row[j], for n channels of each token; zeros up to a whole
+// block.
+template <class T, class Acc>
+void combine_rows(const TokenRow<Acc>* rows, int64_t row_count, int64_t tokens_x, int64_t stride_n,
+                  int64_t n, int64_t chunk, Acc* sums) {
+  constexpr int64_t block = kBlockBytes / sizeof(Acc);
+  for (int64_t j = 0; j < tokens_x; ++j) {
+    for (int64_t c = 0; c < n; c += block) {
+      Vec<Acc> sum[kVectors] = {};
+      for (int64_t r = 0; r < row_count; ++r)
+        add_block(static_cast<const T*>(rows[r].tokens) + j * stride_n + c, n - c, rows[r].weight,
+                  sum);
+      store_block(sums + j * chunk + c, 1, block, sum);
+    }
+  }
+}
+
 // buffer[i] = the value of view i for one block of channels from `c` on; whether all are finite.
 template <class Acc>
 bool gather(const ViewValue<Acc>* values, int64_t count, int64_t chunk, int64_t c, Acc* buffer) {
