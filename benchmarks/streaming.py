@@ -75,7 +75,9 @@ def real_values(weights: Path, frames: Path) -> dict[int, torch.Tensor]:
 
     vit, config = load_timm(DEFAULT_MODEL, weights)
     backbone = describe(vit)
-    sequences = sorted(path for path in frames.iterdir() if path.is_dir())[:2]
+    sequences = sorted({path.parent for path in frames.glob("*/*.jpg")})[:2]
+    if not sequences:
+        raise typer.BadParameter(f"--frames must hold folders of .jpg frames; got {frames}")
     pictures = [
         Image.open(sorted(path.glob("*.jpg"))[0]).convert("RGB").resize((224, 224))
         for path in sequences
@@ -236,6 +238,10 @@ def main(
     output: Path = RESULTS / "streaming.json",
 ) -> None:
     """Measures, writes the JSON, prints the tables."""
+    if (weights is None) != (frames is None):
+        raise typer.BadParameter("--weights and --frames must be given together")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise typer.BadParameter(f"--device must be cpu where torch sees no GPU; got {device}")
     torch.manual_seed(0)
     results = {
         "machine": machine(),

@@ -307,6 +307,14 @@ def test_a_cell_that_no_view_covers_is_zero() -> None:
         assert (field[..., 4:] == 0).all()
 
 
+def test_medians_take_no_weights() -> None:
+    running = RunningMedian((1, 1), (1, 1))
+    with pytest.raises(ValueError, match="weights must be None for a median"):
+        running.update(torch.ones(1, 1, 1, 1), torch.zeros(1, 2), torch.ones(1))
+    with pytest.raises(ValueError, match="no views were added"):
+        running.result()
+
+
 def test_medians_do_not_merge() -> None:
     running = RunningMedian((1, 1), (1, 1))
     with pytest.raises(NotImplementedError, match="merge is not defined: a window holds the 7"):
@@ -426,6 +434,8 @@ def test_a_damaged_state_is_refused_and_changes_nothing(kind: Kind) -> None:
     tensor = good["state"][first]
     damages: list[dict[str, Any]] = [
         {"state": {}, "views": None},
+        {"views": -3},
+        {"views": True},
         {"state": None},
         {"grid": 5},
         {"dtype": torch.int64},
@@ -438,6 +448,8 @@ def test_a_damaged_state_is_refused_and_changes_nothing(kind: Kind) -> None:
     for damage in damages:
         with pytest.raises(ValueError, match=kind.__name__):
             running.load_state_dict({**good, **damage})
+    with pytest.raises(ValueError, match="must be a dict; got NoneType"):
+        running.load_state_dict(None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="all of its keys"):
         running.load_state_dict({key: value for key, value in good.items() if key != "views"})
     assert running.views == 9

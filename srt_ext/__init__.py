@@ -15,6 +15,7 @@ __all__ = [
     "RunningMean",
     "RunningMedian",
     "RunningMoments",
+    "SRTMoments",
     "SRTOutput",
     "__version__",
     "ensemble",
@@ -29,7 +30,7 @@ if _unavailable is None:
     from . import reference, views
     from .ops import ensemble, ensemble_moments, shift
     from .streaming import RunningMean, RunningMedian, RunningMoments
-    from .wrapper import SRT, SRTOutput
+    from .wrapper import SRT, SRTMoments, SRTOutput
 
 else:
 

@@ -172,8 +172,10 @@ def ensemble_moments(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The mean over the views and their variance, from one reading of the tokens.
 
-    The variance is the weighted population variance of what the views say about a cell: the noise
-    map of the paper is its root. It is as exact where the mean is 1e4 times the spread.
+    The variance is the weighted population variance of what the views say about a cell: the norm of
+    its root over the channels is the noise map of the paper. In float32, beside a mean of 1e4 times
+    the spread, it is within 0.2 %: as far as the interpolated values themselves are rounded (1e-6
+    where they are copies: ``nearest`` at stride 1).
 
     Args:
         tokens, offsets, grid, patch, weights, upsample, border, stride: as for :func:`ensemble`.

@@ -82,12 +82,15 @@ class _Running:
                 state = torch.zeros(shape, dtype=dtype, device=tokens.device)
                 self._state[name] = state if name == self._seen else state.movedim(-1, -3)
 
-    def update(self, tokens: torch.Tensor, offsets: torch.Tensor) -> None:
-        """Adds views: tokens [V, B, N, C], offsets [V, 2], as for ``ensemble``.
+    def update(
+        self, tokens: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None = None
+    ) -> None:
+        """Adds views: tokens [V, B, N, C], offsets [V, 2], weights [V], as for ``ensemble``.
 
-        No views (V = 0) only allocate the state. Raises as ``ensemble``; then nothing was added.
+        Weights count against those of the other chunks: 0, or between 2^-500 and 2^500. No views
+        (V = 0) only allocate the state. Raises as ``ensemble``; then nothing was added.
         """
-        self._update(tokens, offsets)
+        self._update(tokens, offsets, weights)
 
     def _update(
         self, tokens: torch.Tensor, offsets: torch.Tensor, *weights: torch.Tensor | None
@@ -100,6 +103,9 @@ class _Running:
             check_views(where, tokens, offsets, *place, weight, **self._modes, least=0)
         if fresh:
             self._allocate(tokens)
+        elif tokens.device != (device := self._state[self._seen].device):
+            rule = f"tokens must stay on the device of the stream, {device}"
+            raise ValueError(f"{type(self).__name__}: {rule}; got {tokens.device}")
         elif tokens.dtype != self._dtype:
             rule = f"tokens must keep their dtype, {self._dtype}"
             raise TypeError(f"{type(self).__name__}: {rule}; got {tokens.dtype}")
@@ -169,6 +175,8 @@ class _Running:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on where :meth:`state_dict` was taken: the same result, bit for bit.
 
+        The state stays on the device that it lies on: ``torch.load(file, map_location=device)``.
+
         Raises:
             ValueError: it is of another kind of stream, has other settings, or is damaged. Then
                 this stream stays as it was.
@@ -178,6 +186,11 @@ class _Running:
         def fail(rule: str, got: object) -> NoReturn:
             raise ValueError(f"{name}: {rule}; got {got}")
 
+        def text(shape: Sequence[int], dtype: torch.dtype) -> str:
+            return f"{list(shape)} of {dtype}"
+
+        if not isinstance(state_dict, dict):
+            fail("a state_dict must be a dict", type(state_dict).__name__)
         missing = {*self._settings(), "views", "dtype", "state"} - set(state_dict)
         if missing:
             fail("a state_dict must have all of its keys", f"none of {sorted(missing)}")
@@ -189,7 +202,8 @@ class _Running:
         if settings != self._settings():
             fail(f"the state must have the settings {self._settings()}", settings)
         views, dtype, state = (state_dict[key] for key in ("views", "dtype", "state"))
-        if dtype not in FLOATING or not isinstance(views, int) or not isinstance(state, dict):
+        number = isinstance(views, int) and not isinstance(views, bool) and views >= 0
+        if dtype not in FLOATING or not number or not isinstance(state, dict):
             fail(
                 "views, dtype and state must be a number, a floating dtype and tensors",
                 (views, dtype),
@@ -208,9 +222,10 @@ class _Running:
             sums = torch.float64 if dtype == torch.float64 else torch.float32
             for key in names:
                 value, expected = state[key], torch.float64 if key == self._seen else sums
+                got = text(value.shape, value.dtype)
                 value = value if key == self._seen else value.movedim(-3, -1)
                 if value.shape != shapes[key] or value.dtype != expected:
-                    fail(f"{key} must be {list(shapes[key])} of {expected}", list(value.shape))
+                    fail(f"{key} must be {text(shapes[key], expected)}", got)
                 # As it was allocated, whatever a file has made of its strides.
                 with torch.inference_mode(False):
                     value = value.clone(memory_format=torch.contiguous_format)
@@ -238,18 +253,11 @@ class RunningMean(_Running):
 
     _op, _planes, _seen = "accumulate_mean_", {"mean": ()}, "weight"
 
-    def update(
-        self, tokens: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None = None
-    ) -> None:
-        """Adds views: tokens [V, B, N, C], offsets [V, 2], weights [V], as for ``ensemble``.
-
-        Weights count against those of the other chunks: 0, or between 2^-500 and 2^500. No views
-        (V = 0) only allocate the state. Raises as ``ensemble``; then nothing was added.
-        """
-        self._update(tokens, offsets, weights)
-
     def result(self) -> torch.Tensor:
-        """[B, C, H', W'] in the dtype of the tokens."""
+        """[B, C, H', W'] in the dtype of the tokens; 0 where no view counts.
+
+        Raises ValueError before the first update.
+        """
         self._check_views()
         return self._state["mean"].to(self._dtype, copy=True)
 
@@ -313,7 +321,7 @@ class RunningMoments(RunningMean):
     of each cell [H', W']. Chunks and streams are joined as Chan, Golub and LeVeque do ("Updating
     formulae and a pairwise algorithm for computing sample variances", 1979). The mean is rounded to
     float32 between chunks, and the spread is taken from it: where it is 1e4 times the spread the
-    variance is within 0.5 % (that of :func:`srt_ext.ensemble_moments`, in one call, within 1e-5).
+    variance is within 0.5 % (that of :func:`srt_ext.ensemble_moments`, in one call, within 0.2 %).
 
     Args:
         grid, patch, upsample, border, stride: as for :func:`srt_ext.ensemble`.
@@ -329,7 +337,10 @@ class RunningMoments(RunningMean):
     _op, _planes = "accumulate_moments_", {"mean": (), "var": ()}
 
     def variance(self) -> torch.Tensor:
-        """[B, C, H', W'] in the dtype of the tokens."""
+        """[B, C, H', W'] in the dtype of the tokens; 0 where no view counts.
+
+        Raises ValueError before the first update.
+        """
         self._check_views()
         return self._state["var"].to(self._dtype, copy=True)
 
@@ -356,10 +367,10 @@ class RunningMedian(_Running):
 
     The median is exact as long as it stays among the 7 values, always up to 7 views. Where it
     leaves them, the window follows it by the mean gap between its values: slowly, where most values
-    are equal or lie in two heaps far apart. So the order of the views
-    matters: in the raster order of a grid, where the values drift, the error is ten times that in
-    an order which spreads them, such as :func:`srt_ext.views.spread` gives
-    (benchmarks/streaming.py measures both). Within a chunk the order is spread.
+    are equal or lie in two heaps far apart. So the order of the views matters: in the raster order
+    of a grid, where the values drift, the error is ten (225 views) to fifty (49 views) times that
+    in an order which spreads them, such as :func:`srt_ext.views.spread` gives
+    (benchmarks/README.md has both). Within a chunk the order is spread.
 
     Two windows do not tell the median of both streams: there is no merge.
 
@@ -378,8 +389,22 @@ class RunningMedian(_Running):
 
     _op, _planes, _seen = "accumulate_median_", {"window": (WINDOW_PLANES,)}, "count"
 
+    def update(
+        self, tokens: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None = None
+    ) -> None:
+        """Adds views: tokens [V, B, N, C], offsets [V, 2], as for ``ensemble``; no weights.
+
+        No views (V = 0) only allocate the state. Raises as ``ensemble``; then nothing was added.
+        """
+        if weights is not None:
+            raise ValueError(f"RunningMedian: weights must be None for a median; got {weights!r}")
+        self._update(tokens, offsets)
+
     def result(self) -> torch.Tensor:
-        """[B, C, H', W'] in the dtype of the tokens."""
+        """[B, C, H', W'] in the dtype of the tokens; 0 where no view counts.
+
+        Raises ValueError before the first update.
+        """
         return self._fields()[0]
 
     @torch.no_grad()

@@ -9,6 +9,8 @@ import math
 
 import torch
 
+from .checks import check_tensor
+
 # More forwards than anybody waits for; a larger number is a slip of the keyboard.
 MAX_VIEWS = 2**16
 
@@ -56,12 +58,16 @@ def spread(offsets: torch.Tensor) -> torch.Tensor:
     Args:
         offsets: [V, 2], (dy, dx) in pixels, in any order that drifts, such as that of a grid.
 
+    Raises:
+        TypeError: no tensor.
+
     Example:
         >>> spread(grid(1))[:3]
         tensor([[-1., -1.],
                 [ 1.,  0.],
                 [ 0.,  1.]])
     """
+    check_tensor("views.spread", "offsets", offsets)
     count = len(offsets)
     step = max(1, round(count * (5**0.5 - 1) / 2))
     while math.gcd(step, count) > 1:

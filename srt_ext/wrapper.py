@@ -68,7 +68,8 @@ class SRT(torch.nn.Module):
     Memory, beside what the model needs for one batch of views: the output and the tokens of all
     views. A mean whose tokens would outgrow the output is aggregated in parts, in float32: twice
     the output, or the output and the tokens of one batch if they are more, however many views
-    there are. With ``streaming``: the output in float32 for a mean, 8 times that for a median.
+    there are. With ``streaming``: the output in float32 for a mean, twice that for moments, 8 times
+    for a median, and the result.
 
     Raises:
         TypeError, ValueError: as the ops, and for tokens whose number does not fit the picture.
