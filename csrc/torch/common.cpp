@@ -111,6 +111,8 @@ Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& 
 namespace {
 
 // Fresh memory comes page by page, each with a fault of its own: 2 MiB pages have 512 times fewer.
+// (A virtual machine that gives free memory back to its host is slow to get such a page again:
+// benchmarks/README.md.)
 void ask_for_huge_pages([[maybe_unused]] const Tensor& tensor) {
 #if defined(__linux__)
   constexpr uintptr_t page = uintptr_t{1} << 21;
