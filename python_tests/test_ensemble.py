@@ -316,6 +316,20 @@ def test_same_bits_over_threads(
     assert all(torch.equal(fields[0], field) for field in fields[1:])
 
 
+def test_a_channel_that_is_nan_changes_no_bit_of_others(cpu_kernels: str) -> None:
+    """Not even the sign of a zero, where products underflow."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(3, 2, 36, 128, generator=generator).sign() * 2.0**-149
+    tokens[torch.rand(tokens.shape, generator=generator) < 0.3] = 0
+    case = Ensemble((6, 6), (5, 5), offsets=((0.3, -3.7), (2.1, 1.4), (-1.6, 3.9)), stride=(2, 2))
+    clean = run(case, tokens)[:, :127]
+    tokens[..., 127] = float("nan")
+    field = run(case, tokens)
+    assert field[:, 127].isnan().all()
+    bits = field[:, :127].contiguous().view(torch.int32)
+    assert torch.equal(bits, clean.contiguous().view(torch.int32))
+
+
 SIZES = [(2, 5), (1, 1), (0, 5), (2, 0), (0, 0), (1, 64)]
 
 

@@ -152,6 +152,14 @@ def test_infinite_means_stay_infinite(cpu_kernels: str) -> None:
         assert running.variance().isnan().item()
 
 
+def test_an_infinite_value_of_no_weight_changes_nothing(cpu_kernels: str) -> None:
+    running = RunningMean((1, 1), (4, 4))
+    for value, weight in ((1.0, 2.0**400), (float("inf"), 2.0**-400)):
+        weights = torch.tensor([weight], dtype=torch.float64)
+        running.update(torch.full((1, 1, 1, 1), value), torch.zeros(1, 2), weights)
+    assert (running.result() == 1).all()
+
+
 @given(ensembles(border="coverage"), st.integers(1, 5), st.integers(1, 5))
 def test_merge_is_associative(case: Ensemble, first: int, second: int) -> None:
     case = replace(case, offsets=(case.offsets * 6)[:6], weights=None)
@@ -435,6 +443,7 @@ def test_a_damaged_state_is_refused_and_changes_nothing(kind: Kind) -> None:
     damages: list[dict[str, Any]] = [
         {"state": {}, "views": None},
         {"views": -3},
+        {"state": {}},
         {"views": True},
         {"state": None},
         {"grid": 5},

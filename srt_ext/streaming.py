@@ -209,6 +209,8 @@ class _Running:
                 (views, dtype),
             )
         loaded: dict[str, torch.Tensor] = {}
+        if views and not state:
+            fail("a stream that has seen views must have a state", f"{views} views and none")
         if state:
             names = [*self._planes, self._seen]
             if set(state) != set(names) or not all(
@@ -216,6 +218,8 @@ class _Running:
             ):
                 fail(f"the state must have the tensors {names}", list(state))
             first = state[names[0]]
+            if len({value.device for value in state.values()}) > 1:
+                fail("the state must lie on one device", [str(v.device) for v in state.values()])
             if first.dim() < 4:
                 fail(f"{names[0]} must be [..., B, C, H', W']", list(first.shape))
             shapes = self._shapes(first.shape[-4], first.shape[-3])

@@ -96,6 +96,10 @@ std::pair<int32_t, int32_t> tokens_of(const AxisTable<Acc>& table, int64_t d, in
   return {std::min(first, end), end};
 }
 
+struct TileChoice {
+  int64_t tile, inputs;
+};
+
 // Owns the tiles of a table.
 template <class Acc>
 struct TileStorage {
@@ -104,7 +108,9 @@ struct TileStorage {
   std::vector<Acc> weight;
 
   // One set of tiles for each offset.
-  cpu::TileTable<Acc> fill(const AxisTable<Acc>& table, int64_t offsets, int64_t tile) {
+  cpu::TileTable<Acc> fill(const AxisTable<Acc>& table, int64_t offsets, TileChoice choice) {
+    const int64_t tile = choice.tile;
+    reserve(table, offsets, choice);
     for (int64_t d = 0; d < offsets; ++d)
       for (int64_t cell = 0; cell < table.cells; cell += tile) {
         add(table, d, cell, tile, 0);
@@ -113,8 +119,10 @@ struct TileStorage {
     return get(table, tile);
   }
   // One set for all of them: token j of offset number d becomes d * tokens + j.
-  cpu::TileTable<Acc> fill_merged(const AxisTable<Acc>& table, int64_t offsets, int64_t tile,
+  cpu::TileTable<Acc> fill_merged(const AxisTable<Acc>& table, int64_t offsets, TileChoice choice,
                                   int64_t tokens) {
+    const int64_t tile = choice.tile;
+    reserve(table, 1, choice);
     for (int64_t cell = 0; cell < table.cells; cell += tile) {
       for (int64_t d = 0; d < offsets; ++d) add(table, d, cell, tile, d * tokens);
       begin.push_back(static_cast<int64_t>(token.size()));
@@ -129,6 +137,11 @@ struct TileStorage {
   }
 
  private:
+  void reserve(const AxisTable<Acc>& table, int64_t sets, TileChoice choice) {
+    begin.reserve(static_cast<size_t>(sets * (table.cells / choice.tile + 1) + 1));
+    token.reserve(static_cast<size_t>(choice.inputs));
+    weight.reserve(static_cast<size_t>((choice.inputs + 1) * choice.tile));
+  }
   void add(const AxisTable<Acc>& table, int64_t d, int64_t cell, int64_t tile, int64_t base) {
     const auto [first, end] = tokens_of(table, d, cell, tile);
     for (int32_t read = first; read < end; ++read) {
@@ -152,12 +165,13 @@ struct TileStorage {
   }
 };
 
-// The size of the tiles of a table, at most `largest`, that takes the least work. `load`: what it
-// costs to load a vector, in multiply-adds.
+// The size of the tiles of a table, at most `largest`, that takes the least work, and an upper
+// bound of their inputs. `load`: what it costs to load a vector, in multiply-adds.
 template <class Acc>
-int64_t best_tile(const AxisTable<Acc>& table, int64_t offsets, int64_t largest, int64_t load) {
-  int64_t best = 1, least = INT64_MAX;
-  for (int64_t tile = 1; tile <= largest; tile *= 2) {
+TileChoice best_tile(const AxisTable<Acc>& table, int64_t offsets, int64_t largest, int64_t load) {
+  TileChoice best{1, 0};
+  int64_t least = INT64_MAX;
+  for (int64_t tile = 1; tile <= largest && tile < 2 * table.cells; tile *= 2) {
     int64_t inputs = 0;
     for (int64_t d = 0; d < offsets; ++d) {
       for (int64_t cell = 0; cell < table.cells; cell += tile) {
@@ -168,7 +182,7 @@ int64_t best_tile(const AxisTable<Acc>& table, int64_t offsets, int64_t largest,
     const int64_t work = inputs * (tile + load);
     if (work < least) {
       least = work;
-      best = tile;
+      best = {tile, inputs};
     }
   }
   return best;
@@ -297,19 +311,24 @@ void mean(const EnsembleArgs& args, const cpu::EnsembleKernels<Acc>& kernels,
   // With all weights 0 there is no group.
   const int64_t sums = std::max<int64_t>(1, dx) * plan.tokens_x * static_cast<int64_t>(sizeof(Acc));
   int64_t largest = isa.max_tile;
-  while (largest > 1 && largest * sums * block > sums_bytes()) largest /= 2;
-  TileStorage<Acc> y, x, exact_y, exact_x;
+  // A tile of rows is not split: its sums must fit the cache, and each thread must get one.
+  const int64_t columns_of_tasks = plan.batch * ((plan.channels + block - 1) / block);
+  const auto too_large = [&] {
+    const int64_t tasks = columns_of_tasks * ((plan.rows + largest - 1) / largest);
+    return largest * sums * block > sums_bytes() || tasks < parallel.threads;
+  };
+  while (largest > 1 && too_large()) largest /= 2;
+  TileStorage<Acc> y, x;
   plan.tile_y = y.fill(plan.y, dy, best_tile(plan.y, dy, largest, kLoadTokens));
   plan.tile_x =
       x.fill_merged(plan.x, dx, best_tile(plan.x, dx, isa.max_tile, kLoadSums), plan.tokens_x);
-  plan.exact_y = exact_y.fill(plan.y, dy, 1);
-  plan.exact_x = exact_x.fill_merged(plan.x, dx, 1, plan.tokens_x);
   plan.band = plan.tile_y.tile;
   plan.chunk = (plan.channels + block - 1) / block * block;
   const int64_t tasks = split(block, plan.band, parallel.threads, plan);
   plan.pass = fitting_channels(plan.chunk, block, plan.band * sums);
 
-  const int64_t inputs = views.largest_group() * y.largest();
+  const int64_t exact = std::max(views.largest_group() * plan.y.max_taps, dx * plan.x.max_taps);
+  const int64_t inputs = std::max(views.largest_group() * y.largest(), exact);
   Layout layout;
   plan.scratch.sums = layout.place<Acc>(plan.band * dx * plan.tokens_x * plan.pass);
   plan.scratch.at = layout.place<int64_t>(inputs);

@@ -80,13 +80,36 @@ SRT_INLINE void sum_inputs(const T* from, const int64_t* at, int64_t scale, cons
       for (int v = 0; v < V; ++v) sum[i][v] += weight[k * X + i] * in[v];
     }
   }
+  // A weight of 0 turns -0, which a product can round to, into 0: so does this where there is none.
+#pragma GCC unroll 8
+  for (int i = 0; i < X; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sum[i][v] += Acc{0};
+  }
+}
+
+// What cell number `cell` of offset number `d` reads, and nothing else: in elements, `step` apart
+// from `origin` on. Returns how many tokens there are.
+template <class Acc>
+int64_t exact_inputs(const AxisTable<Acc>& table, int64_t d, int64_t cell, int64_t origin,
+                     int64_t step, Acc scale, int64_t* at, Acc* weight) {
+  const int64_t slot = d * table.cells + cell;
+  int64_t count = 0;
+  for (int32_t k = 0; k < table.taps[slot]; ++k) {
+    const Acc own = table.weight[slot * table.max_taps + k];
+    if (own == 0) continue;
+    at[count] = origin + (table.first[slot] + k) * step;
+    weight[count++] = scale * own;
+  }
+  return count;
 }
 
 // The rows of every group, summed for tile number `tile` of output rows and n channels: sums
-// [X, groups, tokens_x, pass]. Returns whether all of them are finite.
-template <int X, class T, class Acc>
-bool combine_tile(const MeanPlan<Acc>& plan, const TileTable<Acc>& table, int64_t tile,
-                  const T* tokens, int64_t n, char* base) {
+// [X, groups, tokens_x, pass], with zeros up to a whole block. Returns whether all of them are
+// finite. `kExact`: a tile is one row, and has no weights of 0.
+template <int X, bool kExact, class T, class Acc>
+bool combine_tile(const MeanPlan<Acc>& plan, int64_t tile, const T* tokens, int64_t n, char* base) {
+  const TileTable<Acc>& table = plan.tile_y;
   constexpr int V = kTileVectors<X>;
   constexpr int64_t block = V * kLanes<Acc>;
   int64_t* const at = reinterpret_cast<int64_t*>(base + plan.scratch.at);
@@ -94,20 +117,29 @@ bool combine_tile(const MeanPlan<Acc>& plan, const TileTable<Acc>& table, int64_
   Acc* const sums = reinterpret_cast<Acc*>(base + plan.scratch.sums);
   const int64_t stride_n = plan.token_strides[2];
   const int64_t row = plan.groups * plan.tokens_x * plan.pass;
+  constexpr int64_t whole = kBlockBytes / sizeof(Acc);
+  const int64_t padded = (n + whole - 1) / whole * whole;
   Vec<Acc> check = {};
   for (int64_t g = 0; g < plan.groups; ++g) {
     int64_t count = 0;
     for (int64_t i = plan.group_begin[g]; i < plan.group_begin[g + 1]; ++i) {
       const auto& view = plan.views[i];
+      const int64_t origin = view.index * plan.token_strides[0];
+      const int64_t step = plan.tokens_x * stride_n;
+      if constexpr (kExact) {
+        count += exact_inputs(plan.y, view.dy, tile, origin, step, view.weight, at + count,
+                              weights + count);
+        continue;
+      }
       const int64_t slot = view.dy * table.tiles + tile;
       for (int64_t k = table.begin[slot]; k < table.begin[slot + 1]; ++k, ++count) {
-        at[count] = view.index * plan.token_strides[0] + table.token[k] * plan.tokens_x * stride_n;
+        at[count] = origin + table.token[k] * step;
         for (int x = 0; x < X; ++x) weights[count * X + x] = view.weight * table.weight[k * X + x];
       }
     }
     for (int64_t j = 0; j < plan.tokens_x; ++j) {
       Acc* const to = sums + (g * plan.tokens_x + j) * plan.pass;
-      for (int64_t c = 0; c < n; c += block) {
+      for (int64_t c = 0; c < padded; c += block) {
         Vec<Acc> sum[X][V];
         sum_inputs<X, V>(tokens + j * stride_n + c, at, 1, weights, count, n - c, sum);
 #pragma GCC unroll 8
@@ -128,9 +160,9 @@ bool combine_tile(const MeanPlan<Acc>& plan, const TileTable<Acc>& table, int64_
 
 // Output rows [row, row_end) of the band from their sums: out[x] = inverse[x] * sum over groups and
 // tokens, and where there is a `keep`, keep[x] * out[x] is added.
-template <int X, class Out, class Acc>
-void filter_rows(const MeanPlan<Acc>& plan, const TileTable<Acc>& table, int64_t row,
-                 int64_t row_end, int64_t n, Out* out, char* base) {
+template <int X, bool kExact, class Out, class Acc>
+void filter_rows(const MeanPlan<Acc>& plan, int64_t row, int64_t row_end, int64_t n, Out* out,
+                 char* base) {
   constexpr int V = kTileVectors<X>;
   constexpr int64_t block = V * kLanes<Acc>;
   const Acc* const sums = reinterpret_cast<Acc*>(base + plan.scratch.sums);
@@ -139,22 +171,38 @@ void filter_rows(const MeanPlan<Acc>& plan, const TileTable<Acc>& table, int64_t
   const int64_t stride_c = plan.out_strides[1], stride_x = plan.out_strides[3];
   for (int64_t r = row; r < row_end; ++r) {
     const Acc* const from = sums + (r - row) * plan.groups * plan.tokens_x * plan.pass;
-    for (int64_t tile = 0; tile < table.tiles; ++tile) {
+    for (int64_t tile = 0; tile * X < plan.columns; ++tile) {
       const int64_t x = tile * X, cells = plan.columns - x < X ? plan.columns - x : X;
       const Acc* const inverse = inverses + r * plan.columns + x;
       const Acc* const keep = plan.seen ? keeps + r * plan.columns + x : nullptr;
-      const int64_t first = table.begin[tile], count = table.begin[tile + 1] - first;
+      const int64_t* at;
+      const Acc* weight;
+      int64_t count = 0, scale = plan.pass;
+      if constexpr (kExact) {
+        int64_t* const exact_at = reinterpret_cast<int64_t*>(base + plan.scratch.at);
+        Acc* const exact_weight = reinterpret_cast<Acc*>(base + plan.scratch.weights);
+        for (int64_t g = 0; g < plan.groups; ++g)
+          count += exact_inputs(plan.x, g, x, g * plan.tokens_x, 1, Acc{1}, exact_at + count,
+                                exact_weight + count);
+        at = exact_at;
+        weight = exact_weight;
+      } else {
+        const int64_t first = plan.tile_x.begin[tile];
+        count = plan.tile_x.begin[tile + 1] - first;
+        at = plan.tile_x.token + first;
+        weight = plan.tile_x.weight + first * X;
+      }
       for (int64_t c = 0; c < n; c += block) {
         Vec<Acc> sum[X][V];
-        sum_inputs<X, V>(from + c, table.token + first, plan.pass, table.weight + first * X, count,
-                         block, sum);
+        sum_inputs<X, V>(from + c, at, scale, weight, count, block, sum);
         Out* const to = out + r * plan.out_strides[2] + x * stride_x + c * stride_c;
 #pragma GCC unroll 8
         for (int i = 0; i < X; ++i) {
           if (i >= cells) break;
           Out* const cell = to + i * stride_x;
 #pragma GCC unroll 4
-          for (int v = 0; v < V; ++v) sum[i][v] *= inverse[i];
+          for (int v = 0; v < V; ++v)
+            sum[i][v] = inverse[i] != 0 ? sum[i][v] * inverse[i] : Vec<Acc>{};
           if (keep && keep[i] != 0) {
             Vec<Acc> before[V];
 #pragma GCC unroll 4
@@ -229,18 +277,18 @@ void mean(const MeanPlan<Acc>& plan, int64_t begin, int64_t end, void* scratch) 
       Out* const out = static_cast<Out*>(plan.out) + b * plan.out_strides[0] +
                        c * plan.out_strides[1] + y * plan.out_strides[2];
       const bool finite = with_tile(plan.tile_y.tile, [&](auto tile) {
-        return combine_tile<tile.value>(plan, plan.tile_y, band, tokens, n, base);
+        return combine_tile<tile.value, false>(plan, band, tokens, n, base);
       });
       if (finite) {
         with_tile(plan.tile_x.tile, [&](auto tile) {
-          filter_rows<tile.value>(plan, plan.tile_x, 0, rows, n, out, base);
+          filter_rows<tile.value, false>(plan, 0, rows, n, out, base);
           return true;
         });
         continue;
       }
       for (int64_t r = 0; r < rows; ++r) {
-        combine_tile<1>(plan, plan.exact_y, y + r, tokens, n, base);
-        filter_rows<1>(plan, plan.exact_x, r, r + 1, n, out, base);
+        combine_tile<1, true>(plan, y + r, tokens, n, base);
+        filter_rows<1, true>(plan, r, r + 1, n, out, base);
       }
     }
   }

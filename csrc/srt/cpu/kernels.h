@@ -42,8 +42,8 @@ struct ViewsPlan {
 
 // An axis as products of small matrices: `tile` cells that follow each other read the same few
 // tokens, each with a weight for every one of them, so a token is loaded once for all. Where a cell
-// does not read a token the weight is 0, which only finite tokens forgive; tiles of one cell have
-// no such weights.
+// does not read a token the weight is 0, which only finite tokens forgive: others are summed cell
+// by cell, from the AxisTable.
 template <class Acc>
 struct TileTable {
   int64_t tile;          // cells
@@ -57,18 +57,17 @@ struct TileTable {
 // then one filter along each row. Both are products with a TileTable.
 template <class Acc>
 struct MeanPlan : ViewsPlan<Acc> {
-  TileTable<Acc> tile_y;            // [distinct dy]
-  TileTable<Acc> tile_x;            // of all groups together: its tokens are [groups, tokens_x]
-  TileTable<Acc> exact_y, exact_x;  // the same in tiles of one cell, for tokens that are not finite
-  int64_t pass;                     // channels whose sums fit the cache, whole blocks
-  struct Scratch {                  // byte offsets into a worker's scratch
-    int64_t sums;                   // Acc [tile_y, groups, tokens_x, pass]
-    int64_t at;                     // int64 [inputs of a group]: in tokens, in elements
-    int64_t weights;                // Acc [inputs of a group, tile]
-    int64_t count;                  // double [columns]
-    int64_t inverse;                // Acc [tile_y, columns]
-    int64_t keep;                   // Acc [tile_y, columns]
-    int64_t bytes;                  // in all
+  TileTable<Acc> tile_y;  // [distinct dy]
+  TileTable<Acc> tile_x;  // of all groups together: its tokens are [groups, tokens_x]
+  int64_t pass;           // channels whose sums fit the cache, whole blocks
+  struct Scratch {        // byte offsets into a worker's scratch
+    int64_t sums;         // Acc [tile_y, groups, tokens_x, pass]
+    int64_t at;           // int64: of the inputs of a tile
+    int64_t weights;      // Acc: theirs
+    int64_t count;        // double [columns]
+    int64_t inverse;      // Acc [tile_y, columns]
+    int64_t keep;         // Acc [tile_y, columns]
+    int64_t bytes;        // in all
   };
   Scratch scratch;
 };
