@@ -1,10 +1,6 @@
 #include "common.h"
 
 #include <algorithm>
-#include <cstdint>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace srt::glue {
 
@@ -108,24 +104,6 @@ Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& 
   return empty_strided(sizes, strides, dtype, like);
 }
 
-namespace {
-
-// Fresh memory comes page by page, each with a fault of its own: 2 MiB pages have 512 times fewer.
-// (A virtual machine that gives free memory back to its host is slow to get such a page again:
-// benchmarks/README.md.)
-void ask_for_huge_pages([[maybe_unused]] const Tensor& tensor) {
-#if defined(__linux__)
-  constexpr uintptr_t page = uintptr_t{1} << 21;
-  const size_t bytes = static_cast<size_t>(tensor.numel()) * tensor.element_size();
-  const uintptr_t data = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
-  const uintptr_t begin = (data + page - 1) / page * page, end = (data + bytes) / page * page;
-  // It is only advice: a kernel that has no such pages refuses, and nothing is lost.
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
-}  // namespace
-
 Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                      ScalarType dtype, const Tensor& like) {
   int32_t device_type, device_index;
@@ -136,9 +114,7 @@ Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_
       static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
       device_index, &handle));
-  const Tensor tensor(handle);
-  if (device_type == aoti_torch_device_type_cpu()) ask_for_huge_pages(tensor);
-  return tensor;
+  return Tensor(handle);
 }
 
 }  // namespace srt::glue
