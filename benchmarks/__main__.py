@@ -7,7 +7,6 @@ table that stands in the README.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 import typer
 
 import srt_ext
-from benchmarks.common import RESULTS, machine, quartiles
+from benchmarks.common import RESULTS, machine, quartiles, save
 from benchmarks.peers import published_ensemble, published_median, published_shift
 
 GRID, PATCH, CHANNELS = (14, 14), (16, 16), 384
@@ -141,8 +140,7 @@ def main(rounds: int = 15, output: Path = RESULTS / "cpu.json") -> None:
         "rounds": rounds,
         "rows": measure(rounds),
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(results, indent=1) + "\n")
+    save(results, output)
     print(table(results))
 
 

@@ -11,7 +11,6 @@ code on any machine.
 
 from __future__ import annotations
 
-import json
 import re
 import time
 import traceback
@@ -25,7 +24,7 @@ import torch
 import typer
 
 import srt_ext
-from benchmarks.common import RESULTS, machine, output, quartiles
+from benchmarks.common import RESULTS, machine, output, quartiles, save
 from benchmarks.peers import (
     published_ensemble,
     published_median,
@@ -571,7 +570,6 @@ def main(
         "ceilings": ceilings(clock, 2**22 if quick else 2**31, bench.rounds),
         "rows": bench.rows,
     }
-    output_folder.mkdir(parents=True, exist_ok=True)
     slug = re.sub(r"[^a-z0-9]+", "-", facts["gpu"].lower()).strip("-")
     path = output_folder / f"cuda-{slug}.json"
     fields, views = cases(quick)
@@ -596,7 +594,7 @@ def main(
                 traceback.print_exc()
             results |= {"wrong": bench.wrong, "seconds": round(bench.elapsed(), 1)}
             part = path.with_suffix(".part")
-            part.write_text(json.dumps(results, indent=1) + "\n")
+            save(results, part)
             part.replace(path)
     print(tables(results))
     if bench.wrong:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -34,12 +34,16 @@ def _upsample(view: torch.Tensor, grid: Pair, patch: Pair, upsample: str) -> tor
     return F.interpolate(tokens_map, (grid[0] * patch[0], grid[1] * patch[1]), mode=upsample)
 
 
+def _published_maps(
+    tokens: torch.Tensor, offsets: torch.Tensor, grid: Pair, patch: Pair, upsample: str
+) -> Iterator[torch.Tensor]:
+    """Each view of tokens [V, B, N, C] at pixel scale [B, C, H, W], moved back."""
+    for view, (dy, dx) in zip(tokens, offsets.tolist(), strict=True):
+        yield _translate(_upsample(view, grid, patch, upsample), -dy, -dx)
+
+
 def published_ensemble(
-    tokens: torch.Tensor,
-    offsets: torch.Tensor,
-    grid: Pair,
-    patch: Pair,
-    upsample: str,
+    tokens: torch.Tensor, offsets: torch.Tensor, grid: Pair, patch: Pair, upsample: str
 ) -> torch.Tensor:
     """The published way to the mean: upsample each view to pixels, move it back, add.
 
@@ -47,24 +51,17 @@ def published_ensemble(
     cover count as zeros.
     """
     total = torch.zeros(())
-    for view, (dy, dx) in zip(tokens, offsets.tolist(), strict=True):
-        total = total + _translate(_upsample(view, grid, patch, upsample), -dy, -dx)
+    for pixels in _published_maps(tokens, offsets, grid, patch, upsample):
+        total = total + pixels
     return total / len(tokens)
 
 
 def published_median(
-    tokens: torch.Tensor,
-    offsets: torch.Tensor,
-    grid: Pair,
-    patch: Pair,
-    upsample: str,
+    tokens: torch.Tensor, offsets: torch.Tensor, grid: Pair, patch: Pair, upsample: str
 ) -> torch.Tensor:
     """The published way to the median: a pixel-scale map of every view, stacked, torch.median."""
-    maps = [
-        _translate(_upsample(view, grid, patch, upsample), -dy, -dx)
-        for view, (dy, dx) in zip(tokens, offsets.tolist(), strict=True)
-    ]
-    return torch.stack(maps).median(0).values
+    maps = _published_maps(tokens, offsets, grid, patch, upsample)
+    return torch.stack(list(maps)).median(0).values
 
 
 def p_square(values: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,6 @@ own for each way and number of views. Writes benchmarks/results/streaming.json, 
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ import torch
 import typer
 
 import srt_ext
-from benchmarks.common import RESULTS, machine
+from benchmarks.common import RESULTS, machine, save
 from benchmarks.peers import p_square, step_halving
 from srt_ext import views
 
@@ -248,8 +247,7 @@ def main(
         "accuracy": accuracy(weights, frames),
         "memory": memory(device),
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(results, indent=1) + "\n")
+    save(results, output)
     print(tables(results))
 
 

@@ -36,6 +36,8 @@ struct AccumulatorOf<double> {
   using type = double;
 };
 
+SRT_HD constexpr int64_t div_up(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
 // Bounds the axis tables, and keeps a pixel coordinate exact in every type that holds one.
 constexpr int64_t kMaxPixels = int64_t{1} << 24;
 constexpr int64_t kMaxOffset = int64_t{1} << 20;

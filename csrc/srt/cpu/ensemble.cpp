@@ -161,7 +161,7 @@ struct TileStorage {
     }
   }
   cpu::TileTable<Acc> get(const AxisTable<Acc>& table, int64_t tile) const {
-    return {tile, (table.cells + tile - 1) / tile, begin.data(), token.data(), weight.data()};
+    return {tile, div_up(table.cells, tile), begin.data(), token.data(), weight.data()};
   }
 };
 
@@ -267,21 +267,19 @@ struct Views {
 template <class Acc>
 int64_t split(int64_t block, int64_t least_band, int64_t threads, cpu::ViewsPlan<Acc>& plan) {
   const auto count_tasks = [&] {
-    const auto parts = [](int64_t n, int64_t size) { return (n + size - 1) / size; };
-    return plan.batch * parts(plan.rows, plan.band) * parts(plan.channels, plan.chunk);
+    return plan.batch * div_up(plan.rows, plan.band) * div_up(plan.channels, plan.chunk);
   };
   while (plan.band > least_band && count_tasks() < 4 * threads) plan.band /= 2;
   while (plan.chunk > block && count_tasks() < 4 * threads)
-    plan.chunk = (plan.chunk / block + 1) / 2 * block;
+    plan.chunk = div_up(plan.chunk / block, 2) * block;
   return count_tasks();
 }
 
 // Channels, in whole blocks, of which `bytes` each fit the cache.
 int64_t fitting_channels(int64_t channels, int64_t block, int64_t bytes) {
-  const int64_t blocks = (channels + block - 1) / block;
+  const int64_t blocks = div_up(channels, block);
   const int64_t fit = std::clamp<int64_t>(sums_bytes() / (bytes * block), 1, blocks);
-  const int64_t parts = (blocks + fit - 1) / fit;
-  return (blocks + parts - 1) / parts * block;  // parts of equal size
+  return div_up(blocks, div_up(blocks, fit)) * block;  // parts of equal size
 }
 
 // Byte offsets of arrays that follow each other.
@@ -312,9 +310,8 @@ void mean(const EnsembleArgs& args, const cpu::EnsembleKernels<Acc>& kernels,
   const int64_t sums = std::max<int64_t>(1, dx) * plan.tokens_x * static_cast<int64_t>(sizeof(Acc));
   int64_t largest = isa.max_tile;
   // A tile of rows is not split: its sums must fit the cache, and each thread must get one.
-  const int64_t columns_of_tasks = plan.batch * ((plan.channels + block - 1) / block);
   const auto too_large = [&] {
-    const int64_t tasks = columns_of_tasks * ((plan.rows + largest - 1) / largest);
+    const int64_t tasks = plan.batch * div_up(plan.channels, block) * div_up(plan.rows, largest);
     return largest * sums * block > sums_bytes() || tasks < parallel.threads;
   };
   while (largest > 1 && too_large()) largest /= 2;
@@ -323,7 +320,7 @@ void mean(const EnsembleArgs& args, const cpu::EnsembleKernels<Acc>& kernels,
   plan.tile_x =
       x.fill_merged(plan.x, dx, best_tile(plan.x, dx, isa.max_tile, kLoadSums), plan.tokens_x);
   plan.band = plan.tile_y.tile;
-  plan.chunk = (plan.channels + block - 1) / block * block;
+  plan.chunk = div_up(plan.channels, block) * block;
   const int64_t tasks = split(block, plan.band, parallel.threads, plan);
   plan.pass = fitting_channels(plan.chunk, block, plan.band * sums);
 
@@ -370,7 +367,8 @@ void reduce_values(const EnsembleArgs& args, cpu::Kernel<cpu::ValuePlan<Acc>> ke
   const int64_t tasks = split(block, 1, parallel.threads, plan);
   Layout layout;
   plan.scratch.sums = layout.place<Acc>(counted * plan.tokens_x * plan.chunk);
-  plan.scratch.rows = layout.place<cpu::TokenRow<Acc>>(plan.y.max_taps);
+  plan.scratch.row_at = layout.place<int64_t>(plan.y.max_taps);
+  plan.scratch.row_weights = layout.place<Acc>(plan.y.max_taps);
   plan.scratch.row_of = layout.place<int64_t>(counted);
   plan.scratch.values = layout.place<cpu::ViewValue<Acc>>(counted);
   plan.scratch.weights = layout.place<double>(counted);

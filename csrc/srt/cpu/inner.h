@@ -153,9 +153,7 @@ bool combine_tile(const MeanPlan<Acc>& plan, int64_t tile, const T* tokens, int6
       }
     }
   }
-  Acc all = 0;
-  for (int l = 0; l < kLanes<Acc>; ++l) all += check[l];
-  return all == 0;
+  return no_nan(check);
 }
 
 // Output rows [row, row_end) of the band from their sums: out[x] = inverse[x] * sum over groups and
@@ -224,7 +222,7 @@ struct TileSize {
   static constexpr int value = X;
 };
 template <class Body>
-SRT_INLINE bool with_tile(int64_t tile, Body&& body) {
+SRT_INLINE auto with_tile(int64_t tile, Body&& body) {
   if constexpr (kMaxTile >= 8) {
     if (tile == 8) return body(TileSize<8>{});
   }
@@ -280,10 +278,8 @@ void mean(const MeanPlan<Acc>& plan, int64_t begin, int64_t end, void* scratch) 
         return combine_tile<tile.value, false>(plan, band, tokens, n, base);
       });
       if (finite) {
-        with_tile(plan.tile_x.tile, [&](auto tile) {
-          filter_rows<tile.value, false>(plan, 0, rows, n, out, base);
-          return true;
-        });
+        with_tile(plan.tile_x.tile,
+                  [&](auto tile) { filter_rows<tile.value, false>(plan, 0, rows, n, out, base); });
         continue;
       }
       for (int64_t r = 0; r < rows; ++r) {

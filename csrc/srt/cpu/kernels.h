@@ -47,7 +47,7 @@ struct ViewsPlan {
 template <class Acc>
 struct TileTable {
   int64_t tile;          // cells
-  int64_t tiles;         // of the axis; the last one may have less cells
+  int64_t tiles;         // of the axis; the last one may have fewer cells
   const int64_t* begin;  // [D * tiles + 1], into the inputs
   const int64_t* token;  // [inputs]
   const Acc* weight;     // [inputs, tile]
@@ -77,14 +77,15 @@ struct MeanPlan : ViewsPlan<Acc> {
 template <class Acc>
 struct ValuePlan : ViewsPlan<Acc> {
   struct Scratch {
-    int64_t sums;     // Acc [V, tokens_x, chunk]: the combined rows of each view
-    int64_t rows;     // the token rows that one view combines
-    int64_t row_of;   // int64_t [V]: the combined row of a view, or -1
-    int64_t values;   // ViewValue [V]
-    int64_t weights;  // double [V]: of the values
-    int64_t shares;   // Acc [V]: of their total
-    int64_t steps;    // WindowStep [V]
-    int64_t buffer;   // Acc [max(V, kLargestNetwork), block]: what a cell selects from
+    int64_t sums;         // Acc [V, tokens_x, chunk]: the combined rows of each view
+    int64_t row_at;       // int64: the token rows that one view combines, in elements
+    int64_t row_weights;  // Acc: their weights
+    int64_t row_of;       // int64_t [V]: the combined row of a view, or -1
+    int64_t values;       // ViewValue [V]
+    int64_t weights;      // double [V]: of the values
+    int64_t shares;       // Acc [V]: of their total
+    int64_t steps;        // WindowStep [V]
+    int64_t buffer;       // Acc [max(V, kLargestNetwork), block]: what a cell selects from
     int64_t bytes;
   };
   // The first cell after those that equal this one in every view: [rows] and [columns].

@@ -136,6 +136,14 @@ inline void store(Half* p, Vec<float> v) {
 }
 #endif
 
+// Of lanes that are 0 or NaN: whether none is NaN.
+template <class V>
+inline bool no_nan(V v) {
+  auto sum = v[0];
+  for (int i = 1; i < kVectorBytes / static_cast<int>(sizeof(v[0])); ++i) sum += v[i];
+  return sum == 0;
+}
+
 // The first n lanes; the others read as zero.
 template <class T>
 inline auto load_part(const T* p, int64_t stride, int64_t n) {

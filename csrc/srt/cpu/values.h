@@ -251,35 +251,17 @@ struct StreamMoments {
 
 // ---- the values ---------------------------------------------------------------------------------
 
-// sum += weight * the n channels from `from` on; lanes past n stay as they are.
-template <class T, class V>
-void add_block(const T* from, int64_t n, typename AccumulatorOf<T>::type weight,
-               V (&sum)[kVectors]) {
-  constexpr int lanes = kLanes<typename AccumulatorOf<T>::type>;
-  if (n >= kVectors * lanes) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sum[v] += weight * load(from + v * lanes);
-    return;
-  }
-  for (int v = 0; v < kVectors && v * lanes < n; ++v) {
-    const int64_t rest = n - v * lanes;
-    sum[v] += weight * load_part(from + v * lanes, 1, rest < lanes ? rest : lanes);
-  }
-}
-
-// sums[j] = sum over rows of weight * row[j], for n channels of each token; zeros up to a whole
+// sums[j] = the sum over the inputs of weight * their token j, for n channels; zeros up to a whole
 // block.
 template <class T, class Acc>
-void combine_rows(const TokenRow<Acc>* rows, int64_t row_count, int64_t tokens_x, int64_t stride_n,
-                  int64_t n, int64_t chunk, Acc* sums) {
+void combine_rows(const T* tokens, const int64_t* at, const Acc* weight, int64_t count,
+                  int64_t tokens_x, int64_t stride_n, int64_t n, int64_t chunk, Acc* sums) {
   constexpr int64_t block = kBlockBytes / sizeof(Acc);
   for (int64_t j = 0; j < tokens_x; ++j) {
     for (int64_t c = 0; c < n; c += block) {
-      Vec<Acc> sum[kVectors] = {};
-      for (int64_t r = 0; r < row_count; ++r)
-        add_block(static_cast<const T*>(rows[r].tokens) + j * stride_n + c, n - c, rows[r].weight,
-                  sum);
-      store_block(sums + j * chunk + c, 1, block, sum);
+      Vec<Acc> sum[1][kVectors];
+      sum_inputs<1, kVectors>(tokens + j * stride_n + c, at, 1, weight, count, n - c, sum);
+      store_block(sums + j * chunk + c, 1, block, sum[0]);
     }
   }
 }
@@ -304,9 +286,7 @@ bool gather(const ViewValue<Acc>* values, int64_t count, int64_t chunk, int64_t 
 #pragma GCC unroll 2
     for (int v = 0; v < kValueVectors; ++v) check += sum[v] * Acc{0};  // Inf * 0 is NaN
   }
-  Acc all = 0;
-  for (int l = 0; l < lanes; ++l) all += check[l];
-  return all == 0;
+  return no_nan(check);
 }
 
 template <class T, class Reduction, class Acc>
@@ -314,7 +294,8 @@ void reduce_values(const ValuePlan<Acc>& plan, int64_t begin, int64_t end, void*
   constexpr int64_t block = kValueVectors * kLanes<Acc>;
   char* base = static_cast<char*>(scratch);
   Acc* sums = reinterpret_cast<Acc*>(base + plan.scratch.sums);
-  auto* token_rows = reinterpret_cast<TokenRow<Acc>*>(base + plan.scratch.rows);
+  int64_t* row_at = reinterpret_cast<int64_t*>(base + plan.scratch.row_at);
+  Acc* row_weights = reinterpret_cast<Acc*>(base + plan.scratch.row_weights);
   int64_t* row_of = reinterpret_cast<int64_t*>(base + plan.scratch.row_of);
   auto* values = reinterpret_cast<ViewValue<Acc>*>(base + plan.scratch.values);
   double* weights = reinterpret_cast<double*>(base + plan.scratch.weights);
@@ -342,16 +323,11 @@ void reduce_values(const ValuePlan<Acc>& plan, int64_t begin, int64_t end, void*
         const int64_t slot = view.dy * plan.rows + run.y;
         row_of[i] = -1;
         if (!(plan.y.count[slot] > 0)) continue;
-        const T* row = tokens + view.index * plan.token_strides[0] +
-                       plan.y.first[slot] * plan.tokens_x * plan.token_strides[2];
-        int64_t row_count = 0;
-        for (int32_t k = 0; k < plan.y.taps[slot]; ++k) {
-          const Acc weight = plan.y.weight[slot * plan.y.max_taps + k];
-          if (weight != 0) token_rows[row_count++] = {row, weight};
-          row += plan.tokens_x * plan.token_strides[2];
-        }
-        combine_rows<T>(token_rows, row_count, plan.tokens_x, plan.token_strides[2], n, plan.chunk,
-                        sums + rows * plan.tokens_x * plan.chunk);
+        const int64_t row_count =
+            exact_inputs(plan.y, view.dy, run.y, view.index * plan.token_strides[0],
+                         plan.tokens_x * plan.token_strides[2], Acc{1}, row_at, row_weights);
+        combine_rows(tokens, row_at, row_weights, row_count, plan.tokens_x, plan.token_strides[2],
+                     n, plan.chunk, sums + rows * plan.tokens_x * plan.chunk);
         row_of[i] = rows++;
       }
 

@@ -20,8 +20,6 @@ constexpr int kThreads = 256;  // of every block
 constexpr int kWarpThreads = 32;
 constexpr int kVectorBytes = 16;
 
-SRT_HD constexpr int64_t div_up(int64_t n, int64_t size) { return (n + size - 1) / size; }
-
 // ---- elements -----------------------------------------------------------------------------------
 
 // N elements that are loaded and stored together, 16 bytes an instruction.
