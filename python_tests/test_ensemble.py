@@ -379,6 +379,16 @@ def test_out(name: str, dtype: torch.dtype, cpu_kernels: str) -> None:
         assert torch.equal(whole, expected_whole), layout
 
 
+def test_a_result_that_gets_its_pages_first() -> None:
+    """Of 34 MB and no whole number of pages: the same bits as in a buffer that has them."""
+    tokens, offsets = torch.randn(3, 1, 10 * 10, 331), srt_ext.views.grid(1)[::4]
+    field = srt_ext.ensemble(tokens, offsets, (10, 10), (16, 16))
+    assert field.nbytes > 2**25
+    assert field.nbytes % 4096
+    out = torch.empty_like(field).fill_(float("nan"))
+    assert torch.equal(srt_ext.ensemble(tokens, offsets, (10, 10), (16, 16), out=out), field)
+
+
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
 def test_out_of_no_elements(shape: tuple[int, int]) -> None:
     tokens = torch.empty(1, shape[0], 1, shape[1])

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "pages.h"
+
 namespace srt::glue {
 
 std::vector<int64_t> shape_of(const Tensor& tensor) {
@@ -114,7 +116,11 @@ Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_
       static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
       device_index, &handle));
-  return Tensor(handle);
+  const Tensor tensor(handle);
+  if (tensor.is_cpu())
+    fault_in(tensor.mutable_data_ptr(),
+             tensor.numel() * static_cast<int64_t>(tensor.element_size()));
+  return tensor;
 }
 
 }  // namespace srt::glue

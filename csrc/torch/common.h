@@ -40,7 +40,7 @@ struct Numbers {
 Numbers view_numbers(const char* op, const char* name, const Tensor& tensor, const Tensor& input);
 
 // On the device of `like`; dense in the order of its dimensions, as torch lays it out where a size
-// is 0, too.
+// is 0, too. On the CPU a large one has its pages (pages.h).
 Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like);
 Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                      ScalarType dtype, const Tensor& like);

@@ -1,0 +1,61 @@
+#include "pages.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <torch/csrc/stable/ops.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <filesystem>
+#include <fstream>
+#include <string>
+#include <system_error>
+
+namespace srt::glue {
+namespace {
+
+// A malloc keeps smaller pieces and gives them out again (glibc's: M_MMAP_THRESHOLD, its maximum).
+constexpr int64_t kFreshBytes = int64_t{32} << 20;
+// MADV_POPULATE_WRITE, Linux 5.14: clears pages in bulk, without an exception for each. Older
+// kernels refuse it, and the pages come as they are touched.
+constexpr int kPopulateWrite = 23;
+
+// Whether this is a virtual machine that gives free memory back to its host, which it does in huge
+// pages and within seconds (free page reporting: VIRTIO_BALLOON_F_REPORTING). To get one again then
+// takes far longer than its small pages.
+bool host_takes_free_pages() {
+  constexpr size_t reporting = 5;  // of the features, in their order
+  std::error_code ignored;
+  std::filesystem::directory_iterator at("/sys/bus/virtio/drivers/virtio_balloon", ignored), end;
+  for (; at != end; at.increment(ignored)) {
+    std::string features;
+    std::ifstream(at->path() / "features") >> features;
+    if (features.size() > reporting && features[reporting] == '1') return true;
+  }
+  return false;
+}
+
+}  // namespace
+
+void fault_in(void* data, int64_t bytes) {
+  if (bytes < kFreshBytes) return;
+  static const bool huge = !host_takes_free_pages();
+  static const int64_t page = sysconf(_SC_PAGESIZE);
+  constexpr int64_t part = int64_t{2} << 20;
+  char* const end = static_cast<char*>(data) + bytes / page * page;
+  char* const begin = reinterpret_cast<char*>(reinterpret_cast<intptr_t>(data) / page * page);
+  if (huge) madvise(begin, static_cast<size_t>(end - begin), MADV_HUGEPAGE);
+  torch::stable::parallel_for(0, (end - begin + part - 1) / part, 1, [=](int64_t i, int64_t stop) {
+    for (; i < stop; ++i) {
+      char* const from = begin + i * part;
+      madvise(from, static_cast<size_t>(std::min<int64_t>(part, end - from)), kPopulateWrite);
+    }
+  });
+}
+
+}  // namespace srt::glue
+#else
+namespace srt::glue {
+void fault_in(void*, int64_t) {}
+}  // namespace srt::glue
+#endif

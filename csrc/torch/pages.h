@@ -1,0 +1,10 @@
+// The pages of a fresh result: to fault them in one by one takes longer than all of the arithmetic.
+#pragma once
+#include <cstdint>
+
+namespace srt::glue {
+
+// Memory on the CPU that was just allocated gets its pages, by all threads.
+void fault_in(void* data, int64_t bytes);
+
+}  // namespace srt::glue
