@@ -1,15 +1,13 @@
-"""``python -m benchmarks.streaming``: what a running median loses, and what memory each way takes.
+"""``python -m benchmarks.streaming``: what a running median loses.
 
-Accuracy: the mean distance from the exact median, in units of the mean spread of the elements, of
+The mean distance from the exact median, in units of the mean spread of the elements, of
 ``RunningMedian`` and of other estimators of small state, on random values and on the features of a
-real ViT (``--weights``, ``--frames``; left out without them). Memory: the peak of a process of its
-own for each way and number of views. Writes benchmarks/results/streaming.json, prints the tables.
+real ViT (``--weights``, ``--frames``; left out without them). Writes
+benchmarks/results/streaming.json, prints the table.
 """
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -131,88 +129,10 @@ def accuracy(weights: Path | None, frames: Path | None) -> list[dict[str, Any]]:
     return rows
 
 
-# ---- memory -------------------------------------------------------------------------------------
-
-GRID, PATCH, CHANNELS, CHUNK = (14, 14), (16, 16), 384, 8
-
-PEAK = """
-import sys, torch, srt_ext
-from benchmarks.peers import published_ensemble, published_median
-from benchmarks.streaming import CHANNELS, CHUNK, GRID, PATCH, RADII
-from srt_ext import views
-
-way, count, device = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-
-def peak():
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated()
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-
-def tokens(n):  # of n views, as a model gives them
-    return torch.randn(n, 1, GRID[0] * GRID[1], CHANNELS, device=device)
-
-def field(offsets):
-    if way.startswith("published"):
-        call = published_median if "median" in way else published_ensemble
-        return call(tokens(len(offsets)), offsets, GRID, PATCH, "nearest")
-    if way.startswith("Running"):
-        running = getattr(srt_ext, way)(GRID, PATCH)
-        for at in offsets.split(CHUNK):
-            running.update(tokens(len(at)), at)
-        return running._fields()
-    if way == "moments":
-        return srt_ext.ensemble_moments(tokens(len(offsets)), offsets, GRID, PATCH)
-    return srt_ext.ensemble(tokens(len(offsets)), offsets, GRID, PATCH, reduce=way)
-
-field(torch.zeros(1, 2))  # loads what is needed
-before = peak()
-if device != "cpu":
-    torch.cuda.reset_peak_memory_stats()
-else:
-    with open("/proc/self/clear_refs", "w") as file:  # the peak starts anew
-        file.write("5")
-    before = peak()
-result = field(views.grid(RADII[count]))
-print(peak() - before)
-"""
-
-WAYS = (
-    "mean",
-    "median",
-    "moments",
-    "RunningMean",
-    "RunningMoments",
-    "RunningMedian",
-    "published mean",
-    "published median",
-)
+# ---- table --------------------------------------------------------------------------------------
 
 
-def memory(device: str) -> list[dict[str, Any]]:
-    """Bytes above what the process held before, tokens included."""
-    rows: list[dict[str, Any]] = []
-    output = 4 * CHANNELS * GRID[0] * PATCH[0] * GRID[1] * PATCH[1]
-    for way in WAYS:
-        for count in RADII:
-            if way == "published median" and count > 49:
-                rows.append({"way": way, "views": count, "left_out": f"{count * output} bytes"})
-                continue
-            result = subprocess.run(
-                [sys.executable, "-c", PEAK, way, str(count), device],
-                capture_output=True,
-                text=True,
-                check=True,
-            )
-            size = int(result.stdout)
-            rows.append({"way": way, "views": count, "bytes": size, "outputs": size / output})
-    return rows
-
-
-# ---- tables -------------------------------------------------------------------------------------
-
-
-def tables(results: dict[str, Any]) -> str:
+def table(results: dict[str, Any]) -> str:
     counts = list(RADII)
     head = " | ".join(f"V = {count}" for count in counts)
     lines = [f"| values | method | state | {head} | ns an update |", "|---" * 7 + "|"]
@@ -222,33 +142,21 @@ def tables(results: dict[str, Any]) -> str:
             found = [r for r in rows if r["values"] == kind and r["method"] == name]
             errors = " | ".join(f"{r['error']:.4f}" for r in found)
             lines.append(f"| {kind} | {name} | {state} | {errors} | {found[-1]['ns']:.1f} |")
-    lines += ["", f"| peak memory, in outputs | {head} |", "|---" * 4 + "|"]
-    for way in WAYS:
-        found = [row for row in results["memory"] if row["way"] == way]
-        cells = " | ".join(f"{r['outputs']:.1f}" if "outputs" in r else "-" for r in found)
-        lines.append(f"| {way} | {cells} |")
     return "\n".join(lines)
 
 
 def main(
     weights: Annotated[Path | None, typer.Option(help="ViT-Ti/16 weights, .safetensors.")] = None,
     frames: Annotated[Path | None, typer.Option(help="Folders of .jpg frames.")] = None,
-    device: Annotated[str, typer.Option(help="Whose memory is measured.")] = "cpu",
     output: Path = RESULTS / "streaming.json",
 ) -> None:
-    """Measures, writes the JSON, prints the tables."""
+    """Measures, writes the JSON, prints the table."""
     if (weights is None) != (frames is None):
         raise typer.BadParameter("--weights and --frames must be given together")
-    if device != "cpu" and not torch.cuda.is_available():
-        raise typer.BadParameter(f"--device must be cpu where torch sees no GPU; got {device}")
     torch.manual_seed(0)
-    results = {
-        "machine": machine(),
-        "accuracy": accuracy(weights, frames),
-        "memory": memory(device),
-    }
+    results = {"machine": machine(), "accuracy": accuracy(weights, frames)}
     save(results, output)
-    print(tables(results))
+    print(table(results))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -218,11 +217,3 @@ def test_module_and_script_are_the_same_command() -> None:
         [sys.executable, "-m", "srt_ext", "--help"], capture_output=True, text=True, check=True
     ).stdout
     assert all(name in text for name in ("show", "features", "info"))
-
-
-def test_readme_table_is_that_of_the_committed_results() -> None:
-    from benchmarks.__main__ import table
-
-    root = Path(__file__).parents[1]
-    results = json.loads((root / "benchmarks/results/cpu.json").read_text())
-    assert table(results) in (root / "README.md").read_text()

@@ -96,7 +96,7 @@ step "CPU kernels" 60 tests.log "${pytest[@]}" python_tests/test_ensemble.py -k 
 if [ -n "$dry" ]; then
   step "CUDA tests, collected" 60 tests.log "${pytest[@]}" python_tests/test_cuda.py --collect-only
   step "benchmark, on the CPU" 120 benchmark.log \
-    python3 -m benchmarks.cuda --device cpu --quick --output "$work/results" --commit "$commit"
+    python3 -m benchmarks --extent walk --results "$work/results" --commit "$commit"
 else
   step "CUDA tests" 150 tests.log "${pytest[@]}" -v --durations=10 \
     python_tests/test_cuda.py
@@ -116,8 +116,8 @@ else
       echo "   0 s  SKIPPED $tool: compute-sanitizer cannot run" | tee -a "$summary"
     fi
   done
-  shown=80 step "benchmark" 210 benchmark.log python3 -m benchmarks.cuda --output "$output" \
-    --commit "$commit" --seconds $((limit - SECONDS < 210 ? limit - SECONDS - 15 : 195))
+  shown=80 step "benchmark" 210 benchmark.log python3 -m benchmarks --device cuda \
+    --rounds 20 --results "$output" --commit "$commit" --seconds $((limit - SECONDS < 210 ? limit - SECONDS - 15 : 195))
 fi
 
 printf '\n'

@@ -1,30 +1,27 @@
-"""``python -m benchmarks.cuda``: ours on one GPU, against its limits and its peers, in one run.
+"""What is measured: every op against its limits and its peers, interleaved in one run.
 
-Every reading is device time between two events, on a cold L2: before it, a buffer larger than L2 is
-written, and a wait on the device hides the launches. Readings of all calls are interleaved (one of
-each in turn); medians and quartiles are kept. Small calls are also read as a CUDA graph of many.
-Every result is compared with the float64 oracle before anything is timed. What fails, or is wrong,
-is listed with the reason; if it is ours, the exit status is 1. Writes
-benchmarks/results/cuda-NAME.json and prints tables. ``--device cpu --quick`` walks through the same
-code on any machine.
+On a GPU a reading is device time between two events, on a cold L2: before it, a buffer larger than
+L2 is written, and a wait on the device hides the launches; small calls are also read as a CUDA
+graph of many. On the CPU it is the time of the call; its result is freed outside of it. Readings of
+all calls are taken in turn; medians and quartiles are kept. Every result is compared with the
+float64 oracle before anything is timed, and those of peers with ours. What fails, or is wrong, is
+listed with the reason.
 """
 
 from __future__ import annotations
 
-import re
+import mmap
 import time
-import traceback
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 
 import srt_ext
-from benchmarks.common import RESULTS, machine, output, quartiles, save
+from benchmarks.common import quartiles
 from benchmarks.peers import (
     published_ensemble,
     published_median,
@@ -40,9 +37,11 @@ from srt_ext import reference
 Pair = tuple[int, int]
 Call = Callable[[], Any]
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # the last may lack the slow peers
 FLUSH = 256 * 2**20  # bytes, several times the L2 of any GPU
 WAIT = 400_000  # clock cycles: about 0.2 ms, longer than the host needs to launch a call
+WARM_UP = 2  # readings
+SLOW, FEW = 0.5e6, 3  # what takes more microseconds is read so often only
+ONCE = 5e6  # what takes more is read once: when it is checked
 IN_A_GRAPH = 50
 CROP = 8  # channels that are compared with the oracle
 COMPILE_UNTIL, SLOW_UNTIL = 0.5, 0.7  # of the time there is: what is slow is left out after it
@@ -61,24 +60,28 @@ class Clock:
 
     def interleaved(self, calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
         readings: dict[str, list[float]] = {name: [] for name in calls}
-        for i in range(rounds + 2):  # the first two warm up
-            pending = {
-                name: self._start(call)
-                for name, call in calls.items()
-                if not is_slow(name) or 1 < i < 5
-            }
-            if self.gpu:
-                torch.cuda.synchronize()
+        until = dict.fromkeys(calls, rounds)
+        for i in range(-WARM_UP, rounds):
+            pending = {name: self._start(calls[name]) for name in calls if i < until[name]}
+            self.wait()
             for name, reading in pending.items():
-                if i > 1:
-                    readings[name].append(reading())
+                us = reading()
+                if i >= 0:
+                    readings[name].append(us)
+                elif us > SLOW:
+                    until[name] = FEW
         return readings
+
+    def wait(self) -> None:
+        if self.gpu:
+            torch.cuda.synchronize()
 
     def _start(self, call: Call) -> Callable[[], float]:
         if not self.gpu:
             start = time.perf_counter()
-            call()
+            result = call()
             elapsed = time.perf_counter() - start
+            del result
             return lambda: 1e6 * elapsed
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.flush.fill_(1)
@@ -106,9 +109,39 @@ def repeat(call: Call, times: int) -> None:
         call()
 
 
-def is_slow(name: str) -> bool:
-    """Peers of many launches: three readings are enough, for they are far behind."""
-    return name.startswith(("published", "sliced loop"))
+@contextmanager
+def kernels(name: str) -> Iterator[None]:
+    torch.ops.srt._force_cpu_kernels(name)
+    yield
+    torch.ops.srt._force_cpu_kernels("auto")
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
+
+
+def within(context: Callable[[], Any], call: Call) -> Call:
+    def inside() -> Any:
+        with context():
+            return call()
+
+    return inside
+
+
+def is_loop(name: str) -> bool:
+    """Peers of many launches: they are far behind, and first to be left out."""
+    return name.startswith(("published", "sliced"))
+
+
+def fill_huge_pages(like: torch.Tensor) -> None:
+    """Allocate + fill, in huge pages (where the machine has them)."""
+    memory = mmap.mmap(-1, like.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    torch.frombuffer(memory, dtype=like.dtype).fill_(1.0)
 
 
 # ---- what is measured ---------------------------------------------------------------------------
@@ -128,6 +161,7 @@ class Bench:
     clock: Clock
     rounds: int
     seconds: float  # that there are
+    compiler: str  # of torch.compile
     started: float = field(default_factory=time.monotonic)
     rows: list[dict[str, Any]] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)  # what ours did
@@ -147,24 +181,27 @@ class Bench:
         calls: dict[str, Call] = {}
         results: dict[str, dict[str, Any]] = {}
         for name, make in peers.items():
-            late = COMPILE_UNTIL if "compiled" in name else SLOW_UNTIL if is_slow(name) else 1
+            late = COMPILE_UNTIL if "compiled" in name else SLOW_UNTIL if is_loop(name) else 1
             if self.elapsed() > late * self.seconds:
                 results[name] = {"failed": "left out: no time"}
                 continue
             try:
                 peer = make()
-                results[name] = check(name, peer, dtype)
+                results[name], us = self.check(name, peer, dtype)
             except Exception as error:
                 results[name] = {"failed": reason(error)}
             if "failed" not in results[name]:
-                calls[name] = peer.call
+                if us < ONCE:
+                    calls[name] = peer.call
+                else:
+                    results[name].update(quartiles([us]))
             elif name.startswith("ours") or "difference" in results[name]:
                 self.wrong.append(f"{title}: {name}: {results[name]['failed']}")
         for name, us in self.clock.interleaved(calls, self.rounds).items():
             results[name].update(quartiles(us))
         if graph:
             for name, call in calls.items():
-                if is_slow(name) or "compiled" in name:
+                if is_loop(name) or "compiled" in name:
                     continue
                 try:
                     results[name]["graph"] = quartiles(self.clock.replayed(call, 5))
@@ -177,6 +214,15 @@ class Bench:
         failed = [f"({name} failed)" for name, r in results.items() if "failed" in r]
         print(f"[{self.elapsed():5.1f} s] {title}: {medians}", *failed, flush=True)
 
+    def check(self, name: str, peer: Peer, dtype: torch.dtype) -> tuple[dict[str, Any], float]:
+        """The relative error, by norms, or why the peer is not to be timed; and microseconds."""
+        self.clock.wait()
+        start = time.perf_counter()
+        result = peer.call()
+        self.clock.wait()
+        us = 1e6 * (time.perf_counter() - start)
+        return compare(name, result, peer, dtype), us
+
 
 def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0][:300]
@@ -186,9 +232,7 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check(name: str, peer: Peer, dtype: torch.dtype) -> dict[str, Any]:
-    """The relative error, by norms, or why the peer is not to be timed."""
-    result = peer.call()
+def compare(name: str, result: torch.Tensor, peer: Peer, dtype: torch.dtype) -> dict[str, Any]:
     if peer.truth is None:
         return {}
     error = ((peer.crop(result).double() - peer.truth).norm() / peer.truth.norm()).item()
@@ -222,6 +266,7 @@ class Field:
     offsets: torch.Tensor = field(default_factory=lambda: srt_ext.views.grid(3))
     small: bool = False
     loops: bool = True  # whether the loops over views are read; they know whole pixels, stride 1
+    growth: bool = False  # a point of a curve: only what is plotted is read
 
     def text(self) -> str:
         height, width = (g * p for g, p in zip(self.grid, self.patch, strict=True))
@@ -229,6 +274,17 @@ class Field:
             f"{self.name}{height}x{width} P={self.patch[0]} C={self.channels} "
             f"V={len(self.offsets)}" + (f" stride {self.stride[0]}" if self.stride[0] > 1 else "")
         )
+
+    def numbers(self) -> dict[str, Any]:
+        return {
+            "grid": self.grid,
+            "patch": self.patch,
+            "stride": self.stride,
+            "channels": self.channels,
+            "views": len(self.offsets),
+            "offsets": self.name.strip() or "grid",
+            "growth": self.growth,
+        }
 
 
 @dataclass(frozen=True)
@@ -244,6 +300,33 @@ class Views:
         return f"{self.batch}x3x{self.size[0]}x{self.size[1]} V={len(self.offsets)} {self.name}"
 
 
+def limits(bench: Bench, out: torch.Tensor) -> dict[str, Callable[[], Peer]]:
+    """What it costs to write, or to copy, a result like ``out``: warm, and newly allocated."""
+    source = torch.rand(out.shape, device=out.device).to(out)
+    calls: dict[str, Call] = {
+        "fill": lambda: out.fill_(1.0),
+        "copy": lambda: out.copy_(source),
+    }
+    if not bench.clock.gpu:  # whose memory comes from a cache
+        calls |= {
+            "allocate + fill": lambda: torch.empty_like(out).fill_(1.0),
+            "allocate + fill, huge pages": lambda: fill_huge_pages(out),
+            "allocate + copy": source.clone,
+        }
+    return {name: partial(Peer, call) for name, call in calls.items()}
+
+
+def on_the_cpu(bench: Bench, call: Call, truth: torch.Tensor, crop: Any) -> dict[str, Any]:
+    """The same call on one thread, and with the narrower kernels."""
+    if bench.clock.gpu:
+        return {}
+    sets = torch.ops.srt._available_cpu_kernels().split(",")
+    calls = {"one thread": within(partial(threads, 1), call)} | {
+        name: within(partial(kernels, name), call) for name in sets[:-1]
+    }
+    return {f"ours, out=, {name}": partial(Peer, run, truth, crop) for name, run in calls.items()}
+
+
 def measure_field(bench: Bench, case: Field, dtype: torch.dtype, upsample: str) -> None:
     device = bench.clock.device
     torch.manual_seed(0)
@@ -254,7 +337,6 @@ def measure_field(bench: Bench, case: Field, dtype: torch.dtype, upsample: str) 
     modes: dict[str, Any] = {"upsample": upsample, "stride": case.stride}
     run = partial(srt_ext.ensemble, tokens)
     out = torch.full_like(run(case.offsets, *place, **modes), float("nan"))
-    source = torch.randn(out.shape, device=device).to(out)
     on_device = case.offsets.to(device)
 
     picked = torch.linspace(0, case.channels - 1, min(CROP, case.channels)).long().to(device)
@@ -296,23 +378,24 @@ def measure_field(bench: Bench, case: Field, dtype: torch.dtype, upsample: str) 
 
         return Peer(call, coverage, crop, fresh, coarse=precision == "high")
 
-    # aot_eager elsewhere: the code is walked through, not measured.
-    backend = "inductor" if bench.clock.gpu else "aot_eager"
-    peers: dict[str, Callable[[], Peer]] = {
-        "ours": ours(fresh),
-        "ours, out=": ours(partial(fresh, out=out)),
-        "ours, offsets on the device": ours(lambda: run(on_device, *place, **modes)),
-        "fill": lambda: Peer(lambda: out.fill_(1.0)),
-        "copy": lambda: Peer(lambda: out.copy_(source)),
-        "GEMM": gemm,
-        "GEMM, compiled": partial(gemm, backend=backend),
-    }
-    if dtype == torch.float32:
-        peers["GEMM, tf32"] = partial(gemm, "high")
+    into = partial(fresh, out=out)
+    peers: dict[str, Callable[[], Peer]] = {"ours": ours(fresh), "ours, out=": ours(into)}
+    peers |= on_the_cpu(bench, into, coverage, crop)
+    peers |= limits(bench, out)
+    peers["read the tokens"] = lambda: Peer(tokens.sum)
+    peers["GEMM"] = gemm
+    peers["GEMM, compiled"] = partial(gemm, backend=bench.compiler)
+    if bench.clock.gpu:
+        peers["ours, offsets on the device"] = ours(lambda: run(on_device, *place, **modes))
+        if dtype == torch.float32:
+            peers["GEMM, tf32"] = partial(gemm, "high")
     if case.loops:
         peers["published"] = loop(published_ensemble)
         peers["sliced loop"] = loop(sliced_ensemble)
-    about: dict[str, Any] = {"op": f"mean, {upsample}", "shape": case.text()}
+    if case.growth:
+        plotted = ("ours", "allocate + fill", "GEMM", "published")
+        peers = {name: peers[name] for name in plotted}
+    about: dict[str, Any] = {"op": f"mean, {upsample}", "shape": case.text(), **case.numbers()}
     about |= {"output_bytes": out.nbytes, "input_bytes": tokens.nbytes}
     bench.row(about, peers, case.small, dtype)
 
@@ -326,7 +409,6 @@ def measure_values(bench: Bench, case: Field, dtype: torch.dtype, upsample: str)
     place = (case.offsets, case.grid, case.patch)
     modes: dict[str, Any] = {"upsample": upsample, "stride": case.stride}
     out = torch.empty_like(srt_ext.ensemble(tokens, *place, **modes))
-    source = torch.randn(out.shape, device=device).to(out)
     picked = torch.linspace(0, case.channels - 1, min(CROP, case.channels)).long().to(device)
 
     def truth(border: str) -> torch.Tensor:
@@ -339,24 +421,23 @@ def measure_values(bench: Bench, case: Field, dtype: torch.dtype, upsample: str)
         return result[:, picked]
 
     median = partial(srt_ext.ensemble, tokens, *place, reduce="median", **modes)
-    limits: dict[str, Callable[[], Peer]] = {
-        "fill": lambda: Peer(lambda: out.fill_(1.0)),
-        "copy": lambda: Peer(lambda: out.copy_(source)),
-    }
-    peers = {
-        "ours": lambda: Peer(median, truth("coverage"), crop),
-        "ours, out=": lambda: Peer(partial(median, out=out), truth("coverage"), crop),
-        **limits,
+    coverage = truth("coverage")
+    into = partial(median, out=out)
+    peers: dict[str, Callable[[], Peer]] = {
+        "ours": lambda: Peer(median, coverage, crop),
+        "ours, out=": lambda: Peer(into, coverage, crop),
+        **on_the_cpu(bench, into, coverage, crop),
+        **limits(bench, out),
     }
     if case.loops and len(case.offsets) * out.nbytes < 2**33:
         stack = partial(published_median, tokens, *place, upsample)
         peers["published"] = lambda: Peer(stack, truth("zeros"), crop)
-    about: dict[str, Any] = {"shape": case.text()}
+    about: dict[str, Any] = {"shape": case.text(), **case.numbers()}
     about |= {"output_bytes": out.nbytes, "input_bytes": tokens.nbytes}
     bench.row({"op": f"median, {upsample}", **about}, peers, case.small, dtype)
 
     moments = partial(srt_ext.ensemble_moments, tokens, *place, **modes)
-    peers = {"ours": lambda: Peer(moments), **limits}
+    peers = {"ours": lambda: Peer(moments), **limits(bench, out)}
     bench.row({"op": f"moments, {upsample}", **about}, peers, case.small, dtype)
 
     chunk = (tokens[:8], case.offsets[:8])
@@ -364,7 +445,7 @@ def measure_values(bench: Bench, case: Field, dtype: torch.dtype, upsample: str)
         running: Any = kind(case.grid, case.patch, **modes)
         running.update(*chunk)
         call = partial(running.update, *chunk)
-        peers = {"ours": lambda call=call: Peer(call), **limits}
+        peers = {"ours": partial(Peer, call), **limits(bench, out)}
         name = f"{kind.__name__}, {upsample}, 8 views"
         bench.row({"op": name, **about}, peers, case.small, dtype)
 
@@ -374,7 +455,6 @@ def measure_views(bench: Bench, case: Views, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     image = torch.rand(case.batch, 3, *case.size, device=device).to(dtype)
     out = torch.empty(len(case.offsets), *image.shape, dtype=dtype, device=device)
-    source = torch.rand(out.shape, device=device).to(dtype)
     on_device = case.offsets.to(device)
     whole = bool((case.offsets == case.offsets.round()).all())
 
@@ -402,17 +482,16 @@ def measure_views(bench: Bench, case: Views, dtype: torch.dtype) -> None:
         places = sampling_grid(image, case.offsets)
         return Peer(lambda: sampled_shift(image, places), reflected, same=same)
 
-    backend = "inductor" if bench.clock.gpu else "aot_eager"
     peers: dict[str, Callable[[], Peer]] = {
         "ours": ours(case.offsets),
-        "ours, offsets on the device": ours(on_device),
-        "fill": lambda: Peer(lambda: out.fill_(1.0)),
-        "copy": lambda: Peer(lambda: out.copy_(source)),
+        **limits(bench, out),
         "slices": sliced,
         "grid_sample": sampled,
     }
+    if bench.clock.gpu:
+        peers["ours, offsets on the device"] = ours(on_device)
     if case.batch == 1 and dtype != torch.float16:  # dozens of kernels each: seconds to compile
-        peers["slices, compiled"] = partial(sliced, backend)
+        peers["slices, compiled"] = partial(sliced, bench.compiler)
     if whole:
         peers["published"] = lambda: Peer(
             partial(published_shift, image, case.offsets),
@@ -420,6 +499,7 @@ def measure_views(bench: Bench, case: Views, dtype: torch.dtype) -> None:
             same=partial(same, padding="zeros"),
         )
     about: dict[str, Any] = {"op": "shift, bilinear", "shape": case.text()}
+    about |= {"views": len(case.offsets), "offsets": case.name}
     about |= {"output_bytes": out.nbytes, "input_bytes": image.nbytes}
     bench.row(about, peers, True, dtype)
 
@@ -440,167 +520,111 @@ def ceilings(clock: Clock, size: int, rounds: int) -> dict[str, Any]:
     }
 
 
-# ---- tables -------------------------------------------------------------------------------------
+# ---- what there is to measure -------------------------------------------------------------------
+
+Step = Callable[[Bench], None]
 
 
-def table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
-    """Microseconds of ours; of each peer, its time over ours. ``graph`` where it was read."""
-
-    def median(row: dict[str, Any], name: str, *, graph: bool = False) -> float | None:
-        entry = row["calls"].get(name, {})
-        median: float | None = (entry.get("graph", {}) if graph else entry).get("median")
-        return median
-
-    def number(us: float | None) -> str:
-        return "-" if us is None else f"{us:.1f}"
-
-    def ratio(over: float | None, under: float | None) -> str:
-        return f"{over / under:.2f}" if over is not None and under else "-"
-
-    names = ("ours, out=", "ours, offsets on the device")
-    head = ["op", "dtype", "shape", "ours, us", "ours / fill", "ours / copy"]
-    head += [
-        f"{name} / ours" for name in (*names, *columns) if any(name in r["calls"] for r in rows)
-    ]
-    head += ["in a graph: ours, us", "ours / fill"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for row in rows:
-        ours, graph = median(row, "ours"), median(row, "ours", graph=True)
-        cells = [row["op"], row["dtype"], row["shape"], number(ours)]
-        cells += [ratio(ours, median(row, limit)) for limit in ("fill", "copy")]
-        cells += [
-            ratio(median(row, h.removesuffix(" / ours")), ours)
-            for h in head
-            if h.endswith("/ ours")
-        ]
-        cells += [number(graph), ratio(graph, median(row, "fill", graph=True))]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+def plan(device: torch.device, extent: str) -> list[Step]:
+    """``extent``: "walk" goes through the code, "main" has the shapes of the README, "full" all."""
+    if extent == "walk":
+        return _walk()
+    return _on_gpu() if device.type == "cuda" else _on_cpu(extent == "full")
 
 
-def tables(results: dict[str, Any]) -> str:
-    peers = ("GEMM", "GEMM, tf32", "GEMM, compiled", "published", "sliced loop")
-    shifts = ("slices", "slices, compiled", "grid_sample", "published")
-    means = [row for row in results["rows"] if row["op"].startswith("mean")]
-    moves = [row for row in results["rows"] if row["op"].startswith("shift")]
-    values = [row for row in results["rows"] if row["op"].startswith(("median", "mom", "Running"))]
-    failed = [
-        f"- {row['op']}, {row['dtype']}, {row['shape']}: {name}: {entry['failed']}"
-        for row in results["rows"]
-        for name, entry in row["calls"].items()
-        if "failed" in entry
-    ]
-    bandwidth = results["ceilings"]
-    return "\n".join(
-        (
-            f"{results['machine']['gpu']}: fill {bandwidth['fill_TB_per_s']['median']:.2f} TB/s, "
-            f"copy {bandwidth['copy_TB_per_s']['median']:.2f} TB/s (read + written)",
-            "",
-            table(means, peers),
-            "",
-            table(moves, shifts),
-            "",
-            table(values, ("published",)),
-            "",
-            "Not timed:" if failed else "",
-            *failed,
-        )
-    )
+def _steps(
+    fields: list[Field], views: list[Views], dtype: torch.dtype, values: bool = True
+) -> list[Step]:
+    upsamples = ("bilinear", "nearest")
+    steps: list[Step] = [partial(measure_views, case=case, dtype=dtype) for case in views]
+    for case in fields:
+        modes = [{"case": case, "dtype": dtype, "upsample": word} for word in upsamples]
+        steps += [partial(measure_field, **mode) for mode in modes]
+        if values and not case.name:
+            steps += [partial(measure_values, **mode) for mode in modes]
+    return steps
 
 
-def cases(quick: bool) -> tuple[list[Field], list[Views]]:
-    grid = srt_ext.views.grid(1 if quick else 3)
+def _scattered(offsets: torch.Tensor) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    scattered = torch.rand(len(grid), 2, generator=generator) * 8 - 4
-    between = grid + torch.tensor([0.25, -0.375])
-    if quick:
-        return [
-            Field("", (3, 4), (4, 4), 16, offsets=grid),
-            Field("", (3, 4), (4, 4), 16, (4, 4), grid, small=True, loops=False),
-            Field("scattered ", (3, 4), (4, 4), 16, offsets=scattered, loops=False),
-        ], [Views(1, (16, 20), grid, "whole"), Views(2, (16, 20), between, "between")]
+    return torch.rand(offsets.shape, generator=generator) * 8 - 4
+
+
+def _walk() -> list[Step]:
+    grid = srt_ext.views.grid(1)
     fields = [
-        Field("", (14, 14), (16, 16), 384),
-        Field("", (30, 53), (16, 16), 384),
-        Field("", (37, 37), (14, 14), 1024),
-        Field("", (14, 14), (16, 16), 384, (16, 16), small=True, loops=False),
-        Field("", (30, 53), (16, 16), 384, (4, 4), loops=False),
-        Field("scattered ", (14, 14), (16, 16), 384, offsets=scattered, loops=False),
+        Field("", (3, 4), (4, 4), 16, offsets=grid),
+        Field("", (3, 4), (4, 4), 16, (4, 4), grid, small=True, loops=False),
+        Field("scattered ", (3, 4), (4, 4), 16, offsets=_scattered(grid), loops=False),
+    ]
+    between = grid + torch.tensor([0.25, -0.375])
+    views = [Views(1, (16, 20), grid, "whole"), Views(2, (16, 20), between, "between")]
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    return [step for dtype in dtypes for step in _steps(fields, views, dtype)]
+
+
+TOKENS, SMALL = (14, 14), (16, 16)  # 224 x 224 in patches of 16
+DAVIS, LARGE = (30, 53), (37, 37)  # 480 x 848; 518 x 518 in patches of 14, as of DINOv2
+
+
+def _on_gpu() -> list[Step]:
+    grid = srt_ext.views.grid(3)
+    fields = [
+        Field("", TOKENS, SMALL, 384),
+        Field("", DAVIS, SMALL, 384),
+        Field("", LARGE, (14, 14), 1024),
+        Field("", TOKENS, SMALL, 384, SMALL, small=True, loops=False),
+        Field("", DAVIS, SMALL, 384, (4, 4), loops=False),
+        Field("scattered ", TOKENS, SMALL, 384, offsets=_scattered(grid), loops=False),
     ]
     views = [
         Views(batch, size, offsets, name)
         for batch, size in ((1, (224, 224)), (8, (224, 224)), (1, (480, 848)))
-        for offsets, name in ((grid, "whole"), (between, "between"))
+        for offsets, name in ((grid, "whole"), (grid + torch.tensor([0.25, -0.375]), "between"))
     ]
-    return fields, views
+    return [
+        *_steps(fields, views, torch.float32),
+        *_steps(fields, views, torch.bfloat16),
+        *_steps(fields, views, torch.float16, values=False),
+    ]
 
 
-def main(
-    output_folder: Annotated[Path, typer.Option("--output")] = RESULTS,
-    device: str = "cuda",
-    quick: bool = False,
-    rounds: int = 20,
-    commit: str = "",
-    seconds: float = 210,
-) -> None:
-    """Measures, writes the JSON after every row, prints the tables.
-
-    What there is no time for in ``seconds`` is left out and named: first what has to be compiled,
-    then the slow loops, then everything.
-    """
-    clock = Clock(torch.device(device))
-    bench = Bench(clock, 3 if quick else rounds, seconds)
-    facts = {"gpu": "none", **machine()}
-    if commit:
-        facts["commit"] = commit
-    if clock.gpu:
-        properties = torch.cuda.get_device_properties(clock.device)
-        query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        facts |= {
-            "gpu": properties.name,
-            "multiprocessors": properties.multi_processor_count,
-            "l2_bytes": properties.L2_cache_size,
-            "driver": output(*query).partition("\n")[0],
-            "cuda": torch.version.cuda,
-        }
-    results: dict[str, Any] = {
-        "machine": facts,
-        "unit": "us",
-        "rounds": bench.rounds,
-        "ceilings": ceilings(clock, 2**22 if quick else 2**31, bench.rounds),
-        "rows": bench.rows,
-    }
-    slug = re.sub(r"[^a-z0-9]+", "-", facts["gpu"].lower()).strip("-")
-    path = output_folder / f"cuda-{slug}.json"
-    fields, views = cases(quick)
-    for dtype in DTYPES:
-        work = [partial(measure_views, bench, case, dtype) for case in views]
-        work += [
-            partial(measure_field, bench, case, dtype, upsample)
-            for case in fields
-            for upsample in ("bilinear", "nearest")
-        ]
-        work += [
-            partial(measure_values, bench, case, dtype, upsample)
-            for case in fields
-            if dtype != torch.float16 and not case.name
-            for upsample in ("bilinear", "nearest")
-        ]
-        for step in work:
-            try:
-                step()
-            except Exception as error:  # the rows that were read are written all the same
-                bench.wrong.append(f"{step.args[1].text()} {name_of(dtype)}: {reason(error)}")
-                traceback.print_exc()
-            results |= {"wrong": bench.wrong, "seconds": round(bench.elapsed(), 1)}
-            part = path.with_suffix(".part")
-            save(results, part)
-            part.replace(path)
-    print(tables(results))
-    if bench.wrong:
-        print("WRONG:", *bench.wrong, sep="\n")
-        raise SystemExit(1)
-
-
-if __name__ == "__main__":
-    typer.run(main)
+def _on_cpu(full: bool) -> list[Step]:
+    nine, grid, many = (srt_ext.views.grid(radius) for radius in (1, 3, 7))
+    whole = [Views(batch, (224, 224), grid, "whole") for batch in (1, 8)]
+    main = Field("", TOKENS, SMALL, 384)
+    halves = replace(main, loops=False)
+    token_scale = [
+        Field("", TOKENS, SMALL, 384, SMALL, offsets, small=True, loops=False)
+        for offsets in (nine, grid)
+    ]
+    steps = [
+        *_steps([main], whole, torch.float32),
+        *_steps(token_scale, [], torch.float32, values=False),
+        *_steps([halves], whole[:1], torch.bfloat16, values=full),
+        *_steps([halves], whole[:1], torch.float16, values=full),
+    ]
+    if not full:
+        return steps
+    between = Views(1, (224, 224), grid + torch.tensor([0.25, -0.375]), "between")
+    shapes = [
+        Field("", TOKENS, SMALL, 384, offsets=nine),
+        Field("", TOKENS, SMALL, 384, offsets=many),
+        Field("", TOKENS, SMALL, 768, offsets=nine),
+        Field("", TOKENS, SMALL, 768),
+        Field("", TOKENS, SMALL, 768, offsets=many),
+        Field("", LARGE, (14, 14), 1024),
+        Field("", DAVIS, SMALL, 384, (4, 4), loops=False),
+        Field("scattered ", TOKENS, SMALL, 384, offsets=_scattered(grid), loops=False),
+    ]
+    views = [between, Views(1, (480, 848), grid, "whole")]
+    steps += _steps([Field("", DAVIS, SMALL, 384)], views, torch.float32)
+    steps += _steps(shapes, [], torch.float32, values=False)
+    steps += _steps([halves], whole[:1], torch.float64)
+    growth = [replace(main, offsets=srt_ext.views.grid(r), growth=True) for r in (0, 1, 2, 3, 5, 7)]
+    growth += [replace(main, grid=(n, n), growth=True) for n in (4, 7, 28, 37)]
+    growth += [replace(main, channels=c, growth=True) for c in (48, 96, 192, 768, 1536)]
+    return steps + [
+        partial(measure_field, case=case, dtype=torch.float32, upsample="bilinear")
+        for case in growth
+    ]

@@ -1,0 +1,393 @@
+"""``python -m benchmarks.report``: tables and plots from the JSON of a run.
+
+Writes NAME.md and its plots beside each JSON of ``python -m benchmarks``; prints the table that
+stands in the README.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.common import RESULTS, load
+
+Row = dict[str, Any]
+
+LIMITS = ("fill", "copy", "allocate + fill", "allocate + fill, huge pages", "allocate + copy")
+GEMMS = ("GEMM", "GEMM, compiled", "GEMM, tf32")
+OTHERS = (*GEMMS, "sliced loop", "slices", "slices, compiled", "grid_sample")
+PEERS = ("published", *OTHERS)
+
+
+def median(row: Row, name: str, *, graph: bool = False) -> float | None:
+    """Microseconds; None if it was not read."""
+    entry = row["calls"].get(name, {})
+    us: float | None = (entry.get("graph", {}) if graph else entry).get("median")
+    return us
+
+
+def ratio(over: float | None, under: float | None) -> float | None:
+    return over / under if over is not None and under else None
+
+
+def fastest(row: Row, names: Iterable[str]) -> float | None:
+    read = [us for us in (median(row, name) for name in names) if us is not None]
+    return min(read, default=None)
+
+
+def milliseconds(us: float | None) -> str:
+    if us is None:
+        return "-"
+    return f"{us / 1e3:.0f} ms" if us >= 1e5 else f"{us / 1e3:.3g} ms"
+
+
+def number(value: float | None, suffix: str = "") -> str:
+    if value is None:
+        return "-"
+    return (f"{value:.0f}" if value >= 100 else f"{value:.3g}") + suffix
+
+
+def markdown(head: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+# ---- tables -------------------------------------------------------------------------------------
+
+
+def is_main(row: Row) -> bool:
+    """224 x 224, 16 pixels a token, 49 views; 384 channels if it has channels."""
+    if row["op"].startswith("shift"):
+        return bool(row["shape"].startswith("1x3x224x224 V=49 whole"))
+    return bool(row["shape"] == "224x224 P=16 C=384 V=49") and not row["growth"]
+
+
+def find(results: Row, op: str, dtype: str = "float32", shape: str = "") -> Row | None:
+    """The row of an op: of the shape that the README shows, or of one that begins so."""
+    for row in results["rows"]:
+        right = row["shape"].startswith(shape) if shape else is_main(row)
+        if row["op"] == op and row["dtype"] == dtype and right and not row.get("growth"):
+            found: Row = row
+            return found
+    return None
+
+
+def readme(results: Row) -> str:
+    """What the README shows: float32, the main shape."""
+    head = ["49 views, 224 x 224", "published", "best other", "ours", "published / ours"]
+    head += ["best other / ours", "allocate + fill", "ours / it", "with `out=`: ours / fill"]
+    lines = []
+    for row in results["rows"]:
+        if row["dtype"] != "float32" or not is_main(row) or row["op"].startswith("Running"):
+            continue
+        ours, published = median(row, "ours"), median(row, "published")
+        other, limit = fastest(row, OTHERS), median(row, "allocate + fill")
+        lines.append(
+            [
+                row["op"],
+                *map(milliseconds, (published, other, ours)),
+                number(ratio(published, ours), " x"),
+                number(ratio(other, ours), " x"),
+                milliseconds(limit),
+                number(ratio(ours, limit)),
+                number(ratio(median(row, "ours, out="), median(row, "fill"))),
+            ]
+        )
+    return markdown(head, lines)
+
+
+def table(rows: list[Row]) -> str:
+    """Ours; ours over each limit; each peer over ours. ``graph``: replayed many times."""
+
+    def read(name: str) -> bool:
+        return any(median(row, name) is not None for row in rows)
+
+    ours = [n for n in dict.fromkeys(n for r in rows for n in r["calls"]) if n.startswith("ours,")]
+    limits = [name for name in (*LIMITS, "read the tokens") if read(name)]
+    peers = [*ours, *(name for name in PEERS if read(name))]
+    graphs = any(median(row, "ours", graph=True) is not None for row in rows)
+    head = ["op", "dtype", "shape", "ours"]
+    head += [f"ours / {name}" for name in limits] + [f"{name} / ours" for name in peers]
+    if graphs:
+        head += ["repeated: ours", "repeated: ours / fill"]
+    lines = []
+    for row in rows:
+        us, repeated = median(row, "ours"), median(row, "ours", graph=True)
+        line = [row["op"], row["dtype"], row["shape"], milliseconds(us)]
+        line += [number(ratio(us, median(row, name))) for name in limits]
+        line += [number(ratio(median(row, name), us)) for name in peers]
+        if graphs:
+            line += [
+                milliseconds(repeated),
+                number(ratio(repeated, median(row, "fill", graph=True))),
+            ]
+        lines.append(line)
+    return markdown(head, lines)
+
+
+def end_to_end(results: Row) -> str:
+    head = ["model", "dtype", "picture", "one forward", "49 forwards", "SRT", "shift", "ensemble"]
+    head += ["shift + ensemble / SRT"]
+    lines = []
+    for row in results["end_to_end"]:
+        calls = ("forward", "forwards of all views", "SRT", "shift", "ensemble")
+        us = [median(row, call) for call in calls]
+        share = ours_of_srt(row)
+        cells = [row["model"], row["dtype"], "x".join(map(str, row["size"]))]
+        lines.append([*cells, *map(milliseconds, us), f"{100 * share:.1f} %"])
+    return markdown(head, lines)
+
+
+def ours_of_srt(row: Row) -> float:
+    calls = {name: entry["median"] for name, entry in row["calls"].items()}
+    return float((calls["shift"] + calls["ensemble"]) / calls["SRT"])
+
+
+def peak_memory(results: Row) -> str:
+    """Of the main shape, in outputs."""
+    rows = [r for r in results["memory"] if r["pixels"] == 224**2 and r["channels"] == 384]
+    counts = sorted({row["views"] for row in rows})
+    lines = []
+    for way in dict.fromkeys(row["way"] for row in rows):
+        line = [way]
+        for count in counts:
+            found = [r for r in rows if r["way"] == way and r["views"] == count and "bytes" in r]
+            line.append(f"{found[0]['bytes'] / found[0]['output_bytes']:.1f}" if found else "-")
+        lines.append(line)
+    return markdown(["peak, in outputs", *(f"V = {count}" for count in counts)], lines)
+
+
+# ---- targets ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Target:
+    text: str
+    measured: float | None
+    bound: float
+    at_most: bool = True
+
+    @property
+    def met(self) -> bool | None:
+        if self.measured is None:
+            return None
+        return self.measured <= self.bound if self.at_most else self.measured >= self.bound
+
+
+def cpu_targets(results: Row) -> list[Target]:
+    """The goals of this project on two cores with AVX-512; ratios of one run."""
+    targets = []
+
+    def add(
+        text: str, over: float | None, under: float | None, bound: float, at_most: bool
+    ) -> None:
+        targets.append(Target(text, ratio(over, under), bound, at_most))
+
+    for up, published in (("bilinear", 600), ("nearest", 350)):
+        row = find(results, f"mean, {up}")
+        if row is None:
+            continue
+        ours = median(row, "ours")
+        add(f"mean, {up}: ours / allocate + fill", ours, median(row, LIMITS[2]), 0.6, True)
+        add(f"mean, {up}: ours / the same in huge pages", ours, median(row, LIMITS[3]), 1.5, True)
+        out = median(row, "ours, out=")
+        add(f"mean, {up}: with out=, ours / fill", out, median(row, "fill"), 2.5, True)
+        add(f"mean, {up}: published / ours", median(row, "published"), ours, published, False)
+        add(f"mean, {up}: sliced loop / ours", median(row, "sliced loop"), ours, 100, False)
+        add(f"mean, {up}: best GEMM / ours", fastest(row, GEMMS), ours, 8, False)
+        one = median(row, "ours, out=, one thread")
+        add(f"mean, {up}: with out=, one thread / two", one, out, 1.7, False)
+        for dtype in ("bfloat16", "float16"):
+            half = find(results, f"mean, {up}", dtype)
+            us = median(half, "ours") if half else None
+            add(f"mean, {up}: {dtype} / float32", us, ours, 1, True)
+    for up, bound in (("nearest", 250), ("bilinear", 80)):
+        row = find(results, f"median, {up}")
+        if row is None:
+            continue
+        stack = median(row, "published")
+        add(f"median, {up}: published / ours", stack, median(row, "ours"), bound, False)
+        avx2, out = median(row, "ours, out=, avx2"), median(row, "ours, out=")
+        add(f"median, {up}: with AVX2, published / ours", stack, avx2, bound / 2, False)
+        one = median(row, "ours, out=, one thread")
+        add(f"median, {up}: with out=, one thread / two", one, out, 1.7, False)
+    for up in ("bilinear", "nearest"):
+        shape = "224x224 P=16 C=384 V={} stride 16"
+        row = find(results, f"mean, {up}", shape=shape.format(49))
+        if row is not None:
+            read = median(row, "read the tokens")
+            add(f"token scale, {up}, 49 views: ours / sum()", median(row, "ours"), read, 2.5, True)
+        row = find(results, f"mean, {up}", shape=shape.format(9))
+        if row is not None:
+            us = median(row, "ours")
+            targets.append(Target(f"token scale, {up}, 9 views: microseconds", us, 100))
+    for batch in (1, 8):
+        row = find(results, "shift, bilinear", shape=f"{batch}x3x224x224 V=49 whole")
+        if row is None:
+            continue
+        ours = median(row, "ours")
+        published, copy = median(row, "published"), median(row, "allocate + copy")
+        add(f"shift, batch {batch}: published / ours", published, ours, 20, False)
+        add(f"shift, batch {batch}: ours / allocate + copy", ours, copy, 1.5, True)
+    for row in results["end_to_end"]:
+        share = 100 * ours_of_srt(row)
+        bound = 3.0 if "small" in row["model"] else float("inf")
+        if bound < float("inf"):
+            targets.append(Target(f"{row['model']}: % of SRT that is ours", share, bound))
+    return targets
+
+
+def target_table(targets: list[Target]) -> str:
+    words = {True: "met", False: "**missed**", None: "not read"}
+    return markdown(
+        ["figure", "target", "measured", ""],
+        (
+            [t.text, f"{'<=' if t.at_most else '>='} {t.bound:g}", number(t.measured), words[t.met]]
+            for t in targets
+        ),
+    )
+
+
+def tables(results: Row) -> str:
+    """All of a run, as Markdown."""
+    rows = [row for row in results["rows"] if not row.get("growth")]
+    facts = results["machine"]
+    gpu = f"{facts['gpu']}, " if "gpu" in facts else f"{facts['threads']} threads, "
+    speed = {
+        name: results["ceilings"][f"{name}_TB_per_s"]["median"] * 1e3 for name in ("fill", "copy")
+    }
+    parts = [
+        f"{gpu}{facts['processor']}, {facts['kernels']} kernels, torch {facts['torch']}, commit "
+        f"{facts['commit']}, {facts['date']}. Fill {speed['fill']:.1f} GB/s, copy "
+        f"{speed['copy']:.1f} GB/s (read + written). Medians of {results['rounds']} interleaved "
+        "readings (3 of what takes over 0.5 s, 1 over 5 s); quartiles are in the JSON."
+    ]
+    if "gpu" not in facts:
+        parts += ["## Targets", target_table(cpu_targets(results))]
+    sections = {
+        "Mean": ("mean",),
+        "Shift": ("shift",),
+        "Median, moments, streams": ("median", "moments", "Running"),
+    }
+    for title, ops in sections.items():
+        chosen = [row for row in rows if row["op"].startswith(ops)]
+        if chosen:
+            parts += [f"## {title}", table(chosen)]
+    if results["end_to_end"]:
+        parts += ["## SRT around a model", end_to_end(results)]
+    if results["memory"]:
+        parts += ["## Peak memory, tokens included", peak_memory(results)]
+    failed = [
+        f"- {row['op']}, {row['dtype']}, {row['shape']}: {name}: {entry['failed']}"
+        for row in rows
+        for name, entry in row["calls"].items()
+        if "failed" in entry
+    ]
+    if failed:
+        parts += ["## Not timed", "\n".join(failed)]
+    return "\n\n".join(parts)
+
+
+def document(results: Row, name: str) -> str:
+    """NAME.md."""
+    plots = [
+        f"![{text}]({name}-{plot}.svg)"
+        for plot, text in (("growth", "How time and memory grow"), ("peers", "Ours and the peers"))
+        if plot == "peers" or has_growth(results)
+    ]
+    return "\n\n".join((f"# {name}", "\n\n".join(plots), tables(results))) + "\n"
+
+
+# ---- plots --------------------------------------------------------------------------------------
+
+
+def has_growth(results: Row) -> bool:
+    return bool(results["memory"]) and any(row.get("growth") for row in results["rows"])
+
+
+def plot_peers(results: Row, path: Path) -> None:
+    """Milliseconds of every call of the main shape, on a logarithmic scale."""
+    from matplotlib import pyplot
+
+    rows = [r for r in results["rows"] if is_main(r) and r["dtype"] == "float32"]
+    rows = [r for r in rows if not r["op"].startswith("Running")]
+    names = ("ours", "ours, out=", "fill", "allocate + fill", *PEERS)
+    colours = {n: pyplot.get_cmap("tab20")(i) for i, n in enumerate(names)}
+    figure, axes = pyplot.subplots(2, 3, figsize=(12, 6), layout="constrained")
+    for axis, row in zip(axes.flat, rows, strict=False):
+        read = [(n, median(row, n)) for n in names if median(row, n) is not None]
+        labels, us = zip(*read, strict=True)
+        axis.barh(labels, [value / 1e3 for value in us], color=[colours[n] for n in labels])
+        axis.invert_yaxis()
+        axis.set(xscale="log", title=row["op"], xlabel="ms")
+    for axis in axes.flat[len(rows) :]:
+        axis.remove()
+    figure.suptitle("49 views, 224 x 224, P = 16, C = 384, float32")
+    _save(figure, path)
+
+
+def plot_growth(results: Row, path: Path) -> None:
+    """Time and peak memory against the views, the pixels and the channels."""
+    from matplotlib import pyplot
+
+    main = {"views": 49, "pixels": 224**2, "channels": 384}
+
+    def at(row: Row) -> dict[str, int]:
+        if "pixels" in row:
+            return {key: row[key] for key in main}
+        pixels = row["grid"][0] * row["patch"][0] * row["grid"][1] * row["patch"][1]
+        return {"views": row["views"], "pixels": pixels, "channels": row["channels"]}
+
+    def along(rows: list[Row], axis: str) -> list[Row]:
+        others = [key for key in main if key != axis]
+        chosen = [row for row in rows if all(at(row)[key] == main[key] for key in others)]
+        return sorted(chosen, key=lambda row: at(row)[axis])
+
+    times = [row for row in results["rows"] if row.get("growth")]
+    figure, axes = pyplot.subplots(2, 3, figsize=(12, 7), layout="constrained")
+    for (time, space), axis in zip(axes.T, main, strict=True):
+        rows = along(times, axis)
+        for name in ("published", "GEMM", "allocate + fill", "ours"):
+            points = [(at(r)[axis], median(r, name)) for r in rows if median(r, name) is not None]
+            time.plot([p for p, _ in points], [us / 1e3 for _, us in points], "o-", label=name)
+        for way in dict.fromkeys(row["way"] for row in results["memory"]):
+            rows = [r for r in results["memory"] if r["way"] == way and "bytes" in r]
+            points = [(at(row)[axis], row["bytes"] / 1e6) for row in along(rows, axis)]
+            if len(points) > 1:
+                space.plot(*zip(*points, strict=True), "o-", label=way)
+        time.set(xscale="log", yscale="log", ylabel="ms", title=f"mean, bilinear: {axis}")
+        space.set(xscale="log", yscale="log", ylabel="peak, MB", xlabel=axis)
+        time.legend(fontsize="small")
+        space.legend(fontsize="small")
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    from matplotlib import pyplot
+
+    with pyplot.rc_context({"svg.hashsalt": path.name}):  # the same file from the same numbers
+        figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def main(
+    files: Annotated[
+        list[Path] | None, typer.Argument(help="JSON of `python -m benchmarks`.")
+    ] = None,
+) -> None:
+    """Writes NAME.md and its plots beside each JSON; prints the README's table."""
+    for path in files or [*RESULTS.glob("cpu.json"), *RESULTS.glob("cuda-*.json")]:
+        results = load(path)
+        path.with_suffix(".md").write_text(document(results, path.stem))
+        plot_peers(results, path.with_name(f"{path.stem}-peers.svg"))
+        if has_growth(results):
+            plot_growth(results, path.with_name(f"{path.stem}-growth.svg"))
+        print(readme(results))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,63 @@
+"""``pytest benchmarks``: what one small call costs, where the overhead of a call shows.
+
+pytest-benchmark takes the readings; ``--benchmark-disable`` runs each call once, as CI does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import srt_ext
+
+PLACE: dict[str, Any] = {"grid": (14, 14), "patch": (16, 16), "stride": (16, 16)}
+Benchmark = Callable[..., Any]
+
+
+def tokens(views: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(views, 1, 196, 384).to(dtype)
+
+
+@pytest.mark.parametrize("upsample", ["bilinear", "nearest"])
+@pytest.mark.parametrize("radius", [1, 3])
+class TestTokenScale:
+    def test_op(self, benchmark: Benchmark, radius: int, upsample: str) -> None:
+        offsets = srt_ext.views.grid(radius)
+        field = benchmark(
+            torch.ops.srt.ensemble, tokens(len(offsets)), offsets, **PLACE, upsample=upsample
+        )
+        assert field.shape == (1, 384, 14, 14)
+
+    def test_function(self, benchmark: Benchmark, radius: int, upsample: str) -> None:
+        offsets = srt_ext.views.grid(radius)
+        field = benchmark(
+            srt_ext.ensemble, tokens(len(offsets)), offsets, **PLACE, upsample=upsample
+        )
+        assert field.shape == (1, 384, 14, 14)
+
+    def test_limit_reading_the_tokens(
+        self, benchmark: Benchmark, radius: int, upsample: str
+    ) -> None:
+        del upsample
+        benchmark(tokens((2 * radius + 1) ** 2).sum)
+
+
+def test_median_of_nine(benchmark: Benchmark) -> None:
+    offsets = srt_ext.views.grid(1)
+    benchmark(srt_ext.ensemble, tokens(9), offsets, **PLACE, reduce="median")
+
+
+@pytest.mark.parametrize("kind", ["RunningMean", "RunningMoments", "RunningMedian"])
+def test_update(benchmark: Benchmark, kind: str) -> None:
+    running = getattr(srt_ext, kind)(**PLACE)
+    benchmark(running.update, tokens(8), srt_ext.views.grid(1)[:8])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_shift(benchmark: Benchmark, dtype: torch.dtype) -> None:
+    image = (255 * torch.rand(1, 3, 32, 32)).to(dtype)
+    views = benchmark(torch.ops.srt.shift, image, srt_ext.views.grid(1))
+    assert views.shape == (9, 1, 3, 32, 32)
