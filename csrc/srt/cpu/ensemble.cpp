@@ -29,7 +29,7 @@ int64_t sums_bytes() {
 }
 
 // What it costs to load a vector in multiply-adds: of tokens, and of sums in the cache.
-constexpr int64_t kLoadTokens = 3, kLoadSums = 1;
+constexpr int64_t kLoadTokens = 6, kLoadSums = 1;
 
 // Owns the table of one axis for its distinct offsets.
 template <class Acc>
