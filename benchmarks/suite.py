@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import mmap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -44,6 +44,7 @@ SLOW, FEW = 0.5e6, 3  # what takes more microseconds is read so often only
 ONCE = 5e6  # what takes more is read once: when it is checked
 IN_A_GRAPH = 50
 CROP = 8  # channels that are compared with the oracle
+LARGEST_STACK = 2**33  # bytes of all views at pixel scale
 COMPILE_UNTIL, SLOW_UNTIL = 0.5, 0.7  # of the time there is: what is slow is left out after it
 
 
@@ -327,42 +328,52 @@ def on_the_cpu(bench: Bench, call: Call, truth: torch.Tensor, crop: Any) -> dict
     return {f"ours, out=, {name}": partial(Peer, run, truth, crop) for name, run in calls.items()}
 
 
-def measure_field(bench: Bench, case: Field, dtype: torch.dtype, upsample: str) -> None:
-    device = bench.clock.device
-    torch.manual_seed(0)
-    count = case.grid[0] * case.grid[1]
-    shape = (len(case.offsets), 1, count, case.channels)
-    tokens = torch.randn(shape, device=device).to(dtype)
-    place = (case.grid, case.patch)
-    modes: dict[str, Any] = {"upsample": upsample, "stride": case.stride}
-    run = partial(srt_ext.ensemble, tokens)
-    out = torch.full_like(run(case.offsets, *place, **modes), float("nan"))
-    on_device = case.offsets.to(device)
+class Sample:
+    """A call of ensemble: its arguments, a buffer for the result, and the truth in some channels."""
 
-    picked = torch.linspace(0, case.channels - 1, min(CROP, case.channels)).long().to(device)
+    def __init__(
+        self, case: Field, dtype: torch.dtype, upsample: str, device: torch.device
+    ) -> None:
+        torch.manual_seed(0)
+        shape = (len(case.offsets), 1, case.grid[0] * case.grid[1], case.channels)
+        self.case, self.dtype, self.upsample, self.device = case, dtype, upsample, device
+        self.tokens = torch.randn(shape, device=device).to(dtype)
+        self.place = (case.offsets, case.grid, case.patch)
+        self.modes: dict[str, Any] = {"upsample": upsample, "stride": case.stride}
+        self.out = torch.empty_like(srt_ext.ensemble(self.tokens, *self.place, **self.modes))
+        picked = torch.linspace(0, case.channels - 1, min(CROP, case.channels))
+        self.picked = picked.long().to(device)
 
-    def truth(border: str) -> torch.Tensor:
-        with torch.device(device):
-            return reference.ensemble(
-                tokens[..., picked], case.offsets, *place, **modes, border=border
-            )
+    def truth(self, **modes: Any) -> torch.Tensor:
+        some = self.tokens[..., self.picked]
+        with torch.device(self.device):
+            return reference.ensemble(some, *self.place, **self.modes, **modes)
 
-    def crop(result: torch.Tensor) -> torch.Tensor:
-        return result[:, picked]
+    def crop(self, result: torch.Tensor) -> torch.Tensor:
+        return result[:, self.picked]
 
-    coverage = truth("coverage")
-    fresh = partial(run, case.offsets, *place, **modes)
+    def about(self, op: str) -> dict[str, Any]:
+        row = {"op": f"{op}, {self.upsample}", "shape": self.case.text(), **self.case.numbers()}
+        return row | {"output_bytes": self.out.nbytes, "input_bytes": self.tokens.nbytes}
+
+
+def measure_mean(bench: Bench, case: Field, dtype: torch.dtype, upsample: str) -> None:
+    sample = Sample(case, dtype, upsample, bench.clock.device)
+    tokens, place, modes = sample.tokens, sample.place, sample.modes
+    fresh = partial(srt_ext.ensemble, tokens, *place, **modes)
+    into = partial(fresh, out=sample.out)
+    coverage, crop = sample.truth(), sample.crop
 
     def ours(call: Call) -> Callable[[], Peer]:
         return lambda: Peer(call, coverage, crop)
 
     def loop(function: Callable[..., torch.Tensor]) -> Callable[[], Peer]:
-        call = partial(function, tokens, case.offsets, *place, upsample)
-        return lambda: Peer(call, truth("zeros"), crop, partial(fresh, border="zeros"))
+        call = partial(function, tokens, *place, upsample)
+        return lambda: Peer(
+            call, sample.truth(border="zeros"), crop, partial(fresh, border="zeros")
+        )
 
-    function, tables = separable_ensemble(
-        case.offsets, *place, case.stride, upsample, "coverage", tokens
-    )
+    function, tables = separable_ensemble(*place, case.stride, upsample, "coverage", tokens)
 
     def gemm(precision: str = "highest", backend: str | None = None) -> Peer:
         matmuls = function
@@ -378,15 +389,17 @@ def measure_field(bench: Bench, case: Field, dtype: torch.dtype, upsample: str) 
 
         return Peer(call, coverage, crop, fresh, coarse=precision == "high")
 
-    into = partial(fresh, out=out)
     peers: dict[str, Callable[[], Peer]] = {"ours": ours(fresh), "ours, out=": ours(into)}
     peers |= on_the_cpu(bench, into, coverage, crop)
-    peers |= limits(bench, out)
+    peers |= limits(bench, sample.out)
     peers["read the tokens"] = lambda: Peer(tokens.sum)
     peers["GEMM"] = gemm
     peers["GEMM, compiled"] = partial(gemm, backend=bench.compiler)
     if bench.clock.gpu:
-        peers["ours, offsets on the device"] = ours(lambda: run(on_device, *place, **modes))
+        on_device = (case.offsets.to(sample.device), *place[1:])
+        peers["ours, offsets on the device"] = ours(
+            lambda: srt_ext.ensemble(tokens, *on_device, **modes)
+        )
         if dtype == torch.float32:
             peers["GEMM, tf32"] = partial(gemm, "high")
     if case.loops:
@@ -395,59 +408,56 @@ def measure_field(bench: Bench, case: Field, dtype: torch.dtype, upsample: str) 
     if case.growth:
         plotted = ("ours", "allocate + fill", "GEMM", "published")
         peers = {name: peers[name] for name in plotted}
-    about: dict[str, Any] = {"op": f"mean, {upsample}", "shape": case.text(), **case.numbers()}
-    about |= {"output_bytes": out.nbytes, "input_bytes": tokens.nbytes}
-    bench.row(about, peers, case.small, dtype)
+    bench.row(sample.about("mean"), peers, case.small, dtype)
 
 
-def measure_values(bench: Bench, case: Field, dtype: torch.dtype, upsample: str) -> None:
-    """Median and moments of one call, and a chunk of 8 views into each running state."""
-    device = bench.clock.device
-    torch.manual_seed(0)
-    shape = (len(case.offsets), 1, case.grid[0] * case.grid[1], case.channels)
-    tokens = torch.randn(shape, device=device).to(dtype)
-    place = (case.offsets, case.grid, case.patch)
-    modes: dict[str, Any] = {"upsample": upsample, "stride": case.stride}
-    out = torch.empty_like(srt_ext.ensemble(tokens, *place, **modes))
-    picked = torch.linspace(0, case.channels - 1, min(CROP, case.channels)).long().to(device)
-
-    def truth(border: str) -> torch.Tensor:
-        with torch.device(device):
-            return reference.ensemble(
-                tokens[..., picked], *place, reduce="median", border=border, **modes
-            )
-
-    def crop(result: torch.Tensor) -> torch.Tensor:
-        return result[:, picked]
-
-    median = partial(srt_ext.ensemble, tokens, *place, reduce="median", **modes)
-    coverage = truth("coverage")
-    into = partial(median, out=out)
+def measure_median(bench: Bench, case: Field, dtype: torch.dtype, upsample: str) -> None:
+    sample = Sample(case, dtype, upsample, bench.clock.device)
+    median = partial(
+        srt_ext.ensemble, sample.tokens, *sample.place, reduce="median", **sample.modes
+    )
+    into = partial(median, out=sample.out)
+    coverage, crop = sample.truth(reduce="median"), sample.crop
     peers: dict[str, Callable[[], Peer]] = {
         "ours": lambda: Peer(median, coverage, crop),
         "ours, out=": lambda: Peer(into, coverage, crop),
         **on_the_cpu(bench, into, coverage, crop),
-        **limits(bench, out),
+        **limits(bench, sample.out),
     }
-    if case.loops and len(case.offsets) * out.nbytes < 2**33:
-        stack = partial(published_median, tokens, *place, upsample)
-        peers["published"] = lambda: Peer(stack, truth("zeros"), crop)
-    about: dict[str, Any] = {"shape": case.text(), **case.numbers()}
-    about |= {"output_bytes": out.nbytes, "input_bytes": tokens.nbytes}
-    bench.row({"op": f"median, {upsample}", **about}, peers, case.small, dtype)
+    if case.loops and len(case.offsets) * sample.out.nbytes < LARGEST_STACK:
+        stack = partial(published_median, sample.tokens, *sample.place, upsample)
+        peers["published"] = lambda: Peer(
+            stack, sample.truth(reduce="median", border="zeros"), crop
+        )
+    bench.row(sample.about("median"), peers, case.small, dtype)
 
-    moments = partial(srt_ext.ensemble_moments, tokens, *place, **modes)
-    peers = {"ours": lambda: Peer(moments), **limits(bench, out)}
-    bench.row({"op": f"moments, {upsample}", **about}, peers, case.small, dtype)
 
-    chunk = (tokens[:8], case.offsets[:8])
+def measure_moments(bench: Bench, case: Field, dtype: torch.dtype, upsample: str) -> None:
+    sample = Sample(case, dtype, upsample, bench.clock.device)
+    call = partial(srt_ext.ensemble_moments, sample.tokens, *sample.place, **sample.modes)
+    with torch.device(sample.device):
+        truth = reference.ensemble_moments(
+            sample.tokens[..., sample.picked], *sample.place, **sample.modes
+        )
+
+    def crop(result: Any) -> torch.Tensor:
+        return torch.stack([sample.crop(moment) for moment in result])
+
+    two = torch.empty(2, *sample.out.shape, dtype=dtype, device=sample.device)
+    peers: dict[str, Callable[[], Peer]] = {"ours": lambda: Peer(call, torch.stack(truth), crop)}
+    bench.row(sample.about("moments"), peers | limits(bench, two), case.small, dtype)
+
+
+def measure_streams(bench: Bench, case: Field, dtype: torch.dtype, upsample: str) -> None:
+    """A chunk of 8 views into each running state."""
+    sample = Sample(case, dtype, upsample, bench.clock.device)
+    chunk = (sample.tokens[:8], case.offsets[:8])
     for kind in (srt_ext.RunningMean, srt_ext.RunningMoments, srt_ext.RunningMedian):
-        running: Any = kind(case.grid, case.patch, **modes)
+        running: Any = kind(case.grid, case.patch, **sample.modes)
         running.update(*chunk)
-        call = partial(running.update, *chunk)
-        peers = {"ours": partial(Peer, call), **limits(bench, out)}
-        name = f"{kind.__name__}, {upsample}, 8 views"
-        bench.row({"op": name, **about}, peers, case.small, dtype)
+        peers = {"ours": partial(Peer, partial(running.update, *chunk))}
+        name = f"{kind.__name__} of 8 views"
+        bench.row(sample.about(name), peers | limits(bench, sample.out), case.small, dtype)
 
 
 def measure_views(bench: Bench, case: Views, dtype: torch.dtype) -> None:
@@ -523,31 +533,46 @@ def ceilings(clock: Clock, size: int, rounds: int) -> dict[str, Any]:
 # ---- what there is to measure -------------------------------------------------------------------
 
 Step = Callable[[Bench], None]
+UPSAMPLES = ("bilinear", "nearest")
+VALUES = (measure_median, measure_moments, measure_streams)
+TOKENS, SMALL = (14, 14), (16, 16)  # 224 x 224 in patches of 16
+DAVIS, LARGE = (30, 53), (37, 37)  # 480 x 848; 518 x 518 in patches of 14, as of DINOv2
 
 
 def plan(device: torch.device, extent: str) -> list[Step]:
-    """``extent``: "walk" goes through the code, "main" has the shapes of the README, "full" all."""
+    """``extent``: "walk" goes through the code, "main" has what the README shows, "full" all."""
     if extent == "walk":
         return _walk()
-    return _on_gpu() if device.type == "cuda" else _on_cpu(extent == "full")
+    if device.type == "cuda":
+        return _on_gpu()
+    return _main() + (_on_cpu() if extent == "full" else [])
 
 
 def _steps(
-    fields: list[Field], views: list[Views], dtype: torch.dtype, values: bool = True
+    fields: list[Field],
+    views: list[Views],
+    dtype: torch.dtype,
+    functions: Iterable[Callable[..., None]] = (measure_mean, *VALUES),
 ) -> list[Step]:
-    upsamples = ("bilinear", "nearest")
-    steps: list[Step] = [partial(measure_views, case=case, dtype=dtype) for case in views]
-    for case in fields:
-        modes = [{"case": case, "dtype": dtype, "upsample": word} for word in upsamples]
-        steps += [partial(measure_field, **mode) for mode in modes]
-        if values and not case.name:
-            steps += [partial(measure_values, **mode) for mode in modes]
-    return steps
+    """What a device has least time for comes last."""
+    return [
+        *(partial(measure_views, case=case, dtype=dtype) for case in views),
+        *(
+            partial(function, case=case, dtype=dtype, upsample=upsample)
+            for function in functions
+            for case in fields
+            for upsample in UPSAMPLES
+        ),
+    ]
 
 
 def _scattered(offsets: torch.Tensor) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.rand(offsets.shape, generator=generator) * 8 - 4
+
+
+def _between(offsets: torch.Tensor) -> torch.Tensor:
+    return offsets + torch.tensor([0.25, -0.375])
 
 
 def _walk() -> list[Step]:
@@ -557,74 +582,87 @@ def _walk() -> list[Step]:
         Field("", (3, 4), (4, 4), 16, (4, 4), grid, small=True, loops=False),
         Field("scattered ", (3, 4), (4, 4), 16, offsets=_scattered(grid), loops=False),
     ]
-    between = grid + torch.tensor([0.25, -0.375])
-    views = [Views(1, (16, 20), grid, "whole"), Views(2, (16, 20), between, "between")]
+    views = [Views(1, (16, 20), grid, "whole"), Views(2, (16, 20), _between(grid), "between")]
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     return [step for dtype in dtypes for step in _steps(fields, views, dtype)]
 
 
-TOKENS, SMALL = (14, 14), (16, 16)  # 224 x 224 in patches of 16
-DAVIS, LARGE = (30, 53), (37, 37)  # 480 x 848; 518 x 518 in patches of 14, as of DINOv2
-
-
 def _on_gpu() -> list[Step]:
     grid = srt_ext.views.grid(3)
-    fields = [
+    shapes = [
         Field("", TOKENS, SMALL, 384),
         Field("", DAVIS, SMALL, 384),
         Field("", LARGE, (14, 14), 1024),
         Field("", TOKENS, SMALL, 384, SMALL, small=True, loops=False),
         Field("", DAVIS, SMALL, 384, (4, 4), loops=False),
-        Field("scattered ", TOKENS, SMALL, 384, offsets=_scattered(grid), loops=False),
     ]
+    scattered = Field("scattered ", TOKENS, SMALL, 384, offsets=_scattered(grid), loops=False)
     views = [
         Views(batch, size, offsets, name)
         for batch, size in ((1, (224, 224)), (8, (224, 224)), (1, (480, 848)))
-        for offsets, name in ((grid, "whole"), (grid + torch.tensor([0.25, -0.375]), "between"))
+        for offsets, name in ((grid, "whole"), (_between(grid), "between"))
     ]
-    return [
-        *_steps(fields, views, torch.float32),
-        *_steps(fields, views, torch.bfloat16),
-        *_steps(fields, views, torch.float16, values=False),
-    ]
+    steps: list[Step] = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        steps += _steps([*shapes, scattered], views, dtype, [measure_mean])
+        if dtype != torch.float16:
+            steps += _steps(shapes, [], dtype, VALUES)
+    return steps
 
 
-def _on_cpu(full: bool) -> list[Step]:
+def _main() -> list[Step]:
+    """On the CPU: float32, 49 views of 224 x 224."""
+    case = Field("", TOKENS, SMALL, 384)
+    views = [Views(1, (224, 224), srt_ext.views.grid(3), "whole")]
+    values = (measure_median, measure_moments)
+    return _steps([case], views, torch.float32, [measure_mean, *values])
+
+
+def _on_cpu() -> list[Step]:
+    """All the rest."""
     nine, grid, many = (srt_ext.views.grid(radius) for radius in (1, 3, 7))
-    whole = [Views(batch, (224, 224), grid, "whole") for batch in (1, 8)]
     main = Field("", TOKENS, SMALL, 384)
-    halves = replace(main, loops=False)
+    alone = replace(main, loops=False)
     token_scale = [
         Field("", TOKENS, SMALL, 384, SMALL, offsets, small=True, loops=False)
         for offsets in (nine, grid)
     ]
-    steps = [
-        *_steps([main], whole, torch.float32),
-        *_steps(token_scale, [], torch.float32, values=False),
-        *_steps([halves], whole[:1], torch.bfloat16, values=full),
-        *_steps([halves], whole[:1], torch.float16, values=full),
-    ]
-    if not full:
-        return steps
-    between = Views(1, (224, 224), grid + torch.tensor([0.25, -0.375]), "between")
+    davis = Field("", DAVIS, SMALL, 384)
     shapes = [
+        davis,
+        Field("", LARGE, (14, 14), 1024),
         Field("", TOKENS, SMALL, 384, offsets=nine),
         Field("", TOKENS, SMALL, 384, offsets=many),
         Field("", TOKENS, SMALL, 768, offsets=nine),
         Field("", TOKENS, SMALL, 768),
         Field("", TOKENS, SMALL, 768, offsets=many),
-        Field("", LARGE, (14, 14), 1024),
         Field("", DAVIS, SMALL, 384, (4, 4), loops=False),
         Field("scattered ", TOKENS, SMALL, 384, offsets=_scattered(grid), loops=False),
     ]
-    views = [between, Views(1, (480, 848), grid, "whole")]
-    steps += _steps([Field("", DAVIS, SMALL, 384)], views, torch.float32)
-    steps += _steps(shapes, [], torch.float32, values=False)
-    steps += _steps([halves], whole[:1], torch.float64)
-    growth = [replace(main, offsets=srt_ext.views.grid(r), growth=True) for r in (0, 1, 2, 3, 5, 7)]
-    growth += [replace(main, grid=(n, n), growth=True) for n in (4, 7, 28, 37)]
-    growth += [replace(main, channels=c, growth=True) for c in (48, 96, 192, 768, 1536)]
-    return steps + [
-        partial(measure_field, case=case, dtype=torch.float32, upsample="bilinear")
-        for case in growth
+    whole = Views(1, (224, 224), grid, "whole")
+    views = [
+        Views(1, (224, 224), _between(grid), "between"),
+        Views(8, (224, 224), grid, "whole"),
+        Views(1, (480, 848), grid, "whole"),
+    ]
+    growth = [replace(main, offsets=srt_ext.views.grid(r)) for r in (0, 1, 2, 3, 5, 7)]
+    growth += [replace(main, grid=(n, n)) for n in (4, 7, 28, 37)]
+    growth += [replace(main, channels=c) for c in (48, 96, 192, 768, 1536)]
+    return [
+        *_steps(token_scale, [], torch.float32, [measure_mean]),
+        *_steps([main], [], torch.float32, [measure_streams]),
+        *_steps([alone], [whole], torch.bfloat16),
+        *_steps([alone], [whole], torch.float16),
+        *_steps([alone], [whole], torch.float64),
+        *_steps(shapes, views, torch.float32, [measure_mean]),
+        *_steps([davis], [], torch.float32, VALUES),
+        *(
+            partial(
+                measure_mean,
+                case=replace(case, growth=True),
+                dtype=torch.float32,
+                upsample="bilinear",
+            )
+            for case in growth
+        ),
     ]
