@@ -329,7 +329,7 @@ def on_the_cpu(bench: Bench, call: Call, truth: torch.Tensor, crop: Any) -> dict
 
 
 class Sample:
-    """A call of ensemble: its arguments, a buffer for the result, and the truth in some channels."""
+    """A call of ensemble: its arguments, a buffer for it, and the truth in some channels."""
 
     def __init__(
         self, case: Field, dtype: torch.dtype, upsample: str, device: torch.device
@@ -635,7 +635,7 @@ def _on_cpu() -> list[Step]:
         Field("", TOKENS, SMALL, 384, offsets=many),
         Field("", TOKENS, SMALL, 768, offsets=nine),
         Field("", TOKENS, SMALL, 768),
-        Field("", TOKENS, SMALL, 768, offsets=many),
+        Field("", TOKENS, SMALL, 768, offsets=many, loops=False),
         Field("", DAVIS, SMALL, 384, (4, 4), loops=False),
         Field("scattered ", TOKENS, SMALL, 384, offsets=_scattered(grid), loops=False),
     ]

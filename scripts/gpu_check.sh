@@ -22,7 +22,7 @@ missing=()
 for tool in nvcc cmake ninja python3; do
   command -v "$tool" >/dev/null || missing+=("$tool")
 done
-for module in torch numpy pytest hypothesis torchvision typer; do
+for module in torch numpy pytest hypothesis timm torchvision typer; do
   python3 -c "import $module" 2>/dev/null || missing+=("python3 -m $module")
 done
 arch=90
