@@ -13,6 +13,10 @@
 namespace srt::cuda {
 namespace {
 
+// Token columns of a view, in shared memory. As many as a token's width of pixels can read; where
+// cells are larger, there is a place for the values of so many of them instead.
+constexpr int kColumns = 3;
+
 // What one view reads for one cell of an axis.
 template <class Acc>
 struct alignas(kVectorBytes) Reads {
@@ -40,8 +44,11 @@ struct ValuePlan {
   int64_t spread;  // in which steps it goes through them
   View* ordered;   // [V], as it does
   ReadsPlan<Acc> y, x;
-  bool linear;             // a cell is a pixel: of at most two taps along each axis
-  int columns;             // of tokens that a tile then reads, at most kColumns
+  bool linear;  // a cell is a pixel: of at most two taps along each axis
+  // Then a tile reads these tokens of a view, two rows: in bytes from the first. Of columns there
+  // may be fewer than room, and the last is read again.
+  int columns;
+  int64_t near[2][kColumns];
   int64_t tile;            // cells of a block
   int64_t groups;          // of 32 channels, that a block makes one after the other
   void* out;               // [B, C, H', W']
@@ -115,9 +122,6 @@ __global__ void __launch_bounds__(kThreads)
 // ---- values -------------------------------------------------------------------------------------
 
 constexpr int kWarps = kThreads / kWarpThreads;
-// Token columns of a view, in shared memory. As many as a token's width of pixels can read; where
-// cells are larger, there is a place for the values of so many of them instead.
-constexpr int kColumns = 3;
 // In a tile, at most; static shared memory has 48 KB.
 template <class Acc>
 constexpr int kRuns = sizeof(Acc) == 8 ? kColumns : 16;
@@ -246,25 +250,26 @@ struct Cell {
   // pixel.
   __device__ void stage_rows(int64_t first) const {
     const int views = staged(first);
-    const int64_t own = min(channel, plan.channels - 1);
+    const bool exists = channel < plan.channels;
     for (int k = warp(); k < views; k += kWarps) {
       const typename Stage::Source source = stage.source[k];
-      const T* const token = source.token + own;
+      const T* const token = source.token + channel;
       Acc* const rows = stage.rows[Stage::kFixed + k * kColumns] + lane();
       if (plan.linear) {
+        const char* const bytes = reinterpret_cast<const char*>(token);
         T read[2][kColumns] = {};  // all loads before the first use
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const T* next = token + i * plan.y.step;
+          if (!exists || source.weight[i] == 0) continue;
 #pragma unroll
-          for (int j = 0; j < kColumns; ++j, next += plan.x.step)
-            if (source.weight[i] != 0 && j < plan.columns) read[i][j] = load(next);
+          for (int j = 0; j < kColumns; ++j)
+            read[i][j] = load(reinterpret_cast<const T*>(bytes + plan.near[i][j]));
         }
 #pragma unroll
         for (int j = 0; j < kColumns; ++j)
           rows[j * kWarpThreads] =
               source.weight[0] * to_acc(read[0][j]) + source.weight[1] * to_acc(read[1][j]);
-      } else {
+      } else if (exists) {
 #pragma unroll 1
         for (int r = 0; r < stage.runs; ++r)
           rows[r * kWarpThreads] = value(stage.y * plan.views + first + k,
@@ -460,18 +465,16 @@ struct Sample {
 
   template <class Cell>
   explicit __device__ Sample(const Cell& cell) {
-    Acc first = 0, distance = 0, sum = 0, squares = 0;
-    bool any = false;
+    Acc first = NAN, distance = 0, sum = 0, squares = 0;
     cell.each_value([&](Acc value, auto share) {
-      if (!any) first = value;
-      any = true;
+      if (first != first) first = value;
       sum += share.weight * value;
       const Acc own = value - first, apart = own - distance;
       distance += share.part * apart;
       squares += share.weight * apart * (own - distance);
     });
-    if (any) {
-      weight = cell.stage.weight[cell.run];
+    if (cell.run < cell.stage.runs) weight = cell.stage.weight[cell.run];
+    if (weight > 0) {
       mean = sum / static_cast<Acc>(weight);
       variance = squares / static_cast<Acc>(weight);
     }
@@ -517,8 +520,8 @@ struct StreamSample : Weighted<T> {
     cell.each_cell([&](int64_t at, int64_t number) {
       const double seen = plan.seen[number], total = seen + chunk;
       Acc* const mean = static_cast<Acc*>(plan.out) + at;
-      const Acc keep = total > 0 ? static_cast<Acc>(seen / total) : 0;
-      const Acc added = total > 0 ? static_cast<Acc>(chunk / total) : 0;
+      const double share = total > 0 ? 1 / total : 0;
+      const Acc keep = static_cast<Acc>(seen * share), added = static_cast<Acc>(chunk * share);
       // Where nothing was seen the state is not read.
       Acc joined = sample.mean, spread = sample.variance;
       if (keep != 0) {
@@ -694,6 +697,10 @@ int64_t reduce_values(const char* op, const EnsembleArgs& args, const ViewNumber
   plan.tile = plan.linear ? std::min<int64_t>(args.patch[1], kRuns<Acc>) : kColumns;
   plan.columns = static_cast<int>(
       std::min<int64_t>(args.grid[1], args.upsample == Upsample::nearest ? 2 : kColumns));
+  for (int64_t i = 0; i < 2; ++i)
+    for (int j = 0; j < kColumns; ++j)
+      plan.near[i][j] = (i * plan.y.step + std::min(j, plan.columns - 1) * plan.x.step) *
+                        static_cast<int64_t>(sizeof(T));
   plan.out = args.out;
   std::copy_n(args.out_strides, 4, plan.out_strides);
   plan.variance = args.variance;
