@@ -603,17 +603,16 @@ __global__ void __launch_bounds__(kThreads, Reduction::kBlocks)
     cell.stage_runs(i / tiles / parts / rows, y, i % tiles * plan.tile);
     __syncthreads();
     if (cell.staged_once()) cell.stage_views(0);
-    const int64_t end = min(begin + step, plan.channels) + lane;
-    for (; cell.channel < end; cell.channel += kWarpThreads) {
+    // Whole warps enter the loops: some of their threads only help to stage.
+    for (int group = 0; group < plan.groups && cell.channel - lane < plan.channels; ++group) {
       __syncthreads();
       if (cell.staged_once()) {
         cell.stage_rows(0);
         __syncthreads();
       }
-      for (int turn = 0; turn < stage.runs; turn += kWarps) {
-        cell.run = turn + cell.warp();
+      for (cell.run = cell.warp(); cell.run - cell.warp() < stage.runs; cell.run += kWarps)
         Reduction::reduce(cell);
-      }
+      cell.channel += kWarpThreads;
     }
   }
 }
