@@ -134,7 +134,7 @@ struct Stage {
   using Acc = typename AccumulatorOf<T>::type;
   static constexpr int kViews = Reduction::kViews;                   // more come in several turns
   static constexpr int kZeros = 0, kLow = 1, kHigh = 2, kFixed = 3;  // rows of 0, -inf, inf
-  static constexpr int kAbsent = -1;  // at[0] of a view that does not count
+  static constexpr int kAbsent = -1;  // at[0] of a view that does not count, until it is left out
 
   struct alignas(kVectorBytes) Blend {
     int32_t at[2];  // bytes from the beginning of `rows`
@@ -153,6 +153,7 @@ struct Stage {
   Source source[kViews];
   Acc rows[kFixed + kViews * kColumns][kWarpThreads];
   Share share[Reduction::kWeighted ? kRuns<Acc> : 1][kViews];
+  int32_t counted[kRuns<Acc>];    // views that count, of those staged
   double weight[kRuns<Acc>];      // of all views so far
   int64_t image, y, y_end;        // of the tile; rows y to y_end are alike
   int32_t begin[kRuns<Acc> + 1];  // cells
@@ -243,7 +244,19 @@ struct Cell {
         stage.share[run][k].weight = static_cast<Acc>(ry.count * rx.count * view.weight);
     }
     __syncthreads();
-    if (own < stage.runs) Reduction::prepare(stage, own, first == 0);
+    if (own >= stage.runs) return;
+    int counted = 0;
+#pragma unroll 1
+    for (int k = 0; k < views; ++k) {
+      if (stage.blend[own][k].at[0] == Stage::kAbsent) continue;
+      if (counted != k) {
+        stage.blend[own][counted] = stage.blend[own][k];
+        if constexpr (Reduction::kWeighted) stage.share[own][counted] = stage.share[own][k];
+      }
+      ++counted;
+    }
+    stage.counted[own] = counted;
+    Reduction::prepare(stage, own, first == 0);
   }
 
   // This channel of the columns of all views; of the values themselves, where a cell is more than a
@@ -316,12 +329,10 @@ struct Cell {
         stage_rows(first);
         __syncthreads();
       }
-      if (run >= stage.runs) continue;
-      const int views = staged(first);
+      const int counted = run < stage.runs ? stage.counted[run] : 0;
 #pragma unroll 4
-      for (int k = 0; k < views; ++k)
-        if (stage.blend[run][k].at[0] != Stage::kAbsent)
-          visit(value(k), stage.share[Reduction::kWeighted ? run : 0][k]);
+      for (int k = 0; k < counted; ++k)
+        visit(value(k), stage.share[Reduction::kWeighted ? run : 0][k]);
     }
   }
 
@@ -388,20 +399,15 @@ struct NetworkMedian : Common<T> {
   static constexpr int kViews = N;
   static constexpr int kBlocks = N * sizeof(Acc) <= 100 ? 3 : N * sizeof(Acc) <= 256 ? 2 : 1;
 
-  // In the place of views that do not count infinities of both signs, in turn, which leaves the
+  // Behind the views that count infinities of both signs, in turn, which leaves the
   // median where it is (low_padding): -inf first if N is odd.
   template <class Stage>
   static __device__ void prepare(Stage& stage, int run, bool) {
     int padding = N % 2 ? Stage::kLow : Stage::kHigh;
-    stage.weight[run] = 0;
 #pragma unroll 1
-    for (int k = 0; k < N; ++k) {
-      if (stage.blend[run][k].at[0] != Stage::kAbsent) {
-        stage.weight[run] = 1;
-      } else {
-        stage.blend[run][k] = {{Stage::place(padding), Stage::place(Stage::kZeros)}, {1, 0}};
-        padding = Stage::kLow + Stage::kHigh - padding;
-      }
+    for (int k = stage.counted[run]; k < N; ++k) {
+      stage.blend[run][k] = {{Stage::place(padding), Stage::place(Stage::kZeros)}, {1, 0}};
+      padding = Stage::kLow + Stage::kHigh - padding;
     }
   }
   template <class Cell>
@@ -411,7 +417,7 @@ struct NetworkMedian : Common<T> {
 #pragma unroll
     for (int k = 0; k < N; ++k) value[k] = cell.value(k);
     const Acc median = MedianOf<N, NanOrder, Acc>::lower(value);
-    cell.write(cell.plan.out, cell.stage.weight[cell.run] > 0 ? median : Acc{0});
+    cell.write(cell.plan.out, cell.stage.counted[cell.run] > 0 ? median : Acc{0});
   }
 };
 
@@ -488,8 +494,7 @@ struct Weighted : Common<T> {
   static __device__ void prepare(Stage& stage, int run, bool first) {
     double weight = first ? 0 : stage.weight[run];
 #pragma unroll 1
-    for (int k = 0; k < Stage::kViews; ++k) {
-      if (stage.blend[run][k].at[0] == Stage::kAbsent) continue;
+    for (int k = 0; k < stage.counted[run]; ++k) {
       weight += stage.share[run][k].weight;
       stage.share[run][k].part =
           static_cast<typename Stage::Acc>(stage.share[run][k].weight / weight);
