@@ -1,7 +1,9 @@
 // The reductions on the device that need the value of every view in a cell: the median, the
-// moments, and what a chunk of a stream adds to its state. A warp makes 32 channels of one run of
-// cells, a thread one channel: it gathers each view's value straight from the tokens. Small kernels
-// make the tables from the offsets, wherever these lie. Nothing ever comes back to the host.
+// moments, and what a chunk of a stream adds to its state. A block makes a few cells of a row, 32
+// channels at a time. Along a row a view is linear between its tokens: the block combines the token
+// rows of every view once, in shared memory, and a cell blends two columns of that. A warp is a run
+// of cells, a thread a channel. Small kernels make the tables from the offsets, wherever these lie.
+// Nothing ever comes back to the host.
 #include <type_traits>
 
 #include "../axis.h"
@@ -11,13 +13,16 @@
 namespace srt::cuda {
 namespace {
 
+// Token columns of a view, in shared memory. As many as a token's width of pixels can read; where
+// cells are larger, there is a place for the values of so many of them instead.
+constexpr int kColumns = 3;
+
 // What one view reads for one cell of an axis.
 template <class Acc>
 struct alignas(kVectorBytes) Reads {
-  int64_t at;     // of the first token, in elements; of a row in `tokens`, then of a token in a row
-  double count;   // counted pixels; the view has no value where it is 0
-  Acc weight[2];  // of the first two taps, divided by count
-  int64_t taps;
+  int32_t first, taps;  // tokens
+  double count;         // counted pixels; the view has no value where it is 0
+  Acc weight[2];        // of the first two taps, divided by count
 };
 
 template <class Acc>
@@ -35,8 +40,17 @@ struct ValuePlan {
   const void* tokens;        // [V, B, h*w, C]
   int64_t token_strides[3];  // of V, B and h*w, in elements
   int64_t views, batch, channels;
-  View* sorted;  // [V] by dx
+  View* sorted;    // [V] by dx
+  int64_t spread;  // in which steps it goes through them
+  View* ordered;   // [V], as it does
   ReadsPlan<Acc> y, x;
+  bool linear;  // a cell is a pixel: of at most two taps along each axis
+  // Then a tile reads these tokens of a view, two rows: in bytes from the first. Of columns there
+  // may be fewer than room, and the last is read again.
+  int columns;
+  int64_t near[2][kColumns];
+  int64_t tile;            // cells of a block
+  int64_t groups;          // of 32 channels, that a block makes one after the other
   void* out;               // [B, C, H', W']
   int64_t out_strides[4];  // in elements
   void* variance;          // as out
@@ -44,28 +58,24 @@ struct ValuePlan {
   int64_t plane_stride;
   double* seen;         // [H', W']
   const double* scale;  // of the weights, in units of `seen`
-  int64_t spread;       // in which steps it goes through the views
   bool counts_views;
 };
 
 // ---- the tables ---------------------------------------------------------------------------------
 
 template <class Acc>
-__device__ void fill_reads(const ReadsPlan<Acc>& plan, double offset, int64_t origin, int64_t cell,
-                           int64_t slot) {
+__device__ void fill_reads(const ReadsPlan<Acc>& plan, double offset, int64_t cell, int64_t slot) {
   Acc* const weight = plan.weight + slot * plan.max_taps;
   Reads<Acc> reads{};
-  int32_t first = 0;
   const int32_t count = visit_axis_cell(plan.axis, offset, cell, [&](int32_t token, double value) {
-    if (reads.taps == 0) first = token;
-    while (first + reads.taps < token) weight[reads.taps++] = 0;
+    if (reads.taps == 0) reads.first = token;
+    while (reads.first + reads.taps < token) weight[reads.taps++] = 0;
     weight[reads.taps++] = static_cast<Acc>(value);
   });
-  for (int64_t k = 0; k < reads.taps; ++k) {
+  for (int32_t k = 0; k < reads.taps; ++k) {
     weight[k] /= static_cast<Acc>(count);
     if (k < 2) reads.weight[k] = weight[k];
   }
-  reads.at = origin + first * plan.step;
   reads.count = count;
   plan.reads[slot] = reads;
 }
@@ -76,11 +86,12 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t rows = plan.y.cells, cells = plan.x.cells;
   SRT_FOR_THREAD(i, plan.views * (rows + cells)) {
     const int64_t v = i % plan.views, cell = i / plan.views;
-    const View view = plan.sorted[v];
+    const View view = plan.sorted[v * plan.spread % plan.views];
+    if (cell == 0) plan.ordered[v] = view;
     if (cell < rows) {
-      fill_reads(plan.y, view.dy, view.index * plan.token_strides[0], cell, i);
+      fill_reads(plan.y, view.dy, cell, i);
     } else {
-      fill_reads(plan.x, view.dx, 0, cell - rows, i - rows * plan.views);
+      fill_reads(plan.x, view.dx, cell - rows, i - rows * plan.views);
     }
   }
 }
@@ -88,7 +99,7 @@ __global__ void __launch_bounds__(kThreads)
 template <class Acc>
 __device__ bool equals_the_one_before(const ReadsPlan<Acc>& plan, int64_t slot, int64_t views) {
   const Reads<Acc>&here = plan.reads[slot], &before = plan.reads[slot - views];
-  bool equal = here.count == before.count && here.taps == before.taps && here.at == before.at;
+  bool equal = here.count == before.count && here.taps == before.taps && here.first == before.first;
   const Acc* const weight = plan.weight + slot * plan.max_taps;
   for (int64_t k = 0; equal && k < here.taps; ++k)
     equal = weight[k] == weight[k - views * plan.max_taps];
@@ -110,157 +121,343 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- values -------------------------------------------------------------------------------------
 
+constexpr int kWarps = kThreads / kWarpThreads;
+// In a tile, at most; static shared memory has 48 KB.
+template <class Acc>
+constexpr int kRuns = sizeof(Acc) == 8 ? kColumns : 16;
+constexpr int64_t kEnoughBlocks = 2048;  // before one makes several groups of channels
+
+// What all channels of a tile share, and the columns of 32 of them. A view's value in a run is
+// `row(at[0]) * weight[0] + row(at[1]) * weight[1]`; a tap that is none reads zeros.
+template <class T, class Reduction>
+struct Stage {
+  using Acc = typename AccumulatorOf<T>::type;
+  static constexpr int kViews = Reduction::kViews;                   // more come in several turns
+  static constexpr int kZeros = 0, kLow = 1, kHigh = 2, kFixed = 3;  // rows of 0, -inf, inf
+  static constexpr int kAbsent = -1;  // at[0] of a view that does not count, until it is left out
+
+  struct alignas(kVectorBytes) Blend {
+    int32_t at[2];  // bytes from the beginning of `rows`
+    Acc weight[2];
+  };
+  struct Source {
+    const T* token;  // the first one, channel 0
+    Acc weight[2];   // of token rows
+  };
+  struct Share {
+    Acc weight;  // of the view in the cell
+    Acc part;    // that it is of the weights so far
+  };
+
+  Blend blend[kRuns<Acc>][kViews];
+  Source source[kViews];
+  Acc rows[kFixed + kViews * kColumns][kWarpThreads];
+  Share share[Reduction::kWeighted ? kRuns<Acc> : 1][kViews];
+  int32_t counted[kRuns<Acc>];    // views that count, of those staged
+  double weight[kRuns<Acc>];      // of all views so far
+  int64_t image, y, y_end;        // of the tile; rows y to y_end are alike
+  int32_t begin[kRuns<Acc> + 1];  // cells
+  int32_t runs;
+
+  static __device__ int32_t place(int row) {
+    return row * kWarpThreads * static_cast<int32_t>(sizeof(Acc));
+  }
+  static __device__ int32_t place(int view, int column) {
+    return place(kFixed + view * kColumns + column);
+  }
+};
+
 // One channel of one run of cells.
-template <class T>
+template <class T, class Reduction>
 struct Cell {
   using Acc = typename AccumulatorOf<T>::type;
+  using Stage = cuda::Stage<T, Reduction>;
   const ValuePlan<Acc>& plan;
-  const T* tokens;  // of the image and channel
-  int64_t y, y_end, x, x_end;
-  int64_t at;  // of the channel and cell (0, 0) in the output, in elements
+  Stage& stage;
+  int64_t channel;  // of a lane beyond the last channel there is none
+  int run;          // beyond the last one: a warp that only helps to stage
 
-  // Whether view v counts; then its value, and its weight.
-  __device__ bool value(int64_t v, Acc& value, double& weight) const {
-    const Reads<Acc> ry = plan.y.reads[y * plan.views + v], rx = plan.x.reads[x * plan.views + v];
-    if (!(ry.count > 0 && rx.count > 0)) return false;
-    weight = ry.count * rx.count;
-    const T* const token = tokens + ry.at + rx.at;
-    value = 0;
-    if (ry.taps <= 2 && rx.taps <= 2) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (i >= ry.taps || ry.weight[i] == 0) continue;
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          if (j >= rx.taps || rx.weight[j] == 0) continue;
-          value +=
-              ry.weight[i] * rx.weight[j] * to_acc(load(token + i * plan.y.step + j * plan.x.step));
-        }
-      }
-      return true;
-    }
-    const Acc* const wy = plan.y.weight + (y * plan.views + v) * plan.y.max_taps;
-    const Acc* const wx = plan.x.weight + (x * plan.views + v) * plan.x.max_taps;
+  static __device__ int lane() { return static_cast<int>(threadIdx.x) % kWarpThreads; }
+  static __device__ int warp() { return static_cast<int>(threadIdx.x) / kWarpThreads; }
+  __device__ int staged(int64_t first) const {  // views, from this one on
+    return static_cast<int>(min(int64_t{Stage::kViews}, plan.views - first));
+  }
+  __device__ bool staged_once() const { return plan.views <= Stage::kViews; }
+
+  // The runs of the tile that begins at row y and cell x. They end with it.
+  __device__ void stage_runs(int64_t image, int64_t y, int64_t x) const {
+    const int cells = static_cast<int>(min(plan.tile, plan.x.cells - x));
+    const int own = static_cast<int>(threadIdx.x);
+    if (own >= cells) return;
+    const auto begins = [&](int cell) {
+      return cell == 0 || !Reduction::kCopies || plan.x.breaks[x + cell];
+    };
+    int before = 0;
 #pragma unroll 1
-    for (int64_t i = 0; i < ry.taps; ++i) {
-      if (wy[i] == 0) continue;
-#pragma unroll 1
-      for (int64_t j = 0; j < rx.taps; ++j)
-        if (wx[j] != 0)
-          value += wy[i] * wx[j] * to_acc(load(token + i * plan.y.step + j * plan.x.step));
-    }
-    return true;
+    for (int cell = 0; cell < own; ++cell) before += begins(cell);
+    if (begins(own)) stage.begin[before++] = static_cast<int32_t>(x) + own;
+    if (own < cells - 1) return;
+    stage.begin[before] = static_cast<int32_t>(x) + cells;
+    stage.runs = before;
+    stage.image = image;
+    stage.y = y;
+    do {
+      ++y;
+    } while (Reduction::kCopies && y < plan.y.cells && !plan.y.breaks[y]);
+    stage.y_end = y;
   }
 
-  // Calls visit(value, weight) for each view that counts.
+  // Views `first` and on: a thread a view in a run, then a run with all its views.
+  __device__ void stage_views(int64_t first) const {
+    constexpr int kViews = Stage::kViews;
+    const int views = staged(first), own = static_cast<int>(threadIdx.x);
+#pragma unroll 1
+    for (int i = own; i < stage.runs * kViews; i += kThreads) {
+      const int run = i / kViews, k = i % kViews;
+      typename Stage::Blend& blend = stage.blend[run][k];
+      blend.at[0] = Stage::kAbsent;
+      if (k >= views) continue;
+      const int64_t v = first + k;
+      const Reads<Acc> ry = plan.y.reads[stage.y * plan.views + v];
+      const Reads<Acc> rx = plan.x.reads[stage.begin[run] * plan.views + v];
+      // Where no view counts before a covered cell, that reads token 0, and so do the others.
+      int32_t from = 0;
+      if (plan.linear)
+        from = min(plan.x.reads[stage.begin[0] * plan.views + v].first,
+                   static_cast<int32_t>(plan.x.axis.tokens) - plan.columns);
+      const View view = plan.ordered[v];
+      if (run == 0) {
+        const int64_t token = stage.image * plan.token_strides[1] +
+                              view.index * plan.token_strides[0] + ry.first * plan.y.step +
+                              from * plan.x.step;
+        stage.source[k] = {static_cast<const T*>(plan.tokens) + token,
+                           {ry.weight[0], ry.weight[1]}};
+      }
+      if (!(ry.count > 0 && rx.count > 0)) continue;
+      const int column = plan.linear ? rx.first - from : run;
+      for (int j = 0; j < 2; ++j) {
+        const Acc weight = plan.linear ? rx.weight[j] : static_cast<Acc>(1 - j);
+        blend.at[j] = weight != 0 ? Stage::place(k, column + j) : Stage::place(Stage::kZeros);
+        blend.weight[j] = weight;
+      }
+      if constexpr (Reduction::kWeighted)
+        stage.share[run][k].weight = static_cast<Acc>(ry.count * rx.count * view.weight);
+    }
+    __syncthreads();
+    if (own >= stage.runs) return;
+    int counted = 0;
+#pragma unroll 1
+    for (int k = 0; k < views; ++k) {
+      if (stage.blend[own][k].at[0] == Stage::kAbsent) continue;
+      if (counted != k) {
+        stage.blend[own][counted] = stage.blend[own][k];
+        if constexpr (Reduction::kWeighted) stage.share[own][counted] = stage.share[own][k];
+      }
+      ++counted;
+    }
+    stage.counted[own] = counted;
+    Reduction::prepare(stage, own, first == 0);
+  }
+
+  // This channel of the columns of all views; of the values themselves, where a cell is more than a
+  // pixel.
+  __device__ void stage_rows(int64_t first) const {
+    const int views = staged(first);
+    const bool exists = channel < plan.channels;
+    for (int k = warp(); k < views; k += kWarps) {
+      const typename Stage::Source source = stage.source[k];
+      const T* const token = source.token + channel;
+      Acc* const rows = stage.rows[Stage::kFixed + k * kColumns] + lane();
+      if (plan.linear) {
+        const char* const bytes = reinterpret_cast<const char*>(token);
+        T read[2][kColumns] = {};  // all loads before the first use
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          if (!exists || source.weight[i] == 0) continue;
+#pragma unroll
+          for (int j = 0; j < kColumns; ++j)
+            read[i][j] = load(reinterpret_cast<const T*>(bytes + plan.near[i][j]));
+        }
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j)
+          rows[j * kWarpThreads] =
+              source.weight[0] * to_acc(read[0][j]) + source.weight[1] * to_acc(read[1][j]);
+      } else if (exists) {
+#pragma unroll 1
+        for (int r = 0; r < stage.runs; ++r)
+          rows[r * kWarpThreads] = value(stage.y * plan.views + first + k,
+                                         stage.begin[r] * plan.views + first + k, token);
+      }
+    }
+  }
+
+  // Of any number of taps.
+  __device__ Acc value(int64_t slot_y, int64_t slot_x, const T* token) const {
+    const Acc* const wy = plan.y.weight + slot_y * plan.y.max_taps;
+    const Acc* const wx = plan.x.weight + slot_x * plan.x.max_taps;
+    const int32_t rows = plan.y.reads[slot_y].taps, columns = plan.x.reads[slot_x].taps;
+    token += plan.x.reads[slot_x].first * plan.x.step;
+    Acc sum = 0;
+#pragma unroll 1
+    for (int32_t i = 0; i < rows; ++i) {
+      if (wy[i] == 0) continue;
+#pragma unroll 1
+      for (int32_t j = 0; j < columns; ++j)
+        if (wx[j] != 0)
+          sum += wy[i] * wx[j] * to_acc(load(token + i * plan.y.step + j * plan.x.step));
+    }
+    return sum;
+  }
+
+  __device__ Acc value(int k) const {
+    const typename Stage::Blend blend = stage.blend[run][k];
+    const auto row = [&](int32_t at) {
+      return *reinterpret_cast<const Acc*>(reinterpret_cast<const char*>(stage.rows[0] + lane()) +
+                                           at);
+    };
+    return blend.weight[0] * row(blend.at[0]) + blend.weight[1] * row(blend.at[1]);
+  }
+
+  // Calls visit(value, share) for each view that counts. All threads of the block call it equally
+  // often: more than kViews are staged in turns.
   template <class Visit>
   __device__ void each_value(Visit&& visit) const {
-#pragma unroll 1
-    for (int64_t v = 0; v < plan.views; ++v) {
-      Acc x_v;
-      double weight;
-      if (value(v, x_v, weight)) visit(x_v, weight * plan.sorted[v].weight);
+    for (int64_t first = 0; first < plan.views; first += Stage::kViews) {
+      if (!staged_once()) {
+        __syncthreads();
+        stage_views(first);
+        stage_rows(first);
+        __syncthreads();
+      }
+      const int counted = run < stage.runs ? stage.counted[run] : 0;
+#pragma unroll 4
+      for (int k = 0; k < counted; ++k)
+        visit(value(k), stage.share[Reduction::kWeighted ? run : 0][k]);
     }
   }
 
   // Calls visit(offset in the output, number of the cell) for each cell.
   template <class Visit>
   __device__ void each_cell(Visit&& visit) const {
-    for (int64_t row = y; row < y_end; ++row)
-      for (int64_t cell = x; cell < x_end; ++cell)
-        visit(at + row * plan.out_strides[2] + cell * plan.out_strides[3],
-              row * plan.x.cells + cell);
+    if (channel >= plan.channels || run >= stage.runs) return;
+    const int64_t at = stage.image * plan.out_strides[0] + channel * plan.out_strides[1];
+    for (int64_t y = stage.y; y < stage.y_end; ++y)
+      for (int64_t x = stage.begin[run]; x < stage.begin[run + 1]; ++x)
+        visit(at + y * plan.out_strides[2] + x * plan.out_strides[3], y * plan.x.cells + x);
+  }
+
+  __device__ void write(void* to, Acc value) const {
+    const T element = from_acc<T>(value);
+    each_cell([&](int64_t at, int64_t) { store(static_cast<T*>(to) + at, element); });
   }
 };
 
-template <class T, class Acc>
-__device__ void write(const Cell<T>& cell, void* to, Acc value) {
-  const T element = from_acc<T>(value);
-  cell.each_cell([&](int64_t at, int64_t) { store(static_cast<T*>(to) + at, element); });
-}
-
 // ---- reductions ---------------------------------------------------------------------------------
 
-// Each has kBlocks: how many blocks a processor holds, which share its 65536 registers.
+// Each has kBlocks: how many blocks a processor holds, which share its 65536 registers. `prepare`
+// is one thread's turn with a run, when its views are staged.
 
-struct NumberOrder {
+// What most of them have in common.
+template <class T>
+struct Common {
+  static constexpr int kViews = 50;
+  static constexpr int kBlocks = sizeof(T) == 8 ? 2 : 3;
+  static constexpr bool kWeighted = false;  // whether it asks for shares
+  static constexpr bool kCopies = true;     // whether all cells of a run get the same
+  template <class Stage>
+  static __device__ void prepare(Stage&, int, bool) {}
+};
+
+// A NaN is both less and more than any number: it reaches the median.
+struct NanOrder {
   template <class V>
   static SRT_INLINE V min(V a, V b) {
-    return a < b ? a : b;
+    return a < b || a != a ? a : b;
   }
   template <class V>
   static SRT_INLINE V max(V a, V b) {
-    return a > b ? a : b;
+    return a > b || a != a ? a : b;
   }
+#if __CUDA_ARCH__ >= 800  // one instruction
+  static SRT_INLINE float min(float a, float b) {
+    float value;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(value) : "f"(a), "f"(b));
+    return value;
+  }
+  static SRT_INLINE float max(float a, float b) {
+    float value;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(value) : "f"(a), "f"(b));
+    return value;
+  }
+#endif
 };
 
 // Of up to N views, in registers.
 template <class T, int N>
-struct NetworkMedian {
+struct NetworkMedian : Common<T> {
   using Acc = typename AccumulatorOf<T>::type;
-  static constexpr int kBlocks = N * sizeof(Acc) <= 200 ? 2 : 1;
-  static __device__ void reduce(const Cell<T>& cell) {
-    const Acc infinity = static_cast<Acc>(INFINITY);
-    Acc value[N], poison = 0;
-    bool any = false;
-    // In turn, which leaves the median where it is (low_padding): -inf first if N is odd.
-    Acc padding = N % 2 ? -infinity : infinity;
-#pragma unroll
-    for (int v = 0; v < N; ++v) {
-      double weight;
-      if (v < cell.plan.views && cell.value(v, value[v], weight)) {
-        any = true;
-        if (value[v] != value[v]) poison = value[v];
-      } else {
-        value[v] = padding;
-        padding = -padding;
-      }
+  static constexpr int kViews = N;
+  static constexpr int kBlocks = N * sizeof(Acc) <= 100 ? 3 : N * sizeof(Acc) <= 256 ? 2 : 1;
+
+  // Behind the views that count infinities of both signs, in turn, which leaves the
+  // median where it is (low_padding): -inf first if N is odd.
+  template <class Stage>
+  static __device__ void prepare(Stage& stage, int run, bool) {
+    int padding = N % 2 ? Stage::kLow : Stage::kHigh;
+#pragma unroll 1
+    for (int k = stage.counted[run]; k < N; ++k) {
+      stage.blend[run][k] = {{Stage::place(padding), Stage::place(Stage::kZeros)}, {1, 0}};
+      padding = Stage::kLow + Stage::kHigh - padding;
     }
-    Acc median = MedianOf<N, NumberOrder, Acc>::lower(value);
-    if (poison != poison) median = poison;
-    write(cell, cell.plan.out, any ? median : Acc{0});
+  }
+  template <class Cell>
+  static __device__ void reduce(const Cell& cell) {
+    if (cell.run >= cell.stage.runs) return;
+    Acc value[N];
+#pragma unroll
+    for (int k = 0; k < N; ++k) value[k] = cell.value(k);
+    const Acc median = MedianOf<N, NanOrder, Acc>::lower(value);
+    cell.write(cell.plan.out, cell.stage.counted[cell.run] > 0 ? median : Acc{0});
   }
 };
 
 // Of any number of views: the bits of the result are found from the top, by counting the values
 // below, which are gathered again each time. A number is ordered as its key, an integer.
 template <class T>
-struct CountingMedian {
+struct CountingMedian : Common<T> {
   using Acc = typename AccumulatorOf<T>::type;
   using Key = typename std::conditional<sizeof(Acc) == 8, int64_t, int32_t>::type;
-  static constexpr int kBlocks = 2;
   static constexpr int kBits = 8 * sizeof(Key);
   static constexpr Key kTop = Key{1} << (kBits - 2);  // the highest bit but the sign
 
   static __device__ Key flip(Key bits) {
     return bits ^ ((bits >> (kBits - 1)) & (kTop - 1 + kTop));
   }
-  static __device__ void reduce(const Cell<T>& cell) {
+  template <class Cell>
+  static __device__ void reduce(const Cell& cell) {
     int64_t count = 0;
     Acc poison = 0;
-    cell.each_value([&](Acc value, double) {
+    cell.each_value([&](Acc value, auto) {
       ++count;
       if (value != value) poison = value;
     });
-    Acc median = poison;
-    if (count > 0 && poison == poison) {
-      const auto reach = [&](Key key) {  // whether no more than half of the keys are below it
-        int64_t below = 0;
-        cell.each_value([&](Acc value, double) {
-          Key bits;
-          memcpy(&bits, &value, sizeof(bits));
-          below += flip(bits) < key;
-        });
-        return below <= (count - 1) / 2;
-      };
-      Key key = reach(0) ? 0 : -kTop - kTop;
+    const auto reach = [&](Key key) {  // whether no more than half of the keys are below it
+      int64_t below = 0;
+      cell.each_value([&](Acc value, auto) {
+        Key bits;
+        memcpy(&bits, &value, sizeof(bits));
+        below += flip(bits) < key;
+      });
+      return below <= (count - 1) / 2;
+    };
+    Key key = reach(0) ? 0 : -kTop - kTop;
 #pragma unroll 1
-      for (Key bit = kTop; bit > 0; bit /= 2)
-        if (reach(key | bit)) key |= bit;
-      key = flip(key);
-      memcpy(&median, &key, sizeof(median));
-    }
-    write(cell, cell.plan.out, median);
+    for (Key bit = kTop; bit > 0; bit /= 2)
+      if (reach(key | bit)) key |= bit;
+    key = flip(key);
+    Acc median;
+    memcpy(&median, &key, sizeof(median));
+    cell.write(cell.plan.out, count > 0 && poison == poison ? median : poison);
   }
 };
 
@@ -272,16 +469,17 @@ struct Sample {
   Acc mean = 0, variance = 0;
   double weight = 0;
 
-  explicit __device__ Sample(const Cell<T>& cell) {
-    Acc first = 0, distance = 0, sum = 0, squares = 0;
-    cell.each_value([&](Acc value, double part) {
-      if (weight == 0) first = value;
-      weight += part;
-      sum += static_cast<Acc>(part) * value;
+  template <class Cell>
+  explicit __device__ Sample(const Cell& cell) {
+    Acc first = NAN, distance = 0, sum = 0, squares = 0;
+    cell.each_value([&](Acc value, auto share) {
+      if (first != first) first = value;
+      sum += share.weight * value;
       const Acc own = value - first, apart = own - distance;
-      distance += static_cast<Acc>(part / weight) * apart;
-      squares += static_cast<Acc>(part) * apart * (own - distance);
+      distance += share.part * apart;
+      squares += share.weight * apart * (own - distance);
     });
+    if (cell.run < cell.stage.runs) weight = cell.stage.weight[cell.run];
     if (weight > 0) {
       mean = sum / static_cast<Acc>(weight);
       variance = squares / static_cast<Acc>(weight);
@@ -290,29 +488,45 @@ struct Sample {
 };
 
 template <class T>
-struct Moments {
-  static constexpr int kBlocks = 2;
-  static __device__ void reduce(const Cell<T>& cell) {
+struct Weighted : Common<T> {
+  static constexpr bool kWeighted = true;
+  template <class Stage>
+  static __device__ void prepare(Stage& stage, int run, bool first) {
+    double weight = first ? 0 : stage.weight[run];
+#pragma unroll 1
+    for (int k = 0; k < stage.counted[run]; ++k) {
+      weight += stage.share[run][k].weight;
+      stage.share[run][k].part =
+          static_cast<typename Stage::Acc>(stage.share[run][k].weight / weight);
+    }
+    stage.weight[run] = weight;
+  }
+};
+
+template <class T>
+struct Moments : Weighted<T> {
+  template <class Cell>
+  static __device__ void reduce(const Cell& cell) {
     const Sample<T> sample(cell);
-    write(cell, cell.plan.out, sample.mean);
-    write(cell, cell.plan.variance, sample.variance);
+    cell.write(cell.plan.out, sample.mean);
+    cell.write(cell.plan.variance, sample.variance);
   }
 };
 
 // The state and a chunk are joined as two samples are (Chan, Golub and LeVeque 1979).
 template <class T, bool kVariance>
-struct StreamSample {
+struct StreamSample : Weighted<T> {
   using Acc = typename AccumulatorOf<T>::type;
-  static constexpr int kBlocks = 2;
-  static __device__ void reduce(const Cell<T>& cell) {
+  template <class Cell>
+  static __device__ void reduce(const Cell& cell) {
     const ValuePlan<Acc>& plan = cell.plan;
     const Sample<T> sample(cell);
     const double chunk = *plan.scale * sample.weight;
     cell.each_cell([&](int64_t at, int64_t number) {
       const double seen = plan.seen[number], total = seen + chunk;
       Acc* const mean = static_cast<Acc*>(plan.out) + at;
-      const Acc keep = total > 0 ? static_cast<Acc>(seen / total) : 0;
-      const Acc added = total > 0 ? static_cast<Acc>(chunk / total) : 0;
+      const double share = total > 0 ? 1 / total : 0;
+      const Acc keep = static_cast<Acc>(seen * share), added = static_cast<Acc>(chunk * share);
       // Where nothing was seen the state is not read.
       Acc joined = sample.mean, spread = sample.variance;
       if (keep != 0) {
@@ -339,27 +553,30 @@ struct StreamSample {
 };
 
 template <class T>
-struct StreamMedian {
+struct StreamMedian : Common<T> {
   using Acc = typename AccumulatorOf<T>::type;
-  static constexpr int kBlocks = 2;
-  static __device__ void reduce(const Cell<T>& cell) {
+  static constexpr bool kCopies = false;  // every cell has a state of its own
+  template <class Cell>
+  static __device__ void reduce(const Cell& cell) {
     const ValuePlan<Acc>& plan = cell.plan;
-    cell.each_cell([&](int64_t at, int64_t number) {
-      Acc* const state = static_cast<Acc*>(plan.out) + at;
-      double seen = plan.seen[number];
-      Acc window[kWindow], place = 0;
+    double seen = 0;
+    Acc window[kWindow], place = 0;
 #pragma unroll
-      for (int i = 0; i < kWindow; ++i)
-        window[i] = seen > 0 ? state[i * plan.plane_stride] : static_cast<Acc>(INFINITY);
-      if (seen > 0) place = state[kWindow * plan.plane_stride];
-#pragma unroll 1
-      for (int64_t k = 0, v = 0; k < plan.views; ++k, v = (v + plan.spread) % plan.views) {
-        Acc value;
-        double weight;
-        if (!cell.value(v, value, weight)) continue;
-        add_to_window(window, place, value, WindowStep<Acc>(seen));
-        seen += 1;
-      }
+    for (int i = 0; i < kWindow; ++i) window[i] = static_cast<Acc>(INFINITY);
+    cell.each_cell([&](int64_t at, int64_t number) {
+      const Acc* const state = static_cast<const Acc*>(plan.out) + at;
+      seen = plan.seen[number];
+      if (!(seen > 0)) return;
+#pragma unroll
+      for (int i = 0; i < kWindow; ++i) window[i] = state[i * plan.plane_stride];
+      place = state[kWindow * plan.plane_stride];
+    });
+    cell.each_value([&](Acc value, auto) {
+      add_to_window(window, place, value, WindowStep<Acc>(seen));
+      seen += 1;
+    });
+    cell.each_cell([&](int64_t at, int64_t) {
+      Acc* const state = static_cast<Acc*>(plan.out) + at;
 #pragma unroll
       for (int i = 0; i < kWindow; ++i) store(state + i * plan.plane_stride, window[i]);
       store(state + kWindow * plan.plane_stride, place);
@@ -370,26 +587,38 @@ struct StreamMedian {
 template <class T, class Reduction>
 __global__ void __launch_bounds__(kThreads, Reduction::kBlocks)
     values_kernel(const __grid_constant__ ValuePlan<typename AccumulatorOf<T>::type> plan) {
-  const int64_t rows = plan.y.cells, cells = plan.x.cells;
-  const int64_t groups = div_up(plan.channels, kWarpThreads);
-  // The warps of a block take cells that follow each other: they read the same tokens.
-  const int64_t warps = plan.batch * rows * groups * cells;
-  SRT_FOR_THREAD(i, warps * kWarpThreads) {
-    const int64_t x = i / kWarpThreads % cells;
-    const int64_t c = i / kWarpThreads / cells % groups * kWarpThreads + i % kWarpThreads;
-    const int64_t y = i / kWarpThreads / cells / groups % rows;
-    const int64_t b = i / kWarpThreads / cells / groups / rows;
-    if (!plan.y.breaks[y] || !plan.x.breaks[x] || c >= plan.channels) continue;
-    Cell<T> cell{plan,
-                 static_cast<const T*>(plan.tokens) + b * plan.token_strides[1] + c,
-                 y,
-                 y + 1,
-                 x,
-                 x + 1,
-                 b * plan.out_strides[0] + c * plan.out_strides[1]};
-    while (cell.y_end < rows && !plan.y.breaks[cell.y_end]) ++cell.y_end;
-    while (cell.x_end < cells && !plan.x.breaks[cell.x_end]) ++cell.x_end;
-    Reduction::reduce(cell);
+  using Acc = typename AccumulatorOf<T>::type;
+  using Stage = cuda::Stage<T, Reduction>;
+  __shared__ Stage stage;
+  static_assert(sizeof(Stage) <= 48 * 1024);
+  const int64_t rows = plan.y.cells, tiles = div_up(plan.x.cells, plan.tile);
+  const int64_t step = plan.groups * kWarpThreads, parts = div_up(plan.channels, step);
+  const int lane = static_cast<int>(threadIdx.x) % kWarpThreads;
+  if (threadIdx.x < kWarpThreads) {
+    stage.rows[Stage::kZeros][lane] = 0;
+    stage.rows[Stage::kLow][lane] = -static_cast<Acc>(INFINITY);
+    stage.rows[Stage::kHigh][lane] = static_cast<Acc>(INFINITY);
+  }
+  // Blocks that follow each other read the same token rows.
+  SRT_FOR_BLOCK(i, plan.batch * rows * parts * tiles) {
+    const int64_t y = i / tiles / parts % rows, begin = i / tiles % parts * step;
+    if (Reduction::kCopies && !plan.y.breaks[y]) continue;
+    Cell<T, Reduction> cell{plan, stage, begin + lane, 0};
+    __syncthreads();
+    cell.stage_runs(i / tiles / parts / rows, y, i % tiles * plan.tile);
+    __syncthreads();
+    if (cell.staged_once()) cell.stage_views(0);
+    // Whole warps enter the loops: some of their threads only help to stage.
+    for (int group = 0; group < plan.groups && cell.channel - lane < plan.channels; ++group) {
+      __syncthreads();
+      if (cell.staged_once()) {
+        cell.stage_rows(0);
+        __syncthreads();
+      }
+      for (cell.run = cell.warp(); cell.run - cell.warp() < stage.runs; cell.run += kWarps)
+        Reduction::reduce(cell);
+      cell.channel += kWarpThreads;
+    }
   }
 }
 
@@ -449,6 +678,8 @@ int64_t reduce_values(const char* op, const EnsembleArgs& args, const ViewNumber
   plan.views = args.views;
   plan.batch = args.batch;
   plan.channels = args.channels;
+  plan.ordered = workspace.take<View>(args.views);
+  plan.spread = args.seen && args.reduce == Reduce::median ? spread_step(args.views) : 1;
   plan.y.axis = {args.grid[0], args.patch[0], args.stride[0], args.upsample, args.border};
   plan.x.axis = {args.grid[1], args.patch[1], args.stride[1], args.upsample, args.border};
   plan.y.step = args.grid[1] * args.token_strides[2];
@@ -466,13 +697,20 @@ int64_t reduce_values(const char* op, const EnsembleArgs& args, const ViewNumber
     axis->reads = workspace.take<Reads<Acc>>(axis->cells * args.views);
     axis->weight = workspace.take<Acc>(axis->cells * args.views * axis->max_taps);
   }
+  plan.linear = args.stride[0] == 1 && args.stride[1] == 1;
+  plan.tile = plan.linear ? std::min<int64_t>(args.patch[1], kRuns<Acc>) : kColumns;
+  plan.columns = static_cast<int>(
+      std::min<int64_t>(args.grid[1], args.upsample == Upsample::nearest ? 2 : kColumns));
+  for (int64_t i = 0; i < 2; ++i)
+    for (int j = 0; j < kColumns; ++j)
+      plan.near[i][j] = (i * plan.y.step + std::min(j, plan.columns - 1) * plan.x.step) *
+                        static_cast<int64_t>(sizeof(T));
   plan.out = args.out;
   std::copy_n(args.out_strides, 4, plan.out_strides);
   plan.variance = args.variance;
   plan.plane_stride = args.plane_stride;
   plan.seen = args.seen;
   plan.scale = scale;
-  plan.spread = spread_step(args.views);
   plan.counts_views = args.reduce == Reduce::median;
   InlineNumbers numbers;
   RawViews raw = raw_views(op, offsets, weights, args.views, workspace, numbers, stream);
@@ -483,9 +721,12 @@ int64_t reduce_values(const char* op, const EnsembleArgs& args, const ViewNumber
          plan.sorted, scale, plan.y.breaks, rows + cells);
   launch(op, fill_reads_kernel<Acc>, div_up(args.views * (rows + cells), kThreads), stream, plan);
   launch(op, find_changes<Acc>, div_up(args.views * (rows + cells), kThreads), stream, plan);
-  const int64_t warps = args.batch * rows * cells * div_up(args.channels, kWarpThreads);
-  if (warps > 0)
-    launch(op, choose_kernel<T>(args), div_up(warps, kThreads / kWarpThreads), stream, plan);
+  const int64_t tiles = args.batch * rows * div_up(cells, plan.tile);
+  const int64_t groups = div_up(args.channels, kWarpThreads);
+  if (tiles * groups > 0) {
+    plan.groups = std::min(groups, div_up(tiles * groups, kEnoughBlocks));
+    launch(op, choose_kernel<T>(args), tiles * div_up(groups, plan.groups), stream, plan);
+  }
   if (args.seen) launch(op, add_to_seen<Acc>, div_up(rows * cells, kThreads), stream, plan);
   return workspace.bytes();
 }
