@@ -47,18 +47,19 @@ SRT_HD int32_t visit_axis_cell(const Axis& axis, double offset, int64_t cell, Ta
     if (covered || axis.border != Border::coverage) ++counted;
     if (!covered && axis.border != Border::clamp) continue;
 
-    double q = axis.upsample == Upsample::nearest ? std::floor(p / patch) : p / patch - 0.5;
+    const bool nearest = axis.upsample == Upsample::nearest;
+    double q = p / patch - (nearest ? 0 : 0.5);
     q = q < 0 ? 0 : (q > last ? last : q);
-    const double floor_q = std::floor(q);
-    const int32_t token = static_cast<int32_t>(floor_q);
+    const int32_t token = static_cast<int32_t>(q);
+    const double after = nearest ? 0 : q - static_cast<double>(token);
     if (at < 0) at = token;
     for (; at < token; ++at) {
       if (here > 0) tap(at, here);
       here = next;
       next = 0;
     }
-    here += 1 - (q - floor_q);
-    next += q - floor_q;
+    here += 1 - after;
+    next += after;
   }
   // A tap of weight zero is no tap: it would let a non-finite token reach a cell that ignores it.
   if (here > 0) tap(at, here);
