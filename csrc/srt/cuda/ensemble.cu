@@ -21,6 +21,9 @@ struct Run {
   int32_t first, last;
 };
 
+// The inputs of a column come in pairs.
+constexpr int kPair = 2;
+
 // A block of the mean makes a tile of rows x cells x channels, where rows and cells are ends of
 // runs, in three steps. "Columns" are combined: a column is one token position of all the views
 // that share a dx; it is summed over views and token rows for every row of the tile (a warp a
@@ -40,7 +43,7 @@ struct Tile {
   static constexpr int combined = kSmall ? 1 : (sizeof(T) == 2 ? 2 : 4);
   static constexpr int rows = quarters * combined;
   // Tokens that it loads before it uses the first of them.
-  static constexpr int ahead = 2;
+  static constexpr int ahead = 4;
   // Sums of a thread: the ends of one run of rows by those of a few runs of cells.
   static constexpr int thread_cells = kSmall ? 2 : (sizeof(T) == 2 ? 4 : 8);
   static constexpr int row_groups = rows / 2;
@@ -81,14 +84,15 @@ struct MeanPlan {
   const void* tokens;        // [V, B, h*w, C]
   int64_t token_strides[3];  // of V, B and h*w, in elements
   int64_t row_step;          // from a row of tokens to the next, in elements
+  int64_t token_bytes;       // of an element
   int64_t views, batch, channels;
   View* sorted;  // [V] by dx
   AxisPlan y, x;
   // The vertical table: what a thread sums for a column. The views that share a dx have one list of
   // inputs for every block of rows, which begins at the first view's place.
-  int64_t combined, ahead, row_blocks, max_rows;
+  int64_t combined, row_blocks, max_rows;
   RowSpan* row_span;  // [row_blocks, V]
-  int64_t* input;     // [row_blocks, V, max_rows] of a row's first token, in elements
+  int64_t* input;     // [row_blocks, V, max_rows] of a row's first token, in bytes
   Acc* row_weight;    // [row_blocks, V, max_rows, combined], times the weight of the view
   // The horizontal table: weights of columns, dense over the cells of a tile.
   int64_t tile_cells, tile_columns, cell_groups, x_tiles, max_columns;
@@ -220,7 +224,8 @@ __device__ void fill_rows(const MeanPlan<Acc>& plan, int64_t block) {
   }
   __syncthreads();
   const auto origin = [&](int64_t v) {
-    return plan.sorted[v].index * plan.token_strides[0] + span[v].first * plan.row_step;
+    return (plan.sorted[v].index * plan.token_strides[0] + span[v].first * plan.row_step) *
+           plan.token_bytes;
   };
   for (int64_t v = threadIdx.x; v < plan.views; v += kThreads) {
     if (!leads(plan.sorted, v)) continue;
@@ -232,10 +237,11 @@ __device__ void fill_rows(const MeanPlan<Acc>& plan, int64_t block) {
       total += span[u].count;
       if (span[u].count > 0) read = u;
     }
-    // Up to a whole number of loads: again a token that is read, with weights of 0.
-    for (; total % plan.ahead != 0; ++total) {
+    // The other one of a pair: again a token that is read, with weights of 0.
+    if (total % kPair != 0) {
       plan.input[slot + total] = origin(read);
       for (int r = 0; r < combined; ++r) plan.row_weight[(slot + total) * combined + r] = 0;
+      ++total;
     }
     span[v].inputs = total;
   }
@@ -246,7 +252,7 @@ __device__ void fill_rows(const MeanPlan<Acc>& plan, int64_t block) {
     const int64_t slot = (block * plan.views + leader) * plan.max_rows + span[v].place;
     Acc* const weight = plan.row_weight + slot * combined;
     for (int32_t i = 0; i < span[v].count; ++i) {
-      plan.input[slot + i] = origin(v) + i * plan.row_step;
+      plan.input[slot + i] = origin(v) + i * plan.row_step * plan.token_bytes;
       for (int r = 0; r < combined; ++r) weight[i * combined + r] = 0;
     }
     visit(v, [&](int r, int32_t token, double value) {
@@ -364,11 +370,12 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- the mean -----------------------------------------------------------------------------------
 
-// A run between two breaks as those who write it read it.
+// A run as those who write it read it.
 template <class Acc>
-struct Stretch {
-  int32_t first, last;
-  Acc step;  // 1 / (last - first)
+struct alignas(kVectorBytes) Stretch {
+  int64_t offset;  // of its first cell in a row of the output, in elements
+  int32_t length;  // from its first to its last cell
+  Acc step;        // 1 / length
 };
 
 // The differences of ends up to this size are finite.
@@ -387,6 +394,31 @@ __device__ Acc between(Acc first, Acc last, Acc t) {
   return t * slope + first;
 }
 
+// Of a block.
+template <class T, bool kSmall>
+struct Shared {
+  using Tile = cuda::Tile<T, kSmall>;
+  using Acc = typename Tile::Acc;
+  // Channels lie so that the 16-byte accesses of neighbouring lanes do not collide.
+  static constexpr int word = kVectorBytes / sizeof(Acc);
+  static constexpr int words = Tile::vector > word ? Tile::vector / word : 1;
+  using Word = Pack<Acc, Tile::vector / words>;
+  // Combined columns, those of two rounds; then the ends of runs.
+  Word sums[2 * Tile::columns][Tile::rows][words][Tile::lanes];
+  alignas(kVectorBytes) Acc weights[2][Tile::columns][Tile::cells];
+
+  // Where the tile lies. Read from here whenever it is needed: kept in registers all the while it
+  // would cost the sums theirs.
+  Stretch<Acc> cells[Tile::cells / 2];  // its runs; beyond the last one shorter than 0
+  Run rows[Tile::rows / 2];             // beyond the last one they begin at INT32_MAX
+  int64_t tile;                         // the next one
+  const T* tokens;                      // channel c0 of image b
+  T* out;
+  int channels;  // from c0 on; 0 beyond the last tile
+  int x, y;      // among tiles
+  int columns;
+};
+
 // kVector: 16 bytes an access, which needs aligned rows of channels on both sides. As many blocks
 // as the device holds at a time go through the tiles: how many there are, only the device knows.
 template <class T, bool kSmall, bool kVector>
@@ -395,22 +427,9 @@ __global__ void __launch_bounds__(kThreads, kResident)
   using Tile = cuda::Tile<T, kSmall>;
   using Acc = typename Tile::Acc;
   constexpr int kVec = Tile::vector;
-  // Channels in shared memory, so that the 16-byte accesses of neighbouring lanes do not collide.
-  constexpr int kWord = kVectorBytes / sizeof(Acc), kWords = kVec / kWord > 0 ? kVec / kWord : 1;
-  using Word = Pack<Acc, kVec / kWords>;
-  // Combined columns, twice; then the ends of runs.
-  __shared__ Word sums[2 * Tile::columns][Tile::rows][kWords][Tile::lanes];
-  alignas(kVectorBytes) __shared__ Acc weights[2][Tile::columns][Tile::cells];
-
-  // Where the tile lies. Read from here whenever it is needed: kept in registers all the while it
-  // would cost the sums theirs.
-  __shared__ int64_t tile;
-  __shared__ const T* tile_tokens;  // channel c0 of image b
-  __shared__ T* tile_out;
-  __shared__ int tile_channels;  // from c0 on; 0 beyond the last tile
-  __shared__ int tile_x, tile_y;
-  // Its runs; beyond the last one they begin at INT32_MAX.
-  __shared__ Stretch<Acc> rows[Tile::rows / 2], cells[Tile::cells / 2];
+  constexpr int kWords = Shared<T, kSmall>::words;
+  using Word = typename Shared<T, kSmall>::Word;
+  __shared__ Shared<T, kSmall> shared;
 
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % Tile::lanes;
@@ -421,10 +440,13 @@ __global__ void __launch_bounds__(kThreads, kResident)
 
   // Loads and stores of the channels that this thread has.
   const auto load_channels = [&](const T* from, int channels) {
-    if constexpr (kVector) return load(reinterpret_cast<const Pack<T, kVec>*>(from));
     Pack<T, kVec> pack;
+    if constexpr (kVector) {
+      pack = load(reinterpret_cast<const Pack<T, kVec>*>(from));
+    } else {
 #pragma unroll
-    for (int e = 0; e < kVec; ++e) pack.at[e] = e < channels ? from[e] : T{};
+      for (int e = 0; e < kVec; ++e) pack.at[e] = e < channels ? from[e] : T{};
+    }
     return pack;
   };
   const auto store_channels = [&](T* to, int channels, const Acc(&value)[kVec]) {
@@ -441,81 +463,93 @@ __global__ void __launch_bounds__(kThreads, kResident)
     }
   };
 
-  if (thread == 0) tile = blockIdx.x;
+  if (thread == 0) shared.tile = blockIdx.x;
   for (;;) {
     if (thread == 0) {
       // Blocks that run together share token rows: chunks of channels first, then along the row.
       const int64_t chunks = div_up(plan.channels, Tile::channels);
       const int64_t x_tiles = div_up(2 * *plan.x.total, Tile::cells);
       const int64_t y_tiles = div_up(2 * *plan.y.total, Tile::rows);
-      const int64_t c0 = tile % chunks * Tile::channels;
-      const int64_t b = tile / chunks / x_tiles / y_tiles;
-      tile_x = static_cast<int>(tile / chunks % x_tiles);
-      tile_y = static_cast<int>(tile / chunks / x_tiles % y_tiles);
-      tile_tokens = static_cast<const T*>(plan.tokens) + b * plan.token_strides[1] + c0;
-      tile_out = static_cast<T*>(plan.out) + b * plan.out_strides[0] + c0 * plan.out_strides[1];
+      const int64_t c0 = shared.tile % chunks * Tile::channels;
+      const int64_t b = shared.tile / chunks / x_tiles / y_tiles;
+      shared.x = static_cast<int>(shared.tile / chunks % x_tiles);
+      shared.y = static_cast<int>(shared.tile / chunks / x_tiles % y_tiles);
+      shared.tokens = static_cast<const T*>(plan.tokens) + b * plan.token_strides[1] + c0;
+      shared.out = static_cast<T*>(plan.out) + b * plan.out_strides[0] + c0 * plan.out_strides[1];
       const int64_t channels = min(plan.channels - c0, int64_t{Tile::channels});
-      tile_channels = b < plan.batch ? static_cast<int>(channels) : 0;
-      tile += gridDim.x;
+      shared.channels = b < plan.batch ? static_cast<int>(channels) : 0;
+      shared.columns = plan.column_total[shared.x];
+      shared.tile += gridDim.x;
     }
     __syncthreads();
-    if (tile_channels == 0) return;
-    const int channels = tile_channels - lane * kVec;  // that this thread has; may be negative
-    if (thread < (Tile::rows + Tile::cells) / 2) {
-      const bool vertical = thread < Tile::rows / 2;
-      const AxisPlan& axis = vertical ? plan.y : plan.x;
-      const int i = vertical ? thread : thread - Tile::rows / 2;
-      const int at = (vertical ? tile_y * (Tile::rows / 2) : tile_x * (Tile::cells / 2)) + i;
-      const Run run = at < *axis.total ? axis.runs[at] : Run{INT32_MAX, INT32_MAX};
-      const Acc step = Acc{1} / static_cast<Acc>(run.last - run.first);
-      (vertical ? rows : cells)[i] = {run.first, run.last, step};
+    if (shared.channels == 0) return;
+    const int channels = shared.channels - lane * kVec;  // that this thread has; may be negative
+    const auto run_of = [](const AxisPlan& axis, int i) {
+      return i < *axis.total ? axis.runs[i] : Run{INT32_MAX, INT32_MAX - 1};
+    };
+    if (thread < Tile::cells / 2) {
+      const Run run = run_of(plan.x, shared.x * (Tile::cells / 2) + thread);
+      const int32_t length = run.last - run.first;
+      shared.cells[thread] = {run.first * plan.out_strides[3], length,
+                              Acc{1} / static_cast<Acc>(length)};
+    } else if (thread < (Tile::cells + Tile::rows) / 2) {
+      const int i = thread - Tile::cells / 2;
+      shared.rows[i] = run_of(plan.y, shared.y * (Tile::rows / 2) + i);
     }
-    const int32_t total = plan.column_total[tile_x];
 
     Acc out[2][Tile::thread_cells][kVec] = {};
-    for (int32_t first = 0; first < total; first += Tile::columns) {
+    for (int32_t first = 0; first < shared.columns; first += Tile::columns) {
       const int side = first / Tile::columns % 2 * Tile::columns;
       // Combine one column a warp.
-      const int64_t at = tile_x * plan.max_columns + first + warp;
+      const int64_t at = shared.x * plan.max_columns + first + warp;
       Acc sum[Tile::combined][kVec] = {};
       Acc check = 0;
-      if (first + warp < total) {
+      if (first + warp < shared.columns) {
         if (channels > 0) {
           const Column column = load(plan.column + at);
-          const int64_t slot = (tile_y * Tile::quarters + quarter) * plan.views + column.begin;
-          const T* const tokens = tile_tokens + lane * kVec + column.token * plan.token_strides[2];
+          const int64_t slot = (shared.y * Tile::quarters + quarter) * plan.views + column.begin;
+          const char* const tokens = reinterpret_cast<const char*>(
+              shared.tokens + lane * kVec + column.token * plan.token_strides[2]);
           const int32_t count = load(&plan.row_span[slot].inputs);
           // kExact: a weight of 0 is not multiplied. Otherwise it is, which is wrong for a token
           // that is not finite, and then shows in the sum.
           const auto combine = [&](auto exact) {
-            using Offsets = Pack<int64_t, Tile::ahead>;
             using Weights = Pack<Acc, Tile::combined>;
-            const auto* offset =
-                reinterpret_cast<const Offsets*>(plan.input + slot * plan.max_rows);
+            const int64_t* offset = plan.input + slot * plan.max_rows;
             const auto* weight =
                 reinterpret_cast<const Weights*>(plan.row_weight) + slot * plan.max_rows;
-#pragma unroll 1
-            for (int32_t k = 0; k < count; k += Tile::ahead) {
-              const Offsets from = load(offset++);
-              Pack<T, kVec> token[Tile::ahead];
-              Weights w[Tile::ahead];
+            const auto add = [&](auto inputs) {
+              constexpr int kInputs = decltype(inputs)::value;
+              const auto from = load(reinterpret_cast<const Pack<int64_t, kInputs>*>(offset));
+              offset += kInputs;
+              Pack<T, kVec> token[kInputs];
 #pragma unroll
-              for (int i = 0; i < Tile::ahead; ++i)
-                token[i] = load_channels(tokens + from.at[i], channels);
+              for (int i = 0; i < kInputs; ++i)
+                token[i] = load_channels(reinterpret_cast<const T*>(tokens + from.at[i]), channels);
 #pragma unroll
-              for (int i = 0; i < Tile::ahead; ++i) w[i] = load(weight++);
-#pragma unroll
-              for (int i = 0; i < Tile::ahead; ++i) {
+              for (int i = 0; i < kInputs; ++i) {
+                const Weights w = load(weight++);
+                const auto value = to_acc(token[i]);
 #pragma unroll
                 for (int e = 0; e < kVec; ++e) {
-                  const Acc value = to_acc(token[i].at[e]);
 #pragma unroll
                   for (int r = 0; r < Tile::combined; ++r) {
-                    if (decltype(exact)::value && w[i].at[r] == 0) continue;
-                    sum[r][e] += w[i].at[r] * value;
+                    if (decltype(exact)::value && w.at[r] == 0) continue;
+                    sum[r][e] += w.at[r] * value.at[e];
                   }
                 }
               }
+            };
+            if constexpr (decltype(exact)::value) {
+#pragma unroll 1
+              for (int32_t k = 0; k < count; ++k) add(std::integral_constant<int, 1>{});
+            } else {
+              int32_t rest = count;
+#pragma unroll 1
+              for (; rest >= Tile::ahead; rest -= Tile::ahead)
+                add(std::integral_constant<int, Tile::ahead>{});
+#pragma unroll 1
+              for (; rest > 0; rest -= kPair) add(std::integral_constant<int, kPair>{});
             }
           };
           combine(std::false_type{});
@@ -534,7 +568,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
           }
         }
         if (thread % kWarpThreads < Tile::cells)
-          weights[side / Tile::columns][warp][thread % kWarpThreads] =
+          shared.weights[side / Tile::columns][warp][thread % kWarpThreads] =
               plan.column_weight[at * Tile::cells + thread % kWarpThreads];
       }
 #pragma unroll
@@ -544,27 +578,27 @@ __global__ void __launch_bounds__(kThreads, kResident)
           Word word;
 #pragma unroll
           for (int e = 0; e < kVec / kWords; ++e) word.at[e] = sum[r][i * (kVec / kWords) + e];
-          sums[side + warp][quarter * Tile::combined + r][i][lane] = word;
+          shared.sums[side + warp][quarter * Tile::combined + r][i][lane] = word;
         }
       }
 
       // Filter all of them into this thread's sums. kExact: as above.
       const auto filter = [&](auto exact) {
         if (cell_group >= Tile::cell_groups) return;
-        const int64_t round = (tile_x * plan.max_columns + first) / Tile::columns;
+        const int64_t round = (shared.x * plan.max_columns + first) / Tile::columns;
         uint32_t rest = load(plan.column_mask + round * Tile::cell_groups + cell_group);
 #pragma unroll 1
         while (rest != 0) {
           const int s = __clz(static_cast<int>(rest));
           rest ^= 0x80000000u >> s;
           const auto weight = *reinterpret_cast<const Pack<Acc, Tile::thread_cells>*>(
-              &weights[side / Tile::columns][s][cell_group * Tile::thread_cells]);
+              &shared.weights[side / Tile::columns][s][cell_group * Tile::thread_cells]);
           Acc value[2][kVec];
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
 #pragma unroll
             for (int i = 0; i < kWords; ++i) {
-              const Word word = sums[side + s][row_group * 2 + r][i][lane];
+              const Word word = shared.sums[side + s][row_group * 2 + r][i][lane];
 #pragma unroll
               for (int e = 0; e < kVec / kWords; ++e)
                 value[r][i * (kVec / kWords) + e] = word.at[e];
@@ -595,9 +629,9 @@ __global__ void __launch_bounds__(kThreads, kResident)
     if (cell_group < Tile::cell_groups) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int64_t row = tile_y * Tile::rows + row_group * 2 + r;
+        const int64_t row = shared.y * Tile::rows + row_group * 2 + r;
         const auto inverse = load(reinterpret_cast<const Pack<Acc, Tile::thread_cells>*>(
-            plan.inverse + (row * plan.x_tiles + tile_x) * Tile::cells +
+            plan.inverse + (row * plan.x_tiles + shared.x) * Tile::cells +
             cell_group * Tile::thread_cells));
 #pragma unroll
         for (int x = 0; x < Tile::thread_cells; ++x) {
@@ -611,7 +645,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
     }
 
     // Write the runs, those of a part of the cells at a time.
-    auto& ends = reinterpret_cast<Word(&)[Tile::rows][Tile::pass_cells][kWords][Tile::lanes]>(sums);
+    auto& ends =
+        reinterpret_cast<Word(&)[Tile::rows][Tile::pass_cells][kWords][Tile::lanes]>(shared.sums);
 #pragma unroll 1
     for (int pass = 0; pass < Tile::passes; ++pass) {
       __syncthreads();
@@ -643,40 +678,53 @@ __global__ void __launch_bounds__(kThreads, kResident)
             for (int e = 0; e < kVec / kWords; ++e) value[i * (kVec / kWords) + e] = word.at[e];
           }
         };
-        // The rows of a tile follow each other: each is in the last run that begins before it.
+        // The rows of a tile follow each other: each is in the last run that begins before
+        // it.
 #pragma unroll 1
-        for (int32_t y = rows[0].first + thread / Tile::lanes;; y += kThreads / Tile::lanes) {
+        for (int32_t y = shared.rows[0].first + thread / Tile::lanes;;
+             y += kThreads / Tile::lanes) {
           int g = 0;
 #pragma unroll
-          for (int i = 1; i < Tile::rows / 2; ++i) g += rows[i].first <= y;
-          if (y > rows[g].last) break;
-          // The last row is no sum of both: its end comes out as it is.
-          const int from = 2 * g + (y == rows[g].last);
+          for (int i = 1; i < Tile::rows / 2; ++i) g += shared.rows[i].first <= y;
+          const Run run = shared.rows[g];
+          if (y > run.last) break;
+          // An end comes out as it is.
+          const bool is_last = y == run.last;
           const Acc down =
-              y == rows[g].last ? 0 : static_cast<Acc>(y - rows[g].first) * rows[g].step;
-          T* const field = tile_out + lane * kVec * plan.out_strides[1] + y * plan.out_strides[2];
+              is_last ? 0
+                      : static_cast<Acc>(y - run.first) / static_cast<Acc>(run.last - run.first);
+          const Word* upper = &ends[2 * g + is_last][0][0][lane];
+          const Word* lower = &ends[2 * g + 1][0][0][lane];
+          const auto next_end = [&](Acc(&value)[kVec]) {
+#pragma unroll
+            for (int i = 0; i < kWords; ++i) {
+              const Word first = upper[i * Tile::lanes], last = lower[i * Tile::lanes];
+#pragma unroll
+              for (int e = 0; e < kVec / kWords; ++e)
+                value[i * (kVec / kWords) + e] = between<kFinite>(first.at[e], last.at[e], down);
+            }
+            upper += kWords * Tile::lanes;
+            lower += kWords * Tile::lanes;
+          };
+          T* const row = shared.out + lane * kVec * plan.out_strides[1] + y * plan.out_strides[2];
+          const Stretch<Acc>* cells = shared.cells + pass * (Tile::pass_cells / 2);
 #pragma unroll 1
           for (int i = 0; i < Tile::pass_cells / 2; ++i) {
-            const Stretch<Acc> run = cells[pass * (Tile::pass_cells / 2) + i];
-            if (run.first == INT32_MAX) break;
-            Acc left[kVec], right[kVec], below[kVec];
-            get(&ends[from][2 * i][0][lane], left);
-            get(&ends[2 * g + 1][2 * i][0][lane], below);
-#pragma unroll
-            for (int e = 0; e < kVec; ++e) left[e] = between<kFinite>(left[e], below[e], down);
-            T* cell = field + run.first * plan.out_strides[3];
+            const Stretch<Acc> stretch = *cells++;
+            if (stretch.length < 0) break;
+            Acc left[kVec], right[kVec];
+            next_end(left);
+            next_end(right);
+            T* cell = row + stretch.offset;
             store_channels(cell, channels, left);
-            if (run.first == run.last) continue;
-            get(&ends[from][2 * i + 1][0][lane], right);
-            get(&ends[2 * g + 1][2 * i + 1][0][lane], below);
-#pragma unroll
-            for (int e = 0; e < kVec; ++e) right[e] = between<kFinite>(right[e], below[e], down);
-            for (int32_t n = 1; n < run.last - run.first; ++n) {
+            if (stretch.length == 0) continue;
+            Acc n = 1;
+            for (int32_t rest = stretch.length; rest > 1; --rest, n += 1) {
               cell += plan.out_strides[3];
               Acc value[kVec];
 #pragma unroll
               for (int e = 0; e < kVec; ++e)
-                value[e] = between<kFinite>(left[e], right[e], static_cast<Acc>(n) * run.step);
+                value[e] = between<kFinite>(left[e], right[e], n * stretch.step);
               store_channels(cell, channels, value);
             }
             store_channels(cell + plan.out_strides[3], channels, right);
@@ -726,6 +774,7 @@ MeanPlan<typename AccumulatorOf<T>::type> make_plan(const EnsembleArgs& args,
   plan.tokens = args.tokens;
   std::copy_n(args.token_strides, 3, plan.token_strides);
   plan.row_step = args.grid[1] * args.token_strides[2];
+  plan.token_bytes = sizeof(T);
   plan.views = args.views;
   plan.batch = args.batch;
   plan.channels = args.channels;
@@ -745,9 +794,8 @@ MeanPlan<typename AccumulatorOf<T>::type> make_plan(const EnsembleArgs& args,
   const int64_t rows = plan.y.cells, cells = plan.x.cells;
   const int64_t max_runs_y = div_up(rows, 2), max_runs_x = div_up(cells, 2);
   plan.combined = Tile::combined;
-  plan.ahead = Tile::ahead;
   plan.row_blocks = div_up(2 * max_runs_y, Tile::rows) * Tile::quarters;
-  plan.max_rows = div_up(window(plan.y.axis, Tile::combined), Tile::ahead) * Tile::ahead;
+  plan.max_rows = div_up(window(plan.y.axis, Tile::combined), kPair) * kPair;
   plan.tile_cells = Tile::cells;
   plan.tile_columns = Tile::columns;
   plan.cell_groups = Tile::cell_groups;
