@@ -21,8 +21,13 @@ struct Run {
   int32_t first, last;
 };
 
-// The inputs of a column come in pairs.
+// What a thread sums for a column comes in pairs: tokens, and their weights in its rows.
 constexpr int kPair = 2;
+template <class Acc, int kCombined>
+struct alignas(kVectorBytes) Inputs {
+  int64_t offset[kPair];         // of a row's first token, in bytes
+  Acc weight[kPair][kCombined];  // times that of the view
+};
 
 // A block of the mean makes a tile of rows x cells x channels, where rows and cells are ends of
 // runs, in three steps. "Columns" are combined: a column is one token position of all the views
@@ -42,8 +47,8 @@ struct Tile {
   // Rows that a thread combines. Each token that it loads serves all of them.
   static constexpr int combined = kSmall ? 1 : (sizeof(T) == 2 ? 2 : 4);
   static constexpr int rows = quarters * combined;
-  // Tokens that it loads before it uses the first of them.
-  static constexpr int ahead = 4;
+  // Pairs of tokens that it loads before it uses the first of them.
+  static constexpr int ahead = 2;
   // Sums of a thread: the ends of one run of rows by those of a few runs of cells.
   static constexpr int thread_cells = kSmall ? 2 : (sizeof(T) == 2 ? 4 : 8);
   static constexpr int row_groups = rows / 2;
@@ -65,8 +70,8 @@ struct alignas(2 * sizeof(int32_t)) Column {
 // The token rows that `combined` rows of a tile read in one view.
 struct alignas(kVectorBytes) RowSpan {
   int32_t first, count;
-  int32_t place;   // of the first of them in the inputs of the views that share a dx
-  int32_t inputs;  // of these views; only the first of them has it
+  int32_t place;  // of the first of them in the inputs of the views that share a dx
+  int32_t pairs;  // of these views; only the first of them has it
 };
 
 struct AxisPlan {
@@ -88,18 +93,17 @@ struct MeanPlan {
   int64_t views, batch, channels;
   View* sorted;  // [V] by dx
   AxisPlan y, x;
-  // The vertical table: what a thread sums for a column. The views that share a dx have one list of
-  // inputs for every block of rows, which begins at the first view's place.
-  int64_t combined, row_blocks, max_rows;
+  // The vertical table. The views that share a dx have one list of inputs for every block of rows,
+  // which begins at the first view's place.
+  int64_t row_blocks, max_pairs;
   RowSpan* row_span;  // [row_blocks, V]
-  int64_t* input;     // [row_blocks, V, max_rows] of a row's first token, in bytes
-  Acc* row_weight;    // [row_blocks, V, max_rows, combined], times the weight of the view
+  void* inputs;       // [row_blocks, V, max_pairs] Inputs
   // The horizontal table: weights of columns, dense over the cells of a tile.
-  int64_t tile_cells, tile_columns, cell_groups, x_tiles, max_columns;
+  int64_t tile_cells, tile_columns, cell_groups, x_tiles, max_rounds, max_columns;
   int32_t* column_total;  // [x_tiles]
   Column* column;         // [x_tiles, max_columns]
   Acc* column_weight;     // [x_tiles, max_columns, tile_cells]
-  // [x_tiles, max_columns / tile_columns, cell_groups]: which of the columns that are combined at a
+  // [x_tiles, max_rounds, cell_groups]: which of the columns that are combined at a
   // time have weights that are not 0 in a group of cells, the first one in the highest bit.
   uint32_t* column_mask;
   Acc* inverse;            // [ends of rows, ends of cells] 1 / total weight, 0 where no view counts
@@ -201,18 +205,26 @@ __device__ inline bool leads(const View* sorted, int64_t v) {
 }
 
 // The inputs of one block of rows, by a whole block: a thread a view.
-template <class Acc>
+template <int kCombined, class Acc>
 __device__ void fill_rows(const MeanPlan<Acc>& plan, int64_t block) {
-  const int combined = static_cast<int>(plan.combined);
   RowSpan* const span = plan.row_span + block * plan.views;
+  auto* const inputs =
+      static_cast<Inputs<Acc, kCombined>*>(plan.inputs) + block * plan.views * plan.max_pairs;
   // Calls tap(row, token, weight) for the rows of the block.
   const auto visit = [&](int64_t v, auto&& tap) {
-    for (int r = 0; r < combined; ++r) {
-      const int64_t y = end_cell(plan.y, block * combined + r);
+    for (int r = 0; r < kCombined; ++r) {
+      const int64_t y = end_cell(plan.y, block * kCombined + r);
       if (y < 0) break;
       visit_axis_cell(plan.y.axis, plan.sorted[v].dy, y,
                       [&](int32_t token, double value) { tap(r, token, value); });
     }
+  };
+  // Input number i of the views from `leader` on: a token row of view v, with weights of 0.
+  const auto put = [&](int64_t leader, int32_t i, int64_t v, int32_t row) {
+    Inputs<Acc, kCombined>& pair = inputs[leader * plan.max_pairs + i / kPair];
+    pair.offset[i % kPair] =
+        (plan.sorted[v].index * plan.token_strides[0] + row * plan.row_step) * plan.token_bytes;
+    for (int r = 0; r < kCombined; ++r) pair.weight[i % kPair][r] = 0;
   };
   for (int64_t v = threadIdx.x; v < plan.views; v += kThreads) {
     int32_t first = 0, last = -1;
@@ -223,13 +235,8 @@ __device__ void fill_rows(const MeanPlan<Acc>& plan, int64_t block) {
     span[v] = {first, last - first + 1, 0, 0};
   }
   __syncthreads();
-  const auto origin = [&](int64_t v) {
-    return (plan.sorted[v].index * plan.token_strides[0] + span[v].first * plan.row_step) *
-           plan.token_bytes;
-  };
   for (int64_t v = threadIdx.x; v < plan.views; v += kThreads) {
     if (!leads(plan.sorted, v)) continue;
-    const int64_t slot = (block * plan.views + v) * plan.max_rows;
     int64_t read = v;
     int32_t total = 0;
     for (int64_t u = v; u < plan.views && (u == v || !leads(plan.sorted, u)); ++u) {
@@ -237,26 +244,19 @@ __device__ void fill_rows(const MeanPlan<Acc>& plan, int64_t block) {
       total += span[u].count;
       if (span[u].count > 0) read = u;
     }
-    // The other one of a pair: again a token that is read, with weights of 0.
-    if (total % kPair != 0) {
-      plan.input[slot + total] = origin(read);
-      for (int r = 0; r < combined; ++r) plan.row_weight[(slot + total) * combined + r] = 0;
-      ++total;
-    }
-    span[v].inputs = total;
+    // The other one of a pair: again a token that is read.
+    if (total % kPair != 0) put(v, total++, read, span[read].first);
+    span[v].pairs = total / kPair;
   }
   __syncthreads();
   for (int64_t v = threadIdx.x; v < plan.views; v += kThreads) {
     int64_t leader = v;
     while (!leads(plan.sorted, leader)) --leader;
-    const int64_t slot = (block * plan.views + leader) * plan.max_rows + span[v].place;
-    Acc* const weight = plan.row_weight + slot * combined;
-    for (int32_t i = 0; i < span[v].count; ++i) {
-      plan.input[slot + i] = origin(v) + i * plan.row_step * plan.token_bytes;
-      for (int r = 0; r < combined; ++r) weight[i * combined + r] = 0;
-    }
+    const RowSpan own = span[v];
+    for (int32_t i = 0; i < own.count; ++i) put(leader, own.place + i, v, own.first + i);
     visit(v, [&](int r, int32_t token, double value) {
-      weight[(token - span[v].first) * combined + r] =
+      const int32_t i = own.place + token - own.first;
+      inputs[leader * plan.max_pairs + i / kPair].weight[i % kPair][r] =
           static_cast<Acc>(plan.sorted[v].weight) * static_cast<Acc>(value);
     });
   }
@@ -272,7 +272,7 @@ __device__ void fill_columns(const MeanPlan<Acc>& plan, int64_t tile) {
   const int at_a_time = kThreads / cells, local = thread / cells;
   const int64_t cell = end_cell(plan.x, tile * cells + thread % cells);
   const int64_t group = thread % cells / (cells / plan.cell_groups);
-  const int64_t masks = plan.max_columns / plan.tile_columns * plan.cell_groups;
+  const int64_t masks = plan.max_rounds * plan.cell_groups;
   uint32_t* const mask = plan.column_mask + tile * masks;
   for (int64_t i = thread; i < masks; i += kThreads) mask[i] = 0;
   if (thread == 0) total = 0;
@@ -351,16 +351,16 @@ __device__ void fill_inverse(const MeanPlan<Acc>& plan, int64_t row, int64_t end
         total[r] > 0 ? static_cast<Acc>(1 / total[r]) : 0;
 }
 
-template <class Acc>
+template <int kCombined, class Acc>
 __global__ void __launch_bounds__(kThreads)
     fill_tables(const __grid_constant__ MeanPlan<Acc> plan) {
   const int64_t ends = plan.x_tiles * plan.tile_cells;
-  const int64_t inverses = plan.row_blocks * plan.combined / kInverseRows * ends;
+  const int64_t inverses = plan.row_blocks * kCombined / kInverseRows * ends;
   SRT_FOR_BLOCK(block, plan.x_tiles + plan.row_blocks + div_up(inverses, kThreads)) {
     if (block < plan.x_tiles) {
       fill_columns(plan, block);
     } else if (block < plan.x_tiles + plan.row_blocks) {
-      fill_rows(plan, block - plan.x_tiles);
+      fill_rows<kCombined>(plan, block - plan.x_tiles);
     } else {
       const int64_t i = (block - plan.x_tiles - plan.row_blocks) * kThreads + threadIdx.x;
       if (i < inverses) fill_inverse(plan, i / ends * kInverseRows, i % ends);
@@ -406,6 +406,7 @@ struct Shared {
   // Combined columns, those of two rounds; then the ends of runs.
   Word sums[2 * Tile::columns][Tile::rows][words][Tile::lanes];
   alignas(kVectorBytes) Acc weights[2][Tile::columns][Tile::cells];
+  uint32_t masks[2][Tile::cell_groups];
 
   // Where the tile lies. Read from here whenever it is needed: kept in registers all the while it
   // would cost the sums theirs.
@@ -431,25 +432,29 @@ __global__ void __launch_bounds__(kThreads, kResident)
   using Word = typename Shared<T, kSmall>::Word;
   __shared__ Shared<T, kSmall> shared;
 
-  const int thread = static_cast<int>(threadIdx.x);
-  const int lane = thread % Tile::lanes;
-  const int quarter = thread / Tile::lanes % Tile::quarters;
-  const int warp = thread / kWarpThreads;
-  const int row_group = thread / Tile::lanes % Tile::row_groups;
-  const int cell_group = thread / Tile::lanes / Tile::row_groups;
+  // Unsigned, so that they cost one instruction each and need not be kept.
+  const unsigned thread = threadIdx.x;
+  const int lane = static_cast<int>(thread % Tile::lanes);
+  const int quarter = static_cast<int>(thread / Tile::lanes % Tile::quarters);
+  const int warp = static_cast<int>(thread / kWarpThreads);
+  const int warp_lane = static_cast<int>(thread % kWarpThreads);
+  const int row_group = static_cast<int>(thread / Tile::lanes % Tile::row_groups);
+  const int cell_group = static_cast<int>(thread / Tile::lanes / Tile::row_groups);
+  // Channels of the tile from the first one of this thread on; may be negative.
+  const auto channels = [&] { return shared.channels - lane * kVec; };
 
   // Loads and stores of the channels that this thread has.
-  const auto load_channels = [&](const T* from, int channels) {
+  const auto load_channels = [&](const T* from) {
     Pack<T, kVec> pack;
     if constexpr (kVector) {
       pack = load(reinterpret_cast<const Pack<T, kVec>*>(from));
     } else {
 #pragma unroll
-      for (int e = 0; e < kVec; ++e) pack.at[e] = e < channels ? from[e] : T{};
+      for (int e = 0; e < kVec; ++e) pack.at[e] = e < channels() ? from[e] : T{};
     }
     return pack;
   };
-  const auto store_channels = [&](T* to, int channels, const Acc(&value)[kVec]) {
+  const auto store_channels = [&](T* to, const Acc(&value)[kVec]) {
     Pack<T, kVec> pack;
 #pragma unroll
     for (int e = 0; e < kVec; ++e) pack.at[e] = from_acc<T>(value[e]);
@@ -458,7 +463,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
     } else {
 #pragma unroll
       for (int e = 0; e < kVec; ++e) {
-        if (e < channels) store(to + e * plan.out_strides[1], pack.at[e]);
+        if (e < channels()) store(to + e * plan.out_strides[1], pack.at[e]);
       }
     }
   };
@@ -483,122 +488,109 @@ __global__ void __launch_bounds__(kThreads, kResident)
     }
     __syncthreads();
     if (shared.channels == 0) return;
-    const int channels = shared.channels - lane * kVec;  // that this thread has; may be negative
+
     const auto run_of = [](const AxisPlan& axis, int i) {
       return i < *axis.total ? axis.runs[i] : Run{INT32_MAX, INT32_MAX - 1};
     };
-    if (thread < Tile::cells / 2) {
-      const Run run = run_of(plan.x, shared.x * (Tile::cells / 2) + thread);
+    const int i = static_cast<int>(thread);
+    if (i < Tile::cells / 2) {
+      const Run run = run_of(plan.x, shared.x * (Tile::cells / 2) + i);
       const int32_t length = run.last - run.first;
-      shared.cells[thread] = {run.first * plan.out_strides[3], length,
-                              Acc{1} / static_cast<Acc>(length)};
-    } else if (thread < (Tile::cells + Tile::rows) / 2) {
-      const int i = thread - Tile::cells / 2;
-      shared.rows[i] = run_of(plan.y, shared.y * (Tile::rows / 2) + i);
+      shared.cells[i] = {run.first * plan.out_strides[3], length,
+                         Acc{1} / static_cast<Acc>(length)};
+    } else if (i < (Tile::cells + Tile::rows) / 2) {
+      const int row = i - Tile::cells / 2;
+      shared.rows[row] = run_of(plan.y, shared.y * (Tile::rows / 2) + row);
     }
 
     Acc out[2][Tile::thread_cells][kVec] = {};
-    for (int32_t first = 0; first < shared.columns; first += Tile::columns) {
-      const int side = first / Tile::columns % 2 * Tile::columns;
-      // Combine one column a warp.
-      const int64_t at = shared.x * plan.max_columns + first + warp;
-      Acc sum[Tile::combined][kVec] = {};
-      Acc check = 0;
-      if (first + warp < shared.columns) {
-        if (channels > 0) {
+    for (int round = 0; round * Tile::columns < shared.columns; ++round) {
+      const int side = round % 2;
+      // Combine one column a warp; returns whether all of it is finite. kExact: a weight of 0 is
+      // not multiplied. Otherwise it is, which is wrong for a token that is not finite.
+      const auto combine = [&](auto exact) {
+        constexpr bool kExact = decltype(exact)::value;
+        Acc sum[Tile::combined][kVec] = {};
+        if (round * Tile::columns + warp < shared.columns) {
+          const int64_t at = shared.x * plan.max_columns + round * Tile::columns + warp;
           const Column column = load(plan.column + at);
+          if (warp_lane < Tile::cells)
+            shared.weights[side][warp][warp_lane] =
+                load(plan.column_weight + at * Tile::cells + warp_lane);
+          if (warp_lane == 0 && warp < Tile::cell_groups)
+            shared.masks[side][warp] = load(
+                plan.column_mask + (shared.x * plan.max_rounds + round) * Tile::cell_groups + warp);
           const int64_t slot = (shared.y * Tile::quarters + quarter) * plan.views + column.begin;
+          const auto* inputs =
+              static_cast<const Inputs<Acc, Tile::combined>*>(plan.inputs) + slot * plan.max_pairs;
           const char* const tokens = reinterpret_cast<const char*>(
               shared.tokens + lane * kVec + column.token * plan.token_strides[2]);
-          const int32_t count = load(&plan.row_span[slot].inputs);
-          // kExact: a weight of 0 is not multiplied. Otherwise it is, which is wrong for a token
-          // that is not finite, and then shows in the sum.
-          const auto combine = [&](auto exact) {
-            using Weights = Pack<Acc, Tile::combined>;
-            const int64_t* offset = plan.input + slot * plan.max_rows;
-            const auto* weight =
-                reinterpret_cast<const Weights*>(plan.row_weight) + slot * plan.max_rows;
-            const auto add = [&](auto inputs) {
-              constexpr int kInputs = decltype(inputs)::value;
-              const auto from = load(reinterpret_cast<const Pack<int64_t, kInputs>*>(offset));
-              offset += kInputs;
-              Pack<T, kVec> token[kInputs];
+          const auto add = [&](auto pairs) {
+            constexpr int kInputs = decltype(pairs)::value * kPair;
+            Pack<T, kVec> token[kInputs];
 #pragma unroll
-              for (int i = 0; i < kInputs; ++i)
-                token[i] = load_channels(reinterpret_cast<const T*>(tokens + from.at[i]), channels);
+            for (int i = 0; i < kInputs; ++i) {
+              const auto from =
+                  load(reinterpret_cast<const Pack<int64_t, kPair>*>(inputs[i / kPair].offset));
+              token[i] = load_channels(reinterpret_cast<const T*>(tokens + from.at[i % kPair]));
+            }
 #pragma unroll
-              for (int i = 0; i < kInputs; ++i) {
-                const Weights w = load(weight++);
-                const auto value = to_acc(token[i]);
+            for (int i = 0; i < kInputs; ++i) {
+              const auto weight = load(reinterpret_cast<const Pack<Acc, Tile::combined>*>(
+                  inputs[i / kPair].weight[i % kPair]));
+              const auto value = to_acc(token[i]);
 #pragma unroll
-                for (int e = 0; e < kVec; ++e) {
+              for (int r = 0; r < Tile::combined; ++r) {
+                if (kExact && weight.at[r] == 0) continue;
 #pragma unroll
-                  for (int r = 0; r < Tile::combined; ++r) {
-                    if (decltype(exact)::value && w.at[r] == 0) continue;
-                    sum[r][e] += w.at[r] * value.at[e];
-                  }
-                }
+                for (int e = 0; e < kVec; ++e) sum[r][e] += weight.at[r] * value.at[e];
               }
-            };
-            if constexpr (decltype(exact)::value) {
-#pragma unroll 1
-              for (int32_t k = 0; k < count; ++k) add(std::integral_constant<int, 1>{});
-            } else {
-              int32_t rest = count;
-#pragma unroll 1
-              for (; rest >= Tile::ahead; rest -= Tile::ahead)
-                add(std::integral_constant<int, Tile::ahead>{});
-#pragma unroll 1
-              for (; rest > 0; rest -= kPair) add(std::integral_constant<int, kPair>{});
             }
+            inputs += decltype(pairs)::value;
           };
-          combine(std::false_type{});
-#pragma unroll
-          for (int r = 0; r < Tile::combined; ++r) {
-#pragma unroll
-            for (int e = 0; e < kVec; ++e) check += sum[r][e];
+          int32_t rest = channels() > 0 ? load(&plan.row_span[slot].pairs) : 0;
+          if (Tile::ahead > 1 && !kExact) {
+#pragma unroll 1
+            for (; rest >= Tile::ahead; rest -= Tile::ahead)
+              add(std::integral_constant<int, Tile::ahead>{});
           }
-          if (!isfinite(check)) {
+#pragma unroll 1
+          for (; rest > 0; --rest) add(std::integral_constant<int, 1>{});
+        }
+        Acc check = 0;
 #pragma unroll
-            for (int r = 0; r < Tile::combined; ++r) {
+        for (int r = 0; r < Tile::combined; ++r) {
+          Acc part = 0;
 #pragma unroll
-              for (int e = 0; e < kVec; ++e) sum[r][e] = 0;
+          for (int i = 0; i < kWords; ++i) {
+            Word word;
+#pragma unroll
+            for (int e = 0; e < kVec / kWords; ++e) {
+              word.at[e] = sum[r][i * (kVec / kWords) + e];
+              part += word.at[e];
             }
-            combine(std::true_type{});
+            shared.sums[side * Tile::columns + warp][quarter * Tile::combined + r][i][lane] = word;
           }
+          check += part;
         }
-        if (thread % kWarpThreads < Tile::cells)
-          shared.weights[side / Tile::columns][warp][thread % kWarpThreads] =
-              plan.column_weight[at * Tile::cells + thread % kWarpThreads];
-      }
-#pragma unroll
-      for (int r = 0; r < Tile::combined; ++r) {
-#pragma unroll
-        for (int i = 0; i < kWords; ++i) {
-          Word word;
-#pragma unroll
-          for (int e = 0; e < kVec / kWords; ++e) word.at[e] = sum[r][i * (kVec / kWords) + e];
-          shared.sums[side + warp][quarter * Tile::combined + r][i][lane] = word;
-        }
-      }
-
+        return isfinite(check);
+      };
       // Filter all of them into this thread's sums. kExact: as above.
       const auto filter = [&](auto exact) {
         if (cell_group >= Tile::cell_groups) return;
-        const int64_t round = (shared.x * plan.max_columns + first) / Tile::columns;
-        uint32_t rest = load(plan.column_mask + round * Tile::cell_groups + cell_group);
+        uint32_t rest = shared.masks[side][cell_group];
 #pragma unroll 1
         while (rest != 0) {
           const int s = __clz(static_cast<int>(rest));
           rest ^= 0x80000000u >> s;
           const auto weight = *reinterpret_cast<const Pack<Acc, Tile::thread_cells>*>(
-              &shared.weights[side / Tile::columns][s][cell_group * Tile::thread_cells]);
+              &shared.weights[side][s][cell_group * Tile::thread_cells]);
           Acc value[2][kVec];
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
 #pragma unroll
             for (int i = 0; i < kWords; ++i) {
-              const Word word = shared.sums[side + s][row_group * 2 + r][i][lane];
+              const Word word = shared.sums[side * Tile::columns + s][row_group * 2 + r][i][lane];
 #pragma unroll
               for (int e = 0; e < kVec / kWords; ++e)
                 value[r][i * (kVec / kWords) + e] = word.at[e];
@@ -617,7 +609,10 @@ __global__ void __launch_bounds__(kThreads, kResident)
       };
       // One barrier is enough: the next round writes the other side, and the round after it comes
       // behind the next barrier.
-      if (__syncthreads_or(!isfinite(check))) {
+      const bool finite = combine(std::false_type{});
+      if (__syncthreads_or(!finite)) {
+        combine(std::true_type{});
+        __syncthreads();
         filter(std::true_type{});
       } else {
         filter(std::false_type{});
@@ -669,7 +664,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
       }
       const auto write = [&](auto finite) {
         constexpr bool kFinite = decltype(finite)::value;
-        if (channels <= 0) return;
+        if (channels() <= 0) return;
         const auto get = [&](const Word* end, Acc(&value)[kVec]) {
 #pragma unroll
           for (int i = 0; i < kWords; ++i) {
@@ -716,7 +711,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
             next_end(left);
             next_end(right);
             T* cell = row + stretch.offset;
-            store_channels(cell, channels, left);
+            store_channels(cell, left);
             if (stretch.length == 0) continue;
             Acc n = 1;
             for (int32_t rest = stretch.length; rest > 1; --rest, n += 1) {
@@ -725,9 +720,9 @@ __global__ void __launch_bounds__(kThreads, kResident)
 #pragma unroll
               for (int e = 0; e < kVec; ++e)
                 value[e] = between<kFinite>(left[e], right[e], n * stretch.step);
-              store_channels(cell, channels, value);
+              store_channels(cell, value);
             }
-            store_channels(cell + plan.out_strides[3], channels, right);
+            store_channels(cell + plan.out_strides[3], right);
           }
         }
       };
@@ -793,15 +788,14 @@ MeanPlan<typename AccumulatorOf<T>::type> make_plan(const EnsembleArgs& args,
   };
   const int64_t rows = plan.y.cells, cells = plan.x.cells;
   const int64_t max_runs_y = div_up(rows, 2), max_runs_x = div_up(cells, 2);
-  plan.combined = Tile::combined;
   plan.row_blocks = div_up(2 * max_runs_y, Tile::rows) * Tile::quarters;
-  plan.max_rows = div_up(window(plan.y.axis, Tile::combined), kPair) * kPair;
+  plan.max_pairs = div_up(window(plan.y.axis, Tile::combined), kPair);
   plan.tile_cells = Tile::cells;
   plan.tile_columns = Tile::columns;
   plan.cell_groups = Tile::cell_groups;
   plan.x_tiles = div_up(2 * max_runs_x, Tile::cells);
-  plan.max_columns =
-      div_up(args.views * window(plan.x.axis, Tile::cells), Tile::columns) * Tile::columns;
+  plan.max_rounds = div_up(args.views * window(plan.x.axis, Tile::cells), Tile::columns);
+  plan.max_columns = plan.max_rounds * Tile::columns;
   if (plan.max_columns > INT32_MAX)
     throw Error("srt::ensemble: on CUDA views * (tokens of " + std::to_string(Tile::cells) +
                 " output cells of a row) must be below 2^31; got " +
@@ -817,14 +811,12 @@ MeanPlan<typename AccumulatorOf<T>::type> make_plan(const EnsembleArgs& args,
   plan.y.count = workspace.take<double>(args.views * rows);
   plan.x.count = workspace.take<double>(args.views * cells);
   plan.row_span = workspace.take<RowSpan>(args.views * plan.row_blocks);
-  plan.input = workspace.take<int64_t>(args.views * plan.row_blocks * plan.max_rows);
-  plan.row_weight =
-      workspace.take<Acc>(args.views * plan.row_blocks * plan.max_rows * Tile::combined);
+  plan.inputs =
+      workspace.take<Inputs<Acc, Tile::combined>>(args.views * plan.row_blocks * plan.max_pairs);
   plan.column_total = workspace.take<int32_t>(plan.x_tiles);
   plan.column = workspace.take<Column>(plan.x_tiles * plan.max_columns);
   plan.column_weight = workspace.take<Acc>(plan.x_tiles * plan.max_columns * Tile::cells);
-  plan.column_mask = workspace.take<uint32_t>(plan.x_tiles * (plan.max_columns / Tile::columns) *
-                                              Tile::cell_groups);
+  plan.column_mask = workspace.take<uint32_t>(plan.x_tiles * plan.max_rounds * Tile::cell_groups);
   plan.inverse = workspace.take<Acc>(plan.row_blocks * Tile::combined * plan.x_tiles * Tile::cells);
   plan.out = args.out;
   std::copy_n(args.out_strides, 4, plan.out_strides);
@@ -849,7 +841,7 @@ int64_t mean(const char* op, const EnsembleArgs& args, const ViewNumbers& offset
   launch(op, find_breaks, div_up(views * (rows + cells), kThreads), stream, plan.y, plan.x,
          plan.sorted, views);
   launch(op, list_runs, 2, stream, plan.y, plan.x);
-  launch(op, fill_tables<Acc>,
+  launch(op, fill_tables<Tile::combined, Acc>,
          plan.x_tiles + plan.row_blocks +
              div_up(plan.row_blocks * Tile::combined / kInverseRows * plan.x_tiles * Tile::cells,
                     kThreads),
