@@ -89,7 +89,7 @@ struct MeanPlan {
   const void* tokens;        // [V, B, h*w, C]
   int64_t token_strides[3];  // of V, B and h*w, in elements
   int64_t row_step;          // from a row of tokens to the next, in elements
-  int64_t token_bytes;       // of an element
+  int64_t element_bytes;
   int64_t views, batch, channels;
   View* sorted;  // [V] by dx
   AxisPlan y, x;
@@ -109,6 +109,7 @@ struct MeanPlan {
   Acc* inverse;            // [ends of rows, ends of cells] 1 / total weight, 0 where no view counts
   void* out;               // [B, C, H', W']
   int64_t out_strides[4];  // in elements
+  int64_t row_bytes, cell_bytes;  // from a row of out, or a cell, to the next
 };
 
 // ---- runs ---------------------------------------------------------------------------------------
@@ -223,7 +224,7 @@ __device__ void fill_rows(const MeanPlan<Acc>& plan, int64_t block) {
   const auto put = [&](int64_t leader, int32_t i, int64_t v, int32_t row) {
     Inputs<Acc, kCombined>& pair = inputs[leader * plan.max_pairs + i / kPair];
     pair.offset[i % kPair] =
-        (plan.sorted[v].index * plan.token_strides[0] + row * plan.row_step) * plan.token_bytes;
+        (plan.sorted[v].index * plan.token_strides[0] + row * plan.row_step) * plan.element_bytes;
     for (int r = 0; r < kCombined; ++r) pair.weight[i % kPair][r] = 0;
   };
   for (int64_t v = threadIdx.x; v < plan.views; v += kThreads) {
@@ -373,9 +374,9 @@ __global__ void __launch_bounds__(kThreads)
 // A run as those who write it read it.
 template <class Acc>
 struct alignas(kVectorBytes) Stretch {
-  int64_t offset;  // of its first cell in a row of the output, in elements
-  int32_t length;  // from its first to its last cell
-  Acc step;        // 1 / length
+  int64_t offset;  // of its first row or cell in the output, in bytes
+  int32_t first, last;
+  Acc step;  // 1 / (last - first)
 };
 
 // The differences of ends up to this size are finite.
@@ -410,10 +411,10 @@ struct Shared {
 
   // Where the tile lies. Read from here whenever it is needed: kept in registers all the while it
   // would cost the sums theirs.
-  Stretch<Acc> cells[Tile::cells / 2];  // its runs; beyond the last one shorter than 0
-  Run rows[Tile::rows / 2];             // beyond the last one they begin at INT32_MAX
-  int64_t tile;                         // the next one
-  const T* tokens;                      // channel c0 of image b
+  // Its runs; beyond the last one they begin at INT32_MAX and have no cells.
+  Stretch<Acc> rows[Tile::rows / 2], cells[Tile::cells / 2];
+  int64_t tile;     // the next one
+  const T* tokens;  // channel c0 of image b
   T* out;
   int channels;  // from c0 on; 0 beyond the last tile
   int x, y;      // among tiles
@@ -440,11 +441,15 @@ __global__ void __launch_bounds__(kThreads, kResident)
   const int warp_lane = static_cast<int>(thread % kWarpThreads);
   const int row_group = static_cast<int>(thread / Tile::lanes % Tile::row_groups);
   const int cell_group = static_cast<int>(thread / Tile::lanes / Tile::row_groups);
+  // A small tile has fewer sums than threads.
+  const bool filters = Tile::cell_groups * Tile::row_groups * Tile::lanes == kThreads ||
+                       cell_group < Tile::cell_groups;
   // Channels of the tile from the first one of this thread on; may be negative.
   const auto channels = [&] { return shared.channels - lane * kVec; };
 
   // Loads and stores of the channels that this thread has.
-  const auto load_channels = [&](const T* from) {
+  const auto load_channels = [&](const char* at) {
+    const T* const from = reinterpret_cast<const T*>(at);
     Pack<T, kVec> pack;
     if constexpr (kVector) {
       pack = load(reinterpret_cast<const Pack<T, kVec>*>(from));
@@ -454,7 +459,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
     }
     return pack;
   };
-  const auto store_channels = [&](T* to, const Acc(&value)[kVec]) {
+  const auto store_channels = [&](char* at, const Acc(&value)[kVec]) {
+    T* const to = reinterpret_cast<T*>(at);
     Pack<T, kVec> pack;
 #pragma unroll
     for (int e = 0; e < kVec; ++e) pack.at[e] = from_acc<T>(value[e]);
@@ -489,18 +495,16 @@ __global__ void __launch_bounds__(kThreads, kResident)
     __syncthreads();
     if (shared.channels == 0) return;
 
-    const auto run_of = [](const AxisPlan& axis, int i) {
-      return i < *axis.total ? axis.runs[i] : Run{INT32_MAX, INT32_MAX - 1};
-    };
-    const int i = static_cast<int>(thread);
-    if (i < Tile::cells / 2) {
-      const Run run = run_of(plan.x, shared.x * (Tile::cells / 2) + i);
-      const int32_t length = run.last - run.first;
-      shared.cells[i] = {run.first * plan.out_strides[3], length,
-                         Acc{1} / static_cast<Acc>(length)};
-    } else if (i < (Tile::cells + Tile::rows) / 2) {
-      const int row = i - Tile::cells / 2;
-      shared.rows[row] = run_of(plan.y, shared.y * (Tile::rows / 2) + row);
+    constexpr int kRows = Tile::rows / 2, kCells = Tile::cells / 2;
+    if (thread < kRows + kCells) {
+      const bool vertical = thread < kRows;
+      const AxisPlan& axis = vertical ? plan.y : plan.x;
+      const int i = static_cast<int>(vertical ? thread : thread - kRows);
+      const int at = vertical ? shared.y * kRows + i : shared.x * kCells + i;
+      const Run run = at < *axis.total ? axis.runs[at] : Run{INT32_MAX, INT32_MAX - 1};
+      (vertical ? shared.rows : shared.cells)[i] = {
+          run.first * (vertical ? plan.row_bytes : plan.cell_bytes), run.first, run.last,
+          Acc{1} / static_cast<Acc>(run.last - run.first)};
     }
 
     Acc out[2][Tile::thread_cells][kVec] = {};
@@ -517,9 +521,11 @@ __global__ void __launch_bounds__(kThreads, kResident)
           if (warp_lane < Tile::cells)
             shared.weights[side][warp][warp_lane] =
                 load(plan.column_weight + at * Tile::cells + warp_lane);
-          if (warp_lane == 0 && warp < Tile::cell_groups)
-            shared.masks[side][warp] = load(
-                plan.column_mask + (shared.x * plan.max_rounds + round) * Tile::cell_groups + warp);
+          // The first warp has a column in every round.
+          if (thread < Tile::cell_groups)
+            shared.masks[side][thread] =
+                load(plan.column_mask + (shared.x * plan.max_rounds + round) * Tile::cell_groups +
+                     thread);
           const int64_t slot = (shared.y * Tile::quarters + quarter) * plan.views + column.begin;
           const auto* inputs =
               static_cast<const Inputs<Acc, Tile::combined>*>(plan.inputs) + slot * plan.max_pairs;
@@ -532,7 +538,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
             for (int i = 0; i < kInputs; ++i) {
               const auto from =
                   load(reinterpret_cast<const Pack<int64_t, kPair>*>(inputs[i / kPair].offset));
-              token[i] = load_channels(reinterpret_cast<const T*>(tokens + from.at[i % kPair]));
+              token[i] = load_channels(tokens + from.at[i % kPair]);
             }
 #pragma unroll
             for (int i = 0; i < kInputs; ++i) {
@@ -577,7 +583,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
       };
       // Filter all of them into this thread's sums. kExact: as above.
       const auto filter = [&](auto exact) {
-        if (cell_group >= Tile::cell_groups) return;
+        if (!filters) return;
         uint32_t rest = shared.masks[side][cell_group];
 #pragma unroll 1
         while (rest != 0) {
@@ -621,7 +627,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
 
     // Scale the ends. What is added turns -0, which depends on the weights of 0, into 0.
     Acc size = 0;
-    if (cell_group < Tile::cell_groups) {
+    if (filters) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int64_t row = shared.y * Tile::rows + row_group * 2 + r;
@@ -665,14 +671,6 @@ __global__ void __launch_bounds__(kThreads, kResident)
       const auto write = [&](auto finite) {
         constexpr bool kFinite = decltype(finite)::value;
         if (channels() <= 0) return;
-        const auto get = [&](const Word* end, Acc(&value)[kVec]) {
-#pragma unroll
-          for (int i = 0; i < kWords; ++i) {
-            const Word word = end[i * Tile::lanes];
-#pragma unroll
-            for (int e = 0; e < kVec / kWords; ++e) value[i * (kVec / kWords) + e] = word.at[e];
-          }
-        };
         // The rows of a tile follow each other: each is in the last run that begins before
         // it.
 #pragma unroll 1
@@ -680,16 +678,13 @@ __global__ void __launch_bounds__(kThreads, kResident)
              y += kThreads / Tile::lanes) {
           int g = 0;
 #pragma unroll
-          for (int i = 1; i < Tile::rows / 2; ++i) g += shared.rows[i].first <= y;
-          const Run run = shared.rows[g];
-          if (y > run.last) break;
+          for (int i = kRows / 2; i > 0; i /= 2) g += shared.rows[g + i].first <= y ? i : 0;
+          const Stretch<Acc> rows = shared.rows[g];
+          if (y > rows.last) break;
           // An end comes out as it is.
-          const bool is_last = y == run.last;
-          const Acc down =
-              is_last ? 0
-                      : static_cast<Acc>(y - run.first) / static_cast<Acc>(run.last - run.first);
-          const Word* upper = &ends[2 * g + is_last][0][0][lane];
+          const Word* upper = &ends[y == rows.last ? 2 * g + 1 : 2 * g][0][0][lane];
           const Word* lower = &ends[2 * g + 1][0][0][lane];
+          const Acc down = y == rows.last ? 0 : static_cast<Acc>(y - rows.first) * rows.step;
           const auto next_end = [&](Acc(&value)[kVec]) {
 #pragma unroll
             for (int i = 0; i < kWords; ++i) {
@@ -701,28 +696,33 @@ __global__ void __launch_bounds__(kThreads, kResident)
             upper += kWords * Tile::lanes;
             lower += kWords * Tile::lanes;
           };
-          T* const row = shared.out + lane * kVec * plan.out_strides[1] + y * plan.out_strides[2];
-          const Stretch<Acc>* cells = shared.cells + pass * (Tile::pass_cells / 2);
+          char* const row =
+              reinterpret_cast<char*>(shared.out + lane * kVec * plan.out_strides[1]) +
+              y * plan.row_bytes;
+          const Stretch<Acc>* const runs = shared.cells + pass * (Tile::pass_cells / 2);
 #pragma unroll 1
           for (int i = 0; i < Tile::pass_cells / 2; ++i) {
-            const Stretch<Acc> stretch = *cells++;
-            if (stretch.length < 0) break;
+            const Stretch<Acc> cells = runs[i];
+            const int32_t length = cells.last - cells.first;
+            if (length < 0) break;
             Acc left[kVec], right[kVec];
             next_end(left);
             next_end(right);
-            T* cell = row + stretch.offset;
+            char* cell = row + cells.offset;
             store_channels(cell, left);
-            if (stretch.length == 0) continue;
+            cell += plan.cell_bytes;
             Acc n = 1;
-            for (int32_t rest = stretch.length; rest > 1; --rest, n += 1) {
-              cell += plan.out_strides[3];
+#pragma unroll 4
+            for (int32_t rest = length - 1; rest > 0; --rest) {
               Acc value[kVec];
 #pragma unroll
               for (int e = 0; e < kVec; ++e)
-                value[e] = between<kFinite>(left[e], right[e], n * stretch.step);
+                value[e] = between<kFinite>(left[e], right[e], n * cells.step);
               store_channels(cell, value);
+              cell += plan.cell_bytes;
+              n += 1;
             }
-            store_channels(cell + plan.out_strides[3], right);
+            if (length > 0) store_channels(cell, right);
           }
         }
       };
@@ -769,7 +769,7 @@ MeanPlan<typename AccumulatorOf<T>::type> make_plan(const EnsembleArgs& args,
   plan.tokens = args.tokens;
   std::copy_n(args.token_strides, 3, plan.token_strides);
   plan.row_step = args.grid[1] * args.token_strides[2];
-  plan.token_bytes = sizeof(T);
+  plan.element_bytes = sizeof(T);
   plan.views = args.views;
   plan.batch = args.batch;
   plan.channels = args.channels;
@@ -820,6 +820,8 @@ MeanPlan<typename AccumulatorOf<T>::type> make_plan(const EnsembleArgs& args,
   plan.inverse = workspace.take<Acc>(plan.row_blocks * Tile::combined * plan.x_tiles * Tile::cells);
   plan.out = args.out;
   std::copy_n(args.out_strides, 4, plan.out_strides);
+  plan.row_bytes = args.out_strides[2] * plan.element_bytes;
+  plan.cell_bytes = args.out_strides[3] * plan.element_bytes;
   return plan;
 }
 
