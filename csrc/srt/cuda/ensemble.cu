@@ -374,9 +374,9 @@ __global__ void __launch_bounds__(kThreads)
 // A run as those who write it read it.
 template <class Acc>
 struct alignas(kVectorBytes) Stretch {
-  int64_t offset;  // of its first row or cell in the output, in bytes
-  int32_t first, last;
-  Acc step;  // 1 / (last - first)
+  int64_t at;      // its first row; or its first cell, in bytes of a row of the output
+  int32_t length;  // from its first to its last one
+  Acc step;        // 1 / length
 };
 
 // The differences of ends up to this size are finite.
@@ -411,7 +411,7 @@ struct Shared {
 
   // Where the tile lies. Read from here whenever it is needed: kept in registers all the while it
   // would cost the sums theirs.
-  // Its runs; beyond the last one they begin at INT32_MAX and have no cells.
+  // Its runs; beyond the last one they begin at INT32_MAX and are shorter than 0.
   Stretch<Acc> rows[Tile::rows / 2], cells[Tile::cells / 2];
   int64_t tile;     // the next one
   const T* tokens;  // channel c0 of image b
@@ -502,9 +502,9 @@ __global__ void __launch_bounds__(kThreads, kResident)
       const int i = static_cast<int>(vertical ? thread : thread - kRows);
       const int at = vertical ? shared.y * kRows + i : shared.x * kCells + i;
       const Run run = at < *axis.total ? axis.runs[at] : Run{INT32_MAX, INT32_MAX - 1};
-      (vertical ? shared.rows : shared.cells)[i] = {
-          run.first * (vertical ? plan.row_bytes : plan.cell_bytes), run.first, run.last,
-          Acc{1} / static_cast<Acc>(run.last - run.first)};
+      const int32_t length = run.last - run.first;
+      (vertical ? shared.rows : shared.cells)[i] = {run.first * (vertical ? 1 : plan.cell_bytes),
+                                                    length, Acc{1} / static_cast<Acc>(length)};
     }
 
     Acc out[2][Tile::thread_cells][kVec] = {};
@@ -671,20 +671,23 @@ __global__ void __launch_bounds__(kThreads, kResident)
       const auto write = [&](auto finite) {
         constexpr bool kFinite = decltype(finite)::value;
         if (channels() <= 0) return;
-        // The rows of a tile follow each other: each is in the last run that begins before
-        // it.
+        // The rows of a tile follow each other: each is in the last run that begins before it.
+        constexpr int kTurn = kThreads / Tile::lanes;
+        const auto first_row = [&](int g) { return static_cast<int32_t>(shared.rows[g].at); };
+        int32_t y = first_row(0) + static_cast<int32_t>(thread / Tile::lanes);
+        char* row = reinterpret_cast<char*>(shared.out + lane * kVec * plan.out_strides[1]) +
+                    y * plan.row_bytes;
 #pragma unroll 1
-        for (int32_t y = shared.rows[0].first + thread / Tile::lanes;;
-             y += kThreads / Tile::lanes) {
+        for (;; y += kTurn, row += kTurn * plan.row_bytes) {
           int g = 0;
 #pragma unroll
-          for (int i = kRows / 2; i > 0; i /= 2) g += shared.rows[g + i].first <= y ? i : 0;
-          const Stretch<Acc> rows = shared.rows[g];
-          if (y > rows.last) break;
+          for (int i = kRows / 2; i > 0; i /= 2) g += first_row(g + i) <= y ? i : 0;
+          const int32_t place = y - first_row(g), last = shared.rows[g].length;
+          if (place > last) break;
           // An end comes out as it is.
-          const Word* upper = &ends[y == rows.last ? 2 * g + 1 : 2 * g][0][0][lane];
+          const Word* upper = &ends[place == last ? 2 * g + 1 : 2 * g][0][0][lane];
           const Word* lower = &ends[2 * g + 1][0][0][lane];
-          const Acc down = y == rows.last ? 0 : static_cast<Acc>(y - rows.first) * rows.step;
+          const Acc down = place == last ? 0 : static_cast<Acc>(place) * shared.rows[g].step;
           const auto next_end = [&](Acc(&value)[kVec]) {
 #pragma unroll
             for (int i = 0; i < kWords; ++i) {
@@ -696,24 +699,20 @@ __global__ void __launch_bounds__(kThreads, kResident)
             upper += kWords * Tile::lanes;
             lower += kWords * Tile::lanes;
           };
-          char* const row =
-              reinterpret_cast<char*>(shared.out + lane * kVec * plan.out_strides[1]) +
-              y * plan.row_bytes;
-          const Stretch<Acc>* const runs = shared.cells + pass * (Tile::pass_cells / 2);
+          const Stretch<Acc>* run = shared.cells + pass * (Tile::pass_cells / 2);
 #pragma unroll 1
-          for (int i = 0; i < Tile::pass_cells / 2; ++i) {
-            const Stretch<Acc> cells = runs[i];
-            const int32_t length = cells.last - cells.first;
-            if (length < 0) break;
+          for (int i = 0; i < Tile::pass_cells / 2; ++i, ++run) {
+            const Stretch<Acc> cells = *run;
+            if (cells.length < 0) break;
             Acc left[kVec], right[kVec];
             next_end(left);
             next_end(right);
-            char* cell = row + cells.offset;
+            char* cell = row + cells.at;
             store_channels(cell, left);
             cell += plan.cell_bytes;
             Acc n = 1;
-#pragma unroll 4
-            for (int32_t rest = length - 1; rest > 0; --rest) {
+#pragma unroll(kFinite ? 4 : 1)
+            for (int32_t rest = cells.length - 1; rest > 0; --rest) {
               Acc value[kVec];
 #pragma unroll
               for (int e = 0; e < kVec; ++e)
@@ -722,7 +721,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
               cell += plan.cell_bytes;
               n += 1;
             }
-            if (length > 0) store_channels(cell, right);
+            if (cells.length > 0) store_channels(cell, right);
           }
         }
       };
