@@ -418,7 +418,10 @@ struct Shared {
   T* out;
   int channels;  // from c0 on; 0 beyond the last tile
   int x, y;      // among tiles
-  int columns;
+  int columns;   // of the tile, and what the plan has for them
+  const Column* column;
+  const Acc* column_weight;
+  const uint32_t* column_mask;
 };
 
 // kVector: 16 bytes an access, which needs aligned rows of channels on both sides. As many blocks
@@ -490,6 +493,10 @@ __global__ void __launch_bounds__(kThreads, kResident)
       const int64_t channels = min(plan.channels - c0, int64_t{Tile::channels});
       shared.channels = b < plan.batch ? static_cast<int>(channels) : 0;
       shared.columns = plan.column_total[shared.x];
+      const int64_t first = shared.x * plan.max_columns;
+      shared.column = plan.column + first;
+      shared.column_weight = plan.column_weight + first * Tile::cells;
+      shared.column_mask = plan.column_mask + first / Tile::columns * Tile::cell_groups;
       shared.tile += gridDim.x;
     }
     __syncthreads();
@@ -508,24 +515,32 @@ __global__ void __launch_bounds__(kThreads, kResident)
     }
 
     Acc out[2][Tile::thread_cells][kVec] = {};
+    // What a round needs of the tables is loaded during the one before it: a column for this warp,
+    // its weight in one cell, and the mask of one group of cells.
+    Column column{};
+    Acc weight = 0;
+    uint32_t mask = 0;
+    const auto fetch = [&](int round) {
+      const int own = round * Tile::columns + warp;
+      if (own < shared.columns) {
+        column = load(shared.column + own);
+        if (warp_lane < Tile::cells)
+          weight = load(shared.column_weight + own * int64_t{Tile::cells} + warp_lane);
+      }
+      if (thread < Tile::cell_groups && round * Tile::columns < shared.columns)
+        mask = load(shared.column_mask + round * Tile::cell_groups + static_cast<int>(thread));
+    };
+    fetch(0);
     for (int round = 0; round * Tile::columns < shared.columns; ++round) {
       const int side = round % 2;
+      if (warp_lane < Tile::cells) shared.weights[side][warp][warp_lane] = weight;
+      if (thread < Tile::cell_groups) shared.masks[side][thread] = mask;
       // Combine one column a warp; returns whether all of it is finite. kExact: a weight of 0 is
       // not multiplied. Otherwise it is, which is wrong for a token that is not finite.
       const auto combine = [&](auto exact) {
         constexpr bool kExact = decltype(exact)::value;
         Acc sum[Tile::combined][kVec] = {};
         if (round * Tile::columns + warp < shared.columns) {
-          const int64_t at = shared.x * plan.max_columns + round * Tile::columns + warp;
-          const Column column = load(plan.column + at);
-          if (warp_lane < Tile::cells)
-            shared.weights[side][warp][warp_lane] =
-                load(plan.column_weight + at * Tile::cells + warp_lane);
-          // The first warp has a column in every round.
-          if (thread < Tile::cell_groups)
-            shared.masks[side][thread] =
-                load(plan.column_mask + (shared.x * plan.max_rounds + round) * Tile::cell_groups +
-                     thread);
           const int64_t slot = (shared.y * Tile::quarters + quarter) * plan.views + column.begin;
           const auto* inputs =
               static_cast<const Inputs<Acc, Tile::combined>*>(plan.inputs) + slot * plan.max_pairs;
@@ -619,8 +634,10 @@ __global__ void __launch_bounds__(kThreads, kResident)
       if (__syncthreads_or(!finite)) {
         combine(std::true_type{});
         __syncthreads();
+        fetch(round + 1);
         filter(std::true_type{});
       } else {
+        fetch(round + 1);
         filter(std::false_type{});
       }
     }
