@@ -422,6 +422,8 @@ struct Shared {
   const Column* column;
   const Acc* column_weight;
   const uint32_t* column_mask;
+  const RowSpan* span;  // of its rows
+  const Inputs<Acc, Tile::combined>* inputs;
 };
 
 // kVector: 16 bytes an access, which needs aligned rows of channels on both sides. As many blocks
@@ -497,6 +499,10 @@ __global__ void __launch_bounds__(kThreads, kResident)
       shared.column = plan.column + first;
       shared.column_weight = plan.column_weight + first * Tile::cells;
       shared.column_mask = plan.column_mask + first / Tile::columns * Tile::cell_groups;
+      const int64_t slot = shared.y * Tile::quarters * plan.views;
+      shared.span = plan.row_span + slot;
+      shared.inputs =
+          static_cast<const Inputs<Acc, Tile::combined>*>(plan.inputs) + slot * plan.max_pairs;
       shared.tile += gridDim.x;
     }
     __syncthreads();
@@ -540,44 +546,42 @@ __global__ void __launch_bounds__(kThreads, kResident)
       const auto combine = [&](auto exact) {
         constexpr bool kExact = decltype(exact)::value;
         Acc sum[Tile::combined][kVec] = {};
-        if (round * Tile::columns + warp < shared.columns) {
-          const int64_t slot = (shared.y * Tile::quarters + quarter) * plan.views + column.begin;
-          const auto* inputs =
-              static_cast<const Inputs<Acc, Tile::combined>*>(plan.inputs) + slot * plan.max_pairs;
-          const char* const tokens = reinterpret_cast<const char*>(
-              shared.tokens + lane * kVec + column.token * plan.token_strides[2]);
-          const auto add = [&](auto pairs) {
-            constexpr int kInputs = decltype(pairs)::value * kPair;
-            Pack<T, kVec> token[kInputs];
+        const int64_t slot = quarter * plan.views + column.begin;
+        const auto* inputs = shared.inputs + slot * plan.max_pairs;
+        const char* const tokens = reinterpret_cast<const char*>(
+            shared.tokens + lane * kVec + column.token * plan.token_strides[2]);
+        const auto add = [&](auto pairs) {
+          constexpr int kInputs = decltype(pairs)::value * kPair;
+          Pack<T, kVec> token[kInputs];
 #pragma unroll
-            for (int i = 0; i < kInputs; ++i) {
-              const auto from =
-                  load(reinterpret_cast<const Pack<int64_t, kPair>*>(inputs[i / kPair].offset));
-              token[i] = load_channels(tokens + from.at[i % kPair]);
-            }
-#pragma unroll
-            for (int i = 0; i < kInputs; ++i) {
-              const auto weight = load(reinterpret_cast<const Pack<Acc, Tile::combined>*>(
-                  inputs[i / kPair].weight[i % kPair]));
-              const auto value = to_acc(token[i]);
-#pragma unroll
-              for (int r = 0; r < Tile::combined; ++r) {
-                if (kExact && weight.at[r] == 0) continue;
-#pragma unroll
-                for (int e = 0; e < kVec; ++e) sum[r][e] += weight.at[r] * value.at[e];
-              }
-            }
-            inputs += decltype(pairs)::value;
-          };
-          int32_t rest = channels() > 0 ? load(&plan.row_span[slot].pairs) : 0;
-          if (Tile::ahead > 1 && !kExact) {
-#pragma unroll 1
-            for (; rest >= Tile::ahead; rest -= Tile::ahead)
-              add(std::integral_constant<int, Tile::ahead>{});
+          for (int i = 0; i < kInputs; ++i) {
+            const auto from =
+                load(reinterpret_cast<const Pack<int64_t, kPair>*>(inputs[i / kPair].offset));
+            token[i] = load_channels(tokens + from.at[i % kPair]);
           }
+#pragma unroll
+          for (int i = 0; i < kInputs; ++i) {
+            const auto weight = load(reinterpret_cast<const Pack<Acc, Tile::combined>*>(
+                inputs[i / kPair].weight[i % kPair]));
+            const auto value = to_acc(token[i]);
+#pragma unroll
+            for (int r = 0; r < Tile::combined; ++r) {
+              if (kExact && weight.at[r] == 0) continue;
+#pragma unroll
+              for (int e = 0; e < kVec; ++e) sum[r][e] += weight.at[r] * value.at[e];
+            }
+          }
+          inputs += decltype(pairs)::value;
+        };
+        const bool reads = channels() > 0 && round * Tile::columns + warp < shared.columns;
+        int32_t rest = reads ? load(&shared.span[slot].pairs) : 0;
+        if (Tile::ahead > 1 && !kExact) {
 #pragma unroll 1
-          for (; rest > 0; --rest) add(std::integral_constant<int, 1>{});
+          for (; rest >= Tile::ahead; rest -= Tile::ahead)
+            add(std::integral_constant<int, Tile::ahead>{});
         }
+#pragma unroll 1
+        for (; rest > 0; --rest) add(std::integral_constant<int, 1>{});
         Acc check = 0;
 #pragma unroll
         for (int r = 0; r < Tile::combined; ++r) {
