@@ -407,7 +407,6 @@ struct Shared {
   // Combined columns, those of two rounds; then the ends of runs.
   Word sums[2 * Tile::columns][Tile::rows][words][Tile::lanes];
   alignas(kVectorBytes) Acc weights[2][Tile::columns][Tile::cells];
-  uint32_t masks[2][Tile::cell_groups];
 
   // Where the tile lies. Read from here whenever it is needed: kept in registers all the while it
   // would cost the sums theirs.
@@ -522,7 +521,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
 
     Acc out[2][Tile::thread_cells][kVec] = {};
     // What a round needs of the tables is loaded during the one before it: a column for this warp,
-    // its weight in one cell, and the mask of one group of cells.
+    // its weight in one cell, and the mask of this group of cells.
     Column column{};
     Acc weight = 0;
     uint32_t mask = 0;
@@ -533,14 +532,14 @@ __global__ void __launch_bounds__(kThreads, kResident)
         if (warp_lane < Tile::cells)
           weight = load(shared.column_weight + own * int64_t{Tile::cells} + warp_lane);
       }
-      if (thread < Tile::cell_groups && round * Tile::columns < shared.columns)
-        mask = load(shared.column_mask + round * Tile::cell_groups + static_cast<int>(thread));
+      if (filters && round * Tile::columns < shared.columns)
+        mask = load(shared.column_mask + round * Tile::cell_groups + cell_group);
     };
     fetch(0);
     for (int round = 0; round * Tile::columns < shared.columns; ++round) {
       const int side = round % 2;
       if (warp_lane < Tile::cells) shared.weights[side][warp][warp_lane] = weight;
-      if (thread < Tile::cell_groups) shared.masks[side][thread] = mask;
+
       // Combine one column a warp; returns whether all of it is finite. kExact: a weight of 0 is
       // not multiplied. Otherwise it is, which is wrong for a token that is not finite.
       const auto combine = [&](auto exact) {
@@ -585,7 +584,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
         Acc check = 0;
 #pragma unroll
         for (int r = 0; r < Tile::combined; ++r) {
-          Acc part = 0;
+          Acc part = -Acc{0};
 #pragma unroll
           for (int i = 0; i < kWords; ++i) {
             Word word;
@@ -601,9 +600,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
         return isfinite(check);
       };
       // Filter all of them into this thread's sums. kExact: as above.
-      const auto filter = [&](auto exact) {
-        if (!filters) return;
-        uint32_t rest = shared.masks[side][cell_group];
+      const auto filter = [&](auto exact, uint32_t rest) {
 #pragma unroll 1
         while (rest != 0) {
           const int s = __clz(static_cast<int>(rest));
@@ -638,11 +635,13 @@ __global__ void __launch_bounds__(kThreads, kResident)
       if (__syncthreads_or(!finite)) {
         combine(std::true_type{});
         __syncthreads();
+        const uint32_t own = mask;
         fetch(round + 1);
-        filter(std::true_type{});
+        filter(std::true_type{}, own);
       } else {
+        const uint32_t own = mask;
         fetch(round + 1);
-        filter(std::false_type{});
+        filter(std::false_type{}, own);
       }
     }
 
