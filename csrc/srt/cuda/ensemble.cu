@@ -353,7 +353,7 @@ __device__ void fill_inverse(const MeanPlan<Acc>& plan, int64_t row, int64_t end
 }
 
 template <int kCombined, class Acc>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     fill_tables(const __grid_constant__ MeanPlan<Acc> plan) {
   const int64_t ends = plan.x_tiles * plan.tile_cells;
   const int64_t inverses = plan.row_blocks * kCombined / kInverseRows * ends;
@@ -376,8 +376,15 @@ template <class Acc>
 struct alignas(kVectorBytes) Stretch {
   int64_t at;      // its first row; or its first cell, in bytes of a row of the output
   int32_t length;  // from its first to its last one
-  Acc step;        // 1 / length
+  Acc inverse;     // 1 / length, 0 for a length of 0
 };
+
+// n / length, rounded once, from the inverse of the length.
+template <class Acc>
+__device__ Acc part_of(Acc n, Acc length, Acc inverse) {
+  const Acc part = n * inverse;
+  return fma(fma(-part, length, n), inverse, part);
+}
 
 // The differences of ends up to this size are finite.
 template <class Acc>
@@ -392,7 +399,7 @@ __device__ Acc between(Acc first, Acc last, Acc t) {
     // What the first end ignores must not be multiplied by 0.
     return t == 0 ? first : (1 - t) * first + t * last;
   }
-  return t * slope + first;
+  return fma(t, slope, first);
 }
 
 // Of a block.
@@ -515,8 +522,9 @@ __global__ void __launch_bounds__(kThreads, kResident)
       const int at = vertical ? shared.y * kRows + i : shared.x * kCells + i;
       const Run run = at < *axis.total ? axis.runs[at] : Run{INT32_MAX, INT32_MAX - 1};
       const int32_t length = run.last - run.first;
-      (vertical ? shared.rows : shared.cells)[i] = {run.first * (vertical ? 1 : plan.cell_bytes),
-                                                    length, Acc{1} / static_cast<Acc>(length)};
+      (vertical ? shared.rows : shared.cells)[i] = {
+          run.first * (vertical ? 1 : plan.cell_bytes), length,
+          length > 0 ? Acc{1} / static_cast<Acc>(length) : 0};
     }
 
     Acc out[2][Tile::thread_cells][kVec] = {};
@@ -704,20 +712,22 @@ __global__ void __launch_bounds__(kThreads, kResident)
           for (int i = kRows / 2; i > 0; i /= 2) g += first_row(g + i) <= y ? i : 0;
           const int32_t place = y - first_row(g), last = shared.rows[g].length;
           if (place > last) break;
-          // An end comes out as it is.
-          const Word* upper = &ends[place == last ? 2 * g + 1 : 2 * g][0][0][lane];
-          const Word* lower = &ends[2 * g + 1][0][0][lane];
-          const Acc down = place == last ? 0 : static_cast<Acc>(place) * shared.rows[g].step;
+          // From the nearer end, which so comes out as it is and leaves less to round.
+          const bool below = 2 * place > last;
+          const Word* near = &ends[below ? 2 * g + 1 : 2 * g][0][0][lane];
+          const Word* far = &ends[below ? 2 * g : 2 * g + 1][0][0][lane];
+          const Acc t = part_of(static_cast<Acc>(below ? last - place : place),
+                                static_cast<Acc>(last), shared.rows[g].inverse);
           const auto next_end = [&](Acc(&value)[kVec]) {
 #pragma unroll
             for (int i = 0; i < kWords; ++i) {
-              const Word first = upper[i * Tile::lanes], last = lower[i * Tile::lanes];
+              const Word from = near[i * Tile::lanes], to = far[i * Tile::lanes];
 #pragma unroll
               for (int e = 0; e < kVec / kWords; ++e)
-                value[i * (kVec / kWords) + e] = between<kFinite>(first.at[e], last.at[e], down);
+                value[i * (kVec / kWords) + e] = between<kFinite>(from.at[e], to.at[e], t);
             }
-            upper += kWords * Tile::lanes;
-            lower += kWords * Tile::lanes;
+            near += kWords * Tile::lanes;
+            far += kWords * Tile::lanes;
           };
           const Stretch<Acc>* run = shared.cells + pass * (Tile::pass_cells / 2);
 #pragma unroll 1
@@ -733,10 +743,10 @@ __global__ void __launch_bounds__(kThreads, kResident)
             Acc n = 1;
 #pragma unroll(kFinite ? 4 : 1)
             for (int32_t rest = cells.length - 1; rest > 0; --rest) {
+              const Acc part = part_of(n, static_cast<Acc>(cells.length), cells.inverse);
               Acc value[kVec];
 #pragma unroll
-              for (int e = 0; e < kVec; ++e)
-                value[e] = between<kFinite>(left[e], right[e], n * cells.step);
+              for (int e = 0; e < kVec; ++e) value[e] = between<kFinite>(left[e], right[e], part);
               store_channels(cell, value);
               cell += plan.cell_bytes;
               n += 1;
