@@ -41,8 +41,8 @@ class Code:
     cells: int  # that a thread filters
 
 
-F32 = Code(420, 157, 87, 46, 81, 51, 42, 19, 10.5, combined=4, cells=8)
-B16 = Code(490, 180, 125, 61, 82, 51, 80, 19, 18, combined=2, cells=4)
+F32 = Code(420, 145, 87, 46, 81, 59, 42, 20, 12.5, combined=4, cells=8)
+B16 = Code(420, 136, 120, 61, 82, 59, 74, 24, 20, combined=2, cells=4)
 THREADS, COLUMNS, CELLS, SEGMENT, RESIDENT = 256, 8, 32, 64, 2 * 132
 QUARTERS, LANES = 4, 8  # of a warp that combines; 4 rows of a warp that writes
 

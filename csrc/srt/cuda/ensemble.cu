@@ -609,6 +609,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
       };
       // Filter all of them into this thread's sums. kExact: as above.
       const auto filter = [&](auto exact, uint32_t rest) {
+        constexpr bool kExact = decltype(exact)::value;
 #pragma unroll 1
         while (rest != 0) {
           const int s = __clz(static_cast<int>(rest));
@@ -628,7 +629,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
           }
 #pragma unroll
           for (int x = 0; x < Tile::thread_cells; ++x) {
-            if (decltype(exact)::value && weight.at[x] == 0) continue;
+            if (kExact && weight.at[x] == 0) continue;
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
 #pragma unroll
