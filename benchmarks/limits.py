@@ -29,7 +29,7 @@ class Code:
     code, and how the tile is shared out."""
 
     tile: int
-    round: int  # of 8 columns: what surrounds the loops
+    round: int  # of 8 columns: what surrounds their loops
     fours: int  # of a column that a thread combines: 4 tokens, then pairs of them
     pair: int
     column: int  # that a thread filters
@@ -106,8 +106,8 @@ def blocks(table: torch.Tensor, ends: list[int], size: int) -> torch.Tensor:
 
 
 def mean(shape: Shape, upsample: str, size: int) -> tuple[float, ...]:
-    """Seconds: to write, to read and write, to do the operations, and to issue the instructions that
-    combine, filter, write, and what surrounds them."""
+    """Seconds: to write, to read and write, to do the operations; and to issue the instructions
+    that combine, filter, write, and what surrounds them."""
     offsets = srt_ext.views.grid(3)
     dy, dx = (offsets[:, k].unique().tolist() for k in (0, 1))
     rows, columns = reads(shape, 0, dy, upsample), reads(shape, 1, dx, upsample)

@@ -103,8 +103,8 @@ struct MeanPlan {
   int32_t* column_total;  // [x_tiles]
   Column* column;         // [x_tiles, max_columns]
   Acc* column_weight;     // [x_tiles, max_columns, tile_cells]
-  // [x_tiles, max_rounds, cell_groups]: which of the columns that are combined at a
-  // time have weights that are not 0 in a group of cells, the first one in the highest bit.
+  // [x_tiles, max_rounds, cell_groups] which of the columns that are combined at a time have a
+  // weight that is not 0 in a group of cells; the first one is the highest bit.
   uint32_t* column_mask;
   Acc* inverse;            // [ends of rows, ends of cells] 1 / total weight, 0 where no view counts
   void* out;               // [B, C, H', W']
@@ -415,10 +415,10 @@ struct Shared {
   Word sums[2 * Tile::columns][Tile::rows][words][Tile::lanes];
   alignas(kVectorBytes) Acc weights[2][Tile::columns][Tile::cells];
 
+  // The runs of the tile; beyond the last one they begin at INT32_MAX and are shorter than 0.
+  Stretch<Acc> rows[Tile::rows / 2], cells[Tile::cells / 2];
   // Where the tile lies. Read from here whenever it is needed: kept in registers all the while it
   // would cost the sums theirs.
-  // Its runs; beyond the last one they begin at INT32_MAX and are shorter than 0.
-  Stretch<Acc> rows[Tile::rows / 2], cells[Tile::cells / 2];
   int64_t tile;     // the next one
   const T* tokens;  // channel c0 of image b
   T* out;
