@@ -28,21 +28,23 @@ class Code:
     """Instructions of a thread in the large tile of mean_kernel, read off the loops of its sm_90
     code, and how the tile is shared out."""
 
-    view: int  # of a column, besides its token rows
-    row: int  # a token row of a view
-    column: int  # a column that a thread filters
-    skip: int  # one that it does not read
-    round: int  # of 8 columns
     tile: int
-    line: int  # a row of output in a run of cells, with its two ends
-    cell: int  # each cell between them
+    round: int  # of 8 columns: what surrounds their loops
+    fours: int  # of a column that a thread combines: 4 tokens, then pairs of them
+    pair: int
+    column: int  # that a thread filters
+    turn: int  # of writing: a row in one of two passes
+    line: int  # a row in a run of cells, with its two ends
+    begin: int  # of the cells between them
+    cell: float  # each of these
     combined: int  # rows that a thread combines
     cells: int  # that a thread filters
 
 
-F32 = Code(31, 38, 99, 8, 150, 250, 106, 35, combined=4, cells=8)
-B16 = Code(34, 64, 112, 8, 170, 250, 160, 57, combined=2, cells=4)
+F32 = Code(420, 145, 87, 46, 81, 59, 42, 20, 12.5, combined=4, cells=8)
+B16 = Code(420, 136, 120, 61, 82, 59, 74, 24, 20, combined=2, cells=4)
 THREADS, COLUMNS, CELLS, SEGMENT, RESIDENT = 256, 8, 32, 64, 2 * 132
+QUARTERS, LANES = 4, 8  # of a warp that combines; 4 rows of a warp that writes
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,8 @@ def blocks(table: torch.Tensor, ends: list[int], size: int) -> torch.Tensor:
 
 
 def mean(shape: Shape, upsample: str, size: int) -> tuple[float, ...]:
-    """Seconds: to write, to read and write, to do the operations, to issue the instructions."""
+    """Seconds: to write, to read and write, to do the operations; and to issue the instructions
+    that combine, filter, write, and what surrounds them."""
     offsets = srt_ext.views.grid(3)
     dy, dx = (offsets[:, k].unique().tolist() for k in (0, 1))
     rows, columns = reads(shape, 0, dy, upsample), reads(shape, 1, dx, upsample)
@@ -120,30 +123,28 @@ def mean(shape: Shape, upsample: str, size: int) -> tuple[float, ...]:
     code = F32 if size == 4 else B16
     runs_y, runs_x = runs(rows, shape.stride[0]), runs(columns, shape.stride[1])
     ends_y, ends_x = ([i for run in r for i in run] for r in (runs_y, runs_x))
-    tile_rows = 4 * code.combined
+    tile_rows = QUARTERS * code.combined
     y_tiles, chunks = ceil(len(ends_y) / tile_rows), ceil(shape.channels * size / 128)
-    spans = blocks(rows, ends_y, code.combined).double()
     tiles = blocks(columns, ends_x, CELLS).sum(0)  # columns of each tile
+    warps = THREADS / 32
+    # The quarters of a warp take as long as the longest list of inputs.
+    pairs = (blocks(rows, ends_y, code.combined).sum(0) / 2).ceil()
+    lists = pairs // 2 * code.fours + pairs % 2 * code.pair
+    combining = tiles.sum().item() * sum(q.max().item() for q in lists.split(QUARTERS)) * chunks
     groups = blocks(columns, ends_x, code.cells).sum().item()
-    all_columns = tiles.sum().item()
-    of_view = code.view + spans.mean().item() * code.row
-    combining = all_columns / COLUMNS * len(dy) * of_view * THREADS
-    active = groups * THREADS / (CELLS / code.cells)
-    filtering = active * code.column + (all_columns * THREADS - active) * code.skip
-    rounds = (tiles / COLUMNS).ceil().sum().item() * code.round * THREADS
-    fixed = len(tiles) * code.tile * THREADS
-    once = (combining + filtering + rounds + fixed) * y_tiles * chunks / 32
-    # The 4 runs of rows of a warp take as long as the longest of them.
-    apart = max(1, tile_rows // 2 // 4)
-    lengths = [last - first + 1 for first, last in runs_y]
-    warps = [
-        lengths[t + k : t + tile_rows // 2 : apart]
-        for t in range(0, len(lengths), tile_rows // 2)
-        for k in range(apart)
+    filtering = groups * code.column * warps / (CELLS / code.cells) * y_tiles * chunks
+    rounds = (tiles / COLUMNS).ceil().sum().item() * code.round
+    frame = (rounds + len(tiles) * code.tile) * warps * y_tiles * chunks
+    # A warp takes 4 rows that follow each other at a time.
+    heights = [
+        part[-1][1] - part[0][0] + 1
+        for part in (runs_y[i : i + tile_rows // 2] for i in range(0, len(runs_y), tile_rows // 2))
     ]
-    lines = sum(max(w) for w in warps)
-    of_line = sum(code.line + max(0, last - first - 1) * code.cell for first, last in runs_x)
-    writing = lines * of_line * chunks
+    turns = sum(ceil(h / (32 / LANES)) for h in heights)
+    between = [max(0, last - first - 1) for first, last in runs_x]
+    of_turn = len(tiles) * 2 * code.turn + len(runs_x) * code.line
+    of_turn += sum(code.begin + n * code.cell for n in between if n)
+    writing = turns * of_turn * chunks
     # The blocks that the processors hold at a time each take every 264th tile.
     share = y_tiles * len(tiles) * chunks / RESIDENT
     uneven = ceil(share) / share
@@ -151,21 +152,23 @@ def mean(shape: Shape, upsample: str, size: int) -> tuple[float, ...]:
         written / COPY,
         (written + read) / COPY,
         operations / FLOPS,
-        (once + writing) * uneven / ISSUES,
+        *(part * uneven / ISSUES for part in (combining, filtering, writing, frame)),
     )
 
 
 def main() -> None:
     print("mean, 49 views (grid:3); microseconds\n")
-    print("| shape | dtype | upsampling | written | moved | operations | issued | predicted |")
-    print("|---|---|---|---|---|---|---|---|")
+    heads = ("shape", "dtype", "upsampling", "written", "moved", "operations")
+    heads += ("combine", "filter", "write", "frame", "issued", "predicted")
+    print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
     for shape in SHAPES:
         for size, dtype in ((4, "float32"), (2, "bfloat16")):
             for upsample in ("bilinear", "nearest"):
                 us = [1e6 * t for t in mean(shape, upsample, size)]
-                cells = (f"{t:.0f}" for t in us)
-                print(f"| {shape.name} | {dtype} | {upsample} | {' | '.join(cells)} | ", end="")
-                print(f"{max(us[1] / BUSY, us[3] / BUSY):.0f} |")
+                issued = sum(us[3:])
+                us += [issued, max(us[1], issued) / BUSY]
+                cells = (shape.name, dtype, upsample, *(f"{t:.0f}" for t in us))
+                print(f"| {' | '.join(cells)} |")
     print("\nshift, 49 views, float32; microseconds\n")
     print("| image | moved | predicted |\n|---|---|---|")
     for batch, height, width in ((1, 224, 224), (8, 224, 224), (1, 480, 848)):

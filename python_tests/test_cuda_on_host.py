@@ -691,11 +691,25 @@ def test_shift_by_what_the_host_refuses(interpolation: str, padding: str, cuda: 
 def test_the_stub_sees_what_it_should(library: ctypes.CDLL, tmp_path: Path) -> None:
     """Each fault below is put into the source; the checks of this file must find it."""
     faults: dict[str, tuple[str, str, str]] = {
-        "a missing barrier": ("ensemble.cu", "__syncthreads();\n\n      // Filter", "// Filter"),
-        "a write beyond": ("ensemble.cu", "put(cell + plan", "put(cell + 2 * plan"),
-        "a row that is not written": ("ensemble.cu", "y <= rows.last; ++y", "y < rows.last; ++y"),
+        "a missing barrier": ("ensemble.cu", "if (__syncthreads_or(!finite))", "if (!finite)"),
+        "a write beyond": (
+            "ensemble.cu",
+            "cell = row + cells.at",
+            "cell = row + plan.cell_bytes + cells.at",
+        ),
+        "a row that is not written": ("ensemble.cu", "place > last) break", "place >= last) break"),
         "a run across a break": ("ensemble.cu", "if (breaks) plan", "if (breaks && cell % 7) plan"),
-        "a weight of 0 that is multiplied": ("ensemble.cu", "if (weight.at[x] == 0) continue;", ""),
+        "a weight of 0 that is multiplied": (
+            "ensemble.cu",
+            "kExact && weight.at[x] == 0",
+            "kExact && false",
+        ),
+        "a token that is not finite": ("ensemble.cu", "return isfinite(check)", "return true"),
+        "ends that are not finite": (
+            "ensemble.cu",
+            "if (!kFinite && !isfinite(slope))",
+            "if (false)",
+        ),
         "a line that is too short": ("shift.cu", "columns + taps[1].taps - 1", "columns"),
     }
     runs: dict[str, Callable[[CudaOnHost], None]] = {

@@ -81,6 +81,8 @@ struct Fibers {
   std::vector<Fiber> all{1024};
   jmp_buf scheduler;
   size_t current = 0;
+  size_t round = 2;      // between two barriers
+  size_t voted[2] = {};  // the last round, of the even and of the odd ones, in which a thread did
   void (*body)(void*) = nullptr;
   void* data = nullptr;
 
@@ -105,7 +107,7 @@ struct Fibers {
   // Runs one block. Every other round goes backwards: nobody may count on the order of threads.
   void run(size_t threads) {
     for (size_t i = 0; i < threads; ++i) all[i].done = false;
-    for (size_t round = 0, done = 0; done < threads; ++round) {
+    for (size_t done = 0; done < threads; ++round) {
       for (size_t i = 0; i < threads; ++i) {
         const size_t thread = round % 2 ? threads - 1 - i : i;
         resume(thread);
@@ -129,6 +131,12 @@ inline void Fibers::forever() {
 }
 
 inline void __syncthreads() { host_fibers.yield(); }
+inline int __syncthreads_or(int vote) {
+  const size_t round = host_fibers.round;
+  if (vote) host_fibers.voted[round % 2] = round;
+  host_fibers.yield();
+  return host_fibers.voted[round % 2] == round;
+}
 
 // ---- the runtime --------------------------------------------------------------------------------
 
@@ -184,6 +192,8 @@ inline unsigned atomicOr(unsigned* at, unsigned value) {
   *at |= value;
   return old;
 }
+
+inline int __clz(int value) { return value == 0 ? 32 : __builtin_clz(value); }
 
 template <class T>
 T __ldg(const T* from) {
