@@ -303,7 +303,7 @@ class Views:
 
 def limits(bench: Bench, out: torch.Tensor) -> dict[str, Callable[[], Peer]]:
     """What it costs to write, or to copy, a result like ``out``: warm, and newly allocated."""
-    source = torch.rand(out.shape, device=out.device).to(out)
+    source = torch.rand_like(out)  # with its strides
     calls: dict[str, Call] = {
         "fill": lambda: out.fill_(1.0),
         "copy": lambda: out.copy_(source),
