@@ -50,6 +50,6 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "srt_ext": srt_ext.__version__,
-        "commit": output("git", "rev-parse", "--short", "HEAD"),
+        "commit": output("git", "describe", "--always", "--dirty"),
         "date": date.today().isoformat(),
     }

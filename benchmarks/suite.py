@@ -10,7 +10,9 @@ listed with the reason.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -37,6 +39,7 @@ from srt_ext import reference
 Pair = tuple[int, int]
 Call = Callable[[], Any]
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt
 FLUSH = 256 * 2**20  # bytes, several times the L2 of any GPU
 WAIT = 400_000  # clock cycles: about 0.2 ms, longer than the host needs to launch a call
 WARM_UP = 2  # readings
@@ -44,6 +47,7 @@ SLOW, FEW = 0.5e6, 3  # what takes more microseconds is read so often only
 ONCE = 5e6  # what takes more is read once: when it is checked
 IN_A_GRAPH = 50
 CROP = 8  # channels that are compared with the oracle
+STATE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}  # what a stream keeps
 LARGEST_STACK = 2**33  # bytes of all views at pixel scale
 COMPILE_UNTIL, SLOW_UNTIL = 0.5, 0.7  # of the time there is: what is slow is left out after it
 
@@ -58,6 +62,12 @@ class Clock:
         self.device = device
         self.gpu = device.type == "cuda"
         self.flush = torch.empty(FLUSH if self.gpu else 1, dtype=torch.uint8, device=device)
+        if sys.platform.startswith("linux"):
+            # New memory comes from the system, for all calls alike: whether glibc's malloc has kept
+            # some depends on what was freed before.
+            malloc = ctypes.CDLL(None)
+            malloc.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
+            malloc.mallopt(M_TRIM_THRESHOLD, 128 * 2**10)
 
     def interleaved(self, calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
         readings: dict[str, list[float]] = {name: [] for name in calls}
@@ -113,16 +123,20 @@ def repeat(call: Call, times: int) -> None:
 @contextmanager
 def kernels(name: str) -> Iterator[None]:
     torch.ops.srt._force_cpu_kernels(name)
-    yield
-    torch.ops.srt._force_cpu_kernels("auto")
+    try:
+        yield
+    finally:
+        torch.ops.srt._force_cpu_kernels("auto")
 
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(count)
-    yield
-    torch.set_num_threads(before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def within(context: Callable[[], Any], call: Call) -> Call:
@@ -138,11 +152,11 @@ def is_loop(name: str) -> bool:
     return name.startswith(("published", "sliced"))
 
 
-def fill_huge_pages(like: torch.Tensor) -> None:
+def fill_huge_pages(like: torch.Tensor) -> torch.Tensor:
     """Allocate + fill, in huge pages (where the machine has them)."""
     memory = mmap.mmap(-1, like.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
-    torch.frombuffer(memory, dtype=like.dtype).fill_(1.0)
+    return torch.frombuffer(memory, dtype=like.dtype).fill_(1.0)
 
 
 # ---- what is measured ---------------------------------------------------------------------------
@@ -155,6 +169,8 @@ class Peer:
     crop: Callable[[torch.Tensor], torch.Tensor] = lambda result: result
     same: Call | None = None  # ours, which computes the same: compared in full
     coarse: bool = False  # computes in tf32
+    into: torch.Tensor | None = None  # where the result goes
+    compared: Call | None = None  # in place of the result
 
 
 @dataclass
@@ -217,11 +233,17 @@ class Bench:
 
     def check(self, name: str, peer: Peer, dtype: torch.dtype) -> tuple[dict[str, Any], float]:
         """The relative error, by norms, or why the peer is not to be timed; and microseconds."""
+        if "compiled" in name:
+            peer.call()
         self.clock.wait()
+        if peer.into is not None:
+            peer.into.fill_(float("nan"))
         start = time.perf_counter()
         result = peer.call()
         self.clock.wait()
         us = 1e6 * (time.perf_counter() - start)
+        if peer.compared is not None:
+            result = peer.compared()
         return compare(name, result, peer, dtype), us
 
 
@@ -238,16 +260,16 @@ def compare(name: str, result: torch.Tensor, peer: Peer, dtype: torch.dtype) -> 
         return {}
     error = ((peer.crop(result).double() - peer.truth).norm() / peer.truth.norm()).item()
     eps = 2.0**-10 if peer.coarse else torch.finfo(dtype).eps
-    # Ours rounds its result once, and sums in float32. Peers round each step, and a loop each view;
-    # a peer that moves pixels wrongly is off by tenths.
+    # Ours sums in float32 or float64, and rounds to 16 bits once. Peers round each step, and a loop
+    # each view; a peer that moves pixels wrongly is off by tenths.
     is_ours = name.startswith("ours")
-    allowed = (2 if dtype == torch.float32 else 1) * eps if is_ours else max(8 * eps, 1e-4)
+    allowed = (1 if torch.finfo(dtype).bits == 16 else 2) * eps if is_ours else max(8 * eps, 1e-4)
     if not error <= allowed:  # written so that NaN fails
         return {"failed": f"wrong in this dtype: relative error {error:.2g}", "error": error}
     if peer.same is None:
         return {"error": error}
     ours = peer.same()
-    norm = partial(torch.linalg.vector_norm, dtype=torch.float32)
+    norm = partial(torch.linalg.vector_norm, dtype=torch.promote_types(dtype, torch.float32))
     difference = (norm(result - ours) / norm(ours)).item()
     found = {"error": error, "difference": difference}
     if not difference <= 2 * allowed:  # though it is right in the channels that the oracle saw
@@ -317,7 +339,7 @@ def limits(bench: Bench, out: torch.Tensor) -> dict[str, Callable[[], Peer]]:
     return {name: partial(Peer, call) for name, call in calls.items()}
 
 
-def on_the_cpu(bench: Bench, call: Call, truth: torch.Tensor, crop: Any) -> dict[str, Any]:
+def on_the_cpu(bench: Bench, call: Call, peer: Callable[..., Peer]) -> dict[str, Any]:
     """The same call on one thread, and with the narrower kernels."""
     if bench.clock.gpu:
         return {}
@@ -325,7 +347,7 @@ def on_the_cpu(bench: Bench, call: Call, truth: torch.Tensor, crop: Any) -> dict
     calls = {"one thread": within(partial(threads, 1), call)} | {
         name: within(partial(kernels, name), call) for name in sets[:-1]
     }
-    return {f"ours, out=, {name}": partial(Peer, run, truth, crop) for name, run in calls.items()}
+    return {f"ours, out=, {name}": partial(peer, run) for name, run in calls.items()}
 
 
 class Sample:
@@ -344,10 +366,11 @@ class Sample:
         picked = torch.linspace(0, case.channels - 1, min(CROP, case.channels))
         self.picked = picked.long().to(device)
 
-    def truth(self, **modes: Any) -> torch.Tensor:
-        some = self.tokens[..., self.picked]
+    def truth(self, views: int | None = None, **modes: Any) -> torch.Tensor:
+        some = self.tokens[:views, ..., self.picked]
+        offsets, *place = self.place
         with torch.device(self.device):
-            return reference.ensemble(some, *self.place, **self.modes, **modes)
+            return reference.ensemble(some, offsets[:views], *place, **self.modes, **modes)
 
     def crop(self, result: torch.Tensor) -> torch.Tensor:
         return result[:, self.picked]
@@ -362,10 +385,9 @@ def measure_mean(bench: Bench, case: Field, dtype: torch.dtype, upsample: str) -
     tokens, place, modes = sample.tokens, sample.place, sample.modes
     fresh = partial(srt_ext.ensemble, tokens, *place, **modes)
     into = partial(fresh, out=sample.out)
-    coverage, crop = sample.truth(), sample.crop
-
-    def ours(call: Call) -> Callable[[], Peer]:
-        return lambda: Peer(call, coverage, crop)
+    crop = sample.crop
+    ours = partial(Peer, truth=sample.truth(), crop=crop)
+    writes = partial(ours, into=sample.out)
 
     def loop(function: Callable[..., torch.Tensor]) -> Callable[[], Peer]:
         call = partial(function, tokens, *place, upsample)
@@ -383,22 +405,26 @@ def measure_mean(bench: Bench, case: Field, dtype: torch.dtype, upsample: str) -
 
         def call() -> torch.Tensor:
             torch.set_float32_matmul_precision(precision)
-            result = matmuls(tokens, *tables)
-            torch.set_float32_matmul_precision("highest")
-            return result
+            try:
+                return matmuls(tokens, *tables)
+            finally:
+                torch.set_float32_matmul_precision("highest")
 
-        return Peer(call, coverage, crop, fresh, coarse=precision == "high")
+        return ours(call, same=fresh, coarse=precision == "high")
 
-    peers: dict[str, Callable[[], Peer]] = {"ours": ours(fresh), "ours, out=": ours(into)}
-    peers |= on_the_cpu(bench, into, coverage, crop)
+    peers: dict[str, Callable[[], Peer]] = {
+        "ours": partial(ours, fresh),
+        "ours, out=": partial(writes, into),
+        **on_the_cpu(bench, into, writes),
+    }
     peers |= limits(bench, sample.out)
     peers["read the tokens"] = lambda: Peer(tokens.sum)
     peers["GEMM"] = gemm
     peers["GEMM, compiled"] = partial(gemm, backend=bench.compiler)
     if bench.clock.gpu:
         on_device = (case.offsets.to(sample.device), *place[1:])
-        peers["ours, offsets on the device"] = ours(
-            lambda: srt_ext.ensemble(tokens, *on_device, **modes)
+        peers["ours, offsets on the device"] = partial(
+            ours, partial(srt_ext.ensemble, tokens, *on_device, **modes)
         )
         if dtype == torch.float32:
             peers["GEMM, tf32"] = partial(gemm, "high")
@@ -417,17 +443,22 @@ def measure_median(bench: Bench, case: Field, dtype: torch.dtype, upsample: str)
         srt_ext.ensemble, sample.tokens, *sample.place, reduce="median", **sample.modes
     )
     into = partial(median, out=sample.out)
-    coverage, crop = sample.truth(reduce="median"), sample.crop
+    crop = sample.crop
+    ours = partial(Peer, truth=sample.truth(reduce="median"), crop=crop)
+    writes = partial(ours, into=sample.out)
     peers: dict[str, Callable[[], Peer]] = {
-        "ours": lambda: Peer(median, coverage, crop),
-        "ours, out=": lambda: Peer(into, coverage, crop),
-        **on_the_cpu(bench, into, coverage, crop),
+        "ours": partial(ours, median),
+        "ours, out=": partial(writes, into),
+        **on_the_cpu(bench, into, writes),
         **limits(bench, sample.out),
     }
     if case.loops and len(case.offsets) * sample.out.nbytes < LARGEST_STACK:
         stack = partial(published_median, sample.tokens, *sample.place, upsample)
         peers["published"] = lambda: Peer(
-            stack, sample.truth(reduce="median", border="zeros"), crop
+            stack,
+            sample.truth(reduce="median", border="zeros"),
+            crop,
+            partial(median, border="zeros"),
         )
     bench.row(sample.about("median"), peers, case.small, dtype)
 
@@ -451,13 +482,27 @@ def measure_moments(bench: Bench, case: Field, dtype: torch.dtype, upsample: str
 def measure_streams(bench: Bench, case: Field, dtype: torch.dtype, upsample: str) -> None:
     """A chunk of 8 views into each running state."""
     sample = Sample(case, dtype, upsample, bench.clock.device)
-    chunk = (sample.tokens[:8], case.offsets[:8])
-    for kind in (srt_ext.RunningMean, srt_ext.RunningMoments, srt_ext.RunningMedian):
-        running: Any = kind(case.grid, case.patch, **sample.modes)
-        running.update(*chunk)
-        peers = {"ours": partial(Peer, partial(running.update, *chunk))}
-        name = f"{kind.__name__} of 8 views"
-        bench.row(sample.about(name), peers | limits(bench, sample.out), case.small, dtype)
+    kinds = (srt_ext.RunningMean, srt_ext.RunningMoments, srt_ext.RunningMedian)
+    for kind in kinds:
+
+        def run(views: int, kind: Any = kind) -> Any:
+            running = kind(case.grid, case.patch, **sample.modes)
+            running.update(sample.tokens[:views], case.offsets[:views])
+            return running
+
+        def exact(kind: Any = kind, run: Call = run) -> Peer:
+            """The median of a stream is exact up to 7 views: so many are compared."""
+            reduce = "median" if kind is srt_ext.RunningMedian else "mean"
+            truth = sample.truth(views=7, reduce=reduce)
+            call = partial(run(8).update, sample.tokens[:8], case.offsets[:8])
+            return Peer(call, truth, sample.crop, compared=lambda: run(7).result())
+
+        # Beside a state, in float32 at least, of its size.
+        like = run(1)._fields()[0]
+        size = {"RunningMean": 1, "RunningMoments": 2, "RunningMedian": 8}[kind.__name__]
+        state = torch.empty(size, *like.shape, device=like.device, dtype=STATE.get(dtype, dtype))
+        peers: dict[str, Callable[[], Peer]] = {"ours": exact, **limits(bench, state)}
+        bench.row(sample.about(f"{kind.__name__} of 8 views"), peers, case.small, dtype)
 
 
 def measure_views(bench: Bench, case: Views, dtype: torch.dtype) -> None:

@@ -28,6 +28,10 @@ int64_t sums_bytes() {
   return bytes;
 }
 
+// Of the channels of a cell, written in one piece: pieces of a few cache lines, a whole cell apart,
+// cost more than what taller tiles save.
+constexpr int64_t kPieceBytes = 1024;
+
 // What it costs to load a vector in multiply-adds: of tokens, and of sums in the cache.
 constexpr int64_t kLoadTokens = 6, kLoadSums = 1;
 
@@ -309,10 +313,13 @@ void mean(const EnsembleArgs& args, const cpu::EnsembleKernels<Acc>& kernels,
   // With all weights 0 there is no group.
   const int64_t sums = std::max<int64_t>(1, dx) * plan.tokens_x * static_cast<int64_t>(sizeof(Acc));
   int64_t largest = isa.max_tile;
-  // A tile of rows is not split: its sums must fit the cache, and each thread must get one.
+  // A tile of rows is not split: its sums must fit the cache, for a piece of channels or more, and
+  // each thread must get one.
+  const int64_t piece = std::min(div_up(plan.channels, block) * block,
+                                 kPieceBytes / static_cast<int64_t>(sizeof(Acc)));
   const auto too_large = [&] {
     const int64_t tasks = plan.batch * div_up(plan.channels, block) * div_up(plan.rows, largest);
-    return largest * sums * block > sums_bytes() || tasks < parallel.threads;
+    return largest * sums * piece > sums_bytes() || tasks < parallel.threads;
   };
   while (largest > 1 && too_large()) largest /= 2;
   TileStorage<Acc> y, x;

@@ -290,13 +290,19 @@ void mean(const MeanPlan<Acc>& plan, int64_t begin, int64_t end, void* scratch) 
   }
 }
 
+template <class Acc>
+struct SourceRow {
+  const void* pixels;
+  Acc weight;
+};
+
 // One source position of a line: the vertical taps at column `column`, -1 being a padded zero.
 template <class T, class Acc>
-Acc vertical_taps(const TokenRow<Acc>* rows, int row_count, int64_t column) {
+Acc vertical_taps(const SourceRow<Acc>* rows, int row_count, int64_t column) {
   Acc sum = 0;
   if (column >= 0) {
     for (int r = 0; r < row_count; ++r)
-      sum += rows[r].weight * load_part(static_cast<const T*>(rows[r].tokens) + column, 1, 1)[0];
+      sum += rows[r].weight * load_part(static_cast<const T*>(rows[r].pixels) + column, 1, 1)[0];
   }
   return sum;
 }
@@ -336,7 +342,7 @@ void shift(const ShiftPlan& plan, int64_t begin, int64_t end, void* scratch) {
     }
 
     // The vertical taps first, into a line that already holds the horizontal padding.
-    TokenRow<Acc> rows[4];
+    SourceRow<Acc> rows[4];
     int row_count = 0;
     for (int k = 0; k < view.y.taps; ++k) {
       if (source_y[k] >= 0)
@@ -348,7 +354,7 @@ void shift(const ShiftPlan& plan, int64_t begin, int64_t end, void* scratch) {
     for (; m + lanes <= view.inner_end; m += lanes) {
       Vec<Acc> sum = {};
       for (int r = 0; r < row_count; ++r)
-        sum += rows[r].weight * load(static_cast<const T*>(rows[r].tokens) + view.x.first + m);
+        sum += rows[r].weight * load(static_cast<const T*>(rows[r].pixels) + view.x.first + m);
       store(line + m, sum);
     }
     for (; m < positions; ++m) line[m] = vertical_taps<T>(rows, row_count, source_x[m]);

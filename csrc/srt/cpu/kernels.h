@@ -96,12 +96,7 @@ struct ValuePlan : ViewsPlan<Acc> {
   int64_t plane_stride;
 };
 
-// What the scratch of the plans holds.
-template <class Acc>
-struct TokenRow {
-  const void* tokens;  // [w, C]
-  Acc weight;
-};
+// What the scratch of a ValuePlan holds.
 template <class Acc>
 struct ViewValue {
   const Acc* sums;    // [taps, chunk]

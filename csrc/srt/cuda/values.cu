@@ -220,7 +220,7 @@ struct Cell {
       const int64_t v = first + k;
       const Reads<Acc> ry = plan.y.reads[stage.y * plan.views + v];
       const Reads<Acc> rx = plan.x.reads[stage.begin[run] * plan.views + v];
-      // Where no view counts before a covered cell, that reads token 0, and so do the others.
+      // The first token that the tile reads. A cell that is not covered says 0.
       int32_t from = 0;
       if (plan.linear)
         from = min(plan.x.reads[stage.begin[0] * plan.views + v].first,
@@ -631,7 +631,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int64_t v = 0; v < plan.views; ++v) {
       const double count_y = plan.y.reads[i / plan.x.cells * plan.views + v].count;
       const double count = count_y * plan.x.reads[i % plan.x.cells * plan.views + v].count;
-      total += plan.counts_views ? (count > 0 ? 1 : 0) : plan.sorted[v].weight * count;
+      total += plan.counts_views ? (count > 0 ? 1 : 0) : plan.ordered[v].weight * count;
     }
     plan.seen[i] += plan.counts_views ? total : *plan.scale * total;
   }
