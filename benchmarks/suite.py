@@ -39,7 +39,7 @@ from srt_ext import reference
 Pair = tuple[int, int]
 Call = Callable[[], Any]
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt
+M_MMAP_THRESHOLD = -3  # of mallopt
 FLUSH = 256 * 2**20  # bytes, several times the L2 of any GPU
 WAIT = 400_000  # clock cycles: about 0.2 ms, longer than the host needs to launch a call
 WARM_UP = 2  # readings
@@ -63,11 +63,9 @@ class Clock:
         self.gpu = device.type == "cuda"
         self.flush = torch.empty(FLUSH if self.gpu else 1, dtype=torch.uint8, device=device)
         if sys.platform.startswith("linux"):
-            # New memory comes from the system, for all calls alike: whether glibc's malloc has kept
-            # some depends on what was freed before.
-            malloc = ctypes.CDLL(None)
-            malloc.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
-            malloc.mallopt(M_TRIM_THRESHOLD, 128 * 2**10)
+            # Results are new memory for all calls alike: whether glibc's malloc has kept some
+            # depends on what was freed before.
+            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
     def interleaved(self, calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
         readings: dict[str, list[float]] = {name: [] for name in calls}
