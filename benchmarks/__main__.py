@@ -28,7 +28,7 @@ def main(
         Extent,
         typer.Option(help="main: what the README shows; full: all shapes; walk: tiny, for tests."),
     ] = Extent.main,
-    rounds: Annotated[int, typer.Option(help="Readings of each call.")] = 15,
+    rounds: Annotated[int, typer.Option(help="Readings of each call.")] = 9,
     seconds: Annotated[
         float,
         typer.Option(
