@@ -17,19 +17,17 @@ PATCH, VIEW_BATCH = (16, 16), 8
 
 def measure(clock: Clock, extent: str) -> list[dict[str, Any]]:
     """Weights are random: time does not depend on them."""
-    gpu = clock.gpu
-    sizes = ((480, 848),) if gpu else ((224, 224),)
+    size = (480, 848) if clock.gpu else (224, 224)
     models: tuple[str, ...] = MODELS
     if extent == "walk":
-        models, sizes = ("vit_tiny_patch16_224",), ((32, 32),)
-    dtype = torch.bfloat16 if gpu else torch.float32
+        models, size = ("vit_tiny_patch16_224",), (32, 32)
+    dtype = torch.bfloat16 if clock.gpu else torch.float32
     rows = []
     for name in models:
-        vit = timm.create_model(name, dynamic_img_size=True, img_size=sizes[0]).eval()
+        vit = timm.create_model(name, dynamic_img_size=True, img_size=size).eval()
         vit.to(clock.device, dtype)
-        for size in sizes:
-            rows.append(_of_model(clock, name, vit, size, dtype))
-            print(rows[-1], flush=True)
+        rows.append(_of_model(clock, name, vit, size, dtype))
+        print(rows[-1], flush=True)
     return rows
 
 

@@ -86,13 +86,13 @@ def find(results: Row, op: str, dtype: str = "float32", shape: str = "") -> Row 
 def readme(results: Row) -> str:
     """What the README shows: float32, the main shape."""
     head = ["49 views, 224 x 224", "published", "best other", "ours", "published / ours"]
-    head += ["best other / ours", "allocate + fill", "ours / it", "with `out=`: ours / fill"]
+    head += ["best other / ours", FRESH, "ours / it", "with `out=`: ours / fill"]
     lines = []
     for row in results["rows"]:
         if row["dtype"] != "float32" or not is_main(row) or row["op"].startswith("Running"):
             continue
         ours, published = median(row, "ours"), median(row, "published")
-        other, limit = fastest(row, OTHERS), median(row, "allocate + fill")
+        other, limit = fastest(row, OTHERS), median(row, FRESH)
         lines.append(
             [
                 row["op"],
@@ -331,7 +331,7 @@ def plot_peers(results: Row, path: Path) -> None:
 
     rows = [r for r in results["rows"] if is_main(r) and r["dtype"] == "float32"]
     rows = [r for r in rows if not r["op"].startswith("Running")]
-    names = ("ours", "ours, out=", "fill", "allocate + fill", *PEERS)
+    names = ("ours", "ours, out=", "fill", FRESH, *PEERS)
     colours = {n: pyplot.get_cmap("tab20")(i) for i, n in enumerate(names)}
     figure, axes = pyplot.subplots(2, 3, figsize=(12, 6), layout="constrained")
     for axis, row in zip(axes.flat, rows, strict=False):
@@ -367,7 +367,7 @@ def plot_growth(results: Row, path: Path) -> None:
     figure, axes = pyplot.subplots(2, 3, figsize=(12, 7), layout="constrained")
     for (time, space), axis in zip(axes.T, main, strict=True):
         rows = along(times, axis)
-        for name in ("published", "GEMM", "allocate + fill", "ours"):
+        for name in ("published", "GEMM", FRESH, "ours"):
             points = [(at(r)[axis], median(r, name)) for r in rows if median(r, name) is not None]
             time.plot([p for p, _ in points], [us / 1e3 for _, us in points], "o-", label=name)
         for way in dict.fromkeys(row["way"] for row in results["memory"]):

@@ -47,7 +47,6 @@ SLOW, FEW = 0.5e6, 3  # what takes more microseconds is read so often only
 ONCE = 5e6  # what takes more is read once: when it is checked
 IN_A_GRAPH = 50
 CROP = 8  # channels that are compared with the oracle
-STATE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}  # what a stream keeps
 LARGEST_STACK = 2**33  # bytes of all views at pixel scale
 COMPILE_UNTIL, SLOW_UNTIL = 0.5, 0.7  # of the time there is: what is slow is left out after it
 
@@ -480,8 +479,8 @@ def measure_moments(bench: Bench, case: Field, dtype: torch.dtype, upsample: str
 def measure_streams(bench: Bench, case: Field, dtype: torch.dtype, upsample: str) -> None:
     """A chunk of 8 views into each running state."""
     sample = Sample(case, dtype, upsample, bench.clock.device)
-    kinds = (srt_ext.RunningMean, srt_ext.RunningMoments, srt_ext.RunningMedian)
-    for kind in kinds:
+    planes = {srt_ext.RunningMean: 1, srt_ext.RunningMoments: 2, srt_ext.RunningMedian: 8}
+    for kind, count in planes.items():
 
         def run(views: int, kind: Any = kind) -> Any:
             running = kind(case.grid, case.patch, **sample.modes)
@@ -495,10 +494,9 @@ def measure_streams(bench: Bench, case: Field, dtype: torch.dtype, upsample: str
             call = partial(run(8).update, sample.tokens[:8], case.offsets[:8])
             return Peer(call, truth, sample.crop, compared=lambda: run(7).result())
 
-        # Beside a state, in float32 at least, of its size.
-        like = run(1)._fields()[0]
-        size = {"RunningMean": 1, "RunningMoments": 2, "RunningMedian": 8}[kind.__name__]
-        state = torch.empty(size, *like.shape, device=like.device, dtype=STATE.get(dtype, dtype))
+        # The limits are those of a state, which is kept in float32 at least.
+        sums = torch.promote_types(dtype, torch.float32)
+        state = torch.empty(count, *sample.out.shape, device=sample.device, dtype=sums)
         peers: dict[str, Callable[[], Peer]] = {"ours": exact, **limits(bench, state)}
         bench.row(sample.about(f"{kind.__name__} of 8 views"), peers, case.small, dtype)
 
