@@ -20,6 +20,10 @@ struct ShiftArgs {
 
 void shift_cpu(const ShiftArgs& args, const Parallel& parallel);
 
+// The gradient of the image, [B*C, H, W], dense; not for u8. `out` holds that of the views and is
+// only read, `image` is not used.
+void shift_backward_cpu(const ShiftArgs& args, void* grad_image, const Parallel& parallel);
+
 // An offset this close to a whole pixel is that whole pixel: the weights of its other taps, down to
 // the square of the distance, would vanish in float32 and multiply a non-finite pixel by 0.
 constexpr double kWholePixel = 0x1p-40;

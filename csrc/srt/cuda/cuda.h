@@ -32,11 +32,23 @@ int64_t ensemble_cuda_workspace(const EnsembleArgs& args, const ViewNumbers& off
 void ensemble_cuda(const char* op, const EnsembleArgs& args, const ViewNumbers& offsets,
                    const ViewNumbers& weights, void* workspace, CUstream_st* stream);
 
+// As ensemble_backward_cpu.
+int64_t ensemble_backward_cuda_workspace(const EnsembleArgs& args, const ViewNumbers& offsets,
+                                         const ViewNumbers& weights);
+void ensemble_backward_cuda(const char* op, const EnsembleArgs& args, const ViewNumbers& offsets,
+                            const ViewNumbers& weights, void* grad_tokens, void* workspace,
+                            CUstream_st* stream);
+
 int64_t shift_cuda_workspace(const ShiftArgs& args);
 
 // offsets [V, 2] (dy, dx), pixels; the pointer in `args` is not read. Every dtype. A view that
 // covers nothing is 0.
 void shift_cuda(const ShiftArgs& args, const ViewNumbers& offsets, void* workspace,
                 CUstream_st* stream);
+
+// As shift_backward_cpu.
+int64_t shift_backward_cuda_workspace(const ShiftArgs& args);
+void shift_backward_cuda(const ShiftArgs& args, const ViewNumbers& offsets, void* grad_image,
+                         void* workspace, CUstream_st* stream);
 
 }  // namespace srt
