@@ -2,7 +2,7 @@
 
 Slow and hungry on purpose: a pixel-scale map for every view. ``dtype`` is the precision of all
 sums; float64 is the truth that the kernels are tested against, and the same code in float32 gives
-the error budget that they have to keep.
+the error budget that they have to keep. Its derivatives, by autograd, are the truth for theirs.
 """
 
 from __future__ import annotations
@@ -147,6 +147,11 @@ def _view_sums(
         yield scale, _cells(pixels, stride), _cells(counted, stride)
 
 
+def _ratio(total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """total / count, and 0 where there is none, also in derivatives."""
+    return torch.where(count > 0, total / torch.where(count > 0, count, 1), 0)
+
+
 def _field(
     tokens: torch.Tensor,
     grid: Sequence[int],
@@ -181,12 +186,10 @@ def ensemble(
         for scale, view_sum, view_count in sums:
             total = total + scale * view_sum
             count = count + scale * view_count
-        return torch.where(count > 0, total / count, empty)
+        return _ratio(total, count)
 
     # The views that count come first, in order; a NaN that counts is the result, as in torch.
-    values = [
-        (torch.where(count > 0, s / count, 0), (count > 0).expand_as(s)) for _, s, count in sums
-    ]
+    values = [(_ratio(s, count), (count > 0).expand_as(s)) for _, s, count in sums]
     stack, counts = torch.stack([v for v, _ in values]), torch.stack([c for _, c in values])
     ordered = torch.where(counts, stack, torch.inf).sort(0).values
     number = counts.sum(0, keepdim=True)
@@ -214,7 +217,7 @@ def ensemble_moments(
     for scale, view_sum, view_count in _view_sums(
         tokens, offsets, grid, patch, weights, **modes, dtype=dtype
     ):
-        squared = (view_sum / view_count - mean) ** 2
+        squared = (_ratio(view_sum, view_count) - mean) ** 2
         total = total + scale * view_count * torch.where(view_count > 0, squared, 0)
         count = count + scale * view_count
-    return mean, torch.where(count > 0, total / count, torch.zeros((), dtype=dtype))
+    return mean, _ratio(total, count)

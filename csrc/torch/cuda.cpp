@@ -40,6 +40,17 @@ Tensor shift(const Tensor& image, const Tensor& offsets, const std::string& padd
   return out;
 }
 
+Tensor shift_backward(const Tensor& grad, const Tensor& offsets, const std::string& padding,
+                      const std::string& interpolation) {
+  ShiftBackwardCall call(grad, offsets, padding, interpolation);
+  const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
+  const Tensor grad_image = call.new_grad_image();
+  const Tensor workspace = new_workspace(shift_backward_cuda_workspace(call.args), grad);
+  shift_backward_cuda(call.args, pointers(call.offsets), grad_image.mutable_data_ptr(),
+                      workspace.mutable_data_ptr(), current_stream(grad));
+  return grad_image;
+}
+
 void run(EnsembleCall& call) {
   const torch::stable::accelerator::DeviceGuard guard(call.tokens.get_device_index());
   const ViewNumbers offsets = pointers(call.offsets);
@@ -50,10 +61,23 @@ void run(EnsembleCall& call) {
                 current_stream(call.tokens));
 }
 
+void run_backward(EnsembleCall& call, const Tensor& grad_tokens) {
+  const torch::stable::accelerator::DeviceGuard guard(grad_tokens.get_device_index());
+  const ViewNumbers offsets = pointers(call.offsets);
+  const ViewNumbers weights = call.weights ? pointers(*call.weights) : ViewNumbers{};
+  const Tensor workspace =
+      new_workspace(ensemble_backward_cuda_workspace(call.args, offsets, weights), grad_tokens);
+  ensemble_backward_cuda(call.op, call.args, offsets, weights, grad_tokens.mutable_data_ptr(),
+                         workspace.mutable_data_ptr(), current_stream(grad_tokens));
+}
+
+using Ops = EnsembleOps<&run, &run_backward>;
+
 }  // namespace
 }  // namespace srt::glue
 
 STABLE_TORCH_LIBRARY_IMPL(srt, CUDA, m) {
   m.impl("shift", TORCH_BOX(&srt::glue::shift));
-  SRT_IMPLEMENT_ENSEMBLE(m, srt::glue::EnsembleOps<&srt::glue::run>);
+  m.impl("_shift_backward", TORCH_BOX(&srt::glue::shift_backward));
+  SRT_IMPLEMENT_ENSEMBLE(m, srt::glue::Ops);
 }

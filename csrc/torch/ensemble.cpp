@@ -87,9 +87,9 @@ void EnsembleCall::set_variance(const Tensor& variance) {
   args.variance = variance.mutable_data_ptr();
 }
 
-void EnsembleCall::check_written(const char* name, const Tensor& tensor,
-                                 const std::vector<int64_t>& shape, ScalarType dtype,
-                                 const std::string& dtype_rule) const {
+void EnsembleCall::check_given(const char* name, const Tensor& tensor,
+                               const std::vector<int64_t>& shape, ScalarType dtype,
+                               const std::string& dtype_rule) const {
   const std::string subject = name;
   if (tensor.scalar_type() != dtype)
     fail(op, subject + " must " + dtype_rule, dtype_name(tensor.scalar_type()));
@@ -97,6 +97,13 @@ void EnsembleCall::check_written(const char* name, const Tensor& tensor,
     fail(op, subject + " must be on the device of tokens", "another device");
   if (shape_of(tensor) != shape)
     fail(op, subject + " must be " + format_shape(shape), format_shape(shape_of(tensor)));
+}
+
+void EnsembleCall::check_written(const char* name, const Tensor& tensor,
+                                 const std::vector<int64_t>& shape, ScalarType dtype,
+                                 const std::string& dtype_rule) const {
+  const std::string subject = name;
+  check_given(name, tensor, shape, dtype, dtype_rule);
   if (tensor.numel() == 0) return;
   // Sufficient, and true of every view that slicing and permuting make.
   std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
@@ -120,6 +127,29 @@ void EnsembleCall::check_written(const char* name, const Tensor& tensor,
 void EnsembleCall::check_out(const Tensor& out) const {
   check_written("out", out, out_shape, tokens.scalar_type(),
                 "have the dtype of tokens, " + dtype_name(tokens.scalar_type()));
+}
+
+std::vector<Tensor> EnsembleCall::set_gradients(const Tensor& grad,
+                                                const std::optional<Tensor>& grad_var) {
+  const std::string rule = "have the dtype of tokens, " + dtype_name(tokens.scalar_type());
+  const bool moments = args.reduce == Reduce::moments;
+  if (grad_var.has_value() != moments)
+    fail(op, "grad_var goes with moments", moments ? "none" : "one");
+  std::vector<Tensor> given{grad};
+  if (grad_var) given.push_back(*grad_var);
+  for (size_t i = 0; i < given.size(); ++i) {
+    check_given(i ? "grad_var" : "grad", given[i], out_shape, tokens.scalar_type(), rule);
+    bool fits = out_shape[1] <= 1 || given[i].stride(1) == 1;
+    for (int64_t d = 0; d < 4; ++d) fits = fits && given[i].stride(d) == given[0].stride(d);
+    if (!fits) {  // srt_ext/_autograd.py hands over channels_last
+      const std::string rule_of_strides = "gradients must be dense in the channels and alike";
+      fail(op, rule_of_strides, format_strides(given[i]));
+    }
+  }
+  args.out = const_cast<void*>(given[0].const_data_ptr());
+  if (moments) args.variance = const_cast<void*>(given[1].const_data_ptr());
+  for (int d = 0; d < 4; ++d) args.out_strides[d] = grad.stride(d);
+  return given;
 }
 
 void EnsembleCall::set_state(const Tensor& field, const Tensor* variance, const Tensor& seen) {
@@ -158,6 +188,24 @@ void EnsembleCall::set_state(const Tensor& field, const Tensor* variance, const 
   for (int64_t d = 0; d < 4; ++d) args.out_strides[d] = field.stride(first + d);
   if (median) args.plane_stride = field.stride(0);
   args.seen = static_cast<double*>(seen.mutable_data_ptr());
+}
+
+Tensor new_grad_tokens(const char* op, const Tensor& grad, const Tensor& offsets,
+                       const std::vector<int64_t>& grid, const std::vector<int64_t>& patch,
+                       const std::vector<int64_t>& stride) {
+  if (grad.dim() != 4)
+    fail(op, "grad must have 4 dimensions, [B, C, H', W']", format_shape(shape_of(grad)));
+  const auto element_size = static_cast<int64_t>(grad.element_size());
+  element_type(op, "grad", grad, /*allow_uint8=*/false);
+  int64_t count = 0;
+  if (grid.size() == 2)
+    count =
+        std::clamp<int64_t>(grid[0], 0, kMaxPixels) * std::clamp<int64_t>(grid[1], 0, kMaxPixels);
+  std::vector<int64_t> shape = shape_of(offsets);
+  shape.resize(1);
+  shape.insert(shape.end(), {grad.size(0), count, grad.size(1)});
+  check_ensemble(op, shape, shape_of(offsets), grid, patch, nullptr, stride, element_size);
+  return empty(shape, grad.scalar_type(), grad);
 }
 
 }  // namespace srt::glue

@@ -38,13 +38,23 @@ struct EnsembleCall {
   void check_out(const Tensor& out) const;
   void set_out(const Tensor& out);
   void set_variance(const Tensor& variance);
+  // Gradients [B, C, H', W'] of what the call writes; the tensors returned must outlive it.
+  std::vector<Tensor> set_gradients(const Tensor& grad, const std::optional<Tensor>& grad_var);
   // The state of a stream: mean [B, C, H', W'] and, for moments, var of the same strides, or for a
   // median window [kWindowPlanes, B, C, H', W']; seen [H', W'].
   void set_state(const Tensor& field, const Tensor* variance, const Tensor& seen);
 
  private:
+  void check_given(const char* name, const Tensor& tensor, const std::vector<int64_t>& shape,
+                   ScalarType dtype, const std::string& dtype_rule) const;
   void check_written(const char* name, const Tensor& tensor, const std::vector<int64_t>& shape,
                      ScalarType dtype, const std::string& dtype_rule) const;
 };
+
+// The tokens' gradient [V, B, N, C] that belongs to the gradient [B, C, H', W'] of a field: dense,
+// to be written.
+Tensor new_grad_tokens(const char* op, const Tensor& grad, const Tensor& offsets,
+                       const std::vector<int64_t>& grid, const std::vector<int64_t>& patch,
+                       const std::vector<int64_t>& stride);
 
 }  // namespace srt::glue

@@ -7,7 +7,8 @@
 
 namespace srt::glue {
 
-template <void (*run)(EnsembleCall& call)>
+template <void (*run)(EnsembleCall& call),
+          void (*run_backward)(EnsembleCall& call, const Tensor& grad_tokens)>
 struct EnsembleOps {
   using List = std::vector<int64_t>;
   using Word = std::string;
@@ -49,6 +50,27 @@ struct EnsembleOps {
     return {mean, variance};
   }
 
+  // Of a mean, which needs no tokens: where they are missing, their gradient stands for them.
+  static Tensor backward(const Tensor& grad, const std::optional<Tensor>& grad_var,
+                         const std::optional<Tensor>& tokens, const Tensor& offsets,
+                         const List& grid, const List& patch, const Weights& weights,
+                         const Word& reduce, const Word& upsample, const Word& border,
+                         const List& stride) {
+    const char* const op = "_ensemble_backward";
+    const Reduce kind =
+        reduce == "moments" ? Reduce::moments : parse_reduce(reduce, weights.has_value());
+    if (kind != Reduce::mean && !tokens)
+      throw Error("srt::_ensemble_backward: tokens must be given, except for a mean; got none");
+    const Tensor grad_tokens = new_grad_tokens(op, grad, offsets, grid, patch, stride);
+    EnsembleCall call(
+        op,
+        {tokens ? *tokens : grad_tokens, offsets, grid, patch, weights, upsample, border, stride},
+        kind);
+    const std::vector<Tensor> gradients = call.set_gradients(grad, grad_var);
+    run_backward(call, grad_tokens);
+    return grad_tokens;
+  }
+
   static void accumulate_mean(const Tensor& mean, const Tensor& weight, const Tensor& tokens,
                               const Tensor& offsets, const List& grid, const List& patch,
                               const Weights& weights, const Word& upsample, const Word& border,
@@ -88,6 +110,7 @@ struct EnsembleOps {
   m.impl("ensemble", TORCH_BOX(&Ops::ensemble));                      \
   m.impl("ensemble.out", TORCH_BOX(&Ops::ensemble_out));              \
   m.impl("ensemble_moments", TORCH_BOX(&Ops::moments));               \
+  m.impl("_ensemble_backward", TORCH_BOX(&Ops::backward));            \
   m.impl("accumulate_mean_", TORCH_BOX(&Ops::accumulate_mean));       \
   m.impl("accumulate_moments_", TORCH_BOX(&Ops::accumulate_moments)); \
   m.impl("accumulate_median_", TORCH_BOX(&Ops::accumulate_median))

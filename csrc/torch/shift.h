@@ -8,7 +8,8 @@
 
 namespace srt::glue {
 
-// Owns what `args` points to, except out. args.offsets is null where they lie on the device.
+// Owns what `args` points to, except what is written. args.offsets is null where they lie on the
+// device.
 struct ShiftCall {
   Numbers offsets;
   Tensor image;  // dense
@@ -19,6 +20,18 @@ struct ShiftCall {
             const std::string& interpolation);
 
   Tensor new_out() const;
+};
+
+// The same, for its gradient [V, B, C, H, W].
+struct ShiftBackwardCall {
+  Numbers offsets;
+  Tensor grad;  // dense
+  ShiftArgs args{};
+
+  ShiftBackwardCall(const Tensor& grad, const Tensor& offsets, const std::string& padding,
+                    const std::string& interpolation);
+
+  Tensor new_grad_image() const;
 };
 
 }  // namespace srt::glue

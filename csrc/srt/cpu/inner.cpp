@@ -1,6 +1,7 @@
 // Compiled once for each instruction set; SRT_ISA names it (CMakeLists.txt has the flags).
 #include "inner.h"
 
+#include "backward.h"
 #include "values.h"
 
 namespace srt::cpu {
@@ -15,12 +16,17 @@ constexpr EnsembleKernels<Acc> kEnsemble = {mean<T, T>,
                                             reduce_values<T, Median<T, Acc>>,
                                             reduce_values<T, Moments<T, Acc>>,
                                             reduce_values<T, StreamMedian<Acc>>,
-                                            reduce_values<T, StreamMoments<Acc>>};
+                                            reduce_values<T, StreamMoments<Acc>>,
+                                            mean_backward<T, Acc>,
+                                            values_backward<T, MedianBackward<Acc>>,
+                                            values_backward<T, MomentsBackward<Acc>>};
 }  // namespace
 
-const Kernels SRT_ISA = {SRT_STRING(SRT_ISA), kBlockBytes,     kMaxTile,
-                         kEnsemble<float>,    kEnsemble<Half>, kEnsemble<BFloat16>,
-                         kEnsemble<double>,   shift<float>,    shift<Half>,
-                         shift<BFloat16>,     shift<double>,   shift<uint8_t>};
+const Kernels SRT_ISA = {SRT_STRING(SRT_ISA),   kBlockBytes,          kMaxTile,
+                         kEnsemble<float>,      kEnsemble<Half>,      kEnsemble<BFloat16>,
+                         kEnsemble<double>,     shift<float>,         shift<Half>,
+                         shift<BFloat16>,       shift<double>,        shift<uint8_t>,
+                         shift_backward<float>, shift_backward<Half>, shift_backward<BFloat16>,
+                         shift_backward<double>};
 
 }  // namespace srt::cpu

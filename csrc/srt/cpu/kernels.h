@@ -104,6 +104,61 @@ struct ViewValue {
   int64_t taps;
 };
 
+// The gradient of the tokens of a mean: the filters of MeanPlan turned around, in the other order.
+// For each distinct dy the gradient rows that read a token row are summed, then, for each view, the
+// columns of that. A task is one image, one row of tokens and one chunk of channels. `out` is the
+// gradient.
+template <class Acc>
+struct MeanBackwardPlan : ViewsPlan<Acc> {
+  // One axis with the views on it: a TileTable of the cells that read a token, for `tile` offsets
+  // that follow each other; its sets are the tokens.
+  TileTable<Acc> tile_y, tile_x;
+  TileTable<Acc> exact_y, exact_x;  // by single offsets, of cells that do read the token
+  // Views of one dy whose groups are in one tile of x. Those of dy number d are [runs_of[d],
+  // runs_of[d + 1]).
+  struct Run {
+    int64_t tile, begin, end;  // into by_dy
+  };
+  const typename ViewsPlan<Acc>::View* by_dy;  // sorted by dy, then by group
+  const Run *runs, *exact_runs;
+  const int64_t *runs_of, *exact_runs_of;  // [distinct dy + 1]
+  int64_t offsets_y;                       // distinct dy
+  int64_t tokens_y;                        // h
+  const Acc* inverse;                      // [H', W']: 1 / the weight of a cell, or 0
+  // The row is made in segments of token columns; cells [begin, end) read them.
+  int64_t segment, segments;
+  struct Window {
+    int64_t begin, end;
+  };
+  const Window* windows;  // [segments]
+  int64_t pass;           // channels whose sums fit the cache, whole blocks
+  void* grad_tokens;      // [V, B, h*w, C], dense
+  struct Scratch {
+    int64_t sums;     // Acc [tile of y, the largest window, pass]
+    int64_t window;   // its size
+    int64_t at;       // int64: of the inputs of a tile
+    int64_t weights;  // Acc: theirs
+  };
+  Scratch scratch;
+};
+
+// The gradient of the tokens of a median or of moments. A task is one image, one band of token rows
+// and one chunk of channels; it makes the values of all cells that read its tokens again. `out` and
+// `variance` are the gradients.
+template <class Acc>
+struct ValueBackwardPlan : ValuePlan<Acc> {
+  int64_t tokens_y;    // h
+  int64_t token_band;  // token rows of a task
+  struct Window {
+    int64_t begin, end;
+  };
+  const Window* windows;  // [bands of tokens]: the output rows that read them
+  void* grad_tokens;      // [V, B, h*w, C], dense
+  int64_t folds;          // scratch: Acc [V, tokens_x, chunk], an output row's part of the gradient
+  int64_t grads;          // scratch: Acc [V, token_band * tokens_x, chunk]
+  int64_t copy;           // scratch: as buffer
+};
+
 struct ShiftPlan {
   struct View {
     ShiftTaps y, x;
@@ -118,6 +173,19 @@ struct ShiftPlan {
   void* out;                // [V, planes, height, width]
 };
 
+// The gradient of the image; `out` is that of the views. A task is an image row, counted over
+// planes; scratch: Acc [3 * (width + 128)].
+struct ShiftBackwardPlan : ShiftPlan {
+  struct Read {
+    int64_t row;    // of the gradient of the view
+    double weight;  // not 0
+  };
+  int64_t view_count;
+  const int64_t* read_begin;  // [V * height + 1], into reads: those of each image row
+  const Read* reads;
+  void* grad_image;  // [planes, height, width]
+};
+
 // Runs tasks [begin, end). Scratch is the worker's own, 64-byte aligned.
 template <class Plan>
 using Kernel = void (*)(const Plan& plan, int64_t begin, int64_t end, void* scratch);
@@ -127,6 +195,8 @@ template <class Acc>
 struct EnsembleKernels {
   Kernel<MeanPlan<Acc>> mean, stream_mean;
   Kernel<ValuePlan<Acc>> median, moments, stream_median, stream_moments;
+  Kernel<MeanBackwardPlan<Acc>> mean_backward;
+  Kernel<ValueBackwardPlan<Acc>> median_backward, moments_backward;
 };
 
 struct Kernels {
@@ -137,6 +207,8 @@ struct Kernels {
   EnsembleKernels<double> ensemble_f64;
   // A task is an output row, counted over views and planes; scratch: Acc [width + 3 + 64].
   Kernel<ShiftPlan> shift_f32, shift_f16, shift_bf16, shift_f64, shift_u8;
+  Kernel<ShiftBackwardPlan> shift_backward_f32, shift_backward_f16, shift_backward_bf16,
+      shift_backward_f64;
 };
 
 extern const Kernels baseline;

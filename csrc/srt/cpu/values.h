@@ -110,22 +110,27 @@ Vec<Acc> lower_median(Acc* values, int64_t count, int64_t step) {
   }
 }
 
+// Of one vector of channels; NaN if a value is. Overwrites the values.
+template <class Acc>
+Vec<Acc> median_of(Acc* value, int64_t count, bool finite) {
+  constexpr int64_t block = kValueVectors * kLanes<Acc>;
+  Vec<Acc> poison = {};
+  for (int64_t i = 0; !finite && i < count; ++i) {
+    const Vec<Acc> x = load(value + i * block);
+    poison = x != x ? x : poison;
+  }
+  const Vec<Acc> median = lower_median(value, count, block);
+  return poison != poison ? poison : median;
+}
+
 template <class Out, class Acc>
 struct Median {
   static void reduce(const ValuePlan<Acc>& plan, const CellRun& run,
                      const CellValues<Acc>& values) {
-    constexpr int lanes = kLanes<Acc>, block = kValueVectors * lanes;
+    constexpr int lanes = kLanes<Acc>;
     Vec<Acc> result[kValueVectors] = {};
-    for (int v = 0; values.count > 0 && v < kValueVectors && v * lanes < run.n; ++v) {
-      Acc* const value = values.value + v * lanes;
-      Vec<Acc> poison = {};
-      for (int64_t i = 0; !values.finite && i < values.count; ++i) {
-        const Vec<Acc> x = load(value + i * block);
-        poison = x != x ? x : poison;
-      }
-      result[v] = lower_median(value, values.count, block);
-      result[v] = poison != poison ? poison : result[v];
-    }
+    for (int v = 0; values.count > 0 && v < kValueVectors && v * lanes < run.n; ++v)
+      result[v] = median_of(values.value + v * lanes, values.count, values.finite);
     Out* const out = static_cast<Out*>(plan.out);
     for_cells(plan, run, [&](int64_t at, int64_t) {
       store_block(out + at, plan.out_strides[1], run.n, result);
@@ -289,19 +294,79 @@ bool gather(const ViewValue<Acc>* values, int64_t count, int64_t chunk, int64_t 
   return no_nan(check);
 }
 
+// Where in a worker's scratch the parts of a ValuePlan lie.
+template <class Acc>
+struct ValueScratch {
+  Acc* sums;
+  int64_t* row_at;
+  Acc* row_weights;
+  int64_t* row_of;
+  ViewValue<Acc>* values;
+  double* weights;
+  Acc* shares;
+  WindowStep<Acc>* steps;
+  Acc* buffer;
+
+  ValueScratch(const ValuePlan<Acc>& plan, char* base)
+      : sums(reinterpret_cast<Acc*>(base + plan.scratch.sums)),
+        row_at(reinterpret_cast<int64_t*>(base + plan.scratch.row_at)),
+        row_weights(reinterpret_cast<Acc*>(base + plan.scratch.row_weights)),
+        row_of(reinterpret_cast<int64_t*>(base + plan.scratch.row_of)),
+        values(reinterpret_cast<ViewValue<Acc>*>(base + plan.scratch.values)),
+        weights(reinterpret_cast<double*>(base + plan.scratch.weights)),
+        shares(reinterpret_cast<Acc*>(base + plan.scratch.shares)),
+        steps(reinterpret_cast<WindowStep<Acc>*>(base + plan.scratch.steps)),
+        buffer(reinterpret_cast<Acc*>(base + plan.scratch.buffer)) {}
+};
+
+// The combined token rows of every view that counts in output row y, for n channels from `tokens`
+// on. Returns how many there are.
+template <class T, class Acc>
+int64_t combine_views(const ValuePlan<Acc>& plan, int64_t y, const T* tokens, int64_t n,
+                      const ValueScratch<Acc>& scratch) {
+  int64_t rows = 0;
+  for (int64_t i = 0; i < plan.view_count; ++i) {
+    const auto& view = plan.views[i];
+    scratch.row_of[i] = -1;
+    if (!(plan.y.count[view.dy * plan.rows + y] > 0)) continue;
+    const int64_t row_count = exact_inputs(plan.y, view.dy, y, view.index * plan.token_strides[0],
+                                           plan.tokens_x * plan.token_strides[2], Acc{1},
+                                           scratch.row_at, scratch.row_weights);
+    combine_rows(tokens, scratch.row_at, scratch.row_weights, row_count, plan.tokens_x,
+                 plan.token_strides[2], n, plan.chunk,
+                 scratch.sums + rows * plan.tokens_x * plan.chunk);
+    scratch.row_of[i] = rows++;
+  }
+  return rows;
+}
+
+// The views that count in a cell, after combine_views of its row.
+template <class Acc>
+CellValues<Acc> views_of_cell(const ValuePlan<Acc>& plan, int64_t y, int64_t x,
+                              const ValueScratch<Acc>& scratch) {
+  CellValues<Acc> cell{scratch.buffer, scratch.shares, scratch.steps, 0, 0, true};
+  for (int64_t k = 0; k < plan.view_count; ++k) {
+    const int64_t i = plan.order ? plan.order[k] : k;
+    const auto& view = plan.views[i];
+    const int64_t slot = view.group * plan.columns + x;
+    if (scratch.row_of[i] < 0 || !(plan.x.count[slot] > 0)) continue;
+    const int64_t token = scratch.row_of[i] * plan.tokens_x + plan.x.first[slot];
+    scratch.values[cell.count] = {scratch.sums + token * plan.chunk,
+                                  plan.x.weight + slot * plan.x.max_taps, plan.x.taps[slot]};
+    const double weight = static_cast<double>(view.weight) * plan.x.count[slot] *
+                          plan.y.count[view.dy * plan.rows + y];
+    scratch.weights[cell.count++] = weight;
+    cell.total += weight;
+  }
+  for (int64_t i = 0; i < cell.count; ++i)
+    scratch.shares[i] = static_cast<Acc>(scratch.weights[i] / cell.total);
+  return cell;
+}
+
 template <class T, class Reduction, class Acc>
-void reduce_values(const ValuePlan<Acc>& plan, int64_t begin, int64_t end, void* scratch) {
+void reduce_values(const ValuePlan<Acc>& plan, int64_t begin, int64_t end, void* base) {
   constexpr int64_t block = kValueVectors * kLanes<Acc>;
-  char* base = static_cast<char*>(scratch);
-  Acc* sums = reinterpret_cast<Acc*>(base + plan.scratch.sums);
-  int64_t* row_at = reinterpret_cast<int64_t*>(base + plan.scratch.row_at);
-  Acc* row_weights = reinterpret_cast<Acc*>(base + plan.scratch.row_weights);
-  int64_t* row_of = reinterpret_cast<int64_t*>(base + plan.scratch.row_of);
-  auto* values = reinterpret_cast<ViewValue<Acc>*>(base + plan.scratch.values);
-  double* weights = reinterpret_cast<double*>(base + plan.scratch.weights);
-  Acc* shares = reinterpret_cast<Acc*>(base + plan.scratch.shares);
-  auto* steps = reinterpret_cast<WindowStep<Acc>*>(base + plan.scratch.steps);
-  Acc* buffer = reinterpret_cast<Acc*>(base + plan.scratch.buffer);
+  const ValueScratch<Acc> scratch(plan, static_cast<char*>(base));
   const int64_t chunks = (plan.channels + plan.chunk - 1) / plan.chunk;
   const int64_t bands = (plan.rows + plan.band - 1) / plan.band;
 
@@ -317,42 +382,15 @@ void reduce_values(const ValuePlan<Acc>& plan, int64_t begin, int64_t end, void*
     CellRun run{};
     for (run.y = band * plan.band; run.y < band_end; run.y = run.y_end) {
       run.y_end = plan.end_y[run.y] < band_end ? plan.end_y[run.y] : band_end;
-      int64_t rows = 0;
-      for (int64_t i = 0; i < plan.view_count; ++i) {
-        const auto& view = plan.views[i];
-        const int64_t slot = view.dy * plan.rows + run.y;
-        row_of[i] = -1;
-        if (!(plan.y.count[slot] > 0)) continue;
-        const int64_t row_count =
-            exact_inputs(plan.y, view.dy, run.y, view.index * plan.token_strides[0],
-                         plan.tokens_x * plan.token_strides[2], Acc{1}, row_at, row_weights);
-        combine_rows(tokens, row_at, row_weights, row_count, plan.tokens_x, plan.token_strides[2],
-                     n, plan.chunk, sums + rows * plan.tokens_x * plan.chunk);
-        row_of[i] = rows++;
-      }
-
+      combine_views(plan, run.y, tokens, n, scratch);
       for (run.x = 0; run.x < plan.columns; run.x = run.x_end) {
         run.x_end = plan.end_x[run.x];
-        int64_t count = 0;
-        double total = 0;
-        for (int64_t k = 0; k < plan.view_count; ++k) {
-          const int64_t i = plan.order ? plan.order[k] : k;
-          const auto& view = plan.views[i];
-          const int64_t slot = view.group * plan.columns + run.x;
-          if (row_of[i] < 0 || !(plan.x.count[slot] > 0)) continue;
-          values[count] = {sums + (row_of[i] * plan.tokens_x + plan.x.first[slot]) * plan.chunk,
-                           plan.x.weight + slot * plan.x.max_taps, plan.x.taps[slot]};
-          weights[count] = static_cast<double>(view.weight) * plan.x.count[slot] *
-                           plan.y.count[view.dy * plan.rows + run.y];
-          total += weights[count++];
-        }
-        for (int64_t i = 0; i < count; ++i) shares[i] = static_cast<Acc>(weights[i] / total);
+        CellValues<Acc> cell = views_of_cell(plan, run.y, run.x, scratch);
         for (int64_t from = 0; from < n; from += block) {
           run.n = n - from < block ? n - from : block;
           run.at = b * plan.out_strides[0] + (c + from) * plan.out_strides[1];
-          const bool finite = gather(values, count, plan.chunk, from, buffer);
-          Reduction::reduce(plan, run,
-                            CellValues<Acc>{buffer, shares, steps, count, total, finite});
+          cell.finite = gather(scratch.values, cell.count, plan.chunk, from, scratch.buffer);
+          Reduction::reduce(plan, run, cell);
         }
       }
     }
