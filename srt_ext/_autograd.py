@@ -1,37 +1,597 @@
-"""The ops at the dispatch keys of autograd. Asking for a derivative is an error: there is none yet.
+"""Derivatives of the ops: reverse and forward mode, vmap, torch.func.
 
-Without kernels at these keys torch would only warn, forward-mode AD would lose a tangent in
-silence, and a tensor that an op writes would keep its version.
+Each op has a ``torch.autograd.Function`` at its Autograd key. Gradients are ops themselves, with
+kernels of their own, and the linear ones have derivatives again: that of a mean is the mean.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
 _library = torch.library.Library("srt", "IMPL")
+_ops = torch.ops.srt
+
+Modes = dict[str, Any]
 
 
-class _NoDerivative(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, op: Any, modes: dict[str, Any], *args: Any) -> Any:
-        ctx.name = op.name()
+def _no_derivative(of: str, what: str) -> NoReturn:
+    raise RuntimeError(f"srt::{of}: {what}")
+
+
+def _check_constant(op: str, **given: object) -> None:
+    """Raises for those that are asked for: a flag that it is, or a tangent that is there."""
+    for name, asked in given.items():
+        if asked is not None and asked is not False:
+            _no_derivative(op, f"there is no derivative with respect to {name}")
+
+
+# ---- what a cell counts --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where tokens belong: what these ops take besides numbers."""
+
+    grid: Sequence[int]
+    patch: Sequence[int]
+    modes: Modes  # upsample, border, stride
+
+    def counts(self, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Counted pixels of each view in each row of cells [V, H'] and column [V, W']."""
+        found = []
+        stride = self.modes["stride"]
+        stride = (stride, stride) if isinstance(stride, int) else stride
+        valid = (offsets.abs() <= 2**20).all(1)  # on a GPU nobody has looked
+        for axis in (0, 1):
+            pixels = self.grid[axis] * self.patch[axis]
+            at = torch.arange(pixels, device=offsets.device, dtype=torch.float64) + 0.5
+            at = at + offsets[:, axis].double()[:, None]
+            counted = (at >= 0) & (at < pixels)
+            if self.modes["border"] != "coverage":
+                counted = torch.ones_like(counted)
+            counted = counted & valid[:, None]
+            cells = counted.reshape(len(offsets), -1, stride[axis])
+            found.append(cells.sum(2, dtype=torch.float64))
+        return found[0], found[1]
+
+    def weight(self, offsets: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+        """The sum of weight * counted pixels over the views: [H', W'], float64."""
+        rows, columns = self.counts(offsets)
+        if weights is not None:
+            rows = rows * torch.where(weights > 0, weights, 0).to(rows)[:, None]
+        return rows.T @ columns
+
+    def call(self, op: Any, tokens: torch.Tensor, offsets: torch.Tensor, *weights: Any) -> Any:
+        return op(tokens, offsets, self.grid, self.patch, *weights, **self.modes)
+
+    def gradient(
+        self,
+        reduce: str,
+        grad: torch.Tensor,
+        grad_var: torch.Tensor | None,
+        tokens: torch.Tensor | None,
+        offsets: torch.Tensor,
+        weights: torch.Tensor | None,
+    ) -> torch.Tensor:
+        place = (offsets, self.grid, self.patch, weights)
+        modes = {"reduce": reduce, **self.modes}
+        tensor: torch.Tensor = _ensemble_backward(grad, grad_var, tokens, *place, **modes)
+        return tensor
+
+
+def _divide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a / b, and 0 where b is."""
+    return torch.where(b > 0, a / torch.where(b > 0, b, 1), 0)
+
+
+def _sums(*tensors: torch.Tensor | None) -> list[Any]:
+    """In the precision that sums are kept in."""
+    return [t if t is None or t.dtype == torch.float64 else t.float() for t in tensors]
+
+
+def _weights_gradient(
+    place: _Place,
+    grad: torch.Tensor,
+    grad_var: torch.Tensor | None,
+    mean: torch.Tensor,
+    var: torch.Tensor | None,
+    tokens: torch.Tensor,
+    offsets: torch.Tensor,
+    weights: torch.Tensor,
+) -> torch.Tensor:
+    """[V]. With f_v the value and c_v the counted pixels of a view in a cell, and W their weight:
+
+    d mean / d w_v = c_v (f_v - mean) / W and d var / d w_v = c_v ((f_v - mean)^2 - var) / W.
+    The sums over cells of what has an f_v are products of tokens with gradients: these are taken
+    for equal weights, since they must not vanish where w_v does.
+    """
+    grad, grad_var, mean, var, tokens = _sums(grad, grad_var, mean, var, tokens)
+    total, plain = place.weight(offsets, weights), place.weight(offsets, None)
+    equal = _divide(plain, total).to(mean)  # equal weights are then divided by W
+    part = grad if grad_var is None else grad - grad_var * mean
+    by_view = tokens * place.gradient("mean", part * equal, None, None, offsets, None)
+    constant = grad * mean
+    if grad_var is not None and var is not None:
+        constant = constant + grad_var * (var - mean * mean)
+        centre = place.call(_ops.ensemble.default, tokens, offsets)
+        scaled = grad_var * equal
+        squares = place.gradient(
+            "moments", 2 * scaled * (centre - mean), scaled, tokens, offsets, None
+        )
+        by_view = by_view + tokens * squares / 2
+    rows, columns = place.counts(offsets)
+    constant = _divide(constant.sum((0, 1)).double(), total)
+    of_constant = ((rows @ constant) * columns).sum(1)
+    return (by_view.sum((1, 2, 3)).double() - of_constant).to(weights)
+
+
+def _weights_tangent(
+    place: _Place,
+    moments: Callable[[torch.Tensor], Sequence[torch.Tensor]],
+    of: Sequence[torch.Tensor],
+    offsets: torch.Tensor,
+    weights: torch.Tensor,
+    tangent: torch.Tensor,
+) -> list[torch.Tensor]:
+    """Of the mean, and the variance where there is one, for a change of the weights.
+
+    What views of positive change say, in proportion, less what the others do; ``moments`` gives
+    mean and variance with other weights.
+    """
+    total = place.weight(offsets, weights)
+    changes = [torch.zeros_like(t) for t in of]
+    for sign in (1, -1):
+        part = (sign * tangent).clamp(min=0)
+        part = torch.where(part >= part.max() * 2.0**-80, part, 0)  # smaller ones are refused
+        share = _divide(sign * place.weight(offsets, part), total).to(of[0])
+        mean, *var = moments(part)
+        apart = mean - of[0]
+        changes[0] = changes[0] + share * apart
+        if var:
+            changes[1] = changes[1] + share * (var[0] - of[1] + apart * apart)
+    return changes
+
+
+def _selected(
+    place: _Place,
+    tokens: torch.Tensor,
+    offsets: torch.Tensor,
+    median: torch.Tensor,
+    others: torch.Tensor,
+) -> torch.Tensor:
+    """The value of ``others``, as of ``tokens`` [V, B, N, C], in the view that is the median.
+
+    One view after the other: what forward mode, and derivatives of gradients, need.
+    """
+    rows, columns = place.counts(offsets)
+    nearest = torch.full_like(median, torch.inf)
+    found = torch.zeros_like(median)
+    for v in range(len(tokens)):
+        view = slice(v, v + 1)
+        value = place.call(_ops.ensemble.default, tokens[view], offsets[view])
+        distance = torch.where(value == median, 0, (value - median).abs())
+        distance = torch.where(value.isnan() & median.isnan(), 0, distance)
+        closer = (distance < nearest) & (torch.outer(rows[v], columns[v]) > 0)
+        nearest = torch.where(closer, distance, nearest)
+        other = place.call(_ops.ensemble.default, others[view], offsets[view])
+        found = torch.where(closer, other, found)
+    return found
+
+
+# ---- vmap ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Batching:
+    """How an op is mapped: the new dimension becomes part of its batch B.
+
+    ``dims``: where B lies in each argument, None in one that has none; ``out``: in the results. Where an argument without B is mapped, one call follows the other.
+    """
+
+    dims: tuple[int | None, ...]
+    out: int
+
+    def __call__(
+        self, call: Callable[..., Any], size: int, in_dims: Sequence[Any], args: Sequence[Any]
+    ) -> tuple[Any, Any]:
+        mapped = [d if isinstance(a, torch.Tensor) else None for a, d in zip(args, in_dims, strict=True)]
+        arguments = list(zip(args, mapped, self.dims, strict=False))
+        if any(dim is not None and b is None for _, dim, b in arguments):
+            calls = [
+                call(*(a if d is None else a.select(d, i) for a, d, _ in arguments))
+                for i in range(size)
+            ]
+            if isinstance(calls[0], torch.Tensor):
+                return torch.stack(calls), 0
+            return tuple(map(torch.stack, zip(*calls, strict=True))), (0,) * len(calls[0])
+
+        batches = []
+
+        def fold(tensor: Any, dim: int | None, b: int | None) -> Any:
+            if tensor is None or b is None:
+                return tensor
+            if dim is None:
+                tensor = tensor.unsqueeze(b).expand(*tensor.shape[:b], size, *tensor.shape[b:])
+            else:
+                tensor = tensor.movedim(dim, b)
+            batches.append(tensor.shape[b + 1])
+            return tensor.reshape(
+                *tensor.shape[:b], size * tensor.shape[b + 1], *tensor.shape[b + 2 :]
+            )
+
+        result = call(*(fold(*a) for a in arguments))
+
+        def unfold(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.unflatten(self.out, (size, batches[0]))
+
+        if isinstance(result, torch.Tensor):
+            return unfold(result), self.out
+        return tuple(map(unfold, result)), (self.out,) * len(result)
+
+
+# ---- the ops -------------------------------------------------------------------------------------
+
+
+class _Function(torch.autograd.function._SingleLevelFunction):
+    """A node of ``op``; the modes come last, as one dict, and every argument is there.
+
+    Of a single level: torch.func has chosen one before a kernel at the Autograd key runs, and goes
+    on to the next below it. ``torch.autograd.Function`` would begin with the first level again.
+    """
+
+    op: Any
+    batching: _Batching
+
+    @classmethod
+    def run(cls, *args: Any) -> Any:
+        """Without derivatives."""
+        *rest, modes = args
         with torch._C._AutoDispatchBelowAutograd():
-            return op(*args, **modes)
+            return cls.op(*rest, **modes)
+
+
+class _Shift(_Function):
+    op = _ops.shift.default
+    batching = _Batching((0, None), 1)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> NoReturn:
-        raise RuntimeError(f"{ctx.name} has no derivative in this version")
+    def forward(image: Any, offsets: Any, modes: Modes) -> Any:
+        return _Shift.run(image, offsets, modes)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        _, offsets, ctx.modes = inputs
+        ctx.save_for_backward(offsets)
+        ctx.save_for_forward(offsets)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        _check_constant("shift", offsets=ctx.needs_input_grad[1])
+        if grads[0] is None:
+            return None, None, None
+        return _shift_backward(grads[0], ctx.saved_tensors[0], **ctx.modes), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        image, offsets, _ = tangents
+        _check_constant("shift", offsets=offsets)
+        return shift(image, ctx.saved_tensors[0], **ctx.modes)
+
+
+class _ShiftBackward(_Function):
+    op = _ops._shift_backward.default
+    batching = _Batching((1, None), 0)
+
+    @staticmethod
+    def forward(grad: Any, offsets: Any, modes: Modes) -> Any:
+        return _ShiftBackward.run(grad, offsets, modes)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        _, offsets, ctx.modes = inputs
+        ctx.save_for_backward(offsets)
+        ctx.save_for_forward(offsets)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        _check_constant("shift", offsets=ctx.needs_input_grad[1])
+        if grads[0] is None:
+            return None, None, None
+        return shift(grads[0], ctx.saved_tensors[0], **ctx.modes), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        grad, offsets, _ = tangents
+        _check_constant("shift", offsets=offsets)
+        return _shift_backward(grad, ctx.saved_tensors[0], **ctx.modes)
+
+
+class _Ensemble(_Function):
+    op = _ops.ensemble.default
+    batching = _Batching((1, None, None, None, None), 0)
+
+    @staticmethod
+    def forward(
+        tokens: Any, offsets: Any, grid: Any, patch: Any, weights: Any, modes: Modes
+    ) -> Any:
+        return _Ensemble.run(tokens, offsets, grid, patch, weights, modes)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        tokens, offsets, grid, patch, weights, modes = inputs
+        modes = dict(modes)
+        ctx.reduce = modes.pop("reduce")
+        ctx.place = _Place(grid, patch, modes)
+        # A mean is linear: only the derivatives with respect to weights read more than the offsets.
+        more = ctx.reduce == "median" or weights is not None
+        saved = (offsets, weights, *((tokens, output) if more else (None, None)))
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        of_tokens, of_offsets, _, _, of_weights, _ = ctx.needs_input_grad
+        _check_constant("ensemble", offsets=of_offsets)
+        offsets, weights, tokens, field = ctx.saved_tensors
+        grad, place = grads[0], ctx.place
+        result: list[Any] = [None] * 6
+        if grad is None:
+            return tuple(result)
+        if of_tokens:
+            given = tokens if ctx.reduce == "median" else None
+            result[0] = place.gradient(ctx.reduce, grad, None, given, offsets, weights)
+        if of_weights:
+            result[4] = _weights_gradient(
+                place, grad, None, field, None, tokens, offsets, weights
+            )
+        return tuple(result)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        of_tokens, of_offsets, _, _, of_weights, _ = tangents
+        _check_constant("ensemble", offsets=of_offsets)
+        offsets, weights, tokens, field = ctx.saved_tensors
+        place = ctx.place
+        if ctx.reduce == "median":
+            return _selected(place, tokens, offsets, field, of_tokens)
+        result: Any = 0
+        if of_tokens is not None:
+            result = place.call(_ops.ensemble.default, of_tokens, offsets, weights)
+        if of_weights is not None:
+
+            def moments(other: torch.Tensor) -> Sequence[torch.Tensor]:
+                return [place.call(_ops.ensemble.default, tokens, offsets, other)]
+
+            (change,) = _weights_tangent(place, moments, [field], offsets, weights, of_weights)
+            result = result + change
+        return result
+
+
+class _Moments(_Function):
+    op = _ops.ensemble_moments.default
+    batching = _Batching((1, None, None, None, None), 0)
+
+    @staticmethod
+    def forward(
+        tokens: Any, offsets: Any, grid: Any, patch: Any, weights: Any, modes: Modes
+    ) -> Any:
+        return _Moments.run(tokens, offsets, grid, patch, weights, modes)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        tokens, offsets, grid, patch, weights, modes = inputs
+        ctx.place = _Place(grid, patch, modes)
+        saved = (tokens, offsets, weights, *output)
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        of_tokens, of_offsets, _, _, of_weights, _ = ctx.needs_input_grad
+        _check_constant("ensemble_moments", offsets=of_offsets)
+        tokens, offsets, weights, mean, var = ctx.saved_tensors
+        result: list[Any] = [None] * 6
+        if grads[0] is None and grads[1] is None:
+            return tuple(result)
+        grads = tuple(torch.zeros_like(mean) if g is None else g for g in grads)
+        if of_tokens:
+            result[0] = ctx.place.gradient("moments", *grads, tokens, offsets, weights)
+        if of_weights:
+            result[4] = _weights_gradient(ctx.place, *grads, mean, var, tokens, offsets, weights)
+        return tuple(result)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        of_tokens, of_offsets, _, _, of_weights, _ = tangents
+        _check_constant("ensemble_moments", offsets=of_offsets)
+        tokens, offsets, weights, mean, var = ctx.saved_tensors
+        place = ctx.place
+
+        def moments(tokens: torch.Tensor, weights: torch.Tensor | None) -> Any:
+            return place.call(_ops.ensemble_moments.default, tokens, offsets, weights)
+
+        changes = [torch.zeros_like(mean), torch.zeros_like(var)]
+        if of_tokens is not None:
+            # A variance is quadratic: its derivative is a difference, of steps that need not be
+            # small. They are as large as the tokens, so that neither is lost beside the other.
+            size = tokens.abs().amax() / of_tokens.abs().amax().clamp(min=1e-30)
+            size = torch.where(size > 0, size, 1)
+            ahead, behind = (moments(tokens + s * of_tokens, weights)[1] for s in (size, -size))
+            changes = [
+                place.call(_ops.ensemble.default, of_tokens, offsets, weights),
+                (ahead - behind) / (2 * size),
+            ]
+        if of_weights is not None:
+            more = _weights_tangent(
+                place,
+                lambda other: moments(tokens, other),
+                [mean, var],
+                offsets,
+                weights,
+                of_weights,
+            )
+            changes = [a + b for a, b in zip(changes, more, strict=True)]
+        return tuple(changes)
+
+
+class _EnsembleBackward(_Function):
+    op = _ops._ensemble_backward.default
+    batching = _Batching((0, 0, 1, None, None, None, None), 1)
+
+    @staticmethod
+    def forward(
+        grad: Any,
+        grad_var: Any,
+        tokens: Any,
+        offsets: Any,
+        grid: Any,
+        patch: Any,
+        weights: Any,
+        modes: Modes,
+    ) -> Any:
+        return _EnsembleBackward.run(
+            grad, grad_var, tokens, offsets, grid, patch, weights, modes
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        _, _, tokens, offsets, grid, patch, weights, modes = inputs
+        modes = dict(modes)
+        ctx.reduce = modes.pop("reduce")
+        ctx.place = _Place(grid, patch, modes)
+        ctx.save_for_backward(tokens, offsets, weights)
+        ctx.save_for_forward(tokens, offsets, weights)
+
+    @staticmethod
+    def linear(ctx: Any, change: torch.Tensor) -> torch.Tensor:
+        """What the gradient of the tokens is the transpose of."""
+        tokens, offsets, weights = ctx.saved_tensors
+        place = ctx.place
+        field: torch.Tensor
+        if ctx.reduce == "mean":
+            field = place.call(_ops.ensemble.default, change, offsets, weights)
+            return field
+        args = (tokens, offsets, place.grid, place.patch)
+        median = _ops.ensemble(*args, reduce="median", **place.modes)
+        return _selected(place, tokens, offsets, median, change)
+
+    @staticmethod
+    def check(ctx: Any, offsets: Any, weights: Any) -> None:
+        name = "ensemble" if ctx.reduce != "moments" else "ensemble_moments"
+        if ctx.reduce == "moments":
+            _no_derivative(name, "there is no second derivative")
+        if weights is not None and weights is not False:
+            _no_derivative(name, "there is no second derivative with respect to weights")
+        _check_constant(name, offsets=offsets)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        of_grad, _, _, of_offsets, _, _, of_weights, _ = ctx.needs_input_grad
+        _EnsembleBackward.check(ctx, of_offsets, of_weights)
+        field = None
+        if of_grad and grads[0] is not None:
+            field = _EnsembleBackward.linear(ctx, grads[0])
+        return field, *([None] * 7)  # which view is the median changes nowhere but in jumps
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        grad, _, _, offsets, _, _, weights, _ = tangents
+        _EnsembleBackward.check(ctx, offsets, weights)
+        tokens, offsets, weights = ctx.saved_tensors
+        if grad is None:  # a change of the tokens of a median
+            return torch.zeros_like(tokens)
+        return ctx.place.gradient(ctx.reduce, grad, None, tokens, offsets, weights)
+
+
+def _in_reverse(tensors: Sequence[torch.Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _in_forward() -> bool:
+    return forward_ad._current_level >= 0
+
+
+def _apply(function: type[_Function], *args: Any) -> Any:
+    """Without the price of a node where nobody asks for a derivative."""
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    if not _in_reverse(tensors) and not _in_forward():
+        return function.run(*args)
+    with enable_single_level_autograd_function():
+        return function.apply(*args)
+
+
+# As the schemas of the ops have them.
+def shift(
+    image: Any, offsets: Any, *, padding: str = "reflect", interpolation: str = "bilinear"
+) -> Any:
+    return _apply(_Shift, image, offsets, {"padding": padding, "interpolation": interpolation})
+
+
+def ensemble(
+    tokens: Any,
+    offsets: Any,
+    grid: Any,
+    patch: Any,
+    weights: Any = None,
+    *,
+    reduce: str = "mean",
+    upsample: str = "bilinear",
+    border: str = "coverage",
+    stride: Any = (1, 1),
+) -> Any:
+    modes = {"reduce": reduce, "upsample": upsample, "border": border, "stride": stride}
+    return _apply(_Ensemble, tokens, offsets, grid, patch, weights, modes)
+
+
+def ensemble_moments(
+    tokens: Any,
+    offsets: Any,
+    grid: Any,
+    patch: Any,
+    weights: Any = None,
+    *,
+    upsample: str = "bilinear",
+    border: str = "coverage",
+    stride: Any = (1, 1),
+) -> Any:
+    modes = {"upsample": upsample, "border": border, "stride": stride}
+    return _apply(_Moments, tokens, offsets, grid, patch, weights, modes)
+
+
+def _shift_backward(grad: Any, offsets: Any, **modes: Any) -> Any:
+    return _apply(_ShiftBackward, grad, offsets, modes)
+
+
+def _ensemble_backward(*args: Any, **modes: Any) -> Any:
+    return _apply(_EnsembleBackward, *args, modes)
+
+
+# ---- registration --------------------------------------------------------------------------------
 
 
 def _implement(op: Any, kernel: Callable[..., Any], key: str, *, with_keyset: bool = False) -> None:
     _library.impl(op.name().removeprefix("srt::"), kernel, key, with_keyset=with_keyset)
 
 
-def _returning(op: Any) -> None:
-    _implement(op, lambda *args, **modes: _NoDerivative.apply(op, modes, *args), "Autograd")
+def _returning(function: type[_Function], call: Callable[..., Any]) -> None:
+    _implement(function.op, call, "Autograd")
+
+    def mapped(info: Any, in_dims: Any, *args: Any, **modes: Any) -> Any:
+        return function.batching(partial(function.op, **modes), info.batch_size, in_dims, args)
+
+    torch.library.register_vmap(function.op, mapped)
 
 
 def _writing(op: Any, what: str) -> None:
@@ -51,8 +611,8 @@ def _writing(op: Any, what: str) -> None:
 
     def autograd(*args: Any, **modes: Any) -> None:
         tensors = [a for a in (*args, *modes.values()) if isinstance(a, torch.Tensor)]
-        if any(torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors) or (
-            torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        if _in_reverse(tensors) or (
+            _in_forward() and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
         ):
             raise RuntimeError(
                 f"{where}: {what} is not differentiable; got an argument that requires grad"
@@ -85,10 +645,11 @@ def _writing(op: Any, what: str) -> None:
     _implement(op, negative, "Conjugate")
 
 
-_ops = torch.ops.srt
-_returning(_ops.shift.default)
-_returning(_ops.ensemble.default)
-_returning(_ops.ensemble_moments.default)
+_returning(_Shift, shift)
+_returning(_Ensemble, ensemble)
+_returning(_Moments, ensemble_moments)
+_returning(_ShiftBackward, _shift_backward)
+_returning(_EnsembleBackward, _ensemble_backward)
 _writing(_ops.ensemble.out, "out=")
 _writing(_ops.accumulate_mean_.default, "the state of a stream")
 _writing(_ops.accumulate_moments_.default, "the state of a stream")

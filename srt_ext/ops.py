@@ -307,6 +307,31 @@ def _(
     return tokens.new_empty_strided(shape, strides), tokens.new_empty_strided(shape, strides)
 
 
+@torch.library.register_fake("srt::_shift_backward")
+def _(
+    grad: torch.Tensor, offsets: torch.Tensor, *, padding: str, interpolation: str
+) -> torch.Tensor:
+    return grad.new_empty(grad.shape[1:])
+
+
+@torch.library.register_fake("srt::_ensemble_backward")
+def _(
+    grad: torch.Tensor,
+    grad_var: torch.Tensor | None,
+    tokens: torch.Tensor | None,
+    offsets: torch.Tensor,
+    grid: Sequence[int],
+    patch: Sequence[int],
+    weights: torch.Tensor | None,
+    *,
+    reduce: str,
+    upsample: str,
+    border: str,
+    stride: Sequence[int],
+) -> torch.Tensor:
+    return grad.new_empty(offsets.shape[0], grad.shape[0], grid[0] * grid[1], grad.shape[1])
+
+
 @torch.library.register_fake("srt::accumulate_mean_")
 def _(
     mean: torch.Tensor,

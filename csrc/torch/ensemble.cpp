@@ -141,14 +141,17 @@ std::vector<Tensor> EnsembleCall::set_gradients(const Tensor& grad,
     check_given(i ? "grad_var" : "grad", given[i], out_shape, tokens.scalar_type(), rule);
     bool fits = out_shape[1] <= 1 || given[i].stride(1) == 1;
     for (int64_t d = 0; d < 4; ++d) fits = fits && given[i].stride(d) == given[0].stride(d);
-    if (!fits) {  // srt_ext/_autograd.py hands over channels_last
-      const std::string rule_of_strides = "gradients must be dense in the channels and alike";
-      fail(op, rule_of_strides, format_strides(given[i]));
+    if (fits) continue;
+    // Both gradients of moments then get the same strides.
+    for (Tensor& tensor : given) {
+      const Tensor dense = new_out();
+      torch::stable::copy_(const_cast<Tensor&>(dense), tensor);
+      tensor = dense;
     }
   }
   args.out = const_cast<void*>(given[0].const_data_ptr());
   if (moments) args.variance = const_cast<void*>(given[1].const_data_ptr());
-  for (int d = 0; d < 4; ++d) args.out_strides[d] = grad.stride(d);
+  for (int d = 0; d < 4; ++d) args.out_strides[d] = given[0].stride(d);
   return given;
 }
 
