@@ -92,6 +92,8 @@ def _packages(array: object) -> set[str]:
 def _has_memory(array: object) -> bool:
     if "tensorflow" in _packages(array):
         return True  # also before it had __dlpack__
+    if isinstance(array, np.ma.MaskedArray):
+        return False  # what it hides would be read
     # JAX's tracers have the first alone.
     return hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__")
 
@@ -123,15 +125,16 @@ def _tensor(op: str, name: str, array: Any) -> torch.Tensor:
 
 def _numbers(op: str, name: str, values: Any) -> torch.Tensor:
     """offsets or weights: arrays as they are, other numbers as float64 on the CPU."""
-    if isinstance(values, np.ndarray):
-        return _from_numpy(values.copy())  # so few that a copy is simpler than rules
     if _has_memory(values):
+        if isinstance(values, np.ndarray):
+            return _from_numpy(values.copy())  # so few that a copy is simpler than rules
         return _tensor(op, name, values)
-    try:
-        return torch.tensor(values, dtype=torch.float64)
-    except (RuntimeError, TypeError, ValueError):
-        rule = f"{name} must be an array or a sequence of numbers"
-        raise _error(op, rule, values) from None
+    if isinstance(values, Sequence):
+        try:
+            return torch.tensor(values, dtype=torch.float64)
+        except (RuntimeError, TypeError, ValueError):
+            pass
+    raise _error(op, f"{name} must be an array or a sequence of numbers", values)
 
 
 class _Kind:
@@ -146,7 +149,7 @@ class _Kind:
         # were not there, 0.7 refuses them, and so do compiled functions of 0.8 to 0.10.
         self.strides = bool(packages & {"cupy", "numpy", "torch"})
         if not _has_memory(array):
-            raise _error(op, f"{name} must be an array with __dlpack__", array)
+            raise _error(op, f"{name} must be an array with __dlpack__, without a mask", array)
         if isinstance(array, (torch.Tensor, np.ndarray)) or self.tensorflow:
             return
         if hasattr(array, "__array_namespace__"):
