@@ -23,6 +23,12 @@ settings.register_profile(
 )
 settings.load_profile("srt")
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """JAX last: it starts threads, after which a process should not be forked, as tests do."""
+    items.sort(key=lambda item: "jax" in item.name)
+
+
 # Beside the checkout, on machines that have it.
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

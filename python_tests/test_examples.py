@@ -1,13 +1,59 @@
-"""The examples in the docstrings."""
+"""The examples in the docstrings, and those of docs/frameworks.md."""
 
 import doctest
 import importlib
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
+import srt_ext
 
-@pytest.mark.parametrize("module", ["ops", "streaming", "views", "wrapper"])
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "frameworks.md"
+
+
+def examples() -> dict[str, str]:
+    """The code of each section of the page, by its heading."""
+    sections = PAGE.read_text().split("\n## ")[1:] if PAGE.exists() else []
+    return {
+        section.splitlines()[0]: code
+        for section in sections
+        for code in re.findall(r"^```python\n(.*?)^```", section, re.M | re.S)
+    }
+
+
+EXAMPLES = examples()
+
+
+@pytest.mark.parametrize("module", ["array", "ops", "streaming", "views", "wrapper"])
 def test_docstrings(module: str) -> None:
     results = doctest.testmod(importlib.import_module(f"srt_ext.{module}"))
     assert results.attempted > 0
     assert results.failed == 0
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_page(name: str, tmp_path: Path) -> None:
+    for module in re.findall(r"^(?:import|from) ([\w.]+)", EXAMPLES[name], re.M):
+        if find_spec(module.split(".")[0]) is None or find_spec(module) is None:
+            pytest.skip(f"{module} is not installed")
+    script = tmp_path / "example.py"  # a file: workers that are not forked import it
+    script.write_text(EXAMPLES[name])
+    result = subprocess.run(
+        [sys.executable, script],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(Path(srt_ext.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    printed = re.findall(r"print\(.*\)  # (.+)", EXAMPLES[name])
+    assert printed
+    for line in printed:
+        assert line in result.stdout

@@ -36,6 +36,9 @@ if [ ${#missing[@]} -gt 0 ]; then
 fi
 sanitizer=$(command -v compute-sanitizer || true)
 [ -n "$sanitizer" ] || echo "WARNING: no compute-sanitizer: its steps are SKIPPED"
+for module in cupy jax; do
+  python3 -c "import $module" 2>/dev/null || echo "WARNING: no $module: its tests are SKIPPED"
+done
 # Threads that wait for each other on cores which the machine does not really have take minutes.
 export OMP_NUM_THREADS=$(($(nproc) < 8 ? $(nproc) : 8))
 
@@ -94,12 +97,13 @@ shown=40 step "registers, no spills" 10 ptxas.txt \
 pytest=(python3 -m pytest -p no:cacheprovider)
 step "CPU kernels" 60 tests.log "${pytest[@]}" python_tests/test_ensemble.py -k "golden or test_out"
 if [ -n "$dry" ]; then
-  step "CUDA tests, collected" 60 tests.log "${pytest[@]}" python_tests/test_cuda.py --collect-only
+  step "CUDA tests, collected" 60 tests.log "${pytest[@]}" python_tests/test_cuda.py \
+    python_tests/test_array.py --collect-only
   step "benchmark, on the CPU" 120 benchmark.log \
     python3 -m benchmarks --extent walk --results "$work/results" --commit "$commit"
 else
   step "CUDA tests" 150 tests.log "${pytest[@]}" -v --durations=10 \
-    python_tests/test_cuda.py
+    python_tests/test_cuda.py python_tests/test_array.py
   tail -n 1 "$output/tests.log" >>"$summary" # how many ran
   step "cuda_sanitize" 30 sanitizer.log "$build/cuda_sanitize"
   # Some virtual machines lend a GPU that the sanitizer cannot watch.

@@ -18,6 +18,7 @@ __all__ = [
     "SRTMoments",
     "SRTOutput",
     "__version__",
+    "array",
     "ensemble",
     "ensemble_moments",
     "reference",
@@ -27,7 +28,7 @@ __all__ = [
 
 if _unavailable is None:
     from . import _autograd as _autograd
-    from . import reference, views
+    from . import array, reference, views
     from .ops import ensemble, ensemble_moments, shift
     from .streaming import RunningMean, RunningMedian, RunningMoments
     from .wrapper import SRT, SRTMoments, SRTOutput
