@@ -21,15 +21,15 @@ _ops = torch.ops.srt
 Modes = dict[str, Any]
 
 
-def _no_derivative(of: str, what: str) -> NoReturn:
-    raise RuntimeError(f"srt::{of}: {what}")
+def _no_derivative(op: str, what: str) -> NoReturn:
+    raise RuntimeError(f"srt::{op} has no {what}")
 
 
 def _check_constant(op: str, **given: object) -> None:
     """Raises for those that are asked for: a flag that it is, or a tangent that is there."""
     for name, asked in given.items():
         if asked is not None and asked is not False:
-            _no_derivative(op, f"there is no derivative with respect to {name}")
+            _no_derivative(op, f"derivative with respect to {name}")
 
 
 # ---- what a cell counts --------------------------------------------------------------------------
@@ -192,7 +192,8 @@ def _selected(
 class _Batching:
     """How an op is mapped: the new dimension becomes part of its batch B.
 
-    ``dims``: where B lies in each argument, None in one that has none; ``out``: in the results. Where an argument without B is mapped, one call follows the other.
+    ``dims``: where B lies in each argument, None in one that has none; ``out``: in the results.
+    Where an argument without B is mapped, one call follows the other.
     """
 
     dims: tuple[int | None, ...]
@@ -201,7 +202,9 @@ class _Batching:
     def __call__(
         self, call: Callable[..., Any], size: int, in_dims: Sequence[Any], args: Sequence[Any]
     ) -> tuple[Any, Any]:
-        mapped = [d if isinstance(a, torch.Tensor) else None for a, d in zip(args, in_dims, strict=True)]
+        mapped = [
+            d if isinstance(a, torch.Tensor) else None for a, d in zip(args, in_dims, strict=True)
+        ]
         arguments = list(zip(args, mapped, self.dims, strict=False))
         if any(dim is not None and b is None for _, dim, b in arguments):
             calls = [
@@ -351,9 +354,7 @@ class _Ensemble(_Function):
             given = tokens if ctx.reduce == "median" else None
             result[0] = place.gradient(ctx.reduce, grad, None, given, offsets, weights)
         if of_weights:
-            result[4] = _weights_gradient(
-                place, grad, None, field, None, tokens, offsets, weights
-            )
+            result[4] = _weights_gradient(place, grad, None, field, None, tokens, offsets, weights)
         return tuple(result)
 
     @staticmethod
@@ -460,9 +461,7 @@ class _EnsembleBackward(_Function):
         weights: Any,
         modes: Modes,
     ) -> Any:
-        return _EnsembleBackward.run(
-            grad, grad_var, tokens, offsets, grid, patch, weights, modes
-        )
+        return _EnsembleBackward.run(grad, grad_var, tokens, offsets, grid, patch, weights, modes)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -491,9 +490,9 @@ class _EnsembleBackward(_Function):
     def check(ctx: Any, offsets: Any, weights: Any) -> None:
         name = "ensemble" if ctx.reduce != "moments" else "ensemble_moments"
         if ctx.reduce == "moments":
-            _no_derivative(name, "there is no second derivative")
+            _no_derivative(name, "second derivative")
         if weights is not None and weights is not False:
-            _no_derivative(name, "there is no second derivative with respect to weights")
+            _no_derivative(name, "second derivative with respect to weights")
         _check_constant(name, offsets=offsets)
 
     @staticmethod

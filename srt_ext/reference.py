@@ -141,7 +141,7 @@ def _view_sums(
                 weight = torch.outer(
                     torch.where(seen_y, weight_y, 0), torch.where(seen_x, weight_x, 0)
                 )
-                value = view[:, :, token_y[:, None], token_x[None, :]]
+                value = view.index_select(2, token_y).index_select(3, token_x)
                 pixels = pixels + _weighted(weight.to(dtype), value)
         counted = torch.outer(counted_y, counted_x).to(dtype)
         yield scale, _cells(pixels, stride), _cells(counted, stride)

@@ -1,0 +1,661 @@
+"""Derivatives: against autograd through the oracle, by gradcheck, and under torch's transforms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from budget import assert_within_budget
+from hypothesis import given
+from hypothesis import strategies as st
+from samples import (
+    DTYPES,
+    INTERPOLATIONS,
+    PADDINGS,
+    Ensemble,
+    Shift,
+    ensembles,
+    sample_ensembles,
+    sample_shifts,
+    shifts,
+)
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+
+import srt_ext
+from srt_ext import reference
+
+ENSEMBLES = sample_ensembles()
+SHIFTS = sample_shifts()
+REDUCES = ("mean", "moments", "median")
+each_ensemble = pytest.mark.parametrize("case", ENSEMBLES.values(), ids=ENSEMBLES.keys())
+each_shift = pytest.mark.parametrize("case", SHIFTS.values(), ids=SHIFTS.keys())
+each_reduce = pytest.mark.parametrize("reduce", REDUCES)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+Function = Callable[..., Any]
+
+
+def field_of(module: Any, reduce: str, case: Ensemble, **more: Any) -> Function:
+    """The field as a function of its tokens (and weights); all of it in one tensor."""
+    (_, offsets, grid, patch, weights), modes = case.call(torch.empty(0))
+
+    def field(tokens: torch.Tensor, weights: torch.Tensor | None = weights) -> torch.Tensor:
+        if reduce == "moments":
+            both = module.ensemble_moments(tokens, offsets, grid, patch, weights, **modes, **more)
+            return torch.stack(both)
+        weights = None if reduce == "median" else weights
+        kind = {"reduce": reduce, **modes, **more}
+        result: torch.Tensor = module.ensemble(tokens, offsets, grid, patch, weights, **kind)
+        return result
+
+    return field
+
+
+def gradient(function: Function, value: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    value = value.detach().requires_grad_()
+    field = function(value)
+    if not field.requires_grad:  # the oracle does not read tokens that no view counts
+        return torch.zeros_like(value)
+    (result,) = torch.autograd.grad(field, value, grad)
+    return result
+
+
+def no_ties(case: Ensemble, dtype: torch.dtype) -> torch.Tensor:
+    """Tokens of which no two are alike, so that there is one median."""
+    tokens = case.tokens(torch.float64)
+    if torch.finfo(dtype).bits > 16:
+        return tokens.to(dtype)
+    views, batch, count, channels = tokens.shape
+    assert views * count <= 256  # integers that bfloat16 holds
+    generator = torch.Generator().manual_seed(case.seed)
+    order = torch.rand(batch, channels, views * count, generator=generator).argsort(-1)
+    return order.unflatten(-1, (views, count)).permute(2, 0, 3, 1).contiguous().to(dtype)
+
+
+def problem(case: Ensemble, reduce: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens, and a gradient of the field."""
+    tokens = no_ties(case, dtype) if reduce == "median" else case.tokens(dtype)
+    shape = (2, *case.shape) if reduce == "moments" else case.shape
+    return tokens, torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+@cache  # the same for every instruction set
+def oracle(case: Ensemble, reduce: str, of: torch.dtype, dtype: torch.dtype) -> torch.Tensor:
+    field = field_of(reference, reduce, case, dtype=dtype)
+    return gradient(field, *(t.to(dtype) for t in problem(case, reduce, of)))
+
+
+def check_tokens_gradient(case: Ensemble, reduce: str, dtype: torch.dtype) -> None:
+    tokens, grad = problem(case, reduce, dtype)
+    actual = gradient(field_of(srt_ext, reduce, case), tokens, grad)
+    assert actual.dtype == dtype
+    truth = oracle(case, reduce, dtype, torch.float64)
+    if dtype == torch.float64:
+        torch.testing.assert_close(actual, truth, rtol=1e-11, atol=1e-11 * truth.abs().max().item())
+    else:
+        same = oracle(case, reduce, dtype, torch.float32)
+        assert_within_budget(actual, truth, same.to(dtype))
+
+
+@each_dtype
+@each_reduce
+@each_ensemble
+def test_gradient_of_tokens(
+    case: Ensemble, reduce: str, dtype: torch.dtype, cpu_kernels: str
+) -> None:
+    if reduce == "median" and torch.finfo(dtype).bits == 16:
+        case = replace(case, upsample="nearest", stride=(1, 1))  # what is blended can tie
+    check_tokens_gradient(case, reduce, dtype)
+
+
+@given(ensembles(), st.sampled_from(REDUCES), st.sampled_from((torch.float32, torch.bfloat16)))
+def test_gradient_of_tokens_of_any_call(case: Ensemble, reduce: str, dtype: torch.dtype) -> None:
+    dtype = torch.float32 if reduce == "median" else dtype
+    # The budget is the largest error of the oracle in float32: of a few values, that is luck.
+    check_tokens_gradient(replace(case, batch=max(case.batch, 128 // case.channels)), reduce, dtype)
+
+
+def test_gradient_of_many_views(cpu_kernels: str) -> None:
+    """More offsets than a tile has, a row of tokens in segments, more tasks than threads.
+
+    By what makes it the gradient of a linear function: the oracle would take a minute.
+    """
+    offsets = tuple((y * 0.75 - 4, x - 5.0) for y in range(11) for x in range(0, 11, 2))
+    case = Ensemble((4, 43), (5, 24), offsets=offsets, channels=131, batch=1)
+    field, tokens = field_of(srt_ext, "mean", case), case.tokens(torch.float64)
+    for seed in range(3):
+        grad = torch.randn(case.shape, generator=torch.Generator().manual_seed(seed)).double()
+        grad[grad.abs() < seed] = 0
+        expected = (field(tokens) * grad).sum()
+        actual = (tokens * gradient(field, tokens, grad)).sum()
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-6)
+
+
+@each_reduce
+@pytest.mark.parametrize("name", ["weights", "stride", "patch_1"])
+def test_gradient_of_weights(name: str, reduce: str) -> None:
+    if reduce == "median":
+        pytest.skip("a median has none")
+    case = replace(ENSEMBLES[name], weights=(1.0, 0.0, 2.5, 0.25, 7.0))
+    tokens = case.tokens(torch.float64)
+    weights = torch.tensor(case.weights, dtype=torch.float64)
+    weights[1] = 1e-9  # the oracle does not read a view of weight 0: no gradient comes back
+    results = []
+    for module in (srt_ext, reference):
+        field = field_of(module, reduce, case)
+        grad = torch.linspace(-1, 2, field(tokens).numel(), dtype=torch.float64)
+        results.append(
+            gradient(lambda w, f=field: f(tokens, w), weights, grad.reshape(field(tokens).shape))
+        )
+    torch.testing.assert_close(*results, rtol=1e-7, atol=1e-9)
+    # And where a weight is 0 it is that of a very small one.
+    field = field_of(srt_ext, reduce, case)
+    zero = weights.clone()
+    zero[1] = 0
+    limit = gradient(lambda w: field(tokens, w), zero, grad.reshape(field(tokens).shape))
+    torch.testing.assert_close(limit, results[1], rtol=1e-6, atol=1e-6)
+
+
+def check_image_gradient(case: Shift, dtype: torch.dtype) -> None:
+    image = case.image(dtype)
+    (_, offsets), modes = case.call(image)
+    shape = (len(offsets), *image.shape)
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    actual = gradient(lambda i: srt_ext.shift(i, offsets, **modes), image, grad)
+    truth, same = (
+        gradient(
+            lambda i, t=t: reference.shift(i, offsets, **modes, dtype=t), image.to(t), grad.to(t)
+        )
+        for t in (torch.float64, torch.float32)
+    )
+    if dtype == torch.float64:
+        torch.testing.assert_close(actual, truth, rtol=1e-12, atol=1e-12)
+    else:
+        assert_within_budget(actual, truth, same.to(dtype))
+
+
+@each_dtype
+@each_shift
+def test_gradient_of_an_image(case: Shift, dtype: torch.dtype, cpu_kernels: str) -> None:
+    check_image_gradient(case, dtype)
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+def test_gradient_of_an_image_in_every_mode(padding: str, interpolation: str) -> None:
+    offsets = ((0.0, 0.0), (2.0, -3.0), (0.3, 0.6), (-9.4, 17.2), (30.5, -80.75))
+    case = Shift((7, 37), offsets=offsets, padding=padding, interpolation=interpolation)
+    check_image_gradient(case, torch.float32)
+
+
+@given(shifts())
+def test_gradient_of_an_image_of_any_call(case: Shift) -> None:
+    check_image_gradient(replace(case, batch=20), torch.float32)
+
+
+@each_reduce
+def test_any_strides_of_a_gradient(reduce: str) -> None:
+    case = ENSEMBLES["grid"]
+    tokens, field = case.tokens(), field_of(srt_ext, reduce, case)
+    grad = torch.randn(field(tokens).shape)
+    expected = gradient(field, tokens, grad)
+    strided = torch.zeros(2, *grad.shape)[1].copy_(grad).transpose(-1, -2).contiguous()
+    assert torch.equal(gradient(field, tokens, strided.transpose(-1, -2)), expected)
+    one = torch.ones(())
+    assert torch.equal(
+        gradient(field, tokens, one.expand(grad.shape)),
+        gradient(field, tokens, torch.ones(grad.shape)),
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@each_reduce
+@pytest.mark.parametrize("name", ["grid", "real", "weights", "stride", "beyond"])
+def test_a_non_finite_gradient_reaches_what_it_touches(
+    name: str, reduce: str, value: float, cpu_kernels: str
+) -> None:
+    case = replace(ENSEMBLES[name], batch=1, channels=3)
+    if reduce == "median":
+        case = replace(case, weights=None)
+    tokens, field = case.tokens(torch.float64), field_of(srt_ext, reduce, case)
+    cell = (..., 0, 1, -1, -1)
+    grad = torch.zeros(field(tokens).shape, dtype=torch.float64)
+    grad[cell] = 1.0
+    touched = gradient(field, tokens, grad) != 0
+    grad = torch.randn_like(grad)
+    clean = gradient(field, tokens, grad)
+    grad[cell] = value
+    result = gradient(field, tokens, grad)
+    assert torch.equal(result[~touched], clean[~touched])
+    assert not result[touched].isfinite().any()
+
+
+@each_reduce
+def test_a_gradient_does_not_depend_on_threads(reduce: str, threads: Callable[[int], None]) -> None:
+    case = Ensemble((7, 9), (8, 8), channels=165)
+    tokens, field = case.tokens(), field_of(srt_ext, reduce, case)
+    image, (_, offsets) = torch.randn(2, 3, 65, 127), Shift().call(torch.empty(0))[0]
+    results = []
+    for count in (1, 2, 5):
+        threads(count)
+        grads = torch.linspace(-3, 2, field(tokens).numel()).reshape(field(tokens).shape)
+        views = torch.linspace(-3, 2, 5 * image.numel()).reshape(5, *image.shape)
+        results.append(
+            (
+                gradient(field, tokens, grads),
+                gradient(lambda i: srt_ext.shift(i, offsets), image, views),
+            )
+        )
+    for more in results[1:]:
+        assert all(map(torch.equal, results[0], more))
+
+
+# ---- gradcheck -----------------------------------------------------------------------------------
+
+EVERYTHING = {
+    "check_forward_ad": True,
+    "check_batched_grad": True,
+    "check_batched_forward_grad": True,
+}
+SMALL = Ensemble((2, 3), (3, 4), channels=2, batch=2)
+
+
+def small_cases() -> dict[str, Ensemble]:
+    real = ((0.0, 0.0), (1.5, -2.0), (-3.0, 1.0), (0.3, 9.0))
+    plain = replace(SMALL, offsets=real, value_dtype=torch.float64)
+    return {
+        "plain": plain,
+        "weights": replace(plain, weights=(1.0, 0.5, 2.0, 0.1), stride=(3, 2)),
+        "zeros": replace(plain, weights=(1.0, 0.5, 2.0, 0.1), border="zeros"),
+        "nearest": replace(plain, upsample="nearest", border="clamp"),
+    }
+
+
+each_small = pytest.mark.parametrize("case", small_cases().values(), ids=small_cases().keys())
+
+
+@each_reduce
+@each_small
+def test_gradcheck(case: Ensemble, reduce: str) -> None:
+    field = field_of(srt_ext, reduce, case)
+    inputs = [case.tokens(torch.float64).requires_grad_()]
+    if case.weights is not None and reduce != "median":
+        inputs.append(torch.tensor(case.weights, dtype=torch.float64, requires_grad=True))
+    assert gradcheck(field, inputs, **EVERYTHING)
+
+
+@pytest.mark.parametrize("reduce", ["mean", "median"])
+@each_small
+def test_gradgradcheck(case: Ensemble, reduce: str) -> None:
+    field = field_of(srt_ext, reduce, case)
+    tokens = case.tokens(torch.float64).requires_grad_()
+    assert gradgradcheck(field, tokens, check_fwd_over_rev=True, check_rev_over_rev=True)
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+def test_gradcheck_of_shift(padding: str, interpolation: str) -> None:
+    offsets = torch.tensor([[0.0, 0.0], [1.5, -2.25], [-7.0, 9.5]], dtype=torch.float64)
+    image = torch.randn(1, 2, 4, 5, dtype=torch.float64, requires_grad=True)
+
+    def views(image: torch.Tensor) -> torch.Tensor:
+        return srt_ext.shift(image, offsets, padding=padding, interpolation=interpolation)
+
+    assert gradcheck(views, image, **EVERYTHING)
+    assert gradgradcheck(views, image, check_fwd_over_rev=True)
+
+
+def test_second_derivatives_that_do_not_exist_are_errors() -> None:
+    case = small_cases()["weights"]
+    tokens = case.tokens(torch.float64).requires_grad_()
+    field = field_of(srt_ext, "moments", case)(tokens)
+    (grad,) = torch.autograd.grad(field.square().sum(), tokens, create_graph=True)
+    with pytest.raises(RuntimeError, match="srt::ensemble_moments has no second derivative"):
+        grad.sum().backward()
+    weights = torch.tensor(case.weights, dtype=torch.float64, requires_grad=True)
+    field = field_of(srt_ext, "mean", case)(tokens, weights)
+    (grad,) = torch.autograd.grad(field.square().sum(), tokens, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative with respect to weights"):
+        grad.sum().backward()
+
+
+def test_forward_mode_of_a_large_and_a_small_change() -> None:
+    """The derivative of a variance is made of differences, and must not drown in rounding."""
+    case = replace(ENSEMBLES["grid"], batch=1, channels=4)
+    field = field_of(srt_ext, "moments", case)
+    tokens = case.tokens(torch.float32)
+    truth = torch.func.jvp(
+        field_of(reference, "moments", case), (tokens.double(),), (tokens.double().cos(),)
+    )[1]
+    for size in (1e-6, 1.0, 1e6):
+        _, change = torch.func.jvp(field, (tokens,), (size * tokens.cos(),))
+        torch.testing.assert_close(change.double() / size, truth, rtol=1e-4, atol=1e-5)
+
+
+# ---- transforms ----------------------------------------------------------------------------------
+
+NAMESPACES = {"ops": torch.ops.srt, "functions": srt_ext}
+each_namespace = pytest.mark.parametrize("module", NAMESPACES.values(), ids=NAMESPACES.keys())
+
+
+@each_namespace
+@each_reduce
+def test_torch_func(reduce: str, module: Any) -> None:
+    case = small_cases()["plain"]
+    field, truth = field_of(module, reduce, case), field_of(reference, reduce, case)
+    tokens = case.tokens(torch.float64)
+    tangent = torch.randn_like(tokens)
+
+    def loss(field: Function) -> Function:
+        return lambda tokens: field(tokens).square().sum()
+
+    def right(transform: Callable[[Function], Any]) -> None:
+        torch.testing.assert_close(transform(field), transform(truth))
+
+    right(lambda f: torch.func.grad(loss(f))(tokens))
+    right(lambda f: torch.func.jvp(f, (tokens,), (tangent,)))
+    right(lambda f: torch.func.vjp(f, tokens)[1](torch.ones_like(f(tokens))))
+    right(lambda f: torch.func.jacrev(f)(tokens))
+    right(lambda f: torch.func.jacfwd(f)(tokens))
+    both = torch.stack([tokens, 2 * tokens.flip(0)])
+    expected = torch.stack([torch.func.grad(loss(truth))(t) for t in both])
+    torch.testing.assert_close(torch.vmap(torch.func.grad(loss(field)))(both), expected)
+    through = torch.func.grad(lambda t: torch.vmap(field)(t).square().sum())(both)
+    torch.testing.assert_close(through, expected)
+    if reduce == "mean":
+        right(lambda f: torch.func.hessian(loss(f))(tokens))
+
+
+@each_namespace
+def test_torch_func_of_shift(module: Any) -> None:
+    offsets = torch.tensor([[0.0, 1.0], [1.5, -2.25]], dtype=torch.float64)
+    image = torch.randn(2, 1, 4, 5, dtype=torch.float64)
+
+    def views(module: Any) -> Function:
+        return lambda image: module.shift(image, offsets)
+
+    for transform in (torch.func.jacrev, torch.func.jacfwd):
+        torch.testing.assert_close(
+            transform(views(module))(image), transform(views(reference))(image)
+        )
+    _, tangent = torch.func.jvp(views(module), (image,), (image.exp(),))
+    torch.testing.assert_close(tangent, views(reference)(image.exp()))
+
+
+def each_of(function: Function, size: int, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+    """What vmap means."""
+    results = [
+        function(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
+        for i in range(size)
+    ]
+    return torch.stack(results)
+
+
+@each_namespace
+@each_reduce
+@pytest.mark.parametrize(
+    "in_dims", [(0, None, None), (2, None, None), (-1, 0, None), (None, 1, None), (1, None, 0)]
+)
+def test_vmap(in_dims: tuple[int | None, int | None, int | None], reduce: str, module: Any) -> None:
+    case = replace(ENSEMBLES["grid"], channels=3)
+    grid, patch = case.grid, case.patch
+    size = 4
+    shapes = ((9, 2, 15, 3), (9, 2), (9,))
+    args = []
+    for shape, dim in zip(shapes, in_dims, strict=True):
+        mapped = list(shape)
+        if dim is not None:
+            mapped.insert(dim if dim >= 0 else len(shape) + 1 + dim, size)
+        args.append(torch.rand(mapped) * 4)
+    if in_dims[0] == -1:
+        args[0] = args[0].movedim(-1, 0).contiguous().movedim(0, -1)  # dense channels in each
+
+    def field(tokens: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        if reduce == "moments":
+            both = module.ensemble_moments(tokens, offsets, grid, patch, weights)
+            return torch.stack(both)
+        given = (weights,) if reduce == "mean" else ()
+        result: torch.Tensor = module.ensemble(tokens, offsets, grid, patch, *given, reduce=reduce)
+        return result
+
+    if reduce == "median" and in_dims == (1, None, 0):
+        in_dims = (1, None, None)
+        args[2] = args[2][0]
+    actual = torch.vmap(field, in_dims)(*args)
+    assert torch.equal(actual, each_of(field, size, in_dims, *args))
+
+
+@each_namespace
+@pytest.mark.parametrize("in_dims", [(0, None), (4, None), (1, 2), (None, 0)])
+def test_vmap_of_shift(in_dims: tuple[int | None, int | None], module: Any) -> None:
+    shapes = [[2, 3, 5, 6], [7, 2]]
+    for shape, dim in zip(shapes, in_dims, strict=True):
+        if dim is not None:
+            shape.insert(dim, 4)
+    args = [torch.randn(shape) for shape in shapes]
+    actual = torch.vmap(module.shift, in_dims)(*args)
+    assert torch.equal(actual, each_of(module.shift, 4, in_dims, *args))
+
+
+def test_vmap_of_vmap_and_of_an_empty_batch() -> None:
+    offsets = torch.randn(3, 2)
+
+    def field(tokens: torch.Tensor) -> torch.Tensor:
+        return srt_ext.ensemble(tokens, offsets, (2, 3), (2, 2))
+
+    tokens = torch.randn(4, 5, 3, 2, 6, 7)
+    twice = torch.vmap(torch.vmap(field))(tokens)
+    assert torch.equal(twice, torch.stack([torch.stack([field(t) for t in row]) for row in tokens]))
+    assert torch.vmap(field)(torch.randn(4, 3, 0, 6, 7)).shape == (4, 0, 7, 4, 6)
+
+
+# ---- opcheck, compile, export --------------------------------------------------------------------
+
+
+@each_reduce
+@pytest.mark.parametrize("name", ["grid", "weights", "stride", "one_token"])
+def test_opcheck_with_gradients(name: str, reduce: str) -> None:
+    case = ENSEMBLES[name]
+    (tokens, *args, weights), modes = case.call(case.tokens().requires_grad_())
+    if weights is not None:
+        weights.requires_grad_()
+    if reduce == "moments":
+        op = torch.ops.srt.ensemble_moments.default
+        torch.library.opcheck(op, (tokens, *args, weights), modes)
+        return
+    given = (weights,) if reduce == "mean" else ()
+    op = torch.ops.srt.ensemble.default
+    torch.library.opcheck(op, (tokens, *args, *given), {**modes, "reduce": reduce})
+
+
+@pytest.mark.parametrize("name", ["grid", "weights", "stride"])
+@each_reduce
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck_of_the_gradient(name: str, reduce: str, requires_grad: bool) -> None:
+    case = ENSEMBLES[name]
+    (tokens, offsets, grid, patch, weights), modes = case.call(case.tokens())
+    grad = torch.randn(case.shape, requires_grad=requires_grad and reduce != "moments")
+    args = (
+        grad,
+        torch.randn(case.shape) if reduce == "moments" else None,
+        None if reduce == "mean" else tokens,
+        offsets,
+        grid,
+        patch,
+        None if reduce == "median" else weights,
+    )
+    torch.library.opcheck(
+        torch.ops.srt._ensemble_backward.default, args, {"reduce": reduce, **modes}
+    )
+
+
+@pytest.mark.parametrize("name", ["real", "bicubic", "strided"])
+def test_opcheck_of_shift_and_its_gradient(name: str) -> None:
+    case = SHIFTS[name]
+    (image, offsets), modes = case.call(case.image().requires_grad_())
+    torch.library.opcheck(torch.ops.srt.shift.default, (image, offsets), modes)
+    grad = torch.randn(len(offsets), *image.shape, requires_grad=True)
+    torch.library.opcheck(torch.ops.srt._shift_backward.default, (grad, offsets), modes)
+
+
+def model(
+    tokens: torch.Tensor, image: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Every op that has a derivative, between others."""
+    place = (offsets, (3, 5), (4, 6))
+    mean = srt_ext.ensemble(2 * tokens, *place, weights)
+    moments = srt_ext.ensemble_moments(tokens.sin(), *place, weights, stride=2)
+    median = srt_ext.ensemble(tokens, *place, reduce="median", border="clamp")
+    views = srt_ext.shift(image * 3, offsets)
+    total: torch.Tensor = mean.square().mean() + moments[0].mean() + moments[1].square().mean()
+    total = total + (median * mean).mean() + views.square().mean()
+    return total
+
+
+def model_inputs(views: int = 4, batch: int = 2, channels: int = 5) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(views)
+    return [
+        torch.randn(views, batch, 15, channels, generator=generator),
+        torch.randn(batch, 3, 7, 9, generator=generator),
+        torch.randn(views, 2, generator=generator) * 3,
+        torch.rand(views, generator=generator),
+    ]
+
+
+def with_gradients(function: Function, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    inputs = [t.clone().requires_grad_(i != 2) for i, t in enumerate(inputs)]
+    result = function(*inputs)
+    result.backward()
+    return [result.detach(), *(t.grad for t in inputs if t.grad is not None)]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_forward_and_backward(backend: str) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    expected = with_gradients(model, model_inputs())
+    actual = with_gradients(compiled, model_inputs())
+    assert len(actual) == 4
+    torch.testing.assert_close(actual, expected)
+    torch.compiler.reset()
+
+
+def test_other_sizes_do_not_compile_again() -> None:
+    """Batches, views and channels are symbols, forward and backward."""
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    with_gradients(compiled, model_inputs())
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for sizes in ((7, 3, 5), (3, 4, 9), (12, 2, 2)):
+            expected = with_gradients(model, model_inputs(*sizes))
+            torch.testing.assert_close(with_gradients(compiled, model_inputs(*sizes)), expected)
+    torch.compiler.reset()
+
+
+def test_sizes_that_change_are_found_out() -> None:
+    """Without ``dynamic``: the second size compiles once more, and no other does."""
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for sizes in ((4, 2, 5), (7, 3, 6)):
+        with_gradients(compiled, model_inputs(*sizes))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        with_gradients(compiled, model_inputs(5, 4, 9))
+    torch.compiler.reset()
+
+
+class Model(torch.nn.Module):
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        image: torch.Tensor,
+        offsets: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> torch.Tensor:
+        return model(tokens, image, offsets, weights)
+
+
+def test_export() -> None:
+    views, batch = torch.export.Dim("views", min=2), torch.export.Dim("batch", min=2)
+    shapes = ({0: views, 1: batch}, {0: batch}, {0: views}, {0: views})
+    program = torch.export.export(Model(), tuple(model_inputs()), dynamic_shapes=shapes)
+    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert {"srt.shift.default", "srt.ensemble.default", "srt.ensemble_moments.default"} <= targets
+    for module in (program.module(), program.run_decompositions().module()):
+        for sizes in ((4, 2, 5), (9, 3, 5)):
+            inputs = model_inputs(*sizes)
+            torch.testing.assert_close(module(*inputs), model(*inputs), rtol=1e-6, atol=0)
+
+
+# ---- modes of torch ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_keeps_the_dtype_of_tokens(dtype: torch.dtype) -> None:
+    case = ENSEMBLES["grid"]
+    args, modes = case.call(case.tokens(dtype))
+    expected = srt_ext.ensemble(*args, **modes)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        field = srt_ext.ensemble(*args, **modes)
+        views = srt_ext.shift(torch.randn(1, 3, 5, 6), torch.zeros(2, 2))
+    assert field.dtype == dtype
+    assert torch.equal(field, expected)
+    assert views.dtype == torch.float32
+
+
+def test_autocast_forward_and_backward() -> None:
+    case = ENSEMBLES["grid"]
+    (_, *args), modes = case.call(torch.empty(0))
+    layer = torch.nn.Linear(case.channels, case.channels)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        tokens = layer(case.tokens())
+        assert tokens.dtype == torch.bfloat16
+        srt_ext.ensemble(tokens, *args, **modes).square().mean().backward()
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.dtype == torch.float32
+    assert layer.weight.grad.abs().max() > 0
+
+
+def test_inference_mode() -> None:
+    case = ENSEMBLES["grid"]
+    args, modes = case.call(case.tokens())
+    expected = srt_ext.ensemble(*args, **modes)
+    with torch.inference_mode():
+        field = srt_ext.ensemble(*args, **modes)
+    assert field.is_inference()
+    assert torch.equal(field, expected)
+
+
+def test_channels_last_image() -> None:
+    image = torch.randn(2, 3, 9, 11).contiguous(memory_format=torch.channels_last)
+    offsets = torch.randn(4, 2)
+    grad = torch.randn(4, 2, 3, 9, 11)
+    assert torch.equal(srt_ext.shift(image, offsets), srt_ext.shift(image.contiguous(), offsets))
+    assert torch.equal(
+        gradient(lambda i: srt_ext.shift(i, offsets), image, grad),
+        gradient(lambda i: srt_ext.shift(i, offsets), image.contiguous(), grad),
+    )
+
+
+def test_a_graph_keeps_no_tokens_of_a_mean() -> None:
+    """A mean is linear: its backward reads the offsets alone."""
+    case = replace(ENSEMBLES["grid"], weights=None)
+    args, modes = case.call(case.tokens().requires_grad_())
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        srt_ext.ensemble(*args, **modes)
+    assert [t.shape for t in saved] == [(9, 2)]
+
+
+def test_no_graph_where_nobody_asks() -> None:
+    case = ENSEMBLES["grid"]
+    args, modes = case.call(case.tokens())
+    assert not srt_ext.ensemble(*args, **modes).requires_grad
+    args[0].requires_grad_()
+    with torch.no_grad():
+        assert not srt_ext.ensemble(*args, **modes).requires_grad
+    with forward_ad.dual_level():
+        assert forward_ad.unpack_dual(srt_ext.ensemble(*args, **modes)).tangent is None
