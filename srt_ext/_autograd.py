@@ -57,7 +57,7 @@ class _Place:
             if self.modes["border"] != "coverage":
                 counted = torch.ones_like(counted)
             counted = counted & valid[:, None]
-            cells = counted.reshape(len(offsets), -1, stride[axis])
+            cells = counted.reshape(offsets.shape[0], -1, stride[axis])
             found.append(cells.sum(2, dtype=torch.float64))
         return found[0], found[1]
 
@@ -69,6 +69,7 @@ class _Place:
         return rows.T @ columns
 
     def call(self, op: Any, tokens: torch.Tensor, offsets: torch.Tensor, *weights: Any) -> Any:
+        tokens = tokens.contiguous()  # what takes the place of tokens may have any strides
         return op(tokens, offsets, self.grid, self.patch, *weights, **self.modes)
 
     def gradient(
@@ -82,7 +83,7 @@ class _Place:
     ) -> torch.Tensor:
         place = (offsets, self.grid, self.patch, weights)
         modes = {"reduce": reduce, **self.modes}
-        tensor: torch.Tensor = _ensemble_backward(grad, grad_var, tokens, *place, **modes)
+        tensor: torch.Tensor = _ops._ensemble_backward(grad, grad_var, tokens, *place, **modes)
         return tensor
 
 
@@ -242,6 +243,9 @@ class _Batching:
 # ---- the ops -------------------------------------------------------------------------------------
 
 
+_ENABLED = "enabled"  # beside the modes of a node: reverse and forward mode, where it was made
+
+
 class _Function(torch.autograd.function._SingleLevelFunction):
     """A node of ``op``; the modes come last, as one dict, and every argument is there.
 
@@ -254,10 +258,22 @@ class _Function(torch.autograd.function._SingleLevelFunction):
 
     @classmethod
     def run(cls, *args: Any) -> Any:
-        """Without derivatives."""
+        """Without derivatives, of this level."""
         *rest, modes = args
         with torch._C._AutoDispatchBelowAutograd():
             return cls.op(*rest, **modes)
+
+    @classmethod
+    def run_in_node(cls, *args: Any) -> Any:
+        """The same in ``forward``, which switches derivatives off, for the levels below too."""
+        *rest, modes = args
+        reverse, forward = modes[_ENABLED]
+        with torch.set_grad_enabled(reverse), forward_ad._set_fwd_grad_enabled(forward):
+            return cls.run(*rest, _plain(modes))
+
+
+def _plain(modes: Modes) -> Modes:
+    return {name: value for name, value in modes.items() if name != _ENABLED}
 
 
 class _Shift(_Function):
@@ -266,12 +282,13 @@ class _Shift(_Function):
 
     @staticmethod
     def forward(image: Any, offsets: Any, modes: Modes) -> Any:
-        return _Shift.run(image, offsets, modes)
+        return _Shift.run_in_node(image, offsets, modes)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.set_materialize_grads(False)
-        _, offsets, ctx.modes = inputs
+        _, offsets, modes = inputs
+        ctx.modes = _plain(modes)
         ctx.save_for_backward(offsets)
         ctx.save_for_forward(offsets)
 
@@ -280,13 +297,13 @@ class _Shift(_Function):
         _check_constant("shift", offsets=ctx.needs_input_grad[1])
         if grads[0] is None:
             return None, None, None
-        return _shift_backward(grads[0], ctx.saved_tensors[0], **ctx.modes), None, None
+        return _ops._shift_backward(grads[0], ctx.saved_tensors[0], **ctx.modes), None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         image, offsets, _ = tangents
         _check_constant("shift", offsets=offsets)
-        return shift(image, ctx.saved_tensors[0], **ctx.modes)
+        return _ops.shift(image, ctx.saved_tensors[0], **ctx.modes)
 
 
 class _ShiftBackward(_Function):
@@ -295,12 +312,13 @@ class _ShiftBackward(_Function):
 
     @staticmethod
     def forward(grad: Any, offsets: Any, modes: Modes) -> Any:
-        return _ShiftBackward.run(grad, offsets, modes)
+        return _ShiftBackward.run_in_node(grad, offsets, modes)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.set_materialize_grads(False)
-        _, offsets, ctx.modes = inputs
+        _, offsets, modes = inputs
+        ctx.modes = _plain(modes)
         ctx.save_for_backward(offsets)
         ctx.save_for_forward(offsets)
 
@@ -309,13 +327,13 @@ class _ShiftBackward(_Function):
         _check_constant("shift", offsets=ctx.needs_input_grad[1])
         if grads[0] is None:
             return None, None, None
-        return shift(grads[0], ctx.saved_tensors[0], **ctx.modes), None, None
+        return _ops.shift(grads[0], ctx.saved_tensors[0], **ctx.modes), None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         grad, offsets, _ = tangents
         _check_constant("shift", offsets=offsets)
-        return _shift_backward(grad, ctx.saved_tensors[0], **ctx.modes)
+        return _ops._shift_backward(grad, ctx.saved_tensors[0], **ctx.modes)
 
 
 class _Ensemble(_Function):
@@ -326,13 +344,13 @@ class _Ensemble(_Function):
     def forward(
         tokens: Any, offsets: Any, grid: Any, patch: Any, weights: Any, modes: Modes
     ) -> Any:
-        return _Ensemble.run(tokens, offsets, grid, patch, weights, modes)
+        return _Ensemble.run_in_node(tokens, offsets, grid, patch, weights, modes)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.set_materialize_grads(False)
         tokens, offsets, grid, patch, weights, modes = inputs
-        modes = dict(modes)
+        modes = _plain(modes)
         ctx.reduce = modes.pop("reduce")
         ctx.place = _Place(grid, patch, modes)
         # A mean is linear: only the derivatives with respect to weights read more than the offsets.
@@ -386,13 +404,13 @@ class _Moments(_Function):
     def forward(
         tokens: Any, offsets: Any, grid: Any, patch: Any, weights: Any, modes: Modes
     ) -> Any:
-        return _Moments.run(tokens, offsets, grid, patch, weights, modes)
+        return _Moments.run_in_node(tokens, offsets, grid, patch, weights, modes)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.set_materialize_grads(False)
         tokens, offsets, grid, patch, weights, modes = inputs
-        ctx.place = _Place(grid, patch, modes)
+        ctx.place = _Place(grid, patch, _plain(modes))
         saved = (tokens, offsets, weights, *output)
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
@@ -461,13 +479,15 @@ class _EnsembleBackward(_Function):
         weights: Any,
         modes: Modes,
     ) -> Any:
-        return _EnsembleBackward.run(grad, grad_var, tokens, offsets, grid, patch, weights, modes)
+        return _EnsembleBackward.run_in_node(
+            grad, grad_var, tokens, offsets, grid, patch, weights, modes
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.set_materialize_grads(False)
         _, _, tokens, offsets, grid, patch, weights, modes = inputs
-        modes = dict(modes)
+        modes = _plain(modes)
         ctx.reduce = modes.pop("reduce")
         ctx.place = _Place(grid, patch, modes)
         ctx.save_for_backward(tokens, offsets, weights)
@@ -527,8 +547,10 @@ def _apply(function: type[_Function], *args: Any) -> Any:
     tensors = [a for a in args if isinstance(a, torch.Tensor)]
     if not _in_reverse(tensors) and not _in_forward():
         return function.run(*args)
+    *rest, modes = args
+    enabled = (torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled())
     with enable_single_level_autograd_function():
-        return function.apply(*args)
+        return function.apply(*rest, {**modes, _ENABLED: enabled})
 
 
 # As the schemas of the ops have them.

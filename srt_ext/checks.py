@@ -86,7 +86,17 @@ def check_count(where: str, name: str, value: object, least: int) -> int:
     return value
 
 
+def _symbolic(*sizes: int) -> bool:
+    """Sizes that a compiler leaves open: a limit on them would become a guard of its program.
+
+    The op itself checks the sizes that come.
+    """
+    return any(isinstance(size, torch.SymInt) for size in sizes)
+
+
 def _check_bytes(where: str, shape: Sequence[int], like: torch.Tensor) -> None:
+    if _symbolic(*shape):
+        return
     total = like.element_size()
     for size in shape:
         total *= max(1, size)  # the strides of an empty tensor are products of its other sizes
@@ -225,7 +235,7 @@ def check_shift(
     if image.dim() != 4:
         rule = "image must have 4 dimensions, [B, C, H, W]"
         raise _error(ValueError, where, rule, _shape(image))
-    if max(image.shape[2], image.shape[3]) > MAX_PIXELS:
+    if not _symbolic(*image.shape[2:]) and max(image.shape[2:]) > MAX_PIXELS:
         rule = "image must have at most 2^24 pixels on each axis"
         raise _error(ValueError, where, rule, _shape(image))
     if offsets.dim() != 2 or offsets.shape[0] < 1 or offsets.shape[1] != 2:
