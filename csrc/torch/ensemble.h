@@ -43,8 +43,8 @@ struct EnsembleCall {
   void set_state(const Tensor& field, const Tensor* variance, const Tensor& seen);
 
  private:
-  void check_written(const char* name, const Tensor& tensor, const std::vector<int64_t>& shape,
-                     ScalarType dtype, const std::string& dtype_rule) const;
+  void check_placed(const char* name, const Tensor& tensor, ScalarType dtype,
+                    const std::string& dtype_rule) const;
 };
 
 }  // namespace srt::glue
