@@ -54,7 +54,7 @@ def array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
 
 
 def tensor(values: np.ndarray[Any, Any]) -> torch.Tensor:
-    if values.dtype == bfloat16:
+    if bfloat16 is not None and values.dtype == bfloat16:
         return torch.from_numpy(values.view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(values)
 

@@ -228,7 +228,7 @@ class Stream(ABC, Generic[A]):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on where :meth:`state_dict` was taken: the same result, bit for bit.
 
-        The state stays on the device that it lies on: ``torch.load(file, map_location=device)``.
+        Tensors stay on the device that they lie on: ``torch.load(file, map_location=device)``.
 
         Raises:
             ValueError: it is of another kind of stream, has other settings, or is damaged. Then
