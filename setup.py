@@ -2,13 +2,14 @@
 
 CMakeLists.txt is the one truth of the native build: what is compiled, with which flags, for which
 instruction sets and GPUs. This file only tells setuptools when to run it and where the result goes.
-The results, ``_C.so`` and ``_C_cuda.so``, are no Python extensions: they are loaded by
+The results ``_C.so`` and ``_C_cuda.so`` are no Python extensions: they are loaded by
 ``torch.ops.load_library`` and know nothing of the interpreter, so one build serves every Python and
-every torch >= 2.10.
+every torch >= 2.10. ``_numpy.*.so`` (srt_ext.numpy) is one, by pybind11, for the Python that builds
+it; it knows nothing of torch.
 
 ``pip install .`` builds in isolation, with the torch that pyproject.toml asks for; add
-``--no-build-isolation`` to build with the torch (and cmake and ninja) that you have. ``-v`` shows
-what the build chose. Nothing is downloaded here.
+``--no-build-isolation`` to build with the torch (and cmake, ninja and pybind11) that you have.
+``-v`` shows what the build chose. Nothing is downloaded here.
 
 The CUDA kernels are built where nvcc is found. In the environment ``SRT_CUDA=1`` makes it an error
 if it is not, ``SRT_CUDA=0`` leaves them out, and ``SRT_CUDA_ARCHS`` (``90``, ``80;90``, ``native``)
@@ -28,6 +29,10 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 
 
+def libraries(package: Path) -> list[Path]:
+    return sorted([*package.glob("_C*.so"), *package.glob("_numpy*.so")])
+
+
 class CMakeBuild(build_ext):
     """Configures, builds and installs CMakeLists.txt into the package folder."""
 
@@ -43,13 +48,13 @@ class CMakeBuild(build_ext):
             ["cmake", "-S", ROOT, "-B", build, "--fresh", "-G", "Ninja", *options]
         )
         subprocess.check_call(["cmake", "--build", build])
-        for library in package.glob("_C*.so"):  # of a build with other options
+        for library in libraries(package):  # of a build with other options
             library.unlink()
         subprocess.check_call(["cmake", "--install", build, "--prefix", package])
 
     def get_outputs(self) -> list[str]:
         package = Path(self.build_lib) / "srt_ext"
-        return [str(path) for path in sorted(package.glob("_C*.so"))]
+        return [str(path) for path in libraries(package)]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}

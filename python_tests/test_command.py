@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -210,6 +211,24 @@ def test_info_tells_backends() -> None:
     assert code == 0
     for word in ("srt_ext", "torch", "CPU", "CUDA", torch.ops.srt._cpu_kernels(), "timm"):
         assert word in text
+    assert re.search(r"srt_ext.numpy +(not available: |\w+ \(of .*\), \d+ threads)", text)
+
+
+def test_info_without_what_the_command_needs() -> None:
+    script = (
+        "import sys; sys.modules['typer'] = sys.modules['torch'] = None\n"
+        "from srt_ext.__main__ import main; main()"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert result.returncode == 1
+    assert "the command needs packages that are not installed" in result.stderr
+    assert "no ops: torch is not installed" in result.stderr
+    assert re.search("srt_ext.numpy is (not )?available", result.stderr)
 
 
 def test_module_and_script_are_the_same_command() -> None:

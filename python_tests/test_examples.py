@@ -30,8 +30,10 @@ def examples() -> dict[str, str]:
 EXAMPLES = examples()
 
 
-@pytest.mark.parametrize("module", ["array", "ops", "streaming", "views", "wrapper"])
+@pytest.mark.parametrize("module", ["array", "numpy", "ops", "streaming", "views", "wrapper"])
 def test_docstrings(module: str) -> None:
+    if module == "numpy":
+        pytest.importorskip("srt_ext.numpy", exc_type=ImportError)
     results = doctest.testmod(importlib.import_module(f"srt_ext.{module}"))
     assert results.attempted > 0
     assert results.failed == 0

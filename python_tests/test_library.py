@@ -26,7 +26,8 @@ from srt_ext._library import cuda_unavailable
 
 PACKAGE = Path(srt_ext.__file__).parent
 LIBRARY = PACKAGE / "_C.so"
-SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "srt"
+NUMPY = next(PACKAGE.glob("_numpy*.so"), None)
+SOURCES = Path(__file__).resolve().parents[1] / "csrc"
 
 ENSEMBLES = sample_ensembles()
 SHIFTS = sample_shifts()
@@ -84,23 +85,46 @@ def test_a_call_on_cuda_without_kernels_says_why(monkeypatch: pytest.MonkeyPatch
         srt_ext.ops._explain(NotImplementedError(refusal), "shift", lambda: None)
 
 
-def test_kernels_include_neither_torch_nor_python() -> None:
+def test_numpy_knows_nothing_of_torch() -> None:
+    if NUMPY is None:
+        pytest.skip("srt_ext.numpy was not built")
+    listing = output_of("nm", "-D", "--undefined-only", "-C", str(NUMPY))
+    symbols = [line.split(maxsplit=1)[1] for line in listing.splitlines()]
+    assert "PyErr_SetString" in symbols
+    assert [s for s in symbols if re.search(r"torch|\bat::|\bc10::|caffe2|cuda", s)] == []
+    assert not re.search("torch|cuda", output_of("ldd", str(NUMPY)))
+
+
+@pytest.mark.parametrize(
+    ("folder", "foreign", "beside"),
+    [
+        ("srt", r"torch|ATen|c10|Python\.h|pybind11|numpy", "srt"),
+        ("numpy", r"torch|ATen|c10", "srt"),
+        ("torch", r"Python\.h|pybind11|numpy", "srt"),
+    ],
+)
+def test_dependencies_point_one_way(folder: str, foreign: str, beside: str) -> None:
+    """The kernels include neither torch nor Python, and each binding only them."""
     if not SOURCES.is_dir():
         pytest.skip("not in a checkout")
-    files = [path for path in SOURCES.rglob("*") if path.suffix in {".h", ".cpp", ".cu", ".cuh"}]
-    assert len(files) > 5
+    files = (SOURCES / folder).rglob("*")
+    files = [path for path in files if path.suffix in {".h", ".cpp", ".cu", ".cuh"}]
+    assert len(files) > 2
     for path in files:
         for include in re.findall(r"^\s*#\s*include\s*([<\"].*[>\"])", path.read_text(), re.M):
-            assert not re.search(r"torch|ATen|c10|Python\.h|pybind11|numpy", include), path
             if include.startswith('"'):
                 inside = (path.parent / include.strip('"')).resolve()
-                assert inside.is_relative_to(SOURCES), path
+                assert inside.is_relative_to(SOURCES / folder) or inside.is_relative_to(
+                    SOURCES / beside
+                ), path
+            else:
+                assert not re.search(foreign, include), path
 
 
-def instruction_sets() -> dict[str, list[str]]:
+def instruction_sets(library: Path) -> dict[str, list[str]]:
     """The instruction set that each function of the library needs; copies have one name."""
     functions = defaultdict(list)
-    listing = output_of("objdump", "-d", "--no-show-raw-insn", str(LIBRARY))
+    listing = output_of("objdump", "-d", "--no-show-raw-insn", str(library))
     for body in re.split(r"\n(?=[0-9a-f]+ <)", listing)[1:]:
         name = body[body.index("<") + 1 : body.index(">:")]
         if re.search(r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])|%k[1-7]", body):
@@ -111,9 +135,12 @@ def instruction_sets() -> dict[str, list[str]]:
 
 
 @pytest.mark.skipif(platform.machine() not in {"x86_64", "AMD64"}, reason="reads x86 code")
-def test_wide_instructions_stay_in_their_objects() -> None:
+@pytest.mark.parametrize("library", [LIBRARY, NUMPY], ids=["_C", "_numpy"])
+def test_wide_instructions_stay_in_their_objects(library: Path | None) -> None:
     """What the linker may share between objects must run on every processor."""
-    functions = instruction_sets()
+    if library is None:
+        pytest.skip("srt_ext.numpy was not built")
+    functions = instruction_sets(library)
     # srt::cpu::(anonymous namespace), or what is local to a function of it.
     local = "_ZZ?N3srt3cpu12_GLOBAL__N_1"
     for name, sets in functions.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 
 
 def main() -> None:
@@ -12,10 +13,16 @@ def main() -> None:
         from . import __version__
         from ._library import unavailable
 
+        try:
+            import_module("srt_ext.numpy")
+            arrays = "srt_ext.numpy is available"
+        except ImportError as reason:
+            arrays = str(reason)
         sys.exit(
             f"srt-ext: the command needs packages that are not installed ({error}): "
             f"pip install 'srt_ext[models]'\nsrt_ext {__version__}: "
             + (f"no ops: {unavailable}" if unavailable else "torch.ops.srt is available")
+            + f"\n{arrays}"
         )
     app()
 

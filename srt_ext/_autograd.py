@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 import torch
-from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 _library = torch.library.Library("srt", "IMPL")
@@ -233,7 +233,8 @@ class _Batching:
         result = call(*(fold(*a) for a in arguments))
 
         def unfold(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.unflatten(self.out, (size, batches[0]))
+            shape = tensor.shape
+            return tensor.reshape(*shape[: self.out], size, batches[0], *shape[self.out + 1 :])
 
         if isinstance(result, torch.Tensor):
             return unfold(result), self.out
@@ -427,7 +428,9 @@ class _Moments(_Function):
         if of_tokens:
             result[0] = ctx.place.gradient("moments", *grads, tokens, offsets, weights)
         if of_weights:
-            result[4] = _weights_gradient(ctx.place, *grads, mean, var, tokens, offsets, weights)
+            result[4] = _weights_gradient(
+                ctx.place, grads[0], grads[1], mean, var, tokens, offsets, weights
+            )
         return tuple(result)
 
     @staticmethod
@@ -550,7 +553,7 @@ def _apply(function: type[_Function], *args: Any) -> Any:
     *rest, modes = args
     enabled = (torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled())
     with enable_single_level_autograd_function():
-        return function.apply(*rest, {**modes, _ENABLED: enabled})
+        return function.apply(*rest, {**modes, _ENABLED: enabled})  # type: ignore[attr-defined]
 
 
 # As the schemas of the ops have them.

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from .checks import check_count, check_pair
+from ._rules import check_count
+from .checks import check_pair
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The rules for the metadata of arguments.
 
 The fake kernels and the Python functions use these; csrc/srt/check.cpp repeats them, in the same
-words, as invariants of the ops. Values (finite offsets, weights >= 0) are checked there alone.
+words, as invariants of the ops. Values (finite offsets, weights >= 0) are checked there alone. What
+needs no tensors stands in _rules.py.
 """
 
 from __future__ import annotations
@@ -10,20 +11,20 @@ from collections.abc import Sequence
 
 import torch
 
-MAX_PIXELS = 2**24
-WINDOW_PLANES = 8  # of the state of a running median: 7 values, and the place of the median
-REDUCES = ("mean", "median")
-UPSAMPLES = ("nearest", "bilinear")
-BORDERS = ("coverage", "zeros", "clamp")
-PADDINGS = ("zeros", "border", "reflect", "circular")
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
+from . import _rules
+from ._rules import (
+    BORDERS,
+    INTERPOLATIONS,
+    MAX_PIXELS,
+    PADDINGS,
+    REDUCES,
+    UPSAMPLES,
+    WINDOW_PLANES,
+    check_word,
+)
+from ._rules import wrong as _error
+
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-
-def _error(
-    kind: type[ValueError] | type[TypeError], where: str, rule: str, got: object
-) -> ValueError | TypeError:
-    return kind(f"{where}: {rule}; got {got}")
 
 
 def _shape(tensor: torch.Tensor) -> list[int]:
@@ -55,35 +56,9 @@ def _check_values(where: str, name: str, tensor: torch.Tensor, device: torch.dev
         raise _error(TypeError, where, f"{name} must be float32 or float64", _name(tensor.dtype))
 
 
-def check_word(where: str, name: str, word: str, words: Sequence[str]) -> None:
-    if not isinstance(word, str):
-        raise _error(TypeError, where, f"{name} must be a string", type(word).__name__)
-    if word not in words:
-        rule = f"{name} must be one of " + ", ".join(f"'{w}'" for w in words)
-        raise _error(ValueError, where, rule, f"'{word}'")
-
-
 def check_pair(where: str, name: str, value: object) -> tuple[int, int]:
     """(y, x); one integer stands for both."""
-    rule = f"{name} must be two integers >= 1, (y, x)"
-    if isinstance(value, int | torch.SymInt) and not isinstance(value, bool):
-        value = (value, value)
-    if not isinstance(value, Sequence) or not all(
-        isinstance(i, int | torch.SymInt) and not isinstance(i, bool) for i in value
-    ):
-        raise _error(TypeError, where, rule, repr(value))
-    if len(value) != 2 or value[0] < 1 or value[1] < 1:
-        raise _error(ValueError, where, rule, list(value))
-    return value[0], value[1]
-
-
-def check_count(where: str, name: str, value: object, least: int) -> int:
-    rule = f"{name} must be an integer >= {least}"
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise _error(TypeError, where, rule, repr(value))
-    if value < least:
-        raise _error(ValueError, where, rule, value)
-    return value
+    return _rules.check_pair(where, name, value, (int, torch.SymInt))
 
 
 def _symbolic(*sizes: int) -> bool:

@@ -280,6 +280,16 @@ def _cuda() -> str:
     return f"{', '.join(gpus)} (CUDA {torch.version.cuda})"
 
 
+def _numpy() -> str:
+    try:
+        from .numpy import get_num_threads
+    except ImportError as error:
+        return str(error).removeprefix("srt_ext.numpy is ")
+    from ._numpy import available_cpu_kernels, cpu_kernels
+
+    return f"{cpu_kernels()} (of {available_cpu_kernels()}), {get_num_threads()} threads"
+
+
 @app.command()
 def info() -> None:
     """Tells the version, the backends and what they run on, and why anything is missing."""
@@ -303,6 +313,7 @@ def info() -> None:
             f"{torch.get_num_threads()} threads",
         )
     row("CUDA", _cuda())
+    row("srt_ext.numpy", _numpy())
     for package in ("timm", "torchvision", "PIL", "safetensors", "sklearn"):
         row(package, _version(package))
     console.print(table)

@@ -6,238 +6,86 @@ take a chunk of views and a state of plain tensors that they read and write once
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
 
-from .checks import (
-    BORDERS,
-    FLOATING,
-    UPSAMPLES,
-    WINDOW_PLANES,
-    check_pair,
-    check_tensor,
-    check_views,
-    check_word,
-)
+from ._streams import MeanStream, MedianStream, MomentsStream, Stream
+from .checks import FLOATING, check_pair, check_tensor, check_views
 from .ops import accumulate
 
 
-class _Running:
-    """A stream of views: its settings, its state, and what all of its kinds do alike."""
+class _Tensors(Stream[torch.Tensor]):
+    """A stream whose arrays are tensors."""
 
-    _op: str
-    _planes: dict[str, tuple[int, ...]]  # of the state [*planes, B, C, H', W'], by name
-    _seen: str  # the state [H', W'] that tells what each cell has got
-
-    def __init__(
-        self,
-        grid: Sequence[int],
-        patch: Sequence[int],
-        *,
-        upsample: str = "bilinear",
-        border: str = "coverage",
-        stride: int | Sequence[int] = 1,
-    ) -> None:
-        name = type(self).__name__
-        self.grid, self.patch = check_pair(name, "grid", grid), check_pair(name, "patch", patch)
-        self.stride = check_pair(name, "stride", stride)
-        check_word(name, "upsample", upsample, UPSAMPLES)
-        check_word(name, "border", border, BORDERS)
-        pixels = [g * p for g, p in zip(self.grid, self.patch, strict=True)]
-        if any(n % s for n, s in zip(pixels, self.stride, strict=True)):
-            raise ValueError(
-                f"{name}: stride must divide grid * patch = {pixels}; got {list(self.stride)}"
-            )
-        self.upsample, self.border = upsample, border
-        self.reset()
-
-    def reset(self) -> None:
-        """Forgets every view, and the sizes and dtype of the tokens."""
-        self.views = 0
-        self._state: dict[str, torch.Tensor] = {}
-        self._dtype = torch.float32  # of the tokens
-
-    @property
-    def _modes(self) -> dict[str, Any]:
-        return {"upsample": self.upsample, "border": self.border, "stride": self.stride}
-
-    def _shapes(self, batch: int, channels: int) -> dict[str, tuple[int, ...]]:
-        """Of the state, as it lies in memory: channels last."""
-        height, width = (
-            g * p // s for g, p, s in zip(self.grid, self.patch, self.stride, strict=True)
-        )
-        planes = {
-            name: (*lead, batch, height, width, channels) for name, lead in self._planes.items()
-        }
-        return {**planes, self._seen: (height, width)}
-
-    def _allocate(self, tokens: torch.Tensor) -> None:
-        self._dtype = tokens.dtype
-        sums = torch.float64 if tokens.dtype == torch.float64 else torch.float32
-        with torch.inference_mode(False):  # or the state could not be written outside of it
-            for name, shape in self._shapes(tokens.shape[1], tokens.shape[3]).items():
-                dtype = torch.float64 if name == self._seen else sums
-                state = torch.zeros(shape, dtype=dtype, device=tokens.device)
-                self._state[name] = state if name == self._seen else state.movedim(-1, -3)
+    _float32, _float64 = torch.float32, torch.float64
 
     def update(
         self, tokens: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None = None
     ) -> None:
         """Adds views: tokens [V, B, N, C], offsets [V, 2], weights [V], as for ``ensemble``.
 
-        Weights count against those of the other chunks: 0, or between 2^-500 and 2^500. No views
-        (V = 0) only allocate the state. Raises as ``ensemble``; then nothing was added.
+        Weights count against those of the other chunks: 0, or between 2^-500 and 2^500; a median
+        takes none. No views (V = 0) only allocate the state. Raises as ``ensemble``; then nothing
+        was added.
         """
         self._update(tokens, offsets, weights)
 
-    def _update(
-        self, tokens: torch.Tensor, offsets: torch.Tensor, *weights: torch.Tensor | None
-    ) -> None:
-        where, (weight,) = f"srt::{self._op}", weights or (None,)
+    def _pair(self, name: str, value: object) -> tuple[int, int]:
+        return check_pair(type(self).__name__, name, value)
+
+    def _check_array(self, where: str, name: str, value: object) -> None:
+        check_tensor(where, name, value)
+
+    def _check_chunk(self, where: str, tokens: torch.Tensor, offsets: Any, weights: Any) -> None:
         place = (self.grid, self.patch)
-        check_tensor(where, "tokens", tokens)
-        fresh, empty = not self._state, tokens.shape[:1] == (0,)
-        if fresh or empty:  # before anything is allocated
-            check_views(where, tokens, offsets, *place, weight, **self._modes, least=0)
-        if fresh:
-            self._allocate(tokens)
-        elif tokens.device != (device := self._state[self._seen].device):
-            rule = f"tokens must stay on the device of the stream, {device}"
-            raise ValueError(f"{type(self).__name__}: {rule}; got {tokens.device}")
-        elif tokens.dtype != self._dtype:
-            rule = f"tokens must keep their dtype, {self._dtype}"
-            raise TypeError(f"{type(self).__name__}: {rule}; got {tokens.dtype}")
-        elif tokens.dim() == 4:
-            *_, batch, channels, _, _ = next(iter(self._state.values())).shape
-            size = (batch, channels)
-            if size != (tokens.shape[1], tokens.shape[3]):
-                raise ValueError(
-                    f"{type(self).__name__}: tokens must keep their batch and channels, "
-                    f"{list(size)}; got {[tokens.shape[1], tokens.shape[3]]}"
-                )
-        if empty:
-            return
-        try:
-            accumulate(
-                self._op, self._state, tokens.detach(), offsets, *place, *weights, **self._modes
-            )
-        except BaseException:
-            if fresh:
-                self.reset()
-            raise
-        self.views += tokens.shape[0]
+        check_views(where, tokens, offsets, *place, weights, **self._modes, least=0)
 
-    def _check_views(self) -> None:
-        if not self._state:
-            raise ValueError(f"{type(self).__name__}: no views were added")
+    def _check_device(self, tokens: torch.Tensor) -> None:
+        device = self._state[self._seen].device
+        if tokens.device != device:
+            self._fail(f"tokens must stay on the device of the stream, {device}", tokens.device)
 
-    def _fields(self) -> tuple[torch.Tensor, ...]:
-        """The results, each [B, C, H', W'] in the dtype of the tokens, or the state itself.
+    def _check_devices(self, state: dict[str, torch.Tensor]) -> None:
+        devices = [tensor.device for tensor in state.values()]
+        if len(set(devices)) > 1:
+            self._fail("the state must lie on one device", [str(device) for device in devices])
 
-        For the last use of a stream: later updates may write to them.
-        """
-        self._check_views()
-        return tuple(self._state[name].to(self._dtype) for name in self._planes)
+    def _accumulate(self, tokens: torch.Tensor, offsets: Any, *weights: Any) -> None:
+        place = (self.grid, self.patch)
+        accumulate(self._op, self._state, tokens.detach(), offsets, *place, *weights, **self._modes)
 
-    def _check_same(self, other: object) -> None:
-        name = type(self).__name__
-        if type(other) is not type(self):
-            raise TypeError(f"{name}: merge takes another {name}; got {type(other).__name__}")
-        if other._settings() != self._settings():
-            raise ValueError(
-                f"{name}: both must have the same settings, {self._settings()}; "
-                f"got {other._settings()}"
-            )
-        if self._state and other._state:
-            mine, theirs = (
-                (s._dtype, *(tuple(t.shape) for t in s._state.values())) for s in (self, other)
-            )
-            if mine != theirs:
-                raise ValueError(
-                    f"{name}: both must have tokens of one dtype and size, {mine}; got {theirs}"
-                )
+    def _is_floating(self, dtype: object) -> bool:
+        return dtype in FLOATING
 
-    def _settings(self) -> dict[str, Any]:
-        return {"grid": self.grid, "patch": self.patch, **self._modes}
+    def _is_array(self, value: object) -> bool:
+        return isinstance(value, torch.Tensor)
 
-    def _shares(self, other: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-        """other / total [H', W'], 0 where both are; in the precision of the state."""
-        state = next(iter(self._state.values()))
-        return torch.where(total > 0, other / total, 0).to(state.dtype)
+    def _zeros(self, shape: Sequence[int], dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(tuple(shape), dtype=dtype, device=like.device)
 
-    def state_dict(self) -> dict[str, Any]:
-        """A copy of everything: settings, number of views, state."""
-        state = {name: tensor.clone() for name, tensor in self._state.items()}
-        return {**self._settings(), "views": self.views, "dtype": self._dtype, "state": state}
+    def _dense(self, array: torch.Tensor) -> torch.Tensor:
+        return array.clone(memory_format=torch.contiguous_format)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on where :meth:`state_dict` was taken: the same result, bit for bit.
+    def _cast(self, array: torch.Tensor, copy: bool) -> torch.Tensor:
+        return array.to(self._dtype, copy=copy)
 
-        The state stays on the device that it lies on: ``torch.load(file, map_location=device)``.
+    def _ratio(self, part: torch.Tensor, total: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return torch.where(total > 0, part / total, 0).to(dtype)
 
-        Raises:
-            ValueError: it is of another kind of stream, has other settings, or is damaged. Then
-                this stream stays as it was.
-        """
-        name = type(self).__name__
+    def _put(self, target: torch.Tensor, where: torch.Tensor, value: torch.Tensor) -> None:
+        torch.where(where, value, target, out=target)
 
-        def fail(rule: str, got: object) -> NoReturn:
-            raise ValueError(f"{name}: {rule}; got {got}")
-
-        def text(shape: Sequence[int], dtype: torch.dtype) -> str:
-            return f"{list(shape)} of {dtype}"
-
-        if not isinstance(state_dict, dict):
-            fail("a state_dict must be a dict", type(state_dict).__name__)
-        missing = {*self._settings(), "views", "dtype", "state"} - set(state_dict)
-        if missing:
-            fail("a state_dict must have all of its keys", f"none of {sorted(missing)}")
-        settings = {
-            key: tuple(value) if isinstance(value, list | tuple) else value
-            for key, value in state_dict.items()
-            if key in self._settings()
-        }
-        if settings != self._settings():
-            fail(f"the state must have the settings {self._settings()}", settings)
-        views, dtype, state = (state_dict[key] for key in ("views", "dtype", "state"))
-        number = isinstance(views, int) and not isinstance(views, bool) and views >= 0
-        if dtype not in FLOATING or not number or not isinstance(state, dict):
-            fail(
-                "views, dtype and state must be a number, a floating dtype and tensors",
-                (views, dtype),
-            )
-        loaded: dict[str, torch.Tensor] = {}
-        if views and not state:
-            fail("a stream that has seen views must have a state", f"{views} views and none")
-        if state:
-            names = [*self._planes, self._seen]
-            if set(state) != set(names) or not all(
-                isinstance(value, torch.Tensor) for value in state.values()
-            ):
-                fail(f"the state must have the tensors {names}", list(state))
-            first = state[names[0]]
-            if len({value.device for value in state.values()}) > 1:
-                fail("the state must lie on one device", [str(v.device) for v in state.values()])
-            if first.dim() < 4:
-                fail(f"{names[0]} must be [..., B, C, H', W']", list(first.shape))
-            shapes = self._shapes(first.shape[-4], first.shape[-3])
-            sums = torch.float64 if dtype == torch.float64 else torch.float32
-            for key in names:
-                value, expected = state[key], torch.float64 if key == self._seen else sums
-                got = text(value.shape, value.dtype)
-                value = value if key == self._seen else value.movedim(-3, -1)
-                if value.shape != shapes[key] or value.dtype != expected:
-                    fail(f"{key} must be {text(shapes[key], expected)}", got)
-                # As it was allocated, whatever a file has made of its strides.
-                with torch.inference_mode(False):
-                    value = value.clone(memory_format=torch.contiguous_format)
-                    loaded[key] = value if key == self._seen else value.movedim(-1, -3)
-        self.views, self._dtype, self._state = views, dtype, loaded
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        # Or the state could not be written outside of an inference mode in which it was made.
+        with torch.inference_mode(False), torch.no_grad():
+            yield
 
 
-class RunningMean(_Running):
+class RunningMean(_Tensors, MeanStream[torch.Tensor]):
     """The mean of a stream of views: ``ensemble`` in chunks.
 
     State, whatever the number of views: the mean [B, C, H', W'] in float32 (float64 for float64
@@ -254,36 +102,6 @@ class RunningMean(_Running):
         >>> running.result().flatten()
         tensor([3., 3.])
     """
-
-    _op, _planes, _seen = "accumulate_mean_", {"mean": ()}, "weight"
-
-    def result(self) -> torch.Tensor:
-        """[B, C, H', W'] in the dtype of the tokens; 0 where no view counts.
-
-        Raises ValueError before the first update.
-        """
-        self._check_views()
-        return self._state["mean"].to(self._dtype, copy=True)
-
-    def merge(self, other: RunningMean) -> None:
-        """Adds all views of another stream with the same settings; associative up to rounding."""
-        self._check_same(other)
-        if not other._state:
-            return
-        if not self._state:
-            self.load_state_dict(other.state_dict())
-            return
-        with torch.inference_mode(False), torch.no_grad():
-            mine, theirs = self._state, other._state
-            total = mine["weight"] + theirs["weight"]
-            keep, share = (self._shares(s["weight"], total) for s in (mine, theirs))
-            self._state = {**self._joined(theirs, keep, share), "weight": total}
-            self.views += other.views
-
-    def _joined(
-        self, other: dict[str, torch.Tensor], keep: torch.Tensor, share: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        return {"mean": (share * other["mean"]).add_(keep * self._state["mean"])}
 
     def all_reduce(self, group: Any = None) -> None:
         """Makes this the stream of the views of all processes of a ``torch.distributed`` group.
@@ -318,7 +136,7 @@ def _sum_over(tensor: torch.Tensor, group: Any) -> torch.Tensor:
     return dense if tensor.dim() == 2 else dense.movedim(-1, -3)
 
 
-class RunningMoments(RunningMean):
+class RunningMoments(RunningMean, MomentsStream[torch.Tensor]):
     """Mean and variance of a stream of views: ``ensemble_moments`` in chunks.
 
     State, whatever the number of views: mean and population variance [B, C, H', W'] and the weight
@@ -338,31 +156,13 @@ class RunningMoments(RunningMean):
         (2.0, 1.0)
     """
 
-    _op, _planes = "accumulate_moments_", {"mean": (), "var": ()}
-
-    def variance(self) -> torch.Tensor:
-        """[B, C, H', W'] in the dtype of the tokens; 0 where no view counts.
-
-        Raises ValueError before the first update.
-        """
-        self._check_views()
-        return self._state["var"].to(self._dtype, copy=True)
-
-    def _joined(
-        self, other: dict[str, torch.Tensor], keep: torch.Tensor, share: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        # Shares before squares: no cell that one stream alone covers multiplies an overflow by 0.
-        apart = (other["mean"] - self._state["mean"]).mul_((keep * share).sqrt()).square_()
-        var = (share * other["var"]).add_(keep * self._state["var"])
-        return {**super()._joined(other, keep, share), "var": var.add_(apart)}
-
     def _reduced(self, share: torch.Tensor, group: Any) -> dict[str, torch.Tensor]:
         mean = super()._reduced(share, group)["mean"]
         apart = (self._state["mean"] - mean).mul_(share.sqrt()).square_()
         return {"mean": mean, "var": _sum_over(apart.add_(self._state["var"] * share), group)}
 
 
-class RunningMedian(_Running):
+class RunningMedian(_Tensors, MedianStream[torch.Tensor]):
     """The lower median of a stream of views, approximately: ``reduce="median"`` in chunks.
 
     State, whatever the number of views: the 7 values around the median of each element, in order,
@@ -391,49 +191,6 @@ class RunningMedian(_Running):
         5.0
     """
 
-    _op, _planes, _seen = "accumulate_median_", {"window": (WINDOW_PLANES,)}, "count"
-
-    def update(
-        self, tokens: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None = None
-    ) -> None:
-        """Adds views: tokens [V, B, N, C], offsets [V, 2], as for ``ensemble``; no weights.
-
-        No views (V = 0) only allocate the state. Raises as ``ensemble``; then nothing was added.
-        """
-        if weights is not None:
-            raise ValueError(f"RunningMedian: weights must be None for a median; got {weights!r}")
-        self._update(tokens, offsets)
-
-    def result(self) -> torch.Tensor:
-        """[B, C, H', W'] in the dtype of the tokens; 0 where no view counts.
-
-        Raises ValueError before the first update.
-        """
-        return self._fields()[0]
-
-    @torch.no_grad()
-    def _fields(self) -> tuple[torch.Tensor, ...]:
-        """As :meth:`result`."""
-        self._check_views()
-        *values, place = self._state["window"]
-        median = values[0].clone()
-        for i, value in enumerate(values[1:], 1):
-            torch.where(place >= i, value, median, out=median)
-        torch.where(place.isnan(), place, median, out=median)
-        return (median.masked_fill_(self._state["count"] == 0, 0).to(self._dtype),)
-
-    def merge(self, other: RunningMedian) -> NoReturn:
-        """Raises: the windows of two streams do not tell the median of both."""
-        self._refuse("merge")
-
     def all_reduce(self, group: Any = None) -> NoReturn:
         """Raises: the windows of several streams do not tell the median of all."""
         self._refuse("all_reduce")
-
-    @staticmethod
-    def _refuse(what: str) -> NoReturn:
-        raise NotImplementedError(
-            f"RunningMedian: {what} is not defined: a window holds the 7 values around the median "
-            "of its own views, and the median of both streams may lie in neither. Give one stream "
-            "all views, or merge means"
-        )

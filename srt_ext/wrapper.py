@@ -12,18 +12,17 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from . import views as designs
-from .backbones import Backbone, describe
-from .checks import (
+from ._rules import (
     BORDERS,
     INTERPOLATIONS,
     PADDINGS,
     REDUCES,
     UPSAMPLES,
     check_count,
-    check_pair,
-    check_tensor,
     check_word,
 )
+from .backbones import Backbone, describe
+from .checks import check_pair, check_tensor
 from .ops import ensemble, ensemble_moments, shift
 from .streaming import RunningMean, RunningMedian, RunningMoments
 

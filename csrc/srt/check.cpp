@@ -3,6 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <iterator>
+#include <utility>
+
+#include "ensemble.h"
 
 namespace srt {
 namespace {
@@ -31,6 +34,28 @@ void check_pair(const char* op, const char* name, const std::vector<int64_t>& pa
     fail(op, std::string(name) + " must be two integers >= 1, (y, x)", format_shape(pair));
 }
 
+std::string format_strides(const ArrayView& array) {
+  return "strides " + format_shape(array.strides);
+}
+
+// Address range [begin, end) of the elements.
+std::pair<uintptr_t, uintptr_t> extent(const ArrayView& array) {
+  const uintptr_t data = reinterpret_cast<uintptr_t>(array.data);
+  int64_t low = 0, high = 1;
+  for (size_t d = 0; d < array.shape.size(); ++d) {
+    if (array.shape[d] == 0) return {data, data};
+    const int64_t last = (array.shape[d] - 1) * array.strides[d];
+    (last < 0 ? low : high) += last;
+  }
+  return {data + static_cast<uintptr_t>(low * array.element_size),
+          data + static_cast<uintptr_t>(high * array.element_size)};
+}
+
+bool share_memory(const ArrayView& a, const ArrayView& b) {
+  const auto x = extent(a), y = extent(b);
+  return x.first < y.second && y.first < x.second;
+}
+
 template <class Mode, size_t N>
 Mode parse(const char* op, const char* name, std::string_view word,
            const std::string_view (&words)[N]) {
@@ -54,10 +79,10 @@ std::string format_shape(const std::vector<int64_t>& shape) {
 Field check_ensemble(const char* op, const std::vector<int64_t>& tokens,
                      const std::vector<int64_t>& offsets, const std::vector<int64_t>& grid,
                      const std::vector<int64_t>& patch, const std::vector<int64_t>* weights,
-                     const std::vector<int64_t>& stride, int64_t element_size) {
+                     const std::vector<int64_t>& stride, int64_t element_size, int64_t least) {
   if (tokens.size() != 4)
     fail(op, "tokens must have 4 dimensions, [V, B, N, C]", format_shape(tokens));
-  if (tokens[0] < 1) fail(op, "tokens must hold at least one view", format_shape(tokens));
+  if (tokens[0] < least) fail(op, "tokens must hold at least one view", format_shape(tokens));
   if (offsets.size() != 2 || offsets[0] != tokens[0] || offsets[1] != 2)
     fail(op, "offsets must be [V, 2] with V = " + std::to_string(tokens[0]), format_shape(offsets));
   if (weights && (weights->size() != 1 || (*weights)[0] != tokens[0]))
@@ -104,6 +129,69 @@ void check_shift(const std::vector<int64_t>& image, const std::vector<int64_t>& 
   if (product_overflows({offsets[0], image[0], image[1], image[2], image[3], element_size}))
     fail(op, "the output must have fewer than 2^63 bytes",
          format_shape({offsets[0], image[0], image[1], image[2], image[3]}));
+}
+
+void check_dense(const char* op, const ArrayView& tokens) {
+  if (tokens.strides[3] != 1 && tokens.shape[3] > 1)
+    fail(op, "tokens must be dense in the last dimension",
+         "stride " + std::to_string(tokens.strides[3]));
+}
+
+void check_written(const char* op, const char* name, const ArrayView& written,
+                   const std::vector<int64_t>& shape, const ArrayView& tokens) {
+  const std::string subject = name;
+  if (written.shape != shape)
+    fail(op, subject + " must be " + format_shape(shape), format_shape(written.shape));
+  if (std::find(shape.begin(), shape.end(), 0) != shape.end()) return;
+  // Sufficient, and true of every view that slicing forwards and permuting make.
+  std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
+  for (size_t d = 0; d < shape.size(); ++d)
+    if (shape[d] > 1) dims.emplace_back(written.strides[d], shape[d]);
+  std::sort(dims.begin(), dims.end());
+  int64_t span = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride < span)
+      fail(op,
+           subject +
+               " must not overlap itself (each stride must step over what the smaller ones "
+               "span)",
+           format_strides(written));
+    span += (size - 1) * stride;
+  }
+  if (share_memory(written, tokens))
+    fail(op, subject + " must not share memory with tokens", "a view of the same memory");
+}
+
+void check_state(const char* op, const ArrayView& field, const ArrayView* variance,
+                 const ArrayView& seen, Reduce reduce, const std::vector<int64_t>& shape,
+                 const ArrayView& tokens) {
+  const bool median = reduce == Reduce::median;
+  const char* const name = median ? "window" : "mean";
+  const char* const seen_name = median ? "count" : "weight";
+  std::vector<int64_t> planes = shape;
+  if (median) planes.insert(planes.begin(), kWindowPlanes);
+  check_written(op, name, field, planes, tokens);
+  check_written(op, seen_name, seen, {shape[2], shape[3]}, tokens);
+  // Dense in the order of its dimensions; a size of 1 steps nowhere.
+  if ((shape[3] > 1 && seen.strides[1] != 1) || (shape[2] > 1 && seen.strides[0] != shape[3]))
+    fail(op, std::string(seen_name) + " must be contiguous", format_strides(seen));
+  std::vector<std::pair<const char*, const ArrayView*>> state{{name, &field}};
+  if (variance) {
+    check_written(op, "var", *variance, shape, tokens);
+    for (size_t d = 0; d < 4; ++d) {
+      if (shape[d] > 1 && variance->strides[d] != field.strides[d])
+        fail(op, "var must have the strides of mean", format_strides(*variance));
+    }
+    state.emplace_back("var", variance);
+  }
+  state.emplace_back(seen_name, &seen);
+  for (size_t i = 0; i < state.size(); ++i) {
+    for (size_t j = 0; j < i; ++j) {
+      if (share_memory(*state[i].second, *state[j].second))
+        fail(op, std::string(state[j].first) + " and " + state[i].first + " must not share memory",
+             "views of the same memory");
+    }
+  }
 }
 
 Reduce parse_reduce(std::string_view word, bool weighted) {

@@ -22,11 +22,11 @@ struct Field {
 };
 
 // tokens [V, B, N, C]; the lists have whatever length the caller passed. `op` names the operator in
-// messages.
+// messages. `least`: views.
 Field check_ensemble(const char* op, const std::vector<int64_t>& tokens,
                      const std::vector<int64_t>& offsets, const std::vector<int64_t>& grid,
                      const std::vector<int64_t>& patch, const std::vector<int64_t>* weights,
-                     const std::vector<int64_t>& stride, int64_t element_size);
+                     const std::vector<int64_t>& stride, int64_t element_size, int64_t least = 1);
 // image [B, C, H, W], offsets [V, 2].
 void check_shift(const std::vector<int64_t>& image, const std::vector<int64_t>& offsets,
                  int64_t element_size);
@@ -37,6 +37,25 @@ Upsample parse_upsample(const char* op, std::string_view word);
 Border parse_border(const char* op, std::string_view word);
 Padding parse_padding(std::string_view word);
 Interpolation parse_interpolation(std::string_view word);
+
+// An array, as a binding was given it.
+struct ArrayView {
+  const void* data;  // the first element, in the order of the dimensions
+  std::vector<int64_t> shape;
+  std::vector<int64_t> strides;  // in elements, of either sign
+  int64_t element_size;
+};
+
+// tokens [V, B, N, C]: the rule for their strides.
+void check_dense(const char* op, const ArrayView& tokens);
+// What an op writes to: of this shape, a place for each element, and none of them of the tokens.
+void check_written(const char* op, const char* name, const ArrayView& written,
+                   const std::vector<int64_t>& shape, const ArrayView& tokens);
+// The state of a stream for a field of this shape, [B, C, H', W']: mean and, for moments, var of
+// the same strides, or for a median window [kWindowPlanes, B, C, H', W']; seen [H', W'].
+void check_state(const char* op, const ArrayView& field, const ArrayView* variance,
+                 const ArrayView& seen, Reduce reduce, const std::vector<int64_t>& shape,
+                 const ArrayView& tokens);
 
 // By value, for arguments on the host.
 void check_offsets(const char* op, const double* offsets, int64_t count);

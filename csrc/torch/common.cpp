@@ -2,13 +2,21 @@
 
 #include <algorithm>
 
-#include "pages.h"
+#include "../srt/cpu/pages.h"
 
 namespace srt::glue {
 
 std::vector<int64_t> shape_of(const Tensor& tensor) {
   const auto sizes = tensor.sizes();
   return {sizes.begin(), sizes.end()};
+}
+
+ArrayView view_of(const Tensor& tensor) {
+  const auto strides = tensor.strides();
+  return {tensor.const_data_ptr(),
+          shape_of(tensor),
+          {strides.begin(), strides.end()},
+          static_cast<int64_t>(tensor.element_size())};
 }
 
 std::string dtype_name(ScalarType dtype) {
@@ -99,6 +107,13 @@ Numbers view_numbers(const char* op, const char* name, const Tensor& tensor, con
   return numbers;
 }
 
+Parallel torch_parallel() {
+  return {static_cast<int64_t>(torch::stable::get_num_threads()),
+          [](int64_t n, Parallel::Body body, void* context) {
+            STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, 1, body, context));
+          }};
+}
+
 Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like) {
   std::vector<int64_t> strides(sizes.size());
   int64_t step = 1;
@@ -119,7 +134,7 @@ Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_
   const Tensor tensor(handle);
   if (tensor.is_cpu())
     fault_in(tensor.mutable_data_ptr(),
-             tensor.numel() * static_cast<int64_t>(tensor.element_size()));
+             tensor.numel() * static_cast<int64_t>(tensor.element_size()), torch_parallel());
   return tensor;
 }
 

@@ -19,6 +19,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 std::vector<int64_t> shape_of(const Tensor& tensor);
+ArrayView view_of(const Tensor& tensor);
 
 // "float32" and the like, for messages.
 std::string dtype_name(ScalarType dtype);
@@ -39,8 +40,11 @@ struct Numbers {
 // has checked its shape.
 Numbers view_numbers(const char* op, const char* name, const Tensor& tensor, const Tensor& input);
 
+// torch's intra-op threads.
+Parallel torch_parallel();
+
 // On the device of `like`; dense in the order of its dimensions, as torch lays it out where a size
-// is 0, too. On the CPU a large one has its pages (pages.h).
+// is 0, too. On the CPU a large one has its pages (srt/cpu/pages.h).
 Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like);
 Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                      ScalarType dtype, const Tensor& like);

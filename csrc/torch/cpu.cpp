@@ -5,14 +5,6 @@
 namespace srt::glue {
 namespace {
 
-// torch's intra-op threads.
-Parallel torch_parallel() {
-  return {static_cast<int64_t>(torch::stable::get_num_threads()),
-          [](int64_t n, Parallel::Body body, void* context) {
-            STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, 1, body, context));
-          }};
-}
-
 Tensor shift(const Tensor& image, const Tensor& offsets, const std::string& padding,
              const std::string& interpolation) {
   ShiftCall call(image, offsets, padding, interpolation);

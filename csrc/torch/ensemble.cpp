@@ -1,35 +1,12 @@
 #include "ensemble.h"
 
 #include <algorithm>
-#include <utility>
 
 namespace srt::glue {
 namespace {
 
 [[noreturn]] void fail(const char* op, const std::string& rule, const std::string& got) {
   throw Error("srt::" + std::string(op) + ": " + rule + "; got " + got);
-}
-
-// Address range [begin, end) of a tensor's elements.
-std::pair<const char*, const char*> extent(const Tensor& tensor) {
-  const char* begin = static_cast<const char*>(tensor.const_data_ptr());
-  int64_t last = 0;
-  for (int64_t d = 0; d < tensor.dim(); ++d) {
-    if (tensor.size(d) == 0) return {begin, begin};
-    last += (tensor.size(d) - 1) * tensor.stride(d);
-  }
-  return {begin, begin + (last + 1) * static_cast<int64_t>(tensor.element_size())};
-}
-
-std::string format_strides(const Tensor& tensor) {
-  std::vector<int64_t> strides;
-  for (int64_t d = 0; d < tensor.dim(); ++d) strides.push_back(tensor.stride(d));
-  return "strides " + format_shape(strides);
-}
-
-bool share_memory(const Tensor& a, const Tensor& b) {
-  const auto x = extent(a), y = extent(b);
-  return x.first < y.second && y.first < x.second;
 }
 
 }  // namespace
@@ -44,9 +21,7 @@ EnsembleCall::EnsembleCall(const char* name, const ViewArguments& given, Reduce 
   const Field field = check_ensemble(op, shape, shape_of(given.offsets), given.grid, given.patch,
                                      given.weights ? &weights_shape : nullptr, given.stride,
                                      static_cast<int64_t>(tokens.element_size()));
-  if (tokens.stride(3) != 1 && shape[3] > 1)
-    fail(op, "tokens must be dense in the last dimension",
-         "stride " + std::to_string(tokens.stride(3)));
+  check_dense(op, view_of(tokens));
   args.upsample = parse_upsample(op, given.upsample);
   args.border = parse_border(op, given.border);
   offsets = view_numbers(op, "offsets", given.offsets, tokens);
@@ -87,46 +62,19 @@ void EnsembleCall::set_variance(const Tensor& variance) {
   args.variance = variance.mutable_data_ptr();
 }
 
-void EnsembleCall::check_given(const char* name, const Tensor& tensor,
-                               const std::vector<int64_t>& shape, ScalarType dtype,
-                               const std::string& dtype_rule) const {
+void EnsembleCall::check_placed(const char* name, const Tensor& tensor, ScalarType dtype,
+                                const std::string& dtype_rule) const {
   const std::string subject = name;
   if (tensor.scalar_type() != dtype)
     fail(op, subject + " must " + dtype_rule, dtype_name(tensor.scalar_type()));
   if (!same_device(tensor, tokens))
     fail(op, subject + " must be on the device of tokens", "another device");
-  if (shape_of(tensor) != shape)
-    fail(op, subject + " must be " + format_shape(shape), format_shape(shape_of(tensor)));
-}
-
-void EnsembleCall::check_written(const char* name, const Tensor& tensor,
-                                 const std::vector<int64_t>& shape, ScalarType dtype,
-                                 const std::string& dtype_rule) const {
-  const std::string subject = name;
-  check_given(name, tensor, shape, dtype, dtype_rule);
-  if (tensor.numel() == 0) return;
-  // Sufficient, and true of every view that slicing and permuting make.
-  std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
-  for (int64_t d = 0; d < tensor.dim(); ++d)
-    if (tensor.size(d) > 1) dims.emplace_back(tensor.stride(d), tensor.size(d));
-  std::sort(dims.begin(), dims.end());
-  int64_t span = 1;
-  for (const auto& [stride, size] : dims) {
-    if (stride < span)
-      fail(op,
-           subject +
-               " must not overlap itself (each stride must step over what the smaller ones "
-               "span)",
-           format_strides(tensor));
-    span += (size - 1) * stride;
-  }
-  if (share_memory(tensor, tokens))
-    fail(op, subject + " must not share memory with tokens", "a view of the same memory");
 }
 
 void EnsembleCall::check_out(const Tensor& out) const {
-  check_written("out", out, out_shape, tokens.scalar_type(),
-                "have the dtype of tokens, " + dtype_name(tokens.scalar_type()));
+  check_placed("out", out, tokens.scalar_type(),
+               "have the dtype of tokens, " + dtype_name(tokens.scalar_type()));
+  check_written(op, "out", view_of(out), out_shape, view_of(tokens));
 }
 
 std::vector<Tensor> EnsembleCall::set_gradients(const Tensor& grad,
@@ -138,7 +86,11 @@ std::vector<Tensor> EnsembleCall::set_gradients(const Tensor& grad,
   std::vector<Tensor> given{grad};
   if (grad_var) given.push_back(*grad_var);
   for (size_t i = 0; i < given.size(); ++i) {
-    check_given(i ? "grad_var" : "grad", given[i], out_shape, tokens.scalar_type(), rule);
+    const char* const name = i ? "grad_var" : "grad";
+    check_placed(name, given[i], tokens.scalar_type(), rule);
+    if (shape_of(given[i]) != out_shape)
+      fail(op, std::string(name) + " must be " + format_shape(out_shape),
+           format_shape(shape_of(given[i])));
     bool fits = out_shape[1] <= 1 || given[i].stride(1) == 1;
     for (int64_t d = 0; d < 4; ++d) fits = fits && given[i].stride(d) == given[0].stride(d);
     if (fits) continue;
@@ -157,35 +109,17 @@ std::vector<Tensor> EnsembleCall::set_gradients(const Tensor& grad,
 
 void EnsembleCall::set_state(const Tensor& field, const Tensor* variance, const Tensor& seen) {
   const bool median = args.reduce == Reduce::median;
-  const char* const name = median ? "window" : "mean";
-  const char* const seen_name = median ? "count" : "weight";
   const bool f64 = tokens.scalar_type() == ScalarType::Double;
   const ScalarType dtype = f64 ? ScalarType::Double : ScalarType::Float;
   const std::string rule = f64 ? "be float64, as tokens are" : "be float32";
-  std::vector<int64_t> shape = out_shape;
-  if (median) shape.insert(shape.begin(), kWindowPlanes);
-  check_written(name, field, shape, dtype, rule);
-  check_written(seen_name, seen, {out_shape[2], out_shape[3]}, ScalarType::Double, "be float64");
-  if (!seen.is_contiguous())
-    fail(op, std::string(seen_name) + " must be contiguous", format_strides(seen));
-  std::vector<std::pair<const char*, const Tensor*>> state{{name, &field}};
-  if (variance) {
-    check_written("var", *variance, shape, dtype, rule);
-    for (int64_t d = 0; d < 4; ++d) {
-      if (shape[static_cast<size_t>(d)] > 1 && variance->stride(d) != field.stride(d))
-        fail(op, "var must have the strides of mean", format_strides(*variance));
-    }
-    state.emplace_back("var", variance);
-    set_variance(*variance);
-  }
-  state.emplace_back(seen_name, &seen);
-  for (size_t i = 0; i < state.size(); ++i) {
-    for (size_t j = 0; j < i; ++j) {
-      if (share_memory(*state[i].second, *state[j].second))
-        fail(op, std::string(state[j].first) + " and " + state[i].first + " must not share memory",
-             "views of the same memory");
-    }
-  }
+  check_placed(median ? "window" : "mean", field, dtype, rule);
+  check_placed(median ? "count" : "weight", seen, ScalarType::Double, "be float64");
+  if (variance) check_placed("var", *variance, dtype, rule);
+  std::optional<ArrayView> var;
+  if (variance) var = view_of(*variance);
+  check_state(op, view_of(field), var ? &*var : nullptr, view_of(seen), args.reduce, out_shape,
+              view_of(tokens));
+  if (variance) set_variance(*variance);
   args.out = field.mutable_data_ptr();
   const int64_t first = median ? 1 : 0;
   for (int64_t d = 0; d < 4; ++d) args.out_strides[d] = field.stride(first + d);

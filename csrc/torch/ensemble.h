@@ -45,10 +45,8 @@ struct EnsembleCall {
   void set_state(const Tensor& field, const Tensor* variance, const Tensor& seen);
 
  private:
-  void check_given(const char* name, const Tensor& tensor, const std::vector<int64_t>& shape,
-                   ScalarType dtype, const std::string& dtype_rule) const;
-  void check_written(const char* name, const Tensor& tensor, const std::vector<int64_t>& shape,
-                     ScalarType dtype, const std::string& dtype_rule) const;
+  void check_placed(const char* name, const Tensor& tensor, ScalarType dtype,
+                    const std::string& dtype_rule) const;
 };
 
 // The tokens' gradient [V, B, N, C] that belongs to the gradient [B, C, H', W'] of a field: dense,

@@ -2,9 +2,11 @@
 #pragma once
 #include <cstdint>
 
-namespace srt::glue {
+#include "../types.h"
+
+namespace srt {
 
 // Memory on the CPU that was just allocated gets its pages, by all threads.
-void fault_in(void* data, int64_t bytes);
+void fault_in(void* data, int64_t bytes, const Parallel& parallel);
 
-}  // namespace srt::glue
+}  // namespace srt

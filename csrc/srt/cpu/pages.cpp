@@ -2,7 +2,6 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
-#include <torch/csrc/stable/ops.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -11,7 +10,7 @@
 #include <string>
 #include <system_error>
 
-namespace srt::glue {
+namespace srt {
 namespace {
 
 // A malloc keeps smaller pieces and gives them out again (glibc's: M_MMAP_THRESHOLD, its maximum).
@@ -19,6 +18,8 @@ constexpr int64_t kFreshBytes = int64_t{32} << 20;
 // MADV_POPULATE_WRITE, Linux 5.14: clears pages in bulk, without an exception for each. Older
 // kernels refuse it, and the pages come as they are touched.
 constexpr int kPopulateWrite = 23;
+// What a thread gets at a time.
+constexpr int64_t kPart = int64_t{2} << 20;
 
 // Whether this is a virtual machine that gives free memory back to its host, which it does in huge
 // pages and within seconds (free page reporting: VIRTIO_BALLOON_F_REPORTING). To get one again then
@@ -37,25 +38,32 @@ bool host_takes_free_pages() {
 
 }  // namespace
 
-void fault_in(void* data, int64_t bytes) {
+void fault_in(void* data, int64_t bytes, const Parallel& parallel) {
   if (bytes < kFreshBytes) return;
   static const bool huge = !host_takes_free_pages();
   static const int64_t page = sysconf(_SC_PAGESIZE);
-  constexpr int64_t part = int64_t{2} << 20;
-  char* const end = static_cast<char*>(data) + bytes / page * page;
-  char* const begin = reinterpret_cast<char*>(reinterpret_cast<intptr_t>(data) / page * page);
-  if (huge) madvise(begin, static_cast<size_t>(end - begin), MADV_HUGEPAGE);
-  torch::stable::parallel_for(0, (end - begin + part - 1) / part, 1, [=](int64_t i, int64_t stop) {
+  struct Range {
+    char *begin, *end;
+  };
+  char* const start = static_cast<char*>(data);
+  Range range{reinterpret_cast<char*>(reinterpret_cast<intptr_t>(data) / page * page),
+              start + bytes / page * page};
+  const int64_t size = range.end - range.begin;
+  if (huge) madvise(range.begin, static_cast<size_t>(size), MADV_HUGEPAGE);
+  const auto populate = [](int64_t i, int64_t stop, void* context) {
+    const Range& whole = *static_cast<const Range*>(context);
     for (; i < stop; ++i) {
-      char* const from = begin + i * part;
-      madvise(from, static_cast<size_t>(std::min<int64_t>(part, end - from)), kPopulateWrite);
+      char* const from = whole.begin + i * kPart;
+      madvise(from, static_cast<size_t>(std::min<int64_t>(kPart, whole.end - from)),
+              kPopulateWrite);
     }
-  });
+  };
+  parallel.run(div_up(size, kPart), populate, &range);
 }
 
-}  // namespace srt::glue
+}  // namespace srt
 #else
-namespace srt::glue {
-void fault_in(void*, int64_t) {}
-}  // namespace srt::glue
+namespace srt {
+void fault_in(void*, int64_t, const Parallel&) {}
+}  // namespace srt
 #endif
