@@ -13,18 +13,19 @@
 
 namespace {
 
-// What torch.save wrote: a list of tensors.
-std::vector<at::Tensor> load(const std::string& path) {
+// What torch.save wrote.
+c10::IValue load(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   const std::vector<char> bytes{std::istreambuf_iterator<char>(file), {}};
-  return torch::jit::pickle_load(bytes).toTensorVector();
+  return torch::jit::pickle_load(bytes);
 }
 
 // `folder`: where export.py wrote model.pt2 and case.pt.
 int run(const std::string& folder) {
   torch::inductor::AOTIModelPackageLoader model(folder + "/model.pt2");
-  const std::vector<at::Tensor> saved = load(folder + "/case.pt");
-  const at::Tensor &images = saved.at(0), &eager = saved.at(1);  // [B, 3, H, W], [B, C, H, W]
+  const c10::List<c10::IValue> saved = load(folder + "/case.pt").toList();
+  const at::Tensor images = saved.get(0).toTensor();  // [B, 3, H, W]
+  const at::Tensor eager = saved.get(1).toTensor();   // [B, C, H, W]
   const at::Tensor field = model.run({images}).at(0);
   const double difference = (field - eager).abs().max().item<double>();
   const double scale = eager.abs().max().item<double>();

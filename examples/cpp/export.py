@@ -32,7 +32,8 @@ class DenseViT(torch.nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """images [B, 3, H, W] -> field [B, C, H, W]"""
         views = torch.ops.srt.shift(images, self.offsets)  # [V, B, 3, H, W]
-        tokens = self.embed(views.flatten(0, 1)).flatten(2).transpose(1, 2)  # [V*B, N, C]
+        maps = self.embed(views.flatten(0, 1))  # [V*B, C, h, w]
+        tokens = maps.flatten(2).transpose(1, 2).contiguous()  # [V*B, N, C], channels dense
         tokens = self.block(tokens + self.position).unflatten(0, (len(self.offsets), -1))
         field: torch.Tensor = torch.ops.srt.ensemble(tokens, self.offsets, self.grid, self.patch)
         return field

@@ -1,4 +1,4 @@
-// The kernels without torch: tokens of shifted views in plain buffers, aggregated on our own threads.
+// The kernels without torch: tokens of shifted views in plain buffers, aggregated on own threads.
 #include <srt/check.h>
 #include <srt/ensemble.h>
 
@@ -23,8 +23,8 @@ void run_on_threads(int64_t n, srt::Parallel::Body body, void* context) {
   for (std::thread& thread : threads) thread.join();
 }
 
-// The picture: a brightness that is linear in the place (y, x), in pixels. Bilinear upsampling keeps
-// a plane as it is, so the field of its tokens is this plane again, whatever the offsets.
+// The picture: a brightness that is linear in the place (y, x), in pixels. Bilinear upsampling
+// keeps a plane as it is, so the field of its tokens is this plane again, whatever the offsets.
 double picture(double y, double x) { return 2 + 0.03 * y - 0.05 * x; }
 
 int run() {
@@ -85,8 +85,8 @@ int run() {
   for (int64_t y = margin; y < height - margin; ++y)
     for (int64_t x = margin; x < width - margin; ++x)
       for (int64_t c = 0; c < channels; ++c) {
-        const double expected = static_cast<double>(c + 1) * picture(static_cast<double>(y) + 0.5,
-                                                                     static_cast<double>(x) + 0.5);
+        const double expected = static_cast<double>(c + 1) *
+                                picture(static_cast<double>(y) + 0.5, static_cast<double>(x) + 0.5);
         const size_t at = static_cast<size_t>((y * width + x) * channels + c);
         largest = std::max(largest, std::fabs(static_cast<double>(out[at]) - expected));
       }

@@ -14,11 +14,10 @@ namespace {
 at::Tensor ensemble(const at::Tensor& tokens,   // [V, B, N, C]
                     const at::Tensor& offsets,  // [V, 2] (dy, dx), pixels
                     at::IntArrayRef grid, at::IntArrayRef patch) {
-  using Ensemble =
-      at::Tensor(const at::Tensor& tokens, const at::Tensor& offsets, at::IntArrayRef grid,
-                 at::IntArrayRef patch, const std::optional<at::Tensor>& weights,
-                 std::string_view reduce, std::string_view upsample, std::string_view border,
-                 at::IntArrayRef stride);
+  using Ensemble = at::Tensor(
+      const at::Tensor& tokens, const at::Tensor& offsets, at::IntArrayRef grid,
+      at::IntArrayRef patch, const std::optional<at::Tensor>& weights, std::string_view reduce,
+      std::string_view upsample, std::string_view border, at::IntArrayRef stride);
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("srt::ensemble", "").typed<Ensemble>();
   return op.call(tokens, offsets, grid, patch, std::nullopt, "mean", "bilinear", "coverage",
