@@ -2,7 +2,8 @@
 
     python export.py FOLDER
 
-writes model.pt2, the package, and case.pt: pictures, and the field that eager PyTorch makes of them.
+writes model.pt2, the package, and case.pt: pictures, and the field that eager PyTorch makes of
+them.
 """
 
 from __future__ import annotations
