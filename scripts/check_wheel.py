@@ -10,7 +10,7 @@ from srt_ext._library import cuda_unavailable
 
 with_cuda = torch.version.cuda is not None
 print(f"srt_ext {srt_ext.__version__} at {srt_ext.__path__[0]}")
-print(f"torch {torch.__version__}, CUDA {torch.version.cuda}: kernels {cuda_unavailable or 'load'}")
+print(f"torch {torch.__version__}; CUDA kernels: {cuda_unavailable or 'loaded'}")
 assert (cuda_unavailable is None) == with_cuda
 
 tokens = torch.randn(9, 2, 12, 8)
