@@ -50,7 +50,9 @@ class CMakeBuild(build_ext):
         subprocess.check_call(["cmake", "--build", build])
         for library in libraries(package):  # of a build with other options
             library.unlink()
-        subprocess.check_call(["cmake", "--install", build, "--prefix", package])
+        subprocess.check_call(
+            ["cmake", "--install", build, "--component", "python", "--prefix", package]
+        )
 
     def get_outputs(self) -> list[str]:
         package = Path(self.build_lib) / "srt_ext"

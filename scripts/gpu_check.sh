@@ -90,7 +90,7 @@ step "configure" 60 build.log cmake -G Ninja -S "$root" -B "$build" \
   -DPython3_EXECUTABLE="$(command -v python3)" -DSRT_CUDA=1 -DSRT_CUDA_ARCHS="$arch" \
   -DSRT_SANITIZE=ON
 shown=3 step "build" 200 build.log cmake --build "$build"
-step "install" 10 build.log cmake --install "$build" --prefix srt_ext
+step "install" 10 build.log cmake --install "$build" --component python --prefix srt_ext
 shown=40 step "registers, no spills" 10 ptxas.txt \
   python3 "$root/scripts/cuda_resources.py" "$output/build.log"
 

@@ -1,14 +1,13 @@
 #include "pages.h"
 
 #if defined(__linux__)
+#include <glob.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <filesystem>
 #include <fstream>
 #include <string>
-#include <system_error>
 
 namespace srt {
 namespace {
@@ -23,17 +22,20 @@ constexpr int64_t kPart = int64_t{2} << 20;
 
 // Whether this is a virtual machine that gives free memory back to its host, which it does in huge
 // pages and within seconds (free page reporting: VIRTIO_BALLOON_F_REPORTING). To get one again then
-// takes far longer than its small pages.
+// takes far longer than its small pages. With glob: of std::filesystem the linker takes torch's
+// copy.
 bool host_takes_free_pages() {
   constexpr size_t reporting = 5;  // of the features, in their order
-  std::error_code ignored;
-  std::filesystem::directory_iterator at("/sys/bus/virtio/drivers/virtio_balloon", ignored), end;
-  for (; at != end; at.increment(ignored)) {
+  bool takes = false;
+  glob_t found{};
+  glob("/sys/bus/virtio/drivers/virtio_balloon/*/features", 0, nullptr, &found);
+  for (size_t i = 0; i < found.gl_pathc; ++i) {
     std::string features;
-    std::ifstream(at->path() / "features") >> features;
-    if (features.size() > reporting && features[reporting] == '1') return true;
+    std::ifstream(found.gl_pathv[i]) >> features;
+    takes = takes || (features.size() > reporting && features[reporting] == '1');
   }
-  return false;
+  globfree(&found);
+  return takes;
 }
 
 }  // namespace

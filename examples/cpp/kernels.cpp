@@ -1,0 +1,108 @@
+// The kernels without torch: tokens of shifted views in plain buffers, aggregated on own threads.
+#include <srt/check.h>
+#include <srt/ensemble.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <exception>
+#include <thread>
+#include <vector>
+
+namespace {
+
+constexpr int64_t kThreads = 3;
+
+// What the kernels split their work with. A program that has a pool of threads gives it the ranges.
+void run_on_threads(int64_t n, srt::Parallel::Body body, void* context) {
+  std::vector<std::thread> threads;
+  for (int64_t t = 1; t < kThreads; ++t)
+    threads.emplace_back(body, n * t / kThreads, n * (t + 1) / kThreads, context);
+  body(0, n / kThreads, context);
+  for (std::thread& thread : threads) thread.join();
+}
+
+// The picture: a brightness that is linear in the place (y, x), in pixels. Bilinear upsampling
+// keeps a plane as it is, so the field of its tokens is this plane again, whatever the offsets.
+double picture(double y, double x) { return 2 + 0.03 * y - 0.05 * x; }
+
+int run() {
+  constexpr int64_t views = 4, batch = 1, channels = 8;
+  const std::vector<int64_t> grid{6, 8}, patch{16, 16}, stride{1, 1};  // (y, x)
+  const std::vector<double> offsets{0, 0, 2.5, -1, -3, 0.25, 1, 4};    // [V, 2] (dy, dx), pixels
+  const int64_t tokens_per_view = grid[0] * grid[1];
+
+  // [V, B, N, C]. A token of this "model" is the mean brightness of its patch, which for a plane is
+  // the one at the centre of the patch; channel c has c + 1 times that.
+  std::vector<float> tokens;
+  for (int64_t v = 0; v < views; ++v)
+    for (int64_t i = 0; i < grid[0]; ++i)
+      for (int64_t j = 0; j < grid[1]; ++j)
+        for (int64_t c = 0; c < channels; ++c) {
+          const double y = (static_cast<double>(i) + 0.5) * static_cast<double>(patch[0]);
+          const double x = (static_cast<double>(j) + 0.5) * static_cast<double>(patch[1]);
+          // The content of view v has moved by its offset.
+          const double value = picture(y - offsets[static_cast<size_t>(2 * v)],
+                                       x - offsets[static_cast<size_t>(2 * v + 1)]);
+          tokens.push_back(static_cast<float>(static_cast<double>(c + 1) * value));
+        }
+
+  // The kernels trust their arguments; these functions are the rules for them and throw srt::Error.
+  const srt::Field field =
+      srt::check_ensemble("ensemble", {views, batch, tokens_per_view, channels}, {views, 2}, grid,
+                          patch, /*weights=*/nullptr, stride, sizeof(float));
+  srt::check_offsets("ensemble", offsets.data(), static_cast<int64_t>(offsets.size()));
+  const int64_t height = field.cells[0], width = field.cells[1];
+
+  std::vector<float> out(static_cast<size_t>(batch * height * width * channels));  // [B, H, W, C]
+  srt::EnsembleArgs args{};
+  args.reduce = srt::Reduce::mean;
+  args.dtype = srt::DType::f32;
+  args.tokens = tokens.data();
+  args.views = views;
+  args.batch = batch;
+  args.channels = channels;
+  args.token_strides[0] = batch * tokens_per_view * channels;
+  args.token_strides[1] = tokens_per_view * channels;
+  args.token_strides[2] = channels;
+  args.offsets = offsets.data();
+  std::copy_n(field.grid, 2, args.grid);
+  std::copy_n(field.patch, 2, args.patch);
+  std::copy_n(field.stride, 2, args.stride);
+  args.upsample = srt::Upsample::bilinear;
+  args.border = srt::Border::coverage;
+  args.out = out.data();
+  args.out_strides[0] = height * width * channels;  // of B, C, H', W'
+  args.out_strides[1] = 1;
+  args.out_strides[2] = width * channels;
+  args.out_strides[3] = channels;
+  srt::ensemble_cpu(args, {kThreads, &run_on_threads});
+
+  // Away from the border: there, beyond the centre of the last token, every view is constant.
+  const int64_t margin = patch[0] / 2 + 4;
+  double largest = 0;
+  for (int64_t y = margin; y < height - margin; ++y)
+    for (int64_t x = margin; x < width - margin; ++x)
+      for (int64_t c = 0; c < channels; ++c) {
+        const double expected = static_cast<double>(c + 1) *
+                                picture(static_cast<double>(y) + 0.5, static_cast<double>(x) + 0.5);
+        const size_t at = static_cast<size_t>((y * width + x) * channels + c);
+        largest = std::max(largest, std::fabs(static_cast<double>(out[at]) - expected));
+      }
+  std::printf("kernels: %lld views, field of %lld x %lld pixels; off the plane by at most %.1e\n",
+              static_cast<long long>(views), static_cast<long long>(height),
+              static_cast<long long>(width), largest);
+  return largest < 1e-4 ? 0 : 1;  // float32 of values up to 40
+}
+
+}  // namespace
+
+int main() {
+  try {
+    return run();
+  } catch (const std::exception& error) {  // srt::Error, std::bad_alloc
+    std::fprintf(stderr, "kernels: %s\n", error.what());
+    return 1;
+  }
+}

@@ -1,0 +1,21 @@
+"""Whether an installed srt_ext is whole: run it where no checkout can be imported in its place.
+
+Every kernel that the torch of this environment can use must be there.
+"""
+
+import torch
+
+import srt_ext
+from srt_ext._library import cuda_unavailable
+
+with_cuda = torch.version.cuda is not None
+print(f"srt_ext {srt_ext.__version__} at {srt_ext.__path__[0]}")
+print(f"torch {torch.__version__}; CUDA kernels: {cuda_unavailable or 'loaded'}")
+assert (cuda_unavailable is None) == with_cuda
+
+tokens = torch.randn(9, 2, 12, 8)
+arguments = (tokens, srt_ext.views.grid(1), (3, 4), (4, 4))
+field = srt_ext.ensemble(*arguments)
+torch.testing.assert_close(field, srt_ext.reference.ensemble(*arguments).float())
+if torch.cuda.is_available():
+    torch.testing.assert_close(srt_ext.ensemble(tokens.cuda(), *arguments[1:]).cpu(), field)
