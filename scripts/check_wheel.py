@@ -6,6 +6,7 @@ Every kernel that the torch of this environment can use must be there.
 import torch
 
 import srt_ext
+import srt_ext.numpy
 from srt_ext._library import cuda_unavailable
 
 with_cuda = torch.version.cuda is not None
@@ -17,5 +18,7 @@ tokens = torch.randn(9, 2, 12, 8)
 arguments = (tokens, srt_ext.views.grid(1), (3, 4), (4, 4))
 field = srt_ext.ensemble(*arguments)
 torch.testing.assert_close(field, srt_ext.reference.ensemble(*arguments).float())
+same = srt_ext.numpy.ensemble(tokens.numpy(), arguments[1].numpy(), *arguments[2:])
+assert torch.equal(torch.from_numpy(same), field)
 if torch.cuda.is_available():
     torch.testing.assert_close(srt_ext.ensemble(tokens.cuda(), *arguments[1:]).cpu(), field)
