@@ -12,7 +12,7 @@ import torch
 import typer
 
 from benchmarks import end_to_end, memory, report
-from benchmarks.common import RESULTS, machine, output, save
+from benchmarks.common import RESULTS, load, machine, output, save
 from benchmarks.suite import Bench, Clock, ceilings, plan
 
 
@@ -38,6 +38,9 @@ def main(
     ] = float("inf"),
     commit: Annotated[str, typer.Option(help="Of the sources, where git cannot tell.")] = "",
     results: Annotated[Path, typer.Option(help="The folder that gets the JSON.")] = RESULTS,
+    resume: Annotated[
+        bool, typer.Option(help="Keep the rows of the JSON that is there; they name their commit.")
+    ] = False,
 ) -> None:
     """Measures, writes the JSON after every row, prints the tables.
 
@@ -71,6 +74,9 @@ def main(
         "wrong": bench.wrong,
     }
     path = results / f"{slug}.json"
+    if resume:
+        before = load(path)
+        bench.kept = [{"commit": before["machine"]["commit"], **row} for row in before["rows"]]
 
     def keep() -> None:
         found["seconds"] = round(bench.elapsed(), 1)

@@ -6,6 +6,7 @@ stands in the README.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +115,7 @@ def table(rows: list[Row]) -> str:
         return any(median(row, name) is not None for row in rows)
 
     ours = [n for n in dict.fromkeys(n for r in rows for n in r["calls"]) if n.startswith("ours,")]
-    limits = [name for name in (*LIMITS, "read the tokens") if read(name)]
+    limits = [name for name in (*LIMITS, "read the tokens", "read the gradient") if read(name)]
     peers = [*ours, *(name for name in PEERS if read(name))]
     graphs = any(median(row, "ours", graph=True) is not None for row in rows)
     head = ["op", "dtype", "shape", "ours"]
@@ -211,6 +212,11 @@ def cpu_targets(results: Row) -> list[Target]:
         add(f"mean, {up}: best GEMM / ours", fastest(row, GEMMS), ours, 8, False)
         one = median(row, "ours, out=, one thread")
         add(f"mean, {up}: with out=, one thread / two", one, out, 1.7, False)
+    for up in ("bilinear", "nearest"):
+        row = find(results, f"gradient of mean, {up}")
+        if row is not None:
+            forward = median(row, "ours, forward")
+            add(f"gradient of mean, {up}: ours / forward", median(row, "ours"), forward, 3, True)
     for up, bound in (("nearest", 250), ("bilinear", 80)):
         row = find(results, f"median, {up}")
         if row is None:
@@ -282,12 +288,16 @@ def tables(results: Row) -> str:
         f"{speed['copy']:.1f} GB/s (read + written). Medians of {results['rounds']} interleaved "
         "readings (3 of what takes over 0.5 s, 1 over 5 s); quartiles are in the JSON."
     ]
+    earlier = Counter(row["commit"] for row in rows if "commit" in row)
+    for commit, count in earlier.items():
+        parts[0] += f" {count} of {len(rows)} rows are of a run of {commit} that was ended early."
     if "gpu" not in facts:
         parts += ["## Targets", target_table(cpu_targets(results))]
     sections = {
         "Mean": ("mean",),
         "Shift": ("shift",),
         "Median, moments, streams": ("median", "moments", "Running"),
+        "Gradients": ("gradient",),
     }
     for title, ops in sections.items():
         chosen = [row for row in rows if row["op"].startswith(ops)]
