@@ -39,9 +39,15 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 Function = Callable[..., Any]
 
 
-def field_of(module: Any, reduce: str, case: Ensemble, **more: Any) -> Function:
-    """The field as a function of its tokens (and weights); all of it in one tensor."""
+def field_of(
+    module: Any, reduce: str, case: Ensemble, *, values: str | None = None, **more: Any
+) -> Function:
+    """The field as a function of its tokens (and weights); all of it in one tensor.
+
+    ``values``: the device of offsets and weights.
+    """
     (_, offsets, grid, patch, weights), modes = case.call(torch.empty(0))
+    offsets, weights = offsets.to(values), weights if weights is None else weights.to(values)
 
     def field(tokens: torch.Tensor, weights: torch.Tensor | None = weights) -> torch.Tensor:
         if reduce == "moments":
@@ -160,18 +166,25 @@ def test_gradient_of_weights(name: str, reduce: str) -> None:
     torch.testing.assert_close(limit, results[1], rtol=1e-6, atol=1e-6)
 
 
-def check_image_gradient(case: Shift, dtype: torch.dtype) -> None:
+def image_problem(
+    case: Shift, dtype: torch.dtype
+) -> tuple[tuple[Any, ...], torch.Tensor, torch.Tensor]:
+    """Image, offsets, modes, a gradient of the views; the oracle's, in float64 and float32."""
     image = case.image(dtype)
     (_, offsets), modes = case.call(image)
-    shape = (len(offsets), *image.shape)
-    grad = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    grad = torch.randn(len(offsets), *image.shape, generator=generator).to(dtype)
+
+    def truth(dtype: torch.dtype) -> torch.Tensor:
+        views = lambda image: reference.shift(image, offsets, **modes, dtype=dtype)  # noqa: E731
+        return gradient(views, image.to(dtype), grad.to(dtype))
+
+    return (image, offsets, modes, grad), truth(torch.float64), truth(torch.float32)
+
+
+def check_image_gradient(case: Shift, dtype: torch.dtype) -> None:
+    (image, offsets, modes, grad), truth, same = image_problem(case, dtype)
     actual = gradient(lambda i: srt_ext.shift(i, offsets, **modes), image, grad)
-    truth, same = (
-        gradient(
-            lambda i, t=t: reference.shift(i, offsets, **modes, dtype=t), image.to(t), grad.to(t)
-        )
-        for t in (torch.float64, torch.float32)
-    )
     if dtype == torch.float64:
         torch.testing.assert_close(actual, truth, rtol=1e-12, atol=1e-12)
     else:

@@ -286,6 +286,7 @@ template <class T>
 void shift_backward(const ShiftBackwardPlan& plan, int64_t begin, int64_t end, void* scratch) {
   using Acc = typename AccumulatorOf<T>::type;
   constexpr int lanes = kLanes<Acc>;
+  constexpr int64_t pad = lanes < 4 ? 4 : lanes;  // four taps reach three pixels beyond
   const int64_t width = plan.width, line = width + 128;
   // A gradient row between zeros, what its positions get, and the sum over views.
   Acc* const row = static_cast<Acc*>(scratch) + 64;
@@ -302,7 +303,7 @@ void shift_backward(const ShiftBackwardPlan& plan, int64_t begin, int64_t end, v
       if (first == last) continue;
       const T* const grad =
           static_cast<const T*>(plan.out) + (v * plan.planes + plane) * plan.height * width;
-      for (int64_t x = -lanes; x < width + lanes; x += lanes) store(row + x, Vec<Acc>{});
+      for (int64_t x = -pad; x < width + pad; x += lanes) store(row + x, Vec<Acc>{});
       for (int64_t k = first; k < last; ++k) {
         const T* const from = grad + plan.reads[k].row * width;
         const Acc weight = static_cast<Acc>(plan.reads[k].weight);
