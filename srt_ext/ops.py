@@ -53,7 +53,8 @@ def shift(
             are rounded half to even and saturate.
 
     Returns:
-        [V, B, C, H, W], dense, of the dtype of ``image``.
+        [V, B, C, H, W], dense, of the dtype of ``image``. Differentiable with respect to ``image``,
+        as often as one likes, in reverse and forward mode.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -118,11 +119,15 @@ def ensemble(
         stride: pixels per output cell, (sh, sw) or one for both; divides (H, W). 1 is pixel scale,
             ``patch`` is token scale.
         out: [B, C, H / sh, W / sw], written in place; any strides that step over what the smaller
-            ones span, channels_last is the fast one. Not differentiable.
+            ones span, channels_last is the fast one. Not differentiable. (Under ``torch.compile``
+            torch 2.10 and 2.13 refuse one that is channels_last.)
 
     Returns:
         [B, C, H / sh, W / sw] of the dtype of ``tokens``, with strides (H'W'C, 1, W'C, C)
-        (channels_last), or ``out``. 0 where no view counts.
+        (channels_last), or ``out``. 0 where no view counts. Differentiable with respect to
+        ``tokens`` and ``weights`` in reverse and forward mode; the second derivatives of a mean
+        and of a median exist with respect to ``tokens``. The gradient of a median goes to the view
+        that it is (to the first of them, by dx, if there are several).
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -182,6 +187,7 @@ def ensemble_moments(
 
     Returns:
         (mean, var), each as the result of :func:`ensemble`. Both are 0 where no view counts.
+        Differentiable, once, with respect to ``tokens`` and ``weights``.
 
     Raises:
         TypeError, ValueError: as :func:`ensemble`.
