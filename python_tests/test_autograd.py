@@ -141,29 +141,64 @@ def test_gradient_of_many_views(cpu_kernels: str) -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-6)
 
 
-@each_reduce
+def weights_gradients(
+    case: Ensemble, reduce: str, tokens: torch.Tensor, weights: torch.Tensor
+) -> list[torch.Tensor]:
+    """Ours, the oracle's, and the oracle's in float32."""
+    shape = (2, *case.shape) if reduce == "moments" else case.shape
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(tokens.dtype)
+    ours = field_of(srt_ext, reduce, case)
+    found = [gradient(lambda w: ours(tokens, w), weights, grad)]
+    for dtype in (torch.float64, torch.float32):
+        field = field_of(reference, reduce, case, dtype=dtype)
+        found.append(
+            gradient(lambda w, f=field, t=dtype: f(tokens.to(t), w), weights, grad.to(dtype))
+        )
+    return found
+
+
+@each_dtype
+@pytest.mark.parametrize("reduce", ["mean", "moments"])
 @pytest.mark.parametrize("name", ["weights", "stride", "patch_1"])
-def test_gradient_of_weights(name: str, reduce: str) -> None:
-    if reduce == "median":
-        pytest.skip("a median has none")
-    case = replace(ENSEMBLES[name], weights=(1.0, 0.0, 2.5, 0.25, 7.0))
+@pytest.mark.parametrize("level", [0.0, 100.0])
+def test_gradient_of_weights(level: float, name: str, reduce: str, dtype: torch.dtype) -> None:
+    """``level``: of the tokens, beside their spread of 1."""
+    case = replace(ENSEMBLES[name], weights=(1.0, 0.5, 2.5, 0.25, 7.0))
+    tokens = (case.tokens(torch.float64) + level).to(dtype)
+    weights = torch.tensor(case.weights, dtype=torch.float64)
+    actual, truth, same = weights_gradients(case, reduce, tokens, weights)
+    if dtype == torch.float64:
+        torch.testing.assert_close(actual, truth, rtol=1e-8, atol=1e-8)
+    else:
+        assert_within_budget(actual, truth, same)
+
+
+@pytest.mark.parametrize("reduce", ["mean", "moments"])
+def test_gradient_of_a_weight_of_zero(reduce: str) -> None:
+    """It is that of a very small one: the oracle does not read a view of weight 0."""
+    case = replace(ENSEMBLES["weights"], weights=(1.0, 1e-9, 2.5, 0.25, 7.0))
     tokens = case.tokens(torch.float64)
     weights = torch.tensor(case.weights, dtype=torch.float64)
-    weights[1] = 1e-9  # the oracle does not read a view of weight 0: no gradient comes back
-    results = []
-    for module in (srt_ext, reference):
-        field = field_of(module, reduce, case)
-        grad = torch.linspace(-1, 2, field(tokens).numel(), dtype=torch.float64)
-        results.append(
-            gradient(lambda w, f=field: f(tokens, w), weights, grad.reshape(field(tokens).shape))
-        )
-    torch.testing.assert_close(*results, rtol=1e-7, atol=1e-9)
-    # And where a weight is 0 it is that of a very small one.
-    field = field_of(srt_ext, reduce, case)
-    zero = weights.clone()
-    zero[1] = 0
-    limit = gradient(lambda w: field(tokens, w), zero, grad.reshape(field(tokens).shape))
-    torch.testing.assert_close(limit, results[1], rtol=1e-6, atol=1e-6)
+    _, truth, _ = weights_gradients(case, reduce, tokens, weights)
+    weights[1] = 0
+    actual, *_ = weights_gradients(case, reduce, tokens, weights)
+    torch.testing.assert_close(actual, truth, rtol=1e-6, atol=1e-6)
+    # What stands in that view reaches the gradient of its own weight alone.
+    tokens[1] = float("nan")
+    spoilt, *_ = weights_gradients(case, reduce, tokens, weights)
+    assert spoilt[1].isnan()
+    others = [0, 2, 3, 4]
+    torch.testing.assert_close(spoilt[others], actual[others], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("reduce", ["mean", "moments"])
+def test_gradient_of_the_weight_of_a_view_that_covers_nothing(reduce: str) -> None:
+    case = replace(ENSEMBLES["beyond"], weights=(1.0, 2.0, 3.0))
+    tokens = case.tokens(torch.float64)
+    tokens[2] = float("nan")
+    actual, truth, _ = weights_gradients(case, reduce, tokens, torch.ones(3, dtype=torch.float64))
+    assert actual[2] == 0
+    torch.testing.assert_close(actual, truth, rtol=1e-9, atol=1e-9)
 
 
 def image_problem(
@@ -349,6 +384,40 @@ def test_forward_mode_of_a_large_and_a_small_change() -> None:
         torch.testing.assert_close(change.double() / size, truth, rtol=1e-4, atol=1e-5)
 
 
+@each_dtype
+def test_forward_mode_of_moments_where_it_is_easily_lost(dtype: torch.dtype) -> None:
+    case = replace(ENSEMBLES["grid"], batch=1)
+    field, tokens = field_of(srt_ext, "moments", case), case.tokens(dtype)
+    for size in (0.0, 1e-5):
+        tangent = torch.full_like(tokens, size)
+        assert torch.func.jvp(field, (tokens,), (tangent,))[1].isfinite().all()
+    spoilt = tokens.clone()
+    spoilt[0, 0, 0] = float("inf")
+    clean = torch.func.jvp(field, (tokens,), (tokens.cos(),))[1]
+    result = torch.func.jvp(field, (spoilt,), (tokens.cos(),))[1]
+    reached = ~field(spoilt).isfinite()[1]
+    assert 0 < reached.float().mean() < 0.5
+    tolerance = 64 * torch.finfo(dtype).eps
+    torch.testing.assert_close(
+        result[1][~reached], clean[1][~reached], rtol=tolerance, atol=tolerance
+    )
+    empty = torch.empty(9, 0, 15, 3, dtype=dtype)
+    assert torch.func.jvp(field, (empty,), (empty,))[1].shape == (2, 0, 3, 12, 30)
+
+
+@pytest.mark.parametrize("border", ["coverage", "clamp"])
+def test_the_median_of_views_that_are_alike(border: str) -> None:
+    """All derivatives choose the same one of them."""
+    case = replace(ENSEMBLES["grid"], upsample="nearest", border=border)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 3, case.tokens().shape, generator=generator).double()
+    field = field_of(srt_ext, "median", case)
+    tangent, grad = torch.randn_like(tokens), torch.randn(case.shape, dtype=torch.float64)
+    _, forward = torch.func.jvp(field, (tokens,), (tangent,))
+    back = gradient(field, tokens, grad)
+    torch.testing.assert_close((forward * grad).sum(), (back * tangent).sum())
+
+
 # ---- transforms ----------------------------------------------------------------------------------
 
 NAMESPACES = {"ops": torch.ops.srt, "functions": srt_ext}
@@ -379,14 +448,16 @@ def test_torch_func(reduce: str, module: Any) -> None:
     torch.testing.assert_close(torch.vmap(torch.func.grad(loss(field)))(both), expected)
     through = torch.func.grad(lambda t: torch.vmap(field)(t).square().sum())(both)
     torch.testing.assert_close(through, expected)
-    if reduce == "moments":
-        return
     # Derivatives of derivatives, each mode in the other.
     ones = torch.ones_like(tokens)
 
     def directional(f: Function) -> Function:
         return lambda tokens: torch.func.jvp(loss(f), (tokens,), (ones,))[1]
 
+    right(lambda f: torch.func.jacfwd(torch.func.jacfwd(lambda t: loss(f)(t.sin())))(tokens))
+    right(lambda f: torch.func.grad(lambda t: directional(f)(t.sin()))(tokens))
+    if reduce == "moments":  # the gradient of its gradient does not exist
+        return
     right(lambda f: torch.func.hessian(loss(f))(tokens))
     right(lambda f: torch.func.jacrev(torch.func.grad(loss(f)))(tokens))
     right(lambda f: torch.func.grad(directional(f))(tokens))
@@ -663,14 +734,48 @@ def test_channels_last_image() -> None:
     )
 
 
-def test_a_graph_keeps_no_tokens_of_a_mean() -> None:
-    """A mean is linear: its backward reads the offsets alone."""
-    case = replace(ENSEMBLES["grid"], weights=None)
+@pytest.mark.parametrize(("name", "shapes"), [("grid", [(9, 2)]), ("weights", [(5, 2), (5,)])])
+def test_a_graph_keeps_no_tokens_of_a_mean(name: str, shapes: list[tuple[int, ...]]) -> None:
+    """A mean is linear: its backward reads offsets and weights alone."""
+    case = ENSEMBLES[name]
     args, modes = case.call(case.tokens().requires_grad_())
     saved: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         srt_ext.ensemble(*args, **modes)
-    assert [t.shape for t in saved] == [(9, 2)]
+    assert [t.shape for t in saved] == shapes
+
+
+@each_reduce
+def test_a_field_may_be_written_before_its_backward(reduce: str) -> None:
+    case = ENSEMBLES["grid"]
+    tokens = case.tokens().requires_grad_()
+    (_, *place), modes = case.call(tokens)
+    if reduce == "moments":
+        field = srt_ext.ensemble_moments(tokens, *place, **modes)[1]
+    else:
+        field = srt_ext.ensemble(tokens, *place[:3], reduce=reduce, **modes)
+    field.add_(1).sum().backward()
+    assert tokens.grad is not None
+
+
+def test_a_stream_takes_no_tokens_that_require_grad() -> None:
+    case = ENSEMBLES["grid"]
+    (tokens, offsets, grid, patch, _), modes = case.call(case.tokens())
+
+    def mean(tokens: torch.Tensor) -> torch.Tensor:
+        running = srt_ext.RunningMean(grid, patch, **modes)
+        running.update(tokens, offsets)
+        return running.result().sum()
+
+    for call in (
+        lambda: mean(tokens.clone().requires_grad_()),
+        lambda: torch.func.grad(mean)(tokens),
+        lambda: torch.func.jvp(mean, (tokens,), (tokens,)),
+    ):
+        with pytest.raises(
+            (RuntimeError, ValueError), match=r"not differentiable|in-?place"
+        ):
+            call()
 
 
 def test_no_graph_where_nobody_asks() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any, NoReturn
 
 import torch
@@ -29,7 +29,7 @@ def _check_constant(op: str, **given: object) -> None:
     """Raises for those that are asked for: a flag that it is, or a tangent that is there."""
     for name, asked in given.items():
         if asked is not None and asked is not False:
-            _no_derivative(op, f"derivative with respect to {name}")
+            _no_derivative(op, f"derivative with respect to {name}: detach them")
 
 
 # ---- what a cell counts --------------------------------------------------------------------------
@@ -43,9 +43,12 @@ class _Place:
     patch: Sequence[int]
     modes: Modes  # upsample, border, stride
 
-    def counts(self, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Counted pixels of each view in each row of cells [V, H'] and column [V, W']."""
+    def counts(
+        self, offsets: torch.Tensor, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Counted pixels of each view in each row of cells [V, H'] and column [V, W']; float64."""
         found = []
+        offsets = offsets.to(device)
         stride = self.modes["stride"]
         stride = (stride, stride) if isinstance(stride, int) else stride
         valid = (offsets.abs() <= 2**20).all(1)  # on a GPU nobody has looked
@@ -61,9 +64,11 @@ class _Place:
             found.append(cells.sum(2, dtype=torch.float64))
         return found[0], found[1]
 
-    def weight(self, offsets: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    def weight(
+        self, offsets: torch.Tensor, weights: torch.Tensor | None, device: torch.device
+    ) -> torch.Tensor:
         """The sum of weight * counted pixels over the views: [H', W'], float64."""
-        rows, columns = self.counts(offsets)
+        rows, columns = self.counts(offsets, device)
         if weights is not None:
             rows = rows * torch.where(weights > 0, weights, 0).to(rows)[:, None]
         return rows.T @ columns
@@ -92,17 +97,22 @@ def _divide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.where(b > 0, a / torch.where(b > 0, b, 1), 0)
 
 
-def _sums(*tensors: torch.Tensor | None) -> list[Any]:
-    """In the precision that sums are kept in."""
-    return [t if t is None or t.dtype == torch.float64 else t.float() for t in tensors]
+def _doubles(*tensors: torch.Tensor | None) -> list[Any]:
+    """What subtracts large sums from each other does so in float64, and from the start."""
+    return [None if t is None else t.double() for t in tensors]
+
+
+def _moments(
+    place: _Place, tokens: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    mean, var = place.call(_ops.ensemble_moments.default, tokens, offsets, weights)
+    return mean, var
 
 
 def _weights_gradient(
     place: _Place,
     grad: torch.Tensor,
     grad_var: torch.Tensor | None,
-    mean: torch.Tensor,
-    var: torch.Tensor | None,
     tokens: torch.Tensor,
     offsets: torch.Tensor,
     weights: torch.Tensor,
@@ -113,76 +123,126 @@ def _weights_gradient(
     The sums over cells of what has an f_v are products of tokens with gradients: these are taken
     for equal weights, since they must not vanish where w_v does.
     """
-    grad, grad_var, mean, var, tokens = _sums(grad, grad_var, mean, var, tokens)
-    total, plain = place.weight(offsets, weights), place.weight(offsets, None)
-    equal = _divide(plain, total).to(mean)  # equal weights are then divided by W
-    part = grad if grad_var is None else grad - grad_var * mean
-    by_view = tokens * place.gradient("mean", part * equal, None, None, offsets, None)
-    constant = grad * mean
-    if grad_var is not None and var is not None:
-        constant = constant + grad_var * (var - mean * mean)
-        centre = place.call(_ops.ensemble.default, tokens, offsets)
+    grad, grad_var, tokens = _doubles(grad, grad_var, tokens)
+    device = tokens.device
+    total, plain = place.weight(offsets, weights, device), place.weight(offsets, None, device)
+    equal = _divide(plain, total)  # equal weights are then divided by W
+    if grad_var is None:
+        mean = place.call(_ops.ensemble.default, tokens, offsets, weights)
+        part, constant = grad, grad * mean
+    else:
+        mean, var = _moments(place, tokens, offsets, weights)
+        part = grad - grad_var * mean
+        constant = grad * mean + grad_var * (var - mean * mean)
+    by_view = _product(tokens, place.gradient("mean", part * equal, None, None, offsets, None))
+    if grad_var is not None:
         scaled = grad_var * equal
-        squares = place.gradient(
-            "moments", 2 * scaled * (centre - mean), scaled, tokens, offsets, None
-        )
-        by_view = by_view + tokens * squares / 2
-    rows, columns = place.counts(offsets)
-    constant = _divide(constant.sum((0, 1)).double(), total)
-    of_constant = ((rows @ constant) * columns).sum(1)
-    return (by_view.sum((1, 2, 3)).double() - of_constant).to(weights)
+        counted = (weights > 0).to(device)[:, None, None, None]
+        # What nobody counts stays away from the others.
+        for some in (counted, ~counted):
+            those = torch.where(some, tokens, 0)
+            centre = place.call(_ops.ensemble.default, those, offsets)
+            grad_mean = 2 * scaled * (centre - mean)
+            squares = place.gradient("moments", grad_mean, scaled, those, offsets, None)
+            by_view = by_view + _product(those, torch.where(some, squares, 0)) / 2
+    rows, columns = place.counts(offsets, device)
+    of_constant = ((rows @ _divide(constant.sum((0, 1)), total)) * columns).sum(1)
+    return (by_view.sum((1, 2, 3)) - of_constant).to(weights)
+
+
+def _product(tokens: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """Of each token with its gradient, which is 0 where no cell reads it, whatever it is."""
+    return torch.where(gradient != 0, tokens * gradient, 0)
 
 
 def _weights_tangent(
     place: _Place,
-    moments: Callable[[torch.Tensor], Sequence[torch.Tensor]],
-    of: Sequence[torch.Tensor],
+    with_variance: bool,
+    tokens: torch.Tensor,
     offsets: torch.Tensor,
     weights: torch.Tensor,
     tangent: torch.Tensor,
 ) -> list[torch.Tensor]:
-    """Of the mean, and the variance where there is one, for a change of the weights.
+    """Of the mean, and the variance, for a change of the weights.
 
-    What views of positive change say, in proportion, less what the others do; ``moments`` gives
-    mean and variance with other weights.
+    What views of positive change say, in proportion, less what the others do.
     """
-    total = place.weight(offsets, weights)
-    changes = [torch.zeros_like(t) for t in of]
+    (tokens,) = _doubles(tokens)
+
+    def moments(weights: torch.Tensor) -> Sequence[torch.Tensor]:
+        if with_variance:
+            return _moments(place, tokens, offsets, weights)
+        return [place.call(_ops.ensemble.default, tokens, offsets, weights)]
+
+    mean, *var = moments(weights)
+    total = place.weight(offsets, weights, tokens.device)
+    changes = [torch.zeros_like(mean) for _ in (mean, *var)]
     for sign in (1, -1):
         part = (sign * tangent).clamp(min=0)
         part = torch.where(part >= part.max() * 2.0**-80, part, 0)  # smaller ones are refused
-        share = _divide(sign * place.weight(offsets, part), total).to(of[0])
-        mean, *var = moments(part)
-        apart = mean - of[0]
+        share = _divide(sign * place.weight(offsets, part, tokens.device), total)
+        of_part, *var_of_part = moments(part)
+        apart = of_part - mean
         changes[0] = changes[0] + share * apart
-        if var:
-            changes[1] = changes[1] + share * (var[0] - of[1] + apart * apart)
+        if with_variance:
+            changes[1] = changes[1] + share * (var_of_part[0] - var[0] + apart * apart)
     return changes
 
 
-def _selected(
+def _variance_tangent(
     place: _Place,
     tokens: torch.Tensor,
     offsets: torch.Tensor,
-    median: torch.Tensor,
-    others: torch.Tensor,
+    weights: torch.Tensor | None,
+    tangent: torch.Tensor,
+) -> torch.Tensor:
+    """A variance is quadratic: its derivative is a difference, of steps that need not be small.
+
+    They are as large as the tokens, so that neither is lost beside the other.
+    """
+    tokens, tangent = _doubles(tokens, tangent)
+
+    def largest(values: torch.Tensor) -> torch.Tensor:
+        finite = torch.where(values.isfinite(), values.abs(), 0)
+        return finite.amax() if finite.numel() else finite.sum()
+
+    size = largest(tokens) / largest(tangent)
+    size = torch.where((size > 2.0**-500) & (size < 2.0**500), size, 1)
+    ahead, behind = (
+        _moments(place, tokens + step * tangent, offsets, weights)[1] for step in (size, -size)
+    )
+    return (ahead - behind) / (2 * size)
+
+
+def _selected(
+    place: _Place, tokens: torch.Tensor, offsets: torch.Tensor, others: torch.Tensor
 ) -> torch.Tensor:
     """The value of ``others``, as of ``tokens`` [V, B, N, C], in the view that is the median.
 
     One view after the other: what forward mode, and derivatives of gradients, need.
     """
-    rows, columns = place.counts(offsets)
+    args = (tokens, offsets, place.grid, place.patch)
+    median = _ops.ensemble(*args, reduce="median", **place.modes)
+    rows, columns = place.counts(offsets, tokens.device)
     nearest = torch.full_like(median, torch.inf)
     found = torch.zeros_like(median)
-    for v in range(len(tokens)):
-        view = slice(v, v + 1)
-        value = place.call(_ops.ensemble.default, tokens[view], offsets[view])
+    # Of views that are alike the first by dx is taken: so the gradient does.
+    for view in offsets[:, 1].argsort(stable=True).split(1):
+        on = view.to(tokens.device)
+
+        def of_view(tokens: torch.Tensor, view: torch.Tensor = view, on: Any = on) -> torch.Tensor:
+            field: torch.Tensor = place.call(
+                _ops.ensemble.default, tokens.index_select(0, on), offsets.index_select(0, view)
+            )
+            return field
+
+        value = of_view(tokens)
         distance = torch.where(value == median, 0, (value - median).abs())
         distance = torch.where(value.isnan() & median.isnan(), 0, distance)
-        closer = (distance < nearest) & (torch.outer(rows[v], columns[v]) > 0)
+        counted = rows.index_select(0, on).T * columns.index_select(0, on) > 0
+        closer = (distance < nearest) & counted
         nearest = torch.where(closer, distance, nearest)
-        other = place.call(_ops.ensemble.default, others[view], offsets[view])
-        found = torch.where(closer, other, found)
+        found = torch.where(closer, of_view(others), found)
     return found
 
 
@@ -252,6 +312,8 @@ class _Function(torch.autograd.function._SingleLevelFunction):
 
     Of a single level: torch.func has chosen one before a kernel at the Autograd key runs, and goes
     on to the next below it. ``torch.autograd.Function`` would begin with the first level again.
+    (Tried with torch 2.10, 2.13 and 2.15; to be replaced once torch.library has a public way that
+    keeps forward mode.)
     """
 
     op: Any
@@ -277,6 +339,22 @@ def _plain(modes: Modes) -> Modes:
     return {name: value for name, value in modes.items() if name != _ENABLED}
 
 
+def _saved(ctx: Any) -> list[Any]:
+    """For a ``jvp``: the tensors that were saved, without the tangents that it gets anyway."""
+    return [None if t is None else forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors]
+
+
+def _in_forward_mode(jvp: Callable[..., Any]) -> Any:
+    """A ``jvp`` is called with forward mode switched off: the levels below would lose theirs."""
+
+    @wraps(jvp)
+    def switched(ctx: Any, *tangents: Any) -> Any:
+        with forward_ad._set_fwd_grad_enabled(ctx.enabled[1]):
+            return jvp(ctx, *tangents)
+
+    return switched
+
+
 class _Shift(_Function):
     op = _ops.shift.default
     batching = _Batching((0, None), 1)
@@ -289,7 +367,7 @@ class _Shift(_Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.set_materialize_grads(False)
         _, offsets, modes = inputs
-        ctx.modes = _plain(modes)
+        ctx.enabled, ctx.modes = modes[_ENABLED], _plain(modes)
         ctx.save_for_backward(offsets)
         ctx.save_for_forward(offsets)
 
@@ -301,10 +379,11 @@ class _Shift(_Function):
         return _ops._shift_backward(grads[0], ctx.saved_tensors[0], **ctx.modes), None, None
 
     @staticmethod
+    @_in_forward_mode
     def jvp(ctx: Any, *tangents: Any) -> Any:
         image, offsets, _ = tangents
         _check_constant("shift", offsets=offsets)
-        return _ops.shift(image, ctx.saved_tensors[0], **ctx.modes)
+        return _ops.shift(image, _saved(ctx)[0], **ctx.modes)
 
 
 class _ShiftBackward(_Function):
@@ -319,7 +398,7 @@ class _ShiftBackward(_Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.set_materialize_grads(False)
         _, offsets, modes = inputs
-        ctx.modes = _plain(modes)
+        ctx.enabled, ctx.modes = modes[_ENABLED], _plain(modes)
         ctx.save_for_backward(offsets)
         ctx.save_for_forward(offsets)
 
@@ -331,10 +410,11 @@ class _ShiftBackward(_Function):
         return _ops.shift(grads[0], ctx.saved_tensors[0], **ctx.modes), None, None
 
     @staticmethod
+    @_in_forward_mode
     def jvp(ctx: Any, *tangents: Any) -> Any:
         grad, offsets, _ = tangents
         _check_constant("shift", offsets=offsets)
-        return _ops._shift_backward(grad, ctx.saved_tensors[0], **ctx.modes)
+        return _ops._shift_backward(grad, _saved(ctx)[0], **ctx.modes)
 
 
 class _Ensemble(_Function):
@@ -351,20 +431,20 @@ class _Ensemble(_Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.set_materialize_grads(False)
         tokens, offsets, grid, patch, weights, modes = inputs
-        modes = _plain(modes)
+        ctx.enabled, modes = modes[_ENABLED], _plain(modes)
         ctx.reduce = modes.pop("reduce")
         ctx.place = _Place(grid, patch, modes)
         # A mean is linear: only the derivatives with respect to weights read more than the offsets.
-        more = ctx.reduce == "median" or weights is not None
-        saved = (offsets, weights, *((tokens, output) if more else (None, None)))
-        ctx.save_for_backward(*saved)
-        ctx.save_for_forward(*saved)
+        reverse = ctx.reduce == "median" or ctx.needs_input_grad[4]
+        forward = ctx.reduce == "median" or (weights is not None and ctx.enabled[1])
+        ctx.save_for_backward(offsets, weights, tokens if reverse else None)
+        ctx.save_for_forward(offsets, weights, tokens if forward else None)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         of_tokens, of_offsets, _, _, of_weights, _ = ctx.needs_input_grad
         _check_constant("ensemble", offsets=of_offsets)
-        offsets, weights, tokens, field = ctx.saved_tensors
+        offsets, weights, tokens = ctx.saved_tensors
         grad, place = grads[0], ctx.place
         result: list[Any] = [None] * 6
         if grad is None:
@@ -373,27 +453,24 @@ class _Ensemble(_Function):
             given = tokens if ctx.reduce == "median" else None
             result[0] = place.gradient(ctx.reduce, grad, None, given, offsets, weights)
         if of_weights:
-            result[4] = _weights_gradient(place, grad, None, field, None, tokens, offsets, weights)
+            result[4] = _weights_gradient(place, grad, None, tokens, offsets, weights)
         return tuple(result)
 
     @staticmethod
+    @_in_forward_mode
     def jvp(ctx: Any, *tangents: Any) -> Any:
         of_tokens, of_offsets, _, _, of_weights, _ = tangents
         _check_constant("ensemble", offsets=of_offsets)
-        offsets, weights, tokens, field = ctx.saved_tensors
+        offsets, weights, tokens = _saved(ctx)
         place = ctx.place
         if ctx.reduce == "median":
-            return _selected(place, tokens, offsets, field, of_tokens)
+            return _selected(place, tokens, offsets, of_tokens)
         result: Any = 0
         if of_tokens is not None:
             result = place.call(_ops.ensemble.default, of_tokens, offsets, weights)
         if of_weights is not None:
-
-            def moments(other: torch.Tensor) -> Sequence[torch.Tensor]:
-                return [place.call(_ops.ensemble.default, tokens, offsets, other)]
-
-            (change,) = _weights_tangent(place, moments, [field], offsets, weights, of_weights)
-            result = result + change
+            (change,) = _weights_tangent(place, False, tokens, offsets, weights, of_weights)
+            result = result + change.to(tokens.dtype)
         return result
 
 
@@ -411,60 +488,41 @@ class _Moments(_Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.set_materialize_grads(False)
         tokens, offsets, grid, patch, weights, modes = inputs
-        ctx.place = _Place(grid, patch, _plain(modes))
-        saved = (tokens, offsets, weights, *output)
-        ctx.save_for_backward(*saved)
-        ctx.save_for_forward(*saved)
+        ctx.enabled, ctx.place = modes[_ENABLED], _Place(grid, patch, _plain(modes))
+        ctx.save_for_backward(tokens, offsets, weights)
+        ctx.save_for_forward(tokens, offsets, weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         of_tokens, of_offsets, _, _, of_weights, _ = ctx.needs_input_grad
         _check_constant("ensemble_moments", offsets=of_offsets)
-        tokens, offsets, weights, mean, var = ctx.saved_tensors
+        tokens, offsets, weights = ctx.saved_tensors
         result: list[Any] = [None] * 6
-        if grads[0] is None and grads[1] is None:
+        given = [grad for grad in grads if grad is not None]
+        if not given:
             return tuple(result)
-        grads = tuple(torch.zeros_like(mean) if g is None else g for g in grads)
+        grad, grad_var = (torch.zeros_like(given[0]) if g is None else g for g in grads)
         if of_tokens:
-            result[0] = ctx.place.gradient("moments", *grads, tokens, offsets, weights)
+            result[0] = ctx.place.gradient("moments", grad, grad_var, tokens, offsets, weights)
         if of_weights:
-            result[4] = _weights_gradient(
-                ctx.place, grads[0], grads[1], mean, var, tokens, offsets, weights
-            )
+            result[4] = _weights_gradient(ctx.place, grad, grad_var, tokens, offsets, weights)
         return tuple(result)
 
     @staticmethod
+    @_in_forward_mode
     def jvp(ctx: Any, *tangents: Any) -> Any:
         of_tokens, of_offsets, _, _, of_weights, _ = tangents
         _check_constant("ensemble_moments", offsets=of_offsets)
-        tokens, offsets, weights, mean, var = ctx.saved_tensors
+        tokens, offsets, weights = _saved(ctx)
         place = ctx.place
-
-        def moments(tokens: torch.Tensor, weights: torch.Tensor | None) -> Any:
-            return place.call(_ops.ensemble_moments.default, tokens, offsets, weights)
-
-        changes = [torch.zeros_like(mean), torch.zeros_like(var)]
+        changes: list[Any] = [0, 0]
         if of_tokens is not None:
-            # A variance is quadratic: its derivative is a difference, of steps that need not be
-            # small. They are as large as the tokens, so that neither is lost beside the other.
-            size = tokens.abs().amax() / of_tokens.abs().amax().clamp(min=1e-30)
-            size = torch.where(size > 0, size, 1)
-            ahead, behind = (moments(tokens + s * of_tokens, weights)[1] for s in (size, -size))
-            changes = [
-                place.call(_ops.ensemble.default, of_tokens, offsets, weights),
-                (ahead - behind) / (2 * size),
-            ]
+            changes[0] = place.call(_ops.ensemble.default, of_tokens, offsets, weights)
+            changes[1] = _variance_tangent(place, tokens, offsets, weights, of_tokens)
         if of_weights is not None:
-            more = _weights_tangent(
-                place,
-                lambda other: moments(tokens, other),
-                [mean, var],
-                offsets,
-                weights,
-                of_weights,
-            )
+            more = _weights_tangent(place, True, tokens, offsets, weights, of_weights)
             changes = [a + b for a, b in zip(changes, more, strict=True)]
-        return tuple(changes)
+        return tuple(change.to(tokens.dtype) for change in changes)
 
 
 class _EnsembleBackward(_Function):
@@ -490,7 +548,7 @@ class _EnsembleBackward(_Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.set_materialize_grads(False)
         _, _, tokens, offsets, grid, patch, weights, modes = inputs
-        modes = _plain(modes)
+        ctx.enabled, modes = modes[_ENABLED], _plain(modes)
         ctx.reduce = modes.pop("reduce")
         ctx.place = _Place(grid, patch, modes)
         ctx.save_for_backward(tokens, offsets, weights)
@@ -505,9 +563,7 @@ class _EnsembleBackward(_Function):
         if ctx.reduce == "mean":
             field = place.call(_ops.ensemble.default, change, offsets, weights)
             return field
-        args = (tokens, offsets, place.grid, place.patch)
-        median = _ops.ensemble(*args, reduce="median", **place.modes)
-        return _selected(place, tokens, offsets, median, change)
+        return _selected(place, tokens, offsets, change)
 
     @staticmethod
     def check(ctx: Any, offsets: Any, weights: Any) -> None:
@@ -528,10 +584,11 @@ class _EnsembleBackward(_Function):
         return field, *([None] * 7)  # which view is the median changes nowhere but in jumps
 
     @staticmethod
+    @_in_forward_mode
     def jvp(ctx: Any, *tangents: Any) -> Any:
         grad, _, _, offsets, _, _, weights, _ = tangents
         _EnsembleBackward.check(ctx, offsets, weights)
-        tokens, offsets, weights = ctx.saved_tensors
+        tokens, offsets, weights = _saved(ctx)
         if grad is None:  # a change of the tokens of a median
             return torch.zeros_like(tokens)
         return ctx.place.gradient(ctx.reduce, grad, None, tokens, offsets, weights)

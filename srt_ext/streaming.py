@@ -55,7 +55,7 @@ class _Tensors(Stream[torch.Tensor]):
 
     def _accumulate(self, tokens: torch.Tensor, offsets: Any, *weights: Any) -> None:
         place = (self.grid, self.patch)
-        accumulate(self._op, self._state, tokens.detach(), offsets, *place, *weights, **self._modes)
+        accumulate(self._op, self._state, tokens, offsets, *place, *weights, **self._modes)
 
     def _is_floating(self, dtype: object) -> bool:
         return dtype in FLOATING

@@ -40,8 +40,7 @@ List shape_of(const py::array& array) { return {array.shape(), array.shape() + a
 // machine. bfloat16 goes by its name: NumPy has none, ml_dtypes and others bring one.
 DType element_type(const char* op, const char* name, const py::array& array, bool allow_uint8) {
   const std::string dtype = py::str(array.dtype().attr("name"));
-  const char order = array.dtype().byteorder();
-  if (order != '=' && order != '|')
+  if (!array.dtype().attr("isnative").cast<bool>())
     throw py::type_error(text(op, std::string(name) + " must have the byte order of this machine",
                               dtype_name(array)));
   if (dtype == "float32") return DType::f32;

@@ -85,21 +85,21 @@ std::vector<Tensor> EnsembleCall::set_gradients(const Tensor& grad,
     fail(op, "grad_var goes with moments", moments ? "none" : "one");
   std::vector<Tensor> given{grad};
   if (grad_var) given.push_back(*grad_var);
+  bool fits = true;
   for (size_t i = 0; i < given.size(); ++i) {
     const char* const name = i ? "grad_var" : "grad";
     check_placed(name, given[i], tokens.scalar_type(), rule);
     if (shape_of(given[i]) != out_shape)
       fail(op, std::string(name) + " must be " + format_shape(out_shape),
            format_shape(shape_of(given[i])));
-    bool fits = out_shape[1] <= 1 || given[i].stride(1) == 1;
+    fits = fits && (out_shape[1] <= 1 || given[i].stride(1) == 1);
     for (int64_t d = 0; d < 4; ++d) fits = fits && given[i].stride(d) == given[0].stride(d);
-    if (fits) continue;
-    // Both gradients of moments then get the same strides.
-    for (Tensor& tensor : given) {
-      const Tensor dense = new_out();
-      torch::stable::copy_(const_cast<Tensor&>(dense), tensor);
-      tensor = dense;
-    }
+  }
+  for (Tensor& tensor : given) {
+    if (fits) break;
+    Tensor dense = new_out();
+    torch::stable::copy_(dense, tensor);
+    tensor = dense;
   }
   args.out = const_cast<void*>(given[0].const_data_ptr());
   if (moments) args.variance = const_cast<void*>(given[1].const_data_ptr());

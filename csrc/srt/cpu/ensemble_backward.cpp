@@ -181,29 +181,35 @@ void mean_backward(const EnsembleArgs& args, void* grad_tokens,
   plan.exact_runs = exact_runs.runs.data();
   plan.exact_runs_of = exact_runs.of.data();
 
-  // Segments as long as the cache holds for a piece of channels.
+  // Segments as long as the cache holds for a piece of channels. Their windows overlap: where the
+  // offsets alone reach farther than that, shorter ones would only read more.
   const int64_t block = isa.block_bytes / static_cast<int64_t>(sizeof(Acc));
   const int64_t piece = std::min(div_up(plan.channels, block) * block,
                                  cpu::kPieceBytes / static_cast<int64_t>(sizeof(Acc)));
   const int64_t cell_bytes = tile_y * static_cast<int64_t>(sizeof(Acc));
   std::vector<typename Plan::Window> windows;
-  plan.segments = 0;
-  do {
-    plan.segment = div_up(plan.tokens_x, ++plan.segments);
-    windows.clear();
-    plan.scratch.window = 1;
-    for (int64_t j = 0; j < plan.tokens_x; j += plan.segment) {
+  for (int64_t segments = 1;; segments *= 2) {
+    const int64_t segment = div_up(plan.tokens_x, segments);
+    std::vector<typename Plan::Window> shorter;
+    int64_t largest = 1, read = 0;
+    for (int64_t j = 0; j < plan.tokens_x; j += segment) {
       int64_t from = INT32_MAX, to = 0;
-      for (int64_t token = j; token < std::min(j + plan.segment, plan.tokens_x); ++token) {
+      for (int64_t token = j; token < std::min(j + segment, plan.tokens_x); ++token) {
         const auto [first, end] = turned_x.cells(token, 0, plan.groups);
         if (first == end) continue;
         from = std::min<int64_t>(from, first);
         to = std::max<int64_t>(to, end);
       }
-      windows.push_back({std::min(from, to), to});
-      plan.scratch.window = std::max(plan.scratch.window, to - windows.back().begin);
+      shorter.push_back({std::min(from, to), to});
+      largest = std::max(largest, to - shorter.back().begin);
+      read += to - shorter.back().begin;
     }
-  } while (plan.segment > 1 && plan.scratch.window * cell_bytes * piece > cpu::sums_bytes());
+    if (segments > 1 && read > 2 * plan.columns) break;
+    windows = std::move(shorter);
+    plan.segment = segment;
+    plan.scratch.window = largest;
+    if (segment == 1 || largest * cell_bytes * piece <= cpu::sums_bytes()) break;
+  }
   plan.segments = static_cast<int64_t>(windows.size());
   plan.windows = windows.data();
 
