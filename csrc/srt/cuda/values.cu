@@ -364,7 +364,7 @@ struct Cell {
       const bool hit = own == median || (own != own && median != median);
       if (hit && view == kNoView) view = stage.order[run][k];
     });
-    each_cell([&](int64_t at, int64_t) { store(static_cast<uint16_t*>(plan.out) + at, view); });
+    each_cell([&](int64_t at, int64_t) { static_cast<uint16_t*>(plan.out)[at] = view; });
   }
 };
 
@@ -541,8 +541,8 @@ struct Moments : Weighted<T> {
   }
 };
 
-// The state and a chunk are joined as two samples are (Chan, Golub and LeVeque 1979). Without what
-// was seen there is only the chunk.
+// The state and a chunk are joined as two samples are (Chan, Golub and LeVeque 1979). Without `seen`
+// there is no state: the mean of one call is for its gradient.
 template <class T, bool kVariance>
 struct StreamSample : Weighted<T> {
   using Acc = typename AccumulatorOf<T>::type;
@@ -552,8 +552,12 @@ struct StreamSample : Weighted<T> {
     const Sample<T> sample(cell);
     const double chunk = *plan.scale * sample.weight;
     cell.each_cell([&](int64_t at, int64_t number) {
-      const double seen = plan.seen ? plan.seen[number] : 0, total = seen + chunk;
       Acc* const mean = static_cast<Acc*>(plan.out) + at;
+      if (!plan.seen) {
+        *mean = sample.mean;
+        return;
+      }
+      const double seen = plan.seen[number], total = seen + chunk;
       const double share = total > 0 ? 1 / total : 0;
       const Acc keep = static_cast<Acc>(seen * share), added = static_cast<Acc>(chunk * share);
       // Where nothing was seen the state is not read.
@@ -697,9 +701,8 @@ Kernel<T> choose_kernel(const EnsembleArgs& args) {
 }
 
 template <class T>
-int64_t reduce_values(const char* op, const EnsembleArgs& args, const ViewNumbers& offsets,
-                      const ViewNumbers& weights, void* base, CUstream_st* stream,
-                      bool for_gradient) {
+int64_t reduce_as(const char* op, const EnsembleArgs& args, const ViewNumbers& offsets,
+                  const ViewNumbers& weights, void* base, CUstream_st* stream, bool for_gradient) {
   using Acc = typename AccumulatorOf<T>::type;
   Workspace workspace(base);
   ValuePlan<Acc> plan{};
@@ -770,13 +773,13 @@ int64_t reduce_values(const char* op, const EnsembleArgs& args, const ViewNumber
   if (!args.seen && (args.batch == 0 || args.channels == 0)) return 0;
   switch (args.dtype) {
     case DType::f32:
-      return reduce_values<float>(op, args, offsets, weights, base, stream, for_gradient);
+      return reduce_as<float>(op, args, offsets, weights, base, stream, for_gradient);
     case DType::f16:
-      return reduce_values<Half>(op, args, offsets, weights, base, stream, for_gradient);
+      return reduce_as<Half>(op, args, offsets, weights, base, stream, for_gradient);
     case DType::bf16:
-      return reduce_values<BFloat16>(op, args, offsets, weights, base, stream, for_gradient);
+      return reduce_as<BFloat16>(op, args, offsets, weights, base, stream, for_gradient);
     case DType::f64:
-      return reduce_values<double>(op, args, offsets, weights, base, stream, for_gradient);
+      return reduce_as<double>(op, args, offsets, weights, base, stream, for_gradient);
     case DType::u8:
       break;  // tokens are floating
   }

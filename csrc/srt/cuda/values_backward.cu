@@ -308,9 +308,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
 // ---- on the host --------------------------------------------------------------------------------
 
 template <class T>
-int64_t values_backward(const char* op, const EnsembleArgs& args, const ViewNumbers& offsets,
-                        const ViewNumbers& weights, void* grad_tokens, void* base,
-                        CUstream_st* stream) {
+int64_t gather_values(const char* op, const EnsembleArgs& args, const ViewNumbers& offsets,
+                      const ViewNumbers& weights, void* grad_tokens, void* base,
+                      CUstream_st* stream) {
   using Acc = typename AccumulatorOf<T>::type;
   const bool moments = args.reduce == Reduce::moments;
   if (!moments && args.views >= kNoView)
@@ -388,13 +388,13 @@ int64_t values_backward(const char* op, const EnsembleArgs& args, const ViewNumb
                         CUstream_st* stream) {
   switch (args.dtype) {
     case DType::f32:
-      return values_backward<float>(op, args, offsets, weights, grad_tokens, workspace, stream);
+      return gather_values<float>(op, args, offsets, weights, grad_tokens, workspace, stream);
     case DType::f16:
-      return values_backward<Half>(op, args, offsets, weights, grad_tokens, workspace, stream);
+      return gather_values<Half>(op, args, offsets, weights, grad_tokens, workspace, stream);
     case DType::bf16:
-      return values_backward<BFloat16>(op, args, offsets, weights, grad_tokens, workspace, stream);
+      return gather_values<BFloat16>(op, args, offsets, weights, grad_tokens, workspace, stream);
     case DType::f64:
-      return values_backward<double>(op, args, offsets, weights, grad_tokens, workspace, stream);
+      return gather_values<double>(op, args, offsets, weights, grad_tokens, workspace, stream);
     case DType::u8:
       break;  // tokens are floating
   }
