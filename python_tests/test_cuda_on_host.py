@@ -7,11 +7,13 @@ it in the guards. Every element of every output must be written once.
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_int, c_int32, c_int64, c_void_p
 from dataclasses import replace
@@ -164,7 +166,8 @@ class CudaOnHost:
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
         library.device.restype = POINTER(HostDevice)
-        for function in (library.ensemble, library.shift):
+        backward = (library.ensemble_backward, library.shift_backward)
+        for function in (library.ensemble, library.shift, *backward):
             function.restype = c_char_p
         self.reset()
 
@@ -313,12 +316,17 @@ def compiled(stub: Path, sources: Path, to: Path, name: str = "host.cpp", flags:
     return to
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+@functools.cache  # one for the test files that use it
+def host_library() -> ctypes.CDLL:
     if shutil.which("g++") is None or not SOURCES.is_dir():
         pytest.skip("needs g++ and the sources")
-    path = compiled(STUB, SOURCES, tmp_path_factory.mktemp("cuda_on_host") / "host.so")
-    return ctypes.CDLL(str(path))
+    with tempfile.TemporaryDirectory() as folder:
+        return ctypes.CDLL(str(compiled(STUB, SOURCES, Path(folder) / "host.so")))
+
+
+@pytest.fixture(scope="session")
+def library() -> ctypes.CDLL:
+    return host_library()
 
 
 @pytest.fixture

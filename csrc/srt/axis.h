@@ -81,8 +81,8 @@ struct AxisTable {
 
 // Fills one cell of the table of offset number `d`.
 template <class Acc>
-void fill_axis_cell(const Axis& axis, double offset, int64_t d, int64_t cell,
-                    const AxisTable<Acc>& table) {
+SRT_HD void fill_axis_cell(const Axis& axis, double offset, int64_t d, int64_t cell,
+                           const AxisTable<Acc>& table) {
   const int64_t slot = d * table.cells + cell;
   Acc* weight = table.weight + slot * table.max_taps;
   int32_t first = 0, taps = 0;

@@ -23,6 +23,7 @@
 #define __shared__ \
   static  // blocks run one after the other; what a block left is the next one's garbage
 #define __grid_constant__
+#define __noinline__
 #define __launch_bounds__(...)
 
 using std::max;

@@ -1,8 +1,11 @@
 // The CUDA sources as a library for the CPU, called from test_cuda_on_host.py. Every function
 // returns null, or what went wrong.
 #include "../../csrc/srt/cuda/ensemble.cu"
+#include "../../csrc/srt/cuda/ensemble_backward.cu"
 #include "../../csrc/srt/cuda/shift.cu"
+#include "../../csrc/srt/cuda/shift_backward.cu"
 #include "../../csrc/srt/cuda/values.cu"
+#include "../../csrc/srt/cuda/values_backward.cu"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -33,6 +36,32 @@ EXPORT const char* ensemble(const srt::EnsembleArgs* args, const srt::ViewNumber
       srt::ensemble_cuda("ensemble", *args, *offsets, *weights, workspace, host_device.stream);
     } else {
       *bytes = srt::ensemble_cuda_workspace(*args, *offsets, *weights);
+    }
+  });
+}
+
+EXPORT const char* ensemble_backward(void* grad_tokens, const srt::EnsembleArgs* args,
+                                     const srt::ViewNumbers* offsets,
+                                     const srt::ViewNumbers* weights, void* workspace,
+                                     int64_t* bytes) {
+  return guarded([&] {
+    if (workspace) {
+      srt::ensemble_backward_cuda("_ensemble_backward", *args, *offsets, *weights, grad_tokens,
+                                  workspace, host_device.stream);
+    } else {
+      *bytes = srt::ensemble_backward_cuda_workspace(*args, *offsets, *weights);
+    }
+  });
+}
+
+EXPORT const char* shift_backward(void* grad_image, const srt::ShiftArgs* args,
+                                  const srt::ViewNumbers* offsets, void* workspace,
+                                  int64_t* bytes) {
+  return guarded([&] {
+    if (workspace) {
+      srt::shift_backward_cuda(*args, *offsets, grad_image, workspace, host_device.stream);
+    } else {
+      *bytes = srt::shift_backward_cuda_workspace(*args);
     }
   });
 }

@@ -162,6 +162,13 @@ inline int64_t max_blocks(const char* op) {
   return blocks;
 }
 
+inline int processors(const char* op) {
+  int device = 0, count = 0;
+  check(op, cudaGetDevice(&device));
+  check(op, cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
 template <class... Parameters, class... Arguments>
 void launch(const char* op, void (*kernel)(Parameters...), int64_t blocks, CUstream_st* stream,
             Arguments... arguments) {

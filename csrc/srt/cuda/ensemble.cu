@@ -768,13 +768,6 @@ __global__ void __launch_bounds__(kThreads, kResident)
 
 // ---- on the host --------------------------------------------------------------------------------
 
-int processors() {
-  int device = 0, count = 0;
-  check("ensemble", cudaGetDevice(&device));
-  check("ensemble", cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  return count;
-}
-
 // Whether every row of channels on both sides is a whole number of aligned vectors.
 bool vectors_fit(const EnsembleArgs& args, int64_t element_size) {
   const int64_t vector = kVectorBytes / element_size;
@@ -881,7 +874,7 @@ int64_t mean(const char* op, const EnsembleArgs& args, const ViewNumbers& offset
   const int64_t tiles = plan.batch * div_up(2 * div_up(rows, 2), Tile::rows) * plan.x_tiles *
                         div_up(plan.channels, Tile::channels);
   launch(op, mean_kernel<T, kSmall, kVector>,
-         std::min<int64_t>(tiles, kResident * std::max(1, processors())), stream, plan);
+         std::min<int64_t>(tiles, kResident * std::max(1, processors(op))), stream, plan);
   return workspace.bytes();
 }
 
@@ -889,7 +882,7 @@ int64_t mean(const char* op, const EnsembleArgs& args, const ViewNumbers& offset
 // offsets lie on the device nobody knows how many runs there are: as many as on a grid, a break a
 // token for each row of the grid.
 template <class T>
-bool fills_device(const EnsembleArgs& args) {
+bool fills_device(const char* op, const EnsembleArgs& args) {
   using Tile = cuda::Tile<T, false>;
   const auto ends = [&](int axis) {
     const double breaks = std::ceil(std::sqrt(static_cast<double>(args.views)));
@@ -899,7 +892,7 @@ bool fills_device(const EnsembleArgs& args) {
   };
   return args.batch * div_up(ends(0), Tile::rows) * div_up(ends(1), Tile::cells) *
              div_up(args.channels, Tile::channels) >=
-         kResident * processors();
+         kResident * processors(op);
 }
 
 template <class T>
@@ -908,7 +901,7 @@ int64_t choose_mean(const char* op, const EnsembleArgs& args, const ViewNumbers&
   if (!vectors_fit(args, sizeof(T)))
     return mean<T, true, false>(op, args, offsets, weights, base, stream);
   if constexpr (sizeof(T) < sizeof(double)) {
-    if (fills_device<T>(args))
+    if (fills_device<T>(op, args))
       return mean<T, false, true>(op, args, offsets, weights, base, stream);
   }
   return mean<T, true, true>(op, args, offsets, weights, base, stream);

@@ -59,6 +59,8 @@ struct ValuePlan {
   double* seen;         // [H', W']
   const double* scale;  // of the weights, in units of `seen`
   bool counts_views;
+  // For the gradient: a median is not written, but which of the sorted views it is (views.cuh).
+  bool tells_view;
 };
 
 // ---- the tables ---------------------------------------------------------------------------------
@@ -153,8 +155,9 @@ struct Stage {
   Source source[kViews];
   Acc rows[kFixed + kViews * kColumns][kWarpThreads];
   Share share[Reduction::kWeighted ? kRuns<Acc> : 1][kViews];
-  int32_t counted[kRuns<Acc>];    // views that count, of those staged
-  double weight[kRuns<Acc>];      // of all views so far
+  int32_t counted[kRuns<Acc>];  // views that count, of those staged
+  uint16_t order[Reduction::kTellsView ? kRuns<Acc> : 1][kViews];  // which they are, of all
+  double weight[kRuns<Acc>];                                       // of all views so far
   int64_t image, y, y_end;        // of the tile; rows y to y_end are alike
   int32_t begin[kRuns<Acc> + 1];  // cells
   int32_t runs;
@@ -249,6 +252,8 @@ struct Cell {
 #pragma unroll 1
     for (int k = 0; k < views; ++k) {
       if (stage.blend[own][k].at[0] == Stage::kAbsent) continue;
+      if constexpr (Reduction::kTellsView)
+        stage.order[own][counted] = static_cast<uint16_t>(first + k);
       if (counted != k) {
         stage.blend[own][counted] = stage.blend[own][k];
         if constexpr (Reduction::kWeighted) stage.share[own][counted] = stage.share[own][k];
@@ -309,17 +314,18 @@ struct Cell {
     return sum;
   }
 
+  // Every time the same to the last bit, so not left to the compiler.
   __device__ Acc value(int k) const {
     const typename Stage::Blend blend = stage.blend[run][k];
     const auto row = [&](int32_t at) {
       return *reinterpret_cast<const Acc*>(reinterpret_cast<const char*>(stage.rows[0] + lane()) +
                                            at);
     };
-    return blend.weight[0] * row(blend.at[0]) + blend.weight[1] * row(blend.at[1]);
+    return fma(blend.weight[0], row(blend.at[0]), blend.weight[1] * row(blend.at[1]));
   }
 
-  // Calls visit(value, share) for each view that counts. All threads of the block call it equally
-  // often: more than kViews are staged in turns.
+  // Calls visit(value, share, k) for each view that counts, in the place k. All threads of the
+  // block call it equally often: more than kViews are staged in turns.
   template <class Visit>
   __device__ void each_value(Visit&& visit) const {
     for (int64_t first = 0; first < plan.views; first += Stage::kViews) {
@@ -332,7 +338,7 @@ struct Cell {
       const int counted = run < stage.runs ? stage.counted[run] : 0;
 #pragma unroll 4
       for (int k = 0; k < counted; ++k)
-        visit(value(k), stage.share[Reduction::kWeighted ? run : 0][k]);
+        visit(value(k), stage.share[Reduction::kWeighted ? run : 0][k], k);
     }
   }
 
@@ -350,6 +356,16 @@ struct Cell {
     const T element = from_acc<T>(value);
     each_cell([&](int64_t at, int64_t) { store(static_cast<T*>(to) + at, element); });
   }
+
+  // The first view that has the value of the median, which is one of theirs.
+  __device__ void write_view(Acc median) const {
+    uint16_t view = kNoView;
+    each_value([&](Acc own, auto, int k) {
+      const bool hit = own == median || (own != own && median != median);
+      if (hit && view == kNoView) view = stage.order[run][k];
+    });
+    each_cell([&](int64_t at, int64_t) { static_cast<uint16_t*>(plan.out)[at] = view; });
+  }
 };
 
 // ---- reductions ---------------------------------------------------------------------------------
@@ -362,8 +378,9 @@ template <class T>
 struct Common {
   static constexpr int kViews = 50;
   static constexpr int kBlocks = sizeof(T) == 8 ? 2 : 3;
-  static constexpr bool kWeighted = false;  // whether it asks for shares
-  static constexpr bool kCopies = true;     // whether all cells of a run get the same
+  static constexpr bool kWeighted = false;   // whether it asks for shares
+  static constexpr bool kTellsView = false;  // whether it can
+  static constexpr bool kCopies = true;      // whether all cells of a run get the same
   template <class Stage>
   static __device__ void prepare(Stage&, int, bool) {}
 };
@@ -397,6 +414,7 @@ template <class T, int N>
 struct NetworkMedian : Common<T> {
   using Acc = typename AccumulatorOf<T>::type;
   static constexpr int kViews = N;
+  static constexpr bool kTellsView = true;
   static constexpr int kBlocks = N * sizeof(Acc) <= 100 ? 3 : N * sizeof(Acc) <= 256 ? 2 : 1;
 
   // Behind the views that count infinities of both signs, in turn, which leaves the
@@ -417,7 +435,11 @@ struct NetworkMedian : Common<T> {
 #pragma unroll
     for (int k = 0; k < N; ++k) value[k] = cell.value(k);
     const Acc median = MedianOf<N, NanOrder, Acc>::lower(value);
-    cell.write(cell.plan.out, cell.stage.counted[cell.run] > 0 ? median : Acc{0});
+    if (cell.plan.tells_view) {
+      cell.write_view(median);
+    } else {
+      cell.write(cell.plan.out, cell.stage.counted[cell.run] > 0 ? median : Acc{0});
+    }
   }
 };
 
@@ -427,6 +449,7 @@ template <class T>
 struct CountingMedian : Common<T> {
   using Acc = typename AccumulatorOf<T>::type;
   using Key = typename std::conditional<sizeof(Acc) == 8, int64_t, int32_t>::type;
+  static constexpr bool kTellsView = true;
   static constexpr int kBits = 8 * sizeof(Key);
   static constexpr Key kTop = Key{1} << (kBits - 2);  // the highest bit but the sign
 
@@ -437,13 +460,13 @@ struct CountingMedian : Common<T> {
   static __device__ void reduce(const Cell& cell) {
     int64_t count = 0;
     Acc poison = 0;
-    cell.each_value([&](Acc value, auto) {
+    cell.each_value([&](Acc value, auto, int) {
       ++count;
       if (value != value) poison = value;
     });
     const auto reach = [&](Key key) {  // whether no more than half of the keys are below it
       int64_t below = 0;
-      cell.each_value([&](Acc value, auto) {
+      cell.each_value([&](Acc value, auto, int) {
         Key bits;
         memcpy(&bits, &value, sizeof(bits));
         below += flip(bits) < key;
@@ -457,7 +480,12 @@ struct CountingMedian : Common<T> {
     key = flip(key);
     Acc median;
     memcpy(&median, &key, sizeof(median));
-    cell.write(cell.plan.out, count > 0 && poison == poison ? median : poison);
+    if (count == 0 || poison != poison) median = poison;
+    if (cell.plan.tells_view) {
+      cell.write_view(median);
+    } else {
+      cell.write(cell.plan.out, median);
+    }
   }
 };
 
@@ -472,7 +500,7 @@ struct Sample {
   template <class Cell>
   explicit __device__ Sample(const Cell& cell) {
     Acc first = NAN, distance = 0, sum = 0, squares = 0;
-    cell.each_value([&](Acc value, auto share) {
+    cell.each_value([&](Acc value, auto share, int) {
       if (first != first) first = value;
       sum += share.weight * value;
       const Acc own = value - first, apart = own - distance;
@@ -513,7 +541,8 @@ struct Moments : Weighted<T> {
   }
 };
 
-// The state and a chunk are joined as two samples are (Chan, Golub and LeVeque 1979).
+// The state and a chunk are joined as two samples are (Chan, Golub and LeVeque 1979). Without
+// `seen` there is no state: the mean of one call is for its gradient.
 template <class T, bool kVariance>
 struct StreamSample : Weighted<T> {
   using Acc = typename AccumulatorOf<T>::type;
@@ -523,8 +552,12 @@ struct StreamSample : Weighted<T> {
     const Sample<T> sample(cell);
     const double chunk = *plan.scale * sample.weight;
     cell.each_cell([&](int64_t at, int64_t number) {
-      const double seen = plan.seen[number], total = seen + chunk;
       Acc* const mean = static_cast<Acc*>(plan.out) + at;
+      if (!plan.seen) {
+        *mean = sample.mean;
+        return;
+      }
+      const double seen = plan.seen[number], total = seen + chunk;
       const double share = total > 0 ? 1 / total : 0;
       const Acc keep = static_cast<Acc>(seen * share), added = static_cast<Acc>(chunk * share);
       // Where nothing was seen the state is not read.
@@ -571,7 +604,7 @@ struct StreamMedian : Common<T> {
       for (int i = 0; i < kWindow; ++i) window[i] = state[i * plan.plane_stride];
       place = state[kWindow * plan.plane_stride];
     });
-    cell.each_value([&](Acc value, auto) {
+    cell.each_value([&](Acc value, auto, int) {
       add_to_window(window, place, value, WindowStep<Acc>(seen));
       seen += 1;
     });
@@ -668,11 +701,12 @@ Kernel<T> choose_kernel(const EnsembleArgs& args) {
 }
 
 template <class T>
-int64_t reduce_values(const char* op, const EnsembleArgs& args, const ViewNumbers& offsets,
-                      const ViewNumbers& weights, void* base, CUstream_st* stream) {
+int64_t reduce_as(const char* op, const EnsembleArgs& args, const ViewNumbers& offsets,
+                  const ViewNumbers& weights, void* base, CUstream_st* stream, bool for_gradient) {
   using Acc = typename AccumulatorOf<T>::type;
   Workspace workspace(base);
   ValuePlan<Acc> plan{};
+  plan.tells_view = for_gradient && args.reduce == Reduce::median;
   plan.tokens = args.tokens;
   std::copy_n(args.token_strides, 3, plan.token_strides);
   plan.views = args.views;
@@ -734,17 +768,18 @@ int64_t reduce_values(const char* op, const EnsembleArgs& args, const ViewNumber
 }  // namespace
 
 int64_t reduce_values(const char* op, const EnsembleArgs& args, const ViewNumbers& offsets,
-                      const ViewNumbers& weights, void* base, CUstream_st* stream) {
+                      const ViewNumbers& weights, void* base, CUstream_st* stream,
+                      bool for_gradient) {
   if (!args.seen && (args.batch == 0 || args.channels == 0)) return 0;
   switch (args.dtype) {
     case DType::f32:
-      return reduce_values<float>(op, args, offsets, weights, base, stream);
+      return reduce_as<float>(op, args, offsets, weights, base, stream, for_gradient);
     case DType::f16:
-      return reduce_values<Half>(op, args, offsets, weights, base, stream);
+      return reduce_as<Half>(op, args, offsets, weights, base, stream, for_gradient);
     case DType::bf16:
-      return reduce_values<BFloat16>(op, args, offsets, weights, base, stream);
+      return reduce_as<BFloat16>(op, args, offsets, weights, base, stream, for_gradient);
     case DType::f64:
-      return reduce_values<double>(op, args, offsets, weights, base, stream);
+      return reduce_as<double>(op, args, offsets, weights, base, stream, for_gradient);
     case DType::u8:
       break;  // tokens are floating
   }

@@ -94,8 +94,12 @@ inline RawViews raw_views(const char* op, const ViewNumbers& offsets, const View
   return raw;
 }
 
-// values.cu. With no workspace: tells how large it must be.
+// values.cu. With no workspace: tells how large it must be. `for_gradient`: `out` gets what the
+// gradient asks of every cell and channel. Of a median, as a uint16_t, the first of the sorted
+// views that has its value, or kNoView; the mean as it was summed, in float or double.
+constexpr uint16_t kNoView = 0xffff;
 int64_t reduce_values(const char* op, const EnsembleArgs& args, const ViewNumbers& offsets,
-                      const ViewNumbers& weights, void* workspace, CUstream_st* stream);
+                      const ViewNumbers& weights, void* workspace, CUstream_st* stream,
+                      bool for_gradient = false);
 
 }  // namespace srt::cuda

@@ -1,0 +1,433 @@
+// The gradient of the mean on the device: with the tables turned around, each token gathers the
+// gradients of the cells that read it. As the mean it is separable: cells of a row are summed once
+// for all views that share a dx, then rows of these sums for each view. Nothing ever comes back to
+// the host.
+#include <type_traits>
+
+#include "../ensemble.h"
+#include "adjoint.cuh"
+
+namespace srt::cuda {
+namespace {
+
+// Blocks of the gradient that a processor holds at a time.
+constexpr int kBackwardResident = 2;
+
+// A block goes down the rows of one token column, for a part of the views and a few channels, in
+// two steps. Cells are summed along 16 rows at a time, for each entry of the part (a warp 4 rows
+// and half of the cells, 8 lanes along the channels), into shared memory. Rows of these sums are
+// summed for each view into the tokens that are open: a token row is open while its cells go by
+// (two warps an open row, 4 entries each, 8 lanes along the channels). It stays in registers, and
+// is written when they have gone.
+template <class T>
+struct GradTile {
+  using Acc = typename AccumulatorOf<T>::type;
+  static constexpr int lanes = 8;
+  static constexpr int quarters = kWarpThreads / lanes;
+  static constexpr int vector = sizeof(Acc) == 8 ? 2 : 4;  // channels of a thread
+  static constexpr int channels = lanes * vector;
+  static constexpr int halves = 2;
+  static constexpr int rows = kThreads / lanes / halves;
+  static constexpr int open = 4;
+  static constexpr int slots = sizeof(Acc) == 8 ? 4 : 7;  // views of an entry
+  static constexpr int batch =
+      sizeof(Acc) == 8 ? 56 : 112;  // cells of a row, whose weights are kept
+  // Of them, loaded before the first one is used.
+  static constexpr int ahead = sizeof(Acc) == 8 ? 2 : 4;
+};
+
+template <class Acc>
+struct GradPlan {
+  Adjoint<Acc> tables;
+  const void* grad;         // [B, C, H', W'], of the mean
+  int64_t grad_strides[4];  // in elements
+  int64_t batch, channels;
+  int64_t segment, segments;  // token rows of a block; all of them in so many blocks
+  void* out;                  // [V, B, h*w, C], dense
+};
+
+// Of a block.
+template <class T>
+struct GradShared {
+  using Tile = GradTile<T>;
+  using Acc = typename Tile::Acc;
+  using Word = Pack<Acc, Tile::vector>;
+  static constexpr int padded = Tile::slots + Tile::slots % 2;
+  Word sums[Tile::halves][kEntries][Tile::rows][Tile::lanes];
+  Pack<Acc, padded> row_weight[Tile::open][Tile::rows][kEntries];  // of the views of an entry
+  Pack<Acc, kEntries + 1> column_weight[Tile::batch];              // of the entries
+
+  // What the block makes. Read from here whenever it is needed: kept in registers all the while it
+  // would cost the sums theirs.
+  int64_t task;    // the next one
+  const T* grad;   // channel c0 of image b
+  T* out;          // the same, of the token column in view 0
+  int channels;    // from c0 on; 0 beyond the last task
+  int token;       // the column
+  int begin, end;  // token rows
+  Window column;
+  const Window* rows;           // [h] of the part
+  int32_t entry[kEntries + 1];  // of the part: where each begins among the views
+  bool single;                  // one view an entry
+  int staged;                   // the first of the cells whose column weights are there
+};
+
+// kVector: the channels of a thread in one access, which needs aligned rows of them on both sides.
+// As many blocks as the device holds at a time go through the tasks: how many there are, only the
+// device knows.
+template <class T, bool kVector>
+__global__ void __launch_bounds__(kThreads, kBackwardResident)
+    mean_backward_kernel(const __grid_constant__ GradPlan<typename AccumulatorOf<T>::type> plan) {
+  using Tile = GradTile<T>;
+  using Acc = typename Tile::Acc;
+  using Word = typename GradShared<T>::Word;
+  constexpr int kVec = Tile::vector, kRows = Tile::rows, kOpen = Tile::open, kSlots = Tile::slots;
+  static_assert(sizeof(GradShared<T>) <= 48 * 1024);
+  __shared__ GradShared<T> shared;
+
+  const Adjoint<Acc>& tables = plan.tables;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int lane = thread % Tile::lanes;
+  const int quarter = thread / Tile::lanes % Tile::quarters;
+  const int warp = thread / kWarpThreads;
+  // Whose cells this thread sums, and whose rows.
+  const int half = warp % Tile::halves;
+  const int own_row = warp / Tile::halves * Tile::quarters + quarter;
+  const int place = warp / 2, entry = warp % 2 * Tile::quarters + quarter;
+  // Channels of the task from the first one of this thread on; may be negative.
+  const auto channels = [&] { return shared.channels - lane * kVec; };
+
+  if (thread == 0) {
+    // Where a processor gets its blocks in turns, those that it holds read neighbouring columns.
+    const int64_t turns = gridDim.x / kBackwardResident;
+    const bool even = gridDim.x % kBackwardResident == 0;
+    shared.task = even ? blockIdx.x % turns * kBackwardResident + blockIdx.x / turns : blockIdx.x;
+  }
+  for (;;) {
+    if (thread == 0) {
+      // Blocks that run together read the same cells: two columns, all channels of them, all parts,
+      // then the columns beside them.
+      const int64_t chunks = div_up(plan.channels, Tile::channels);
+      const int64_t entries = *tables.entries, parts = div_up(entries, kEntries);
+      const int64_t h = tables.y.axis.tokens, w = tables.x.axis.tokens;
+      int64_t rest = shared.task;
+      const auto next_of = [&](int64_t n) {
+        const int64_t own = rest % n;
+        rest /= n;
+        return own;
+      };
+      const int64_t second = next_of(2);
+      const int64_t c0 = next_of(chunks) * Tile::channels;
+      const int64_t part = next_of(parts);
+      const int64_t j = 2 * next_of(div_up(w, 2)) + second;
+      const int64_t segment = next_of(plan.segments), b = rest;
+      shared.grad =
+          static_cast<const T*>(plan.grad) + b * plan.grad_strides[0] + c0 * plan.grad_strides[1];
+      shared.out = static_cast<T*>(plan.out) + (b * h * w + j) * plan.channels + c0;
+      const int64_t channels = min(plan.channels - c0, int64_t{Tile::channels});
+      shared.channels = b < plan.batch ? static_cast<int>(channels) : 0;
+      shared.token = static_cast<int>(j);
+      shared.begin = static_cast<int>(segment * plan.segment);
+      // Of an odd number of columns the last one has no neighbour.
+      shared.end = j < w ? static_cast<int>(min((segment + 1) * plan.segment, h)) : shared.begin;
+      shared.column = j < w ? tables.x.window[part * w + j] : Window{0, 0};
+      shared.rows = tables.y.window + part * h;
+      for (int e = 0; e <= kEntries; ++e)
+        shared.entry[e] = tables.begin[min(part * kEntries + e, entries)];
+      const int64_t own = min(entries - part * kEntries, int64_t{kEntries});
+      shared.single = shared.entry[kEntries] - shared.entry[0] == own;
+      shared.staged = -1;
+      shared.task += gridDim.x;
+    }
+    __syncthreads();
+    if (shared.channels == 0) return;
+
+    const auto window = [&](int row) { return load(shared.rows + row); };
+    Acc total[kSlots][kVec] = {};
+    const auto write_row = [&](int row) {
+      if (place != row % kOpen || entry >= kEntries) return;
+#pragma unroll
+      for (int s = 0; s < kSlots; ++s) {
+        const int v = shared.entry[entry] + s;
+        if (v < shared.entry[entry + 1] && channels() > 0) {
+          const View view = tables.sorted[v];
+          const Acc weight = static_cast<Acc>(view.weight);
+          const int64_t w = tables.x.axis.tokens, h = tables.y.axis.tokens;
+          T* const to =
+              shared.out + lane * kVec + (view.index * plan.batch * h + row) * w * plan.channels;
+          Pack<T, kVec> pack;
+#pragma unroll
+          for (int c = 0; c < kVec; ++c) pack.at[c] = from_acc<T>(weight * total[s][c]);
+          if (kVector) {
+            store(reinterpret_cast<Pack<T, kVec>*>(to), pack);
+          } else {
+#pragma unroll
+            for (int c = 0; c < kVec; ++c) {
+              if (c < channels()) store(to + c, pack.at[c]);
+            }
+          }
+        }
+#pragma unroll
+        for (int c = 0; c < kVec; ++c) total[s][c] = 0;
+      }
+    };
+
+    // Cells from row y on go by; token rows i to `next` are open.
+    int i = shared.begin, next = i, y = 0;
+    for (;;) {
+      for (; i < next && window(i).end <= y; ++i) write_row(i);
+      if (i == next) {
+        if (next == shared.end) break;
+        if (window(next).end > 0) y = window(next).begin;
+      }
+      // A row whose first cells have gone by waits until all others are done.
+      for (; next < shared.end && next - i < kOpen; ++next) {
+        const Window own = window(next);
+        if (own.end > 0 && (own.begin < y || own.begin >= y + kRows)) break;
+      }
+      if (window(i).end <= y) continue;  // nothing reads it
+
+      for (int n = thread; n < kEntries * kSlots * kRows; n += kThreads) {
+        const AxisTable<Acc>& table = tables.y.table;
+        const int row = n % kRows, s = n / kRows % kSlots, e = n / kRows / kSlots;
+        const int64_t v = shared.entry[e] + s, slot = v * table.cells + y + row;
+        const bool exists = v < shared.entry[e + 1] && y + row < table.cells;
+        const int first = exists ? table.first[slot] : 0, taps = exists ? table.taps[slot] : 0;
+#pragma unroll
+        for (int k = 0; k < kOpen; ++k) {
+          const int token = i + ((k - i) & (kOpen - 1)), tap = token - first;
+          const bool reads = token < next && tap >= 0 && tap < taps;
+          shared.row_weight[k][row][e].at[s] =
+              reads ? table.weight[slot * table.max_taps + tap] : 0;
+        }
+      }
+
+      // Sums cells along a row; returns whether all sums are finite. kExact: a weight of 0 is not
+      // multiplied. Otherwise it is, which is wrong for a gradient that is not finite.
+      const auto sum_cells = [&](auto exact) {
+        constexpr bool kExact = decltype(exact)::value;
+        constexpr int kAhead = kVector && !kExact ? Tile::ahead : 1;
+        Acc sum[kEntries][kVec] = {};
+        const int64_t cells = tables.x.table.cells;
+        const int64_t step = plan.grad_strides[3] * static_cast<int64_t>(sizeof(T));
+        const int64_t own_y = y + own_row;
+        const bool reads = own_y < tables.y.table.cells && channels() > 0;
+        const T* const row =
+            shared.grad + own_y * plan.grad_strides[2] + lane * kVec * plan.grad_strides[1];
+        const Acc* const inverses = tables.inverse + own_y * cells;
+        const Window own = shared.column;
+        for (int x0 = own.begin; x0 < own.end; x0 += Tile::batch) {
+          if (shared.staged != x0) {
+            __syncthreads();
+            shared.staged = x0;
+            for (int n = thread; n < Tile::batch * kEntries; n += kThreads) {
+              const int e = n % kEntries, x = n / kEntries;
+              const int64_t v = shared.entry[e];
+              const bool exists = v < shared.entry[e + 1] && x0 + x < cells;
+              shared.column_weight[x].at[e] =
+                  exists ? weight_of(tables.x.table, v * cells + x0 + x, shared.token) : 0;
+            }
+            __syncthreads();
+          }
+          if (!reads) continue;
+          // The halves take turns.
+          const int end = min(own.end, x0 + Tile::batch);
+          int x = x0 + half * kAhead;
+          const char* cell = reinterpret_cast<const char*>(row) + x * step;
+          const Acc* inverse_at = inverses + x;
+          const auto add = [&](auto partial) {
+            constexpr bool kPartial = decltype(partial)::value;
+            Pack<T, kVec> grad[kAhead];
+            Acc inverse[kAhead];
+#pragma unroll
+            for (int a = 0; a < kAhead; ++a) {
+              const T* const at = reinterpret_cast<const T*>(cell);
+              if constexpr (kVector) {
+                grad[a] = load(reinterpret_cast<const Pack<T, kVec>*>(at));
+              } else {
+#pragma unroll
+                for (int c = 0; c < kVec; ++c)
+                  grad[a].at[c] = c < channels() ? load(at + c * plan.grad_strides[1]) : T{};
+              }
+              inverse[a] = !kPartial || x + a < end ? load(inverse_at + a) : Acc{0};
+              if (!kPartial || x + a + 1 < end) cell += step;
+            }
+#pragma unroll
+            for (int a = 0; a < kAhead; ++a) {
+              if (kExact && inverse[a] == 0) continue;
+              const auto weight =
+                  shared.column_weight[(kPartial ? min(x + a, end - 1) : x + a) - x0];
+              const auto value = to_acc(grad[a]);
+              Acc share[kVec];
+#pragma unroll
+              for (int c = 0; c < kVec; ++c) share[c] = inverse[a] * value.at[c];
+#pragma unroll
+              for (int e = 0; e < kEntries; ++e) {
+                if (kExact && weight.at[e] == 0) continue;
+#pragma unroll
+                for (int c = 0; c < kVec; ++c) sum[e][c] += weight.at[e] * share[c];
+              }
+            }
+          };
+#pragma unroll 1
+          for (; end - x >= kAhead; x += Tile::halves * kAhead) {
+            add(std::false_type{});
+            cell += (Tile::halves - 1) * kAhead * step;
+            inverse_at += Tile::halves * kAhead;
+          }
+          if (x < end) add(std::true_type{});
+        }
+        Acc check = 0;
+#pragma unroll
+        for (int e = 0; e < kEntries; ++e) {
+          Word word;
+#pragma unroll
+          for (int c = 0; c < kVec; ++c) {
+            word.at[c] = sum[e][c];
+            check += sum[e][c];
+          }
+          shared.sums[half][e][own_row][lane] = word;
+        }
+        return isfinite(check);
+      };
+      // Sums rows of these sums into the open tokens. kExact: as above.
+      const auto sum_rows = [&](auto exact, auto slots) {
+        constexpr bool kExact = decltype(exact)::value;
+        const int token = i + ((place - i) & (kOpen - 1));
+        if (entry >= kEntries || token >= next) return;
+        const Window own = window(token);
+        const int begin = max(own.begin - y, 0), end = min(own.end - y, kRows);
+#pragma unroll 2
+        for (int row = begin; row < end; ++row) {
+          const auto weight = shared.row_weight[place][row][entry];
+          const Word first = shared.sums[0][entry][row][lane];
+          const Word second = shared.sums[1][entry][row][lane];
+          Acc value[kVec];
+#pragma unroll
+          for (int c = 0; c < kVec; ++c) value[c] = first.at[c] + second.at[c];
+#pragma unroll
+          for (int s = 0; s < decltype(slots)::value; ++s) {
+            if (kExact && weight.at[s] == 0) continue;
+#pragma unroll
+            for (int c = 0; c < kVec; ++c) total[s][c] += weight.at[s] * value[c];
+          }
+        }
+      };
+      const bool finite = sum_cells(std::false_type{});
+      if (__syncthreads_or(!finite)) {
+        sum_cells(std::true_type{});
+        __syncthreads();
+        sum_rows(std::true_type{}, std::integral_constant<int, kSlots>{});
+      } else if (shared.single) {
+        sum_rows(std::false_type{}, std::integral_constant<int, 1>{});
+      } else {
+        sum_rows(std::false_type{}, std::integral_constant<int, kSlots>{});
+      }
+      y += kRows;
+      __syncthreads();  // before the next rows take the place of these
+    }
+    __syncthreads();  // before the next task is chosen
+  }
+}
+
+// ---- on the host --------------------------------------------------------------------------------
+
+// Token rows of a block. Shorter segments give more blocks to share out; each reads a token and a
+// half more than it writes.
+int64_t choose_segment(int64_t rows, int64_t columns_of_blocks, int64_t resident) {
+  int64_t best = rows;
+  double least = 0;
+  for (int64_t count = 1; count <= rows; ++count) {
+    const int64_t length = div_up(rows, count);
+    const double rounds = static_cast<double>(div_up(columns_of_blocks * count, resident));
+    const double time = rounds * (static_cast<double>(length) + 1.5);
+    if (count == 1 || time < least) {
+      least = time;
+      best = length;
+    }
+  }
+  return best;
+}
+
+template <class T>
+int64_t mean_backward(const char* op, const EnsembleArgs& args, const ViewNumbers& offsets,
+                      const ViewNumbers& weights, void* grad_tokens, void* base,
+                      CUstream_st* stream) {
+  using Tile = GradTile<T>;
+  using Acc = typename Tile::Acc;
+  Workspace workspace(base);
+  GradPlan<Acc> plan{};
+  plan.tables = make_adjoint<Acc>(args, Tile::slots, workspace);
+  InlineNumbers numbers;
+  const RawViews raw = raw_views(op, offsets, weights, args.views, workspace, numbers, stream);
+  if (!base) return workspace.bytes();
+
+  plan.grad = args.out;
+  std::copy_n(args.out_strides, 4, plan.grad_strides);
+  plan.batch = args.batch;
+  plan.channels = args.channels;
+  plan.out = grad_tokens;
+  const int64_t resident = kBackwardResident * std::max(1, processors(op));
+  // Where the offsets lie on the device nobody knows how many entries there are: as on a grid.
+  const int64_t parts = div_up(div_up(args.views, Tile::slots), kEntries);
+  const int64_t columns =
+      args.batch * parts * 2 * div_up(args.grid[1], 2) * div_up(args.channels, Tile::channels);
+  plan.segment = choose_segment(args.grid[0], columns, resident);
+  plan.segments = div_up(args.grid[0], plan.segment);
+
+  const auto aligned = [](const void* p) {
+    return reinterpret_cast<uintptr_t>(p) % (Tile::vector * sizeof(T)) == 0;
+  };
+  const auto fits = [&](int64_t stride) { return stride % Tile::vector == 0; };
+  const bool vector = aligned(args.out) && aligned(grad_tokens) && fits(args.channels) &&
+                      args.out_strides[1] == 1 && (args.batch == 1 || fits(args.out_strides[0])) &&
+                      fits(args.out_strides[2]) && fits(args.out_strides[3]);
+  fill_tables_of(op, plan.tables, raw, numbers, stream);
+  const int64_t tasks = columns / parts * plan.tables.parts * plan.segments;
+  launch(op, vector ? mean_backward_kernel<T, true> : mean_backward_kernel<T, false>,
+         std::min(tasks, resident), stream, plan);
+  return workspace.bytes();
+}
+
+// With no workspace: tells how large it must be.
+int64_t run_backward(const char* op, const EnsembleArgs& args, const ViewNumbers& offsets,
+                     const ViewNumbers& weights, void* grad_tokens, void* base,
+                     CUstream_st* stream) {
+  if (args.batch == 0 || args.channels == 0) return 0;
+  if (args.views > INT32_MAX - kThreads)
+    throw Error("srt::" + std::string(op) + ": on CUDA there must be fewer than 2^31 views; got " +
+                std::to_string(args.views));
+  if (args.reduce != Reduce::mean)
+    return values_backward(op, args, offsets, weights, grad_tokens, base, stream);
+  switch (args.dtype) {
+    case DType::f32:
+      return mean_backward<float>(op, args, offsets, weights, grad_tokens, base, stream);
+    case DType::f16:
+      return mean_backward<Half>(op, args, offsets, weights, grad_tokens, base, stream);
+    case DType::bf16:
+      return mean_backward<BFloat16>(op, args, offsets, weights, grad_tokens, base, stream);
+    case DType::f64:
+      return mean_backward<double>(op, args, offsets, weights, grad_tokens, base, stream);
+    case DType::u8:
+      break;  // tokens are floating
+  }
+  return 0;
+}
+
+}  // namespace
+}  // namespace srt::cuda
+
+namespace srt {
+
+int64_t ensemble_backward_cuda_workspace(const EnsembleArgs& args, const ViewNumbers& offsets,
+                                         const ViewNumbers& weights) {
+  return cuda::run_backward("ensemble", args, offsets, weights, nullptr, nullptr, nullptr);
+}
+
+void ensemble_backward_cuda(const char* op, const EnsembleArgs& args, const ViewNumbers& offsets,
+                            const ViewNumbers& weights, void* grad_tokens, void* workspace,
+                            CUstream_st* stream) {
+  cuda::run_backward(op, args, offsets, weights, grad_tokens, workspace, stream);
+}
+
+}  // namespace srt

@@ -1,0 +1,288 @@
+// The gradient of the image on the device: each pixel gathers, from every view, the output pixels
+// that read it, where it stands and where it stands in the padding.
+#include <type_traits>
+
+#include "../shift.h"
+#include "device.cuh"
+
+namespace srt::cuda {
+namespace {
+
+// A block makes a tile of one plane: a lane a column, a few rows a thread, every warp for its own
+// share of the views. What the warps have is added up in shared memory, always in one order.
+constexpr int kShareWarps = kThreads / kWarpThreads;
+constexpr int kImageRows = kShareWarps;
+constexpr int kViewsStaged = kThreads / 2;
+constexpr int kMostTaps = 4;
+constexpr int64_t kMostPixels = int64_t{1} << 28;  // of an axis: positions fit 32 bits
+constexpr int kImageResident = 4;                  // blocks that a processor holds at a time
+
+struct ImageGradPlan {
+  const void* grad;               // [V, planes, height, width]
+  int64_t planes, height, width;  // pixels
+  int64_t views;
+  DeviceNumbers offsets;  // [V, 2] (dy, dx), pixels
+  Padding padding;
+  Interpolation interpolation;
+  void* out;  // [planes, height, width]
+};
+
+// One axis of one view, as ShiftTaps.
+template <class Acc>
+struct AxisTaps {
+  int32_t first, taps;
+  Acc weight[kMostTaps];
+
+  // Of the positions that the output pixels of an axis of n pixels read; the first one is `first`.
+  __device__ int last(int n) const { return first + n + taps - 2; }
+};
+
+// Whether a pixel of [low, high] may stand at several of the positions begin to last.
+__device__ inline bool repeats(int low, int high, int n, Padding padding, int begin, int last) {
+  switch (padding) {
+    case Padding::zeros:
+      return false;
+    case Padding::border:
+      return (low == 0 && begin < 0) || (high >= n - 1 && last >= n);
+    case Padding::circular:
+      return begin <= high - n || last >= low + n;
+    case Padding::reflect:
+      return begin <= -low || last >= 2 * (n - 1) - high;
+  }
+  return false;
+}
+
+// The positions at which a pixel stands: two sequences of the same step.
+struct Positions {
+  int start, last, other_start, other_last, step;
+
+  // Calls visit(position) for each. Without an array, which would lie in memory.
+  template <class Visit>
+  __device__ void each(Visit&& visit) const {
+#pragma unroll 1
+    for (int s = 0; s < 2; ++s) {
+      const int end = s == 0 ? last : other_last;
+#pragma unroll 1
+      for (int p = s == 0 ? start : other_start; p <= end; p += step) visit(p);
+    }
+  }
+};
+
+// The least position from `begin` on that is i, but for a multiple of `period`.
+__device__ inline int first_from(int begin, int i, int period) {
+  const int rest = (i - begin) % period;
+  return begin + (rest < 0 ? rest + period : rest);
+}
+
+__device__ inline Positions positions_of(int i, int n, Padding padding, int begin, int last) {
+  Positions at{i, i, 1, 0, 1};  // where it stands itself, and nowhere else
+  if (!repeats(i, i, n, padding, begin, last)) return at;
+  if (padding == Padding::border || n == 1) {
+    if (i == 0) at.start = min(begin, 0);
+    if (i == n - 1) at.last = max(last, n - 1);
+  } else {
+    at.step = padding == Padding::circular ? n : 2 * (n - 1);
+    at.start = first_from(begin, i, at.step);
+    at.last = last;
+    if (padding == Padding::reflect && i != 0 && i != n - 1) {
+      at.other_start = first_from(begin, -i, at.step);
+      at.other_last = last;
+    }
+  }
+  return at;
+}
+
+// Adds to `value` what N output rows from `row` on give to a column that stands at `columns`: first
+// what each position gets, then the positions, so that where they are many little is lost. Rows
+// that are not there give nothing.
+template <int N, class T, class Acc>
+__device__ void sum_columns(const ImageGradPlan& plan, const T* grad, const AxisTaps<Acc>& taps,
+                            const Positions& columns, int row, Acc (&value)[N]) {
+  const int height = static_cast<int>(plan.height), width = static_cast<int>(plan.width);
+  columns.each([&](int p) {
+    Acc position[N] = {};
+#pragma unroll 1
+    for (int k = 0; k < taps.taps; ++k) {
+      const int column = p - taps.first - k;
+      if (column < 0 || column >= width) continue;
+      const Acc weight = taps.weight[k];
+      const T* from = grad + row * plan.width + column;
+#pragma unroll
+      for (int r = 0; r < N; ++r) {
+        if (row + r >= 0 && row + r < height) position[r] += weight * to_acc(load(from));
+        from += plan.width;
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < N; ++r) value[r] += position[r];
+  });
+}
+
+// What one view gives to the pixel (y, x) at the rows where it stands in the padding.
+template <class T, class Acc>
+__device__ Acc sum_padded_rows(const ImageGradPlan& plan, const T* grad,
+                               const AxisTaps<Acc>& taps_y, const AxisTaps<Acc>& taps_x, int y,
+                               int x) {
+  const int height = static_cast<int>(plan.height), width = static_cast<int>(plan.width);
+  const Positions rows = positions_of(y, height, plan.padding, taps_y.first, taps_y.last(height));
+  const Positions columns = positions_of(x, width, plan.padding, taps_x.first, taps_x.last(width));
+  Acc sum = 0;
+  rows.each([&](int p) {
+    if (p == y) return;  // where the pixel stands itself
+    Acc position = 0;
+#pragma unroll 1
+    for (int k = 0; k < taps_y.taps; ++k) {
+      Acc value[1] = {};
+      sum_columns(plan, grad, taps_x, columns, p - taps_y.first - k, value);
+      position += taps_y.weight[k] * value[0];
+    }
+    sum += position;
+  });
+  return sum;
+}
+
+// Adds to `share` what one view gives to N pixels of column x, from row y on, at their own rows.
+template <int kTaps, int N, class T, class Acc>
+__device__ void add_own_rows(const ImageGradPlan& plan, const T* grad, const AxisTaps<Acc>& taps_y,
+                             const AxisTaps<Acc>& taps_x, int y, int x, Acc* share) {
+  const int width = static_cast<int>(plan.width);
+  // Row y gets output row y - first - k by tap k.
+  Acc value[N + kTaps - 1] = {};
+  sum_columns(plan, grad, taps_x,
+              positions_of(x, width, plan.padding, taps_x.first, taps_x.last(width)),
+              y - taps_y.first - (kTaps - 1), value);
+#pragma unroll
+  for (int r = 0; r < N; ++r) {
+    Acc own = 0;
+#pragma unroll
+    for (int k = 0; k < kTaps; ++k) own += taps_y.weight[k] * value[r + kTaps - 1 - k];
+    share[r * kWarpThreads] += own;
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : kImageResident)
+    shift_backward_kernel(const __grid_constant__ ImageGradPlan plan,
+                          const __grid_constant__ InlineNumbers inline_offsets) {
+  using Acc = typename AccumulatorOf<T>::type;
+  __shared__ AxisTaps<Acc> axes[kViewsStaged][2];
+  __shared__ Acc shares[kShareWarps][kImageRows][kWarpThreads];
+  const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpThreads;
+  const int height = static_cast<int>(plan.height), width = static_cast<int>(plan.width);
+  const int64_t tiles_y = div_up(plan.height, kImageRows);
+  const int64_t tiles_x = div_up(plan.width, kWarpThreads);
+  bool staged = false;  // all views
+
+  SRT_FOR_BLOCK(tile, plan.planes * tiles_y * tiles_x) {
+    const int x = static_cast<int>(tile % tiles_x) * kWarpThreads + lane;
+    const int y0 = static_cast<int>(tile / tiles_x % tiles_y) * kImageRows;
+    const int64_t plane = tile / tiles_x / tiles_y;
+    const int y_end = min(y0 + kImageRows, height);
+#pragma unroll
+    for (int r = 0; r < kImageRows; ++r) shares[warp][r][lane] = 0;
+    for (int64_t v0 = 0; v0 < plan.views; v0 += kViewsStaged) {
+      const int views = static_cast<int>(min(plan.views - v0, int64_t{kViewsStaged}));
+      if (!staged) {
+        __syncthreads();
+        if (static_cast<int>(threadIdx.x) < 2 * views) {
+          const int64_t i = 2 * v0 + threadIdx.x;
+          const double offset = plan.offsets.data ? plan.offsets[i] : inline_offsets.at[i];
+          ShiftTaps taps{};
+          if (fabs(offset) <= static_cast<double>(kMaxOffset))
+            taps = shift_taps(offset, plan.interpolation);
+          AxisTaps<Acc>& own = axes[threadIdx.x / 2][threadIdx.x % 2];
+          own.first = static_cast<int32_t>(taps.first);
+          own.taps = taps.taps;
+#pragma unroll
+          for (int k = 0; k < kMostTaps; ++k) own.weight[k] = static_cast<Acc>(taps.weight[k]);
+        }
+        __syncthreads();
+        staged = plan.views <= kViewsStaged;
+      }
+      // Calls add(rows, columns, gradient) for the views of this warp.
+      const auto each_view = [&](auto&& add) {
+#pragma unroll 1
+        for (int v = warp; v < views; v += kShareWarps) {
+          if (axes[v][0].taps == 0 || axes[v][1].taps == 0 || x >= width) continue;
+          add(axes[v][0], axes[v][1],
+              static_cast<const T*>(plan.grad) +
+                  ((v0 + v) * plan.planes + plane) * plan.height * plan.width);
+        }
+      };
+      Acc* const share = &shares[warp][0][lane];
+      each_view([&](const auto& rows, const auto& columns, const T* grad) {
+        if (rows.taps == 1) {
+          add_own_rows<1, kImageRows>(plan, grad, rows, columns, y0, x, share);
+        } else if (rows.taps == 2) {
+          add_own_rows<2, kImageRows>(plan, grad, rows, columns, y0, x, share);
+        } else {  // in halves, for all that they read takes too many registers
+          constexpr int kHalf = kImageRows / 2;
+          add_own_rows<4, kHalf>(plan, grad, rows, columns, y0, x, share);
+          add_own_rows<4, kHalf>(plan, grad, rows, columns, y0 + kHalf, x,
+                                 share + kHalf * kWarpThreads);
+        }
+      });
+      each_view([&](const auto& rows, const auto& columns, const T* grad) {
+        if (!repeats(y0, y_end - 1, height, plan.padding, rows.first, rows.last(height))) return;
+#pragma unroll 1
+        for (int y = y0; y < y_end; ++y)
+          share[(y - y0) * kWarpThreads] += sum_padded_rows(plan, grad, rows, columns, y, x);
+      });
+    }
+    __syncthreads();
+    if (x < width && y0 + warp < height) {
+      Acc total = 0;
+#pragma unroll
+      for (int k = 0; k < kShareWarps; ++k) total += shares[k][warp][lane];
+      store(static_cast<T*>(plan.out) + (plane * plan.height + y0 + warp) * plan.width + x,
+            from_acc<T>(total));
+    }
+    __syncthreads();  // before the next tile takes the place of this
+  }
+}
+
+}  // namespace
+}  // namespace srt::cuda
+
+namespace srt {
+
+int64_t shift_backward_cuda_workspace(const ShiftArgs& args) { return shift_cuda_workspace(args); }
+
+void shift_backward_cuda(const ShiftArgs& args, const ViewNumbers& offsets, void* grad_image,
+                         void* workspace, CUstream_st* stream) {
+  using namespace cuda;
+  const char* const op = "_shift_backward";
+  if (args.planes == 0 || args.height == 0 || args.width == 0) return;
+  if (args.height > kMostPixels || args.width > kMostPixels)
+    throw Error("srt::" + std::string(op) + ": on CUDA height and width must be at most " +
+                std::to_string(kMostPixels) + "; got " + std::to_string(args.height) + " x " +
+                std::to_string(args.width));
+  ImageGradPlan plan{args.out,     args.planes,        args.height,
+                     args.width,   args.views,         device_numbers(offsets),
+                     args.padding, args.interpolation, grad_image};
+  InlineNumbers inline_offsets{};
+  if (offsets.host && 2 * args.views <= kInlineNumbers) {
+    std::copy_n(offsets.host, 2 * args.views, inline_offsets.at);
+  } else if (offsets.host) {
+    plan.offsets =
+        upload(op, offsets.host, 2 * args.views, static_cast<double*>(workspace), stream);
+  }
+  const int64_t tiles =
+      args.planes * div_up(args.height, kImageRows) * div_up(args.width, kWarpThreads);
+  const int64_t blocks = std::min<int64_t>(tiles, kImageResident * std::max(1, processors(op)));
+  switch (args.dtype) {
+    case DType::f32:
+      return launch(op, shift_backward_kernel<float>, blocks, stream, plan, inline_offsets);
+    case DType::f16:
+      return launch(op, shift_backward_kernel<Half>, blocks, stream, plan, inline_offsets);
+    case DType::bf16:
+      return launch(op, shift_backward_kernel<BFloat16>, blocks, stream, plan, inline_offsets);
+    case DType::f64:
+      return launch(op, shift_backward_kernel<double>, blocks, stream, plan, inline_offsets);
+    case DType::u8:
+      break;  // has no gradient
+  }
+}
+
+}  // namespace srt
