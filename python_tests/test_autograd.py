@@ -772,9 +772,7 @@ def test_a_stream_takes_no_tokens_that_require_grad() -> None:
         lambda: torch.func.grad(mean)(tokens),
         lambda: torch.func.jvp(mean, (tokens,), (tokens,)),
     ):
-        with pytest.raises(
-            (RuntimeError, ValueError), match=r"not differentiable|in-?place"
-        ):
+        with pytest.raises((RuntimeError, ValueError), match=r"not differentiable|in-?place"):
             call()
 
 

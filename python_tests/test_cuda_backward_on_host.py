@@ -174,9 +174,7 @@ def oracle(
     for field in fields:
         field.requires_grad_() if not field.requires_grad else None
     gradient: torch.Tensor | None
-    (gradient,) = torch.autograd.grad(
-        fields, leaf, [g.to(dtype) for g in grads], allow_unused=True
-    )
+    (gradient,) = torch.autograd.grad(fields, leaf, [g.to(dtype) for g in grads], allow_unused=True)
     return torch.zeros_like(leaf) if gradient is None else gradient
 
 
@@ -190,7 +188,9 @@ def values_of(case: Ensemble, tokens: torch.Tensor) -> torch.Tensor:
     values = []
     for v in range(len(tokens)):
         one = replace(case, offsets=case.offsets[v : v + 1], weights=None)
-        args, modes = one.call(torch.stack([tokens[v], torch.ones_like(tokens[v])], 1).flatten(0, 1)[None])
+        args, modes = one.call(
+            torch.stack([tokens[v], torch.ones_like(tokens[v])], 1).flatten(0, 1)[None]
+        )
         both = reference.ensemble(*args, **modes)
         value, ones = both.unflatten(0, (-1, 2)).unbind(1)
         values.append(torch.where(ones != 0, value, NAN))
@@ -286,9 +286,7 @@ def test_any_ensemble(
 @each_reduce
 @pytest.mark.parametrize("upsample", UPSAMPLES)
 @pytest.mark.parametrize("offsets", ["grid", "real"])
-def test_tokens_of_a_real_size(
-    offsets: str, upsample: str, reduce: str, cuda: Backward
-) -> None:
+def test_tokens_of_a_real_size(offsets: str, upsample: str, reduce: str, cuda: Backward) -> None:
     """Several tiles along every axis, and windows of many cells."""
     case = replace(ENSEMBLES[offsets], grid=(3, 5), patch=(16, 16), batch=1, channels=40)
     for border in BORDERS:
@@ -381,9 +379,7 @@ def test_same_bits_wherever_the_numbers_lie(
 
 @pytest.mark.parametrize("border", BORDERS)
 @each_reduce
-def test_views_that_the_host_refuses_get_nothing(
-    reduce: str, border: str, cuda: Backward
-) -> None:
+def test_views_that_the_host_refuses_get_nothing(reduce: str, border: str, cuda: Backward) -> None:
     good = replace(ENSEMBLES["real"], border=border, weights=(1.0, 3.0, 0.5, 2.0, 1.0), channels=16)
     bad_weights = (NAN, -1.0, float("inf"), float("-inf"), 3.0 * 2.0**-81, 0.0)
     if reduce == "median":
@@ -526,9 +522,7 @@ def test_values_beside_a_large_mean(cuda: Backward) -> None:
 
 @each_reduce
 @pytest.mark.parametrize("max_grid", [1, 3])
-def test_a_grid_that_is_smaller_than_the_work(
-    max_grid: int, reduce: str, cuda: Backward
-) -> None:
+def test_a_grid_that_is_smaller_than_the_work(max_grid: int, reduce: str, cuda: Backward) -> None:
     case = fitting(replace(ENSEMBLES["grid"], channels=72), reduce)
     tokens = case.tokens()
     grads = gradients(case, reduce, torch.float32)
