@@ -594,33 +594,33 @@ class _EnsembleBackward(_Function):
         return ctx.place.gradient(ctx.reduce, grad, None, tokens, offsets, weights)
 
 
-def _in_reverse(tensors: Sequence[torch.Tensor]) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+def _in_reverse(args: Sequence[Any]) -> bool:
+    if torch.is_grad_enabled():
+        for arg in args:
+            if isinstance(arg, torch.Tensor) and arg.requires_grad:
+                return True
+    return False
 
 
 def _in_forward() -> bool:
     return forward_ad._current_level >= 0
 
 
-def _apply(function: type[_Function], *args: Any) -> Any:
-    """Without the price of a node where nobody asks for a derivative."""
-    tensors = [a for a in args if isinstance(a, torch.Tensor)]
-    if not _in_reverse(tensors) and not _in_forward():
-        return function.run(*args)
+def _node(function: type[_Function], *args: Any) -> Any:
     *rest, modes = args
     enabled = (torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled())
     with enable_single_level_autograd_function():
         return function.apply(*rest, {**modes, _ENABLED: enabled})  # type: ignore[attr-defined]
 
 
-# As the schemas of the ops have them.
-def shift(
+# The arguments of a node from those of an op, as the schema has them.
+def _of_shift(
     image: Any, offsets: Any, *, padding: str = "reflect", interpolation: str = "bilinear"
 ) -> Any:
-    return _apply(_Shift, image, offsets, {"padding": padding, "interpolation": interpolation})
+    return image, offsets, {"padding": padding, "interpolation": interpolation}
 
 
-def ensemble(
+def _of_ensemble(
     tokens: Any,
     offsets: Any,
     grid: Any,
@@ -633,10 +633,10 @@ def ensemble(
     stride: Any = (1, 1),
 ) -> Any:
     modes = {"reduce": reduce, "upsample": upsample, "border": border, "stride": stride}
-    return _apply(_Ensemble, tokens, offsets, grid, patch, weights, modes)
+    return tokens, offsets, grid, patch, weights, modes
 
 
-def ensemble_moments(
+def _of_moments(
     tokens: Any,
     offsets: Any,
     grid: Any,
@@ -648,15 +648,11 @@ def ensemble_moments(
     stride: Any = (1, 1),
 ) -> Any:
     modes = {"upsample": upsample, "border": border, "stride": stride}
-    return _apply(_Moments, tokens, offsets, grid, patch, weights, modes)
+    return tokens, offsets, grid, patch, weights, modes
 
 
-def _shift_backward(grad: Any, offsets: Any, **modes: Any) -> Any:
-    return _apply(_ShiftBackward, grad, offsets, modes)
-
-
-def _ensemble_backward(*args: Any, **modes: Any) -> Any:
-    return _apply(_EnsembleBackward, *args, modes)
+def _of_gradient(*args: Any, **modes: Any) -> Any:
+    return *args, modes
 
 
 # ---- registration --------------------------------------------------------------------------------
@@ -666,8 +662,16 @@ def _implement(op: Any, kernel: Callable[..., Any], key: str, *, with_keyset: bo
     _library.impl(op.name().removeprefix("srt::"), kernel, key, with_keyset=with_keyset)
 
 
-def _returning(function: type[_Function], call: Callable[..., Any]) -> None:
-    _implement(function.op, call, "Autograd")
+def _returning(function: type[_Function], arguments: Callable[..., Any]) -> None:
+    op, below = function.op, torch._C._AutoDispatchBelowAutograd
+
+    def kernel(*args: Any, **modes: Any) -> Any:
+        if _in_forward() or _in_reverse(args):
+            return _node(function, *arguments(*args, **modes))
+        with below():  # without the price of a node
+            return op(*args, **modes)
+
+    _implement(op, kernel, "Autograd")
 
     def mapped(info: Any, in_dims: Any, *args: Any, **modes: Any) -> Any:
         return function.batching(partial(function.op, **modes), info.batch_size, in_dims, args)
@@ -726,11 +730,11 @@ def _writing(op: Any, what: str) -> None:
     _implement(op, negative, "Conjugate")
 
 
-_returning(_Shift, shift)
-_returning(_Ensemble, ensemble)
-_returning(_Moments, ensemble_moments)
-_returning(_ShiftBackward, _shift_backward)
-_returning(_EnsembleBackward, _ensemble_backward)
+_returning(_Shift, _of_shift)
+_returning(_Ensemble, _of_ensemble)
+_returning(_Moments, _of_moments)
+_returning(_ShiftBackward, _of_gradient)
+_returning(_EnsembleBackward, _of_gradient)
 _writing(_ops.ensemble.out, "out=")
 _writing(_ops.accumulate_mean_.default, "the state of a stream")
 _writing(_ops.accumulate_moments_.default, "the state of a stream")
