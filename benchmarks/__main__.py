@@ -76,6 +76,7 @@ def main(
     path = results / f"{slug}.json"
     if resume:
         before = load(path)
+        found |= {key: before[key] for key in ("end_to_end", "memory")}
         bench.kept = [{"commit": before["machine"]["commit"], **row} for row in before["rows"]]
 
     def keep() -> None:
@@ -88,7 +89,7 @@ def main(
         found["end_to_end"] = end_to_end.measure(bench.clock, extent.value)
 
     steps = plan(clock.device, extent.value)
-    if clock.gpu or extent is not Extent.main:
+    if (clock.gpu or extent is not Extent.main) and not found["end_to_end"]:
         steps.insert(0, whole_models)
     for step in steps:
         try:
@@ -97,7 +98,7 @@ def main(
             bench.wrong.append(f"{step}: {type(error).__name__}: {error}"[:500])
             traceback.print_exc()
         keep()
-    if extent is Extent.full:
+    if extent is Extent.full and not found["memory"]:
         found["memory"] = memory.measure(device)
         keep()
     print(report.tables(found))

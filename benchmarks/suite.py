@@ -730,10 +730,10 @@ def _on_cpu() -> list[Step]:
         Field("", TOKENS, SMALL, 384, SMALL, offsets, small=True, loops=False)
         for offsets in (nine, grid)
     ]
-    davis = Field("", DAVIS, SMALL, 384)
+    davis = Field("", DAVIS, SMALL, 384, loops=False)  # of which one call takes minutes
     shapes = [
         davis,
-        Field("", LARGE, (14, 14), 1024, loops=False),  # which take minutes a call
+        Field("", LARGE, (14, 14), 1024, loops=False),
         Field("", TOKENS, SMALL, 384, offsets=nine),
         Field("", TOKENS, SMALL, 384, offsets=many),
         Field("", TOKENS, SMALL, 768, offsets=nine),
@@ -757,8 +757,6 @@ def _on_cpu() -> list[Step]:
         *_steps([alone], [whole], torch.bfloat16),
         *_steps([alone], [whole], torch.float16),
         *_steps([alone], [whole], torch.float64),
-        *_steps(shapes, views, torch.float32, [measure_mean]),
-        *_steps([davis], [], torch.float32, VALUES),
         *(
             partial(
                 measure_mean,
@@ -768,4 +766,6 @@ def _on_cpu() -> list[Step]:
             )
             for case in growth
         ),
+        *_steps(shapes, views, torch.float32, [measure_mean]),
+        *_steps([davis], [], torch.float32, VALUES),
     ]
