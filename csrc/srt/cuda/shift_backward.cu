@@ -78,8 +78,8 @@ __device__ inline Positions positions_of(int i, int n, Padding padding, int begi
   Positions at{i, i, 1, 0, 1};  // where it stands itself, and nowhere else
   if (!repeats(i, i, n, padding, begin, last)) return at;
   if (padding == Padding::border || n == 1) {
-    if (i == 0) at.start = min(begin, 0);
-    if (i == n - 1) at.last = max(last, n - 1);
+    at.start = i == 0 ? begin : max(begin, i);
+    at.last = i == n - 1 ? last : min(last, i);
   } else {
     at.step = padding == Padding::circular ? n : 2 * (n - 1);
     at.start = first_from(begin, i, at.step);

@@ -73,21 +73,22 @@ __device__ __noinline__ Acc sum_exactly(const GatherPlan<Acc>& plan, int v, int6
     const int64_t cell = ((b * rows.cells + y) * columns.cells + x) * plan.channels + channel;
     const Acc grad = to_acc(load(static_cast<const T*>(plan.grad) + at));
     if constexpr (kMoments) {
-      Acc value = 0;
+      Acc value = 0;  // to the last bit as the mean has it
 #pragma unroll 1
       for (int k = 0; k < rows.taps[slot_y]; ++k) {
-        const Acc weight_y = rows.weight[slot_y * rows.max_taps + k];
+        const Acc weight_y =
+            rows.weight[slot_y * rows.max_taps + k] / static_cast<Acc>(rows.count[slot_y]);
         if (weight_y == 0) continue;
 #pragma unroll 1
         for (int l = 0; l < columns.taps[slot_x]; ++l) {
-          const Acc weight_x = columns.weight[slot_x * columns.max_taps + l];
+          const Acc weight_x =
+              columns.weight[slot_x * columns.max_taps + l] / static_cast<Acc>(columns.count[slot_x]);
           const int64_t token = (rows.first[slot_y] + k) * tables.x.axis.tokens +
                                 columns.first[slot_x] + l;
           if (weight_x != 0)
             value += weight_y * weight_x * to_acc(load(tokens + token * plan.token_strides[2]));
         }
       }
-      value /= static_cast<Acc>(rows.count[slot_y] * columns.count[slot_x]);
       const Acc mean = load(static_cast<const Acc*>(plan.map) + cell);
       const Acc of_square = to_acc(load(static_cast<const T*>(plan.grad_variance) + at));
       const Acc inverse = tables.inverse[y * columns.cells + x];
