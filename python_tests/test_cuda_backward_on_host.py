@@ -81,7 +81,10 @@ class Backward(CudaOnHost):
         given = []
         for grad in grads:
             given.append(Guarded(size, dtype, skip))
-            given[-1].elements.as_strided(case.shape, strides).copy_(grad)
+            if layout == "constant":
+                given[-1].elements.copy_(grad[0, :, 0, 0])
+            else:
+                given[-1].elements.as_strided(case.shape, strides).copy_(grad)
         out = Guarded(tokens.numel(), dtype, skip)
         args = EnsembleArgs(
             reduce=REDUCES.index(reduce),
@@ -188,12 +191,10 @@ def values_of(case: Ensemble, tokens: torch.Tensor) -> torch.Tensor:
     values = []
     for v in range(len(tokens)):
         one = replace(case, offsets=case.offsets[v : v + 1], weights=None)
-        args, modes = one.call(
-            torch.stack([tokens[v], torch.ones_like(tokens[v])], 1).flatten(0, 1)[None]
-        )
-        both = reference.ensemble(*args, **modes)
-        value, ones = both.unflatten(0, (-1, 2)).unbind(1)
-        values.append(torch.where(ones != 0, value, NAN))
+        with_ones = torch.stack([tokens[v], torch.ones_like(tokens[v])], 1).flatten(0, 1)
+        args, modes = one.call(with_ones[None])
+        value, ones = reference.ensemble(*args, **modes).unflatten(0, (-1, 2)).unbind(1)
+        values.append(torch.where((ones != 0) | (case.border != "coverage"), value, NAN))
     return torch.stack(values)
 
 
@@ -341,7 +342,8 @@ def test_gradients_of_any_strides(reduce: str, dtype: torch.dtype, cuda: Backwar
                     case, reduce, tokens, *grads, layout=layout, skip=skip
                 )
                 assert torch.equal(actual, expected)
-        check(case, reduce, dtype, cuda, layout="constant")
+        if reduce != "median":
+            check(case, reduce, dtype, cuda, layout="constant")
 
 
 @each_dtype
@@ -439,7 +441,7 @@ def test_containment(case: Ensemble, reduce: str, dtype: torch.dtype, cuda: Back
 def test_tokens_of_moments_that_are_not_finite(dtype: torch.dtype, cuda: Backward) -> None:
     """They reach the tokens whose cells read them, or whose cells have a mean that they are in."""
     for name in ("grid", "nearest", "real", "stride"):
-        case = replace(ENSEMBLES[name], channels=8, grid=(6, 7))
+        case = replace(ENSEMBLES[name], channels=8, grid=(6, 5))
         tokens = case.tokens(dtype).clone()
         tokens[1, 0, 16, 2] = NAN
         tokens[2, 1, 25, 5] = float("inf")

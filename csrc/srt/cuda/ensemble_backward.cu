@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardResident)
       // multiplied. Otherwise it is, which is wrong for a gradient that is not finite.
       const auto sum_cells = [&](auto exact) {
         constexpr bool kExact = decltype(exact)::value;
-        constexpr int kAhead = kVector && !kExact ? Tile::ahead : 1;
+        constexpr int kAhead = Tile::ahead;
         Acc sum[kEntries][kVec] = {};
         const int64_t cells = tables.x.table.cells;
         const int64_t step = plan.grad_strides[3] * static_cast<int64_t>(sizeof(T));
@@ -234,46 +234,56 @@ __global__ void __launch_bounds__(kThreads, kBackwardResident)
           const int end = min(own.end, x0 + Tile::batch);
           int x = x0 + half * kAhead;
           const char* cell = reinterpret_cast<const char*>(row) + x * step;
-          const Acc* inverse_at = inverses + x;
+          const auto load_cell = [&] {
+            const T* const at = reinterpret_cast<const T*>(cell);
+            Pack<T, kVec> grad;
+            if constexpr (kVector) {
+              grad = load(reinterpret_cast<const Pack<T, kVec>*>(at));
+            } else {
+#pragma unroll
+              for (int c = 0; c < kVec; ++c)
+                grad.at[c] = c < channels() ? load(at + c * plan.grad_strides[1]) : T{};
+            }
+            return grad;
+          };
+          const auto add_cell = [&](int at, const Pack<T, kVec>& grad, Acc inverse) {
+            if (kExact && inverse == 0) return;
+            const auto weight = shared.column_weight[at - x0];
+            const auto value = to_acc(grad);
+            Acc share[kVec];
+#pragma unroll
+            for (int c = 0; c < kVec; ++c) share[c] = inverse * value.at[c];
+#pragma unroll
+            for (int e = 0; e < kEntries; ++e) {
+              if (kExact && weight.at[e] == 0) continue;
+#pragma unroll
+              for (int c = 0; c < kVec; ++c) sum[e][c] += weight.at[e] * share[c];
+            }
+          };
           const auto add = [&](auto partial) {
             constexpr bool kPartial = decltype(partial)::value;
-            Pack<T, kVec> grad[kAhead];
-            Acc inverse[kAhead];
+            if constexpr (kVector && !kExact) {  // all loads before the first use
+              Pack<T, kVec> grad[kAhead];
+              Acc inverse[kAhead];
 #pragma unroll
-            for (int a = 0; a < kAhead; ++a) {
-              const T* const at = reinterpret_cast<const T*>(cell);
-              if constexpr (kVector) {
-                grad[a] = load(reinterpret_cast<const Pack<T, kVec>*>(at));
-              } else {
-#pragma unroll
-                for (int c = 0; c < kVec; ++c)
-                  grad[a].at[c] = c < channels() ? load(at + c * plan.grad_strides[1]) : T{};
+              for (int a = 0; a < kAhead; ++a) {
+                grad[a] = load_cell();
+                inverse[a] = !kPartial || x + a < end ? load(inverses + x + a) : Acc{0};
+                if (!kPartial || x + a + 1 < end) cell += step;
               }
-              inverse[a] = !kPartial || x + a < end ? load(inverse_at + a) : Acc{0};
-              if (!kPartial || x + a + 1 < end) cell += step;
-            }
 #pragma unroll
-            for (int a = 0; a < kAhead; ++a) {
-              if (kExact && inverse[a] == 0) continue;
-              const auto weight =
-                  shared.column_weight[(kPartial ? min(x + a, end - 1) : x + a) - x0];
-              const auto value = to_acc(grad[a]);
-              Acc share[kVec];
-#pragma unroll
-              for (int c = 0; c < kVec; ++c) share[c] = inverse[a] * value.at[c];
-#pragma unroll
-              for (int e = 0; e < kEntries; ++e) {
-                if (kExact && weight.at[e] == 0) continue;
-#pragma unroll
-                for (int c = 0; c < kVec; ++c) sum[e][c] += weight.at[e] * share[c];
-              }
+              for (int a = 0; a < kAhead; ++a)
+                add_cell(kPartial ? min(x + a, end - 1) : x + a, grad[a], inverse[a]);
+            } else {
+#pragma unroll 1
+              for (int a = 0; a < (kPartial ? end - x : kAhead); ++a, cell += step)
+                add_cell(x + a, load_cell(), load(inverses + x + a));
             }
           };
 #pragma unroll 1
           for (; end - x >= kAhead; x += Tile::halves * kAhead) {
             add(std::false_type{});
             cell += (Tile::halves - 1) * kAhead * step;
-            inverse_at += Tile::halves * kAhead;
           }
           if (x < end) add(std::true_type{});
         }

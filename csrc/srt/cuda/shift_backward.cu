@@ -15,7 +15,7 @@ constexpr int kImageRows = kShareWarps;
 constexpr int kViewsStaged = kThreads / 2;
 constexpr int kMostTaps = 4;
 constexpr int64_t kMostPixels = int64_t{1} << 28;  // of an axis: positions fit 32 bits
-constexpr int kImageResident = 4;                  // blocks that a processor holds at a time
+constexpr int kImageResident = 3;                  // blocks that a processor holds at a time
 
 struct ImageGradPlan {
   const void* grad;               // [V, planes, height, width]
@@ -78,8 +78,8 @@ __device__ inline Positions positions_of(int i, int n, Padding padding, int begi
   Positions at{i, i, 1, 0, 1};  // where it stands itself, and nowhere else
   if (!repeats(i, i, n, padding, begin, last)) return at;
   if (padding == Padding::border || n == 1) {
-    if (i == 0) at.start = min(begin, 0);
-    if (i == n - 1) at.last = max(last, n - 1);
+    at.start = i == 0 ? begin : max(begin, i);
+    at.last = i == n - 1 ? last : min(last, i);
   } else {
     at.step = padding == Padding::circular ? n : 2 * (n - 1);
     at.start = first_from(begin, i, at.step);
@@ -92,15 +92,14 @@ __device__ inline Positions positions_of(int i, int n, Padding padding, int begi
   return at;
 }
 
-// Adds to `value` what N output rows from `row` on give to a column that stands at `columns`: first
-// what each position gets, then the positions, so that where they are many little is lost. Rows
-// that are not there give nothing.
-template <int N, class T, class Acc>
-__device__ void sum_columns(const ImageGradPlan& plan, const T* grad, const AxisTaps<Acc>& taps,
-                            const Positions& columns, int row, Acc (&value)[N]) {
+// Calls visit(value) for each position of a column: what it gets of N output rows, from `row` on.
+// Rows that are not there give nothing.
+template <int N, class T, class Acc, class Visit>
+__device__ void each_position(const ImageGradPlan& plan, const T* grad, const AxisTaps<Acc>& taps,
+                              int x, int row, Visit&& visit) {
   const int height = static_cast<int>(plan.height), width = static_cast<int>(plan.width);
-  columns.each([&](int p) {
-    Acc position[N] = {};
+  positions_of(x, width, plan.padding, taps.first, taps.last(width)).each([&](int p) {
+    Acc value[N] = {};
 #pragma unroll 1
     for (int k = 0; k < taps.taps; ++k) {
       const int column = p - taps.first - k;
@@ -109,13 +108,31 @@ __device__ void sum_columns(const ImageGradPlan& plan, const T* grad, const Axis
       const T* from = grad + row * plan.width + column;
 #pragma unroll
       for (int r = 0; r < N; ++r) {
-        if (row + r >= 0 && row + r < height) position[r] += weight * to_acc(load(from));
+        if (row + r >= 0 && row + r < height) value[r] += weight * to_acc(load(from));
         from += plan.width;
       }
     }
-#pragma unroll
-    for (int r = 0; r < N; ++r) value[r] += position[r];
+    visit(value);
   });
+}
+
+// Adds to `share` what one view gives to N pixels of column x, from row y on, at their own rows.
+template <int kTaps, int N, class T, class Acc>
+__device__ void add_own_rows(const ImageGradPlan& plan, const T* grad, const AxisTaps<Acc>& taps_y,
+                             const AxisTaps<Acc>& taps_x, int y, int x, Acc* share) {
+  // Row y gets output row y - first - k by tap k.
+  constexpr int kReads = N + kTaps - 1;
+  each_position<kReads>(plan, grad, taps_x, x, y - taps_y.first - (kTaps - 1),
+                        [&](const Acc(&value)[kReads]) {
+#pragma unroll
+                          for (int r = 0; r < N; ++r) {
+                            Acc own = 0;
+#pragma unroll
+                            for (int k = 0; k < kTaps; ++k)
+                              own += taps_y.weight[k] * value[r + kTaps - 1 - k];
+                            share[r * kWarpThreads] += own;
+                          }
+                        });
 }
 
 // What one view gives to the pixel (y, x) at the rows where it stands in the padding.
@@ -123,41 +140,21 @@ template <class T, class Acc>
 __device__ Acc sum_padded_rows(const ImageGradPlan& plan, const T* grad,
                                const AxisTaps<Acc>& taps_y, const AxisTaps<Acc>& taps_x, int y,
                                int x) {
-  const int height = static_cast<int>(plan.height), width = static_cast<int>(plan.width);
-  const Positions rows = positions_of(y, height, plan.padding, taps_y.first, taps_y.last(height));
-  const Positions columns = positions_of(x, width, plan.padding, taps_x.first, taps_x.last(width));
+  const int height = static_cast<int>(plan.height);
   Acc sum = 0;
-  rows.each([&](int p) {
+  positions_of(y, height, plan.padding, taps_y.first, taps_y.last(height)).each([&](int p) {
     if (p == y) return;  // where the pixel stands itself
     Acc position = 0;
 #pragma unroll 1
     for (int k = 0; k < taps_y.taps; ++k) {
-      Acc value[1] = {};
-      sum_columns(plan, grad, taps_x, columns, p - taps_y.first - k, value);
-      position += taps_y.weight[k] * value[0];
+      Acc row = 0;
+      each_position<1>(plan, grad, taps_x, x, p - taps_y.first - k,
+                       [&](const Acc(&value)[1]) { row += value[0]; });
+      position += taps_y.weight[k] * row;
     }
     sum += position;
   });
   return sum;
-}
-
-// Adds to `share` what one view gives to N pixels of column x, from row y on, at their own rows.
-template <int kTaps, int N, class T, class Acc>
-__device__ void add_own_rows(const ImageGradPlan& plan, const T* grad, const AxisTaps<Acc>& taps_y,
-                             const AxisTaps<Acc>& taps_x, int y, int x, Acc* share) {
-  const int width = static_cast<int>(plan.width);
-  // Row y gets output row y - first - k by tap k.
-  Acc value[N + kTaps - 1] = {};
-  sum_columns(plan, grad, taps_x,
-              positions_of(x, width, plan.padding, taps_x.first, taps_x.last(width)),
-              y - taps_y.first - (kTaps - 1), value);
-#pragma unroll
-  for (int r = 0; r < N; ++r) {
-    Acc own = 0;
-#pragma unroll
-    for (int k = 0; k < kTaps; ++k) own += taps_y.weight[k] * value[r + kTaps - 1 - k];
-    share[r * kWarpThreads] += own;
-  }
 }
 
 template <class T>
@@ -181,12 +178,13 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : kImageResident)
     const int y_end = min(y0 + kImageRows, height);
 #pragma unroll
     for (int r = 0; r < kImageRows; ++r) shares[warp][r][lane] = 0;
-    for (int64_t v0 = 0; v0 < plan.views; v0 += kViewsStaged) {
-      const int views = static_cast<int>(min(plan.views - v0, int64_t{kViewsStaged}));
+    const int all_views = static_cast<int>(plan.views);
+    for (int v0 = 0; v0 < all_views; v0 += kViewsStaged) {
+      const int views = min(all_views - v0, kViewsStaged);
       if (!staged) {
         __syncthreads();
         if (static_cast<int>(threadIdx.x) < 2 * views) {
-          const int64_t i = 2 * v0 + threadIdx.x;
+          const int64_t i = int64_t{2} * v0 + threadIdx.x;
           const double offset = plan.offsets.data ? plan.offsets[i] : inline_offsets.at[i];
           ShiftTaps taps{};
           if (fabs(offset) <= static_cast<double>(kMaxOffset))
@@ -207,7 +205,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : kImageResident)
           if (axes[v][0].taps == 0 || axes[v][1].taps == 0 || x >= width) continue;
           add(axes[v][0], axes[v][1],
               static_cast<const T*>(plan.grad) +
-                  ((v0 + v) * plan.planes + plane) * plan.height * plan.width);
+                  ((v0 + v) * plan.planes + plane) * (plan.height * plan.width));
         }
       };
       Acc* const share = &shares[warp][0][lane];
@@ -218,9 +216,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : kImageResident)
           add_own_rows<2, kImageRows>(plan, grad, rows, columns, y0, x, share);
         } else {  // in halves, for all that they read takes too many registers
           constexpr int kHalf = kImageRows / 2;
-          add_own_rows<4, kHalf>(plan, grad, rows, columns, y0, x, share);
-          add_own_rows<4, kHalf>(plan, grad, rows, columns, y0 + kHalf, x,
-                                 share + kHalf * kWarpThreads);
+#pragma unroll 1
+          for (int r = 0; r < kImageRows; r += kHalf)
+            add_own_rows<4, kHalf>(plan, grad, rows, columns, y0 + r, x, share + r * kWarpThreads);
         }
       });
       each_view([&](const auto& rows, const auto& columns, const T* grad) {
@@ -254,6 +252,9 @@ void shift_backward_cuda(const ShiftArgs& args, const ViewNumbers& offsets, void
   using namespace cuda;
   const char* const op = "_shift_backward";
   if (args.planes == 0 || args.height == 0 || args.width == 0) return;
+  if (args.views > INT32_MAX - kViewsStaged)
+    throw Error("srt::" + std::string(op) + ": on CUDA there must be fewer than 2^31 views; got " +
+                std::to_string(args.views));
   if (args.height > kMostPixels || args.width > kMostPixels)
     throw Error("srt::" + std::string(op) + ": on CUDA height and width must be at most " +
                 std::to_string(kMostPixels) + "; got " + std::to_string(args.height) + " x " +

@@ -541,8 +541,26 @@ struct Moments : Weighted<T> {
   }
 };
 
-// The state and a chunk are joined as two samples are (Chan, Golub and LeVeque 1979). Without
-// `seen` there is no state: the mean of one call is for its gradient.
+// For the gradient of the moments, in the type of the sums. Where one view counts, its distance
+// from the mean must be 0.
+template <class T>
+struct GradientMean : Weighted<T> {
+  using Acc = typename AccumulatorOf<T>::type;
+  template <class Cell>
+  static __device__ void reduce(const Cell& cell) {
+    Acc first = NAN, sum = 0;
+    cell.each_value([&](Acc value, auto share, int) {
+      if (first != first) first = value;
+      sum += share.weight * (value - first);
+    });
+    if (cell.run >= cell.stage.runs) return;
+    const double weight = cell.stage.weight[cell.run];
+    const Acc mean = weight > 0 ? first + sum / static_cast<Acc>(weight) : 0;
+    cell.each_cell([&](int64_t at, int64_t) { static_cast<Acc*>(cell.plan.out)[at] = mean; });
+  }
+};
+
+// The state and a chunk are joined as two samples are (Chan, Golub and LeVeque 1979).
 template <class T, bool kVariance>
 struct StreamSample : Weighted<T> {
   using Acc = typename AccumulatorOf<T>::type;
@@ -552,12 +570,8 @@ struct StreamSample : Weighted<T> {
     const Sample<T> sample(cell);
     const double chunk = *plan.scale * sample.weight;
     cell.each_cell([&](int64_t at, int64_t number) {
-      Acc* const mean = static_cast<Acc*>(plan.out) + at;
-      if (!plan.seen) {
-        *mean = sample.mean;
-        return;
-      }
       const double seen = plan.seen[number], total = seen + chunk;
+      Acc* const mean = static_cast<Acc*>(plan.out) + at;
       const double share = total > 0 ? 1 / total : 0;
       const Acc keep = static_cast<Acc>(seen * share), added = static_cast<Acc>(chunk * share);
       // Where nothing was seen the state is not read.
@@ -695,7 +709,8 @@ Kernel<T> choose_kernel(const EnsembleArgs& args) {
     case Reduce::moments:
       return args.seen ? values_kernel<T, StreamSample<T, true>> : values_kernel<T, Moments<T>>;
     case Reduce::mean:
-      return values_kernel<T, StreamSample<T, false>>;
+      return args.seen ? values_kernel<T, StreamSample<T, false>>
+                       : values_kernel<T, GradientMean<T>>;
   }
   return nullptr;
 }

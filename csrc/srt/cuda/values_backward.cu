@@ -73,21 +73,22 @@ __device__ __noinline__ Acc sum_exactly(const GatherPlan<Acc>& plan, int v, int6
     const int64_t cell = ((b * rows.cells + y) * columns.cells + x) * plan.channels + channel;
     const Acc grad = to_acc(load(static_cast<const T*>(plan.grad) + at));
     if constexpr (kMoments) {
-      Acc value = 0;
+      Acc value = 0;  // to the last bit as the mean has it
 #pragma unroll 1
       for (int k = 0; k < rows.taps[slot_y]; ++k) {
-        const Acc weight_y = rows.weight[slot_y * rows.max_taps + k];
+        const Acc weight_y =
+            rows.weight[slot_y * rows.max_taps + k] / static_cast<Acc>(rows.count[slot_y]);
         if (weight_y == 0) continue;
 #pragma unroll 1
         for (int l = 0; l < columns.taps[slot_x]; ++l) {
-          const Acc weight_x = columns.weight[slot_x * columns.max_taps + l];
+          const Acc weight_x = columns.weight[slot_x * columns.max_taps + l] /
+                               static_cast<Acc>(columns.count[slot_x]);
           const int64_t token =
               (rows.first[slot_y] + k) * tables.x.axis.tokens + columns.first[slot_x] + l;
           if (weight_x != 0)
             value += weight_y * weight_x * to_acc(load(tokens + token * plan.token_strides[2]));
         }
       }
-      value /= static_cast<Acc>(rows.count[slot_y] * columns.count[slot_x]);
       const Acc mean = load(static_cast<const Acc*>(plan.map) + cell);
       const Acc of_square = to_acc(load(static_cast<const T*>(plan.grad_variance) + at));
       const Acc inverse = tables.inverse[y * columns.cells + x];
@@ -189,10 +190,11 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
         Acc sum[kViews] = {};
         bool finite = false;
         if constexpr (kFast) {
-          const int64_t at = b * plan.grad_strides[0] + channel * plan.grad_strides[1] +
-                             y * plan.grad_strides[2] + x0 * plan.grad_strides[3];
-          const int64_t cell = (static_cast<int64_t>(b) * rows.cells + y) * columns.cells + x0;
-          const T* grad = static_cast<const T*>(plan.grad) + at;
+          const T* const grad = static_cast<const T*>(plan.grad);
+          int64_t at = b * plan.grad_strides[0] + channel * plan.grad_strides[1] +
+                       y * plan.grad_strides[2] + x0 * plan.grad_strides[3];
+          const int64_t first_cell = (static_cast<int64_t>(b) * rows.cells + y) * columns.cells;
+          int64_t cell = (first_cell + x0) * plan.channels + channel;
           // Views of one dx, as on a grid, have the same parts in a row of cells.
           const auto sum_cells = [&](auto distinct) {
             constexpr int kDistinct = decltype(distinct)::value;
@@ -201,16 +203,17 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
               // gradient of the value: sums over cells of what does not depend on the tokens.
               // Values are taken relative to some mean, so that little is lost where both are
               // large.
-              const T* grad_variance = static_cast<const T*>(plan.grad_variance) + at;
-              const Acc* mean = static_cast<const Acc*>(plan.map) + cell * plan.channels + channel;
-              const Acc* inverse = tables.inverse + y * columns.cells + x0;
-              const Acc origin = load(mean + (x_end - x0) / 2 * plan.channels);
+              const T* const grad_variance = static_cast<const T*>(plan.grad_variance);
+              const Acc* const mean = static_cast<const Acc*>(plan.map);
+              const Acc* const inverse = tables.inverse + y * columns.cells;
+              const Acc origin = load(mean + cell + (x_end - x0) / 2 * plan.channels);
               Acc constant[kDistinct] = {}, slope[kDistinct][kNear] = {};
 #pragma unroll(kDistinct == 1 ? 4 : 1)
               for (int x = x0; x < x_end; ++x) {
-                const Acc scale = load(inverse++);
-                const Acc of_square = 2 * scale * to_acc(load(grad_variance));
-                const Acc rest = scale * to_acc(load(grad)) - of_square * (load(mean) - origin);
+                const Acc scale = load(inverse + x);
+                const Acc of_square = 2 * scale * to_acc(load(grad_variance + at));
+                const Acc rest =
+                    scale * to_acc(load(grad + at)) - of_square * (load(mean + cell) - origin);
 #pragma unroll
                 for (int e = 0; e < kDistinct; ++e) {
                   const CellPart<Acc> own = cell_parts[warp][x - x0][e];
@@ -218,9 +221,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
 #pragma unroll
                   for (int k = 0; k < kNear; ++k) slope[e][k] += own.beside[k] * of_square;
                 }
-                grad += plan.grad_strides[3];
-                grad_variance += plan.grad_strides[3];
-                mean += plan.channels;
+                at += plan.grad_strides[3];
+                cell += plan.channels;
               }
 #pragma unroll
               for (int e = 0; e < kViews; ++e) {
@@ -243,19 +245,18 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
                 }
               }
             } else {
-              const uint16_t* view =
-                  static_cast<const uint16_t*>(plan.map) + cell * plan.channels + channel;
+              const uint16_t* const view = static_cast<const uint16_t*>(plan.map);
 #pragma unroll 4
               for (int x = x0; x < x_end; ++x) {
-                const int own_view = load(view) - first;
-                const Acc own = to_acc(load(grad));
+                const int own_view = load(view + cell) - first;
+                const Acc own = to_acc(load(grad + at));
 #pragma unroll
                 for (int e = 0; e < kViews; ++e) {
                   const Acc gets = cell_parts[warp][x - x0][kDistinct == 1 ? 0 : e].gets;
                   if (own_view == e) sum[e] += gets * own;
                 }
-                grad += plan.grad_strides[3];
-                view += plan.channels;
+                at += plan.grad_strides[3];
+                cell += plan.channels;
               }
             }
           };
