@@ -187,6 +187,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardResident)
       }
       if (window(i).end <= y) continue;  // nothing reads it
 
+#pragma unroll 1
       for (int n = thread; n < kEntries * kSlots * kRows; n += kThreads) {
         const AxisTable<Acc>& table = tables.y.table;
         const int row = n % kRows, s = n / kRows % kSlots, e = n / kRows / kSlots;
@@ -220,6 +221,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardResident)
           if (shared.staged != x0) {
             __syncthreads();
             shared.staged = x0;
+#pragma unroll 1
             for (int n = thread; n < Tile::batch * kEntries; n += kThreads) {
               const int e = n % kEntries, x = n / kEntries;
               const int64_t v = shared.entry[e];

@@ -44,6 +44,14 @@ struct alignas(kVectorBytes) RowPart {
   Acc weight[2];  // of it and the next one
   Acc gets;
 };
+// What a warp makes. Read from shared memory whenever it is needed: kept in registers all the while
+// it would cost the sums theirs.
+struct GatherTask {
+  int32_t view;         // the first one, of those sorted by dx
+  int32_t image, i, j;  // of the token
+  int32_t channel;      // the first one
+  int32_t channels;     // from there on; 0 beyond the last task
+};
 // Of cells and rows, whose parts are kept.
 template <class Acc>
 constexpr int kPartCells = 128 / sizeof(Acc);
@@ -111,7 +119,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
   constexpr int kViews = kFast ? kEntries : 1;
   __shared__ CellPart<Acc> cell_parts[kGatherWarps][kCells][kViews];
   __shared__ RowPart<Acc> row_parts[kGatherWarps][kRows][kViews];
-  static_assert(sizeof(cell_parts) + sizeof(row_parts) <= 48 * 1024);
+  __shared__ GatherTask shared_tasks[kGatherWarps];
+  static_assert(sizeof(cell_parts) + sizeof(row_parts) + sizeof(shared_tasks) <= 48 * 1024);
   const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;
   const int lane = static_cast<int>(threadIdx.x) % kWarpThreads;
   const Adjoint<Acc>& tables = plan.tables;
@@ -120,28 +129,37 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
   const int64_t parts = div_up(tables.views, kViews);
   const int64_t groups = div_up(plan.channels, kWarpThreads);
   const int64_t tasks = plan.batch * h * w * groups * parts;
+  const GatherTask& own = shared_tasks[warp];
+  const auto own_views = [&] { return min(static_cast<int>(tables.views) - own.view, kViews); };
+  // A lane beyond the last channel does what that one does, and keeps it to itself.
+  const auto channel = [&] { return own.channel + min(lane, own.channels - 1); };
 
   // Warps that follow each other read the same cells.
   SRT_FOR_BLOCK(block, div_up(tasks, kGatherWarps)) {
-    const int64_t task = block * kGatherWarps + warp;
-    const bool works = task < tasks;
-    const int first = static_cast<int>(task % parts) * kViews;
-    const int own_views = static_cast<int>(min(tables.views - first, int64_t{kViews}));
-    const int own_channel = static_cast<int>(task / parts % groups) * kWarpThreads + lane;
-    const int j = static_cast<int>(task / parts / groups % w);
-    const int i = static_cast<int>(task / parts / groups / w % h);
-    const int b = static_cast<int>(task / parts / groups / w / h);
-    // A lane beyond the last channel does what that one does, and keeps it to itself.
-    const bool exists = works && own_channel < plan.channels;
-    const int channel = min(own_channel, static_cast<int>(plan.channels) - 1);
+    if (lane == 0) {
+      int64_t rest = block * kGatherWarps + warp;
+      const bool works = rest < tasks;
+      const auto next_of = [&](int64_t n) {
+        const int64_t place = rest % n;
+        rest /= n;
+        return static_cast<int32_t>(place);
+      };
+      GatherTask task{};
+      task.view = next_of(parts) * kViews;
+      task.channel = next_of(groups) * kWarpThreads;
+      task.j = next_of(w);
+      task.i = next_of(h);
+      task.image = static_cast<int32_t>(rest);
+      task.channels = works ? static_cast<int32_t>(plan.channels) - task.channel : 0;
+      shared_tasks[warp] = task;
+    }
+    __syncthreads();
     const auto window_of = [&](const AdjointAxis<Acc>& axis, int token) {
-      const int64_t at = first / kEntries * axis.axis.tokens + token;
-      const Window own = works ? axis.window[at] : Window{0, 0};
-      return own.end > 0 ? own : Window{0, 0};
+      const int64_t at = own.view / kEntries * axis.axis.tokens + token;
+      const Window window = own.channels > 0 ? axis.window[at] : Window{0, 0};
+      return window.end > 0 ? window : Window{0, 0};
     };
-    const Window y_window = window_of(tables.y, i), x_window = window_of(tables.x, j);
-    const bool same_dx =
-        works && tables.sorted[first].dx == tables.sorted[first + own_views - 1].dx;
+    const Window y_window = window_of(tables.y, own.i), x_window = window_of(tables.x, own.j);
     Acc total[kViews] = {};
 
     // A part of the rows in a part of the cells at a time.
@@ -151,32 +169,32 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
       if constexpr (kFast) {
         for (int n = lane; n < kCells * kViews; n += kWarpThreads) {
           const int e = n % kViews, x = x0 + n / kViews;
-          CellPart<Acc> own{};
-          if (x < x_end && e < own_views) {
-            const int64_t slot = (first + e) * columns.cells + x;
-            own.gets = weight_of(columns, slot, j);
+          CellPart<Acc> cell{};
+          if (x < x_end && e < own_views()) {
+            const int64_t slot = (own.view + e) * columns.cells + x;
+            cell.gets = weight_of(columns, slot, own.j);
 #pragma unroll
             for (int k = 0; k < kNear; ++k)
-              own.beside[k] = own.gets * weight_of(columns, slot, j - 1 + k);
+              cell.beside[k] = cell.gets * weight_of(columns, slot, own.j - 1 + k);
             // A value is divided by the pixels that count. So is that of the moments, whose share
             // of the cell is in proportion to them.
-            if (!kMoments && own.gets != 0) own.gets /= static_cast<Acc>(columns.count[slot]);
+            if (!kMoments && cell.gets != 0) cell.gets /= static_cast<Acc>(columns.count[slot]);
           }
-          cell_parts[warp][n / kViews][e] = own;
+          cell_parts[warp][n / kViews][e] = cell;
         }
       }
       for (int n = lane; n < kRows * kViews; n += kWarpThreads) {
         const int e = n % kViews, y = y0 + n / kViews;
-        RowPart<Acc> own{};
-        if (y < y_end && e < own_views) {
-          const int64_t slot = (first + e) * rows.cells + y;
-          own.first = rows.first[slot];
-          own.gets = weight_of(rows, slot, i);
+        RowPart<Acc> row{};
+        if (y < y_end && e < own_views()) {
+          const int64_t slot = (own.view + e) * rows.cells + y;
+          row.first = rows.first[slot];
+          row.gets = weight_of(rows, slot, own.i);
 #pragma unroll
-          for (int k = 0; k < 2; ++k) own.weight[k] = weight_of(rows, slot, own.first + k);
-          if (!kMoments && own.gets != 0) own.gets /= static_cast<Acc>(rows.count[slot]);
+          for (int k = 0; k < 2; ++k) row.weight[k] = weight_of(rows, slot, row.first + k);
+          if (!kMoments && row.gets != 0) row.gets /= static_cast<Acc>(rows.count[slot]);
         }
-        row_parts[warp][n / kViews][e] = own;
+        row_parts[warp][n / kViews][e] = row;
       }
       __syncthreads();
 
@@ -191,10 +209,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
         bool finite = false;
         if constexpr (kFast) {
           const T* const grad = static_cast<const T*>(plan.grad);
-          int64_t at = b * plan.grad_strides[0] + channel * plan.grad_strides[1] +
+          int64_t at = own.image * plan.grad_strides[0] + channel() * plan.grad_strides[1] +
                        y * plan.grad_strides[2] + x0 * plan.grad_strides[3];
-          const int64_t first_cell = (static_cast<int64_t>(b) * rows.cells + y) * columns.cells;
-          int64_t cell = (first_cell + x0) * plan.channels + channel;
+          const int64_t first_cell = (own.image * rows.cells + y) * columns.cells;
+          int64_t cell = (first_cell + x0) * plan.channels + channel();
           // Views of one dx, as on a grid, have the same parts in a row of cells.
           const auto sum_cells = [&](auto distinct) {
             constexpr int kDistinct = decltype(distinct)::value;
@@ -216,10 +234,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
                     scale * to_acc(load(grad + at)) - of_square * (load(mean + cell) - origin);
 #pragma unroll
                 for (int e = 0; e < kDistinct; ++e) {
-                  const CellPart<Acc> own = cell_parts[warp][x - x0][e];
-                  constant[e] += own.gets * rest;
+                  const CellPart<Acc> part = cell_parts[warp][x - x0][e];
+                  constant[e] += part.gets * rest;
 #pragma unroll
-                  for (int k = 0; k < kNear; ++k) slope[e][k] += own.beside[k] * of_square;
+                  for (int k = 0; k < kNear; ++k) slope[e][k] += part.beside[k] * of_square;
                 }
                 at += plan.grad_strides[3];
                 cell += plan.channels;
@@ -229,13 +247,13 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
                 if (row[e].gets == 0) continue;
                 const int d = kDistinct == 1 ? 0 : e;
                 const T* token = static_cast<const T*>(plan.tokens) +
-                                 tables.sorted[first + e].index * plan.token_strides[0] +
-                                 b * plan.token_strides[1] + channel +
-                                 (row[e].first * w + j - 1) * plan.token_strides[2];
+                                 tables.sorted[own.view + e].index * plan.token_strides[0] +
+                                 own.image * plan.token_strides[1] + channel() +
+                                 (row[e].first * w + own.j - 1) * plan.token_strides[2];
                 sum[e] = constant[d];
 #pragma unroll
                 for (int k = 0; k < kNear; ++k) {
-                  if (j - 1 + k >= 0 && j - 1 + k < w) {
+                  if (own.j - 1 + k >= 0 && own.j - 1 + k < w) {
                     Acc value = row[e].weight[0] * to_acc(load(token));
                     if (row[e].weight[1] != 0)
                       value += row[e].weight[1] * to_acc(load(token + w * plan.token_strides[2]));
@@ -248,19 +266,19 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
               const uint16_t* const view = static_cast<const uint16_t*>(plan.map);
 #pragma unroll 4
               for (int x = x0; x < x_end; ++x) {
-                const int own_view = load(view + cell) - first;
-                const Acc own = to_acc(load(grad + at));
+                const int place = load(view + cell) - own.view;
+                const Acc value = to_acc(load(grad + at));
 #pragma unroll
                 for (int e = 0; e < kViews; ++e) {
                   const Acc gets = cell_parts[warp][x - x0][kDistinct == 1 ? 0 : e].gets;
-                  if (own_view == e) sum[e] += gets * own;
+                  if (place == e) sum[e] += gets * value;
                 }
                 at += plan.grad_strides[3];
                 cell += plan.channels;
               }
             }
           };
-          if (same_dx) {
+          if (tables.sorted[own.view].dx == tables.sorted[own.view + own_views() - 1].dx) {
             sum_cells(std::integral_constant<int, 1>{});
           } else {
             sum_cells(std::integral_constant<int, kViews>{});
@@ -273,11 +291,12 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
         }
         if (!finite) {
 #pragma unroll 1
-          for (int e = 0; e < own_views; ++e) {
+          for (int e = 0; e < own_views(); ++e) {
             if (row[e].gets == 0) continue;
-            const Acc own = sum_exactly<kMoments, T>(plan, first + e, b, y, j, x0, x_end, channel);
+            const Acc exact = sum_exactly<kMoments, T>(plan, own.view + e, own.image, y, own.j, x0,
+                                                       x_end, channel());
 #pragma unroll
-            for (int k = 0; k < kViews; ++k) sum[k] = k == e ? own : sum[k];
+            for (int k = 0; k < kViews; ++k) sum[k] = k == e ? exact : sum[k];
           }
         }
 #pragma unroll
@@ -294,16 +313,16 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
       if (!__syncthreads_or(x0 < x_window.end)) break;
     }
 
-    if (!exists) continue;
 #pragma unroll
     for (int e = 0; e < kViews; ++e) {
-      if (e >= own_views) continue;
-      const View view = tables.sorted[first + e];
+      if (lane >= own.channels || e >= own_views()) continue;
+      const View view = tables.sorted[own.view + e];
       if (kMoments) total[e] *= static_cast<Acc>(view.weight);
       T* const out = static_cast<T*>(plan.out) + view.index * plan.out_strides[0] +
-                     b * plan.out_strides[1] + (i * w + j) * plan.out_strides[2] + own_channel;
-      store(out, from_acc<T>(total[e]));
+                     own.image * plan.out_strides[1] + (own.i * w + own.j) * plan.out_strides[2];
+      store(out + own.channel + lane, from_acc<T>(total[e]));
     }
+    __syncthreads();  // before the next task is chosen
   }
 }
 
