@@ -256,7 +256,10 @@ def compare(
 def test_ensemble(
     case: Ensemble, channels: int | None, reduce: str, dtype: torch.dtype, cuda: Backward
 ) -> None:
-    check(replace(case, channels=channels or case.channels), reduce, dtype, cuda)
+    # The budget is the largest error of the oracle in float32: of a few values, that is luck.
+    channels = channels or case.channels
+    batch = max(case.batch, 128 // channels)
+    check(replace(case, channels=channels, batch=batch), reduce, dtype, cuda)
 
 
 @given(

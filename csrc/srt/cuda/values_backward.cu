@@ -377,11 +377,13 @@ int64_t gather_values(const char* op, const EnsembleArgs& args, const ViewNumber
                                   args.channels};
   std::copy_n(out_strides, 3, plan.out_strides);
   plan.map = map;
-  const bool pixels = args.stride[0] == 1 && args.stride[1] == 1;
+  // With weights one view can be nearly all of its mean: what is summed apart from it would cancel.
+  const bool weighted = weights.host || weights.device;
+  const bool linear = args.stride[0] == 1 && args.stride[1] == 1 && !weighted;
   const auto kernel = !moments ? gather_kernel<T, false, true>
-                      : pixels ? gather_kernel<T, true, true>
+                      : linear ? gather_kernel<T, true, true>
                                : gather_kernel<T, true, false>;
-  const int64_t parts = moments && !pixels ? args.views : plan.tables.parts;
+  const int64_t parts = moments && !linear ? args.views : plan.tables.parts;
   for (int64_t b = 0; b < args.batch; b += images) {
     for (int64_t c = 0; c < args.channels; c += part) {
       plan.batch = std::min(images, args.batch - b);
