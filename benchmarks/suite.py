@@ -518,7 +518,7 @@ def measure_gradients(bench: Bench, case: Field, dtype: torch.dtype, upsample: s
     sample = Sample(case, dtype, upsample, bench.clock.device)
     tokens, place, modes = sample.tokens, sample.place, sample.modes
     grad = torch.randn_like(sample.out)
-    picked = sample.picked
+    picked = sample.picked[:1]  # the oracle's graph keeps maps of pixels for every view
 
     def gradient(call: Callable[[torch.Tensor], Any], of: torch.Tensor, by: torch.Tensor) -> Call:
         """The forward runs once, here."""
