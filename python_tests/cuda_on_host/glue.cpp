@@ -31,5 +31,5 @@ EXPORT int live_guards() { return guards; }
 #include "../../csrc/torch/common.cpp"
 #include "../../csrc/torch/cuda.cpp"
 #include "../../csrc/torch/ensemble.cpp"
-#include "../../csrc/torch/pages.cpp"
+#include "../../csrc/srt/cpu/pages.cpp"
 #include "../../csrc/torch/shift.cpp"
