@@ -1,9 +1,49 @@
 """Designs of views, and their words."""
 
+import contextlib
+import math
+from collections.abc import Callable
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from srt_ext import views
+from srt_ext.views import Weighted
+
+COUNTS = st.integers(1, 120)
+RADII = st.floats(0.01, 1000)
+
+
+def weights_of(design: torch.Tensor | Weighted) -> tuple[torch.Tensor, torch.Tensor]:
+    """Offsets and weights in float64, after what holds for every design was checked."""
+    offsets, weights = views.resolve(design)
+    assert offsets.dtype == torch.float32
+    assert offsets.dim() == 2
+    assert offsets.shape[1] == 2
+    assert offsets.isfinite().all()
+    if weights is None:
+        weights = torch.full((len(offsets),), 1 / len(offsets), dtype=torch.float64)
+    else:
+        assert weights.dtype == torch.float32
+        assert weights.shape == offsets.shape[:1]
+        assert (weights >= 0).all()
+    weights = weights.double()
+    torch.testing.assert_close(weights.sum().item(), 1.0, rtol=0, atol=1e-6)
+    offsets = offsets.double()
+    assert (weights @ offsets).abs().max() <= 1e-6 * offsets.abs().max()
+    return offsets, weights
+
+
+def covariance(design: torch.Tensor | Weighted) -> torch.Tensor:
+    offsets, weights = weights_of(design)
+    return offsets.T @ (weights[:, None] * offsets)
+
+
+def symmetric(offsets: torch.Tensor) -> bool:
+    """With (dy, dx) there is (-dy, -dx), to the last bit."""
+    return sorted(map(tuple, offsets.tolist())) == sorted(map(tuple, (0 - offsets).tolist()))
 
 
 def test_grid_is_every_offset_of_the_square() -> None:
@@ -18,10 +58,97 @@ def test_grid_of_radius_zero_is_the_picture_itself() -> None:
     assert torch.equal(views.grid(0), torch.zeros(1, 2))
 
 
+@given(st.integers(1, 40), st.floats(0.001, 10))
+def test_grid_takes_parts_of_pixels(steps: int, step: float) -> None:
+    """Also where step and radius are rounded: 0.3 is no multiple of 0.1 in binary."""
+    radius = steps * step / 2
+    offsets = views.grid(radius, step)
+    assert len(offsets) == (steps + 1) ** 2
+    assert symmetric(offsets)
+    assert offsets.max().item() == torch.tensor(radius).item()
+    line = offsets[: steps + 1, 1].double()
+    torch.testing.assert_close(line.diff(), torch.full((steps,), step).double(), rtol=1e-4, atol=0)
+    weights_of(offsets)
+
+
 def test_paper_counts_the_identity_twice() -> None:
     offsets = views.paper(3)
     assert torch.equal(offsets[0], torch.zeros(2))
     assert torch.equal(offsets[1:], views.grid(3))
+
+
+@given(COUNTS, RADII)
+def test_no_two_views_of_a_lattice_share_a_dy_or_a_dx(n: int, radius: float) -> None:
+    offsets = views.lattice(n, radius)
+    weights_of(offsets)
+    assert symmetric(offsets)
+    for axis in offsets.T:
+        values = axis.sort().values.double()
+        if n == 1:
+            assert values.item() == 0
+        else:
+            even = torch.linspace(-radius, radius, n, dtype=torch.float64)
+            torch.testing.assert_close(values, even, rtol=0, atol=1e-6 * radius)
+            assert values[-1].item() == torch.tensor(radius).item()
+
+
+@given(st.integers(4, 120))
+def test_views_of_a_lattice_keep_their_distance(n: int) -> None:
+    """The densest packing has 1.07 sqrt(n); dy and dx correlate little."""
+    offsets = views.lattice(n, (n - 1) / 2).double()
+    apart = torch.cdist(offsets, offsets) + 1e9 * torch.eye(n)
+    assert apart.min() >= 0.9 * math.sqrt(n)
+    cov = covariance(views.lattice(n, 1))
+    assert abs(cov[0, 1]) <= 0.29 * cov[0, 0]
+    if n in (4, 9, 16, 25):  # a square grid, turned
+        assert abs(cov[0, 1]) <= 1e-6 * cov[0, 0]
+
+
+def test_a_large_lattice_is_made() -> None:
+    assert len(views.lattice(views.MAX_VIEWS, 8).unique(dim=0)) == views.MAX_VIEWS
+
+
+@given(COUNTS, RADII, st.integers(0, 2**63 - 1))
+def test_sobol(n: int, radius: float, seed: int) -> None:
+    state = torch.get_rng_state()
+    offsets = views.sobol(n, radius, seed)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(offsets) == n
+    weights_of(offsets)
+    # The width of the square, wherever its middle is.
+    assert ((offsets.amax(0) - offsets.amin(0)) <= 2 * radius * (1 + 1e-6)).all()
+    assert torch.equal(offsets, views.sobol(n, radius, seed))
+
+
+def test_sobol_fills_the_square_and_has_seeds() -> None:
+    offsets = views.sobol(64, 4)
+    cells = ((offsets + 4) / 2).floor().long().clamp(0, 3)  # 16 cells of 2 pixels, 4 views in each
+    counts = (cells[:, 0] * 4 + cells[:, 1]).bincount(minlength=16)
+    assert counts.min() >= 2
+    assert not torch.equal(offsets, views.sobol(64, 4, seed=1))
+
+
+@given(st.integers(4, 60), RADII)
+def test_ring_has_the_moments_of_the_square(n: int, radius: float) -> None:
+    offsets, _ = design = views.ring(n, radius)
+    assert len(offsets) == n
+    assert torch.equal(offsets[0], torch.zeros(2))
+    far = offsets[1:].double().norm(dim=1)
+    torch.testing.assert_close(far, torch.full_like(far, radius), rtol=1e-6, atol=0)
+    expected = torch.eye(2, dtype=torch.float64) * radius**2 / 3
+    torch.testing.assert_close(covariance(design), expected, rtol=1e-6, atol=1e-6 * radius**2)
+
+
+@given(COUNTS, RADII)
+def test_best_has_the_variance_of_the_whole_grid(count: int, radius: float) -> None:
+    design = views.best(count, radius)
+    assert len(weights_of(design)[0]) == count
+    if count > 1:
+        cov = covariance(design)
+        for axis in range(2):
+            torch.testing.assert_close(
+                cov[axis, axis].item(), radius * (radius + 1) / 3, rtol=1e-5, atol=0
+            )
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 9, 25, 49, 121])
@@ -40,12 +167,31 @@ def test_spread_of_no_views() -> None:
     assert views.spread(torch.zeros(0, 2)).shape == (0, 2)
 
 
+def same(one: torch.Tensor | Weighted, two: torch.Tensor | Weighted) -> bool:
+    if isinstance(one, Weighted) and isinstance(two, Weighted):
+        return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    return isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor) and torch.equal(one, two)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("grid:3", views.grid(3)), ("grid:6:2", views.grid(6, 2)), ("paper:2", views.paper(2))],
+    [
+        ("grid:3", views.grid(3)),
+        ("grid:6:2", views.grid(6, 2)),
+        ("grid:2.5", views.grid(2.5)),
+        ("grid:0.75:0.5", views.grid(0.75, 0.5)),
+        ("paper:2", views.paper(2)),
+        ("lattice:7:3", views.lattice(7, 3)),
+        ("lattice:7:2.5", views.lattice(7, 2.5)),
+        ("sobol:8:3", views.sobol(8, 3)),
+        ("sobol:8:3.5:7", views.sobol(8, 3.5, 7)),
+        ("ring:7:3.25", views.ring(7, 3.25)),
+        ("best:9", views.best(9)),
+        ("best:7:5", views.best(7, 5)),
+    ],
 )
-def test_parse(text: str, expected: torch.Tensor) -> None:
-    assert torch.equal(views.parse(text), expected)
+def test_parse(text: str, expected: torch.Tensor | Weighted) -> None:
+    assert same(views.parse(text), expected)
 
 
 @pytest.mark.parametrize(
@@ -53,10 +199,101 @@ def test_parse(text: str, expected: torch.Tensor) -> None:
     [
         *("", "grid", "grid:", "grid:x", "grid:-1", "grid:1:2:3", "grid:3:0", "paper:1:2", "x:3"),
         "grid:3:4",  # not centred
-        "grid:1000000",
-        "grid:99999999999999999999",
+        *("grid:1000000", "grid:99999999999999999999", "grid:1:0.000001", "paper:1000"),
+        *(
+            "grid:nan",
+            "grid:inf",
+            "grid:1e3",
+            "grid: 3",
+            "grid:3 ",
+            "grid:3\n",
+            "grid:1.",
+            "grid:.5",
+        ),
+        *("grid:1_0", "grid:٣", "best:٣"),
+        *("grid:" + "9" * 400, "grid:3:0." + "0" * 400 + "1", "lattice:" + "9" * 5000 + ":1"),
+        *("paper:2.5", "lattice:7", "lattice:7.5:3", "lattice:0:3", "lattice:65537:3"),
+        *("lattice:7:3:1", "lattice:7:1048577", "sobol:8", "sobol:8:3:1:2", "sobol:0:3"),
+        *("sobol:8:3:1.5", "sobol:8:3:99999999999999999999", "sobol:65537:1"),
+        *("ring:3", "ring:3:2", "ring:7:3:1", "ring:65537:1"),
+        *("best", "best:0", "best:9:3:1", "best:65537", "best:9:nan", "Weighted:3", "spread:3"),
     ],
 )
 def test_parse_refuses(text: str) -> None:
-    with pytest.raises(ValueError, match=r"views"):
+    """One error: the forms, and what came."""
+    with pytest.raises(ValueError, match="views must be grid:RADIUS") as caught:
         views.parse(text)
+    assert f"got {text!r}" in str(caught.value)
+
+
+@given(st.text(alphabet="gridlatcesobpr:.0123456789e-", max_size=12))
+def test_parse_makes_a_design_or_says_no(text: str) -> None:
+    with contextlib.suppress(ValueError):
+        weights_of(views.parse(text))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: views.grid(-1), ValueError, "views.grid: radius must be from 0 to 2.20 pixels"),
+        (lambda: views.grid(math.nan), ValueError, "radius must be"),
+        (lambda: views.grid(math.inf), ValueError, "radius must be"),
+        (lambda: views.grid(1, 0), ValueError, "step must be > 0"),
+        (lambda: views.grid(1, math.nan), ValueError, "step must be > 0"),
+        (lambda: views.grid(1, math.inf), ValueError, "step must be > 0 pixels, and finite"),
+        (lambda: views.grid(1, 1e9), ValueError, "step must divide"),
+        (lambda: views.grid(1, 5e-324), ValueError, "at most 65536 views"),
+        (lambda: views.grid(1, 0.3), ValueError, "step must divide 2 . radius; got radius 1"),
+        (lambda: views.paper(2.5), TypeError, "radius must be an integer"),  # type: ignore[arg-type]
+        (lambda: views.lattice(2.0, 3), TypeError, "n must be an integer"),  # type: ignore[arg-type]
+        (lambda: views.lattice(True, 3), TypeError, "n must be an integer"),
+        (lambda: views.lattice(0, 3), ValueError, "n must be an integer >= 1; got 0"),
+        (lambda: views.lattice(7, -1), ValueError, "views.lattice: radius must be"),
+        (lambda: views.sobol(7, 3, -1), ValueError, "seed must be an integer >= 0"),
+        (lambda: views.sobol(7, 3, 2**63), ValueError, "seed must be < 2.63"),
+        (lambda: views.ring(3, 3), ValueError, "n must be an integer >= 4; got 3"),
+        (lambda: views.best(0), ValueError, ">= 1; got 0"),
+        (lambda: views.best(9, math.nan), ValueError, "views.best: radius must be"),
+    ],
+)
+def test_refusals(call: Callable[[], object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_resolve() -> None:
+    offsets, weights = views.ring(5, 2)
+    for given_views, expected in (
+        (offsets, (offsets, None)),
+        ((offsets, None), (offsets, None)),
+        ((offsets, weights), (offsets, weights)),
+        (Weighted(offsets, weights), (offsets, weights)),
+        ("ring:5:2", (offsets, weights)),
+        ("grid:1", (views.grid(1), None)),
+        (9, views.resolve(views.best(9))),
+    ):
+        for one, two in zip(views.resolve(given_views), expected, strict=True):
+            assert one is two is None or torch.equal(one, two)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given_views", "error", "message"),
+    [
+        ([[0, 0]], TypeError, "SRT: views must be a torch.Tensor.*; got list"),
+        (None, TypeError, "got NoneType"),
+        (True, TypeError, "got bool"),
+        (3.0, TypeError, "got float"),
+        (([[0, 0]], None), TypeError, "got list"),
+        ((torch.zeros(1, 2),), TypeError, "got tuple"),
+        (torch.zeros(0, 2), ValueError, r"SRT: views must be \[V, 2\] with V >= 1; got \[0, 2\]"),
+        (torch.zeros(3), ValueError, r"got \[3\]"),
+        ((torch.zeros(2, 2), torch.ones(3)), ValueError, r"\[V\] with V = 2; got \[3\]"),
+        ((torch.zeros(2, 2), torch.ones(2, 1)), ValueError, r"got \[2, 1\]"),
+        ((torch.zeros(2, 2), [0.5, 0.5]), TypeError, "weights of views must be a torch.Tensor"),
+        (0, ValueError, "got 0"),
+        ("ring", ValueError, "views must be"),
+    ],
+)
+def test_resolve_refuses(given_views: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        views.resolve(given_views)  # type: ignore[arg-type]

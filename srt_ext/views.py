@@ -1,39 +1,81 @@
 """Designs of views: which offsets a picture is shown under.
 
-Every design is a tensor [V, 2] of (dy, dx) in pixels, float32.
+Every design is a tensor [V, 2] of (dy, dx) in pixels, float32, or one of those with weights
+(:class:`Weighted`). Its mean is 0, so that the field stays where it was.
 """
 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
+from ._rules import check_count
 from .checks import check_tensor
 
 # More forwards than anybody waits for; a larger number is a slip of the keyboard.
 MAX_VIEWS = 2**16
+MAX_RADIUS = 2**20  # pixels: as far as an offset may go
 
 
-def grid(radius: int, step: int = 1) -> torch.Tensor:
+class Weighted(NamedTuple):
+    """Views that do not all count the same."""
+
+    offsets: torch.Tensor  # [V, 2], (dy, dx) in pixels, float32
+    weights: torch.Tensor  # [V], float32, >= 0, with sum 1
+
+
+def _check_radius(where: str, radius: float) -> None:
+    if not 0 <= radius <= MAX_RADIUS:  # written so that NaN is refused
+        raise ValueError(f"views.{where}: radius must be from 0 to 2^20 pixels; got {radius}")
+
+
+def _check_views(where: str, n: int, least: int = 1) -> None:
+    if check_count(f"views.{where}", "n", n, least) > MAX_VIEWS:
+        raise ValueError(f"views.{where}: at most {MAX_VIEWS} views; got {n}")
+
+
+def _axis(n: int, radius: float) -> torch.Tensor:
+    """[n], float64: evenly from -radius to radius, the two halves mirrored to the last bit."""
+    return (2 * torch.arange(n) - (n - 1)).double() * radius / max(1, n - 1)
+
+
+def _variance(radius: float) -> float:
+    """Of an axis of :func:`grid`, in pixels^2: the mean square of -radius, ..., radius."""
+    return radius * (radius + 1) / 3
+
+
+def grid(radius: float, step: float = 1) -> torch.Tensor:
     """All offsets of a square: -radius, -radius + step, ... up to radius, on both axes.
 
     Args:
         radius: pixels, >= 0. Half a patch reaches every position within a token.
-        step: pixels, >= 1; divides 2 * radius, so that the grid is centred.
+        step: pixels, > 0; divides 2 * radius (up to rounding), so that the grid is centred.
+
+    Returns:
+        [(2 * radius / step + 1)^2, 2], row by row.
+
+    Raises:
+        ValueError: another radius or step, or more than MAX_VIEWS views.
 
     Example:
-        >>> grid(1).shape
-        torch.Size([9, 2])
+        >>> grid(1).shape, grid(0.5)[0]
+        (torch.Size([9, 2]), tensor([-0.5000, -0.5000]))
     """
-    if radius < 0 or step < 1 or 2 * radius % step:
-        raise ValueError(
-            "views.grid: radius must be >= 0, and step >= 1 must divide 2 * radius; "
-            f"got radius {radius}, step {step}"
-        )
-    if (2 * radius // step + 1) ** 2 > MAX_VIEWS:
+    _check_radius("grid", radius)
+    if not 0 < step < math.inf:
+        raise ValueError(f"views.grid: step must be > 0 pixels, and finite; got {step}")
+    steps = 2 * radius / step
+    if steps + 1 > MAX_VIEWS**0.5:
         raise ValueError(f"views.grid: at most {MAX_VIEWS} views; got radius {radius}, step {step}")
-    axis = torch.arange(-radius, radius + 1, step, dtype=torch.float32)
+    if abs(steps - round(steps)) > 1e-6 * round(steps):
+        raise ValueError(
+            f"views.grid: step must divide 2 * radius; got radius {radius}, step {step}"
+        )
+    axis = _axis(round(steps) + 1, radius).float()
     return torch.cartesian_prod(axis, axis)
 
 
@@ -46,7 +88,144 @@ def paper(radius: int) -> torch.Tensor:
         >>> paper(3).shape
         torch.Size([50, 2])
     """
-    return torch.cat([torch.zeros(1, 2), grid(radius)])
+    return torch.cat([torch.zeros(1, 2), grid(check_count("views.paper", "radius", radius, 0))])
+
+
+def _order(n: int, modulus: int, generator: int) -> torch.Tensor:
+    """[n], int64: which dx each dy gets, both counted from 0, by a rank-1 rule.
+
+    Modulo n the rule is turned so that it is symmetric about the middle. Modulo n + 1 it is so by
+    itself; its point at the origin is left out.
+    """
+    index = torch.arange(n)
+    if modulus > n:
+        return generator * (index + 1) % modulus - 1
+    odd = generator % 2 == 1  # if not, n is odd: they have no common factor
+    turn = (generator - 1 if odd else generator - 1 + n) // 2
+    return (generator * index + turn) % n
+
+
+def _lattice(n: int) -> torch.Tensor:
+    """[n], int64: the order whose views lie farthest from each other."""
+    found: list[tuple[int, int, int]] = []
+    for modulus in (n, n + 1):
+        generators = torch.arange(1, modulus)
+        generators = generators[torch.gcd(generators, torch.tensor(modulus)) == 1]
+        least = torch.full_like(generators, 2 * modulus**2)
+        # The shortest vector of a lattice with one point in m squares is at most 1.08 sqrt(m).
+        for rows in range(1, math.isqrt(2 * modulus) + 1):
+            columns = generators * rows % modulus
+            least = least.minimum(rows**2 + columns.minimum(modulus - columns) ** 2)
+        found += zip(least.tolist(), [modulus] * len(generators), generators.tolist(), strict=True)
+    farthest = max(found)[0]
+    orders = [_order(n, modulus, g) for least, modulus, g in found if least == farthest]
+    place = 2 * torch.arange(n) - (n - 1)
+    return min(orders, key=lambda order: abs(int((place * place[order]).sum())))
+
+
+def lattice(n: int, radius: float) -> torch.Tensor:
+    """n views of which no two share a dy or a dx: a rank-1 lattice.
+
+    Both coordinates take the n values from -radius to radius, evenly spaced; which go together is
+    a multiplication modulo n or n + 1. Of all such rules this is the one whose closest two views
+    lie farthest apart; of several the one whose dy and dx correlate least, then the smallest. The
+    design is symmetric: with (dy, dx) there is (-dy, -dx). Two and three views lie on a diagonal.
+
+    Args:
+        n: views, >= 1. Of one view the offset is 0.
+        radius: pixels, >= 0.
+
+    Returns:
+        [n, 2], by dy.
+
+    Raises:
+        TypeError: n is no integer.
+        ValueError: n < 1 or > MAX_VIEWS; a radius < 0 or > 2^20.
+
+    Source of the method: Sloan and Joe, Lattice Methods for Multiple Integration, 1994.
+
+    Example:
+        >>> lattice(5, 2)
+        tensor([[-2.,  1.],
+                [-1., -2.],
+                [ 0.,  0.],
+                [ 1.,  2.],
+                [ 2., -1.]])
+    """
+    _check_views("lattice", n)
+    _check_radius("lattice", radius)
+    axis = _axis(n, radius).float()
+    return torch.stack([axis, axis[_lattice(n)]], 1)
+
+
+def sobol(n: int, radius: float, seed: int = 0) -> torch.Tensor:
+    """n views from a scrambled Sobol sequence over the square, brought to mean 0.
+
+    Bringing them there moves them all by the same little, over the edge of the square perhaps.
+
+    Args:
+        n: views, >= 1. Powers of two spread best.
+        radius: pixels, >= 0; half the side of the square.
+        seed: of the scrambling, >= 0: other numbers give other views.
+
+    Returns:
+        [n, 2], in the order of the sequence, in which any first few spread over the square.
+
+    Raises:
+        TypeError: n or seed is no integer.
+        ValueError: n < 1 or > MAX_VIEWS; a radius < 0 or > 2^20; a seed < 0 or >= 2^63.
+
+    Source of the method: Sobol', "On the distribution of points in a cube and the approximate
+    evaluation of integrals", 1967.
+
+    Example:
+        >>> sobol(8, 3).shape
+        torch.Size([8, 2])
+    """
+    _check_views("sobol", n)
+    _check_radius("sobol", radius)
+    if check_count("views.sobol", "seed", seed, 0) >= 2**63:
+        raise ValueError(f"views.sobol: seed must be < 2^63; got {seed}")
+    engine = torch.quasirandom.SobolEngine(2, scramble=True, seed=seed)
+    points = engine.draw(n, dtype=torch.float64)
+    return ((points - points.mean(0)) * 2 * radius).float()
+
+
+def ring(n: int, radius: float) -> Weighted:
+    """The untouched picture and n - 1 views on a circle around it.
+
+    The weights are such that mean and variance of both axes are those of a whole square of that
+    radius, radius^2 / 3: 1/3 for the picture, 2/3 for the circle.
+
+    Args:
+        n: views, >= 4: fewer than three on a circle do not have the same variance along y and x.
+        radius: pixels, >= 0; of the circle.
+
+    Returns:
+        offsets [n, 2], the picture first, and weights [n].
+
+    Raises:
+        TypeError: n is no integer.
+        ValueError: n < 4 or > MAX_VIEWS; a radius < 0 or > 2^20.
+
+    Example:
+        >>> ring(5, 2).weights
+        tensor([0.3333, 0.1667, 0.1667, 0.1667, 0.1667])
+    """
+    _check_views("ring", n, 4)
+    _check_radius("ring", radius)
+    angles = torch.arange(n - 1, dtype=torch.float64) * (2 * math.pi / (n - 1))
+    # Rounded, so that what lies on an axis is 0 there.
+    circle = radius * torch.stack([angles.sin(), angles.cos()], 1).round(decimals=12)
+    weights = torch.tensor([1 / 3] + [2 / 3 / (n - 1)] * (n - 1))
+    return Weighted(torch.cat([torch.zeros(1, 2), circle.float()]), weights)
+
+
+def best(count: int, radius: float = 3) -> torch.Tensor | Weighted:
+    """``count`` views that stand for all of ``grid(radius)``."""
+    _check_views("best", count)
+    _check_radius("best", radius)
+    return lattice(count, math.sqrt(3 * _variance(radius) * (count - 1) / (count + 1)))
 
 
 def spread(offsets: torch.Tensor) -> torch.Tensor:
@@ -75,19 +254,86 @@ def spread(offsets: torch.Tensor) -> torch.Tensor:
     return offsets[torch.arange(count) * step % max(1, count)]
 
 
-def parse(text: str) -> torch.Tensor:
-    """A design from words: ``grid:RADIUS``, ``grid:RADIUS:STEP`` or ``paper:RADIUS``.
+# The numbers after each name, and how many of them must be there.
+_DESIGNS: dict[str, tuple[Callable[..., torch.Tensor | Weighted], tuple[type, ...], int]] = {
+    "grid": (grid, (float, float), 1),
+    "paper": (paper, (int,), 1),
+    "lattice": (lattice, (int, float), 2),
+    "sobol": (sobol, (int, float, int), 2),
+    "ring": (ring, (int, float), 2),
+    "best": (best, (int, float), 1),
+}
+_FORMS = (
+    "views must be grid:RADIUS[:STEP], paper:RADIUS, lattice:N:RADIUS, sobol:N:RADIUS[:SEED], "
+    "ring:N:RADIUS or best:N[:RADIUS], RADIUS and STEP in pixels, such as grid:3"
+)
+
+
+def parse(text: str) -> torch.Tensor | Weighted:
+    """A design from words: its name and its arguments, ``grid:3``, ``lattice:7:2.5``, ``best:9``.
+
+    Args:
+        text: ``grid:RADIUS``, ``grid:RADIUS:STEP``, ``paper:RADIUS``, ``lattice:N:RADIUS``,
+            ``sobol:N:RADIUS``, ``sobol:N:RADIUS:SEED``, ``ring:N:RADIUS``, ``best:N`` or
+            ``best:N:RADIUS``. Decimals are allowed where the function takes them.
 
     Raises:
         ValueError: anything else.
+
+    Example:
+        >>> parse("grid:2.5").shape
+        torch.Size([36, 2])
     """
-    designs = {"grid": (grid, (1, 2)), "paper": (paper, (1,))}
-    name, *numbers = text.split(":")
-    if name in designs:
-        design, counts = designs[name]
-        if len(numbers) in counts and all(n.isdecimal() for n in numbers):
-            return design(*(int(n) for n in numbers))
-    raise ValueError(
-        "views must be grid:RADIUS, grid:RADIUS:STEP or paper:RADIUS with whole numbers, such as "
-        f"grid:3; got {text!r}"
-    )
+    name, *words = text.split(":")
+    reason = ""
+    if name in _DESIGNS:
+        design, kinds, least = _DESIGNS[name]
+        numbers = {int: "[0-9]+", float: r"[0-9]+(\.[0-9]+)?"}
+        if least <= len(words) <= len(kinds) and all(
+            re.fullmatch(numbers[kind], word) for kind, word in zip(kinds, words, strict=False)
+        ):
+            try:
+                return design(*(kind(word) for kind, word in zip(kinds, words, strict=False)))
+            except ValueError as error:
+                reason = f" ({error})"
+    raise ValueError(f"{_FORMS}; got {text!r}{reason}")
+
+
+def resolve(
+    views: torch.Tensor | str | int | tuple[torch.Tensor, torch.Tensor | None],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What :class:`srt_ext.SRT` takes for ``views``, as offsets and weights.
+
+    Args:
+        views: offsets [V, 2], (dy, dx) in pixels; a pair of them and of weights [V] or None, such
+            as :class:`Weighted`; words for :func:`parse`; or a number of views, for :func:`best`.
+
+    Returns:
+        offsets [V, 2], and weights [V] or None if all views count the same.
+
+    Raises:
+        TypeError, ValueError: anything else.
+
+    Example:
+        >>> resolve("ring:5:2")[1]
+        tensor([0.3333, 0.1667, 0.1667, 0.1667, 0.1667])
+    """
+    if isinstance(views, str):
+        views = parse(views)
+    elif isinstance(views, int) and not isinstance(views, bool):
+        views = best(views)
+    pair = views if isinstance(views, tuple) and len(views) == 2 else (views, None)
+    offsets, weights = pair
+    if not isinstance(offsets, torch.Tensor):
+        raise TypeError(
+            "SRT: views must be a torch.Tensor, (offsets, weights), a string or an integer; "
+            f"got {type(offsets).__name__}"
+        )
+    if offsets.dim() != 2 or offsets.shape[0] < 1 or offsets.shape[1] != 2:
+        raise ValueError(f"SRT: views must be [V, 2] with V >= 1; got {list(offsets.shape)}")
+    if weights is not None:
+        check_tensor("SRT", "weights of views", weights)
+        if weights.shape != offsets.shape[:1]:
+            rule = f"weights of views must be [V] with V = {len(offsets)}"
+            raise ValueError(f"SRT: {rule}; got {list(weights.shape)}")
+    return offsets, weights
