@@ -38,7 +38,7 @@ def _of_model(
     offsets = srt_ext.views.grid(3)
     image = torch.rand(1, 3, *size, device=clock.device).to(dtype)
     srt = srt_ext.SRT(vit, views=offsets, view_batch=VIEW_BATCH)
-    tokens_of = srt.backbone.tokens
+    features_of = srt.backbone.features
     field = srt(image)[0]
     views = srt_ext.shift(image, offsets)[:, 0]
     grid = (size[0] // PATCH[0], size[1] // PATCH[1])
@@ -47,10 +47,10 @@ def _of_model(
 
     def forwards() -> None:
         for part in views.split(VIEW_BATCH):
-            tokens_of(part)
+            features_of(part)
 
     calls = {
-        "forward": lambda: tokens_of(image),
+        "forward": lambda: features_of(image),
         "forwards of all views": forwards,
         "SRT": lambda: srt(image),
         "shift": lambda: srt_ext.shift(image, offsets),

@@ -88,7 +88,7 @@ def real_values(weights: Path, frames: Path) -> dict[int, torch.Tensor]:
         fields = []
         for at in offsets.split(1):
             with torch.no_grad():
-                tokens = backbone.tokens(srt_ext.shift(images, at)[0])[None, :, backbone.prefix :]
+                tokens = backbone.features(srt_ext.shift(images, at)[0])[0].tokens[None]
             place: Any = ((14, 14), (16, 16))
             fields.append(srt_ext.ensemble(tokens, at, *place, border="clamp", stride=4).flatten())
         found[count] = torch.stack(fields)[:, :: fields[0].numel() // ELEMENTS]

@@ -128,7 +128,7 @@ def test_real_weights_separate_the_astronaut_from_the_wall(tmp_path: Path, weigh
         (["missing.jpg"], "missing.jpg does not exist"),
         (["broken.jpg"], "no readable picture"),
         (["PHOTO", "--model", "vit_nonsense"], "timm has no model 'vit_nonsense'"),
-        (["PHOTO", "--model", "resnet18", "--weights", "WEIGHTS"], "is no ViT"),
+        (["PHOTO", "--model", "resnet18", "--weights", "WEIGHTS"], "do not fit resnet18"),
         (["PHOTO", "--weights", "missing.safetensors"], "missing.safetensors is no file"),
         (["PHOTO", "--weights", "broken.jpg"], "no readable safetensors file"),
         (
@@ -136,6 +136,10 @@ def test_real_weights_separate_the_astronaut_from_the_wall(tmp_path: Path, weigh
             "do not fit vit_small_patch16_224",
         ),
         (["PHOTO", "--views", "ring"], "views must be"),
+        (
+            ["PHOTO", "--weights", "WEIGHTS", "--layer", "12"],
+            "layers must be in -12 ... 11; got 12",
+        ),
         (["PHOTO", "--weights", "WEIGHTS", "--stride", "5"], "stride must divide"),
         (["PHOTO", "-o", "out.xyz"], "must end in"),
         (["PHOTO", "-o", "nowhere/out.png"], "does not exist"),

@@ -34,7 +34,7 @@ def expected_field(
 ) -> torch.Tensor:
     """What SRT means, from the oracle, in float64 and with no chunks: images of whole patches."""
     shifted = reference.shift(images, srt.views).float()
-    tokens = torch.stack([model(view) for view in shifted])[:, :, srt.backbone.prefix :]
+    tokens = torch.stack([model(view) for view in shifted])[:, :, srt.backbone.prefix or 0 :]
     grid = (images.shape[2] // PATCH[0], images.shape[3] // PATCH[1])
     return reference.ensemble(
         tokens, srt.views, grid, PATCH, border=srt.border, stride=srt.stride
@@ -107,9 +107,9 @@ def test_tokens_held_do_not_grow_with_the_views(
     kinds = wrapper._RUNNING
 
     class Spy(kinds[reduce]):  # type: ignore[misc]
-        def update(self, tokens: torch.Tensor, offsets: torch.Tensor) -> None:
+        def update(self, tokens: torch.Tensor, *others: torch.Tensor | None) -> None:
             held.append(tokens.untyped_storage().nbytes())
-            super().update(tokens, offsets)
+            super().update(tokens, *others)
 
     monkeypatch.setitem(kinds, reduce, Spy)
     for radius in (1, 4):
@@ -200,7 +200,7 @@ def test_memory_is_two_outputs(radius: int) -> None:
 def test_progress_counts_views() -> None:
     done: list[int] = []
     SRT(pooled, "grid:1", view_batch=4, patch=PATCH)(torch.zeros(1, 3, 8, 8), done.append)
-    assert done == [4, 8, 9]
+    assert done == [3, 6, 9]  # three batches of one size
 
 
 def test_half_precision_tokens_keep_their_dtype() -> None:
@@ -244,8 +244,8 @@ def test_wrong_settings(arguments: dict[str, object], message: str) -> None:
         ({"patch": 8.0}, "patch must be two integers >= 1"),
         ({"view_batch": 2.5}, "view_batch must be an integer >= 1; got 2.5"),
         ({"prefix": 1.0}, "prefix must be an integer >= 0; got 1.0"),
-        ({"views": [[0, 0]]}, "views must be a torch.Tensor; got list"),
-        ({"upsample": None}, "upsample must be a string"),
+        ({"views": [[0, 0]]}, "views must be a torch.Tensor, .*; got list"),
+        ({"border": None}, "border must be a string"),
     ],
 )
 def test_settings_of_the_wrong_type(arguments: dict[str, object], message: str) -> None:
@@ -262,7 +262,7 @@ def test_wrong_inputs() -> None:
     with pytest.raises(ValueError, match="stride must divide"):
         SRT(pooled, stride=3, patch=PATCH)(torch.zeros(1, 3, 8, 8))
     with pytest.raises(ValueError, match="the model must return tokens"):
-        SRT(with_prefix, patch=PATCH)(torch.zeros(1, 3, 8, 8))
+        SRT(with_prefix, patch=PATCH, prefix=1)(torch.zeros(1, 3, 8, 8))
     with pytest.raises(TypeError, match="callable"):
         SRT(3, patch=PATCH)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"images must be a torch.Tensor; got list"):

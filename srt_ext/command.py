@@ -33,7 +33,7 @@ app = typer.Typer(
 console = Console()
 
 Photo = Annotated[Path, typer.Argument(help="A picture, of any kind that Pillow reads.")]
-ModelName = Annotated[str, typer.Option("--model", help="A ViT of timm.")]
+ModelName = Annotated[str, typer.Option("--model", help="A model of timm.")]
 Weights = Annotated[
     Path | None,
     typer.Option(help="A .safetensors state dict; without it timm's pretrained weights are taken."),
@@ -42,6 +42,12 @@ Views = Annotated[str, typer.Option(help="grid:RADIUS, grid:RADIUS:STEP or paper
 Stride = Annotated[int, typer.Option(min=1, help="Pixels per output cell; 1 is pixel scale.")]
 Size = Annotated[
     int, typer.Option(min=0, help="Longer side to which a larger picture is reduced; 0 keeps it.")
+]
+LayerIndex = Annotated[
+    int | None,
+    typer.Option(
+        "--layer", help="The block or stage to look at, from 0, or from the end; or else the last."
+    ),
 ]
 ViewBatch = Annotated[int, typer.Option(min=1, help="Views in one forward of the model.")]
 
@@ -93,21 +99,22 @@ class Features:
         stride: int,
         size: int,
         view_batch: int,
+        layer: int | None,
         noise: bool = False,
     ) -> None:
         if unavailable is not None:
             raise fail(unavailable)
         import torch
 
-        from .backbones import ModelError, describe, load_timm
-        from .views import parse
+        from .backbones import ModelError, Timed, describe, load_timm
+        from .views import resolve
         from .wrapper import SRT, SRTOutput
 
         # What can be wrong and is quick to see, before a model is loaded.
         if weights is not None and not weights.is_file():
             raise fail(f"{weights} is no file")
         try:
-            offsets = parse(views)
+            offsets, _ = resolve(views)
         except ValueError as error:
             raise fail(str(error)) from None
         self.picture = open_picture(photo, size)
@@ -116,29 +123,16 @@ class Features:
         except ModelError as error:
             raise fail(str(error)) from None
 
-        self.model_seconds = 0.0
-        backbone = describe(vit)
-
-        def timed(images: torch.Tensor) -> torch.Tensor:
-            start = time.perf_counter()
-            tokens = backbone.tokens(images)
-            self.model_seconds += time.perf_counter() - start
-            return tokens
-
-        wrap: dict[str, Any] = {
-            "patch": backbone.patch,
-            "prefix": backbone.prefix,
-            "view_batch": view_batch,
-        }
         pixels = torch.from_numpy(np.asarray(self.picture).copy()).permute(2, 0, 1)[None] / 255
         mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
         image = (pixels - mean) / std
         try:
+            backbone = Timed(describe(vit, layer))
             self.plain: torch.Tensor = SRT(
-                timed, torch.zeros(1, 2), stride=backbone.patch, upsample="nearest", **wrap
+                backbone, torch.zeros(1, 2), stride=backbone.patch, upsample="nearest"
             )(image).field
-            srt = SRT(timed, offsets, stride=stride, **wrap)
-            self.model_seconds = 0.0
+            srt = SRT(backbone, views, stride=stride, view_batch=view_batch)
+            backbone.seconds = 0.0
             with Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -162,6 +156,7 @@ class Features:
                 seconds = time.perf_counter() - start
         except ValueError as error:
             raise fail(str(error)) from None
+        self.model_seconds = backbone.seconds
         self.srt_seconds = seconds - self.model_seconds
         self.patch = backbone.patch
         self.views = len(offsets)
@@ -203,13 +198,14 @@ def show(
     stride: Stride = 1,
     size: Size = 448,
     view_batch: ViewBatch = 8,
+    layer: LayerIndex = None,
     noise: Annotated[
         bool, typer.Option("--noise", help="Also draw how far the views differ: the noise map.")
     ] = False,
 ) -> None:
     """Draws a photograph, its plain tokens and its SRT field, in one PCA basis, side by side."""
     check_output(output, (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp"))
-    features = Features(photo, model, weights, views, stride, size, view_batch, noise)
+    features = Features(photo, model, weights, views, stride, size, view_batch, layer, noise)
     from .visualize import Colours, brightness, enlarge, side_by_side
 
     if features.plain[0, 0].numel() < 3:
@@ -240,10 +236,11 @@ def features(
     stride: Stride = 1,
     size: Size = 448,
     view_batch: ViewBatch = 8,
+    layer: LayerIndex = None,
 ) -> None:
     """Writes the SRT field of a photograph: `field` [C, H', W'] and `prefix` [K, C]."""
     check_output(output, (".npz", ".safetensors"))
-    made = Features(photo, model, weights, views, stride, size, view_batch)
+    made = Features(photo, model, weights, views, stride, size, view_batch, layer)
     tensors = {"field": made.output.field[0].contiguous()}
     if made.output.prefix is not None:
         tensors["prefix"] = made.output.prefix[0].contiguous()
@@ -314,6 +311,6 @@ def info() -> None:
         )
     row("CUDA", _cuda())
     row("srt_ext.numpy", _numpy())
-    for package in ("timm", "torchvision", "PIL", "safetensors", "sklearn"):
+    for package in ("timm", "transformers", "torchvision", "PIL", "safetensors", "sklearn"):
         row(package, _version(package))
     console.print(table)

@@ -1,0 +1,808 @@
+"""SRT around each family of models: real instances of their libraries, small and randomly made.
+
+What SRT should give is made from the model's other ways to its features, and the oracle.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from conftest import SHARED
+from torch import nn
+
+from srt_ext import SRT, reference
+from srt_ext.backbones import describe, load_timm
+
+# The picture itself, whole and broken pixels.
+OFFSETS = torch.tensor([[0.0, 0.0], [1.5, -2.0], [-3.0, 0.25]])
+Tokens = Callable[[torch.Tensor], torch.Tensor]  # [B, 3, H, W] -> [B, h, w, C]
+
+
+class Family(NamedTuple):
+    name: str
+    settings: dict[str, Any]
+    size: tuple[int, int] = (48, 80)
+    pitch: int = 16
+    prefix: int = 1
+    layout: str = "NLC"  # of model.forward_features
+
+
+SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 4}  # of a plain ViT
+ANY = {**SMALL, "dynamic_img_size": True}
+TIMM = {
+    "ViT": Family("vit_tiny_patch16_224", ANY),
+    "DeiT": Family("deit_tiny_distilled_patch16_224", ANY, prefix=2),
+    "MAE": Family("vit_base_patch16_224.mae", ANY),
+    "DINOv2, registers": Family("vit_small_patch14_reg4_dinov2", ANY, (56, 70), 14, 5),
+    "DINOv3": Family("vit_small_patch16_dinov3", SMALL, prefix=5),
+    "CLIP": Family("vit_base_patch32_clip_224", ANY, (96, 64), 32),
+    "SigLIP": Family("vit_base_patch16_siglip_224", ANY, prefix=0),
+    "EVA-02, rotary": Family("eva02_tiny_patch14_224", ANY, (56, 70), 14),
+    "BEiT": Family("beit_base_patch16_224", {**SMALL, "img_size": (48, 80)}),
+    "SAM": Family(
+        "samvit_base_patch16_224",
+        {**SMALL, "window_size": 2, "global_attn_indexes": (1,), "neck_chans": 24},
+        prefix=0,
+        layout="NCHW",
+    ),
+    "Swin": Family(
+        "swin_tiny_patch4_window7_224",
+        {"embed_dim": 24, "depths": (1, 1, 2, 1), "img_size": (64, 96), "window_size": 2},
+        (64, 96),
+        32,
+        0,
+        "NHWC",
+    ),
+    "ConvNeXt": Family("convnext_atto", {"depths": (1, 1, 1, 1)}, (64, 96), 32, 0, "NCHW"),
+    "ResNet": Family("resnet18", {}, (64, 96), 32, 0, "NCHW"),
+}
+
+
+def timm_model(family: str) -> Any:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    kind = TIMM[family]
+    return timm.create_model(kind.name, pretrained=False, **kind.settings).eval()
+
+
+def mapped(tokens: torch.Tensor, layout: str, grid: tuple[int, int]) -> torch.Tensor:
+    """Tokens or a map in any layout -> [B, h, w, C], prefix tokens left out."""
+    if layout == "NCHW":
+        return tokens.permute(0, 2, 3, 1)
+    if layout == "NHWC":
+        return tokens
+    return tokens[:, tokens.shape[1] - grid[0] * grid[1] :].unflatten(1, grid)
+
+
+def expected_field(tokens_of: Tokens, images: torch.Tensor, stride: int) -> torch.Tensor:
+    """The field of OFFSETS, from the oracle."""
+    shifted = reference.shift(images, OFFSETS).float()
+    with torch.no_grad():
+        tokens = torch.stack([tokens_of(view) for view in shifted])  # [V, B, h, w, C]
+    grid = (tokens.shape[2], tokens.shape[3])
+    patch = (images.shape[2] // grid[0], images.shape[3] // grid[1])
+    return reference.ensemble(tokens.flatten(2, 3), OFFSETS, grid, patch, stride=stride).float()
+
+
+def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Up to what a network makes of the rounding of its picture."""
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(actual, expected, atol=1e-4 * scale, rtol=1e-4)
+
+
+@contextmanager
+def outputs_of(model: nn.Module, names: list[str]) -> Iterator[dict[str, torch.Tensor]]:
+    """What modules returned last."""
+    kept: dict[str, torch.Tensor] = {}
+    handles = []
+    for name in names:
+        module = model.get_submodule(name)
+
+        def keep(_m: nn.Module, _i: object, out: Any, name: str = name) -> None:
+            kept[name] = out[0] if isinstance(out, tuple) else out
+
+        handles.append(module.register_forward_hook(keep))
+    yield kept
+    for handle in handles:
+        handle.remove()
+
+
+# ---- timm ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", TIMM)
+def test_timm_needs_no_settings(family: str) -> None:
+    model, kind = timm_model(family), TIMM[family]
+    images = torch.randn(2, 3, *kind.size)
+    grid = (kind.size[0] // kind.pitch, kind.size[1] // kind.pitch)
+    srt = SRT(model, OFFSETS, stride=kind.pitch // 2, view_batch=2)
+    field, prefix = srt(images)
+    assert srt.backbone.patch == (kind.pitch, kind.pitch)
+    assert (0 if prefix is None else prefix.shape[1]) == kind.prefix
+
+    def tokens_of(view: torch.Tensor) -> torch.Tensor:
+        return mapped(model.forward_features(view), kind.layout, grid)
+
+    assert_same(field, expected_field(tokens_of, images, kind.pitch // 2))
+
+
+@pytest.mark.parametrize("family", TIMM)
+def test_timm_layers_as_they_are(family: str) -> None:
+    """norm=False: what the blocks or stages return, at their own pitch; prefix tokens averaged."""
+    model, kind = timm_model(family), TIMM[family]
+    images = torch.randn(1, 3, *kind.size)
+    layers = [len(model.feature_info) - 1, 0]
+    names = [model.feature_info[i]["module"] for i in layers]
+    outputs = SRT(model, OFFSETS, layers=layers, norm=False, stride=kind.pitch // 2)(images)
+    for layer, name, output in zip(layers, names, outputs, strict=True):
+        pitch = model.feature_info[layer]["reduction"]
+        grid = (kind.size[0] // pitch, kind.size[1] // pitch)
+        prefixes = []
+
+        def tokens_of(
+            view: torch.Tensor,
+            name: str = name,
+            grid: tuple[int, int] = grid,
+            prefixes: list[torch.Tensor] = prefixes,
+        ) -> torch.Tensor:
+            with outputs_of(model, [name]) as kept:
+                model(view)
+            found = kept[name]
+            layout = "NLC" if found.dim() == 3 else kind.layout
+            if family == "SAM":
+                layout = "NHWC"  # the neck alone is NCHW
+            prefixes.append(found[:, : kind.prefix])
+            return mapped(found, layout, grid)
+
+        assert_same(output.field, expected_field(tokens_of, images, kind.pitch // 2))
+        if kind.prefix:
+            assert_same(output.prefix, torch.stack(prefixes).mean(0))
+
+
+def test_hiera() -> None:
+    """Its modules have tokens in an order of their own, which timm brings back."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    settings = {"embed_dim": 24, "num_heads": 1, "stages": (1, 1, 2, 1), "img_size": (64, 96)}
+    model = timm.create_model("hiera_tiny_224", **settings).eval()
+    images = torch.randn(1, 3, 64, 96)
+    outputs = SRT(model, OFFSETS, layers=[1, -1], stride=8)(images)
+    for at, output in zip((1, 3), outputs, strict=True):
+
+        def tokens_of(view: torch.Tensor, at: int = at) -> torch.Tensor:
+            return model.forward_features(view, return_intermediates=True)[1][at]
+
+        assert_same(output.field, expected_field(tokens_of, images, 8))
+    with pytest.raises(ValueError, match="order of their own"):
+        SRT(model, layers="blocks.2")
+    with pytest.raises(ValueError, match="inject must be the name"):
+        SRT(model, inject=1)
+
+
+def test_normalised_layers_of_a_vit() -> None:
+    model = timm_model("ViT")
+    images = torch.randn(1, 3, 48, 80)
+
+    def tokens_of(view: torch.Tensor) -> torch.Tensor:
+        with outputs_of(model, ["blocks.0"]) as kept:
+            model(view)
+        return mapped(model.norm(kept["blocks.0"]), "NLC", (3, 5))
+
+    first, last = SRT(model, OFFSETS, layers=(0, -1), stride=8)(images)
+    assert_same(first.field, expected_field(tokens_of, images, 8))
+    assert torch.equal(last.field, SRT(model, OFFSETS, stride=8)(images).field)
+    assert torch.equal(first.field, SRT(model, OFFSETS, layers=0, stride=8)(images).field)
+
+
+def test_several_layers_take_one_pass() -> None:
+    model = timm_model("ViT")
+    shown = 0
+
+    def count(_m: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        nonlocal shown
+        shown += len(inputs[0])
+
+    model.blocks[0].register_forward_pre_hook(count)
+    done: list[int] = []
+    srt = SRT(model, OFFSETS, layers=[0, 1, -1], stride=8, view_batch=2)
+    moments = srt.moments(torch.randn(1, 3, 48, 80), done.append)
+    assert shown == 3
+    assert done == [2, 3]
+    assert [m.var.shape for m in moments] == [torch.Size([1, 48, 6, 10])] * 3
+
+
+def test_a_picture_of_a_size_that_the_model_refuses() -> None:
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("vit_tiny_patch16_224", depth=1)
+    srt = SRT(model, OFFSETS, stride=16)
+    assert srt(torch.zeros(1, 3, 224, 224)).field.shape == (1, 192, 14, 14)
+    with pytest.raises(ValueError, match=r"take pictures of \[48, 80\].*dynamic_img_size"):
+        srt(torch.zeros(1, 3, 48, 70))
+
+
+def test_real_weights() -> None:
+    """Layers and class of a photograph, by a ViT-Ti/16 that was trained."""
+    name = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    weights = SHARED / "weights" / f"{name}.fp16.safetensors"
+    if not weights.exists():
+        pytest.skip(f"{weights} does not exist")
+    data = pytest.importorskip("skimage.data")
+    model, _ = load_timm(name, weights)
+    photo = torch.from_numpy(data.chelsea().copy()).permute(2, 0, 1)[None] / 127.5 - 1
+    photo = torch.nn.functional.interpolate(photo, (240, 320), mode="bilinear", antialias=True)
+    middle, last = SRT(model, views=4, layers=[5, -1], stride=8)(photo)
+    for output in (middle, last):
+        assert output.field.shape == (1, 192, 30, 40)
+        assert bool(output.field.isfinite().all())
+    with torch.no_grad():
+        plain = model(photo)
+    logits = SRT(model, views=9, inject=5)(photo)
+    # A tabby, a tiger cat or an Egyptian cat, as without SRT, and not from the same tokens.
+    assert int(plain.argmax()) in (281, 282, 285)
+    assert int(logits.argmax()) in (281, 282, 285)
+    assert 1e-3 < float((logits - plain).norm() / plain.norm()) < 0.5
+
+
+# ---- transformers -------------------------------------------------------------------------------
+
+WIDTH = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+}
+TRANSFORMERS = {
+    "ViT": ("ViT", {"image_size": 32, "patch_size": 16}, 1, "layernorm"),
+    "DINOv2": ("Dinov2", {"image_size": 28, "patch_size": 14}, 1, "layernorm"),
+    "DINOv2, registers": (
+        "Dinov2WithRegisters",
+        {"image_size": 28, "patch_size": 14, "num_register_tokens": 4},
+        5,
+        "layernorm",
+    ),
+    "DINOv3": ("DINOv3ViT", {"patch_size": 16, "num_register_tokens": 4}, 5, "norm"),
+    "CLIP": ("CLIPVision", {"image_size": 64, "patch_size": 32}, 1, "post_layernorm"),
+    "SigLIP": ("SiglipVision", {"image_size": 32, "patch_size": 16}, 0, "post_layernorm"),
+}
+
+
+def transformers_model(kind: str, head: str = "Model", **settings: Any) -> Any:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**WIDTH, **settings)
+    return getattr(transformers, f"{kind}{head}")(config).eval()
+
+
+def row_of_layers(model: nn.Module) -> str:
+    return next(
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == 3
+    )
+
+
+@pytest.mark.parametrize("family", TRANSFORMERS)
+@pytest.mark.parametrize("norm", [True, False])
+def test_transformers_need_no_settings(family: str, norm: bool) -> None:
+    kind, settings, prefix, norm_name = TRANSFORMERS[family]
+    model = transformers_model(kind, **settings)
+    patch = settings["patch_size"]
+    size, grid = (3 * patch, 5 * patch), (3, 5)  # another than that of the configuration
+    images = torch.randn(2, 3, *size)
+    row = row_of_layers(model)
+    norms = [m for name, m in model.named_modules() if name.rpartition(".")[2] == norm_name]
+    outputs = SRT(model, OFFSETS, layers=[0, -1], norm=norm, stride=patch // 2)(images)
+    free = "interpolate_pos_encoding" in model.forward.__code__.co_varnames or family in (
+        *("ViT", "CLIP", "SigLIP"),
+    )
+    how = {"interpolate_pos_encoding": True} if free else {}
+    for at, output in zip((0, 2), outputs, strict=True):
+        assert (0 if output.prefix is None else output.prefix.shape[1]) == prefix
+
+        def tokens_of(view: torch.Tensor, at: int = at) -> torch.Tensor:
+            with outputs_of(model, [f"{row}.{at}"]) as kept:
+                result = model(view, **how)
+            tokens = kept[f"{row}.{at}"]
+            if norm:
+                tokens = norms[-1](tokens)
+                if at == 2 and family != "CLIP":  # which normalises its class token alone
+                    torch.testing.assert_close(tokens, result.last_hidden_state)
+            return mapped(tokens, "NLC", grid)
+
+        assert_same(output.field, expected_field(tokens_of, images, patch // 2))
+
+
+def test_sam_of_transformers() -> None:
+    settings = {
+        "image_size": 64,
+        "patch_size": 16,
+        "output_channels": 8,
+        "window_size": 2,
+        "global_attn_indexes": [1],
+        "mlp_dim": 64,
+    }
+    model = transformers_model("SamVision", **settings)
+    images = torch.randn(1, 3, 64, 64)
+    first, last = SRT(model, OFFSETS, layers=[0, -1], stride=8)(images)
+    row = row_of_layers(model)
+
+    def block(view: torch.Tensor) -> torch.Tensor:
+        with outputs_of(model, [f"{row}.0"]) as kept:
+            model(view)
+        return kept[f"{row}.0"]
+
+    assert_same(first.field, expected_field(block, images, 8))
+    neck = expected_field(lambda v: model(v).last_hidden_state.permute(0, 2, 3, 1), images, 8)
+    assert_same(last.field, neck)
+    assert first.prefix is None
+
+
+def test_a_whole_clip_is_its_picture_tower() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    vision = {**WIDTH, "image_size": 64, "patch_size": 32}
+    text = {**WIDTH, "vocab_size": 16, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision)
+    model = transformers.CLIPModel(config).eval()
+    images = torch.randn(1, 3, 64, 96)
+    settings: dict[str, Any] = {"views": OFFSETS, "stride": 16}
+    whole, tower = SRT(model, **settings)(images), SRT(model.vision_model, **settings)(images)
+    assert torch.equal(whole.field, tower.field)
+
+
+# ---- DINO, hooks, calls -------------------------------------------------------------------------
+
+
+class Dino(nn.Module):
+    """The interface of DINOv2's repository, around a real ViT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vit = timm_model("ViT")
+        self.blocks, self.norm, self.patch_size = self.vit.blocks, self.vit.norm, 16
+
+    def get_intermediate_layers(
+        self,
+        x: torch.Tensor,
+        n: int | list[int] = 1,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        norm: bool = True,
+    ) -> tuple[Any, ...]:
+        assert not isinstance(n, int)
+        assert return_class_token
+        assert not reshape
+        pairs = self.vit.forward_intermediates(
+            x, n, True, norm, output_fmt="NLC", intermediates_only=True
+        )
+        return tuple((tokens, prefix[:, 0]) for tokens, prefix in pairs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.vit(x)
+        return logits
+
+
+class FirstDino(Dino):
+    """That of the first DINO."""
+
+    def get_intermediate_layers(self, x: torch.Tensor, n: int = 1) -> list[torch.Tensor]:  # type: ignore[override]
+        every = self.vit.forward_intermediates(
+            x, None, True, True, output_fmt="NLC", intermediates_only=True
+        )
+        return [torch.cat([prefix, tokens], 1) for tokens, prefix in every[-n:]]
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_dino(norm: bool) -> None:
+    model = Dino()
+    images = torch.randn(2, 3, 48, 70)
+    settings: dict[str, Any] = {"layers": [-1, 0], "stride": 8, "norm": norm}
+    for ours, timms in zip(
+        SRT(model, OFFSETS, **settings)(images),
+        SRT(model.vit, OFFSETS, **settings)(images),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, timms)
+
+
+def test_the_first_dino() -> None:
+    model = FirstDino()
+    images = torch.randn(2, 3, 48, 70)
+    settings: dict[str, Any] = {"layers": [-1, 0], "stride": 8}
+    with pytest.warns(UserWarning, match="prefix=1"):
+        outputs = SRT(model, OFFSETS, **settings)(images)
+    timms = SRT(model.vit, OFFSETS, **settings)(images)
+    torch.testing.assert_close(tuple(outputs), tuple(timms))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SRT(model, OFFSETS, prefix=1, **settings)(images)
+    with pytest.raises(ValueError, match="norm must be True"):
+        SRT(model, OFFSETS, norm=False)
+
+
+def test_modules_by_name_in_any_model() -> None:
+    model = timm_model("ViT")
+    plain = nn.Sequential(nn.Identity(), model)  # nothing that SRT knows
+    images = torch.randn(2, 3, 48, 70)
+    settings: dict[str, Any] = {"views": OFFSETS, "stride": 8}
+    expected = SRT(model, layers=[1, 0], norm=False, **settings)(images)
+    names = ["1.blocks.1", "1.blocks.0"]
+    outputs = SRT(plain, layers=names, patch=16, prefix=1, **settings)(images)
+    torch.testing.assert_close(tuple(outputs), tuple(expected))
+    with pytest.warns(UserWarning, match="the first 1 are taken for class or register tokens"):
+        SRT(plain, layers=names, patch=16, **settings)(images)
+    with warnings.catch_warnings():  # what timm tells is no guess
+        warnings.simplefilter("error")
+        output = SRT(model, layers="blocks.0", **settings)(images)
+    torch.testing.assert_close(output, expected[1])
+    assert not any(module._forward_hooks for module in plain.modules())
+
+
+def test_maps_in_both_layouts() -> None:
+    images = torch.randn(2, 3, 32, 48)
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 4, 8, stride=8)
+    settings: dict[str, Any] = {"views": OFFSETS, "patch": 8, "stride": 4}
+
+    def channels_last(x: torch.Tensor) -> torch.Tensor:
+        return conv(x).permute(0, 2, 3, 1)
+
+    expected = expected_field(channels_last, images, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_same(SRT(conv, **settings)(images).field, expected)
+        assert_same(SRT(nn.Sequential(conv), layers="0", **settings)(images).field, expected)
+        # Four channels on a grid of 4 x 6: [B, 4, 6, 4] is no map of channels first.
+        assert_same(SRT(channels_last, **settings)(images).field, expected)
+    coarser = SRT(nn.Sequential(conv, nn.AvgPool2d(2)), **settings)
+    with pytest.warns(UserWarning, match=r"taken for NCHW with a patch of \[16, 16\]"):
+        field = coarser(images).field
+    pooled = nn.functional.avg_pool2d
+    assert_same(field, expected_field(lambda x: pooled(conv(x), 2).permute(0, 2, 3, 1), images, 4))
+    with pytest.warns(UserWarning, match="taken for NCHW"):  # 4 channels on a grid of 4 x 4
+        SRT(conv, **settings)(images[..., :32])
+
+
+class Broken(nn.Module):
+    """A head that fails."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("out of order")
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "message"),
+    [
+        ({"layers": 2}, ValueError, r"layers must be in -2 \.\.\. 1; got 2"),
+        ({"layers": []}, ValueError, "at least one"),
+        ({"layers": 1.0}, TypeError, "layers must be indices or names"),
+        ({"layers": [0, "norm"]}, TypeError, "all indices or all names"),
+        ({"layers": "block.7"}, ValueError, r"names of modules of VisionTransformer.*'block.7'"),
+        ({"patch": 8}, ValueError, r"patch must be that of the model, \(16, 16\); got 8"),
+        ({"prefix": 2}, ValueError, "prefix must be that of the model, 1; got 2"),
+        ({"inject": [0]}, TypeError, "inject must be one index or name"),
+        ({"inject": 0, "layers": 1}, ValueError, "layers must be None with inject"),
+        ({"inject": 0, "stride": 16}, ValueError, "stride must be left out with inject"),
+        ({"inject": 5}, ValueError, "layers must be in"),
+        ({"view_batch": "many"}, TypeError, "view_batch must be an integer >= 1; got 'many'"),
+    ],
+)
+def test_wrong_settings(settings: dict[str, Any], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        SRT(timm_model("ViT"), OFFSETS, **settings)
+
+
+def test_wrong_models() -> None:
+    images = torch.randn(1, 3, 48, 80)
+    model = timm_model("ViT")
+    plain = nn.Sequential(model)
+    with pytest.raises(ValueError, match=r"layers must be names of modules, with patch.*got \[3\]"):
+        SRT(plain, layers=3, patch=16)
+    with pytest.raises(ValueError, match="patch must be given"):
+        SRT(plain, layers="0.blocks.0")
+    with pytest.raises(ValueError, match=r"tokens \[B, K \+ 60, C\].*got \[6, 16, 48\]"):
+        SRT(plain, OFFSETS.repeat(2, 1), layers="0.blocks.0", patch=8)(images)
+    with pytest.raises(ValueError, match=r"the model must return tokens.*got \[3, 1000\]"):
+        SRT(plain, OFFSETS, patch=16)(images)
+    model.unused = nn.Identity()
+    with pytest.raises(ValueError, match="left out"):
+        SRT(model, OFFSETS, layers="unused")(images)
+    with pytest.raises(ValueError, match="moments must be asked of layers"):
+        SRT(model, OFFSETS, inject=0).moments(images)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+# ---- precision and compilers --------------------------------------------------------------------
+
+
+def test_half_precision_and_autocast() -> None:
+    model = timm_model("ViT")
+    images = torch.randn(2, 3, 48, 80)
+    expected = SRT(model, OFFSETS, stride=8)(images).field
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = SRT(model, OFFSETS, layers=[0, -1], norm=False, stride=8)(images)
+        assert_close_in_bfloat16(SRT(model, OFFSETS, stride=8)(images).field, expected)
+    assert [out.field.isfinite().all() for out in cast]
+    half = copy.deepcopy(model).bfloat16()
+    field, prefix = SRT(half, OFFSETS, stride=8)(images.bfloat16())
+    assert field.dtype == prefix.dtype == torch.bfloat16
+    assert_close_in_bfloat16(field, expected)
+
+
+def assert_close_in_bfloat16(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    error = (actual.float() - expected).norm() / expected.norm()
+    assert error < 0.03
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_compiled_models(library: str) -> None:
+    """Their features are compiled with their settings, once: batches of views have one size."""
+    if library == "timm":
+        model = timm_model("ViT")
+    else:
+        model = transformers_model("Dinov2", image_size=28, patch_size=14)
+    graphs: list[int] = []
+
+    def backend(graph: Any, inputs: object) -> Any:
+        graphs.append(len(graph.graph.nodes))
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend)
+    images = torch.randn(1, 3, 56, 80)
+    offsets = torch.cat([OFFSETS, OFFSETS + 1])
+    srt = SRT(compiled, offsets, layers=[0, -1], stride=8, view_batch=4)
+    expected = SRT(model, offsets, layers=[0, -1], stride=8, view_batch=4)
+    if library == "transformers":
+        images = images[..., :70]
+        srt, expected = (
+            SRT(m, offsets, layers=[0, -1], stride=7, view_batch=4) for m in (compiled, model)
+        )
+    torch.testing.assert_close(tuple(srt(images)), tuple(expected(images)))
+    count = len(graphs)
+    assert count > 0
+    srt(images)
+    assert len(graphs) == count
+    twin = copy.deepcopy(srt)
+    torch.testing.assert_close(tuple(twin(images)), tuple(expected(images)))
+    # Hooks are not called by compiled code: there the model runs as it is written.
+    name = next(n for n, _ in model.named_modules() if n.endswith(".0"))
+    by_name = SRT(
+        compiled, offsets, layers=name, patch=srt.backbone.patch, prefix=1, stride=srt.stride
+    )
+    torch.testing.assert_close(
+        by_name(images).field,
+        SRT(model, offsets, layers=0, norm=False, stride=srt.stride)(images).field,
+    )
+
+
+# ---- back into the network ----------------------------------------------------------------------
+
+ITSELF = torch.zeros(1, 2)
+INJECTABLE = [
+    "ViT",
+    "DeiT",
+    "DINOv3",
+    "SigLIP",
+    "EVA-02, rotary",
+    "SAM",
+    "Swin",
+    "ConvNeXt",
+    "ResNet",
+]
+
+
+@pytest.mark.parametrize("family", INJECTABLE)
+def test_injecting_the_picture_itself_changes_nothing(family: str) -> None:
+    model = timm_model(family)
+    images = torch.randn(2, 3, *TIMM[family].size)
+    with torch.no_grad():
+        expected = model(images)
+    actual = SRT(model, ITSELF, inject=0)(images)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    assert not torch.equal(SRT(model, OFFSETS, inject=0)(images), expected)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("settings", [{}, {"reduce": "median"}, {"streaming": True}])
+@pytest.mark.parametrize("itself", [True, False])
+def test_inject_is_the_ensemble_and_the_rest_of_the_network(
+    settings: dict[str, Any], itself: bool
+) -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", **{**ANY, "depth": 3}).eval()
+    images = torch.randn(2, 3, 40, 80)  # padded to 48 x 80
+    offsets = torch.cat([OFFSETS, torch.tensor([[2.0, 1.0], [-1.0, -2.0]])])
+    offsets = offsets[0 if itself else 1 :]
+    ran = {0: 0, 1: 0, 2: 0}
+    for i, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda _m, _i, out, i=i: ran.update({i: ran[i] + len(out)}))
+    done: list[int] = []
+    actual = SRT(model, offsets, inject=1, view_batch=2, **settings)(images, done.append)
+    assert ran == {0: 10, 1: 10, 2: 2}  # pictures: V views, or the picture itself and V
+    assert done[-1] == len(offsets)
+
+    padded = nn.functional.pad(images, (0, 0, 0, 8), mode="replicate")
+    shifted = reference.shift(padded, offsets).float()
+    with torch.no_grad():
+        found = [
+            model.forward_intermediates(view, [1], True, output_fmt="NLC", intermediates_only=True)[
+                0
+            ]
+            for view in shifted
+        ]
+        tokens, prefix = (torch.stack(part) for part in zip(*found, strict=True))
+        field = reference.ensemble(
+            tokens,
+            offsets,
+            (3, 5),
+            (16, 16),
+            reduce=settings.get("reduce", "mean"),
+            upsample="nearest",
+            stride=16,
+        ).float()
+        x = torch.cat([prefix.mean(0), field.flatten(2).transpose(1, 2)], 1)
+        expected = model.forward_head(model.norm(model.blocks[2](x)))
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["ViT", "Dinov2"])
+def test_inject_into_transformers(kind: str) -> None:
+    patch = 14
+    settings = {"image_size": 28, "patch_size": patch, "num_labels": 5}
+    model = transformers_model(kind, "ForImageClassification", **settings)
+    images = torch.randn(2, 3, 3 * patch, 5 * patch)
+    how = {"interpolate_pos_encoding": True} if kind == "ViT" else {}
+    with torch.no_grad():
+        expected = model(images, **how).logits
+    actual = SRT(model, ITSELF, inject=1)(images).logits
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    assert not torch.equal(SRT(model, OFFSETS, inject=1)(images).logits, expected)
+
+
+def test_inject_before_a_depth_head() -> None:
+    """DPT reads several layers, some before the one that is replaced."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    backbone = transformers.Dinov2Config(
+        **WIDTH,
+        image_size=28,
+        patch_size=14,
+        out_features=["stage1", "stage3"],
+        reshape_hidden_states=False,
+    )
+    config = transformers.DepthAnythingConfig(
+        backbone_config=backbone,
+        patch_size=14,
+        neck_hidden_sizes=[8, 8],
+        reassemble_factors=[1, 0.5],
+        fusion_hidden_size=8,
+        head_hidden_size=8,
+        reassemble_hidden_size=32,
+    )
+    model = transformers.DepthAnythingForDepthEstimation(config).eval()
+    images = torch.randn(2, 3, 42, 70)
+    with torch.no_grad():
+        expected = model(images).predicted_depth
+    settings: dict[str, Any] = {"inject": row_of_layers(model) + ".1", "patch": 14, "prefix": 1}
+    actual = SRT(model, ITSELF, **settings)(images).predicted_depth
+    torch.testing.assert_close(actual, expected)
+    depth = SRT(model, OFFSETS, **settings)(images).predicted_depth
+    assert depth.shape == expected.shape
+    assert not torch.equal(depth, expected)
+
+
+def test_the_model_is_left_as_it_was_found() -> None:
+    model = timm_model("ViT")
+    images = torch.randn(1, 3, 48, 80)
+    head, model.head = model.head, Broken()
+    before = {name: id(module) for name, module in model.named_modules()}
+    srt = SRT(model, OFFSETS, inject=0)
+    with pytest.raises(RuntimeError, match="out of order"):
+        srt(images)
+    assert {name: id(module) for name, module in model.named_modules()} == before
+    assert not any(module._forward_hooks for module in model.modules())
+    model.head = head
+    assert srt(images).shape == (1, 1000)
+
+
+# ---- memory -------------------------------------------------------------------------------------
+
+
+def test_peak_bytes_counts_what_is_held_at_one_time() -> None:
+    from srt_ext._memory import free_bytes, peak_bytes
+
+    start = torch.ones(1000)
+
+    def call() -> torch.Tensor:
+        kept = start * 2  # 4000 bytes
+        for _ in range(3):
+            kept = (kept + 1).exp_()  # two at a time
+        return torch.cat([kept, kept.view(10, 100).reshape(-1)]).double()  # 4 + 8 + 16 kB
+
+    result, peak = peak_bytes(call)
+    assert result.dtype == torch.float64
+    assert peak == 28000
+    assert peak_bytes(lambda: start.view(10, 100))[1] == 0
+    assert 2**20 < free_bytes(torch.device("cpu")) < 2**50
+
+
+def test_view_batch_auto_fits_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    from srt_ext import wrapper
+
+    model = timm_model("ViT")
+    sizes: list[int] = []
+    model.blocks[0].register_forward_pre_hook(lambda _m, inputs: sizes.append(len(inputs[0])))
+    images = torch.randn(1, 3, 48, 80)
+    offsets = torch.cat([OFFSETS + i for i in range(7)])
+    expected = SRT(model, offsets, stride=8)(images)
+    for free, batches in ((2**40, [1, 7, 7, 6]), (0, [1] * 21)):
+        sizes.clear()
+        monkeypatch.setattr(wrapper, "free_bytes", lambda device, free=free: free)
+        actual = SRT(model, offsets, stride=8, view_batch="auto")(images)
+        assert sizes == batches
+        torch.testing.assert_close(actual, expected)
+    # Half of the memory that is left holds the peaks of so many views.
+    peaks: list[int] = []
+    measured = wrapper.peak_bytes
+
+    def spy(call: Any) -> Any:
+        result = measured(call)
+        peaks.append(result[1])
+        return result
+
+    monkeypatch.setattr(wrapper, "peak_bytes", spy)
+    SRT(model, offsets, stride=8, view_batch="auto")(images)
+    field = 2 * 48 * 6 * 10 * 4
+    sizes.clear()
+    monkeypatch.setattr(wrapper, "free_bytes", lambda device: 2 * 5 * peaks[0] + field)
+    SRT(model, offsets, stride=8, view_batch="auto")(images)
+    assert sizes == [1, 5, 5, 5, 5]
+
+
+def test_weighted_views() -> None:
+    model = timm_model("ViT")
+    images = torch.randn(1, 3, 48, 80)
+    weights = torch.tensor([1.0, 0.0, 3.0])
+    field, prefix = SRT(model, (OFFSETS, weights), stride=8, view_batch=2)(images)
+    twice = OFFSETS[[0, 2, 2, 2]]
+    expected = SRT(model, twice, stride=8)(images)
+    torch.testing.assert_close(field, expected.field, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(prefix, expected.prefix, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="no weights where reduce is 'median'"):
+        SRT(model, (OFFSETS, weights), reduce="median")
+
+
+def test_describe_is_what_srt_uses() -> None:
+    backbone = describe(timm_model("ViT"), [0, -1])
+    features = backbone.features(torch.zeros(2, 3, 48, 80))
+    assert [f.tokens.shape for f in features] == [torch.Size([2, 15, 48])] * 2
+    assert backbone.modules == ("blocks.0", "blocks.1")
+    assert torch.equal(
+        SRT(backbone, OFFSETS, stride=8)(torch.ones(1, 3, 48, 80))[1].field,
+        SRT(backbone.model, OFFSETS, stride=8)(torch.ones(1, 3, 48, 80)).field,
+    )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu(dtype: torch.dtype) -> None:
+    model = timm_model("ViT")
+    images = torch.randn(2, 3, 48, 80)
+    settings: dict[str, Any] = {"views": OFFSETS, "view_batch": "auto"}
+    expected = SRT(model, layers=[0, -1], stride=8, **settings)(images)
+    logits = SRT(model, inject=0, **settings)(images)
+    model.to("cuda", dtype)
+    there = images.to("cuda", dtype)
+    outputs = SRT(model, layers=[0, -1], stride=8, **settings)(there)
+    for actual, cpu in zip(outputs, expected, strict=True):
+        assert actual.field.is_cuda
+        assert_close_in_bfloat16(actual.field.cpu(), cpu.field)
+    assert_close_in_bfloat16(SRT(model, inject=0, **settings)(there).cpu(), logits)

@@ -1,0 +1,85 @@
+"""How many views fit into memory at once: what one takes, and what there is."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+T = TypeVar("T")
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of all storages that ops made and that are still held.
+
+    On every device alike, and without a reset of the allocator's own statistics, which belong to
+    the user.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._held: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = {
+            id(leaf.untyped_storage())
+            for leaf in tree_leaves((args, kwargs))
+            if isinstance(leaf, torch.Tensor)
+        }
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                if id(storage) not in self._held and id(storage) not in given:
+                    self._add(storage)
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+
+        def freed(_: object) -> None:
+            self.now -= size
+            self._held.pop(key, None)
+
+        self._held[key] = weakref.ref(storage, freed)
+        self.now += size
+
+
+def peak_bytes(call: Callable[[], T]) -> tuple[T, int]:
+    """The result of a call, and the most bytes that its tensors took at one time, result included.
+
+    What kernels use beside their results (cuDNN's workspaces) is not seen.
+    """
+    with _Live() as live:
+        result = call()
+    return result, live.peak
+
+
+def free_bytes(device: torch.device) -> int:
+    """What may still be allocated there."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
+    free = _number("/proc/meminfo", "MemAvailable:") * 1024
+    limit = _number("/sys/fs/cgroup/memory.max")  # of a container
+    if limit:
+        free = min(free or limit, max(0, limit - _number("/sys/fs/cgroup/memory.current")))
+    return free or 2**32  # no Linux: 4 GiB
+
+
+def _number(path: str, name: str = "") -> int:
+    """The number in a file, after ``name`` if there is one; 0 if there is none."""
+    try:
+        words = Path(path).read_text().split()
+        return int(words[words.index(name) + 1 if name else 0])
+    except (OSError, ValueError, IndexError):
+        return 0
