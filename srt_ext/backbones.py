@@ -158,7 +158,7 @@ class _Timm(Backbone):
     """timm: ``forward_intermediates``. Layers are blocks, or stages of hierarchical models."""
 
     def __init__(self, model: Model, layers: list[int], norm: bool, patch: object, prefix: object):
-        inner = getattr(model, "_orig_mod", model)
+        inner: Any = getattr(model, "_orig_mod", model)
         info = list(inner.feature_info)
         self.indices = _indices(layers, len(info))
         takes = inspect.signature(inner.forward_intermediates).parameters
@@ -491,7 +491,7 @@ class Timed(Backbone):
 
 
 def describe(
-    model: Model,
+    model: Model | Backbone,
     layers: Layer | Sequence[Layer] | None = None,
     *,
     norm: bool = True,

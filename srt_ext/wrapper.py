@@ -115,7 +115,7 @@ class SRT(torch.nn.Module):
 
     def __init__(
         self,
-        model: Model,
+        model: Model | Backbone,
         views: torch.Tensor | str | int | tuple[torch.Tensor, torch.Tensor] = "grid:3",
         *,
         layers: Layer | Sequence[Layer] | None = None,
@@ -243,7 +243,8 @@ class SRT(torch.nn.Module):
         # views, it is the last.
         itself = (self.views == 0).all(1).nonzero().flatten().tolist()[:1]
         order = [i for i in range(len(self.views)) if i not in itself] + itself
-        views = _Views(*(None if t is None else t[order] for t in (self.views, self.weights)))
+        weights = None if self.weights is None else self.weights[order]
+        views = _Views(self.views[order], weights)
         if self.streaming and self.reduce == "median":
             views = _Views(
                 torch.cat([designs.spread(views.offsets[:-1]), views.offsets[-1:]]), None
