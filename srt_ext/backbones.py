@@ -164,8 +164,9 @@ class _Timm(Backbone):
         takes = inspect.signature(inner.forward_intermediates).parameters
         self.in_rows = "return_prefix_tokens" in takes  # tokens, not maps
         found: Any = max(info[i]["reduction"] for i in self.indices)
-        if self.in_rows:  # which may be no square
-            found = _plain(getattr(getattr(inner, "patch_embed", None), "patch_size", found))
+        embed = getattr(inner, "patch_embed", None)
+        if self.in_rows and hasattr(embed, "feat_ratio"):  # which may be no square
+            found = tuple(embed.feat_ratio(as_scalar=False))
         self.prefix = getattr(inner, "num_prefix_tokens", 0) if self.in_rows else 0
         # Where there is no norm (Hiera) timm refuses to be asked for it.
         self.norm = norm and (hasattr(inner, "norm") or hasattr(inner, "neck"))
@@ -179,7 +180,7 @@ class _Timm(Backbone):
         wanted = sorted(set(self.indices))
         how: dict[str, Any] = {"output_fmt": "NCHW"}
         if self.in_rows:
-            how = {"output_fmt": "NLC", "return_prefix_tokens": True}
+            how = {"output_fmt": "NLC", "return_prefix_tokens": self.prefix > 0}
         try:
             found = self.inner.forward_intermediates(
                 images,
