@@ -38,7 +38,13 @@ Weights = Annotated[
     Path | None,
     typer.Option(help="A .safetensors state dict; without it timm's pretrained weights are taken."),
 ]
-Views = Annotated[str, typer.Option(help="grid:RADIUS, grid:RADIUS:STEP or paper:RADIUS, pixels.")]
+Views = Annotated[
+    str,
+    typer.Option(
+        help="grid:RADIUS[:STEP], paper:RADIUS, lattice:N:RADIUS, sobol:N:RADIUS[:SEED], "
+        "ring:N:RADIUS or best:N[:RADIUS]; radius and step in pixels, N views."
+    ),
+]
 Stride = Annotated[int, typer.Option(min=1, help="Pixels per output cell; 1 is pixel scale.")]
 Size = Annotated[
     int, typer.Option(min=0, help="Longer side to which a larger picture is reduced; 0 keeps it.")
