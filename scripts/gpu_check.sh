@@ -98,12 +98,14 @@ pytest=(python3 -m pytest -p no:cacheprovider)
 step "CPU kernels" 60 tests.log "${pytest[@]}" python_tests/test_ensemble.py -k "golden or test_out"
 if [ -n "$dry" ]; then
   step "CUDA tests, collected" 60 tests.log "${pytest[@]}" python_tests/test_cuda.py \
-    python_tests/test_cuda_autograd.py python_tests/test_array.py --collect-only
+    python_tests/test_cuda_autograd.py python_tests/test_array.py \
+    python_tests/test_backbones.py::test_on_a_gpu --collect-only
   step "benchmark, on the CPU" 120 benchmark.log \
     python3 -m benchmarks --extent walk --results "$work/results" --commit "$commit"
 else
   step "CUDA tests" 150 tests.log "${pytest[@]}" -v --durations=10 \
-    python_tests/test_cuda.py python_tests/test_cuda_autograd.py python_tests/test_array.py
+    python_tests/test_cuda.py python_tests/test_cuda_autograd.py python_tests/test_array.py \
+    python_tests/test_backbones.py::test_on_a_gpu
   tail -n 1 "$output/tests.log" >>"$summary" # how many ran
   step "cuda_sanitize" 30 sanitizer.log "$build/cuda_sanitize"
   # Some virtual machines lend a GPU that the sanitizer cannot watch.

@@ -69,8 +69,8 @@ class SRT(torch.nn.Module):
             mean is the same up to rounding; the median becomes approximate, and the views are run
             in the order of :func:`srt_ext.views.spread` (:class:`srt_ext.RunningMedian`).
         view_batch: the most views in one forward of the model; times the batch, they bound its
-            memory. ``auto``: as many as fit into half of the free memory, from what the first view
-            took, and at most 8 on a CPU and 64 on a GPU, where more are no faster.
+            memory. ``auto``: as many as fit into half of the free memory, by what the first view
+            took, and at most 8 on a CPU and 64 on a GPU.
         patch: (Ph, Pw), pixels per token, or one for both. Of a layer by name: at that layer.
         prefix: tokens in front that are no patches.
         upsample: as in :func:`srt_ext.ensemble`; None is ``bilinear``, with ``inject`` ``nearest``,
