@@ -251,21 +251,16 @@ struct Ensemble {
   std::vector<double> weights;
 };
 
-void run(const Ensemble& e, const Type& type, const std::string& what) {
-  const int64_t views = static_cast<int64_t>(e.offsets.size()) / 2;
-  const int64_t count = e.grid[0] * e.grid[1], pitch = e.channels + e.gap;
-  const int64_t height = e.grid[0] * e.patch[0] / e.stride[0];
-  const int64_t width = e.grid[1] * e.patch[1] / e.stride[1];
-  const int64_t first = e.prefix * pitch;
-  const int64_t elements = views * e.batch * (e.prefix + count) * pitch - e.gap;
-  const Values tokens(type, elements, 1);
-
+// The call, but for its pointers and the strides of its output.
+EnsembleArgs call(const Ensemble& e, const Type& type) {
+  const int64_t count = e.prefix + e.grid[0] * e.grid[1], pitch = e.channels + e.gap;
   EnsembleArgs args{};
-  args.views = views;
+  args.dtype = type.dtype;
+  args.views = static_cast<int64_t>(e.offsets.size()) / 2;
   args.batch = e.batch;
   args.channels = e.channels;
-  args.token_strides[0] = e.batch * (e.prefix + count) * pitch;
-  args.token_strides[1] = (e.prefix + count) * pitch;
+  args.token_strides[0] = e.batch * count * pitch;
+  args.token_strides[1] = count * pitch;
   args.token_strides[2] = pitch;
   std::copy_n(e.grid, 2, args.grid);
   std::copy_n(e.patch, 2, args.patch);
@@ -273,35 +268,92 @@ void run(const Ensemble& e, const Type& type, const std::string& what) {
   args.upsample = e.upsample;
   args.border = e.border;
   args.reduce = e.reduce;
+  return args;
+}
+
+// The tokens of all views, with what lies before and between them.
+Values tokens_of(const Ensemble& e, const Type& type) {
+  const EnsembleArgs args = call(e, type);
+  return {type, args.views * args.token_strides[0] - e.gap, 1};
+}
+
+// The numbers of the views as the host accepts them: a refused view has weight 0.
+struct Accepted {
+  std::vector<double> offsets, weights;
+
+  explicit Accepted(const Ensemble& e)
+      : offsets(as_given(e.offsets, e.where)), weights(as_given(e.weights, e.where)) {
+    weights.resize(offsets.size() / 2, 1);
+    double largest = 0;
+    for (double& weight : weights) {
+      if (!(weight >= 0 && weight < kInf)) weight = 0;
+      largest = std::max(largest, weight);
+    }
+    for (size_t v = 0; v < weights.size(); ++v) {
+      if (weights[v] < largest * 0x1p-80) weights[v] = 0;
+      for (size_t k = 0; k < 2; ++k) {
+        if (std::fabs(offsets[2 * v + k]) <= static_cast<double>(kMaxOffset)) continue;
+        offsets[2 * v + k] = 0;
+        weights[v] = 0;
+      }
+    }
+  }
+};
+
+// Where the elements of a field lie: [planes, B, C, H', W'], in elements.
+struct Places {
+  int64_t strides[4], plane_stride;
+  std::vector<int64_t> place;  // of the dense field
+
+  Places(const Ensemble& e, int64_t planes) {
+    const int64_t height = e.grid[0] * e.patch[0] / e.stride[0];
+    const int64_t width = e.grid[1] * e.patch[1] / e.stride[1];
+    const int64_t last[4] = {height * width * e.channels, 1, width * e.channels, e.channels};
+    const int64_t first[4] = {e.channels * height * width, height * width, width, 1};
+    std::copy_n(e.layout == Layout::nchw ? first : last, 4, strides);
+    if (e.layout == Layout::padded) {  // gaps after every channel run, row and image
+      strides[3] = e.channels + 3;
+      strides[2] = width * strides[3] + 5;
+      strides[0] = height * strides[2] + 7;
+    }
+    plane_stride = e.batch * strides[0] + 16;
+    for (int64_t p = 0; p < planes; ++p)
+      for (int64_t b = 0; b < e.batch; ++b)
+        for (int64_t c = 0; c < e.channels; ++c)
+          for (int64_t y = 0; y < height; ++y)
+            for (int64_t x = 0; x < width; ++x)
+              place.push_back(p * plane_stride + b * strides[0] + c * strides[1] + y * strides[2] +
+                              x * strides[3]);
+  }
+  int64_t elements() const {
+    return place.empty() ? 0 : *std::max_element(place.begin(), place.end()) + 1;
+  }
+};
+
+double largest_of(const std::vector<double>& values) {
+  double most = 1;
+  for (const double value : values) most = std::max(most, std::fabs(value));
+  return most;
+}
+
+void run(const Ensemble& e, const Type& type, const std::string& what) {
+  EnsembleArgs args = call(e, type);
+  const int64_t height = e.grid[0] * e.patch[0] / e.stride[0];
+  const int64_t width = e.grid[1] * e.patch[1] / e.stride[1];
+  const int64_t first = e.prefix * args.token_strides[2];
+  const Values tokens = tokens_of(e, type);
   const int64_t planes = e.reduce == Reduce::moments
                              ? 2
                              : (e.stream && e.reduce == Reduce::median ? kWindowPlanes : 1);
-
-  // The truth, dense, from numbers that the host accepts: a refused view has weight 0.
-  std::vector<double> offsets = as_given(e.offsets, e.where);
-  std::vector<double> weights = as_given(e.weights, e.where);
-  weights.resize(views, 1);
-  double largest = 0;
-  for (double& weight : weights) {
-    if (!(weight >= 0 && weight < kInf)) weight = 0;
-    largest = std::max(largest, weight);
-  }
-  for (int64_t v = 0; v < views; ++v) {
-    if (weights[v] < largest * 0x1p-80) weights[v] = 0;
-    for (int k = 0; k < 2; ++k) {
-      if (std::fabs(offsets[2 * v + k]) <= static_cast<double>(kMaxOffset)) continue;
-      offsets[2 * v + k] = 0;
-      weights[v] = 0;
-    }
-  }
+  const Accepted accepted(e);
   const int64_t cells = e.batch * e.channels * height * width;
   const auto cpu = [&](const std::vector<double>& values) {
     std::vector<double> field(planes * cells), seen(height * width);
     EnsembleArgs on_host = args;
     on_host.dtype = DType::f64;
     on_host.tokens = values.data() + first;
-    on_host.offsets = offsets.data();
-    on_host.weights = weights.data();
+    on_host.offsets = accepted.offsets.data();
+    on_host.weights = accepted.weights.data();
     on_host.out = field.data();
     const int64_t dense[4] = {e.channels * height * width, height * width, width, 1};
     std::copy_n(dense, 4, on_host.out_strides);
@@ -315,11 +367,10 @@ void run(const Ensemble& e, const Type& type, const std::string& what) {
   const std::vector<double> truth = cpu(tokens.exact);
   std::vector<double> size = cpu(magnitudes(tokens.exact));
   if (e.reduce != Reduce::mean) {  // a value is no larger than the tokens, a variance than a square
-    double most = 1;
-    for (const double token : tokens.exact) most = std::max(most, std::fabs(token));
+    const double most = largest_of(tokens.exact);
     std::fill(size.begin(), size.end(), 4 * most * most);
   }
-  const double terms = static_cast<double>(4 * views * e.stride[0] * e.stride[1]);
+  const double terms = static_cast<double>(4 * args.views * e.stride[0] * e.stride[1]);
   const double acc = type.dtype == DType::f64 ? kF64.eps : kF32.eps;
   const Type& out_type = e.stream ? (type.dtype == DType::f64 ? kF64 : kF32) : type;
   std::vector<double> bound(truth.size());
@@ -327,46 +378,84 @@ void run(const Ensemble& e, const Type& type, const std::string& what) {
     bound[i] = (terms + 8) * acc * size[i] +
                0.5 * out_type.eps * std::max(std::fabs(truth[i]), out_type.tiny);
 
-  const int64_t c_last = e.channels;
-  int64_t strides[4] = {height * width * c_last, 1, width * c_last, c_last};
-  if (e.layout == Layout::nchw) {
-    const int64_t dense[4] = {e.channels * height * width, height * width, width, 1};
-    std::copy_n(dense, 4, strides);
-  } else if (e.layout == Layout::padded) {  // gaps after every channel run, row and image
-    strides[3] = e.channels + 3;
-    strides[2] = width * strides[3] + 5;
-    strides[0] = height * strides[2] + 7;
-  }
-  std::vector<int64_t> place;
-  const int64_t plane_stride = e.batch * strides[0] + 16;
-  for (int64_t p = 0; p < planes; ++p)
-    for (int64_t b = 0; b < e.batch; ++b)
-      for (int64_t c = 0; c < e.channels; ++c)
-        for (int64_t y = 0; y < height; ++y)
-          for (int64_t x = 0; x < width; ++x)
-            place.push_back(p * plane_stride + b * strides[0] + c * strides[1] + y * strides[2] +
-                            x * strides[3]);
-
+  const Places field(e, planes);
   // Only what the call may read: the tokens of the grid, from the first to the end of the last.
   const std::vector<char> readable(tokens.bytes.begin() + first * type.size, tokens.bytes.end());
   const Buffer device_tokens(readable, e.skip * type.size);
-  args.dtype = type.dtype;
   args.tokens = device_tokens.data();
-  std::copy_n(strides, 4, args.out_strides);
-  const int64_t out_elements =
-      place.empty() ? 0 : *std::max_element(place.begin(), place.end()) + 1;
-  const int64_t out_skip = e.out_skip * out_type.size;
-  compare(out_type, what, out_elements, out_skip, place, truth, bound, [&](void* out) {
+  std::copy_n(field.strides, 4, args.out_strides);
+  const int64_t skip = e.out_skip * out_type.size;
+  compare(out_type, what, field.elements(), skip, field.place, truth, bound, [&](void* out) {
     const Numbers moves(e.offsets, e.where), scales(e.weights, e.where);
     const Buffer seen(height * width * static_cast<int64_t>(sizeof(double)), 0);
     seen.fill(0);
     args.out = out;
-    args.variance = static_cast<char*>(out) + plane_stride * out_type.size;
-    args.plane_stride = plane_stride;
+    args.variance = static_cast<char*>(out) + field.plane_stride * out_type.size;
+    args.plane_stride = field.plane_stride;
     if (e.stream) args.seen = reinterpret_cast<double*>(seen.data());
     const Buffer workspace(ensemble_cuda_workspace(args, moves.view, scales.view), 0);
     ensemble_cuda("ensemble", args, moves.view, scales.view, workspace.data(), stream);
     CHECK(cudaStreamSynchronize(stream));  // the workspace is freed here
+  });
+}
+
+// The gradient of the same call.
+struct EnsembleGradient : Ensemble {};
+
+void run(const EnsembleGradient& e, const Type& type, const std::string& what) {
+  EnsembleArgs args = call(e, type);
+  const int64_t first = e.prefix * args.token_strides[2];
+  const Values tokens = tokens_of(e, type);
+  const Accepted accepted(e);
+  const Places field(e, e.reduce == Reduce::moments ? 2 : 1);
+  const Values grad(type, field.elements(), 4);
+  std::copy_n(field.strides, 4, args.out_strides);
+
+  const int64_t count = args.views * e.batch * e.grid[0] * e.grid[1] * e.channels;
+  const auto cpu = [&](Reduce reduce, std::vector<double> of_field) {
+    std::vector<double> of_tokens(count);
+    EnsembleArgs on_host = args;
+    on_host.dtype = DType::f64;
+    on_host.reduce = reduce;
+    on_host.tokens = tokens.exact.data() + first;
+    on_host.offsets = accepted.offsets.data();
+    on_host.weights = reduce == Reduce::median ? nullptr : accepted.weights.data();
+    on_host.out = of_field.data();
+    on_host.variance = of_field.data() + field.plane_stride;
+    ensemble_backward_cpu(on_host, of_tokens.data(), kSerial);
+    return of_tokens;
+  };
+  const std::vector<double> truth = cpu(e.reduce, grad.exact);
+  // That of a variance is a gradient times twice a value less a mean.
+  std::vector<double> sizes = magnitudes(grad.exact);
+  if (e.reduce == Reduce::moments)
+    for (size_t i = 0; i < field.place.size() / 2; ++i)
+      sizes[field.place[i]] +=
+          4 * largest_of(tokens.exact) * sizes[field.place[i] + field.plane_stride];
+  const std::vector<double> size = cpu(e.reduce == Reduce::median ? e.reduce : Reduce::mean, sizes);
+  const int64_t cells = 4 * e.patch[0] * e.patch[1];  // whose taps a token is among
+  const double terms = static_cast<double>(4 * args.views * e.stride[0] * e.stride[1] + cells);
+  const double acc = type.dtype == DType::f64 ? kF64.eps : kF32.eps;
+  std::vector<int64_t> place(count);
+  std::vector<double> bound(count);
+  for (int64_t i = 0; i < count; ++i) {
+    place[i] = i;
+    bound[i] =
+        (terms + 8) * acc * size[i] + 0.5 * type.eps * std::max(std::fabs(truth[i]), type.tiny);
+  }
+
+  const std::vector<char> readable(tokens.bytes.begin() + first * type.size, tokens.bytes.end());
+  const Buffer device_tokens(readable, e.skip * type.size);
+  const Buffer device_grad(grad.bytes, e.skip * type.size);
+  args.tokens = e.reduce == Reduce::mean ? nullptr : device_tokens.data();
+  args.out = device_grad.data();
+  args.variance = device_grad.data() + field.plane_stride * type.size;
+  compare(type, what, count, e.out_skip * type.size, place, truth, bound, [&](void* out) {
+    const Numbers moves(e.offsets, e.where), scales(e.weights, e.where);
+    const Buffer workspace(ensemble_backward_cuda_workspace(args, moves.view, scales.view), 0);
+    ensemble_backward_cuda("ensemble", args, moves.view, scales.view, out, workspace.data(),
+                           stream);
+    CHECK(cudaStreamSynchronize(stream));
   });
 }
 
@@ -433,6 +522,68 @@ void run(const Shift& s, const Type& type, const std::string& what) {
     args.out = out;
     const Buffer workspace(shift_cuda_workspace(args), 0);
     shift_cuda(args, moves.view, workspace.data(), stream);
+    CHECK(cudaStreamSynchronize(stream));
+  });
+}
+
+// The gradient of the same call.
+struct ShiftGradient : Shift {};
+
+void run(const ShiftGradient& s, const Type& type, const std::string& what) {
+  const int64_t views = static_cast<int64_t>(s.offsets.size()) / 2;
+  const int64_t plane = s.height * s.width, elements = s.planes * plane;
+  const Values grad(type, views * elements, 5);
+  ShiftArgs args{};
+  args.dtype = type.dtype;
+  args.planes = s.planes;
+  args.height = s.height;
+  args.width = s.width;
+  args.views = views;
+  args.padding = s.padding;
+  args.interpolation = s.interpolation;
+
+  // The truth, product by product.
+  const std::vector<double> offsets = as_given(s.offsets, s.where);
+  std::vector<double> truth(elements), size(elements), terms(elements);
+  std::vector<int64_t> place(elements);
+  for (int64_t v = 0; v < views; ++v) {
+    const double dy = offsets[2 * v], dx = offsets[2 * v + 1];
+    if (!(std::fabs(dy) <= static_cast<double>(kMaxOffset) &&
+          std::fabs(dx) <= static_cast<double>(kMaxOffset)))
+      continue;
+    const ShiftTaps rows = shift_taps(dy, s.interpolation),
+                    columns = shift_taps(dx, s.interpolation);
+    for (int64_t y = 0; y < s.height; ++y)
+      for (int64_t x = 0; x < s.width; ++x)
+        for (int64_t k = 0; k < rows.taps * columns.taps; ++k) {
+          const int64_t ky = k / columns.taps, kx = k % columns.taps;
+          const int64_t iy = pad_index(y + rows.first + ky, s.height, s.padding);
+          const int64_t ix = pad_index(x + columns.first + kx, s.width, s.padding);
+          if (iy < 0 || ix < 0) continue;
+          for (int64_t p = 0; p < s.planes; ++p) {
+            const int64_t at = p * plane + iy * s.width + ix;
+            const double product = rows.weight[ky] * columns.weight[kx] *
+                                   grad.exact[v * elements + p * plane + y * s.width + x];
+            truth[at] += product;
+            size[at] += std::fabs(product);
+            ++terms[at];
+          }
+        }
+  }
+  const double acc = type.dtype == DType::f64 ? kF64.eps : kF32.eps;
+  std::vector<double> bound(elements);
+  for (int64_t i = 0; i < elements; ++i) {
+    place[i] = i;
+    bound[i] =
+        (terms[i] + 8) * acc * size[i] + 0.5 * type.eps * std::max(std::fabs(truth[i]), type.tiny);
+  }
+
+  const Buffer device_grad(grad.bytes, s.skip * type.size);
+  args.out = device_grad.data();
+  compare(type, what, elements, s.out_skip * type.size, place, truth, bound, [&](void* out) {
+    const Numbers moves(s.offsets, s.where);
+    const Buffer workspace(shift_backward_cuda_workspace(args), 0);
+    shift_backward_cuda(args, moves.view, out, workspace.data(), stream);
     CHECK(cudaStreamSynchronize(stream));
   });
 }
@@ -587,6 +738,50 @@ bool all() {
   ok &= group<E>("ensemble: nothing", kFloating,
                  {with<E>([](E& e) { e.batch = 0; }), with<E>([](E& e) { e.channels = 0; })});
 
+  using EG = EnsembleGradient;
+  ok &= group<EG>(
+      "gradients: means", kFloating,
+      {
+          EG{},
+          with<EG>([](EG& e) { e.upsample = Upsample::nearest, e.border = Border::clamp; }),
+          with<EG>([](EG& e) { e.border = Border::zeros, e.offsets = kReal; }),
+          with<EG>([](EG& e) { e.stride[0] = 4, e.stride[1] = 6, e.channels = 64; }),
+          with<EG>([](EG& e) { e.stride[0] = 6, e.stride[1] = 10, e.offsets = kReal; }),
+          with<EG>([](EG& e) { e.grid[0] = e.grid[1] = 1, e.channels = 1, e.batch = 1; }),
+          with<EG>([](EG& e) { e.channels = 64, e.skip = 1; }),
+          with<EG>([](EG& e) { e.channels = 32, e.out_skip = 1; }),
+          with<EG>([](EG& e) { e.channels = 151, e.layout = Layout::padded; }),
+          with<EG>([](EG& e) { e.offsets = many(301), e.batch = 1, e.channels = 9; }),
+          with<EG>([](EG& e) {
+            e.offsets = kReal, e.weights = {1, 0, 2.5, 1e-3, 7};
+            e.where = Where::device_f32;
+          }),
+          with<EG>([](EG& e) {
+            e.offsets = {kNaN, 0, 1, kInf, 2, 2, -1, 0x1p21, 3, -1};
+            e.where = Where::device_f64;
+          }),
+          with<EG>([](EG& e) { e.weights.assign(9, 0); }),
+          with<EG>([](EG& e) { e.batch = 0; }),
+          with<EG>([](EG& e) { e.channels = 0; }),
+      });
+  std::vector<EG> values;
+  for (const Reduce reduce : {Reduce::moments, Reduce::median})
+    for (const int64_t views : {9, 49, 130})
+      for (const Layout layout : {Layout::channels_last, Layout::padded}) {
+        EG e;
+        e.reduce = reduce, e.layout = layout, e.offsets = many(views), e.batch = 1, e.prefix = 1;
+        e.border = Border::clamp;
+        // Values that are tokens: of two that are nearly the same, rounding cannot choose another.
+        if (reduce == Reduce::median) e.upsample = Upsample::nearest;
+        e.where = layout == Layout::padded ? Where::device_f64 : Where::host;
+        values.push_back(e);
+        if (reduce == Reduce::median) continue;
+        values.push_back(e);
+        values.back().weights.assign(views, 0.5);
+        values.back().weights[3] = 0, values.back().stride[1] = 3;
+      }
+  ok &= group<EG>("gradients: moments, medians", kFloating, values);
+
   std::vector<S> modes;
   for (const Padding padding :
        {Padding::zeros, Padding::border, Padding::reflect, Padding::circular})
@@ -598,6 +793,18 @@ bool all() {
       modes.push_back(s);
     }
   ok &= group<S>("shift: paddings, interpolations", kAll, modes);
+  std::vector<ShiftGradient> gradients;
+  for (const S& mode : modes) gradients.push_back({mode});
+  gradients.push_back({with<S>([](S& s) { s.width = 272, s.height = 3, s.skip = 1; })});
+  gradients.push_back({with<S>([](S& s) { s.width = 32, s.out_skip = 1; })});
+  gradients.push_back({with<S>([](S& s) { s.width = s.height = 1; })});
+  gradients.push_back({with<S>([](S& s) { s.planes = 0; })});
+  gradients.push_back({with<S>([](S& s) { s.offsets = many(301), s.height = 2; })});
+  gradients.push_back({with<S>([](S& s) {
+    s.offsets = {kNaN, 0, 1, kInf, 0.5, 2, -1, 0x1p21};
+    s.where = Where::device_f64;
+  })});
+  ok &= group<ShiftGradient>("gradients: shift", kFloating, gradients);
   ok &= group<S>("shift: widths, alignment", kAll,
                  {
                      with<S>([](S& s) { s.width = 16; }),
