@@ -6,6 +6,7 @@ What SRT should give is made from the model's other ways to its features, and th
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -806,3 +807,96 @@ def test_on_a_gpu(dtype: torch.dtype) -> None:
         assert actual.field.is_cuda
         assert_close_in_bfloat16(actual.field.cpu(), cpu.field)
     assert_close_in_bfloat16(SRT(model, inject=0, **settings)(there).cpu(), logits)
+
+
+def test_a_model_that_runs_in_another_thread_meanwhile() -> None:
+    """Its forward meets the hooks of this thread, which must not heed it."""
+    model = timm_model("ViT")
+    images = torch.randn(1, 3, 48, 80)
+    with torch.no_grad():
+        expected = model(images)
+    settings: dict[str, Any] = {"views": OFFSETS, "stride": 16}
+    field = SRT(model, layers="blocks.0", **settings)(images).field
+    logits = SRT(model, OFFSETS, inject=0)(images)
+    others: list[torch.Tensor] = []
+
+    def in_another_thread(_m: nn.Module, _i: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=lambda: others.append(model(images * 1)))
+            thread.start()
+            thread.join()
+
+    model.blocks[0].register_forward_pre_hook(in_another_thread)
+    torch.testing.assert_close(SRT(model, layers="blocks.0", **settings)(images).field, field)
+    torch.testing.assert_close(SRT(model, OFFSETS, inject=0)(images), logits)
+    assert len(others) == 3  # the hooked forward; the two of inject
+    for other in others:
+        torch.testing.assert_close(other, expected)
+
+
+class Around(nn.Module):
+    """A convolution, a module that may be called again, and a head that takes what it returns."""
+
+    def __init__(self, inner: nn.Module, calls: int = 1) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.inner, self.calls = nn.Conv2d(3, 4, 8, stride=8), inner, calls
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        for _ in range(self.calls):
+            out = self.inner(x)
+            x = out if isinstance(out, torch.Tensor) else out[0]
+        return x
+
+
+class Packed(nn.Module):
+    def __init__(self, pack: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.pack = pack
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.pack(x)
+
+
+class Named(NamedTuple):
+    last_hidden_state: torch.Tensor
+
+
+def test_inject_keeps_what_the_module_returns() -> None:
+    images = torch.randn(2, 3, 16, 24)
+    settings: dict[str, Any] = {"inject": "inner", "patch": 8, "prefix": 0}
+    for pack in (lambda x: x, lambda x: (x, 1), lambda x: [x, 1]):
+        model = Around(Packed(pack))
+        actual = SRT(model, ITSELF, **settings)(images)
+        torch.testing.assert_close(actual, model(images).detach())
+    with pytest.raises(ValueError, match=r"inject must name a module.*inner returns Named"):
+        SRT(Around(Packed(Named)), ITSELF, **settings)(images)
+    for offsets in (OFFSETS, OFFSETS[1:]):
+        with pytest.raises(ValueError, match=r"call its layer once.*it called inner again"):
+            SRT(Around(nn.Identity(), calls=2), offsets, **settings)(images)
+
+
+def test_a_module_that_does_not_keep_the_batch() -> None:
+    def windows(x: torch.Tensor) -> torch.Tensor:  # [B, 8, 4] -> [B * 2, 2, 2, 4]
+        return x.reshape(-1, 2, 2, 4)
+
+    images = torch.randn(1, 3, 16, 32)
+    model = nn.Sequential(Around(nn.Identity()), Packed(windows))
+    with pytest.raises(ValueError, match=r"for each of 3 pictures; got \[6, 2, 2, 4\]"):
+        SRT(model, OFFSETS, layers="1", patch=8)(images)
+
+
+def test_a_model_that_catches_every_exception() -> None:
+    class Careful(Around):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            try:
+                return super().forward(x)
+            except Exception:
+                return x
+
+    images = torch.randn(1, 3, 16, 24)
+    settings: dict[str, Any] = {"views": OFFSETS, "layers": "inner", "patch": 8, "prefix": 0}
+    inner = nn.Identity()
+    expected = SRT(Around(inner), **settings)(images).field
+    assert torch.equal(SRT(Careful(inner), **settings)(images).field, expected)

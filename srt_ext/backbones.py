@@ -8,11 +8,12 @@ name, and what a call returns. None of them changes the model.
 from __future__ import annotations
 
 import inspect
+import threading
 import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,6 +117,11 @@ def _located(
     if tokens is None or tokens.dim() not in (3, 4):
         got = type(output).__name__ if tokens is None else list(tokens.shape)
         raise ValueError(f"SRT: the model must return tokens [B, K + N, C] or a map; got {got}")
+    if len(tokens) != len(images):  # windows of a picture, or tokens before the batch
+        raise ValueError(
+            f"SRT: the model must return one row of tokens, or one map, for each of {len(images)} "
+            f"pictures; got {list(tokens.shape)}"
+        )
     if tokens.dim() == 3:
         return _split(tokens, _grid(images, patch), prefix), "NLC"
     fits = {}
@@ -408,26 +414,35 @@ class Hooks(Backbone):
             if len(found) == len(set(self.modules)):
                 raise _Done
 
-        try:
-            with self.hooked(keep):
-                self.inner(images, **self.how)
-        except _Done:
-            return [found[name] for name in self.modules]
+        with suppress(_Done), self.hooked(keep):
+            self.inner(images, **self.how)
         missing = sorted(set(self.modules) - set(found))
-        raise ValueError(
-            f"SRT: the model must call its layers in its forward; it left out {missing}"
-        )
+        if missing:
+            raise ValueError(
+                f"SRT: the model must call its layers in its forward; it left out {missing}"
+            )
+        return [found[name] for name in self.modules]
 
     @contextmanager
     def hooked(self, hook: Callable[[str, object], object]) -> Iterator[None]:
-        """Meanwhile each module calls ``hook`` with its name and output, which it may replace."""
+        """Meanwhile each module calls ``hook`` with its name and output, which it may replace.
+
+        In this thread alone: in another one somebody may run the same model.
+        """
+        thread = threading.get_ident()
+
+        def called(name: str, output: object) -> object:
+            return hook(name, output) if threading.get_ident() == thread else None
+
         with eagerly(self.model):
             handles = []
             try:
                 for name in set(self.modules):
                     module = self.inner.get_submodule(name)
                     handles.append(
-                        module.register_forward_hook(lambda _m, _i, out, name=name: hook(name, out))
+                        module.register_forward_hook(
+                            lambda _m, _i, out, name=name: called(name, out)
+                        )
                     )
                 yield
             finally:
@@ -446,6 +461,11 @@ class Hooks(Backbone):
 
         def put(_name: str, output: Any) -> Any:
             nonlocal changed
+            if changed:
+                raise ValueError(
+                    "SRT: the model must call its layer once in its forward; it called "
+                    f"{self.modules[0]} again"
+                )
             changed = True
             features, layout = _located(output, images, self.patch, self.prefix)
             tokens, prefix = replace(features)
@@ -454,7 +474,14 @@ class Hooks(Backbone):
             else:
                 new = tokens.unflatten(1, features.grid)
                 new = new if layout == "NHWC" else new.permute(0, 3, 1, 2)
-            return (new, *output[1:]) if isinstance(output, tuple) else new
+            if isinstance(output, torch.Tensor):
+                return new
+            if type(output) in (tuple, list):
+                return type(output)([new, *output[1:]])
+            raise ValueError(
+                "SRT: inject must name a module that returns a tensor, or a tuple or list that "
+                f"starts with one; {self.modules[0]} returns {type(output).__name__}"
+            )
 
         with self.hooked(put):
             result = self.inner(images, **self.how)
