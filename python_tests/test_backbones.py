@@ -344,6 +344,61 @@ def test_sam_of_transformers() -> None:
     assert first.prefix is None
 
 
+def test_maps_of_transformers_with_channels_first() -> None:
+    model = transformers_model("VitDet", image_size=64, patch_size=16)
+    images = torch.randn(1, 3, 64, 96)
+    output = SRT(model, OFFSETS, stride=8)(images)
+    expected = expected_field(lambda v: model(v).last_hidden_state.permute(0, 2, 3, 1), images, 8)
+    assert_same(output.field, expected)
+
+
+@pytest.mark.parametrize("kind", ["ConvNext", "Swin"])
+def test_stages_of_transformers_are_refused(kind: str) -> None:
+    """Where no patch size holds for all: layers by name do it."""
+    transformers = pytest.importorskip("transformers")
+    model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")())
+    with pytest.raises(ValueError, match="layers must be names of modules, with patch"):
+        SRT(model, layers=0)
+
+
+def test_vit_mae_of_transformers_keeps_its_patches_in_order() -> None:
+    settings: dict[str, Any] = {"image_size": 48, "patch_size": 16}
+    model = transformers_model("ViTMAE", mask_ratio=0.0, **settings)
+    images = torch.randn(2, 3, 48, 80)
+    noise = torch.arange(15).expand(2, -1)
+
+    def tokens_of(view: torch.Tensor) -> torch.Tensor:
+        tokens = model(view, noise=noise, interpolate_pos_encoding=True).last_hidden_state
+        return mapped(tokens, "NLC", (3, 5))
+
+    expected = expected_field(tokens_of, images, 8)
+    assert_same(SRT(model, OFFSETS, stride=8)(images).field, expected)
+    actual = SRT(model, ITSELF, inject=0)(images).last_hidden_state[:, 1:]
+    with torch.no_grad():
+        plain = model(images, noise=noise, interpolate_pos_encoding=True).last_hidden_state[:, 1:]
+    torch.testing.assert_close(actual, plain)
+    with pytest.raises(ValueError, match=r"mask_ratio .* must be 0.*got 0\.75"):
+        SRT(transformers_model("ViTMAE", **settings), OFFSETS)(images)
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "Siglip"])
+def test_a_picture_tower_under_a_head(kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    vision = {**WIDTH, "image_size": 64, "patch_size": 32}
+    text = {**WIDTH, "vocab_size": 16, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    config = getattr(transformers, f"{kind}Config")(text_config=text, vision_config=vision)
+    model = getattr(transformers, f"{kind}ForImageClassification")(config).eval()
+    images = torch.randn(1, 3, 64, 64)
+    settings: dict[str, Any] = {"views": OFFSETS, "stride": 16}
+    under, tower = SRT(model, **settings)(images), SRT(model.vision_model, **settings)(images)
+    assert torch.equal(under.field, tower.field)
+    actual = SRT(model, ITSELF, inject=0)(images).logits
+    with torch.no_grad():
+        expected = model(images).logits
+    torch.testing.assert_close(actual, expected)
+
+
 def test_a_whole_clip_is_its_picture_tower() -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)

@@ -170,7 +170,7 @@ class _Timm(Backbone):
         takes = inspect.signature(inner.forward_intermediates).parameters
         self.in_rows = "return_prefix_tokens" in takes  # tokens, not maps
         found: Any = max(info[i]["reduction"] for i in self.indices)
-        embed = getattr(inner, "patch_embed", None)
+        embed: Any = getattr(inner, "patch_embed", None)
         if self.in_rows and hasattr(embed, "feat_ratio"):  # which may be no square
             found = tuple(embed.feat_ratio(as_scalar=False))
         self.prefix = getattr(inner, "num_prefix_tokens", 0) if self.in_rows else 0
@@ -186,7 +186,7 @@ class _Timm(Backbone):
         wanted = sorted(set(self.indices))
         how: dict[str, Any] = {"output_fmt": "NCHW"}
         if self.in_rows:
-            how = {"output_fmt": "NLC", "return_prefix_tokens": self.prefix > 0}
+            how = {"output_fmt": "NLC", "return_prefix_tokens": bool(self.prefix)}
         try:
             found = self.inner.forward_intermediates(
                 images,
@@ -227,10 +227,11 @@ class _Transformers(Backbone):
             ),
             ("", ()),
         )
-        if not blocks or not hasattr(config, "patch_size"):
+        # Stages (Swin, ConvNeXt) have pitches, layouts and norms of their own.
+        if not blocks or not hasattr(config, "patch_size") or hasattr(config, "depths"):
             raise ValueError(
                 f"SRT: layers must be names of modules, with patch, for {type(core).__name__}: "
-                f"it has no row of num_hidden_layers layers; got {layers}"
+                f"it has no row of num_hidden_layers layers of one pitch; got {layers}"
             )
         self.indices = _indices(layers, len(blocks))
         self.last = len(blocks) - 1
@@ -255,7 +256,7 @@ class _Transformers(Backbone):
 
     def _features(self, images: torch.Tensor) -> list[Features]:
         core = _vision(self.inner)
-        output = core(pixel_values=images, **self.how)
+        output = core(pixel_values=images, **self.how, **_in_order(core, images, self.patch))
         made = []
         for i in self.indices:
             tokens = output.hidden_states[i + 1]  # the first is that of the patch embedding
@@ -264,10 +265,7 @@ class _Transformers(Backbone):
                 continue
             if self.norm:
                 tokens = core.get_submodule(self.norm)(tokens)
-            if tokens.dim() == 4:  # SAM: NHWC
-                made.append(_from_map(tokens.permute(0, 3, 1, 2)))
-            else:
-                made.append(_split(tokens, _grid(images, self.patch), self.prefix))
+            made.append(_located(tokens, images, self.patch, self.prefix)[0])  # SAM: NHWC
         return made
 
 
@@ -277,9 +275,27 @@ def _is_transformers(model: object) -> bool:
 
 def _how(model: Any) -> dict[str, Any]:
     """What lets models of transformers take pictures of any size, where they can."""
-    if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
+    if _takes(model, "interpolate_pos_encoding"):
         return {"interpolate_pos_encoding": True}
     return {}
+
+
+def _in_order(model: Any, images: torch.Tensor, patch: tuple[int, int]) -> dict[str, Any]:
+    """What keeps ViTMAE of transformers, which shuffles its patches, from doing so."""
+    ratio = getattr(getattr(model, "config", None), "mask_ratio", None)
+    if ratio is None or not _takes(model, "noise"):
+        return {}
+    if ratio:
+        raise ValueError(
+            "SRT: mask_ratio of the model's configuration must be 0, or it leaves patches out; "
+            f"got {ratio}"
+        )
+    height, width = _grid(images, patch)
+    return {"noise": torch.arange(height * width, device=images.device).expand(len(images), -1)}
+
+
+def _takes(model: Any, argument: str) -> bool:
+    return argument in inspect.signature(model.forward).parameters
 
 
 def _prefix_of(model: Any) -> int | None:
@@ -302,9 +318,13 @@ def _named(model: Any) -> Iterator[tuple[str, Any]]:
 def _vision(model: Any) -> Any:
     """The part of a model of transformers that turns a picture into tokens, without its head."""
     core = model.base_model
-    if "pixel_values" not in inspect.signature(core.forward).parameters:  # DINOv3: the layers alone
+    if not _takes(core, "pixel_values"):  # DINOv3: the layers alone
         core = model
-    for tower, other in (("vision_model", "text_model"), ("vision_encoder", "mask_decoder")):
+    for tower, other in (
+        ("vision_model", "text_model"),
+        ("vision_model", "classifier"),
+        ("vision_encoder", "mask_decoder"),
+    ):
         if hasattr(core, tower) and hasattr(core, other):
             return getattr(core, tower)
     return core
@@ -415,13 +435,16 @@ class Hooks(Backbone):
                 raise _Done
 
         with suppress(_Done), self.hooked(keep):
-            self.inner(images, **self.how)
+            self._run(images)
         missing = sorted(set(self.modules) - set(found))
         if missing:
             raise ValueError(
                 f"SRT: the model must call its layers in its forward; it left out {missing}"
             )
         return [found[name] for name in self.modules]
+
+    def _run(self, images: torch.Tensor) -> Any:
+        return self.inner(images, **self.how, **_in_order(self.inner, images, self.patch))
 
     @contextmanager
     def hooked(self, hook: Callable[[str, object], object]) -> Iterator[None]:
@@ -484,7 +507,7 @@ class Hooks(Backbone):
             )
 
         with self.hooked(put):
-            result = self.inner(images, **self.how)
+            result = self._run(images)
         if not changed:
             raise ValueError(
                 f"SRT: the model must call its layer in its forward; it left out {self.modules[0]}"
