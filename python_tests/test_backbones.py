@@ -201,6 +201,33 @@ def test_normalised_layers_of_a_vit() -> None:
     assert torch.equal(first.field, SRT(model, OFFSETS, layers=0, stride=8)(images).field)
 
 
+def test_patches_that_are_no_squares() -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", **ANY, patch_size=(16, 8)).eval()
+    images = torch.randn(1, 3, 48, 40)
+
+    def tokens_of(view: torch.Tensor) -> torch.Tensor:
+        with outputs_of(model, ["blocks.0"]) as kept:
+            model(view)
+        return mapped(kept["blocks.0"], "NLC", (3, 5))
+
+    expected = expected_field(tokens_of, images, 8)
+    for layer in (0, "blocks.0"):
+        assert_same(SRT(model, OFFSETS, layers=layer, norm=False, stride=8)(images).field, expected)
+    actual = SRT(model, ITSELF, inject=0)(images)
+    torch.testing.assert_close(actual, model(images).detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_stages_that_are_no_modules() -> None:
+    """timm calls them block.0, the model blocks."""
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("twins_pcpvt_small", depths=(1, 1, 1, 1)).eval()
+    assert SRT(model, ITSELF, layers=0, stride=4)(torch.zeros(1, 3, 224, 224)).field.shape[1] == 64
+    with pytest.raises(ValueError, match="inject must be the name"):
+        SRT(model, inject=0)
+
+
 def test_several_layers_take_one_pass() -> None:
     model = timm_model("ViT")
     shown = 0

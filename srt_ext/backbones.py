@@ -169,17 +169,15 @@ class _Timm(Backbone):
         self.indices = _indices(layers, len(info))
         takes = inspect.signature(inner.forward_intermediates).parameters
         self.in_rows = "return_prefix_tokens" in takes  # tokens, not maps
-        found: Any = max(info[i]["reduction"] for i in self.indices)
-        embed: Any = getattr(inner, "patch_embed", None)
-        if self.in_rows and hasattr(embed, "feat_ratio"):  # which may be no square
-            found = tuple(embed.feat_ratio(as_scalar=False))
+        found = _both_sides(inner, max(info[i]["reduction"] for i in self.indices))
         self.prefix = getattr(inner, "num_prefix_tokens", 0) if self.in_rows else 0
         # Where there is no norm (Hiera) timm refuses to be asked for it.
         self.norm = norm and (hasattr(inner, "norm") or hasattr(inner, "neck"))
         names = [info[i]["module"] for i in self.indices]
         super().__init__(model, _agreed("patch", patch, found), names)
         _agreed("prefix", prefix, self.prefix)
-        if hasattr(inner, "reroll"):  # its modules have tokens in an order of their own
+        # Hiera's modules have tokens in an order of their own; some models name none that exist.
+        if hasattr(inner, "reroll") or not set(names) <= {n for n, _ in _named(inner)} - {""}:
             self.modules = ()
 
     def _features(self, images: torch.Tensor) -> list[Features]:
@@ -210,6 +208,14 @@ class _Timm(Backbone):
             tokens, prefix = layer if isinstance(layer, (tuple, list)) else (layer, None)
             made.append(_split(tokens, _grid(images, self.patch), 0)._replace(prefix=prefix))
         return [made[wanted.index(i)] for i in self.indices]
+
+
+def _both_sides(model: Any, pitch: Any) -> Any:
+    """(Ph, Pw) of a pitch that timm tells as one number, which is the longer side."""
+    embed: Any = getattr(model, "patch_embed", None)
+    if hasattr(embed, "feat_ratio") and embed.feat_ratio() == pitch:
+        return tuple(embed.feat_ratio(as_scalar=False))
+    return pitch
 
 
 class _Transformers(Backbone):
@@ -403,7 +409,7 @@ class Hooks(Backbone):
         if patch is None:
             declared = {i["module"]: i["reduction"] for i in getattr(inner, "feature_info", [])}
             patch = declared.get(layers[0]) if len(layers) == 1 else None
-            patch = _patch_of(inner) if patch is None else patch
+            patch = _patch_of(inner) if patch is None else _both_sides(inner, patch)
         if prefix is None:
             prefix = _prefix_of(inner)
         self.prefix = None if prefix is None else check_count("SRT", "prefix", prefix, 0)
