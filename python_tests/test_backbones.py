@@ -982,3 +982,28 @@ def test_a_model_that_catches_every_exception() -> None:
     inner = nn.Identity()
     expected = SRT(Around(inner), **settings)(images).field
     assert torch.equal(SRT(Careful(inner), **settings)(images).field, expected)
+
+
+def test_a_backbone_has_its_own_settings() -> None:
+    model = timm_model("ViT")
+    for settings in ({"layers": 1}, {"inject": 1}, {"norm": False}, {"patch": 16}, {"prefix": 1}):
+        with pytest.raises(ValueError, match="must be left out for a Backbone"):
+            SRT(describe(model, 0), OFFSETS, **settings)  # type: ignore[arg-type]
+    srt = SRT(describe(model, 0), OFFSETS)
+    srt.model = timm_model("DeiT")
+    with pytest.raises(ValueError, match="model must stay that of the Backbone"):
+        srt(torch.zeros(1, 3, 48, 80))
+
+
+def test_auto_counts_the_field_at_the_scale_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    from srt_ext import wrapper
+
+    model = timm_model("ViT")
+    sizes: list[int] = []
+    model.blocks[0].register_forward_pre_hook(lambda _m, inputs: sizes.append(len(inputs[0])))
+    monkeypatch.setattr(wrapper, "peak_bytes", lambda call: (call(), 10))
+    # 2 fields of 15 cells, 48 channels, 4 bytes; half of the rest holds 3 views of 10 bytes.
+    monkeypatch.setattr(wrapper, "free_bytes", lambda device: 2 * 15 * 48 * 4 + 60)
+    offsets = torch.cat([OFFSETS[1:] + i for i in range(4)])
+    SRT(model, offsets, inject=0, view_batch="auto")(torch.randn(1, 3, 48, 80))
+    assert sizes == [1, 3, 3, 1, 1]

@@ -563,6 +563,13 @@ def describe(
             that is neither given nor found, or that contradicts the model's.
     """
     if isinstance(model, Backbone):
+        settings = {"layers": layers, "patch": patch, "prefix": prefix}
+        told = {name: value for name, value in settings.items() if value is not None}
+        if told or not norm:
+            raise ValueError(
+                "SRT: layers, inject, norm, patch and prefix must be left out for a Backbone, "
+                f"which has its own; got {told or 'norm=False'}"
+            )
         return model
     if not callable(model):
         raise TypeError(f"SRT: model must be callable; got {type(model).__name__}")
