@@ -437,6 +437,9 @@ def test_a_whole_clip_is_its_picture_tower() -> None:
     settings: dict[str, Any] = {"views": OFFSETS, "stride": 16}
     whole, tower = SRT(model, **settings)(images), SRT(model.vision_model, **settings)(images)
     assert torch.equal(whole.field, tower.field)
+    for how in ({"inject": 0}, {"layers": "vision_model.encoder.layers.0"}):
+        with pytest.raises(ValueError, match=r"must run on pictures alone .* got CLIPModel"):
+            SRT(model, OFFSETS, **how)  # type: ignore[arg-type]
 
 
 # ---- DINO, hooks, calls -------------------------------------------------------------------------
@@ -815,6 +818,15 @@ def test_peak_bytes_counts_what_is_held_at_one_time() -> None:
     assert peak == 28000
     assert peak_bytes(lambda: start.view(10, 100))[1] == 0
     assert 2**20 < free_bytes(torch.device("cpu")) < 2**50
+
+
+def test_free_bytes_of_a_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that were read fill its memory until somebody needs it."""
+    from srt_ext import _memory
+
+    numbers = {"meminfo": 1000, "memory.max": 10000, "memory.current": 9000, "memory.stat": 8000}
+    monkeypatch.setattr(_memory, "_number", lambda path, name="": numbers[path.split("/")[-1]])
+    assert _memory.free_bytes(torch.device("cpu")) == 9000
 
 
 def test_view_batch_auto_fits_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:

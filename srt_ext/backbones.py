@@ -401,6 +401,11 @@ class Hooks(Backbone):
                 near = [n for n in known if n.endswith(".0")][:3]
                 hint = f" (such as {', '.join(near)})" if near else ""
                 raise ValueError(f"SRT: {rule}{hint}; got {name!r}")
+        if _is_transformers(inner) and _takes(inner, "input_ids"):
+            raise ValueError(
+                "SRT: model must run on pictures alone for inject and for layers by name, as the "
+                f"vision_model of CLIP does; got {type(inner).__name__}"
+            )
         if hasattr(inner, "reroll"):
             raise ValueError(
                 "SRT: layers must be indices for Hiera, whose modules have tokens in an order of "
