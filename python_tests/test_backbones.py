@@ -6,6 +6,7 @@ What SRT should give is made from the model's other ways to its features, and th
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -68,7 +69,15 @@ def timm_model(family: str) -> Any:
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     kind = TIMM[family]
-    return timm.create_model(kind.name, pretrained=False, **kind.settings).eval()
+    return unlike(timm.create_model(kind.name, pretrained=False, **kind.settings).eval())
+
+
+def unlike(model: Any) -> Any:
+    """With norms that are seen if they are applied twice: new ones have weights of 1 and 0."""
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    return model
 
 
 def mapped(tokens: torch.Tensor, layout: str, grid: tuple[int, int]) -> torch.Tensor:
@@ -200,6 +209,33 @@ def test_normalised_layers_of_a_vit() -> None:
     assert torch.equal(first.field, SRT(model, OFFSETS, layers=0, stride=8)(images).field)
 
 
+def test_patches_that_are_no_squares() -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", **ANY, patch_size=(16, 8)).eval()
+    images = torch.randn(1, 3, 48, 40)
+
+    def tokens_of(view: torch.Tensor) -> torch.Tensor:
+        with outputs_of(model, ["blocks.0"]) as kept:
+            model(view)
+        return mapped(kept["blocks.0"], "NLC", (3, 5))
+
+    expected = expected_field(tokens_of, images, 8)
+    for layer in (0, "blocks.0"):
+        assert_same(SRT(model, OFFSETS, layers=layer, norm=False, stride=8)(images).field, expected)
+    actual = SRT(model, ITSELF, inject=0)(images)
+    torch.testing.assert_close(actual, model(images).detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_stages_that_are_no_modules() -> None:
+    """timm calls them block.0, the model blocks."""
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("twins_pcpvt_small", depths=(1, 1, 1, 1)).eval()
+    assert SRT(model, ITSELF, layers=0, stride=4)(torch.zeros(1, 3, 224, 224)).field.shape[1] == 64
+    with pytest.raises(ValueError, match="inject must be the name"):
+        SRT(model, inject=0)
+
+
 def test_several_layers_take_one_pass() -> None:
     model = timm_model("ViT")
     shown = 0
@@ -276,7 +312,7 @@ def transformers_model(kind: str, head: str = "Model", **settings: Any) -> Any:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**WIDTH, **settings)
-    return getattr(transformers, f"{kind}{head}")(config).eval()
+    return unlike(getattr(transformers, f"{kind}{head}")(config).eval())
 
 
 def row_of_layers(model: nn.Module) -> str:
@@ -343,6 +379,61 @@ def test_sam_of_transformers() -> None:
     assert first.prefix is None
 
 
+def test_maps_of_transformers_with_channels_first() -> None:
+    model = transformers_model("VitDet", image_size=64, patch_size=16)
+    images = torch.randn(1, 3, 64, 96)
+    output = SRT(model, OFFSETS, stride=8)(images)
+    expected = expected_field(lambda v: model(v).last_hidden_state.permute(0, 2, 3, 1), images, 8)
+    assert_same(output.field, expected)
+
+
+@pytest.mark.parametrize("kind", ["ConvNext", "Swin"])
+def test_stages_of_transformers_are_refused(kind: str) -> None:
+    """Where no patch size holds for all: layers by name do it."""
+    transformers = pytest.importorskip("transformers")
+    model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")())
+    with pytest.raises(ValueError, match="layers must be names of modules, with patch"):
+        SRT(model, layers=0)
+
+
+def test_vit_mae_of_transformers_keeps_its_patches_in_order() -> None:
+    settings: dict[str, Any] = {"image_size": 48, "patch_size": 16}
+    model = transformers_model("ViTMAE", mask_ratio=0.0, **settings)
+    images = torch.randn(2, 3, 48, 80)
+    noise = torch.arange(15).expand(2, -1)
+
+    def tokens_of(view: torch.Tensor) -> torch.Tensor:
+        tokens = model(view, noise=noise, interpolate_pos_encoding=True).last_hidden_state
+        return mapped(tokens, "NLC", (3, 5))
+
+    expected = expected_field(tokens_of, images, 8)
+    assert_same(SRT(model, OFFSETS, stride=8)(images).field, expected)
+    actual = SRT(model, ITSELF, inject=0)(images).last_hidden_state[:, 1:]
+    with torch.no_grad():
+        plain = model(images, noise=noise, interpolate_pos_encoding=True).last_hidden_state[:, 1:]
+    torch.testing.assert_close(actual, plain)
+    with pytest.raises(ValueError, match=r"mask_ratio .* must be 0.*got 0\.75"):
+        SRT(transformers_model("ViTMAE", **settings), OFFSETS)(images)
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "Siglip"])
+def test_a_picture_tower_under_a_head(kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    vision = {**WIDTH, "image_size": 64, "patch_size": 32}
+    text = {**WIDTH, "vocab_size": 16, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    config = getattr(transformers, f"{kind}Config")(text_config=text, vision_config=vision)
+    model = getattr(transformers, f"{kind}ForImageClassification")(config).eval()
+    images = torch.randn(1, 3, 64, 64)
+    settings: dict[str, Any] = {"views": OFFSETS, "stride": 16}
+    under, tower = SRT(model, **settings)(images), SRT(model.vision_model, **settings)(images)
+    assert torch.equal(under.field, tower.field)
+    actual = SRT(model, ITSELF, inject=0)(images).logits
+    with torch.no_grad():
+        expected = model(images).logits
+    torch.testing.assert_close(actual, expected)
+
+
 def test_a_whole_clip_is_its_picture_tower() -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -354,6 +445,9 @@ def test_a_whole_clip_is_its_picture_tower() -> None:
     settings: dict[str, Any] = {"views": OFFSETS, "stride": 16}
     whole, tower = SRT(model, **settings)(images), SRT(model.vision_model, **settings)(images)
     assert torch.equal(whole.field, tower.field)
+    for how in ({"inject": 0}, {"layers": "vision_model.encoder.layers.0"}):
+        with pytest.raises(ValueError, match=r"must run on pictures alone .* got CLIPModel"):
+            SRT(model, OFFSETS, **how)  # type: ignore[arg-type]
 
 
 # ---- DINO, hooks, calls -------------------------------------------------------------------------
@@ -528,7 +622,7 @@ def test_half_precision_and_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         cast = SRT(model, OFFSETS, layers=[0, -1], norm=False, stride=8)(images)
         assert_close_in_bfloat16(SRT(model, OFFSETS, stride=8)(images).field, expected)
-    assert [out.field.isfinite().all() for out in cast]
+    assert all(bool(out.field.isfinite().all()) for out in cast)
     half = copy.deepcopy(model).bfloat16()
     field, prefix = SRT(half, OFFSETS, stride=8)(images.bfloat16())
     assert field.dtype == prefix.dtype == torch.bfloat16
@@ -734,6 +828,15 @@ def test_peak_bytes_counts_what_is_held_at_one_time() -> None:
     assert 2**20 < free_bytes(torch.device("cpu")) < 2**50
 
 
+def test_free_bytes_of_a_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that were read fill its memory until somebody needs it."""
+    from srt_ext import _memory
+
+    numbers = {"meminfo": 1000, "memory.max": 10000, "memory.current": 9000, "memory.stat": 8000}
+    monkeypatch.setattr(_memory, "_number", lambda path, name="": numbers[path.split("/")[-1]])
+    assert _memory.free_bytes(torch.device("cpu")) == 9000
+
+
 def test_view_batch_auto_fits_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     from srt_ext import wrapper
 
@@ -806,3 +909,121 @@ def test_on_a_gpu(dtype: torch.dtype) -> None:
         assert actual.field.is_cuda
         assert_close_in_bfloat16(actual.field.cpu(), cpu.field)
     assert_close_in_bfloat16(SRT(model, inject=0, **settings)(there).cpu(), logits)
+
+
+def test_a_model_that_runs_in_another_thread_meanwhile() -> None:
+    """Its forward meets the hooks of this thread, which must not heed it."""
+    model = timm_model("ViT")
+    images = torch.randn(1, 3, 48, 80)
+    with torch.no_grad():
+        expected = model(images)
+    settings: dict[str, Any] = {"views": OFFSETS, "stride": 16}
+    field = SRT(model, layers="blocks.0", **settings)(images).field
+    logits = SRT(model, OFFSETS, inject=0)(images)
+    others: list[torch.Tensor] = []
+
+    def in_another_thread(_m: nn.Module, _i: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=lambda: others.append(model(images * 1)))
+            thread.start()
+            thread.join()
+
+    model.blocks[0].register_forward_pre_hook(in_another_thread)
+    torch.testing.assert_close(SRT(model, layers="blocks.0", **settings)(images).field, field)
+    torch.testing.assert_close(SRT(model, OFFSETS, inject=0)(images), logits)
+    assert len(others) == 3  # the hooked forward; the two of inject
+    for other in others:
+        torch.testing.assert_close(other, expected)
+
+
+class Around(nn.Module):
+    """A convolution, a module that may be called again, and a head that takes what it returns."""
+
+    def __init__(self, inner: nn.Module, calls: int = 1) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.inner, self.calls = nn.Conv2d(3, 4, 8, stride=8), inner, calls
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        for _ in range(self.calls):
+            out = self.inner(x)
+            x = out if isinstance(out, torch.Tensor) else out[0]
+        return x
+
+
+class Packed(nn.Module):
+    def __init__(self, pack: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.pack = pack
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.pack(x)
+
+
+class Named(NamedTuple):
+    last_hidden_state: torch.Tensor
+
+
+def test_inject_keeps_what_the_module_returns() -> None:
+    images = torch.randn(2, 3, 16, 24)
+    settings: dict[str, Any] = {"inject": "inner", "patch": 8, "prefix": 0}
+    for pack in (lambda x: x, lambda x: (x, 1), lambda x: [x, 1]):
+        model = Around(Packed(pack))
+        actual = SRT(model, ITSELF, **settings)(images)
+        torch.testing.assert_close(actual, model(images).detach())
+    with pytest.raises(ValueError, match=r"inject must name a module.*inner returns Named"):
+        SRT(Around(Packed(Named)), ITSELF, **settings)(images)
+    for offsets in (OFFSETS, OFFSETS[1:]):
+        with pytest.raises(ValueError, match=r"call its layer once.*it called inner again"):
+            SRT(Around(nn.Identity(), calls=2), offsets, **settings)(images)
+
+
+def test_a_module_that_does_not_keep_the_batch() -> None:
+    def windows(x: torch.Tensor) -> torch.Tensor:  # [B, 8, 4] -> [B * 2, 2, 2, 4]
+        return x.reshape(-1, 2, 2, 4)
+
+    images = torch.randn(1, 3, 16, 32)
+    model = nn.Sequential(Around(nn.Identity()), Packed(windows))
+    with pytest.raises(ValueError, match=r"for each of 3 pictures; got \[6, 2, 2, 4\]"):
+        SRT(model, OFFSETS, layers="1", patch=8)(images)
+
+
+def test_a_model_that_catches_every_exception() -> None:
+    class Careful(Around):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            try:
+                return super().forward(x)
+            except Exception:
+                return x
+
+    images = torch.randn(1, 3, 16, 24)
+    settings: dict[str, Any] = {"views": OFFSETS, "layers": "inner", "patch": 8, "prefix": 0}
+    inner = nn.Identity()
+    expected = SRT(Around(inner), **settings)(images).field
+    assert torch.equal(SRT(Careful(inner), **settings)(images).field, expected)
+
+
+def test_a_backbone_has_its_own_settings() -> None:
+    model = timm_model("ViT")
+    for settings in ({"layers": 1}, {"inject": 1}, {"norm": False}, {"patch": 16}, {"prefix": 1}):
+        with pytest.raises(ValueError, match="must be left out for a Backbone"):
+            SRT(describe(model, 0), OFFSETS, **settings)  # type: ignore[arg-type]
+    srt = SRT(describe(model, 0), OFFSETS)
+    srt.model = timm_model("DeiT")
+    with pytest.raises(ValueError, match="model must stay that of the Backbone"):
+        srt(torch.zeros(1, 3, 48, 80))
+
+
+def test_auto_counts_the_field_at_the_scale_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    from srt_ext import wrapper
+
+    model = timm_model("ViT")
+    sizes: list[int] = []
+    model.blocks[0].register_forward_pre_hook(lambda _m, inputs: sizes.append(len(inputs[0])))
+    monkeypatch.setattr(wrapper, "peak_bytes", lambda call: (call(), 10))
+    # 2 fields of 15 cells, 48 channels, 4 bytes; half of the rest holds 3 views of 10 bytes.
+    monkeypatch.setattr(wrapper, "free_bytes", lambda device: 2 * 15 * 48 * 4 + 60)
+    offsets = torch.cat([OFFSETS[1:] + i for i in range(4)])
+    SRT(model, offsets, inject=0, view_batch="auto")(torch.randn(1, 3, 48, 80))
+    assert sizes == [1, 3, 3, 1, 1]

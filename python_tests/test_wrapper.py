@@ -269,6 +269,43 @@ def test_wrong_inputs() -> None:
         srt([[0.0]])
 
 
+@pytest.mark.parametrize(
+    ("views", "kind", "message"),
+    [
+        (torch.zeros(2, 2, dtype=torch.int64), TypeError, "offsets must be float32 or float64"),
+        (torch.tensor([[0.0, float("nan")]]), ValueError, "offsets must be finite"),
+        (torch.tensor([[0.0, 2.0**21]]), ValueError, "offsets must be finite and at most"),
+        ((torch.zeros(2, 2), torch.tensor([1, 1])), TypeError, "weights must be float32"),
+        ((torch.zeros(2, 2), torch.tensor([1.0, -1.0])), ValueError, "weights must be finite and"),
+        ((torch.zeros(2, 2), torch.zeros(2)), ValueError, r"not all be 0; got \[0.0, 0.0\]"),
+    ],
+)
+def test_wrong_views_are_told_before_the_model_runs(
+    views: object, kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        SRT(pooled, views, patch=PATCH)  # type: ignore[arg-type]
+
+
+def test_views_that_do_not_count_reach_nothing() -> None:
+    def fails_to_the_right(images: torch.Tensor) -> torch.Tensor:
+        tokens = with_prefix(images)
+        tokens[images[:, 0, 0, 0] == 0] = torch.inf
+        return tokens
+
+    offsets = torch.tensor([[0.0, 0.0], [0.0, 1.0]])
+    srt = SRT(
+        fails_to_the_right,
+        (offsets, torch.tensor([2.0, 0.0])),
+        patch=PATCH,
+        prefix=2,
+        padding="zeros",
+    )
+    field, prefix = srt(torch.ones(1, 3, 16, 8))
+    assert torch.equal(field, torch.ones(1, 3, 16, 8))
+    assert torch.equal(prefix, torch.ones(1, 2, 3))
+
+
 def tiny_vit(**arguments: object) -> torch.nn.Module:
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)

@@ -72,7 +72,9 @@ def free_bytes(device: torch.device) -> int:
     free = _number("/proc/meminfo", "MemAvailable:") * 1024
     limit = _number("/sys/fs/cgroup/memory.max")  # of a container
     if limit:
-        free = min(free or limit, max(0, limit - _number("/sys/fs/cgroup/memory.current")))
+        used = _number("/sys/fs/cgroup/memory.current")
+        used -= _number("/sys/fs/cgroup/memory.stat", "inactive_file")  # a cache that gives way
+        free = min(free or limit, max(0, limit - used))
     return free or 2**32  # no Linux: 4 GiB
 
 

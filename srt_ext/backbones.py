@@ -8,11 +8,12 @@ name, and what a call returns. None of them changes the model.
 from __future__ import annotations
 
 import inspect
+import threading
 import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,6 +117,11 @@ def _located(
     if tokens is None or tokens.dim() not in (3, 4):
         got = type(output).__name__ if tokens is None else list(tokens.shape)
         raise ValueError(f"SRT: the model must return tokens [B, K + N, C] or a map; got {got}")
+    if len(tokens) != len(images):  # windows of a picture, or tokens before the batch
+        raise ValueError(
+            f"SRT: the model must return one row of tokens, or one map, for each of {len(images)} "
+            f"pictures; got {list(tokens.shape)}"
+        )
     if tokens.dim() == 3:
         return _split(tokens, _grid(images, patch), prefix), "NLC"
     fits = {}
@@ -163,24 +169,22 @@ class _Timm(Backbone):
         self.indices = _indices(layers, len(info))
         takes = inspect.signature(inner.forward_intermediates).parameters
         self.in_rows = "return_prefix_tokens" in takes  # tokens, not maps
-        found: Any = max(info[i]["reduction"] for i in self.indices)
-        embed = getattr(inner, "patch_embed", None)
-        if self.in_rows and hasattr(embed, "feat_ratio"):  # which may be no square
-            found = tuple(embed.feat_ratio(as_scalar=False))
+        found = _both_sides(inner, max(info[i]["reduction"] for i in self.indices))
         self.prefix = getattr(inner, "num_prefix_tokens", 0) if self.in_rows else 0
         # Where there is no norm (Hiera) timm refuses to be asked for it.
         self.norm = norm and (hasattr(inner, "norm") or hasattr(inner, "neck"))
         names = [info[i]["module"] for i in self.indices]
         super().__init__(model, _agreed("patch", patch, found), names)
         _agreed("prefix", prefix, self.prefix)
-        if hasattr(inner, "reroll"):  # its modules have tokens in an order of their own
+        # Hiera's modules have tokens in an order of their own; some models name none that exist.
+        if hasattr(inner, "reroll") or not set(names) <= {n for n, _ in _named(inner)} - {""}:
             self.modules = ()
 
     def _features(self, images: torch.Tensor) -> list[Features]:
         wanted = sorted(set(self.indices))
         how: dict[str, Any] = {"output_fmt": "NCHW"}
         if self.in_rows:
-            how = {"output_fmt": "NLC", "return_prefix_tokens": self.prefix > 0}
+            how = {"output_fmt": "NLC", "return_prefix_tokens": bool(self.prefix)}
         try:
             found = self.inner.forward_intermediates(
                 images,
@@ -206,6 +210,14 @@ class _Timm(Backbone):
         return [made[wanted.index(i)] for i in self.indices]
 
 
+def _both_sides(model: Any, pitch: Any) -> Any:
+    """(Ph, Pw) of a pitch that timm tells as one number, which is the longer side."""
+    embed: Any = getattr(model, "patch_embed", None)
+    if hasattr(embed, "feat_ratio") and embed.feat_ratio() == pitch:
+        return tuple(embed.feat_ratio(as_scalar=False))
+    return pitch
+
+
 class _Transformers(Backbone):
     """transformers: ``output_hidden_states``. Layers are those of the encoder."""
 
@@ -221,10 +233,11 @@ class _Transformers(Backbone):
             ),
             ("", ()),
         )
-        if not blocks or not hasattr(config, "patch_size"):
+        # Stages (Swin, ConvNeXt) have pitches, layouts and norms of their own.
+        if not blocks or not hasattr(config, "patch_size") or hasattr(config, "depths"):
             raise ValueError(
                 f"SRT: layers must be names of modules, with patch, for {type(core).__name__}: "
-                f"it has no row of num_hidden_layers layers; got {layers}"
+                f"it has no row of num_hidden_layers layers of one pitch; got {layers}"
             )
         self.indices = _indices(layers, len(blocks))
         self.last = len(blocks) - 1
@@ -249,7 +262,7 @@ class _Transformers(Backbone):
 
     def _features(self, images: torch.Tensor) -> list[Features]:
         core = _vision(self.inner)
-        output = core(pixel_values=images, **self.how)
+        output = core(pixel_values=images, **self.how, **_in_order(core, images, self.patch))
         made = []
         for i in self.indices:
             tokens = output.hidden_states[i + 1]  # the first is that of the patch embedding
@@ -258,10 +271,7 @@ class _Transformers(Backbone):
                 continue
             if self.norm:
                 tokens = core.get_submodule(self.norm)(tokens)
-            if tokens.dim() == 4:  # SAM: NHWC
-                made.append(_from_map(tokens.permute(0, 3, 1, 2)))
-            else:
-                made.append(_split(tokens, _grid(images, self.patch), self.prefix))
+            made.append(_located(tokens, images, self.patch, self.prefix)[0])  # SAM: NHWC
         return made
 
 
@@ -271,9 +281,27 @@ def _is_transformers(model: object) -> bool:
 
 def _how(model: Any) -> dict[str, Any]:
     """What lets models of transformers take pictures of any size, where they can."""
-    if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
+    if _takes(model, "interpolate_pos_encoding"):
         return {"interpolate_pos_encoding": True}
     return {}
+
+
+def _in_order(model: Any, images: torch.Tensor, patch: tuple[int, int]) -> dict[str, Any]:
+    """What keeps ViTMAE of transformers, which shuffles its patches, from doing so."""
+    ratio = getattr(getattr(model, "config", None), "mask_ratio", None)
+    if ratio is None or not _takes(model, "noise"):
+        return {}
+    if ratio:
+        raise ValueError(
+            "SRT: mask_ratio of the model's configuration must be 0, or it leaves patches out; "
+            f"got {ratio}"
+        )
+    height, width = _grid(images, patch)
+    return {"noise": torch.arange(height * width, device=images.device).expand(len(images), -1)}
+
+
+def _takes(model: Any, argument: str) -> bool:
+    return argument in inspect.signature(model.forward).parameters
 
 
 def _prefix_of(model: Any) -> int | None:
@@ -296,9 +324,13 @@ def _named(model: Any) -> Iterator[tuple[str, Any]]:
 def _vision(model: Any) -> Any:
     """The part of a model of transformers that turns a picture into tokens, without its head."""
     core = model.base_model
-    if "pixel_values" not in inspect.signature(core.forward).parameters:  # DINOv3: the layers alone
+    if not _takes(core, "pixel_values"):  # DINOv3: the layers alone
         core = model
-    for tower, other in (("vision_model", "text_model"), ("vision_encoder", "mask_decoder")):
+    for tower, other in (
+        ("vision_model", "text_model"),
+        ("vision_model", "classifier"),
+        ("vision_encoder", "mask_decoder"),
+    ):
         if hasattr(core, tower) and hasattr(core, other):
             return getattr(core, tower)
     return core
@@ -369,6 +401,11 @@ class Hooks(Backbone):
                 near = [n for n in known if n.endswith(".0")][:3]
                 hint = f" (such as {', '.join(near)})" if near else ""
                 raise ValueError(f"SRT: {rule}{hint}; got {name!r}")
+        if _is_transformers(inner) and _takes(inner, "input_ids"):
+            raise ValueError(
+                "SRT: model must run on pictures alone for inject and for layers by name, as the "
+                f"vision_model of CLIP does; got {type(inner).__name__}"
+            )
         if hasattr(inner, "reroll"):
             raise ValueError(
                 "SRT: layers must be indices for Hiera, whose modules have tokens in an order of "
@@ -377,7 +414,7 @@ class Hooks(Backbone):
         if patch is None:
             declared = {i["module"]: i["reduction"] for i in getattr(inner, "feature_info", [])}
             patch = declared.get(layers[0]) if len(layers) == 1 else None
-            patch = _patch_of(inner) if patch is None else patch
+            patch = _patch_of(inner) if patch is None else _both_sides(inner, patch)
         if prefix is None:
             prefix = _prefix_of(inner)
         self.prefix = None if prefix is None else check_count("SRT", "prefix", prefix, 0)
@@ -408,26 +445,38 @@ class Hooks(Backbone):
             if len(found) == len(set(self.modules)):
                 raise _Done
 
-        try:
-            with self.hooked(keep):
-                self.inner(images, **self.how)
-        except _Done:
-            return [found[name] for name in self.modules]
+        with suppress(_Done), self.hooked(keep):
+            self._run(images)
         missing = sorted(set(self.modules) - set(found))
-        raise ValueError(
-            f"SRT: the model must call its layers in its forward; it left out {missing}"
-        )
+        if missing:
+            raise ValueError(
+                f"SRT: the model must call its layers in its forward; it left out {missing}"
+            )
+        return [found[name] for name in self.modules]
+
+    def _run(self, images: torch.Tensor) -> Any:
+        return self.inner(images, **self.how, **_in_order(self.inner, images, self.patch))
 
     @contextmanager
     def hooked(self, hook: Callable[[str, object], object]) -> Iterator[None]:
-        """Meanwhile each module calls ``hook`` with its name and output, which it may replace."""
+        """Meanwhile each module calls ``hook`` with its name and output, which it may replace.
+
+        In this thread alone: in another one somebody may run the same model.
+        """
+        thread = threading.get_ident()
+
+        def called(name: str, output: object) -> object:
+            return hook(name, output) if threading.get_ident() == thread else None
+
         with eagerly(self.model):
             handles = []
             try:
                 for name in set(self.modules):
                     module = self.inner.get_submodule(name)
                     handles.append(
-                        module.register_forward_hook(lambda _m, _i, out, name=name: hook(name, out))
+                        module.register_forward_hook(
+                            lambda _m, _i, out, name=name: called(name, out)
+                        )
                     )
                 yield
             finally:
@@ -446,6 +495,11 @@ class Hooks(Backbone):
 
         def put(_name: str, output: Any) -> Any:
             nonlocal changed
+            if changed:
+                raise ValueError(
+                    "SRT: the model must call its layer once in its forward; it called "
+                    f"{self.modules[0]} again"
+                )
             changed = True
             features, layout = _located(output, images, self.patch, self.prefix)
             tokens, prefix = replace(features)
@@ -454,10 +508,17 @@ class Hooks(Backbone):
             else:
                 new = tokens.unflatten(1, features.grid)
                 new = new if layout == "NHWC" else new.permute(0, 3, 1, 2)
-            return (new, *output[1:]) if isinstance(output, tuple) else new
+            if isinstance(output, torch.Tensor):
+                return new
+            if type(output) in (tuple, list):
+                return type(output)([new, *output[1:]])
+            raise ValueError(
+                "SRT: inject must name a module that returns a tensor, or a tuple or list that "
+                f"starts with one; {self.modules[0]} returns {type(output).__name__}"
+            )
 
         with self.hooked(put):
-            result = self.inner(images, **self.how)
+            result = self._run(images)
         if not changed:
             raise ValueError(
                 f"SRT: the model must call its layer in its forward; it left out {self.modules[0]}"
@@ -507,6 +568,13 @@ def describe(
             that is neither given nor found, or that contradicts the model's.
     """
     if isinstance(model, Backbone):
+        settings = {"layers": layers, "patch": patch, "prefix": prefix}
+        told = {name: value for name, value in settings.items() if value is not None}
+        if told or not norm:
+            raise ValueError(
+                "SRT: layers, inject, norm, patch and prefix must be left out for a Backbone, "
+                f"which has its own; got {told or 'norm=False'}"
+            )
         return model
     if not callable(model):
         raise TypeError(f"SRT: model must be callable; got {type(model).__name__}")

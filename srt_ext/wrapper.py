@@ -138,10 +138,11 @@ class SRT(torch.nn.Module):
         self._injects = inject is not None
         self._reading: dict[str, Any] = {"norm": norm, "patch": patch, "prefix": prefix}
         self._reading["layers"] = inject if self._injects else layers
+        self._given = isinstance(model, Backbone)
         self._backbone = self._describe(model)
         self.model = self._backbone.model  # a submodule if it is a module
         # On the CPU, and no buffers: .half() would round them.
-        self.views, self.weights = designs.resolve(views)
+        self.views, self.weights = _checked(*designs.resolve(views))
         self.stride = check_pair("SRT", "stride", stride)
         self.view_batch = view_batch
         if view_batch != "auto":
@@ -165,6 +166,11 @@ class SRT(torch.nn.Module):
     def backbone(self) -> Backbone:
         """How the features of the present ``model`` are got."""
         if self._backbone.model is not self.model:
+            if self._given:
+                raise ValueError(
+                    "SRT: model must stay that of the Backbone that was given; got another, "
+                    f"{type(self.model).__name__}"
+                )
             self._backbone = self._describe(self.model)
         return self._backbone
 
@@ -310,10 +316,11 @@ class SRT(torch.nn.Module):
     ) -> int:
         """The views of one forward, if the first took ``peak`` bytes."""
         planes = {"mean": 2, "moments": 4, "median": 10 if self.streaming else 1}[reduce]
-        cells = padded.shape[2] * padded.shape[3] // (self.stride[0] * self.stride[1])
         later = 0  # bytes of the fields, and of the tokens that a median holds
         for tokens, *_ in layers:
             batch, count, channels = tokens.shape
+            cells = padded.shape[2] * padded.shape[3] // (self.stride[0] * self.stride[1])
+            cells = count if self._injects else cells
             held = total * count if reduce == "median" and not self.streaming else 0
             later += batch * channels * (planes * cells + held) * max(4, tokens.element_size())
         free = (free_bytes(padded.device) - later) // 2
@@ -323,6 +330,19 @@ class SRT(torch.nn.Module):
 def _even(count: int, most: int) -> int:
     """The size of batches of one size, which a compiler likes, the last one aside."""
     return -(-count // -(-count // most)) if count else 1
+
+
+def _checked(
+    offsets: torch.Tensor, weights: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Views as the ops want them, on the CPU: a wrong one is told before the model has run."""
+    offsets = offsets.detach().cpu()
+    weights = None if weights is None else weights.detach().cpu()
+    # The ops know the rules: one token for each view.
+    ensemble(torch.zeros(len(offsets), 1, 1, 1), offsets, (1, 1), (1, 1), weights)
+    if weights is not None and not weights.sum() > 0:
+        raise ValueError(f"SRT: weights of views must not all be 0; got {weights.tolist()}")
+    return offsets, weights
 
 
 def _check_inject(inject: object, layers: object, stride: object) -> None:
@@ -414,7 +434,7 @@ class _Field:
         part = prefix.to(torch.promote_types(prefix.dtype, torch.float32))
         if self.views.weights is not None:
             weights = self.views.weights[first : first + len(prefix)].to(part)
-            part = part * weights[:, None, None, None]
+            part = (part * weights[:, None, None, None])[weights > 0]  # 0 * inf is no 0
         self.prefix = part.sum(0) if self.prefix is None else self.prefix + part.sum(0)
 
     def _aggregate(self, tokens: torch.Tensor | None = None) -> None:
