@@ -18,7 +18,7 @@ from conftest import SHARED
 from torch import nn
 
 from srt_ext import SRT, reference
-from srt_ext.backbones import describe, load_timm
+from srt_ext.backbones import describe, eagerly, load_timm
 
 # The picture itself, whole and broken pixels.
 OFFSETS = torch.tensor([[0.0, 0.0], [1.5, -2.0], [-3.0, 0.25]])
@@ -585,6 +585,8 @@ class Broken(nn.Module):
         ({"inject": 0, "stride": 16}, ValueError, "stride must be left out with inject"),
         ({"inject": 5}, ValueError, "layers must be in"),
         ({"view_batch": "many"}, TypeError, "view_batch must be an integer >= 1; got 'many'"),
+        ({"norm": "no"}, TypeError, "norm must be True or False; got 'no'"),
+        ({"streaming": 1}, TypeError, "streaming must be True or False; got 1"),
     ],
 )
 def test_wrong_settings(settings: dict[str, Any], kind: type[Exception], message: str) -> None:
@@ -1027,3 +1029,55 @@ def test_auto_counts_the_field_at_the_scale_of_tokens(monkeypatch: pytest.Monkey
     offsets = torch.cat([OFFSETS[1:] + i for i in range(4)])
     SRT(model, offsets, inject=0, view_batch="auto")(torch.randn(1, 3, 48, 80))
     assert sizes == [1, 3, 3, 1, 1]
+
+
+def test_a_model_in_training_mode_is_told_of() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 8, stride=8), nn.BatchNorm2d(4), nn.Dropout(0.5))
+    images = torch.randn(1, 3, 32, 48)
+    with pytest.warns(UserWarning, match=r"in training mode.*model\.eval"):
+        SRT(model, OFFSETS, patch=8)(images)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SRT(model.eval(), OFFSETS, patch=8)(images)
+
+
+def test_of_a_pyramid_the_map_of_the_patch_is_taken() -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model("resnet18", features_only=True).eval()
+    images = torch.randn(1, 3, 64, 96)
+    settings: dict[str, Any] = {"views": OFFSETS, "stride": 8}
+    expected = expected_field(lambda view: model(view)[3].permute(0, 2, 3, 1), images, 8)
+    assert_same(SRT(model, patch=16, **settings)(images).field, expected)
+    with pytest.raises(ValueError, match=r"one must lie on a grid of \[1, 2\]"):
+        SRT(lambda view: model(view)[:3], patch=64, **settings)(images)
+
+
+def test_a_compiled_model_of_one_size_says_so() -> None:
+    timm = pytest.importorskip("timm")
+    torch._dynamo.reset()
+    model = timm.create_model("vit_tiny_patch16_224", depth=1).eval()
+    srt = SRT(torch.compile(model, backend="eager"), OFFSETS, stride=16)
+    with pytest.raises(ValueError, match=r"(?s)take pictures of \[48, 80\].*dynamic_img_size"):
+        srt(torch.zeros(1, 3, 48, 80))
+
+
+def test_threads_that_run_compiled_models_eagerly_leave_the_compiler_as_it_was() -> None:
+    first, second = (eagerly(torch.compile(nn.Identity())) for _ in range(2))
+    seen: list[int] = []
+
+    def backend(graph: Any, inputs: object) -> Any:
+        seen.append(1)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(nn.Linear(2, 2), backend=backend)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    compiled(torch.zeros(1, 2))
+    assert not seen
+    second.__exit__(None, None, None)
+    compiled(torch.zeros(1, 2))
+    assert seen

@@ -180,26 +180,29 @@ class _Timm(Backbone):
         if hasattr(inner, "reroll") or not set(names) <= {n for n, _ in _named(inner)} - {""}:
             self.modules = ()
 
-    def _features(self, images: torch.Tensor) -> list[Features]:
-        wanted = sorted(set(self.indices))
-        how: dict[str, Any] = {"output_fmt": "NCHW"}
-        if self.in_rows:
-            how = {"output_fmt": "NLC", "return_prefix_tokens": bool(self.prefix)}
+    def features(self, images: torch.Tensor) -> list[Features]:
         try:
-            found = self.inner.forward_intermediates(
-                images,
-                indices=wanted,
-                norm=self.norm,
-                stop_early=True,
-                intermediates_only=True,
-                **how,
-            )
+            return super().features(images)
         except AssertionError as error:
             raise ValueError(
                 f"SRT: the model must take pictures of {list(images.shape[2:])}, whole patches; it "
                 f"says: {error}. timm's create_model(..., dynamic_img_size=True) or "
                 "model.set_input_size(...) change what it takes, where it can"
             ) from error
+
+    def _features(self, images: torch.Tensor) -> list[Features]:
+        wanted = sorted(set(self.indices))
+        how: dict[str, Any] = {"output_fmt": "NCHW"}
+        if self.in_rows:
+            how = {"output_fmt": "NLC", "return_prefix_tokens": bool(self.prefix)}
+        found = self.inner.forward_intermediates(
+            images,
+            indices=wanted,
+            norm=self.norm,
+            stop_early=True,
+            intermediates_only=True,
+            **how,
+        )
         made = []
         for layer in found:
             if not self.in_rows:
@@ -248,7 +251,7 @@ class _Transformers(Backbone):
                 for other, module in core.named_modules()
                 if norm
                 and not other.startswith(name + ".")
-                and other.rpartition(".")[2] in ("layernorm", "norm", "post_layernorm")
+                and other.rpartition(".")[2] in ("layernorm", "norm", "rms_norm", "post_layernorm")
             ),
             "",
         )
@@ -310,11 +313,12 @@ def _prefix_of(model: Any) -> int | None:
         count = getattr(model, "num_prefix_tokens", None)  # timm's
         return count if isinstance(count, int) else None
     front = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
-    return sum(
+    counts = [  # not the query of a pooling head
         parameter.shape[-2] if parameter.dim() > 1 else 1
         for name, parameter in _vision(model).named_parameters()
-        if name.rpartition(".")[2] in front
-    )
+        if name.rpartition(".")[2] in front and "embed" in name.rpartition(".")[0]
+    ]
+    return sum(counts) if counts else None
 
 
 def _named(model: Any) -> Iterator[tuple[str, Any]]:
@@ -382,7 +386,18 @@ class _Call(Backbone):
         return self._features(images)
 
     def _features(self, images: torch.Tensor) -> list[Features]:
-        return [_located(self.model(images), images, self.patch, self.prefix)[0]]
+        output = self.model(images)
+        if isinstance(output, (list, tuple)) and len(output) > 1:  # a pyramid, as of timm
+            grid = _grid(images, self.patch)
+            shapes = [getattr(part, "shape", ()) for part in output]
+            fits = [s[2:] == grid or s[1:3] == grid for s in shapes]
+            if sum(fits) != 1:
+                raise ValueError(
+                    f"SRT: of the outputs of the model one must lie on a grid of {list(grid)}; got "
+                    f"{[list(shape) for shape in shapes]}. Is patch right?"
+                )
+            output = output[fits.index(True)]
+        return [_located(output, images, self.patch, self.prefix)[0]]
 
 
 class _Done(Exception):  # noqa: N818
@@ -529,7 +544,32 @@ class Hooks(Backbone):
 def eagerly(model: Any) -> AbstractContextManager[Any]:
     """Compiled models run as they are written: hooks that came later would not be called."""
     compiled = hasattr(model, "dynamo_ctx") or getattr(model, "_compiled_call_impl", None)
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    return _stance.held() if compiled else nullcontext()
+
+
+class _Stance:
+    """torch's is that of the process: the first thread in sets it, the last one out resets it."""
+
+    def __init__(self) -> None:
+        self.lock, self.threads = threading.Lock(), 0
+        self.set: Any = None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        with self.lock:
+            if self.threads == 0:
+                self.set = torch.compiler.set_stance("force_eager")
+            self.threads += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.threads -= 1
+                if self.threads == 0:
+                    self.set.__exit__(None, None, None)
+
+
+_stance = _Stance()
 
 
 class Timed(Backbone):
@@ -635,13 +675,15 @@ def _agreed(name: str, given: object, found: Any) -> Any:
     """What the model tells, unless it tells nothing; a setting that contradicts it is a slip."""
     if given is None:
         return found
+    told = found
     if name == "prefix":
         check_count("SRT", name, given, 0)
-        same = given == found
+        same = found is None or given == found
+        found = given
     else:
         same = check_pair("SRT", name, given) == check_pair("SRT", name, _plain(found))
     if not same:
-        raise ValueError(f"SRT: {name} must be that of the model, {found}; got {given}")
+        raise ValueError(f"SRT: {name} must be that of the model, {told}; got {given}")
     return found
 
 

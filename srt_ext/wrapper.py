@@ -5,11 +5,14 @@ Method: Lao et al., "Sub-token ViT Embedding via Stochastic Resonance Transforme
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from . import views as designs
 from ._memory import free_bytes, peak_bytes
@@ -51,12 +54,15 @@ class SRT(torch.nn.Module):
     Args:
         model: a model of timm or of transformers, one with DINO's ``get_intermediate_layers``, or
             any callable from images [B, 3, H, W] to tokens [B, K + h * w, C] or a map
-            [B, C, h, w] or [B, h, w, C] (then ``patch`` is needed).
+            [B, C, h, w] or [B, h, w, C] (then ``patch`` is needed). Or what
+            :func:`srt_ext.backbones.describe` made of one, with its layers and the like.
         views: offsets [V, 2], (dy, dx) in pixels; words for :func:`srt_ext.views.parse`; a number
             of views for :func:`srt_ext.views.best`; or (offsets, weights [V]).
         layers: the block (of a hierarchical model: the stage) whose features are wanted, from 0 or,
-            negative, from the end; or the name of a module, whose output is taken by a hook. None:
-            the last. A list gives a list of results, from one pass over the views.
+            negative, from the end; or the name of a module, whose output, of its first call, is
+            taken by a hook. None: the last. A list gives a list of results, from one pass over
+            the views. Blocks behind the last one asked for do not run (in transformers, if asked
+            for by name).
         norm: pass the features through the final norm of the model, as DINO's
             ``get_intermediate_layers`` does. Models without one for that layer (all but the last
             stage of Swin; Hiera, ConvNeXt, ResNet), and layers by name, give them as they are.
@@ -96,11 +102,12 @@ class SRT(torch.nn.Module):
     A feature counts as that of the middle of its patch. Convolutions that overlap centre theirs
     elsewhere: the field of a ResNet lies (s - 1) / 2 pixels, s the pitch, too far down and right.
 
-    Memory, beside what the model needs for one batch of views: for each layer the output and the
-    tokens of all views. A mean whose tokens would outgrow the output is aggregated in parts, in
-    float32: twice the output, or the output and the tokens of one batch if they are more, however
-    many views there are. With ``streaming``: the output in float32 for a mean, twice that for
-    moments, 8 times for a median, and the result.
+    Memory, beside what the model needs for one batch of views: for each layer the result and the
+    tokens of all views. Where these would outgrow a field, a mean or moments are aggregated in
+    parts, however many views there are: the tokens of a part are as large as a field, or those of
+    one batch, and the sums, one for a mean and two for moments, are in float32. With
+    ``streaming``: the tokens of one batch, and one field in float32 for a mean, two for moments, 8
+    for a median.
 
     Raises:
         TypeError, ValueError: as the ops, and for tokens whose number does not fit the picture.
@@ -133,6 +140,9 @@ class SRT(torch.nn.Module):
         interpolation: str = "bilinear",
     ) -> None:
         super().__init__()
+        for name, flag in {"norm": norm, "streaming": streaming}.items():
+            if not isinstance(flag, bool):
+                raise TypeError(f"SRT: {name} must be True or False; got {flag!r}")
         if inject is not None:
             _check_inject(inject, layers, stride)
         self._injects = inject is not None
@@ -211,6 +221,7 @@ class SRT(torch.nn.Module):
     def _pad(self, images: torch.Tensor) -> torch.Tensor:
         """images [B, 3, H, W] to whole patches, to the right and below."""
         check_tensor("SRT", "images", images)
+        _warn_of_training(self.model)
         if images.dim() != 4:
             raise ValueError(f"SRT: images must be [B, 3, H, W]; got {list(images.shape)}")
         *_, height, width = images.shape
@@ -325,6 +336,21 @@ class SRT(torch.nn.Module):
             later += batch * channels * (planes * cells + held) * max(4, tokens.element_size())
         free = (free_bytes(padded.device) - later) // 2
         return max(1, min(free // max(1, peak), 64 if padded.is_cuda else 8))
+
+
+def _warn_of_training(model: object) -> None:
+    """Not of a model in training mode in which that changes nothing."""
+    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
+    if any(
+        module.training
+        and (isinstance(module, _BatchNorm) or (isinstance(module, _DropoutNd) and module.p > 0))
+        for module in modules
+    ):
+        warnings.warn(
+            "SRT: the model is in training mode: dropout disturbs the views, and they change the "
+            "statistics of its norms. Call model.eval() first",
+            stacklevel=2,
+        )
 
 
 def _even(count: int, most: int) -> int:
