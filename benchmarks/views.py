@@ -203,6 +203,21 @@ SEEDS = {"Sobol": 5, "Sobol, mirrored, matched": 5, "random": 5}  # pooled
 SUBPIXEL = {"lattice, matched": matched_lattice, "grid, matched": matched_grid}
 
 
+PLOTTED = {
+    "lattice, matched": "lattice, matched (views.best)",
+    "lattice to the edge": "lattice to the edge",
+    "two lattices, matched": "two lattices, matched",
+    "ring, equal weights": "ring, equal weights",
+    "ring, matched": "ring, matched by weights",
+    "grid, matched": "grid, matched",
+    "grid to the edge": "grid to the edge",
+    "Sobol": "Sobol",
+    "random": "random",
+    "lattice, matched, between pixels, bilinear": "lattice between pixels, bilinear",
+    "lattice, matched, between pixels, bicubic": "lattice between pixels, bicubic",
+}
+
+
 class Trial:
     """One design of one count and radius: which of all views it has, and what it loses."""
 
@@ -418,8 +433,9 @@ def document(results: Row) -> str:
         f"torch {facts['torch']}, commit {facts['commit']}, {facts['date']}, "
         f"{results['seconds']} s. Medians over the frames of ||design - whole|| / ||plain - "
         "whole||, where whole is the mean over all whole pixels up to the radius and plain the "
-        "untouched picture; quartiles are in the JSON. The column mean is over radii and layers, "
-        "and orders the rows. The least of a column is bold.",
+        "untouched picture; quartiles are in the JSON. Designs are rounded to whole pixels, but "
+        "for those between them. The column mean is over radii and layers, and orders the "
+        "rows. The least of a column is bold.",
         "## What SRT changes at all: ||plain - whole|| / ||whole||",
         markdown(
             ["radius", *(f"layer {layer}" for layer in layers)],
@@ -439,15 +455,21 @@ def plot(results: Row, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(13, 6), layout="constrained", sharey=True)
-    colours = pyplot.get_cmap("tab20")
+    colours = pyplot.get_cmap("tab10")
     for axis, radius in zip(axes, SUBPIXEL_RADII, strict=True):
-        for i, name in enumerate(dict.fromkeys(row["design"] for row in results["rows"])):
+        for i, (name, label) in enumerate(PLOTTED.items()):
             chosen = [r for r in results["rows"] if (r["design"], r["radius"]) == (name, radius)]
             points = [(row["views"], row["error"]["mean"]["median"]) for row in chosen]
-            if points:
-                axis.plot(*zip(*points, strict=True), "o-", label=name, color=colours(i % 20))
+            best = i == 0
+            style = {"color": "black", "linewidth": 2.5, "zorder": 3} if best else {}
+            style = style or {
+                "color": colours(i - 1),
+                "linestyle": "--" if "between" in name else "-",
+            }
+            axis.plot(*zip(*points, strict=True), marker="o", label=label, **style)
         axis.set(xscale="log", yscale="log", xlabel="views", title=f"radius {radius} pixels")
         axis.set_xticks(COUNTS, [str(count) for count in COUNTS])
+        axis.set_yticks(ticks := [0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.9], [f"{t:g}" for t in ticks])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("error, as a share of what SRT changes")

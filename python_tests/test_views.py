@@ -322,3 +322,15 @@ def test_resolve() -> None:
 def test_resolve_refuses(given_views: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         views.resolve(given_views)  # type: ignore[arg-type]
+
+
+def test_best_is_what_was_measured() -> None:
+    """The committed tables are those of the committed figures; best is the design they name."""
+    designs = pytest.importorskip("benchmarks.views")
+    results = designs.load(designs.RESULTS / "views.json")
+    assert designs.document(results) == (designs.RESULTS / "views.md").read_text()
+    for row in results["rows"]:
+        if row["design"] == "lattice, matched":
+            count, radius = row["views"], row["radius"]
+            measured = designs.matched_lattice(count, radius, 0).round()
+            assert torch.equal(views.best(count, radius), measured)

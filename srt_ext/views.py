@@ -2,6 +2,10 @@
 
 Every design is a tensor [V, 2] of (dy, dx) in pixels, float32, or one of those with weights
 (:class:`Weighted`). Its mean is 0, so that the field stays where it was.
+
+Any real offsets are allowed. But a picture that is moved by part of a pixel is interpolated, which
+blurs it, and its tokens are those of a blurred picture: designs on whole pixels were the better
+ones in nearly every measurement (benchmarks/README.md). ``offsets.round()`` moves them there.
 """
 
 from __future__ import annotations
@@ -163,6 +167,8 @@ def sobol(n: int, radius: float, seed: int = 0) -> torch.Tensor:
     """n views from a scrambled Sobol sequence over the square, brought to mean 0.
 
     Bringing them there moves them all by the same little, over the edge of the square perhaps.
+    They lie between the pixels; rounded to whole ones they are better than random views, and worse
+    than :func:`best`.
 
     Args:
         n: views, >= 1. Powers of two spread best.
@@ -197,7 +203,7 @@ def ring(n: int, radius: float) -> Weighted:
 
     The weights are such that mean, variance and covariance of dy and dx are those of the whole
     ``grid(radius)``: the circle has 2 (radius + 1) / (3 radius) of them, in equal parts. Under a
-    radius of 2 pixels it lies too near for that.
+    radius of 2 pixels it lies too near for that. :func:`best` has less error with as many views.
 
     Args:
         n: views, >= 4: fewer than three on a circle do not have the same variance along y and x.
@@ -228,7 +234,13 @@ def best(count: int, radius: int = 3) -> torch.Tensor:
     """``count`` views that stand for the whole ``grid(radius)``, as well as we know how.
 
     A :func:`lattice` that reaches so far that dy and dx have the variance of the whole grid, each
-    view moved to the nearest whole pixel. DOCUMENTED
+    view moved to the nearest whole pixel.
+
+    Measured (benchmarks/README.md): of 20 photographs through a ViT-Ti/16, at three layers and
+    radii from 2 to 8 pixels, it leaves 0.38 of what the whole grid changes with 4 views, 0.24 with
+    7, 0.20 with 9 and 0.13 with 16. In the mean nothing else that was tried leaves less with any of
+    these, nor with 5 or 13 (25: 0.093 against 0.090), so other counts follow the same rule. Views
+    drawn at random leave 0.54, 0.41, 0.38 and 0.23. Weights gain nothing.
 
     Args:
         count: views, from 1 to the (2 * radius + 1)^2 of the whole grid, which is then the design.
