@@ -9,9 +9,10 @@ benchmarks/results/views.json, and views.md and views.svg beside it; without ``-
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,18 +27,20 @@ from srt_ext import views
 from srt_ext.views import Weighted
 
 RADII = (2, 3, 5, 8)
-# Of each radius, and of the two that are plotted.
-COUNTS, MORE_COUNTS, PLOTTED = (4, 7, 9, 16), (4, 5, 7, 9, 13, 16, 25), (3, 8)
+COUNTS = (4, 5, 7, 9, 13, 16, 25)
+# Views between the pixels are forwards of their own: of these only.
+SUBPIXEL_RADII, SUBPIXEL_COUNTS = (3, 8), (4, 7, 9, 16)
 LAYERS = (3, 7, 11)  # of 12, from 0; each through the last normalisation
 STRIDE = 4
 BATCH = 16  # views in one forward
+INTERPOLATIONS = ("bilinear", "bicubic")
 
-Offsets = torch.Tensor | Weighted
+Design = torch.Tensor | Weighted
 Row = dict[str, Any]
 
 
 # ---- designs ------------------------------------------------------------------------------------
-# Each stands for the grid of whole pixels of a radius; None where it has no design of that count.
+# Each stands for the grid of whole pixels of a radius. "Matched" is one that has its variance.
 
 
 def moments(radius: int) -> tuple[float, float]:
@@ -46,226 +49,219 @@ def moments(radius: int) -> tuple[float, float]:
     return m2, m2 * (3 * radius**2 + 3 * radius - 1) / 5
 
 
-def side(count: int) -> int | None:
-    root = math.isqrt(count)
-    return root if root**2 == count else None
-
-
-def evenly(count: int, radius: int) -> float:
+def reach(count: int, radius: int) -> float:
     """How far ``count`` values evenly spaced must reach to have the variance of the whole grid."""
     return math.sqrt(3 * moments(radius)[0] * (count - 1) / (count + 1))
 
 
-def product(nodes: Iterable[float], weights: Iterable[float] | None = None) -> Offsets:
-    axis = torch.tensor(list(nodes), dtype=torch.float32)
-    offsets = torch.cartesian_prod(axis, axis)
-    if weights is None:
-        return offsets
-    share = torch.tensor(list(weights), dtype=torch.float32)
-    return Weighted(offsets, torch.outer(share, share).flatten())
+def square(nodes: Any) -> torch.Tensor:
+    axis = torch.as_tensor(nodes, dtype=torch.float32)
+    return torch.cartesian_prod(axis, axis)
 
 
-def grid(count: int, radius: int, seed: int) -> Offsets | None:
-    k = side(count)
-    return product(np.linspace(-radius, radius, k)) if k else None
+def grid(count: int, radius: int, seed: int) -> torch.Tensor | None:
+    k = math.isqrt(count)
+    return square(np.linspace(-radius, radius, k)) if k**2 == count else None
 
 
-def matched_grid(count: int, radius: int, seed: int) -> Offsets | None:
-    k = side(count)
-    return product(np.linspace(-1, 1, k) * evenly(k, radius)) if k else None
+def matched_grid(count: int, radius: int, seed: int) -> torch.Tensor | None:
+    k = math.isqrt(count)
+    return square(np.linspace(-1, 1, k) * reach(k, radius)) if k**2 == count else None
 
 
-def whole_grid(count: int, radius: int, seed: int) -> Offsets | None:
-    """The matched grid, each line moved to the nearest whole pixel: nothing is interpolated."""
-    k = side(count)
-    return product(np.rint(np.linspace(-1, 1, k) * evenly(k, radius))) if k else None
-
-
-def chebyshev_grid(count: int, radius: int, seed: int) -> Offsets | None:
-    """Equal weights, and on each axis the second and fourth moment of the whole grid."""
-    k = side(count)
-    if k is None or k not in (4, 5):
+def gauss_grid(count: int, radius: int, seed: int) -> Weighted | None:
+    """Three lines on each axis, near Gauss's, with weights that match the variance."""
+    if count != 9:
         return None
     m2, m4 = moments(radius)
-    mean, square = k * m2 / 4, k * m4 / 4  # of the two squared nodes, and of their squares
-    far, near = (mean + sign * math.sqrt(square - mean**2) for sign in (1, -1))
-    if near < 0:
-        return None
-    positive = [math.sqrt(near), math.sqrt(far)]
-    return product([-n for n in positive] + [0.0] * (k - 4) + positive)
+    far = round(math.sqrt(m4 / m2))
+    share = m2 / far**2
+    weights = torch.tensor([share / 2, 1 - share, share / 2])
+    return Weighted(square([-far, 0, far]), torch.outer(weights, weights).flatten())
 
 
-def gauss_grid(count: int, radius: int, seed: int) -> Offsets | None:
-    """Gauss's rule for sums over -radius, ..., radius: exact to degree 2 k - 1 on each axis."""
-    k, n = side(count), 2 * radius + 1
-    if k is None or k >= n:
-        return None
-    j = np.arange(1, k)  # the recurrence of the polynomials of Gram
-    beside = np.sqrt(j**2 * (n**2 - j**2) / (4 * (4 * j**2 - 1)))
-    nodes, vectors = np.linalg.eigh(np.diag(beside, 1) + np.diag(beside, -1))
-    return product(nodes, vectors[0] ** 2)
-
-
-def lattice(count: int, radius: int, seed: int) -> Offsets:
+def lattice(count: int, radius: int, seed: int) -> torch.Tensor:
     return views.lattice(count, radius)
 
 
 def matched_lattice(count: int, radius: int, seed: int) -> torch.Tensor:
-    return views.lattice(count, evenly(count, radius))
+    return views.lattice(count, reach(count, radius))
 
 
-def whole_lattice(count: int, radius: int, seed: int) -> Offsets:
-    """The matched lattice, each view moved to the nearest whole pixel: nothing is interpolated."""
-    return matched_lattice(count, radius, seed).round()
-
-
-def modulo_n(count: int, radius: int, seed: int) -> Offsets | None:
-    """The lattice without the moduli n + 1."""
+def modulo_n(count: int, radius: int, seed: int) -> torch.Tensor:
+    """The matched lattice, without the rules modulo n + 1."""
     index = np.arange(count)
     best, offsets = 0.0, None
     for g in range(1, count):
-        odd = g % 2 == 1
         if math.gcd(g, count) == 1:
-            order = (g * index + (g - 1 if odd else g - 1 + count) // 2) % count
-            points = np.stack([index, order], 1) * 2 - (count - 1)
+            turn = (g - 1 if g % 2 else g - 1 + count) // 2
+            points = np.stack([index, (g * index + turn) % count], 1) * 2 - (count - 1)
             apart = np.linalg.norm(points[:, None] - points, axis=2) + 1e9 * np.eye(count)
             if apart.min() > best + 1e-9:
-                best, offsets = apart.min(), points * (evenly(count, radius) / (count - 1))
+                best, offsets = apart.min(), points * (reach(count, radius) / (count - 1))
     return torch.tensor(offsets, dtype=torch.float32)
 
 
-def two_lattices(count: int, radius: int, seed: int) -> Offsets | None:
+def two_lattices(count: int, radius: int, seed: int) -> Design | None:
     """A lattice and its mirror image: dy and dx do not correlate. What both have is run once."""
     n = (count + 1) // 2
     if count % 2 and n % 2 == 0:
         return None
-    one = views.lattice(n, evenly(n, radius))
+    one = views.lattice(n, reach(n, radius))
     two = one * torch.tensor([1.0, -1.0])
     if count % 2 == 0:
         return torch.cat([one, two])
-    apart = two[torch.arange(n) != n // 2]
     weights = torch.full((count,), 1 / (2 * n))
     weights[n // 2] *= 2
-    return Weighted(torch.cat([one, apart]), weights)
+    return Weighted(torch.cat([one, two[torch.arange(n) != n // 2]]), weights)
 
 
-def sobol(count: int, radius: int, seed: int) -> Offsets:
+def sobol(count: int, radius: int, seed: int) -> torch.Tensor:
     return views.sobol(count, radius, seed)
 
 
-def mirrored_sobol(count: int, radius: int, seed: int) -> Offsets:
-    """Half of the points, and their mirror images, at the variance of the whole grid."""
+def mirrored_sobol(count: int, radius: int, seed: int) -> torch.Tensor:
+    """Half of the points, and their mirror images, with the variance of the whole grid."""
     engine = torch.quasirandom.SobolEngine(2, scramble=True, seed=seed)
     half = 2 * engine.draw(count // 2, dtype=torch.float64) - 1
     points = torch.cat([half, -half, torch.zeros(count % 2, 2, dtype=torch.float64)])
     return (points * (moments(radius)[0] / points.square().mean(0)).sqrt()).float()
 
 
-def ring_of(count: int, square: float, share: float, turn: float = 0) -> Weighted:
-    """The picture, and count - 1 views at the root of ``square`` that have ``share`` of the sum."""
-    n = count - 1
-    angles = torch.arange(n, dtype=torch.float64) * (2 * math.pi / n) + turn
-    circle = math.sqrt(square) * torch.stack([angles.sin(), angles.cos()], 1)
-    offsets = torch.cat([torch.zeros(1, 2), circle.float()])
-    return Weighted(offsets, torch.tensor([1 - share] + [share / n] * n))
+def ring_of(count: int, distance: float, variance: float) -> Weighted:
+    """The picture, and count - 1 views around it with weights that give the variance."""
+    angles = torch.arange(count - 1, dtype=torch.float64) * (2 * math.pi / (count - 1))
+    circle = (distance * torch.stack([angles.sin(), angles.cos()], 1)).round().float()
+    share = min(1, 2 * variance / circle.square().sum(1).mean().item())
+    weights = torch.tensor([1 - share] + [share / (count - 1)] * (count - 1))
+    return Weighted(torch.cat([torch.zeros(1, 2), circle]), weights)
 
 
-def ring(count: int, radius: int, seed: int) -> Offsets:
-    """At the radius, with the variance of the continuous square."""
-    return ring_of(count, radius**2, 2 / 3)
+def ring(count: int, radius: int, seed: int) -> Weighted:
+    """With the variance of the square, continuous."""
+    return ring_of(count, radius, radius**2 / 3)
 
 
-def ring_of_grid(count: int, radius: int, seed: int) -> Offsets:
-    """At the radius, with the variance of the whole grid."""
-    return ring_of(count, radius**2, 2 * moments(radius)[0] / radius**2)
+def matched_ring(count: int, radius: int, seed: int) -> Weighted:
+    return ring_of(count, radius, moments(radius)[0])
 
 
-def ring_to_degree_4(count: int, radius: int, seed: int) -> Offsets:
-    """Second and fourth moments of the distance from the middle are those of the whole grid."""
+def far_ring(count: int, radius: int, seed: int) -> Weighted:
+    """Matched, at the distance that has the fourth moment of the whole grid, too."""
     m2, m4 = moments(radius)
-    second, fourth = 2 * m2, 2 * m4 + 2 * m2**2
-    return ring_of(count, fourth / second, second**2 / fourth)
+    return ring_of(count, math.sqrt((m4 + m2**2) / m2), m2)
 
 
-def equal_ring(count: int, radius: int, seed: int) -> Offsets:
-    """Equal weights at the variance of the whole grid, so that a median can use it."""
-    return ring_of(count, 2 * moments(radius)[0] * count / (count - 1), 1 - 1 / count).offsets
+def equal_ring(count: int, radius: int, seed: int) -> torch.Tensor:
+    """Matched by its distance: its weights are equal."""
+    m2 = moments(radius)[0]
+    return ring_of(count, math.sqrt(2 * m2 * count / (count - 1)), m2).offsets
 
 
-def radon(count: int, radius: int, seed: int) -> Offsets | None:
-    """Seven views with all moments of the whole grid up to degree 5 (Radon, 1948)."""
+def radon(count: int, radius: int, seed: int) -> Weighted | None:
+    """Seven views near those of Radon's formula (1948), with weights that match the variance.
+
+    Four at (+-v, +-u), two at (+-far, 0): between the pixels it has all moments to degree 5.
+    """
     if count != 7:
         return None
     m2, m4 = moments(radius)
-    corner = m2**2 / (4 * m4)  # four at (+-sqrt(m2), +-sqrt(m4 / m2))
-    y2, y4 = m2 - 4 * corner * m2, m4 - 4 * corner * m2**2  # what two on an axis must add
-    far, u, v = math.sqrt(y4 / y2), math.sqrt(m2), math.sqrt(m4 / m2)
-    end = y2 / (2 * far**2)
-    points = [(0, 0), (-far, 0), (far, 0), (-u, -v), (-u, v), (u, -v), (u, v)]
+    far, u, v = (round(math.sqrt(n)) for n in ((m4 + m2**2) / m2, m4 / m2, m2))
+    corner = m2 / (4 * u**2)
+    end = (m2 - 4 * corner * v**2) / (2 * far**2)
+    points = [(0, 0), (-far, 0), (far, 0), (-v, -u), (-v, u), (v, -u), (v, u)]
     weights = [1 - 2 * end - 4 * corner, end, end, *[corner] * 4]
-    return Weighted(torch.tensor(points), torch.tensor(weights))
+    return Weighted(torch.tensor(points, dtype=torch.float32), torch.tensor(weights))
 
 
-def random(count: int, radius: int, seed: int) -> Offsets:
-    """As many of the whole grid, without putting back."""
+def random(count: int, radius: int, seed: int) -> torch.Tensor:
+    """So many of the whole grid."""
     whole = views.grid(radius)
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
     return whole[order[:count]]
 
 
-# Name: the design, and how many seeds of it are pooled.
-DESIGNS: dict[str, tuple[Callable[[int, int, int], Offsets | None], int]] = {
-    "grid to the edge": (grid, 1),
-    "grid, matched": (matched_grid, 1),
-    "grid, matched, whole pixels": (whole_grid, 1),
-    "Chebyshev grid": (chebyshev_grid, 1),
-    "Gauss grid": (gauss_grid, 1),
-    "lattice to the edge": (lattice, 1),
-    "lattice, matched": (matched_lattice, 1),
-    "lattice, matched, whole pixels": (whole_lattice, 1),
-    "lattice modulo n, matched": (modulo_n, 1),
-    "two lattices, matched": (two_lattices, 1),
-    "Sobol": (sobol, 2),
-    "Sobol, mirrored, matched": (mirrored_sobol, 2),
-    "ring": (ring, 1),
-    "ring, grid's variance": (ring_of_grid, 1),
-    "ring, to degree 4": (ring_to_degree_4, 1),
-    "ring, equal weights": (equal_ring, 1),
-    "Radon": (radon, 1),
-    "random": (random, 3),
+# Rounded to whole pixels, where nothing is interpolated. None: no design of that count.
+DESIGNS: dict[str, Callable[[int, int, int], Design | None]] = {
+    "lattice, matched": matched_lattice,
+    "lattice to the edge": lattice,
+    "lattice modulo n, matched": modulo_n,
+    "two lattices, matched": two_lattices,
+    "grid, matched": matched_grid,
+    "grid to the edge": grid,
+    "Gauss grid": gauss_grid,
+    "Radon": radon,
+    "ring": ring,
+    "ring, matched": matched_ring,
+    "ring, matched to degree 4": far_ring,
+    "ring, equal weights": equal_ring,
+    "Sobol": sobol,
+    "Sobol, mirrored, matched": mirrored_sobol,
+    "random": random,
+}
+SEEDS = {"Sobol": 5, "Sobol, mirrored, matched": 5, "random": 5}  # pooled
+SUBPIXEL = {"lattice, matched": matched_lattice, "grid, matched": matched_grid}
+
+
+PLOTTED = {
+    "lattice, matched": "lattice, matched (views.best)",
+    "lattice to the edge": "lattice to the edge",
+    "two lattices, matched": "two lattices, matched",
+    "ring, equal weights": "ring, equal weights",
+    "ring, matched": "ring, matched by weights",
+    "grid, matched": "grid, matched",
+    "grid to the edge": "grid to the edge",
+    "Sobol": "Sobol",
+    "random": "random",
+    "lattice, matched, between pixels, bilinear": "lattice between pixels, bilinear",
+    "lattice, matched, between pixels, bicubic": "lattice between pixels, bicubic",
 }
 
 
 class Trial:
-    """One design of one count and radius: which of all offsets it has, and what it loses."""
+    """One design of one count and radius: which of all views it has, and what it loses."""
 
-    def __init__(self, name: str, count: int, radius: int, design: Offsets) -> None:
-        self.name, self.count, self.radius = name, count, radius
-        weighted = isinstance(design, Weighted)
-        self.offsets, self.weights = design if weighted else (design, None)
-        self.index = torch.empty(0, dtype=torch.long)  # [V], into the offsets of all trials
+    def __init__(self, name: str, count: int, radius: int, design: Design, how: int) -> None:
+        self.name, self.count, self.radius, self.how = name, count, radius, how
+        self.offsets, self.weights = views.resolve(design)
+        self.index = torch.empty(0, dtype=torch.long)  # [V], into the views of all trials
         self.errors: list[list[float]] = []  # of a frame: of each layer
 
 
 def plan() -> tuple[list[Trial], torch.Tensor]:
-    """All trials, the whole grids first, and their offsets [U, 2], each once."""
-    trials = [Trial("whole", (2 * r + 1) ** 2, r, views.grid(r)) for r in RADII]
-    for radius in RADII:
-        for count in MORE_COUNTS if radius in PLOTTED else COUNTS:
-            for name, (make, seeds) in DESIGNS.items():
-                for seed in range(seeds):
-                    design = make(count, radius, seed)
-                    if design is not None:
-                        trials.append(Trial(name, count, radius, design))
-                        assert len(trials[-1].offsets) == count, (name, count, radius)
-    plain = torch.zeros(1, 2)
-    # Whole pixels that come out of a square root count as whole ones; and no -0.
-    every = [trial.offsets.mul(2**16).round().div(2**16) + 0.0 for trial in trials]
-    offsets, index = torch.cat([plain, *every]).unique(dim=0, return_inverse=True)
-    parts = index[1:].split([len(trial.offsets) for trial in trials])
-    for trial, part in zip(trials, parts, strict=True):
+    """All trials, the whole grids first, and their views, each once.
+
+    A view is (interpolation, dy, dx), [U, 3]; on whole pixels they do not differ by the first.
+    """
+    trials = [Trial("whole", (2 * r + 1) ** 2, r, views.grid(r), 0) for r in RADII]
+    for radius, count in itertools.product(RADII, COUNTS):
+        if count >= (2 * radius + 1) ** 2:
+            continue
+        for name, make in DESIGNS.items():
+            for seed in range(SEEDS.get(name, 1)):
+                design = make(count, radius, seed)
+                if isinstance(design, Weighted):
+                    design = Weighted(design.offsets.round(), design.weights)
+                if design is not None:
+                    design = design if isinstance(design, Weighted) else design.round()
+                    trials.append(Trial(name, count, radius, design, 0))
+        if radius in SUBPIXEL_RADII and count in SUBPIXEL_COUNTS:
+            for name, between in SUBPIXEL.items():
+                offsets = between(count, radius, 0)
+                for how, word in enumerate(INTERPOLATIONS):
+                    if offsets is not None:
+                        label = f"{name}, between pixels, {word}"
+                        trials.append(Trial(label, count, radius, offsets, how))
+    shown = [torch.zeros(1, 3)]  # the plain picture
+    for trial in trials:
+        # What comes out of a square root may miss a whole pixel by its rounding.
+        offsets = trial.offsets.mul(2**16).round().div(2**16) + 0.0  # no -0
+        between = (offsets != offsets.round()).any(1, keepdim=True)
+        shown.append(torch.cat([trial.how * between, offsets], 1))
+    every, index = torch.cat(shown).unique(dim=0, return_inverse=True)
+    for trial, part in zip(trials, index[1:].split([len(s) for s in shown[1:]]), strict=True):
         trial.index = part
-    return trials, offsets
+    return trials, every
 
 
 # ---- measurement --------------------------------------------------------------------------------
@@ -290,35 +286,42 @@ def pictures(folders: list[Path], every: int, size: int) -> list[tuple[str, torc
     return found
 
 
-def tokens_of(vit: Any, image: torch.Tensor, offsets: torch.Tensor, how: str) -> list[torch.Tensor]:
-    """Of each layer the tokens [U, 1, N, C] of the views of one image [1, 3, H, W]."""
+def tokens_of(vit: Any, image: torch.Tensor, shown: torch.Tensor) -> list[torch.Tensor]:
+    """Of each layer the tokens [U, 1, N, C] of the views ``shown`` [U, 3] of an image [1, 3, H, W].
+
+    They are sorted by interpolation.
+    """
     parts = []
-    for chunk in offsets.split(BATCH):
-        shown = srt_ext.shift(image, chunk, interpolation=how).flatten(0, 1)
+    chunks = [
+        (word, chunk)
+        for how, word in enumerate(INTERPOLATIONS)
+        for chunk in shown[shown[:, 0] == how, 1:].split(BATCH)
+    ]
+    for word, chunk in chunks:
+        moved = srt_ext.shift(image, chunk, interpolation=word).flatten(0, 1)
         parts.append(
             vit.forward_intermediates(
-                shown, indices=list(LAYERS), norm=True, output_fmt="NLC", intermediates_only=True
+                moved, indices=list(LAYERS), norm=True, output_fmt="NLC", intermediates_only=True
             )
         )
     return [torch.cat(layer)[:, None] for layer in zip(*parts, strict=True)]
 
 
-def measure(
-    weights: Path, folders: list[Path], every: int, size: int, interpolation: str
-) -> dict[str, Any]:
+def measure(weights: Path, folders: list[Path], every: int, size: int) -> dict[str, Any]:
     from srt_ext.backbones import load_timm
     from srt_ext.command import DEFAULT_MODEL
 
     vit, config = load_timm(DEFAULT_MODEL, weights)
     mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
-    trials, offsets = plan()
+    trials, shown = plan()
+    offsets = shown[:, 1:]
     frames = pictures(folders, every, size)
     plain = (offsets == 0).all(1).nonzero()[0]
     effects: dict[int, list[list[float]]] = {radius: [] for radius in RADII}
     start = time.perf_counter()
     for done, (name, pixels) in enumerate(frames):
         with torch.inference_mode():
-            layers = tokens_of(vit, (pixels - mean) / std, offsets, interpolation)
+            layers = tokens_of(vit, (pixels - mean) / std, shown)
         shape = [n // 16 for n in pixels.shape[2:]]
 
         def field(
@@ -348,7 +351,6 @@ def measure(
     return {
         "frames": [name for name, _ in frames],
         "size": size,
-        "interpolation": interpolation,
         "layers": list(LAYERS),
         "stride": STRIDE,
         "seconds": round(time.perf_counter() - start),
@@ -392,7 +394,7 @@ def rows(trials: list[Trial]) -> list[Row]:
 def table(results: Row, count: int) -> str:
     """Designs of one count, the best first: the median error of each radius and layer."""
     chosen = [row for row in results["rows"] if row["views"] == count]
-    radii = RADII if count in COUNTS else PLOTTED
+    radii = sorted({row["radius"] for row in chosen})
     at = {(row["design"], row["radius"]): row["error"] for row in chosen}
     columns = [(radius, layer) for radius in radii for layer in map(str, results["layers"])]
 
@@ -427,12 +429,13 @@ def document(results: Row) -> str:
         "# views",
         "![Error against the number of views](views.svg)",
         f"ViT-Ti/16, {len(results['frames'])} frames, longer side {results['size']} pixels, "
-        f"{results['interpolation']} shifts, bilinear upsampling, stride {results['stride']}; "
+        f"bilinear upsampling, stride {results['stride']}; "
         f"torch {facts['torch']}, commit {facts['commit']}, {facts['date']}, "
         f"{results['seconds']} s. Medians over the frames of ||design - whole|| / ||plain - "
         "whole||, where whole is the mean over all whole pixels up to the radius and plain the "
-        "untouched picture; quartiles are in the JSON. The column mean is over radii and layers, "
-        "and orders the rows. The least of a column is bold.",
+        "untouched picture; quartiles are in the JSON. Designs are rounded to whole pixels, but "
+        "for those between them. The column mean is over radii and layers, and orders the "
+        "rows. The least of a column is bold.",
         "## What SRT changes at all: ||plain - whole|| / ||whole||",
         markdown(
             ["radius", *(f"layer {layer}" for layer in layers)],
@@ -442,7 +445,7 @@ def document(results: Row) -> str:
             ),
         ),
     ]
-    for count in MORE_COUNTS:
+    for count in COUNTS:
         parts += [f"## {count} views", table(results, count)]
     return "\n\n".join(parts) + "\n"
 
@@ -452,15 +455,21 @@ def plot(results: Row, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(13, 6), layout="constrained", sharey=True)
-    colours = pyplot.get_cmap("tab20")
-    for axis, radius in zip(axes, PLOTTED, strict=True):
-        for i, name in enumerate(DESIGNS):
+    colours = pyplot.get_cmap("tab10")
+    for axis, radius in zip(axes, SUBPIXEL_RADII, strict=True):
+        for i, (name, label) in enumerate(PLOTTED.items()):
             chosen = [r for r in results["rows"] if (r["design"], r["radius"]) == (name, radius)]
             points = [(row["views"], row["error"]["mean"]["median"]) for row in chosen]
-            if points:
-                axis.plot(*zip(*points, strict=True), "o-", label=name, color=colours(i % 20))
+            best = i == 0
+            style = {"color": "black", "linewidth": 2.5, "zorder": 3} if best else {}
+            style = style or {
+                "color": colours(i - 1),
+                "linestyle": "--" if "between" in name else "-",
+            }
+            axis.plot(*zip(*points, strict=True), marker="o", label=label, **style)
         axis.set(xscale="log", yscale="log", xlabel="views", title=f"radius {radius} pixels")
-        axis.set_xticks(MORE_COUNTS, [str(count) for count in MORE_COUNTS])
+        axis.set_xticks(COUNTS, [str(count) for count in COUNTS])
+        axis.set_yticks(ticks := [0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.9], [f"{t:g}" for t in ticks])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("error, as a share of what SRT changes")
@@ -475,14 +484,13 @@ def main(
     ] = None,
     every: Annotated[int, typer.Option(help="Take each so-many-th frame of a folder.")] = 10,
     size: Annotated[int, typer.Option(help="Longer side of a frame, pixels.")] = 256,
-    interpolation: str = "bilinear",
     output: Path = RESULTS / "views.json",
 ) -> None:
     """Measures, writes the JSON, the tables and the plot."""
     if (weights is None) != (not frames):
         raise typer.BadParameter("--weights and --frames must be given together")
     if weights and frames:
-        found = measure(weights, frames, every, size, interpolation)
+        found = measure(weights, frames, every, size)
         save({"machine": machine(), **found}, output)
     results = load(output)
     output.with_suffix(".md").write_text(document(results))
