@@ -274,7 +274,10 @@ def test_a_full_disk_ends_it(
     assert made(tmp_path / "out") == {}
 
 
-def test_one_run_at_a_time(photos: Path, weights: Path, tmp_path: Path) -> None:
+def test_one_run_at_a_time(
+    photos: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder, "PATIENCE", 0.0)
     out = tmp_path / "out"
     out.mkdir()
     handle = os.open(out, os.O_RDONLY)

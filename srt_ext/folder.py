@@ -6,12 +6,11 @@ import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -19,6 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from .pictures import Network, PictureError, open_picture, pixels_of
 from .wrapper import SRT, SRTOutput
+
+# Seconds to wait for another run's lock: workers outlive one that was killed by 5.
+PATIENCE = 10.0
 
 
 @dataclass
@@ -59,7 +61,8 @@ def tensors_of(output: SRTOutput, dtype: torch.dtype) -> dict[str, torch.Tensor]
 class _Pixels(Dataset[Any]):
     """Pictures decoded: [H, W, 3] uint8, or in words why there is none.
 
-    Arrays and not tensors, which workers would hand over in /dev/shm: often small in a container.
+    Tensors and not arrays: those would come through a pipe, on which a worker waits for ever if the
+    run was killed.
     """
 
     def __init__(self, paths: list[Path], size: int) -> None:
@@ -68,15 +71,26 @@ class _Pixels(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> np.ndarray | str:
+    def __getitem__(self, index: int) -> torch.Tensor | str:
         try:
-            return pixels_of(open_picture(self.paths[index]), self.size)
+            return torch.from_numpy(pixels_of(open_picture(self.paths[index]), self.size))
         except PictureError as error:
             return str(error)
 
 
 def _as_it_is(item: Any) -> Any:
     return item
+
+
+def _locked(handle: int) -> bool:
+    """Locks an open folder, until the last process that has the handle ends."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system without locks
+    return True
 
 
 @contextmanager
@@ -92,11 +106,11 @@ def alone(out: Path) -> Iterator[None]:
     except OSError as error:
         raise FolderError(f"{out} cannot be written: {error.strerror}") from None
     try:
-        with suppress(OSError):  # a file system without locks
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system takes it off
-            except BlockingIOError:
-                raise FolderError(f"another run is writing to {out}") from None
+        start = time.monotonic()
+        while not _locked(handle):
+            if time.monotonic() > start + PATIENCE:
+                raise FolderError(f"another run is writing to {out}")
+            time.sleep(0.1)
         yield
     finally:
         os.close(handle)
@@ -189,7 +203,7 @@ class Folder:
                 try:
                     if isinstance(pixels, str):
                         raise PictureError(pixels)
-                    tensors = tensors_of(srt(network.image(pixels)), dtype)
+                    tensors = tensors_of(srt(network.image(pixels.numpy())), dtype)
                 except PictureError as error:
                     self.summary.failed += 1
                     complain(str(error))
@@ -217,7 +231,9 @@ def _told(loader: DataLoader[Any]) -> Iterator[Any]:
     try:
         yield from loader
     except RuntimeError as error:  # a worker was killed, for its memory perhaps
-        raise FolderError(f"a worker died ({error}): fewer --workers?") from error
+        raise FolderError(
+            f"a worker died ({error}). Too little memory, or /dev/shm? Take fewer --workers"
+        ) from error
 
 
 def _write(target: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> int:
