@@ -14,22 +14,14 @@ import torch
 pytest.importorskip("timm")
 pytest.importorskip("typer")
 
+from cli import run
 from PIL import Image
 from skimage import data
-from typer.testing import CliRunner
 
 from srt_ext import SRT, views
-from srt_ext.command import app
 
 WEIGHTS = Path(__file__).parents[2] / "shared/weights"
 MODEL = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
-
-
-def run(*arguments: object) -> tuple[int, str]:
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.output
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +54,7 @@ def test_show_writes_the_picture(photo: Path, weights: Path, tmp_path: Path) -> 
     assert "model" in text
     assert "SRT" in text
     picture = np.asarray(Image.open(output).convert("RGB"))
-    assert picture.shape[1] > 3 * picture.shape[0] * 0.9  # three panels side by side
+    assert picture.shape[1] > 5 * picture.shape[0] * 0.9  # five panels side by side
     assert picture.std() > 20
 
 
@@ -74,9 +66,9 @@ def test_show_noise_adds_a_panel(photo: Path, weights: Path, tmp_path: Path) -> 
         code, text = run("show", photo, "-o", output, *options, *noise)
         assert code == 0, text
         pictures.append(np.asarray(Image.open(output).convert("RGB")))
-    three, four = pictures
-    assert four.shape[1] > 1.25 * three.shape[1]
-    panel = four[:, 3 * four.shape[1] // 4 :]
+    five, six = pictures
+    assert six.shape[1] > 1.15 * five.shape[1]
+    panel = six[:, 5 * six.shape[1] // 6 :]
     assert panel.std() > 20
     assert (panel == panel[:, :, :1]).mean() > 0.99  # grey
 
@@ -175,14 +167,14 @@ def test_what_is_wrong_is_said_in_a_line(
 
 def test_depth_and_transparency(tmp_path: Path) -> None:
     """16 bits keep their shades, and what is transparent is white."""
-    from srt_ext.command import open_picture
+    from srt_ext.pictures import open_picture
 
     shades = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
     Image.fromarray(shades).save(tmp_path / "deep.png")
-    deep = np.asarray(open_picture(tmp_path / "deep.png", 0))
+    deep = np.asarray(open_picture(tmp_path / "deep.png"))
     assert (deep == (shades // 257)[:, :, None]).all()
     Image.new("RGBA", (4, 4), (200, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert (np.asarray(open_picture(tmp_path / "clear.png", 0)) == 255).all()
+    assert (np.asarray(open_picture(tmp_path / "clear.png")) == 255).all()
 
 
 def test_a_picture_too_large_to_be_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -18,9 +22,7 @@ from rich.text import Text
 
 from . import __version__
 from ._library import cuda_unavailable, unavailable
-
-if TYPE_CHECKING:
-    import torch
+from .pictures import Network, PictureError, find_pictures, open_picture, pixels_of
 
 # A small ViT with published weights.
 DEFAULT_MODEL = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
@@ -32,7 +34,6 @@ app = typer.Typer(
 )
 console = Console()
 
-Photo = Annotated[Path, typer.Argument(help="A picture, of any kind that Pillow reads.")]
 ModelName = Annotated[str, typer.Option("--model", help="A model of timm.")]
 Weights = Annotated[
     Path | None,
@@ -49,136 +50,75 @@ Stride = Annotated[int, typer.Option(min=1, help="Pixels per output cell; 1 is p
 Size = Annotated[
     int, typer.Option(min=0, help="Longer side to which a larger picture is reduced; 0 keeps it.")
 ]
-LayerIndex = Annotated[
-    int | None,
-    typer.Option(
-        "--layer", help="The block or stage to look at, from 0, or from the end; or else the last."
-    ),
-]
 ViewBatch = Annotated[int, typer.Option(min=1, help="Views in one forward of the model.")]
 
 
-def fail(message: str) -> typer.Exit:
-    """Says what is wrong on stderr; to be raised."""
+class DType(str, Enum):
+    """Of features in a file."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+def complain(message: str) -> None:
+    """Says what is wrong on stderr."""
     text = Text.assemble(("error: ", "red"), message)  # no markup: a name may hold brackets
     Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+
+
+def fail(message: str) -> typer.Exit:
+    """Says what is wrong; to be raised."""
+    complain(message)
     return typer.Exit(1)
 
 
-def open_picture(path: Path, size: int) -> Any:
-    """An RGB picture, upright, its longer side at most ``size`` (0: as it is).
+def say(*lines: str) -> None:
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    What is transparent becomes white; 16 bits a pixel are reduced to 8.
-    """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+
+@contextmanager
+def one_line() -> Iterator[None]:
+    """What a user can set right is an error of one line, not a traceback."""
+    if unavailable is not None:
+        raise fail(unavailable)
+    from .backbones import ModelError
+    from .folder import FolderError
 
     try:
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
-    except FileNotFoundError:
-        raise fail(f"{path} does not exist") from None
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
-        raise fail(f"{path} is no readable picture: {error}") from None
-    if picture.mode in ("F", "I") or picture.mode.startswith("I;"):
-        depth = np.asarray(picture, dtype=np.float64)
-        if picture.mode == "F" or depth.min() < 0 or depth.max() > 65535:
-            raise fail(f"{path} is no picture of 8 or 16 bits: its values go to {depth.max():g}")
-        picture = Image.fromarray(np.rint(depth / 257).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    picture = picture.convert("RGB")
-    if size:
-        picture.thumbnail((size, size), Image.Resampling.LANCZOS)
-    return picture
+        yield
+    except (ValueError, ModelError, FolderError) as error:
+        raise fail(str(error)) from None
 
 
-class Features:
-    """One picture through one model: the plain tokens, the SRT field, and the time of each part."""
+@contextmanager
+def bar(what: str, total: int) -> Iterator[Any]:
+    """A progress bar, as a function of how many are done."""
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=console,
+    ) as shown:
+        task = shown.add_task(what, total=total)
+        yield lambda done: shown.update(task, completed=done)
 
-    def __init__(
-        self,
-        photo: Path,
-        model: str,
-        weights: Path | None,
-        views: str,
-        stride: int,
-        size: int,
-        view_batch: int,
-        layer: int | None,
-        noise: bool = False,
-    ) -> None:
-        if unavailable is not None:
-            raise fail(unavailable)
-        import torch
 
-        from .backbones import ModelError, Timed, describe, load_timm
-        from .views import resolve
-        from .wrapper import SRT, SRTOutput
+def count_views(views: str, weights: Path | None) -> int:
+    """What can be wrong and is quick to see, before a model is loaded."""
+    from .views import resolve
 
-        # What can be wrong and is quick to see, before a model is loaded.
-        if weights is not None and not weights.is_file():
-            raise fail(f"{weights} is no file")
-        try:
-            offsets, _ = resolve(views)
-        except ValueError as error:
-            raise fail(str(error)) from None
-        self.picture = open_picture(photo, size)
-        try:
-            vit, config = load_timm(model, weights)
-        except ModelError as error:
-            raise fail(str(error)) from None
+    if weights is not None and not weights.is_file():
+        raise fail(f"{weights} is no file")
+    return len(resolve(views)[0])
 
-        pixels = torch.from_numpy(np.asarray(self.picture).copy()).permute(2, 0, 1)[None] / 255
-        mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
-        image = (pixels - mean) / std
-        try:
-            backbone = Timed(describe(vit, layer))
-            self.plain: torch.Tensor = SRT(
-                backbone, torch.zeros(1, 2), stride=backbone.patch, upsample="nearest"
-            )(image).field
-            srt = SRT(backbone, views, stride=stride, view_batch=view_batch)
-            backbone.seconds = 0.0
-            with Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(elapsed_when_finished=True),
-                console=console,
-            ) as bar:
-                task = bar.add_task("views", total=len(offsets))
-                start = time.perf_counter()
 
-                def progress(done: int) -> None:
-                    bar.update(task, completed=done)
-
-                self.noise: torch.Tensor | None = None
-                if noise:
-                    moments = srt.moments(image, progress)
-                    self.noise = moments.var[0].float().sum(0).sqrt()
-                    self.output = SRTOutput(moments.mean, moments.prefix)
-                else:
-                    self.output = srt(image, progress)
-                seconds = time.perf_counter() - start
-        except ValueError as error:
-            raise fail(str(error)) from None
-        self.model_seconds = backbone.seconds
-        self.srt_seconds = seconds - self.model_seconds
-        self.patch = backbone.patch
-        self.views = len(offsets)
-
-    def report(self, written: Path) -> None:
-        shape = " x ".join(str(n) for n in self.output.field.shape[1:])
-        width, height = self.picture.size
-        share = 100 * self.srt_seconds / (self.srt_seconds + self.model_seconds)
-        console.print(
-            f"picture {width} x {height}, {self.views} views, field {shape}\n"
-            f"model {self.model_seconds:.2f} s, SRT {self.srt_seconds:.3f} s ({share:.1f} %)\n"
-            f"wrote {written}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+def times(model: float, total: float) -> str:
+    """In seconds; the total is the model's and SRT's."""
+    share = 100 * (total - model) / max(total, 1e-9)
+    return f"model {model:.2f} s, SRT {total - model:.3f} s ({share:.1f} %)"
 
 
 def check_output(path: Path, suffixes: tuple[str, ...]) -> None:
@@ -192,64 +132,251 @@ def check_output(path: Path, suffixes: tuple[str, ...]) -> None:
         raise fail(f"{path} cannot be written")
 
 
+def check_folder(path: Path) -> None:
+    """An output of frames: the frames of an earlier, longer video would be taken for its end."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise fail(f"{path} must be a new folder, or an empty one")
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def read_query(text: str, size: tuple[int, int]) -> tuple[float, float]:
+    """``x,y`` in a picture of (width, height) -> the middle of the pixel, as shares of both."""
+    found = re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*", text)
+    if found is None:
+        raise fail(f"--query must be x,y in whole pixels, such as 120,80; got {text}")
+    x, y = int(found[1]), int(found[2])
+    if x >= size[0] or y >= size[1]:
+        rule = f"x from 0 to {size[0] - 1}, y from 0 to {size[1] - 1}"
+        raise fail(f"--query must lie in the picture, {rule}; got {text}")
+    return (x + 0.5) / size[0], (y + 0.5) / size[1]
+
+
 @app.command()
 def show(
-    photo: Photo,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The picture to write.")] = Path(
-        "srt.png"
-    ),
+    photo: Annotated[
+        Path,
+        typer.Argument(
+            help="A picture, of any kind that Pillow reads; or a folder: the frames of a video, by "
+            "the numbers in their names."
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="The picture to write (srt.png). Of a video: a .gif or .webp (srt.gif), or, for a "
+            "long one, a new folder of frames.",
+            show_default=False,
+        ),
+    ] = None,
     model: ModelName = DEFAULT_MODEL,
     weights: Weights = None,
     views: Views = "grid:3",
     stride: Stride = 1,
     size: Size = 448,
     view_batch: ViewBatch = 8,
-    layer: LayerIndex = None,
+    layer: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="A block or stage, from 0, or from the end; or else the last. Again for more: "
+            "a row each.",
+            show_default=False,
+        ),
+    ] = None,
     noise: Annotated[
         bool, typer.Option("--noise", help="Also draw how far the views differ: the noise map.")
     ] = False,
+    query: Annotated[
+        str | None,
+        typer.Option(
+            help="x,y in pixels of the picture: also draw the cosine similarity to the features "
+            "there (of a video: in the first frame)."
+        ),
+    ] = None,
+    fps: Annotated[float, typer.Option(min=0.1, max=50, help="Frames a second of a video.")] = 10,
 ) -> None:
-    """Draws a photograph, its plain tokens and its SRT field, in one PCA basis, side by side."""
-    check_output(output, (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp"))
-    features = Features(photo, model, weights, views, stride, size, view_batch, layer, noise)
-    from .visualize import Colours, brightness, enlarge, side_by_side
+    """Draws a photograph, its plain tokens, the same upsampled, and SRT's mean and median.
 
-    if features.plain[0, 0].numel() < 3:
-        raise fail(f"{photo} has fewer than 3 tokens: no colours can be made of them")
-    colours = Colours(features.plain)
-    width, height = features.picture.size
-    blocks = enlarge(colours(features.plain), features.patch, (height, width))
-    cells = enlarge(colours(features.output.field), (stride, stride), (height, width))
-    panels = [
-        ("input", np.asarray(features.picture, dtype=np.float32) / 255),
-        (f"tokens of {model.split('.')[0]}", blocks),
-        (f"SRT, {features.views} views", cells),
-    ]
-    if features.noise is not None:
-        grey = enlarge(brightness(features.noise), (stride, stride), (height, width))
-        panels.append(("noise: spread of the views", grey))
-    side_by_side(panels, output)
-    features.report(output)
+    All in one PCA basis, a row for each layer. Of a video the basis is that of the first frame. The
+    tokens of all views are held in memory.
+    """
+    video = photo.is_dir()
+    if output is None:
+        output = Path("srt.gif" if video else "srt.png")
+    if not video:
+        check_output(output, (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp"))
+    elif output.suffix:
+        check_output(output, (".gif", ".webp"))
+    with one_line():
+        from .visualize import Comparison, draw
+
+        count = count_views(views, weights)
+        pictures = find_pictures(photo) if video else [photo]
+        first = open_picture(pictures[0])
+        point = None if query is None else read_query(query, first.size)
+        if video and not output.suffix:
+            check_folder(output)
+        network = Network(model, weights, layer or [-1])
+        comparison = Comparison(
+            network.backbone,
+            views,
+            stride=stride,
+            view_batch=view_batch,
+            noise=noise,
+            query=point,
+        )
+        names = [f"layer {index}" for index in layer or [-1]]
+        if video:
+            draw_video(pictures, comparison, network, names, output, size, fps)
+            return
+        pixels = pixels_of(first, size)
+        with bar("views", count) as progress:
+            rows = comparison(network.image(pixels), pixels, progress)
+        draw(rows, names).savefig(output, dpi=150)
+    height, width = pixels.shape[:2]
+    say(
+        f"picture {width} x {height}, {count} views",
+        times(network.backbone.seconds, comparison.srt_seconds),
+        f"wrote {output}",
+    )
+
+
+def draw_video(
+    paths: list[Path],
+    comparison: Any,  # visualize.Comparison
+    network: Network,
+    names: list[str],
+    output: Path,
+    size: int,
+    fps: float,
+) -> None:
+    """A frame for each picture. One that cannot be read, or has another size, is left out."""
+    from .visualize import draw, rendered, write_frames
+
+    failed = 0
+
+    def frames() -> Iterator[Any]:
+        nonlocal failed
+        of_first = None
+        with bar("frames", len(paths)) as progress:
+            for i, path in enumerate(paths):
+                try:
+                    picture = open_picture(path)
+                    of_first = of_first or picture.size
+                    if picture.size != of_first:
+                        rule = "frames must be of one size, {} x {}".format(*of_first)
+                        raise PictureError("{}; {} is {} x {}".format(rule, path, *picture.size))
+                except PictureError as error:
+                    complain(f"{error}; left out")
+                    failed += 1
+                else:
+                    pixels = pixels_of(picture, size)
+                    rows = comparison(network.image(pixels), pixels, lambda _done: None)
+                    yield rendered(draw(rows, names))
+                progress(i + 1)
+
+    written = write_frames(frames(), output, fps)
+    say(f"{written} frames, {failed} left out", f"wrote {output}")
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command()
 def features(
-    photo: Photo,
-    output: Annotated[Path, typer.Option("--output", "-o", help="A .npz or .safetensors file.")],
+    photo: Annotated[
+        Path,
+        typer.Argument(
+            help="A picture, of any kind that Pillow reads; or a folder of pictures and of such "
+            "folders."
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="A .npz or .safetensors file. Of a folder: a folder of .safetensors files.",
+        ),
+    ],
     model: ModelName = DEFAULT_MODEL,
     weights: Weights = None,
     views: Views = "grid:3",
     stride: Stride = 1,
     size: Size = 448,
     view_batch: ViewBatch = 8,
-    layer: LayerIndex = None,
+    layer: Annotated[
+        int | None,
+        typer.Option(help="The block or stage, from 0, or from the end; or else the last."),
+    ] = None,
+    dtype: Annotated[DType, typer.Option(help="Of what is written.")] = DType.float32,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes that decode the pictures of a folder; 0: none.")
+    ] = 2,
 ) -> None:
-    """Writes the SRT field of a photograph: `field` [C, H', W'] and `prefix` [K, C]."""
-    check_output(output, (".npz", ".safetensors"))
-    made = Features(photo, model, weights, views, stride, size, view_batch, layer)
-    tensors = {"field": made.output.field[0].contiguous()}
-    if made.output.prefix is not None:
-        tensors["prefix"] = made.output.prefix[0].contiguous()
+    """Writes the SRT field of photographs: `field` [C, H', W'] and `prefix` [K, C].
+
+    Of FOLDER/a/b.jpg: OUTPUT/a/b.jpg.safetensors. The same command again goes on where it was
+    stopped: what is finished is skipped. Files with other settings are an error, not a mixture.
+    """
+    many = photo.is_dir()
+    if not many:
+        check_output(output, (".npz", ".safetensors"))
+        if output.suffix.lower() == ".npz" and dtype is DType.bfloat16:
+            raise fail(f"--dtype bfloat16 does not exist in .npz files; got {output}")
+    elif output.suffix.lower() in (".npz", ".safetensors") or output.is_file():
+        raise fail(f"--output must be a folder for the pictures of a folder; got {output}")
+    with one_line():
+        import torch
+
+        from .wrapper import SRT
+
+        count = count_views(views, weights)
+        if many:
+            inside = None if output.resolve() == photo.resolve() else output
+            pictures = find_pictures(photo, nested=True, without=inside)
+        else:
+            pixels = pixels_of(open_picture(photo), size)
+        network = Network(model, weights, layer)
+        srt = SRT(network.backbone, views, stride=stride, view_batch=view_batch)
+        kind: torch.dtype = getattr(torch, dtype.value)
+        settings = {
+            "srt_ext": __version__,
+            "model": model,
+            "weights": network.digest(),
+            "views": views,
+            "stride": str(stride),
+            "size": str(size),
+            "layer": "last" if layer is None else str(layer),
+            "dtype": dtype.value,
+        }
+        if many:
+            from .folder import Folder, alone
+
+            with alone(output):
+                folder = Folder(photo, pictures, output, settings)
+                write_folder(folder, network, srt, size=size, dtype=kind, workers=workers)
+            return
+        write_one(pixels, photo, output, network, srt, kind, settings, count)
+
+
+def write_one(
+    pixels: np.ndarray,  # [H, W, 3] uint8
+    photo: Path,
+    output: Path,
+    network: Network,
+    srt: Any,
+    dtype: Any,
+    settings: dict[str, str],
+    views: int,
+) -> None:
+    from .folder import tensors_of
+
+    with bar("views", views) as progress:
+        start = time.perf_counter()
+        made = srt(network.image(pixels), progress)
+        seconds = time.perf_counter() - start
+    tensors = tensors_of(made, dtype)
     if output.suffix.lower() == ".npz":
         arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
         with output.open("wb") as file:  # savez would add its own suffix to .NPZ
@@ -257,12 +384,41 @@ def features(
     else:
         from safetensors.torch import save_file
 
-        save_file(
-            tensors,
-            output,
-            metadata={"model": model, "views": views, "stride": str(stride), "photo": photo.name},
+        save_file(tensors, output, metadata={**settings, "photo": photo.name})
+    height, width = pixels.shape[:2]
+    shape = " x ".join(str(n) for n in tensors["field"].shape)
+    say(
+        f"picture {width} x {height}, {views} views, field {shape}",
+        times(network.backbone.seconds, seconds),
+        f"wrote {output}",
+    )
+
+
+def write_folder(folder: Any, network: Network, srt: Any, **settings: Any) -> None:
+    """With a bar, and a summary however it ends."""
+    done = folder.summary
+    try:
+        with bar("pictures", done.found) as progress:
+
+            def step() -> None:
+                progress(done.there + done.written + done.failed)
+
+            step()
+            folder.run(network, srt, complain=complain, progress=step, **settings)
+    except KeyboardInterrupt:
+        complain("interrupted; the same command goes on")
+        raise typer.Exit(130) from None
+    finally:
+        changed = f" ({done.changed} had changed since)" if done.changed else ""
+        say(
+            f"{done.found} pictures: {done.written} written{changed}, {done.there} were there, "
+            f"{done.failed} failed",
+            f"{done.bytes / 1e9:.2f} GB in {done.seconds:.1f} s, "
+            f"{network.backbone.seconds:.1f} s of them in the model",
+            f"wrote to {folder.out}",
         )
-    made.report(output)
+    if done.failed:
+        raise typer.Exit(1)
 
 
 def _version(package: str) -> str:

@@ -1,12 +1,23 @@
-"""Pictures of features: one PCA basis to colours, side by side."""
+"""Pictures of features: what SRT changes, panel by panel, in one PCA basis."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812
+
+from ._memory import free_bytes
+from .backbones import Backbone
+from .ops import ensemble, ensemble_moments, shift
+from .views import resolve
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Colours:
@@ -37,12 +48,27 @@ def _rows(features: torch.Tensor) -> np.ndarray:
     return features[0].permute(1, 2, 0).flatten(0, 1).float().cpu().numpy()
 
 
-def brightness(values: torch.Tensor) -> np.ndarray:
-    """values [h, w], any range -> grey RGB [h, w, 3] in 0 .. 1, by the 2nd to 98th percentile."""
-    array = values.cpu().numpy()
-    low, high = np.percentile(array, [2, 98])
-    scaled = np.clip((array - low) / max(high - low, 1e-12), 0, 1).astype(np.float32)
-    return np.repeat(scaled[..., None], 3, axis=-1)
+class Shades:
+    """Values to RGB by a colour map of matplotlib, from ``low`` to ``high``."""
+
+    def __init__(self, low: float, high: float, name: str) -> None:
+        from matplotlib import colormaps
+
+        self.low, self.high, self._map = low, high, colormaps[name]
+
+    def __call__(self, values: torch.Tensor) -> np.ndarray:
+        """values [h, w] -> RGB [h, w, 3] in 0 .. 1."""
+        scaled = (values.cpu().numpy() - self.low) / max(self.high - self.low, 1e-12)
+        rgb: np.ndarray = self._map(np.clip(scaled, 0, 1))[..., :3]
+        return rgb.astype(np.float32)
+
+
+def cosine(features: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    """features [1, C, h, w], vector [C] -> [h, w], the cosine of the angle between them."""
+    along = torch.einsum("bchw,c->bhw", features, vector)[0]
+    lengths = features[0].norm(dim=0) * vector.norm()
+    similarity: torch.Tensor = along / lengths.clamp_min(1e-12)
+    return similarity
 
 
 def enlarge(picture: np.ndarray, cell: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
@@ -50,17 +76,291 @@ def enlarge(picture: np.ndarray, cell: tuple[int, int], size: tuple[int, int]) -
     return picture.repeat(cell[0], 0).repeat(cell[1], 1)[: size[0], : size[1]]
 
 
-def side_by_side(panels: Sequence[tuple[str, np.ndarray]], path: Path) -> None:
-    """Writes titled pictures [H, W, 3] in 0 .. 1, all of one size, as one picture."""
+class Tokens(NamedTuple):
+    """What a model says of a picture and of its views at one layer."""
+
+    plain: torch.Tensor  # [1, 1, N, C], N = h * w
+    views: torch.Tensor  # [V, 1, N, C]
+    grid: tuple[int, int]  # (h, w)
+    patch: tuple[int, int]  # (y, x), pixels
+
+    @property
+    def map(self) -> torch.Tensor:
+        """The plain tokens, [1, C, h, w]."""
+        return self.plain[0].transpose(1, 2).reshape(1, -1, *self.grid)
+
+
+class Panel(NamedTuple):
+    """One picture of a drawing."""
+
+    title: str
+    rgb: np.ndarray  # [H, W, 3] in 0 .. 1
+    point: tuple[float, float] | None = None  # (x, y), pixels, to be marked
+
+
+class _Look:
+    """What the first picture fixes for one layer, so that pictures can be compared."""
+
+    noise: Shades | None = None
+    heat: Shades | None = None
+    query: tuple[torch.Tensor, torch.Tensor] | None = None  # [C] of the plain tokens, of SRT
+
+    def __init__(self, tokens: Tokens) -> None:
+        if tokens.grid[0] * tokens.grid[1] < 3:
+            raise ValueError("the picture has fewer than 3 tokens: no colours can be made of them")
+        self.colours = Colours(tokens.map)
+
+
+class Comparison:
+    """Draws a picture's plain tokens beside SRT's fields, for each layer of a model.
+
+    Colours, ranges and the features of the queried point are those of the first picture for all
+    that follow: they can be compared.
+
+    One pass over the views: their tokens are kept, and every field is made from them. Memory: the
+    tokens of all views at all layers, and one field (two with ``noise``) and its colours at a time.
+
+    Args:
+        backbone: of a list of layers.
+        views: words for :func:`srt_ext.views.parse`.
+        stride: pixels per cell of the fields.
+        view_batch: views in one forward of the model.
+        noise: also how far the views differ.
+        query: (x, y) as shares of width and height, in 0 .. 1: also the cosine similarity to the
+            features there.
+
+    Attributes:
+        srt_seconds: of the last picture, for shifting and the mean (and the noise); with those of
+            the model.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        views: str,
+        *,
+        stride: int = 1,
+        view_batch: int = 8,
+        noise: bool = False,
+        query: tuple[float, float] | None = None,
+    ) -> None:
+        self.backbone, self.stride, self.view_batch = backbone, stride, view_batch
+        self.offsets, self.weights = resolve(views)
+        self.noise, self.query = noise, query
+        self.srt_seconds = 0.0
+        self._looks: list[_Look] = []
+
+    @torch.no_grad()
+    def __call__(
+        self, image: torch.Tensor, pixels: np.ndarray, progress: Callable[[int], object]
+    ) -> list[list[Panel]]:
+        """The panels of each layer.
+
+        Args:
+            image: [1, 3, H, W], normalised as the model wants it.
+            pixels: [H, W, 3] uint8, the same to be looked at.
+            progress: is told the views done.
+
+        Raises:
+            ValueError: a picture of fewer than 3 tokens, a stride that does not divide it, or more
+                tokens than there is memory for.
+        """
+        start = time.perf_counter()
+        layers = self.tokens(image, progress)
+        self.srt_seconds = time.perf_counter() - start
+        first = not self._looks
+        if first:
+            self._looks = [_Look(tokens) for tokens in layers]
+        return [
+            self._row(tokens, look, pixels, first)
+            for tokens, look in zip(layers, self._looks, strict=True)
+        ]
+
+    @torch.no_grad()
+    def tokens(self, image: torch.Tensor, progress: Callable[[int], object]) -> list[Tokens]:
+        """Of each layer, for image [1, 3, H, W] and its views."""
+        below, right = (-image.shape[2 + i] % self.backbone.patch[i] for i in range(2))
+        padded = F.pad(image, (0, right, 0, below), mode="replicate")
+        offsets = torch.cat([torch.zeros(1, 2), self.offsets])  # the picture itself is the first
+        kept: list[torch.Tensor] = []
+        grids: list[tuple[int, int]] = []
+        for done in range(0, len(offsets), self.view_batch):
+            part = offsets[done : done + self.view_batch]
+            found = self.backbone.features(shift(padded, part).flatten(0, 1))
+            if not kept:
+                self._check_memory(padded, [layer.tokens for layer in found], len(offsets))
+                grids = [layer.grid for layer in found]
+                kept = [
+                    layer.tokens.new_empty(len(offsets), 1, *layer.tokens.shape[1:])
+                    for layer in found
+                ]
+            for tokens, layer in zip(kept, found, strict=True):
+                tokens[done : done + len(part), 0] = layer.tokens
+            progress(min(done + len(part) - 1, len(self.offsets)))
+        return [
+            Tokens(
+                tokens[:1],
+                tokens[1:],
+                grid,
+                (padded.shape[2] // grid[0], padded.shape[3] // grid[1]),
+            )
+            for tokens, grid in zip(kept, grids, strict=True)
+        ]
+
+    def _check_memory(self, padded: torch.Tensor, found: list[torch.Tensor], views: int) -> None:
+        cells = padded.shape[2] * padded.shape[3] // self.stride**2
+        tokens = sum(views * t[0].numel() * t.element_size() for t in found)
+        fields = (3 if self.noise else 2) * 4 * cells * max(t.shape[2] for t in found)
+        free = free_bytes(padded.device)
+        if tokens + fields > free:
+            raise ValueError(
+                f"{(tokens + fields) / 2**30:.1f} GiB are needed for the tokens of {views} views "
+                f"at {len(found)} layers and for a field, {free / 2**30:.1f} are free: take a "
+                "smaller --size, a larger --stride, fewer --views"
+            )
+
+    def field(self, tokens: Tokens, reduce: str, size: tuple[int, int]) -> torch.Tensor:
+        """[1, C, ceil(H / s), ceil(W / s)] of a picture of (H, W) pixels.
+
+        ``reduce``: ``mean``, ``median`` (in which every view counts the same) or ``bilinear``: the
+        plain tokens, upsampled.
+        """
+        views, weights = (tokens.views, self.offsets), self.weights
+        if reduce == "bilinear":
+            views = (tokens.plain, torch.zeros(1, 2))
+        if reduce != "mean":
+            weights = None
+        field = ensemble(
+            *views,
+            tokens.grid,
+            tokens.patch,
+            weights,
+            reduce="median" if reduce == "median" else "mean",
+            stride=self.stride,
+        )
+        return self._cropped(field, size)
+
+    def moments(self, tokens: Tokens, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mean, as :meth:`field`, and the noise [H', W']: the spread of the views, its norm."""
+        args = (tokens.views, self.offsets, tokens.grid, tokens.patch, self.weights)
+        mean, var = ensemble_moments(*args, stride=self.stride)
+        return self._cropped(mean, size), self._cropped(var, size)[0].float().sum(0).sqrt()
+
+    def _cropped(self, field: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        return field[:, :, : -(-size[0] // self.stride), : -(-size[1] // self.stride)]
+
+    def _row(self, tokens: Tokens, look: _Look, pixels: np.ndarray, first: bool) -> list[Panel]:
+        height, width = size = pixels.shape[:2]
+        cell = (self.stride, self.stride)
+
+        def blocks(picture: np.ndarray) -> np.ndarray:
+            return enlarge(picture, tokens.patch, size)
+
+        def cells(picture: np.ndarray) -> np.ndarray:
+            return enlarge(picture, cell, size)
+
+        point = None
+        if self.query is not None and first:  # later the point may have moved
+            point = (self.query[0] * width, self.query[1] * height)
+        start, spread = time.perf_counter(), None
+        if self.noise:
+            mean, spread = self.moments(tokens, size)
+        else:
+            mean = self.field(tokens, "mean", size)
+        self.srt_seconds += time.perf_counter() - start
+
+        more = []
+        if spread is not None:
+            if look.noise is None:
+                low, high = np.percentile(spread.numpy(), [2, 98])
+                look.noise = Shades(float(low), float(high), "gray")
+            more.append(Panel("noise: spread of the views", cells(look.noise(spread))))
+        if self.query is not None:
+            if look.query is None:
+                assert point is not None
+                x, y = int(point[0]), int(point[1])
+                look.query = (
+                    tokens.map[0, :, y // tokens.patch[0], x // tokens.patch[1]].clone(),
+                    mean[0, :, y // self.stride, x // self.stride].clone(),
+                )
+            maps = [cosine(f, q) for f, q in zip((tokens.map, mean), look.query, strict=True)]
+            if look.heat is None:  # one range for both
+                least = min(float(np.percentile(m.numpy(), 2)) for m in maps)
+                look.heat = Shades(least, 1.0, "inferno")
+            for name, values, show in zip(("tokens", "SRT"), maps, (blocks, cells), strict=True):
+                title = f"cosine to the point, {name}: {look.heat.low:.2f} ... 1"
+                more.append(Panel(title, show(look.heat(values)), point))
+
+        srt = cells(look.colours(mean))
+        del mean  # before the next field is made
+        drawn = {
+            reduce: cells(look.colours(self.field(tokens, reduce, size)))
+            for reduce in ("bilinear", "median")
+        }
+        unweighted = "" if self.weights is None else ", unweighted"
+        return [
+            Panel("input", pixels.astype(np.float32) / 255, point),
+            Panel("plain tokens", blocks(look.colours(tokens.map))),
+            Panel("tokens, bilinear", drawn["bilinear"]),
+            Panel(f"SRT mean, {len(self.offsets)} views", srt),
+            Panel(f"SRT median{unweighted}", drawn["median"]),
+            *more,
+        ]
+
+
+def draw(rows: Sequence[Sequence[Panel]], names: Sequence[str]) -> Figure:
+    """Panels of one size in rows; the names of the rows stand to the left if there are several."""
     from matplotlib.figure import Figure
 
-    height, width = panels[0][1].shape[:2]
+    height, width = rows[0][0].rgb.shape[:2]
     inch = 4.0
-    figure = Figure(figsize=(inch * len(panels), inch * height / width + 0.4), layout="constrained")
-    for axes, (title, picture) in zip(
-        np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True
-    ):
-        axes.imshow(picture, interpolation="nearest")
-        axes.set_title(title)
-        axes.set_axis_off()
-    figure.savefig(path, dpi=150)
+    figure = Figure(
+        figsize=(inch * len(rows[0]), len(rows) * (inch * height / width + 0.4)),
+        layout="constrained",
+    )
+    grid = figure.subplots(len(rows), len(rows[0]), squeeze=False)
+    for line, panels, name in zip(grid, rows, names, strict=True):
+        for axes, panel in zip(line, panels, strict=True):
+            axes.imshow(panel.rgb, interpolation="nearest")
+            axes.set(title=panel.title, xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+            if panel.point is not None:
+                for colour, edge in (("black", 3.0), ("white", 1.2)):
+                    x, y = panel.point
+                    axes.plot(x - 0.5, y - 0.5, "+", ms=14, mew=edge, color=colour)
+        if len(rows) > 1:
+            line[0].set_ylabel(name, fontsize="large")
+    return figure
+
+
+def rendered(figure: Figure) -> Any:
+    """A picture of Pillow, 288 pixels a panel: a frame of a video."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    figure.set_dpi(72)
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def write_frames(frames: Iterable[Any], output: Path, fps: float) -> int:
+    """Writes pictures of Pillow and returns their number.
+
+    Args:
+        frames: of one size.
+        output: .gif or .webp, an animation, which is held in memory until the last frame; or a
+            folder: 00000.png and so on, each as it comes.
+        fps: frames a second, of an animation.
+    """
+    if not output.suffix:
+        count = 0
+        for count, frame in enumerate(frames, 1):
+            frame.save(output / f"{count - 1:05}.png")
+        return count
+    kept = list(frames)
+    if kept:
+        kept[0].save(
+            output, save_all=True, append_images=kept[1:], duration=round(1000 / fps), loop=0
+        )
+    return len(kept)
