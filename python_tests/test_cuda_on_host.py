@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_int, c_int32, c_int64, c_void_p
 from dataclasses import replace
 from pathlib import Path
@@ -727,20 +728,24 @@ def test_the_stub_sees_what_it_should(library: ctypes.CDLL, tmp_path: Path) -> N
         )[0],
         "shift.cu": lambda cuda: test_shift(SHIFTS["real"], (9, 32), torch.float32, cuda),
     }
-    sources, stub = tmp_path / "csrc" / "srt", tmp_path / "python_tests" / "cuda_on_host"
-    shutil.copytree(SOURCES, sources)
-    shutil.copytree(STUB, stub)
-    for i, (fault, (name, good, bad)) in enumerate(faults.items()):
+
+    def broken(fault: str) -> Path:
+        """The library with that fault."""
+        folder = tmp_path / fault.replace(" ", "_")
+        sources, stub = folder / "csrc" / "srt", folder / "python_tests" / "cuda_on_host"
+        shutil.copytree(SOURCES, sources)
+        shutil.copytree(STUB, stub)
+        name, good, bad = faults[fault]
         source = sources / "cuda" / name
         text = source.read_text()
         assert text.count(good) == 1, fault
         source.write_text(text.replace(good, bad))
-        kernels = CudaOnHost(
-            ctypes.CDLL(str(compiled(stub, sources, tmp_path / f"{i}.so", flags="-O0")))
-        )
-        source.write_text(text)
-        with pytest.raises(AssertionError):
-            runs[name](kernels)
+        return compiled(stub, sources, folder / "broken.so", flags="-O0")
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for (name, _, _), library in zip(faults.values(), pool.map(broken, faults), strict=True):
+            with pytest.raises(AssertionError):
+                runs[name](CudaOnHost(ctypes.CDLL(str(library))))
 
 
 # ---- median, moments, streams -------------------------------------------------------------------
