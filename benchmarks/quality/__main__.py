@@ -164,9 +164,9 @@ def main(
         network = Network(model, weights, layers, device)
         wanted = settings(layers, network.patch, extent.value)
         table = Table(output, machine())
-        run_costs(table, network, wanted, height)
+        run_costs(table, network, [s for s in wanted if s.family != "labels"], height)
         # A field of a quarter patch has nothing for a linear head, which is enlarged anyway.
-        coarse = [s for s in wanted if s.stride >= network.patch // 2]
+        coarse = [s for s in wanted if s.stride >= network.patch // 2 and s.family != "labels"]
         if "davis" in names and (data / "davis").is_dir():
             protocol = davis.Protocol(height, frames)
             run_davis(table, network, wanted, data / "davis", protocol, sequences)

@@ -130,7 +130,11 @@ def run(
     protocol: Protocol,
     progress: Callable[[], None],
 ) -> list[dict[str, float]]:
-    """J and F of each setting: means over the frames and objects of a sequence."""
+    """J and F of each setting: means over the frames and objects of a sequence.
+
+    The family ``labels`` has the true labels in place of those handed on: no method does better on
+    its grid, but for luck.
+    """
     fields = Fields(network, settings)
     tracks: list[Track] = []
     objects: list[int] = []
@@ -144,9 +148,13 @@ def run(
                 tracks.append(Track(field, labels, protocol.last))
             progress()
             continue
-        for track, field in zip(tracks, found, strict=True):
+        for setting, track, field in zip(settings, tracks, found, strict=True):
             with torch.inference_mode():
-                labels = decided(track.step(field, protocol), (truth.shape[0], truth.shape[1]))
+                if setting.family == "labels":
+                    soft = one_hot(truth, objects, field.shape[1:])
+                else:
+                    soft = track.step(field, protocol)
+                labels = decided(soft, (truth.shape[0], truth.shape[1]))
             for i, value in enumerate(objects):
                 masks = (labels == i + 1, truth == value)
                 track.regions.append(region(*masks))

@@ -41,6 +41,8 @@ def setting_of(row: Row) -> Setting:
 
 def words(setting: Setting) -> str:
     """One line for a table, without layer and stride."""
+    if setting.family == "labels":
+        return "the labels themselves"
     if setting.family == "plain":
         return "plain tokens"
     if setting.family == "bilinear":
@@ -108,7 +110,11 @@ def table(results: Row, run: tuple[str, str, str], layer: int) -> str:
     for name, less in SCORES[task]:
         choose: Callable[..., float] = min if less else max
         for stride in {s.stride for s in order}:
-            values = [round(mean(found[s], name), 3) for s in order if s.stride == stride]
+            values = [
+                round(mean(found[s], name), 3)
+                for s in order
+                if s.stride == stride and s.family != "labels"
+            ]
             best[stride, name] = choose(values)
     lines = []
     for s in order:
@@ -119,7 +125,7 @@ def table(results: Row, run: tuple[str, str, str], layer: int) -> str:
             cells.append(f"**{text}**" if value == best[s.stride, name] else text)
         if task == "davis":
             control = against(found, s)
-            if control is None or s.family in ("plain", "bilinear"):
+            if control is None or s.family in ("labels", "plain", "bilinear"):
                 cells.append("")
             else:
                 items = [item for item in found[s] if item in control]
@@ -129,7 +135,8 @@ def table(results: Row, run: tuple[str, str, str], layer: int) -> str:
                 )
                 cells.append(f"{above} of {len(items)}")
         seconds = f"{taken[s]:.2f}" if s in taken else "-"
-        lines.append([words(s), str(s.stride), str(s.forwards), seconds, *cells])
+        forwards = "-" if s.family == "labels" else str(s.forwards)
+        lines.append([words(s), str(s.stride), forwards, seconds, *cells])
     head = ["field", "stride", "forwards", "s", *(WORDS.get(n, n) for n, _ in SCORES[task])]
     return markdown(head + (["above plain"] if task == "davis" else []), lines)
 

@@ -14,7 +14,7 @@ IDENTITY = "grid:0"  # the untouched picture: no SRT
 class Setting:
     """One field of one layer. Its words are those of :class:`srt_ext.SRT`."""
 
-    family: str  # plain, bilinear, published, ours, study
+    family: str  # labels (what a grid allows at best), plain, bilinear, published, ours, study
     views: str
     layer: int
     stride: int  # pixels
@@ -79,6 +79,9 @@ def settings(layers: list[int], patch: int, extent: str) -> list[Setting]:
             Setting("ours", "best:9:6", layer, quarter),
             Setting("ours", "best:16:6", layer, quarter),
         ]
+    if extent != "quick":
+        for stride in {patch, half, *([patch // 4] if patch % 4 == 0 else [])}:
+            found.append(Setting("labels", IDENTITY, layers[-1], stride))
     return found
 
 
