@@ -313,6 +313,21 @@ def test_what_is_finished_is_not_made_again(
     assert all(0 <= row["scores"]["J"] <= 1 for row in rows)
 
 
-def test_tables_are_those_of_the_committed_results() -> None:
-    results = load(RESULTS / "quality.json")
-    assert report.document(results) == (RESULTS / "quality.md").read_text()
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("quality*.json")), ids=lambda path: path.stem)
+def test_tables_are_those_of_the_committed_results(path: Path) -> None:
+    assert report.document(load(path)) == path.with_suffix(".md").read_text()
+
+
+def test_means_are_over_what_all_settings_have() -> None:
+    """A run that was ended: the second sequence has only one of two settings."""
+    plain = Setting("plain", "grid:0", 1, 16, upsample="nearest")
+    ours = Setting("ours", "best:4:3", 1, 16)
+    about = {"task": "davis", "protocol": "short", "model": "a model"}
+    rows = [
+        {**about, "item": item, **setting.row(), "scores": {"J": score, "F": score}}
+        for item, setting, score in (("a", plain, 0.5), ("a", ours, 0.6), ("b", plain, 0.1))
+    ]
+    (run,) = report.runs({"rows": rows})
+    text = report.table({"rows": rows}, run, 1)
+    assert "| plain tokens | 16 | 1 | - | 0.500 | 0.500 |  |" in text
+    assert "| `best:4:3` | 16 | 4 | - | **0.600** | **0.600** | 1 of 1 |" in text

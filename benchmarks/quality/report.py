@@ -68,12 +68,19 @@ def runs(results: Row) -> list[tuple[str, str, str]]:
 
 
 def gathered(results: Row, run: tuple[str, str, str]) -> dict[Setting, dict[str, Row]]:
-    """Of a run the scores of each setting, by item: sequences, or one that has no name."""
+    """Of a run the scores of each setting, by item: sequences, or one that has no name.
+
+    Of a run that was ended, only the sequences that all settings have: means can be compared.
+    """
     found: dict[Setting, dict[str, Row]] = {}
     for row in results["rows"]:
         if (row["task"], row["protocol"], row["model"]) == run:
             found.setdefault(setting_of(row), {})[row["item"]] = row["scores"]
-    return found
+    common = set.intersection(*(set(scores) for scores in found.values()))
+    return {
+        setting: {item: score for item, score in scores.items() if item in common}
+        for setting, scores in found.items()
+    }
 
 
 def mean(scores: dict[str, Row], name: str) -> float:
@@ -103,7 +110,7 @@ def table(results: Row, run: tuple[str, str, str], layer: int) -> str:
     Of DAVIS also in how many sequences J + F is above that of plain tokens on the same grid.
     """
     task, _, model = run
-    found = {s: v for s, v in gathered(results, run).items() if s.layer == layer}
+    found = {s: v for s, v in gathered(results, run).items() if s.layer == layer and v}
     taken = costs(results, model)
     order = sorted(found, key=lambda s: (-s.stride, s.forwards, words(s)))
     best: dict[tuple[int, str], float] = {}
@@ -115,7 +122,7 @@ def table(results: Row, run: tuple[str, str, str], layer: int) -> str:
                 for s in order
                 if s.stride == stride and s.family != "labels"
             ]
-            best[stride, name] = choose(values)
+            best[stride, name] = choose(values, default=0.0)
     lines = []
     for s in order:
         cells = []
@@ -128,12 +135,11 @@ def table(results: Row, run: tuple[str, str, str], layer: int) -> str:
             if control is None or s.family in ("labels", "plain", "bilinear"):
                 cells.append("")
             else:
-                items = [item for item in found[s] if item in control]
                 above = sum(
-                    found[s][i]["J"] + found[s][i]["F"] > control[i]["J"] + control[i]["F"]
-                    for i in items
+                    score["J"] + score["F"] > control[item]["J"] + control[item]["F"]
+                    for item, score in found[s].items()
                 )
-                cells.append(f"{above} of {len(items)}")
+                cells.append(f"{above} of {len(control)}")
         seconds = f"{taken[s]:.2f}" if s in taken else "-"
         forwards = "-" if s.family == "labels" else str(s.forwards)
         lines.append([words(s), str(s.stride), forwards, seconds, *cells])
@@ -182,8 +188,7 @@ def by_sequence(found: dict[Setting, dict[str, Row]]) -> str:
     return markdown(
         ["field", "stride", "layer", *items],
         (
-            [words(s), str(s.stride), str(s.layer)]
-            + [f"{found[s][i]['J']:.3f}" if i in found[s] else "-" for i in items]
+            [words(s), str(s.stride), str(s.layer)] + [f"{found[s][i]['J']:.3f}" for i in items]
             for s in sorted(shown, key=lambda s: (s.layer, -s.stride, s.forwards))
         ),
     )
