@@ -1,0 +1,1 @@
+"""``python -m benchmarks.quality``: does SRT help on real labels, at what cost?"""
