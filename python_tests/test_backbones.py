@@ -190,7 +190,7 @@ def test_hiera() -> None:
         assert_same(output.field, expected_field(tokens_of, images, 8))
     with pytest.raises(ValueError, match="order of their own"):
         SRT(model, layers="blocks.2")
-    with pytest.raises(ValueError, match="inject must be the name"):
+    with pytest.raises(ValueError, match="inject must be left out"):
         SRT(model, inject=1)
 
 
@@ -258,8 +258,10 @@ def test_a_picture_of_a_size_that_the_model_refuses() -> None:
     model = timm.create_model("vit_tiny_patch16_224", depth=1)
     srt = SRT(model, OFFSETS, stride=16)
     assert srt(torch.zeros(1, 3, 224, 224)).field.shape == (1, 192, 14, 14)
-    with pytest.raises(ValueError, match=r"take pictures of \[48, 80\].*dynamic_img_size"):
-        srt(torch.zeros(1, 3, 48, 70))
+    named = SRT(model, OFFSETS, layers="blocks.0", stride=16)
+    for refused in (srt, named, SRT(model, OFFSETS, inject=0)):
+        with pytest.raises(ValueError, match=r"take pictures of \[48, 80\].*dynamic_img_size"):
+            refused(torch.zeros(1, 3, 48, 70))
 
 
 def test_real_weights() -> None:

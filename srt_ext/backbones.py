@@ -99,7 +99,8 @@ def _split(tokens: torch.Tensor, grid: tuple[int, int], prefix: int | None) -> F
     if extra and prefix is None:
         warnings.warn(
             f"SRT: of {tokens.shape[1]} tokens for a grid of {list(grid)} the first {extra} are "
-            f"taken for class or register tokens. Say prefix={extra} if that is right",
+            f"taken for class or register tokens. Say prefix={extra} if that is right; if not, "
+            "patch is wrong, or the tokens are not those of a picture",
             stacklevel=2,
         )
     return Features(tokens[:, extra:], grid, tokens[:, :extra] if extra else None)
@@ -116,7 +117,10 @@ def _located(
     tokens = _tensor(output)
     if tokens is None or tokens.dim() not in (3, 4):
         got = type(output).__name__ if tokens is None else list(tokens.shape)
-        raise ValueError(f"SRT: the model must return tokens [B, K + N, C] or a map; got {got}")
+        raise ValueError(
+            f"SRT: the model must return tokens [B, K + N, C] or a map; got {got}. "
+            "A layer, by name, may be a module that does"
+        )
     if len(tokens) != len(images):  # windows of a picture, or tokens before the batch
         raise ValueError(
             f"SRT: the model must return one row of tokens, or one map, for each of {len(images)} "
@@ -181,14 +185,8 @@ class _Timm(Backbone):
             self.modules = ()
 
     def features(self, images: torch.Tensor) -> list[Features]:
-        try:
+        with _sizes_told(images):
             return super().features(images)
-        except AssertionError as error:
-            raise ValueError(
-                f"SRT: the model must take pictures of {list(images.shape[2:])}, whole patches; it "
-                f"says: {error}. timm's create_model(..., dynamic_img_size=True) or "
-                "model.set_input_size(...) change what it takes, where it can"
-            ) from error
 
     def _features(self, images: torch.Tensor) -> list[Features]:
         wanted = sorted(set(self.indices))
@@ -211,6 +209,19 @@ class _Timm(Backbone):
             tokens, prefix = layer if isinstance(layer, (tuple, list)) else (layer, None)
             made.append(_split(tokens, _grid(images, self.patch), 0)._replace(prefix=prefix))
         return [made[wanted.index(i)] for i in self.indices]
+
+
+@contextmanager
+def _sizes_told(images: torch.Tensor) -> Iterator[None]:
+    """Says what to do where a model of timm refuses the size of a picture."""
+    try:
+        yield
+    except AssertionError as error:
+        raise ValueError(
+            f"SRT: the model must take pictures of {list(images.shape[2:])}, whole patches; it "
+            f"says: {str(error).rstrip('.')}. timm's create_model(..., dynamic_img_size=True) or "
+            "model.set_input_size(...) change what it takes, where it can"
+        ) from error
 
 
 def _both_sides(model: Any, pitch: Any) -> Any:
@@ -240,7 +251,8 @@ class _Transformers(Backbone):
         if not blocks or not hasattr(config, "patch_size") or hasattr(config, "depths"):
             raise ValueError(
                 f"SRT: layers must be names of modules, with patch, for {type(core).__name__}: "
-                f"it has no row of num_hidden_layers layers of one pitch; got {layers}"
+                "it has no list of num_hidden_layers layers whose tokens are all of one size; "
+                f"got {layers}"
             )
         self.indices = _indices(layers, len(blocks))
         self.last = len(blocks) - 1
@@ -423,8 +435,8 @@ class Hooks(Backbone):
             )
         if hasattr(inner, "reroll"):
             raise ValueError(
-                "SRT: layers must be indices for Hiera, whose modules have tokens in an order of "
-                f"their own; got {layers}"
+                "SRT: layers must be indices, and inject must be left out, for Hiera, whose "
+                f"modules have tokens in an order of their own; got {layers}"
             )
         if patch is None:
             declared = {i["module"]: i["reduction"] for i in getattr(inner, "feature_info", [])}
@@ -442,6 +454,11 @@ class Hooks(Backbone):
         if isinstance(backbone, cls):
             return backbone
         if not backbone.modules:
+            if hasattr(backbone.inner, "reroll"):
+                raise ValueError(
+                    "SRT: inject must be left out for Hiera, whose modules have tokens in an order "
+                    "of their own; got an index"
+                )
             raise ValueError(
                 "SRT: inject must be the name of a module whose tokens lie in row order, with "
                 f"patch, for {type(backbone.inner).__name__}; got an index"
@@ -470,7 +487,9 @@ class Hooks(Backbone):
         return [found[name] for name in self.modules]
 
     def _run(self, images: torch.Tensor) -> Any:
-        return self.inner(images, **self.how, **_in_order(self.inner, images, self.patch))
+        of_timm = hasattr(self.inner, "forward_intermediates")
+        with _sizes_told(images) if of_timm else nullcontext():
+            return self.inner(images, **self.how, **_in_order(self.inner, images, self.patch))
 
     @contextmanager
     def hooked(self, hook: Callable[[str, object], object]) -> Iterator[None]:
@@ -723,8 +742,10 @@ def load_timm(name: str, weights: Path | None = None) -> tuple[Any, dict[str, An
     import timm
     from timm.data.config import resolve_model_data_config
 
-    if not timm.is_model(name.split(".")[0]):
-        near = ", ".join(timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:3])
+    plain = name.split(".")[0]
+    if not timm.is_model(plain):
+        first = plain.split("_")[0]
+        near = ", ".join((timm.list_models(f"{plain}*") or timm.list_models(f"*{first}*"))[:3])
         hint = f" (for instance {near})" if near else ""
         raise ModelError(f"timm has no model {name!r}{hint}")
     try:
@@ -749,5 +770,8 @@ def load_timm(name: str, weights: Path | None = None) -> tuple[Any, dict[str, An
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{weights} is no readable safetensors file: {error}") from error
         except RuntimeError as error:
-            raise ModelError(f"the weights in {weights} do not fit {name}: {error}") from error
+            lines = [line.strip() for line in str(error).splitlines()]
+            more = f" (and {len(lines) - 2} more)" if len(lines) > 2 else ""
+            reason = " ".join(lines[:2]) + more
+            raise ModelError(f"the weights in {weights} do not fit {name}: {reason}") from error
     return model.eval(), resolve_model_data_config(model)

@@ -266,7 +266,10 @@ def best(count: int, radius: int = 3) -> torch.Tensor:
     _check_radius("best", check_count("views.best", "radius", radius, 0))
     whole = (2 * radius + 1) ** 2
     if count > whole:
-        raise ValueError(f"views.best: count must be <= {whole} at radius {radius}; got {count}")
+        raise ValueError(
+            f"views.best: count must be <= {whole} at radius {radius}; got {count}. "
+            "A larger radius has room for more"
+        )
     if count == whole:
         return grid(radius)
     # The mean square of n values evenly spaced from -a to a is a^2 (n + 1) / (n - 1) / 3.
@@ -310,7 +313,8 @@ _DESIGNS: dict[str, tuple[Callable[..., torch.Tensor | Weighted], tuple[type, ..
 }
 _FORMS = (
     "views must be grid:RADIUS[:STEP], paper:RADIUS, lattice:N:RADIUS, sobol:N:RADIUS[:SEED], "
-    "ring:N:RADIUS or best:N[:RADIUS], RADIUS and STEP in pixels, such as grid:3"
+    "ring:N:RADIUS or best:N[:RADIUS], RADIUS and STEP in pixels, such as grid:3; "
+    "7 views are best:7"
 )
 
 

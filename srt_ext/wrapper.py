@@ -57,7 +57,8 @@ class SRT(torch.nn.Module):
             [B, C, h, w] or [B, h, w, C] (then ``patch`` is needed). Or what
             :func:`srt_ext.backbones.describe` made of one, with its layers and the like.
         views: offsets [V, 2], (dy, dx) in pixels; words for :func:`srt_ext.views.parse`; a number
-            of views for :func:`srt_ext.views.best`; or (offsets, weights [V]).
+            of views for :func:`srt_ext.views.best`, up to 49, within 3 pixels; or (offsets,
+            weights [V]).
         layers: the block (of a hierarchical model: the stage) whose features are wanted, from 0 or,
             negative, from the end; or the name of a module, whose output, of its first call, is
             taken by a hook. None: the last. A list gives a list of results, from one pass over
@@ -94,10 +95,11 @@ class SRT(torch.nn.Module):
     eval mode first. What ``torch.compile(model)`` returned is compiled with its settings for the
     features, too; with ``inject`` and with layers by name the model runs as it is written.
 
-    With ``inject`` the blocks up to that layer run for every view, the others and the head once:
-    on the picture itself, whose tokens at that layer are replaced (its own count as one view if
-    the views contain the offset 0). Class and register tokens become their averages. The result
-    is of the picture padded to whole patches. The model is left as it was, also by an exception.
+    With ``inject`` the blocks up to that layer run for every view, and once for the picture itself
+    if the offset 0 is not among the views. The others and the head run once, on the picture itself,
+    whose tokens at that layer are replaced. Class and register tokens become their averages. The
+    result is of the picture padded to whole patches. The model is left as it was, also by an
+    exception.
 
     A feature counts as that of the middle of its patch. Convolutions that overlap centre theirs
     elsewhere: the field of a ResNet lies (s - 1) / 2 pixels, s the pitch, too far down and right.
