@@ -1044,6 +1044,13 @@ def test_a_model_in_training_mode_is_told_of() -> None:
         SRT(model.eval(), OFFSETS, patch=8)(images)
 
 
+def test_stochastic_depth_is_told_of() -> None:
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("vit_tiny_patch16_224", **ANY, drop_path_rate=0.3)
+    with pytest.warns(UserWarning, match="in training mode"):
+        SRT(model, OFFSETS, stride=8)(torch.zeros(1, 3, 48, 80))
+
+
 def test_of_a_pyramid_the_map_of_the_patch_is_taken() -> None:
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)

@@ -345,7 +345,11 @@ def _warn_of_training(model: object) -> None:
     modules = model.modules() if isinstance(model, torch.nn.Module) else ()
     if any(
         module.training
-        and (isinstance(module, _BatchNorm) or (isinstance(module, _DropoutNd) and module.p > 0))
+        and (
+            isinstance(module, _BatchNorm)
+            or (isinstance(module, _DropoutNd) and module.p > 0)
+            or (getattr(module, "drop_prob", None) or 0) > 0  # stochastic depth
+        )
         for module in modules
     ):
         warnings.warn(
