@@ -470,17 +470,23 @@ struct Shift {
   std::vector<double> offsets = {0, 0, 0.25, -0.625, -3.3, 7.1, 2, -3, 2.5, 4, -40.5, 100.25};
 };
 
-void run(const Shift& s, const Type& type, const std::string& what) {
-  const int64_t views = static_cast<int64_t>(s.offsets.size()) / 2;
-  const int64_t elements = s.planes * s.height * s.width;
-  const Values image(type, elements, 2);
+// The call, but for its pointers.
+ShiftArgs call(const Shift& s, const Type& type) {
   ShiftArgs args{};
+  args.dtype = type.dtype;
   args.planes = s.planes;
   args.height = s.height;
   args.width = s.width;
-  args.views = views;
+  args.views = static_cast<int64_t>(s.offsets.size()) / 2;
   args.padding = s.padding;
   args.interpolation = s.interpolation;
+  return args;
+}
+
+void run(const Shift& s, const Type& type, const std::string& what) {
+  ShiftArgs args = call(s, type);
+  const int64_t views = args.views, elements = s.planes * s.height * s.width;
+  const Values image(type, elements, 2);
 
   std::vector<double> offsets = as_given(s.offsets, s.where);
   std::vector<bool> refused(views);
@@ -530,17 +536,9 @@ void run(const Shift& s, const Type& type, const std::string& what) {
 struct ShiftGradient : Shift {};
 
 void run(const ShiftGradient& s, const Type& type, const std::string& what) {
-  const int64_t views = static_cast<int64_t>(s.offsets.size()) / 2;
-  const int64_t plane = s.height * s.width, elements = s.planes * plane;
+  ShiftArgs args = call(s, type);
+  const int64_t views = args.views, plane = s.height * s.width, elements = s.planes * plane;
   const Values grad(type, views * elements, 5);
-  ShiftArgs args{};
-  args.dtype = type.dtype;
-  args.planes = s.planes;
-  args.height = s.height;
-  args.width = s.width;
-  args.views = views;
-  args.padding = s.padding;
-  args.interpolation = s.interpolation;
 
   // The truth, product by product.
   const std::vector<double> offsets = as_given(s.offsets, s.where);

@@ -26,6 +26,11 @@ Layer = int | str
 Model = Callable[..., Any]
 
 
+def _inner(model: Any) -> Any:
+    """The model itself, where ``model`` is what torch.compile returned."""
+    return getattr(model, "_orig_mod", model)
+
+
 class Features(NamedTuple):
     """The tokens of one layer, of a batch of pictures."""
 
@@ -64,8 +69,7 @@ class Backbone(ABC):
 
     @property
     def inner(self) -> Any:
-        """The model itself, where ``model`` is what torch.compile returned."""
-        return getattr(self.model, "_orig_mod", self.model)
+        return _inner(self.model)
 
     @abstractmethod
     def _features(self, images: torch.Tensor) -> list[Features]: ...
@@ -168,7 +172,7 @@ class _Timm(Backbone):
     """timm: ``forward_intermediates``. Layers are blocks, or stages of hierarchical models."""
 
     def __init__(self, model: Model, layers: list[int], norm: bool, patch: object, prefix: object):
-        inner: Any = getattr(model, "_orig_mod", model)
+        inner = _inner(model)
         info = list(inner.feature_info)
         self.indices = _indices(layers, len(info))
         takes = inspect.signature(inner.forward_intermediates).parameters
@@ -181,7 +185,9 @@ class _Timm(Backbone):
         super().__init__(model, _agreed("patch", patch, found), names)
         _agreed("prefix", prefix, self.prefix)
         # Hiera's modules have tokens in an order of their own; some models name none that exist.
-        if hasattr(inner, "reroll") or not set(names) <= {n for n, _ in _named(inner)} - {""}:
+        if hasattr(inner, "reroll") or not set(names) <= {n for n, _ in inner.named_modules()} - {
+            ""
+        }:
             self.modules = ()
 
     def features(self, images: torch.Tensor) -> list[Features]:
@@ -236,7 +242,7 @@ class _Transformers(Backbone):
     """transformers: ``output_hidden_states``. Layers are those of the encoder."""
 
     def __init__(self, model: Model, layers: list[int], norm: bool, patch: object, prefix: object):
-        core = _vision(getattr(model, "_orig_mod", model))
+        core = _vision(_inner(model))
         config = core.config
         name, blocks = next(
             (
@@ -270,7 +276,7 @@ class _Transformers(Backbone):
         self.neck = norm and any(n.rpartition(".")[2] == "neck" for n, _ in core.named_modules())
         found = _prefix_of(core)
         self.how = {"output_hidden_states": True, **_how(core)}
-        path = next((n for n, m in _named(model) if m is core), "")
+        path = next((n for n, m in _inner(model).named_modules() if m is core), "")
         names = [".".join(filter(None, (path, name, str(i)))) for i in self.indices]
         super().__init__(model, _agreed("patch", patch, _plain(config.patch_size)), names)
         self.prefix = _agreed("prefix", prefix, found)
@@ -333,10 +339,6 @@ def _prefix_of(model: Any) -> int | None:
     return sum(counts) if counts else None
 
 
-def _named(model: Any) -> Iterator[tuple[str, Any]]:
-    yield from getattr(model, "_orig_mod", model).named_modules()
-
-
 def _vision(model: Any) -> Any:
     """The part of a model of transformers that turns a picture into tokens, without its head."""
     core = model.base_model
@@ -356,7 +358,7 @@ class _Dino(Backbone):
     """DINO's ``get_intermediate_layers``. Layers are blocks."""
 
     def __init__(self, model: Model, layers: list[int], norm: bool, patch: object, prefix: object):
-        inner: Any = getattr(model, "_orig_mod", model)
+        inner = _inner(model)
         count = getattr(inner, "n_blocks", None) or len(inner.blocks)
         self.indices, self.count, self.norm = _indices(layers, count), count, norm
         self.takes = tuple(inspect.signature(inner.get_intermediate_layers).parameters)
@@ -420,7 +422,7 @@ class Hooks(Backbone):
     """Modules by name, in any model: their outputs, by hooks that are taken off again."""
 
     def __init__(self, model: Model, layers: list[str], patch: object, prefix: object):
-        inner = getattr(model, "_orig_mod", model)
+        inner = _inner(model)
         known = dict(inner.named_modules()) if isinstance(inner, torch.nn.Module) else {}
         for name in layers:
             if name not in known or name == "":
@@ -645,7 +647,7 @@ def describe(
 def _found(model: Model, layers: list[Layer], norm: bool, patch: Any, prefix: Any) -> Backbone:
     indices = [layer for layer in layers if isinstance(layer, int)]
     names = [layer for layer in layers if isinstance(layer, str)]
-    inner = getattr(model, "_orig_mod", model)
+    inner = _inner(model)
     if names:
         if indices:
             raise TypeError(f"SRT: layers must be all indices or all names; got {layers!r}")
