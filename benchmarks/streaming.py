@@ -18,7 +18,7 @@ import torch
 import typer
 
 import srt_ext
-from benchmarks.common import RESULTS, machine, save
+from benchmarks.common import MODEL, RESULTS, machine, save
 from benchmarks.peers import p_square, step_halving
 from srt_ext import views
 
@@ -68,9 +68,8 @@ def real_values(weights: Path, frames: Path) -> dict[int, torch.Tensor]:
     from PIL import Image
 
     from srt_ext.backbones import describe, load_timm
-    from srt_ext.command import DEFAULT_MODEL
 
-    vit, config = load_timm(DEFAULT_MODEL, weights)
+    vit, config = load_timm(MODEL, weights)
     backbone = describe(vit)
     sequences = sorted({path.parent for path in frames.glob("*/*.jpg")})[:2]
     if not sequences:

@@ -21,7 +21,7 @@ import torch
 import typer
 
 import srt_ext
-from benchmarks.common import RESULTS, load, machine, quartiles, save
+from benchmarks.common import MODEL, RESULTS, load, machine, quartiles, save
 from benchmarks.report import _save, markdown
 from srt_ext import views
 from srt_ext.views import Weighted
@@ -309,9 +309,8 @@ def tokens_of(vit: Any, image: torch.Tensor, shown: torch.Tensor) -> list[torch.
 
 def measure(weights: Path, folders: list[Path], every: int, size: int) -> dict[str, Any]:
     from srt_ext.backbones import load_timm
-    from srt_ext.command import DEFAULT_MODEL
 
-    vit, config = load_timm(DEFAULT_MODEL, weights)
+    vit, config = load_timm(MODEL, weights)
     mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
     trials, shown = plan()
     offsets = shown[:, 1:]

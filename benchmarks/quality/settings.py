@@ -38,27 +38,30 @@ def settings(layers: list[int], patch: int, extent: str) -> list[Setting]:
     Args:
         layers: of the model.
         patch: pixels. Strides are a patch, its half and its quarter, where these are whole.
-        extent: ``quick`` has the families once each; ``main`` adds designs, counts, radii, medians
-            and the stride of a quarter patch; ``study`` what could be wrong at token scale.
+        extent: ``quick`` has the families and a few views of ours; ``main`` adds designs, counts,
+            radii, medians and the stride of a quarter patch; ``study`` what could be wrong at token
+            scale.
     """
-    found = []
     half = patch // 2
+    found = [Setting("labels", IDENTITY, layers[-1], stride) for stride in (patch, half)]
     for layer in layers:
         found += [
             Setting("plain", IDENTITY, layer, patch, upsample="nearest"),
             Setting("bilinear", IDENTITY, layer, half),
             Setting("published", "paper:3", layer, patch, upsample="nearest", border="zeros"),
             Setting("published", "paper:3", layer, half, upsample="nearest", border="zeros"),
-            Setting("ours", "best:9:6", layer, half),
+            Setting("ours", "best:16:6", layer, patch),
+            *(Setting("ours", f"best:{n}:6", layer, half) for n in (4, 9, 16)),
+            Setting("ours", "best:16:3", layer, half),
         ]
         if extent == "quick":
             continue
         for design in (
-            *(f"best:{n}:3" for n in (4, 9, 16)),
-            *(f"best:{n}:6" for n in (4, 16)),
-            *(f"best:{n}:8" for n in (4, 9, 16)),
+            *(f"best:{n}:3" for n in (4, 9)),
+            *(f"best:{n}:{radius}" for radius in (8, 12) for n in (4, 9, 16)),
             "grid:3",
             "grid:6:4",
+            "grid:6:2",
         ):
             found.append(Setting("ours", design, layer, half))
         for design in ("best:9:6", "best:16:6"):
@@ -66,7 +69,7 @@ def settings(layers: list[int], patch: int, extent: str) -> list[Setting]:
         found.append(
             Setting("published", "paper:3", layer, half, "median", "nearest", border="zeros")
         )
-        for design in ("best:16:3", "best:16:6", "best:16:8"):
+        for design in ("best:16:3", "best:16:8"):
             found.append(Setting("ours", design, layer, patch))
         if extent == "study":
             found += study(layer, patch)
@@ -78,10 +81,8 @@ def settings(layers: list[int], patch: int, extent: str) -> list[Setting]:
             Setting("published", "paper:3", layer, quarter, upsample="nearest", border="zeros"),
             Setting("ours", "best:9:6", layer, quarter),
             Setting("ours", "best:16:6", layer, quarter),
+            Setting("labels", IDENTITY, layer, quarter),
         ]
-    if extent != "quick":
-        for stride in {patch, half, *([patch // 4] if patch % 4 == 0 else [])}:
-            found.append(Setting("labels", IDENTITY, layers[-1], stride))
     return found
 
 
@@ -100,6 +101,8 @@ def study(layer: int, patch: int) -> list[Setting]:
         design = f"best:{count}:{radius}"
         found.append(Setting("study", design, layer, patch, upsample="nearest"))
         found.append(Setting("study", design, layer, patch, centre=True))
+        # The views of a token averaged, and nothing of its neighbours: no blur at all.
+        found.append(Setting("study", design, layer, patch, upsample="nearest", centre=True))
     found.append(Setting("study", "best:16:6", layer, patch // 2, unit=True))
     found.append(Setting("study", "best:16:6", layer, patch // 2, upsample="nearest"))
     return found
