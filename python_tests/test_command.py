@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,14 +16,22 @@ import torch
 pytest.importorskip("timm")
 pytest.importorskip("typer")
 
-from cli import run
+import timm
+from cli import SMALL, run
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from skimage import data
 
-from srt_ext import SRT, views
+from srt_ext import SRT, backbones, command, views
+from srt_ext.demo.small import load_small
 
 WEIGHTS = Path(__file__).parents[2] / "shared/weights"
 MODEL = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+
+
+def real(weights: object) -> tuple[object, ...]:
+    return ("--model", MODEL, "--weights", weights)
 
 
 @pytest.fixture(scope="session")
@@ -30,9 +40,6 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     real = WEIGHTS / f"{MODEL}.fp16.safetensors"
     if real.exists():
         return real
-    import timm
-    from safetensors.torch import save_file
-
     path = tmp_path_factory.mktemp("weights") / "random.safetensors"
     save_file(timm.create_model(MODEL.split(".")[0]).state_dict(), path)
     return path
@@ -47,7 +54,7 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_show_writes_the_picture(photo: Path, weights: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.png"
-    code, text = run("show", photo, "-o", output, "--weights", weights, "--views", "grid:1")
+    code, text = run("show", photo, "-o", output, *real(weights), "--views", "grid:1")
     assert code == 0, text
     assert "448 x 298" in text
     assert "9 views" in text
@@ -62,7 +69,7 @@ def test_show_noise_adds_a_panel(photo: Path, weights: Path, tmp_path: Path) -> 
     pictures = []
     for noise in ([], ["--noise"]):
         output = tmp_path / f"out{len(noise)}.png"
-        options = ("--views", "grid:1", "--stride", 4, "--size", 128, "--weights", weights)
+        options = ("--views", "grid:1", "--stride", 4, "--size", 128, *real(weights))
         code, text = run("show", photo, "-o", output, *options, *noise)
         assert code == 0, text
         pictures.append(np.asarray(Image.open(output).convert("RGB")))
@@ -75,13 +82,8 @@ def test_show_noise_adds_a_panel(photo: Path, weights: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
 def test_features_are_those_of_srt(photo: Path, weights: Path, tmp_path: Path, suffix: str) -> None:
-    from safetensors import safe_open
-    from safetensors.torch import load_file
-
-    from srt_ext.backbones import load_timm
-
     output = tmp_path / f"out{suffix}"
-    options = ("--views", "grid:1", "--stride", 4, "--size", 64, "--weights", weights)
+    options = ("--views", "grid:1", "--stride", 4, "--size", 64, *real(weights))
     code, text = run("features", photo, "-o", output, *options)
     assert code == 0, text
     if suffix == ".npz":
@@ -91,7 +93,7 @@ def test_features_are_those_of_srt(photo: Path, weights: Path, tmp_path: Path, s
         with safe_open(output, "pt") as file:
             assert file.metadata()["views"] == "grid:1"
 
-    model, config = load_timm(MODEL, weights)
+    model, config = backbones.load_timm(MODEL, weights)
     small = Image.open(photo)
     small.thumbnail((64, 64), Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None] / 255
@@ -107,7 +109,7 @@ def test_real_weights_separate_the_astronaut_from_the_wall(tmp_path: Path, weigh
     """The field of a real ViT means something: suit is closer to suit than to the background."""
     photo, output = tmp_path / "astronaut.png", tmp_path / "field.npz"
     Image.fromarray(data.astronaut()).save(photo)
-    code, text = run("features", photo, "-o", output, "--weights", weights, "--views", "grid:1")
+    code, text = run("features", photo, "-o", output, *real(weights), "--views", "grid:1")
     assert code == 0, text
     field = torch.nn.functional.normalize(torch.from_numpy(np.load(output)["field"]), dim=0)
     suit, other_sleeve, wall = field[:, 330, 60], field[:, 270, 262], field[:, 60, 290]
@@ -127,20 +129,23 @@ def test_real_weights_separate_the_astronaut_from_the_wall(tmp_path: Path, weigh
             ["PHOTO", "--weights", "WEIGHTS", "--model", "vit_small_patch16_224"],
             "do not fit vit_small_patch16_224",
         ),
+        (["PHOTO", "--weights", "WEIGHTS"], f"do not fit {command.DEFAULT_MODEL}: cls_token must "),
+        (["PHOTO", "--weights", "WEIGHTS"], "must be [1, 1, 384], is [1, 1, 192]"),
+        (["PHOTO", "--weights", "WEIGHTS"], "more). Name the model that they are of with --model"),
         (["PHOTO", "--views", "ring"], "views must be"),
         (
-            ["PHOTO", "--weights", "WEIGHTS", "--layer", "12"],
+            ["PHOTO", *real("WEIGHTS"), "--layer", "12"],
             "layers must be in -12 ... 11; got 12",
         ),
-        (["PHOTO", "--weights", "WEIGHTS", "--stride", "5"], "stride must divide"),
+        (["PHOTO", *real("WEIGHTS"), "--stride", "5"], "stride must divide"),
         (["PHOTO", "-o", "out.xyz"], "must end in"),
         (["PHOTO", "-o", "nowhere/out.png"], "does not exist"),
         (["PHOTO", "-o", "folder.png"], "folder.png cannot be written"),
         (["PHOTO", "--weights", "."], "is no file"),
         (["PHOTO", "--weights", "WEIGHTS", "--model", MODEL + "x"], "timm cannot make"),
         (["no[/b]picture[red].png"], "no[/b]picture[red].png does not exist"),
-        (["dot.png", "--weights", "WEIGHTS"], "fewer than 3 tokens"),
-        (["float.tif", "--weights", "WEIGHTS"], "is no picture of 8 or 16 bits"),
+        (["dot.png", *real("WEIGHTS")], "fewer than 3 tokens"),
+        (["float.tif", *real("WEIGHTS")], "is no picture of 8 or 16 bits"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(
@@ -185,21 +190,150 @@ def test_a_picture_too_large_to_be_meant(tmp_path: Path, monkeypatch: pytest.Mon
     assert "no readable picture" in text
 
 
-def test_no_weights_within_reach(
-    photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+# ---- the default model --------------------------------------------------------------------------
+
+
+class Hub:
+    """A cache, and what is asked through the client of the hub."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.answers = False
+        self.asked: list[str] = []
+
+    def head(self, url: str, timeout: float) -> None:
+        self.asked.append(url)
+        if not self.answers:
+            raise ConnectionError("no network")
+
+    def keep(self, name: str, state: dict[str, torch.Tensor]) -> None:
+        """Pretrained weights, as the client leaves them."""
+        path = self.folder / f"models--timm--{name}"
+        for part, content in (("refs/main", "abc"), ("snapshots/abc/config.json", "{}")):
+            (path / part).parent.mkdir(parents=True)
+            (path / part).write_text(content)
+        save_file(state, path / "snapshots/abc/model.safetensors")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """An empty one, without a network."""
+    made = Hub(tmp_path / "hub")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(made.folder))
+    monkeypatch.setattr("huggingface_hub.get_session", lambda: made)
+    return made
+
+
+def test_without_a_network_the_default_is_the_small_model(tmp_path: Path) -> None:
+    """As the one line says, and the hub's client does not try again and again."""
+    Image.new("RGB", (40, 32)).save(tmp_path / "photo.png")
+    output = tmp_path / "out.safetensors"
+    options = ("features", tmp_path / "photo.png", "-o", output, "--views", "grid:1")
     result = subprocess.run(
-        [sys.executable, "-m", "srt_ext", "show", photo],
+        [sys.executable, "-m", "srt_ext", *(str(option) for option in options)],
         capture_output=True,
         text=True,
-        env=environment,
+        env={
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "HF_HUB_CACHE": str(tmp_path),
+            "PYTHONWARNINGS": "ignore",  # of other packages
+        },
         cwd=Path(__file__).parents[1],
-        check=False,
     )
-    assert result.returncode == 1
-    assert "--weights" in result.stderr
-    assert "Traceback" not in result.stderr
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith(f"note: the weights of {command.DEFAULT_MODEL} cannot be had ")
+    assert "using the small ViT that comes with srt_ext; --model or --weights" in result.stderr
+    with safe_open(output, "pt") as file:
+        assert file.metadata()["model"] == "small"
+
+
+@pytest.mark.parametrize("tag", ["", ".augreg_in21k_ft_in1k", ".nonsense"])
+def test_a_model_that_was_named_is_never_another(
+    photo: Path, hub: Hub, tmp_path: Path, tag: str
+) -> None:
+    name, output = MODEL.split(".")[0] + tag, tmp_path / "out.npz"
+    code, text = run("features", photo, "-o", output, "--model", name)
+    assert code == 1
+    assert text.count("\n") == 1
+    assert text.startswith(f"error: the pretrained weights of {name} cannot be had: ")
+    assert ("tag (nonsense)" if tag == ".nonsense" else "does not answer: Conn") in text
+    assert "--weights" in text
+    assert not output.exists()
+
+
+def test_the_default_is_a_dinov2_of_timm(photo: Path, hub: Hub, tmp_path: Path) -> None:
+    """From the hub's cache, and the hub is not asked."""
+    model = timm.create_model(command.DEFAULT_MODEL, dynamic_img_size=True).eval()
+    hub.keep(command.DEFAULT_MODEL, model.state_dict())
+    output = tmp_path / "out.safetensors"
+    code, text = run("features", photo, "-o", output, "--views", "grid:1", "--size", 64)
+    assert code == 0, text
+    assert "note" not in text
+    assert hub.asked == []
+    with safe_open(output, "pt") as file:
+        assert file.metadata()["model"] == command.DEFAULT_MODEL
+    small = Image.open(photo)
+    small.thumbnail((64, 64), Image.Resampling.LANCZOS)
+    pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1) / 255
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+    expected = SRT(model, views.grid(1))(((pixels - mean) / std)[None])
+    assert expected.field.shape[1:] == (384, 43, 64)  # of 4 x 5 patches of 14 pixels
+    torch.testing.assert_close(load_file(output)["field"], expected.field[0])
+
+
+def test_the_hub_is_asked_once(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If it does not answer timm is left alone; if it does, what timm makes of it is told."""
+    name, made = f"{SMALL}.r160_in1k", timm.create_model
+    tried: list[Any] = []
+
+    def create_model(*arguments: Any, **settings: Any) -> Any:
+        tried.append(arguments)
+        if settings == {"dynamic_img_size": True} and arguments == (name, True):
+            raise OSError("no such file there")
+        return made(*arguments, **settings)
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    with pytest.raises(backbones.PretrainedError, match="does not answer: ConnectionError"):
+        backbones.load_timm(name)
+    assert (len(hub.asked), len(tried)) == (1, 0)
+    hub.answers = True
+    with pytest.raises(backbones.PretrainedError, match="OSError: no such file there"):
+        backbones.load_timm(name)
+    assert (len(hub.asked), len(tried)) == (2, 1)
+
+    model = made(name)
+    hub.keep(name, model.state_dict())
+    loaded = backbones.load_timm(name)[0].state_dict()
+    assert all(tensor.equal(loaded[key]) for key, tensor in model.state_dict().items())
+    assert len(hub.asked) == 2
+
+
+def test_the_small_model_by_name(photo: Path, hub: Hub, tmp_path: Path) -> None:
+    model, config = load_small()
+    save_file({k: v + 1 for k, v in model.state_dict().items()}, tmp_path / "more.safetensors")
+    pixels = torch.from_numpy(np.array(Image.open(photo).resize((40, 32)))).permute(2, 0, 1) / 255
+    Image.open(photo).resize((40, 32)).save(tmp_path / "photo.png")
+    mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
+    for options, more in (((), 0), (("--weights", tmp_path / "more.safetensors"), 1)):
+        output = tmp_path / f"out{more}.npz"
+        settings = ("--model", "small", "--views", "grid:1", *options)
+        code, text = run("features", tmp_path / "photo.png", "-o", output, *settings)
+        assert code == 0, text
+        assert "note" not in text
+        state = {k: v + more for k, v in load_small()[0].state_dict().items()}
+        model.load_state_dict(state)
+        expected = SRT(model, views.grid(1))(((pixels - mean) / std)[None])
+        torch.testing.assert_close(torch.from_numpy(np.load(output)["field"]), expected.field[0])
+    assert hub.asked == []
+
+
+def test_info_tells_whether_the_default_is_in_the_cache(hub: Hub) -> None:
+    assert re.search(rf"default model +{command.DEFAULT_MODEL}: not in the hub's", run("info")[1])
+    hub.keep(command.DEFAULT_MODEL, {})
+    assert re.search(rf"default model +{command.DEFAULT_MODEL}: in the hub's", run("info")[1])
+    assert hub.asked == []
 
 
 def test_info_tells_backends() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load, load_file
 
-from srt_ext import SRT, folder, pictures
+from srt_ext import SRT, command, folder, pictures
 from srt_ext.wrapper import SRTOutput
 
 SETTINGS = {"--views": "grid:1", "--stride": 8, "--size": 48, "--workers": 0}
@@ -170,6 +171,41 @@ def test_other_weights_and_other_folders_are_refused_too(
     (tmp_path / "moved.safetensors").write_bytes(weights.read_bytes())
     code, text = extract(photos, out, tmp_path / "moved.safetensors", workers=1)
     assert (code, made(out)) == (0, first), text
+
+
+def no_network() -> None:
+    raise ConnectionError
+
+
+def test_a_run_that_fell_back_is_another_one(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default model's weights are there once, and then they are not."""
+    out, default = tmp_path / "out", f"{SMALL}.r160_in1k"
+    path = tmp_path / "hub/models--timm--test_vit.r160_in1k"
+    (path / "refs").mkdir(parents=True)
+    (path / "refs/main").write_text("abc")
+    (path / "snapshots/abc").mkdir(parents=True)
+    small_weights(path / "snapshots/abc/model.safetensors")
+    monkeypatch.setattr(command, "DEFAULT_MODEL", default)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.get_session", no_network)
+    options = [x for pair in SETTINGS.items() for x in pair]
+    code, text = run("features", photos, "-o", out, *options)
+    assert code == 0, text
+    first = made(out)
+    shutil.rmtree(path)
+    code, text = run("features", photos, "-o", out, *options)
+    assert code == 1
+    assert "using the small ViT" in text
+    assert f"(model {default}, now small; weights " in text
+    assert made(out) == first
+    code, text = run("features", photos, "-o", tmp_path / "other", *options)
+    assert code == 0
+    code, text = run("features", photos, "-o", tmp_path / "other", *options, "--model", "small")
+    assert code == 0
+    assert "note" not in text
+    assert "0 written, 3 were there" in text
 
 
 def test_what_fails_is_told_and_left_out(photos: Path, weights: Path, tmp_path: Path) -> None:

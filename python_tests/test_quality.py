@@ -330,4 +330,4 @@ def test_means_are_over_what_all_settings_have() -> None:
     (run,) = report.runs({"rows": rows})
     text = report.table({"rows": rows}, run, 1)
     assert "| plain tokens | 16 | 1 | - | 0.500 | 0.500 |  |" in text
-    assert "| `best:4:3` | 16 | 4 | - | **0.600** | **0.600** | 1 of 1 |" in text
+    assert "| `best:4:3` | 16 | 4 | - | **0.600** | **0.600** | +0.100, 1 of 1 |" in text

@@ -234,7 +234,7 @@ def test_parse(text: str, expected: torch.Tensor | Weighted) -> None:
             "best",
             "best:0",
             "best:9:3:1",
-            "best:50",
+            "best:170",
             "best:9:2.5",
             "best:9:0",
             "Weighted:3",
@@ -277,7 +277,7 @@ def test_parse_makes_a_design_or_says_no(text: str) -> None:
         (lambda: views.ring(3, 3), ValueError, "n must be an integer >= 4; got 3"),
         (lambda: views.ring(7, 1.5), ValueError, "radius must be from 2 to 2.20 pixels; got 1.5"),
         (lambda: views.best(0), ValueError, "count must be an integer >= 1; got 0"),
-        (lambda: views.best(50), ValueError, "count must be <= 49 at radius 3; got 50"),
+        (lambda: views.best(170), ValueError, "count must be <= 169 at radius 6; got 170"),
         (lambda: views.best(9, 2.5), TypeError, "radius must be an integer"),  # type: ignore[arg-type]
     ],
 )

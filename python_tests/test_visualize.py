@@ -12,12 +12,14 @@ import torch
 pytest.importorskip("timm")
 pytest.importorskip("typer")
 
+import timm
 from cli import SMALL, run, small_weights
 from PIL import Image
 from skimage import data
 from torch.nn.functional import cosine_similarity
 
 from srt_ext import SRT, pictures, visualize
+from srt_ext.backbones import describe
 from srt_ext.visualize import Colours, Comparison, Panel, cosine
 
 FAST = ("--views", "grid:1", "--stride", 4, "--size", 64, "--model", SMALL)
@@ -104,6 +106,27 @@ def test_panels_have_one_basis(network: pictures.Network) -> None:
         for panel, picture in zip(row, expected, strict=True):
             np.testing.assert_allclose(panel.rgb, picture, atol=1e-5)
     assert np.abs(rows[0][3].rgb - rows[1][3].rgb).mean() > 1e-3  # each layer its own
+
+
+@pytest.mark.parametrize("patch", [8, 14])
+def test_pictures_of_no_whole_patches(patch: int) -> None:
+    """As those of the default model and of the small one: padded, and the padding cut off."""
+    model = timm.models.VisionTransformer(
+        img_size=4 * patch,
+        patch_size=patch,
+        embed_dim=32,
+        depth=1,
+        num_heads=2,
+        dynamic_img_size=True,
+    ).eval()
+    backbone, pixels = describe(model, [-1]), crops(1, (41, 55))[0]
+    image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None] / 255
+    comparison = Comparison(backbone, "grid:1")
+    assert [panel.rgb.shape for panel in comparison(image, pixels, ignore)[0]] == [(41, 55, 3)] * 5
+    tokens = comparison.tokens(image, ignore)[0]
+    assert tokens.grid == (-(-41 // patch), -(-55 // patch))
+    expected = SRT(backbone, "grid:1")(image)[0].field
+    torch.testing.assert_close(comparison.field(tokens, "mean", (41, 55)), expected)
 
 
 def test_the_first_picture_fixes_colours_and_ranges(network: pictures.Network) -> None:

@@ -3,6 +3,8 @@
 Every kernel that the torch of this environment can use must be there.
 """
 
+from pathlib import Path
+
 import torch
 
 import srt_ext
@@ -20,5 +22,7 @@ field = srt_ext.ensemble(*arguments)
 torch.testing.assert_close(field, srt_ext.reference.ensemble(*arguments).float())
 same = srt_ext.numpy.ensemble(tokens.numpy(), arguments[1].numpy(), *arguments[2:])
 assert torch.equal(torch.from_numpy(same), field)
+for name in ("small.safetensors", "astronaut.jpg", "MODEL_CARD.md"):
+    assert (Path(srt_ext.__path__[0]) / "demo" / name).is_file(), name
 if torch.cuda.is_available():
     torch.testing.assert_close(srt_ext.ensemble(tokens.cuda(), *arguments[1:]).cpu(), field)

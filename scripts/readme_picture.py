@@ -1,8 +1,9 @@
-"""Makes docs/astronaut.jpg and the README's picture, docs/srt.jpg.
+"""Makes the pictures of the README, docs/srt.jpg and docs/demo.jpg, and the photograph in them.
 
     python scripts/readme_picture.py [--weights FILE.safetensors]
 
-The photograph is skimage.data.astronaut(): Eileen Collins, by NASA, in the public domain.
+The weights are those of the ViT-Ti of docs/srt.jpg; without the option timm loads them. The
+photograph is skimage.data.astronaut(): Eileen Collins, by NASA, in the public domain.
 """
 
 import subprocess
@@ -12,9 +13,12 @@ from pathlib import Path
 from PIL import Image
 from skimage import data
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+PHOTO = ROOT / "srt_ext" / "demo" / "astronaut.jpg"
+MODEL = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 
 photo = Image.fromarray(data.astronaut()).resize((448, 448), Image.Resampling.LANCZOS)
-photo.save(DOCS / "astronaut.jpg", quality=90)
-command = ["show", DOCS / "astronaut.jpg", "-o", DOCS / "srt.jpg", "--views", "grid:6:2"]
-subprocess.run([sys.executable, "-m", "srt_ext", *command, *sys.argv[1:]], check=True)
+photo.save(PHOTO, quality=90)
+show = ["show", PHOTO, "-o", ROOT / "docs" / "srt.jpg", "--views", "grid:6:2", "--model", MODEL]
+for command in ([*show, *sys.argv[1:]], ["demo", "-o", ROOT / "docs" / "demo.jpg"]):
+    subprocess.run([sys.executable, "-m", "srt_ext", *command], check=True)

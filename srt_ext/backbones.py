@@ -727,20 +727,56 @@ def _patch_of(model: Any) -> Any:
 # ---- models of timm -----------------------------------------------------------------------------
 
 
+# The one that comes with the package: it needs no network.
+SMALL = "small"
+
+# Seconds to wait for the hub's answer.
+PATIENCE = 3.0
+
+
 class ModelError(RuntimeError):
     """A model that cannot be had; the message says what to do."""
+
+
+class PretrainedError(ModelError):
+    """Pretrained weights that are not within reach.
+
+    Attributes:
+        reason: why, in a few words.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(
+            f"the pretrained weights of {name} cannot be had: {reason}. Give a state dict with "
+            f"--weights FILE.safetensors, or take --model {SMALL}, which needs no network"
+        )
+        self.reason = reason
 
 
 def load_timm(name: str, weights: Path | None = None) -> tuple[Any, dict[str, Any]]:
     """A model of timm in eval mode, for pictures of any size if it can, and its data configuration.
 
     Args:
-        name: a model name of timm, with or without its pretrained tag.
-        weights: a .safetensors state dict; None takes timm's pretrained weights.
+        name: a model name of timm, with or without its pretrained tag; or ``small``, the ViT that
+            comes with this package.
+        weights: a .safetensors state dict; None takes the pretrained weights.
 
     Raises:
-        ModelError: unknown model, weights that do not fit, or no pretrained weights within reach.
+        ModelError: unknown model, weights that do not fit, or (PretrainedError) no pretrained
+            weights within reach.
     """
+    if name == SMALL:
+        from .demo.small import load_small
+
+        model, config = load_small()
+    else:
+        model, config = _made(name, pretrained=weights is None)
+    if weights is not None:
+        _fill(model, name, weights)
+    return model.eval(), config
+
+
+def _made(name: str, *, pretrained: bool) -> tuple[Any, dict[str, Any]]:
     import timm
     from timm.data.config import resolve_model_data_config
 
@@ -751,29 +787,89 @@ def load_timm(name: str, weights: Path | None = None) -> tuple[Any, dict[str, An
         hint = f" (for instance {near})" if near else ""
         raise ModelError(f"timm has no model {name!r}{hint}")
     try:
+        source = _source(name) if pretrained else {}
         try:
-            model = timm.create_model(name, pretrained=weights is None, dynamic_img_size=True)
+            model = timm.create_model(name, pretrained, dynamic_img_size=True, **source)
         except TypeError:  # it has no such argument
-            model = timm.create_model(name, pretrained=weights is None)
+            model = timm.create_model(name, pretrained, **source)
+    except PretrainedError:
+        raise
     except Exception as error:  # the hub client raises whatever its transport does
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}".rstrip(".")
-        if weights is not None:
-            raise ModelError(f"timm cannot make {name}: {reason}") from error
-        raise ModelError(
-            f"the pretrained weights of {name} could not be loaded: {reason}. "
-            "Give a state dict with --weights FILE.safetensors"
-        ) from error
-    if weights is not None:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        if pretrained:
+            raise PretrainedError(name, reason) from error
+        raise ModelError(f"timm cannot make {name}: {reason}") from error
+    return model, resolve_model_data_config(model)
 
-        try:
-            model.load_state_dict(load_file(weights))
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"{weights} is no readable safetensors file: {error}") from error
-        except RuntimeError as error:
-            lines = [line.strip() for line in str(error).splitlines()]
-            more = f" (and {len(lines) - 2} more)" if len(lines) > 2 else ""
-            reason = " ".join(lines[:2]) + more
-            raise ModelError(f"the weights in {weights} do not fit {name}: {reason}") from error
-    return model.eval(), resolve_model_data_config(model)
+
+def cached_weights(name: str) -> str | None:
+    """The file of timm's pretrained weights in the hub's cache, found without a network."""
+    import timm
+    from huggingface_hub import try_to_load_from_cache
+
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not config.hf_hub_id:
+        return None
+    repository, _, revision = config.hf_hub_id.partition("@")
+    file = config.hf_hub_filename or "pytorch_model.bin"
+    # In the order in which timm looks for them.
+    for choice in (file.replace("pytorch_model.bin", "model.safetensors"), file):
+        found = try_to_load_from_cache(repository, choice, revision=revision or None)
+        if isinstance(found, str):  # else None, or a mark that the hub has no such file
+            return found
+    return None
+
+
+def _source(name: str) -> dict[str, Any]:
+    """Arguments of ``timm.create_model``: where it is to take the pretrained weights from.
+
+    Left to itself timm asks the hub even for a file that is in the cache, and the hub's client
+    tries most of a minute before it says that there is no network. So a cached file is given to
+    timm, and for another the hub is asked once whether it answers, whatever it says.
+
+    Raises:
+        PretrainedError: it does not.
+    """
+    import timm
+    from huggingface_hub import constants, get_session
+
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not config.hf_hub_id:
+        return {}  # they are elsewhere, or there are none: timm says so
+    file = cached_weights(name)
+    if file is not None:
+        # A loader of the model's own is for the file of its url, unless it says that of the hub.
+        own = str(config.custom_load) == "hf"
+        return {"pretrained_cfg_overlay": {"file": file, "custom_load": own}}
+    try:
+        get_session().head(constants.ENDPOINT, timeout=PATIENCE)
+    except Exception as error:  # whatever the transport raises; HF_HUB_OFFLINE is one, too
+        raise PretrainedError(
+            name,
+            f"not in the hub's cache, and {constants.ENDPOINT} does not answer: "
+            f"{type(error).__name__}",
+        ) from error
+    return {}
+
+
+def _fill(model: Any, name: str, weights: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        state = load_file(weights)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{weights} is no readable safetensors file: {error}") from error
+    wanted = model.state_dict()
+    wrong = []
+    for key in {**wanted, **state}:
+        rule, got = (list(s[key].shape) if key in s else "absent" for s in (wanted, state))
+        if rule != got:
+            wrong.append(f"{key} must be {rule}, is {got}")
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise ModelError(
+            f"the weights in {weights} do not fit {name}: {wrong[0]}{more}. "
+            "Name the model that they are of with --model"
+        )
+    model.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""The command: ``srt-ext show``, ``features`` and ``info``."""
+"""The command: ``srt-ext demo``, ``show``, ``features`` and ``info``."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from . import __version__
 from ._library import cuda_unavailable, unavailable
 from .pictures import Network, PictureError, find_pictures, open_picture, pixels_of
 
-# A small ViT with published weights.
-DEFAULT_MODEL = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+# Of timm. Where its weights are not within reach, the small model of backbones.py stands in.
+DEFAULT_MODEL = "vit_small_patch14_dinov2.lvd142m"
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -34,10 +34,19 @@ app = typer.Typer(
 )
 console = Console()
 
-ModelName = Annotated[str, typer.Option("--model", help="A model of timm.")]
+ModelName = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="A model of timm; or small, which comes with srt_ext and needs no network. Without it "
+        "a DINOv2 ViT-S/14, or small where the weights of that cannot be had.",
+    ),
+]
 Weights = Annotated[
     Path | None,
-    typer.Option(help="A .safetensors state dict; without it timm's pretrained weights are taken."),
+    typer.Option(
+        help="A .safetensors state dict of the model; without it the pretrained weights are taken."
+    ),
 ]
 Views = Annotated[
     str,
@@ -61,9 +70,9 @@ class DType(str, Enum):
     bfloat16 = "bfloat16"
 
 
-def complain(message: str) -> None:
-    """Says what is wrong on stderr."""
-    text = Text.assemble(("error: ", "red"), message)  # no markup: a name may hold brackets
+def complain(message: str, word: tuple[str, str] = ("error", "red")) -> None:
+    """Says what is wrong on stderr, behind a word in a colour."""
+    text = Text.assemble((f"{word[0]}: ", word[1]), message)  # no markup: a name may hold brackets
     Console(stderr=True).print(text, highlight=False, soft_wrap=True)
 
 
@@ -83,13 +92,15 @@ def one_line() -> Iterator[None]:
     """What a user can set right is an error of one line, not a traceback."""
     if unavailable is not None:
         raise fail(unavailable)
-    from .backbones import ModelError
-    from .folder import FolderError
-
     try:
+        from .backbones import ModelError
+        from .folder import FolderError
+
         yield
-    except (ValueError, ModelError, FolderError) as error:
+    except (ValueError, OSError, ModelError, FolderError) as error:
         raise fail(str(error)) from None
+    except ImportError as error:
+        raise fail(f"{error}; pip install 'srt_ext[models]' has all that is needed") from None
 
 
 @contextmanager
@@ -113,6 +124,25 @@ def count_views(views: str, weights: Path | None) -> int:
     if weights is not None and not weights.is_file():
         raise fail(f"{weights} is no file")
     return len(resolve(views)[0])
+
+
+def network_of(model: str | None, weights: Path | None, layers: int | list[int] | None) -> Network:
+    """Of the default model if none is named; where its weights cannot be had, and this is said, of
+    the small one. A model that was named is never another one.
+    """
+    from .backbones import SMALL, PretrainedError
+
+    try:
+        return Network(DEFAULT_MODEL if model is None else model, weights, layers)
+    except PretrainedError as error:
+        if model is not None:
+            raise
+        complain(
+            f"the weights of {DEFAULT_MODEL} cannot be had ({error.reason}): using the small ViT "
+            "that comes with srt_ext; --model or --weights choose another",
+            ("note", "yellow"),
+        )
+    return Network(SMALL, None, layers)
 
 
 def times(model: float, total: float) -> str:
@@ -170,9 +200,9 @@ def show(
             show_default=False,
         ),
     ] = None,
-    model: ModelName = DEFAULT_MODEL,
+    model: ModelName = None,
     weights: Weights = None,
-    views: Views = "grid:3",
+    views: Views = "best:16",
     stride: Stride = 1,
     size: Size = 448,
     view_batch: ViewBatch = 8,
@@ -217,7 +247,7 @@ def show(
         point = None if query is None else read_query(query, first.size)
         if video and not output.suffix:
             check_folder(output)
-        network = Network(model, weights, layer or [-1])
+        network = network_of(model, weights, layer or [-1])
         comparison = Comparison(
             network.backbone,
             views,
@@ -299,9 +329,9 @@ def features(
             help="A .npz or .safetensors file. Of a folder: a folder of .safetensors files.",
         ),
     ],
-    model: ModelName = DEFAULT_MODEL,
+    model: ModelName = None,
     weights: Weights = None,
-    views: Views = "grid:3",
+    views: Views = "best:16",
     stride: Stride = 1,
     size: Size = 448,
     view_batch: ViewBatch = 8,
@@ -337,12 +367,12 @@ def features(
             pictures = find_pictures(photo, nested=True, without=inside)
         else:
             pixels = pixels_of(open_picture(photo), size)
-        network = Network(model, weights, layer)
+        network = network_of(model, weights, layer)
         srt = SRT(network.backbone, views, stride=stride, view_batch=view_batch)
         kind: torch.dtype = getattr(torch, dtype.value)
         settings = {
             "srt_ext": __version__,
-            "model": model,
+            "model": network.name,
             "weights": network.digest(),
             "views": views,
             "stride": str(stride),
@@ -382,9 +412,9 @@ def write_one(
         with output.open("wb") as file:  # savez would add its own suffix to .NPZ
             np.savez(file, **arrays)
     else:
-        from safetensors.torch import save_file
+        from .folder import save
 
-        save_file(tensors, output, metadata={**settings, "photo": photo.name})
+        save(tensors, output, {**settings, "photo": photo.name})
     height, width = pixels.shape[:2]
     shape = " x ".join(str(n) for n in tensors["field"].shape)
     say(
@@ -421,11 +451,65 @@ def write_folder(folder: Any, network: Network, srt: Any, **settings: Any) -> No
         raise typer.Exit(1)
 
 
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The picture to write.")] = Path(
+        "srt-demo.png"
+    ),
+    views: Views = "best:16:3",  # of patches of 8 pixels that is what 6 is of 16
+    scenes: Annotated[
+        int, typer.Option(min=1, max=1000, help="Number of scenes that are scored.")
+    ] = 32,
+    seed: Annotated[int, typer.Option(min=0, help="Another one gives other scenes.")] = 0,
+) -> None:
+    """Draws and scores what SRT does for a small ViT that is included; nothing is downloaded.
+
+    It was trained on generated scenes, whose segments and depth are exactly known. The scores are
+    of scenes that it has not seen. The picture has the first scene with solids of all kinds, and a
+    photograph.
+    """
+    check_output(output, (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp"))
+    with one_line():
+        from .backbones import SMALL
+        from .demo.quality import HELD_OUT, PHOTO, SIDE, Judge, telling
+        from .demo.scenes import scene
+        from .visualize import draw
+
+        count = count_views(views, None)
+        judge, first = Judge(Network(SMALL, None, [-1]), views), HELD_OUT + 1000 * seed
+        with bar("scenes", scenes) as progress:
+            scores = judge.scores((scene(first + i, SIDE, SIDE) for i in range(scenes)), progress)
+        table = Table("", "segments", "at outlines", "kinds of solids", "nearness")
+        for way, score in scores.items():
+            table.add_row(way, *(f"{value:.3f}" for value in score))
+        console.print(table)
+        say(
+            f"{count} views, scenes of {SIDE} x {SIDE} pixels: {scenes}",
+            "mean IoU of background, floor and solids; the same within 4 pixels of where they "
+            "meet; of the kinds",
+            "nearness: RMSE in 1/m; lower is better",
+        )
+        photo = pixels_of(open_picture(PHOTO), 2 * SIDE)
+        names, rows = zip(*judge.rows(scene(telling(first), SIDE, SIDE), photo), strict=True)
+        draw(rows, names).savefig(output, dpi=100)
+    say(f"wrote {output}")
+
+
 def _version(package: str) -> str:
     try:
         return str(import_module(package).__version__)
     except Exception as error:  # a broken package breaks in its own way
         return f"not available: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def _default_model() -> str:
+    try:
+        from .backbones import cached_weights
+
+        cached = cached_weights(DEFAULT_MODEL) is not None
+    except Exception as error:  # as above
+        return f"{DEFAULT_MODEL}: not available: {type(error).__name__}: {error}"
+    return f"{DEFAULT_MODEL}: {'in' if cached else 'not in'} the hub's cache"
 
 
 def _cuda() -> str:
@@ -475,4 +559,5 @@ def info() -> None:
     row("srt_ext.numpy", _numpy())
     for package in ("timm", "transformers", "torchvision", "PIL", "safetensors", "sklearn"):
         row(package, _version(package))
+    row("default model", _default_model())
     console.print(table)

@@ -236,12 +236,20 @@ def _told(loader: DataLoader[Any]) -> Iterator[Any]:
         ) from error
 
 
+def save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """A .safetensors file that others may read as any other: its library makes it private."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata)
+    path.chmod(mode)
+
+
 def _write(target: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> int:
     """Under another name first: what has the name of the target is whole. Returns its bytes."""
     partial = target.with_name(f".{target.name}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, metadata)
+        save(tensors, partial, metadata)
         partial.replace(target)
     except (OSError, SafetensorError) as error:  # the disk is full, say: so it is for the others
         raise FolderError(f"{target} cannot be written: {error}") from None

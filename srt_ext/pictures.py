@@ -105,7 +105,7 @@ def _natural(path: Path) -> list[list[Any]]:
 
 
 class Network:
-    """A frozen model of timm, and pictures as it wants them.
+    """A frozen model, and pictures as it wants them.
 
     Args:
         name, weights: as for :func:`srt_ext.backbones.load_timm`.

@@ -72,7 +72,7 @@ def cosine(features: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
 
 
 def enlarge(picture: np.ndarray, cell: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
-    """[h, w, 3] with cells of (y, x) pixels -> [H, W, 3], the padding to whole cells cut off."""
+    """[h, w, C] with cells of (y, x) pixels -> [H, W, C], the padding to whole cells cut off."""
     return picture.repeat(cell[0], 0).repeat(cell[1], 1)[: size[0], : size[1]]
 
 

@@ -57,7 +57,7 @@ class SRT(torch.nn.Module):
             [B, C, h, w] or [B, h, w, C] (then ``patch`` is needed). Or what
             :func:`srt_ext.backbones.describe` made of one, with its layers and the like.
         views: offsets [V, 2], (dy, dx) in pixels; words for :func:`srt_ext.views.parse`; a number
-            of views for :func:`srt_ext.views.best`, up to 49, within 3 pixels; or (offsets,
+            of views for :func:`srt_ext.views.best`, up to 169, within 6 pixels; or (offsets,
             weights [V]).
         layers: the block (of a hierarchical model: the stage) whose features are wanted, from 0 or,
             negative, from the end; or the name of a module, whose output, of its first call, is
@@ -125,7 +125,7 @@ class SRT(torch.nn.Module):
     def __init__(
         self,
         model: Model | Backbone,
-        views: torch.Tensor | str | int | tuple[torch.Tensor, torch.Tensor] = "grid:3",
+        views: torch.Tensor | str | int | tuple[torch.Tensor, torch.Tensor] = 16,
         *,
         layers: Layer | Sequence[Layer] | None = None,
         norm: bool = True,
