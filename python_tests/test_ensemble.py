@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -12,6 +10,7 @@ import torch
 from budget import assert_same_sum, assert_within_budget
 from hypothesis import given
 from hypothesis import strategies as st
+from peak import needs_proc, peak_of
 from samples import BORDERS, DTYPES, UPSAMPLES, Ensemble, ensembles, sample_ensembles
 from torch.nn import functional
 
@@ -450,32 +449,20 @@ def test_tokens_are_not_copied_when_expanded() -> None:
     assert torch.equal(field, dense)
 
 
-MEMORY = """
-import torch, srt_ext
-
-def peak():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-
+STRIDED = """
+import srt_ext
 full = torch.ones({views}, 1, 1 + 1024, 1024, dtype=torch.{dtype})
 offsets = torch.zeros({views}, 2)
 call = lambda tokens, side: srt_ext.ensemble(tokens, offsets[:len(tokens)], (side, side), (2, 2),
                                              stride=2 * side)
-call(full[:1, :, 1:5], 2)  # the first call loads what it needs
-before = peak()
-field = call(full[:, :, 1:], 32)
-print(peak() - before, full.nbytes, bool((field == 1).all()))
+call(full[:1, :, 1:5], 2)
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@needs_proc
 @pytest.mark.parametrize(("dtype", "views"), [("float16", 48), ("float32", 24)])
 def test_strided_tokens_are_not_copied(dtype: str, views: int) -> None:
     """The peak of a process's memory grows by far less than ``full[:, :, prefix:]`` takes."""
-    script = MEMORY.format(dtype=dtype, views=views)
-    result = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
-    grown, size, right = result.stdout.split()
-    assert right == "True"
-    assert int(grown) < int(size) / 4
+    setup = STRIDED.format(dtype=dtype, views=views)
+    taken, _ = peak_of(setup, "call(full[:, :, 1:], 32)", "(result == 1).all()")
+    assert taken < views * 1024 * 1024 * getattr(torch, dtype).itemsize / 4

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -12,6 +10,7 @@ import torch
 from budget import assert_within_budget
 from hypothesis import given
 from hypothesis import strategies as st
+from peak import needs_proc, peak_of
 from samples import DTYPES, Ensemble, ensembles, sample_ensembles
 from test_ensemble import buffer, poison
 
@@ -175,11 +174,7 @@ def test_same_bits_over_threads(
 
 
 MEMORY = """
-import torch, srt_ext
-
-def peak():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+import srt_ext
 
 def field(tokens):
     offsets = srt_ext.views.grid(7)[: len(tokens)]
@@ -188,22 +183,17 @@ def field(tokens):
 
 field(torch.ones(2, 1, 196, 8))
 tokens = torch.randn({views}, 1, 196, 64)
-before = peak()
-result = field(tokens)
-print((peak() - before) / result.nbytes)
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@needs_proc
 @pytest.mark.parametrize("upsample", ["nearest", "bilinear"])
 @pytest.mark.parametrize("views", [49, 225])
 def test_no_stack_of_maps_is_made(views: int, upsample: str) -> None:
     """Beside the tokens it takes its output, and cache-sized scratch, not a map for every view."""
-    script = MEMORY.format(views=views, upsample=upsample)
-    result = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
-    assert float(result.stdout) < 2
+    setup = MEMORY.format(views=views, upsample=upsample)
+    taken, output = peak_of(setup, "field(tokens)", "result.isfinite().all()")
+    assert taken < 2 * output
 
 
 # ---- moments ------------------------------------------------------------------------------------

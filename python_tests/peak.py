@@ -1,0 +1,52 @@
+"""What a call takes at its peak, in a process of its own.
+
+Address space: malloc is told to map what is large and to give it back, which makes the peak exact.
+Resident memory is not: it has those pages of the libraries that happen to be there, and Linux counts
+it only roughly where there are many cores.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+needs_proc = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+
+PROCESS = """
+import torch
+torch.set_num_threads(1)  # others bring stacks
+
+def peak():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmPeak"))
+
+{setup}
+before = peak()
+result = {call}
+print(peak() - before, result.nbytes)
+assert {right}
+"""
+
+
+def peak_of(setup: str, call: str, right: str) -> tuple[int, int]:
+    """The bytes that ``call`` took beside what there was after ``setup``, and those of its result.
+
+    Args:
+        setup: statements, torch imported. A call like the one that is measured is among them: the
+            first loads what it needs.
+        call: an expression, a tensor.
+        right: what must hold of it, as ``result``.
+    """
+    fixed = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**16)}
+    process = subprocess.run(
+        [sys.executable, "-c", PROCESS.format(setup=setup, call=call, right=right)],
+        env=os.environ | fixed,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    taken, size = process.stdout.split()
+    return int(taken), int(size)
