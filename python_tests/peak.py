@@ -1,8 +1,8 @@
 """What a call takes at its peak, in a process of its own.
 
 Address space: malloc is told to map what is large and to give it back, which makes the peak exact.
-Resident memory is not: it has those pages of the libraries that happen to be there, and Linux counts
-it only roughly where there are many cores.
+Resident memory is not: it has those pages of the libraries that happen to be there, and Linux
+counts it only roughly where there are many cores.
 """
 
 from __future__ import annotations
