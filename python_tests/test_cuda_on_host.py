@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_int, c_int32, c_int64, c_void_p
 from dataclasses import replace
@@ -308,21 +308,38 @@ class CudaOnHost:
         return out.elements.reshape(len(offsets), b, c, h, w)
 
 
-def compiled(stub: Path, sources: Path, to: Path, name: str = "host.cpp", flags: str = "") -> Path:
-    usual = "-std=c++17 -O1 -shared -fPIC -fvisibility=hidden -Wall -Werror -Wno-unknown-pragmas"
-    files = [stub / name, sources / "check.cpp"]
-    subprocess.run(
-        ["g++", *usual.split(), "-I", stub, *files, *flags.split(), "-o", to], check=True
-    )
+def compiled(source: Path, to: Path, *flags: str) -> Path:
+    usual = "-std=c++17 -fPIC -fvisibility=hidden -Wall -Werror -Wno-unknown-pragmas"
+    command = ["g++", *usual.split(), "-I", STUB, *flags, "-c", "-x", "c++", source, "-o", to]
+    subprocess.run(command, check=True)
     return to
 
 
-@functools.cache  # one for the test files that use it
-def host_library() -> ctypes.CDLL:
+def linked(objects: Iterable[Path], to: Path, *flags: str) -> Path:
+    subprocess.run(["g++", "-shared", *objects, *flags, "-o", to], check=True)
+    return to
+
+
+@functools.cache
+def built() -> tempfile.TemporaryDirectory[str]:
+    """The objects of the CUDA sources by the sources' names, for all test files of this process."""
     if shutil.which("g++") is None or not SOURCES.is_dir():
         pytest.skip("needs g++ and the sources")
+    sources = [*sorted((SOURCES / "cuda").glob("*.cu")), SOURCES / "check.cpp", STUB / "host.cpp"]
+    folder = tempfile.TemporaryDirectory()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda s: compiled(s, Path(folder.name, f"{s.name}.o"), "-O1"), sources))
+    return folder
+
+
+def objects(without: str) -> list[Path]:
+    return [o for o in Path(built().name).iterdir() if o.name != f"{without}.o"]
+
+
+@functools.cache
+def host_library() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
-        return ctypes.CDLL(str(compiled(STUB, SOURCES, Path(folder) / "host.so")))
+        return ctypes.CDLL(str(linked(objects(without=""), Path(folder, "host.so"))))
 
 
 @pytest.fixture(scope="session")
@@ -732,15 +749,14 @@ def test_the_stub_sees_what_it_should(library: ctypes.CDLL, tmp_path: Path) -> N
     def broken(fault: str) -> Path:
         """The library with that fault."""
         folder = tmp_path / fault.replace(" ", "_")
-        sources, stub = folder / "csrc" / "srt", folder / "python_tests" / "cuda_on_host"
-        shutil.copytree(SOURCES, sources)
-        shutil.copytree(STUB, stub)
+        shutil.copytree(SOURCES, folder)
         name, good, bad = faults[fault]
-        source = sources / "cuda" / name
+        source = folder / "cuda" / name
         text = source.read_text()
         assert text.count(good) == 1, fault
         source.write_text(text.replace(good, bad))
-        return compiled(stub, sources, folder / "broken.so", flags="-O0")
+        rest = objects(without=name)
+        return linked([compiled(source, folder / "broken.o", "-O0"), *rest], folder / "broken.so")
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for (name, _, _), library in zip(faults.values(), pool.map(broken, faults), strict=True):
@@ -975,14 +991,12 @@ print("done")
 
 def test_ops(tmp_path: Path) -> None:
     """The glue, through the dispatcher; every tensor counts as one on the device."""
-    if shutil.which("g++") is None or not SOURCES.is_dir():
-        pytest.skip("needs g++ and the sources")
     torch_path = Path(torch.__file__).parent
-    flags = (
-        f"-DUSE_CUDA -DTORCH_TARGET_VERSION=0x020a000000000000 -isystem {torch_path}/include "
-        f"-Wl,-Bsymbolic -L {torch_path}/lib -ltorch_cpu"
-    )
-    library = compiled(STUB, SOURCES, tmp_path / "ops.so", "glue.cpp", flags)
+    kernels = objects(without="host.cpp")
+    flags = ("-O1", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem")
+    glue = compiled(STUB / "glue.cpp", tmp_path / "glue.o", *flags, f"{torch_path}/include")
+    link = ("-Wl,-Bsymbolic", "-L", f"{torch_path}/lib", "-ltorch_cpu")
+    library = linked([glue, *kernels], tmp_path / "ops.so", *link)
     path = os.pathsep.join((str(ROOT), str(ROOT / "python_tests")))
     result = subprocess.run(
         [sys.executable, "-c", OPS, str(library)],

@@ -1,11 +1,11 @@
-// The CUDA sources as a library for the CPU, called from test_cuda_on_host.py. Every function
-// returns null, or what went wrong.
-#include "../../csrc/srt/cuda/ensemble.cu"
-#include "../../csrc/srt/cuda/ensemble_backward.cu"
-#include "../../csrc/srt/cuda/shift.cu"
-#include "../../csrc/srt/cuda/shift_backward.cu"
-#include "../../csrc/srt/cuda/values.cu"
-#include "../../csrc/srt/cuda/values_backward.cu"
+// The entry points of the CUDA sources, called from test_cuda_on_host.py, in a library with what
+// g++ makes of the sources. Every function returns null, or what went wrong.
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "../../csrc/srt/cuda/cuda.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
