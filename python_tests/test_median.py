@@ -193,7 +193,7 @@ def test_no_stack_of_maps_is_made(views: int, upsample: str) -> None:
     """Beside the tokens it takes its output, and cache-sized scratch, not a map for every view."""
     setup = MEMORY.format(views=views, upsample=upsample)
     taken, output = peak_of(setup, "field(tokens)", "result.isfinite().all()")
-    assert taken < 2 * output
+    assert output <= taken < 1.25 * output
 
 
 # ---- moments ------------------------------------------------------------------------------------
