@@ -716,7 +716,7 @@ def test_shift_by_what_the_host_refuses(interpolation: str, padding: str, cuda: 
 
 
 def test_the_stub_sees_what_it_should(library: ctypes.CDLL, tmp_path: Path) -> None:
-    """The checks of this file must find each of the faults below, put into the source."""
+    """The checks of this file must find each of the faults below, and nothing without one."""
     faults: dict[str, tuple[str, str, str]] = {
         "a missing barrier": ("ensemble.cu", "if (__syncthreads_or(!finite))", "if (!finite)"),
         "a write beyond": (

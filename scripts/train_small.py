@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 import typer
 from rich.progress import track
-from safetensors.torch import save_file
 
 from srt_ext.demo.scenes import CLASSES, Scene, scene
 from srt_ext.demo.small import FILE, PATCH, make_small
+from srt_ext.folder import save
 
 SIDE = 128  # pixels of a scene
 CUT = 108  # pixels of the smallest part of it that is shown
@@ -180,8 +180,7 @@ def main(
             print(measured(mean.eval(), held_out), flush=True)
     state = {name: value.half().contiguous() for name, value in mean.module.state_dict().items()}
     facts = {"scenes": str(scenes), "steps": str(steps), "batch": str(size)}
-    save_file(state, output, metadata=facts)
-    output.chmod(0o644)  # safetensors makes it private
+    save(state, output, facts)
 
 
 if __name__ == "__main__":
