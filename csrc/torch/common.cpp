@@ -74,8 +74,8 @@ DType element_type(const char* op, const char* name, const Tensor& tensor, bool 
 
 bool same_device(const Tensor& a, const Tensor& b) {
   int32_t types[2];
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(a.get(), &types[0]));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(b.get(), &types[1]));
+  SRT_SHIM_CHECK(aoti_torch_get_device_type(a.get(), &types[0]));
+  SRT_SHIM_CHECK(aoti_torch_get_device_type(b.get(), &types[1]));
   return types[0] == types[1] && (a.is_cpu() || a.get_device_index() == b.get_device_index());
 }
 
@@ -110,7 +110,7 @@ Numbers view_numbers(const char* op, const char* name, const Tensor& tensor, con
 Parallel torch_parallel() {
   return {static_cast<int64_t>(torch::stable::get_num_threads()),
           [](int64_t n, Parallel::Body body, void* context) {
-            STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, 1, body, context));
+            SRT_SHIM_CHECK(torch_parallel_for(0, n, 1, body, context));
           }};
 }
 
@@ -124,10 +124,10 @@ Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& 
 Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                      ScalarType dtype, const Tensor& like) {
   int32_t device_type, device_index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  SRT_SHIM_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  SRT_SHIM_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  SRT_SHIM_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
       device_index, &handle));

@@ -13,6 +13,14 @@
 #include "../srt/check.h"
 #include "../srt/types.h"
 
+// Throws if a function of torch's C shim fails. STABLE_TORCH_ERROR_CODE_CHECK also says why; the
+// headers of torch 2.10 and 2.11 do not have it. Remove this when neither is supported.
+#ifdef STABLE_TORCH_ERROR_CODE_CHECK
+#define SRT_SHIM_CHECK STABLE_TORCH_ERROR_CODE_CHECK
+#else
+#define SRT_SHIM_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace srt::glue {
 
 using torch::headeronly::ScalarType;

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Compiles csrc/torch against the headers of each torch named (default: the two oldest, which lack
+# some of what later ones have). The wheels are unpacked without their dependencies: nothing is linked.
+#
+#   scripts/check_torch_headers.sh [VERSION ...]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+[ $# -gt 0 ] || set -- 2.10.0 2.11.0
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+for version in "$@"; do
+  python3 -m pip download -q --no-deps --dest "$work" "torch==$version"
+  python3 -m zipfile -e "$work"/torch-*.whl "$work/wheel"
+  for source in csrc/torch/*.cpp; do
+    "${CXX:-c++}" -std=c++17 -fsyntax-only -fvisibility=hidden -Wall -Wextra -Wconversion -Werror \
+      -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020a000000000000 -isystem "$work/wheel/torch/include" \
+      "$source"
+  done
+  echo "csrc/torch compiles against torch $version"
+  rm -rf "${work:?}"/*
+done
