@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
+import math
 import os
 import shutil
 import subprocess
@@ -17,7 +18,19 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_int, c_int32, c_int64, c_void_p
+from ctypes import (
+    CFUNCTYPE,
+    POINTER,
+    Structure,
+    byref,
+    c_char_p,
+    c_double,
+    c_int,
+    c_int32,
+    c_int64,
+    c_void_p,
+    string_at,
+)
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -104,6 +117,7 @@ class HostDevice(Structure):
     _fields_ = (
         ("processors", c_int),
         ("max_grid", c_int),
+        ("l2_bytes", c_int),
         ("stream", c_void_p),
         ("launches", c_int),
         ("failing_launch", c_int),
@@ -111,6 +125,7 @@ class HostDevice(Structure):
         ("watched_bytes", c_int64),
         ("writes", c_void_p),
         ("outside", c_int64),
+        ("evict_first", c_int64),
     )
 
 
@@ -171,6 +186,9 @@ class CudaOnHost:
         backward = (library.ensemble_backward, library.shift_backward)
         for function in (library.ensemble, library.shift, *backward):
             function.restype = c_char_p
+        self.gaps: list[tuple[int, int]] = []  # of the workspace: address and bytes
+        self._gap = CFUNCTYPE(None, c_void_p, c_int64)(lambda *gap: self.gaps.append(gap))
+        library.watch_workspace(self._gap)
         self.reset()
 
     @property
@@ -180,6 +198,7 @@ class CudaOnHost:
     def reset(self) -> None:
         self.device.processors = 1
         self.device.max_grid = 2**31 - 1
+        self.device.l2_bytes = 0
         self.device.failing_launch = -1
         self.device.stream = 0x5EED
 
@@ -196,12 +215,14 @@ class CudaOnHost:
         workspace = Guarded(max(size.value, 1), torch.uint8)
         writes = torch.zeros(max(out.end - out.begin, 1), dtype=torch.uint8)
         device = self.device
+        self.gaps.clear()
         device.launches = 0
         device.watched, device.watched_bytes = out.pointer(), out.end - out.begin
-        device.writes, device.outside = writes.data_ptr(), 0
+        device.writes, device.outside, device.evict_first = writes.data_ptr(), 0, 0
         error = function(byref(args), *structs, c_void_p(workspace.pointer()), byref(size))
         device.watched = None
         assert workspace.intact()
+        assert all(string_at(*gap) == gap[1] * b"\xff" for gap in self.gaps)
         assert out.intact()
         assert device.outside == 0
         if error:
@@ -614,7 +635,33 @@ def test_every_launch_is_checked(cuda: CudaOnHost) -> None:
         assert cuda.device.launches == launches
 
 
+@pytest.mark.parametrize("reduce", ["mean", "median", "moments"])
+def test_what_fits_l2_stays_there(reduce: str, cuda: CudaOnHost) -> None:
+    case = ENSEMBLES["grid"]
+    planes = 2 if reduce == "moments" else 1
+    size = planes * math.prod(case.shape) * torch.float32.itemsize
+    fields = []
+    for l2_bytes in (size, size - 1):
+        cuda.device.l2_bytes = l2_bytes
+        fields.append(cuda.ensemble(case, case.tokens(), reduce=reduce).clone())
+        assert (cuda.device.evict_first == 0) == (l2_bytes == size)
+    assert torch.equal(*fields)
+
+
 # ---- shift --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+def test_views_that_fit_l2_stay_there(dtype: torch.dtype, cuda: CudaOnHost) -> None:
+    case = SHIFTS["real"]
+    image = case.image(dtype)
+    size = len(case.offsets) * image.nbytes
+    views = []
+    for l2_bytes in (size, size - 1):
+        cuda.device.l2_bytes = l2_bytes
+        views.append(cuda.shift(case, image).clone())
+        assert (cuda.device.evict_first == 0) == (l2_bytes == size)
+    assert torch.equal(*views)
 
 
 def check_shift(case: Shift, image: torch.Tensor, views: torch.Tensor) -> None:
@@ -737,7 +784,17 @@ def test_the_stub_sees_what_it_should(library: ctypes.CDLL, tmp_path: Path) -> N
             "if (!kFinite && !isfinite(slope))",
             "if (false)",
         ),
-        "a line that is too short": ("shift.cu", "columns + taps[1].taps - 1", "columns"),
+        "a piece of the workspace that is too small": (
+            "ensemble.cu",
+            "workspace.take<double>(args.views * rows)",
+            "workspace.take<double>(args.views * rows - 1)",
+        ),
+        "a line that is too short": ("shift.cu", "at < columns + taps_x - 1", "at < columns"),
+        "a missing barrier of a warp": (
+            "shift.cu",
+            "strips.taps_y, own);\n      __syncwarp();",
+            "strips.taps_y, own);",
+        ),
         "none": ("ensemble.cu", "if (breaks) plan", "if (breaks) plan"),
     }
     runs: dict[str, Callable[[CudaOnHost], None]] = {

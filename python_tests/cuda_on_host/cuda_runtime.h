@@ -42,7 +42,11 @@ enum cudaError_t {
   cudaErrorInvalidConfiguration = 9,
   cudaErrorLaunchFailure = 719
 };
-enum cudaDeviceAttr { cudaDevAttrMaxGridDimX, cudaDevAttrMultiProcessorCount };
+enum cudaDeviceAttr {
+  cudaDevAttrMaxGridDimX,
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrL2CacheSize
+};
 struct CUstream_st;
 typedef CUstream_st* cudaStream_t;
 struct cudaLaunchConfig_t {
@@ -55,6 +59,7 @@ struct cudaLaunchConfig_t {
 struct HostDevice {
   int processors = 1;
   int max_grid = 0x7fffffff;
+  int l2_bytes = 0;
   cudaStream_t stream = nullptr;  // that every launch must use
   int launches = 0;
   int failing_launch = -1;  // the number of the launch that returns an error
@@ -63,6 +68,7 @@ struct HostDevice {
   int64_t watched_bytes = 0;
   uint8_t* writes = nullptr;
   int64_t outside = 0;
+  int64_t evict_first = 0;  // stores that leave L2 first
 };
 inline HostDevice host_device;
 
@@ -132,6 +138,8 @@ inline void Fibers::forever() {
 }
 
 inline void __syncthreads() { host_fibers.yield(); }
+// Of a whole block here: a kernel must call it as often in every warp.
+inline void __syncwarp() { host_fibers.yield(); }
 inline int __syncthreads_or(int vote) {
   const size_t round = host_fibers.round;
   if (vote) host_fibers.voted[round % 2] = round;
@@ -150,7 +158,17 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMaxGridDimX ? host_device.max_grid : host_device.processors;
+  switch (attribute) {
+    case cudaDevAttrMaxGridDimX:
+      *value = host_device.max_grid;
+      break;
+    case cudaDevAttrMultiProcessorCount:
+      *value = host_device.processors;
+      break;
+    case cudaDevAttrL2CacheSize:
+      *value = host_device.l2_bytes;
+      break;
+  }
   return cudaSuccess;
 }
 
@@ -204,9 +222,9 @@ T __ldg(const T* from) {
   return value;
 }
 
-// The kernels write every element of an output with this.
+// The kernels write every element of an output with one of these two.
 template <class T>
-void __stcs(T* to, T value) {
+void __stwb(T* to, T value) {
   if (reinterpret_cast<uintptr_t>(to) % sizeof(T) != 0) abort();  // a GPU would stop here
   char* begin = reinterpret_cast<char*>(to);
   if (host_device.watched) {
@@ -218,6 +236,11 @@ void __stcs(T* to, T value) {
     }
   }
   memcpy(begin, &value, sizeof(value));
+}
+template <class T>
+void __stcs(T* to, T value) {
+  ++host_device.evict_first;
+  __stwb(to, value);
 }
 
 struct __half {

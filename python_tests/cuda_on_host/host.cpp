@@ -28,6 +28,9 @@ const char* guarded(Body body) {
 
 EXPORT HostDevice* device() { return &host_device; }
 
+// Calls `gap` with what lies between the pieces of each workspace.
+EXPORT void watch_workspace(void (*gap)(void*, int64_t)) { srt::workspace_gap = gap; }
+
 // Without a workspace: only tells its size.
 EXPORT const char* ensemble(const srt::EnsembleArgs* args, const srt::ViewNumbers* offsets,
                             const srt::ViewNumbers* weights, void* workspace, int64_t* bytes) {

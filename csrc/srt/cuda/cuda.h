@@ -21,6 +21,12 @@ struct ViewNumbers {
   DType dtype;  // of `device`: f32 or f64
 };
 
+// A debug mode. A workspace is one allocation of several pieces, so memcheck cannot see that a
+// kernel writes beyond one of them into the next. Where this is set, there are gaps between the
+// pieces, and it is called with each of them before the first kernel that uses the workspace is
+// launched.
+inline void (*workspace_gap)(void* gap, int64_t bytes) = nullptr;
+
 // Bytes of device memory, aligned to 256, that ensemble_cuda needs besides its arguments, all of
 // which must be set; free to reuse in stream order.
 int64_t ensemble_cuda_workspace(const EnsembleArgs& args, const ViewNumbers& offsets,

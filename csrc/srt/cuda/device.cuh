@@ -113,14 +113,19 @@ __device__ inline T load(const T* from) {
   return value;
 }
 
-// Every output element is written by this, once, and marked as the first to leave the cache: it
-// must not push out the tokens, which are read again.
+// Every output element is written by this, once. With `keep` (see fits_l2) it stays in L2, where
+// the next kernel finds it. Otherwise it is the first to leave: it must not push out the tokens,
+// which are read again.
 template <class T>
-__device__ inline void store(T* to, const T& value) {
+__device__ inline void store(T* to, const T& value, bool keep) {
   using Word = typename WordOf<sizeof(T)>::type;
   Word word;
   memcpy(&word, &value, sizeof(word));
-  __stcs(reinterpret_cast<Word*>(to), word);
+  if (keep) {
+    __stwb(reinterpret_cast<Word*>(to), word);
+  } else {
+    __stcs(reinterpret_cast<Word*>(to), word);
+  }
 }
 
 // ---- numbers of the views -----------------------------------------------------------------------
@@ -154,26 +159,36 @@ inline void check(const char* op, cudaError_t status) {
     throw Error("srt::" + std::string(op) + ": CUDA: " + cudaGetErrorString(status));
 }
 
-// Of one launch. Most kernels walk their work in steps of the grid, which may be smaller than it.
-inline int64_t max_blocks(const char* op) {
-  int device = 0, blocks = 0;
+inline int64_t attribute(const char* op, cudaDeviceAttr name) {
+  int device = 0, value = 0;
   check(op, cudaGetDevice(&device));
-  check(op, cudaDeviceGetAttribute(&blocks, cudaDevAttrMaxGridDimX, device));
-  return blocks;
+  check(op, cudaDeviceGetAttribute(&value, name, device));
+  return value;
 }
 
-inline int processors(const char* op) {
-  int device = 0, count = 0;
-  check(op, cudaGetDevice(&device));
-  check(op, cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  return count;
+inline int64_t processors(const char* op) { return attribute(op, cudaDevAttrMultiProcessorCount); }
+
+// The kernels of shift keep positions of an axis, padding included, in 32 bits.
+inline void check_image(const char* op, int64_t height, int64_t width) {
+  constexpr int64_t kMostPixels = int64_t{1} << 28;
+  if (height > kMostPixels || width > kMostPixels)
+    throw Error("srt::" + std::string(op) + ": on CUDA height and width must be at most " +
+                std::to_string(kMostPixels) + "; got " + std::to_string(height) + " x " +
+                std::to_string(width));
 }
 
+// Whether a result of so many bytes can stay in L2 until it is read.
+inline bool fits_l2(const char* op, int64_t bytes) {
+  return bytes <= attribute(op, cudaDevAttrL2CacheSize);
+}
+
+// Most kernels walk their work in steps of the grid, which may be smaller than it.
 template <class... Parameters, class... Arguments>
 void launch(const char* op, void (*kernel)(Parameters...), int64_t blocks, CUstream_st* stream,
             Arguments... arguments) {
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(std::min(blocks, max_blocks(op))));
+  config.gridDim =
+      dim3(static_cast<unsigned>(std::min(blocks, attribute(op, cudaDevAttrMaxGridDimX))));
   config.blockDim = dim3(kThreads);
   config.stream = stream;
   check(op, cudaLaunchKernelEx(&config, kernel, arguments...));
@@ -210,12 +225,18 @@ class Workspace {
   template <class T>
   T* take(int64_t n) {
     char* piece = base_ + bytes_;
-    bytes_ += div_up(n * static_cast<int64_t>(sizeof(T)), 256) * 256;
+    const int64_t end = bytes_ + n * static_cast<int64_t>(sizeof(T));
+    bytes_ = div_up(end, kAlignment) * kAlignment;
+    if (workspace_gap) {
+      bytes_ += kAlignment;
+      if (base_) workspace_gap(base_ + end, bytes_ - end);
+    }
     return base_ ? reinterpret_cast<T*>(piece) : nullptr;
   }
   int64_t bytes() const { return bytes_; }
 
  private:
+  static constexpr int64_t kAlignment = 256;
   char* base_;
   int64_t bytes_ = 0;
 };

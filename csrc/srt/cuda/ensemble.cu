@@ -110,6 +110,7 @@ struct MeanPlan {
   void* out;               // [B, C, H', W']
   int64_t out_strides[4];  // in elements
   int64_t row_bytes, cell_bytes;  // from a row of out, or a cell, to the next
+  bool keep;                      // out in L2
 };
 
 // ---- runs ---------------------------------------------------------------------------------------
@@ -476,11 +477,11 @@ __global__ void __launch_bounds__(kThreads, kResident)
 #pragma unroll
     for (int e = 0; e < kVec; ++e) pack.at[e] = from_acc<T>(value[e]);
     if (kVector) {
-      store(reinterpret_cast<Pack<T, kVec>*>(to), pack);
+      store(reinterpret_cast<Pack<T, kVec>*>(to), pack, plan.keep);
     } else {
 #pragma unroll
       for (int e = 0; e < kVec; ++e) {
-        if (e < channels()) store(to + e * plan.out_strides[1], pack.at[e]);
+        if (e < channels()) store(to + e * plan.out_strides[1], pack.at[e], plan.keep);
       }
     }
   };
@@ -784,7 +785,7 @@ bool vectors_fit(const EnsembleArgs& args, int64_t element_size) {
 }
 
 template <class T, bool kSmall>
-MeanPlan<typename AccumulatorOf<T>::type> make_plan(const EnsembleArgs& args,
+MeanPlan<typename AccumulatorOf<T>::type> make_plan(const char* op, const EnsembleArgs& args,
                                                     Workspace& workspace) {
   using Tile = cuda::Tile<T, kSmall>;
   using Acc = typename Tile::Acc;
@@ -845,6 +846,7 @@ MeanPlan<typename AccumulatorOf<T>::type> make_plan(const EnsembleArgs& args,
   std::copy_n(args.out_strides, 4, plan.out_strides);
   plan.row_bytes = args.out_strides[2] * plan.element_bytes;
   plan.cell_bytes = args.out_strides[3] * plan.element_bytes;
+  plan.keep = fits_l2(op, args.batch * args.channels * rows * cells * plan.element_bytes);
   return plan;
 }
 
@@ -854,7 +856,7 @@ int64_t mean(const char* op, const EnsembleArgs& args, const ViewNumbers& offset
   using Tile = cuda::Tile<T, kSmall>;
   using Acc = typename Tile::Acc;
   Workspace workspace(base);
-  const auto plan = make_plan<T, kSmall>(args, workspace);
+  const auto plan = make_plan<T, kSmall>(op, args, workspace);
   const int64_t views = args.views;
   InlineNumbers numbers;
   const RawViews raw = raw_views(op, offsets, weights, views, workspace, numbers, stream);
@@ -874,7 +876,7 @@ int64_t mean(const char* op, const EnsembleArgs& args, const ViewNumbers& offset
   const int64_t tiles = plan.batch * div_up(2 * div_up(rows, 2), Tile::rows) * plan.x_tiles *
                         div_up(plan.channels, Tile::channels);
   launch(op, mean_kernel<T, kSmall, kVector>,
-         std::min<int64_t>(tiles, kResident * std::max(1, processors(op))), stream, plan);
+         std::min(tiles, kResident * std::max<int64_t>(1, processors(op))), stream, plan);
   return workspace.bytes();
 }
 

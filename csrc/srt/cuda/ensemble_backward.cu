@@ -44,6 +44,7 @@ struct GradPlan {
   int64_t batch, channels;
   int64_t segment, segments;  // token rows of a block; all of them in so many blocks
   void* out;                  // [V, B, h*w, C], dense
+  bool keep;                  // out in L2
 };
 
 // Of a block.
@@ -159,11 +160,11 @@ __global__ void __launch_bounds__(kThreads, kBackwardResident)
 #pragma unroll
           for (int c = 0; c < kVec; ++c) pack.at[c] = from_acc<T>(weight * total[s][c]);
           if (kVector) {
-            store(reinterpret_cast<Pack<T, kVec>*>(to), pack);
+            store(reinterpret_cast<Pack<T, kVec>*>(to), pack, plan.keep);
           } else {
 #pragma unroll
             for (int c = 0; c < kVec; ++c) {
-              if (c < channels()) store(to + c, pack.at[c]);
+              if (c < channels()) store(to + c, pack.at[c], plan.keep);
             }
           }
         }
@@ -379,7 +380,9 @@ int64_t mean_backward(const char* op, const EnsembleArgs& args, const ViewNumber
   plan.batch = args.batch;
   plan.channels = args.channels;
   plan.out = grad_tokens;
-  const int64_t resident = kBackwardResident * std::max(1, processors(op));
+  plan.keep = fits_l2(op, args.views * args.batch * args.grid[0] * args.grid[1] * args.channels *
+                              static_cast<int64_t>(sizeof(T)));
+  const int64_t resident = kBackwardResident * std::max<int64_t>(1, processors(op));
   // Where the offsets lie on the device nobody knows how many entries there are: as on a grid.
   const int64_t parts = div_up(div_up(args.views, Tile::slots), kEntries);
   const int64_t columns =

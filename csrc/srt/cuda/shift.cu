@@ -4,10 +4,18 @@
 namespace srt::cuda {
 namespace {
 
-// A block writes a tile of one view of one plane, each warp one row of at most 256 pixels.
-constexpr int kTileRows = kThreads / kWarpThreads;
-constexpr int kTileColumns = 256;
-constexpr int kMaxTaps = 4;
+// A warp makes a strip of one view of one plane: a few rows of at most kColumns pixels. Its lanes
+// read every 32nd position of a row. Where these positions lie in the image, padding included, is
+// found once for all rows of the strip. What is read goes through shared memory, from where each
+// lane writes the pixels of 16 bytes.
+constexpr int kWarps = kThreads / kWarpThreads;
+constexpr int kColumns = 256;
+constexpr int kPositions = kColumns / kWarpThreads;  // of a lane
+// Whole vectors are read from a line: they may reach past its last position.
+constexpr int kLine = kColumns + kVectorBytes;
+template <class Acc>
+constexpr int kRows = sizeof(Acc) == sizeof(double) ? 2 : 4;
+constexpr int kResident = 2;  // blocks that a processor holds at a time
 
 struct ShiftPlan {
   const void* image;              // [planes, height, width]
@@ -17,132 +25,231 @@ struct ShiftPlan {
   Padding padding;
   Interpolation interpolation;
   bool aligned;  // every row of `out` starts at a multiple of 16 bytes
+  bool keep;     // out in L2
   void* out;     // [V, planes, height, width]
 };
 
-// out[i] = sum over k < taps of weight[k] * line[i + k]. A pack is read in whole vectors.
-template <class T, class Line, int N>
-__device__ void filter_line(const Line* line, int taps, const Line (&weight)[kMaxTaps],
-                            T (&out)[N]) {
-  constexpr int kReads = N + kMaxTaps - 1, kLanes = kVectorBytes / sizeof(Line);
-  Pack<Line, kLanes> value[(kReads + kLanes - 1) / kLanes];
+// What the warps of a block have in common: their strips lie one below the other.
+template <class T>
+struct Strips {
+  const T* image;            // the plane
+  T* out;                    // of the view
+  int32_t y, x;              // of the first pixel
+  ShiftTaps taps_y, taps_x;  // none for a view that covers nothing
+};
+
+// By one thread.
+template <class T>
+__device__ void locate(const ShiftPlan& plan, const InlineNumbers& inline_offsets, int64_t block,
+                       int strip_rows, Strips<T>& strips) {
+  const int64_t tiles_y = div_up(plan.height, strip_rows), tiles_x = div_up(plan.width, kColumns);
+  const int64_t rows = block / tiles_x, layer = rows / tiles_y, view = layer / plan.planes;
+  const int64_t plane = plan.height * plan.width;
+  strips.image = static_cast<const T*>(plan.image) + (layer - view * plan.planes) * plane;
+  strips.out = static_cast<T*>(plan.out) + layer * plane;
+  strips.y = static_cast<int32_t>(rows - layer * tiles_y) * strip_rows;
+  strips.x = static_cast<int32_t>(block - rows * tiles_x) * kColumns;
+  const auto taps = [&](int axis) {
+    const int64_t i = 2 * view + axis;
+    const double offset = plan.offsets.data ? plan.offsets[i] : inline_offsets.at[i];
+    const bool counts = fabs(offset) <= static_cast<double>(kMaxOffset);
+    return counts ? shift_taps(offset, plan.interpolation) : ShiftTaps{};
+  };
+  strips.taps_y = taps(0);
+  strips.taps_x = taps(1);
+}
+
+// Not inlined: few positions are padded, and one copy of the divisions is enough.
+__device__ __noinline__ int32_t padded_index(int32_t i, int32_t n, Padding padding) {
+  return static_cast<int32_t>(pad_index(i, n, padding));
+}
+__device__ inline int32_t source_index(int32_t i, int32_t n, Padding padding) {
+  return static_cast<uint32_t>(i) < static_cast<uint32_t>(n) ? i : padded_index(i, n, padding);
+}
+
+// The strip of one warp.
+template <class T>
+struct Strip {
+  using Acc = typename AccumulatorOf<T>::type;
+  const ShiftPlan& plan;
+  const T* image;
+  T* out;  // at its first pixel
+  int lane, rows, columns;
+  int taps_y, taps_x;
+  int32_t first_row;  // position, in the image, of the first row that the strip reads
+  // Of the positions lane + 32 i in a row of the image, and of one more for the taps beyond the
+  // columns; -1 for a padded zero, and where there is no position.
+  int32_t column[kPositions + 1];
+
+  __device__ Strip(const ShiftPlan& plan, const Strips<T>& strips)
+      : plan(plan), image(strips.image), taps_y(strips.taps_y.taps), taps_x(strips.taps_x.taps) {
+    const int32_t warp = static_cast<int32_t>(threadIdx.x) / kWarpThreads;
+    const int32_t height = static_cast<int32_t>(plan.height), y = strips.y + warp * kRows<Acc>;
+    const int32_t width = static_cast<int32_t>(plan.width);
+    lane = static_cast<int>(threadIdx.x) % kWarpThreads;
+    out = strips.out + y * plan.width + strips.x;
+    rows = max(0, min(height - y, kRows<Acc>));
+    columns = min(width - strips.x, kColumns);
+    first_row = y + static_cast<int32_t>(strips.taps_y.first);
+    const int32_t first = strips.x + static_cast<int32_t>(strips.taps_x.first);
+#pragma unroll
+    for (int i = 0; i <= kPositions; ++i) {
+      const int at = lane + i * kWarpThreads;
+      column[i] = at < columns + taps_x - 1 ? source_index(first + at, width, plan.padding) : -1;
+    }
+  }
+
+  // Row i from the first that the strip reads; null for a padded zero.
+  __device__ const T* row(int i) const {
+    const int32_t height = static_cast<int32_t>(plan.height);
+    const int32_t source = source_index(first_row + i, height, plan.padding);
+    return source < 0 ? nullptr : image + source * plan.width;
+  }
+
+  // make(from, to) fills an array `to` with the pixels whose line begins at `from`.
+  template <class Line, class Make>
+  __device__ void write(const Line (*lines)[kLine], Make&& make) const {
+    constexpr int kPack = kVectorBytes / sizeof(T), kTurn = kWarpThreads * kPack;
+#pragma unroll
+    for (int r = 0; r < kRows<Acc>; ++r) {
+      if (r >= rows) break;
+      T* const to = out + r * plan.width;
+      if (plan.aligned) {
+#pragma unroll
+        for (int i = 0; i < (kColumns + kTurn - 1) / kTurn; ++i) {
+          const int x = lane * kPack + i * kTurn;
+          if (x >= columns) continue;
+          Pack<T, kPack> value;
+          make(lines[r] + x, value.at);
+          store(reinterpret_cast<Pack<T, kPack>*>(to + x), value, plan.keep);
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < kPositions; ++i) {
+          const int x = lane + i * kWarpThreads;
+          if (x >= columns) continue;
+          T value[1];
+          make(lines[r] + x, value);
+          store(to + x, value[0], plan.keep);
+        }
+      }
+    }
+  }
+};
+
+// Whole pixels on both axes, bit for bit: not through the accumulator.
+template <class T>
+__device__ void read_pixels(const Strip<T>& strip, T (*lines)[kLine]) {
+#pragma unroll
+  for (int r = 0; r < kRows<typename Strip<T>::Acc>; ++r) {
+    const bool none = r >= strip.rows || strip.taps_y * strip.taps_x == 0;
+    const T* const row = none ? nullptr : strip.row(r);
+#pragma unroll
+    for (int i = 0; i < kPositions; ++i)
+      lines[r][strip.lane + i * kWarpThreads] =
+          row && strip.column[i] >= 0 ? load(row + strip.column[i]) : T{};
+  }
+}
+
+// The taps along y, of every position that those along x read.
+template <int kTaps, class T, class Acc>
+__device__ void filter_rows(const Strip<T>& strip, const ShiftTaps& taps, Acc (*lines)[kLine]) {
+  // Fewer taps than kTaps are its last ones: with row p of the image row p - (kTaps - 1) is done.
+  const int absent = kTaps - strip.taps_y;
+  Acc weight[kTaps];
+#pragma unroll
+  for (int k = 0; k < kTaps; ++k)
+    weight[k] = k < absent ? Acc{0} : static_cast<Acc>(taps.weight[k - absent]);
+  Acc sum[kRows<Acc>][kPositions + 1] = {};
+#pragma unroll
+  for (int p = 0; p < kRows<Acc> + kTaps - 1; ++p) {
+    const bool reads = p >= absent && p < strip.rows + kTaps - 1;
+    const T* const row = reads ? strip.row(p - absent) : nullptr;
+    if (row) {
+#pragma unroll
+      for (int i = 0; i <= kPositions; ++i) {
+        const Acc value = strip.column[i] < 0 ? Acc{0} : to_acc(load(row + strip.column[i]));
+#pragma unroll
+        for (int k = 0; k < kTaps; ++k) {
+          const int r = p - k;
+          const bool has_tap = k == kTaps - 1 || k >= absent;
+          if (r >= 0 && r < kRows<Acc> && has_tap) sum[r][i] += weight[k] * value;
+        }
+      }
+    }
+    const int done = p - (kTaps - 1);
+    if (done < 0) continue;
+#pragma unroll
+    for (int i = 0; i <= kPositions; ++i) {
+      const int at = strip.lane + i * kWarpThreads;
+      if (i < kPositions || at < kColumns + kTaps - 1) lines[done][at] = sum[done][i];
+    }
+  }
+}
+
+// The line holds what is written; several pixels are read in one vector.
+template <class T, int N>
+__device__ void copy_line(const T* line, T (&out)[N]) {
+  const Pack<T, N> pack = *reinterpret_cast<const Pack<T, N>*>(line);
+#pragma unroll
+  for (int i = 0; i < N; ++i) out[i] = pack.at[i];
+}
+
+// out[i] = sum over k < taps of weight[k] * line[i + k]. Several are read in whole vectors.
+template <int kTaps, class T, class Acc, int N>
+__device__ void filter_line(const Acc* line, int taps, const Acc (&weight)[kTaps], T (&out)[N]) {
+  constexpr int kReads = N + kTaps - 1, kLanes = kVectorBytes / sizeof(Acc);
+  Pack<Acc, kLanes> value[(kReads + kLanes - 1) / kLanes];
   if (N > 1) {
 #pragma unroll
     for (int i = 0; i * kLanes < kReads; ++i)
-      value[i] = *reinterpret_cast<const Pack<Line, kLanes>*>(line + i * kLanes);
+      value[i] = *reinterpret_cast<const Pack<Acc, kLanes>*>(line + i * kLanes);
   } else {
 #pragma unroll
     for (int i = 0; i < kReads; ++i) value[i / kLanes].at[i % kLanes] = line[i];
   }
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    Line sum = 0;
+    Acc sum = 0;
 #pragma unroll
-    for (int k = 0; k < kMaxTaps; ++k) {
-      if (k < taps) sum += weight[k] * value[(i + k) / kLanes].at[(i + k) % kLanes];
+    for (int k = 0; k < kTaps; ++k) {
+      if (k == 0 || k < taps) sum += weight[k] * value[(i + k) / kLanes].at[(i + k) % kLanes];
     }
     out[i] = from_acc<T>(sum);
   }
 }
 
-template <class T>
-__global__ void __launch_bounds__(kThreads, 4)
+// kTaps: of an axis, at most.
+template <class T, int kTaps>
+__global__ void __launch_bounds__(kThreads, kResident)
     shift_kernel(const __grid_constant__ ShiftPlan plan,
                  const __grid_constant__ InlineNumbers inline_offsets) {
   using Acc = typename AccumulatorOf<T>::type;
-  constexpr int kPack = kVectorBytes / sizeof(T);
-  // Whole vectors are read from a line: they may reach past its last position.
-  constexpr int kLine = kTileColumns + kVectorBytes;
-  alignas(kVectorBytes) __shared__ Acc lines[kTileRows][kLine];
-  __shared__ ShiftTaps taps[2];
-  const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;
-  const int lane = static_cast<int>(threadIdx.x) % kWarpThreads;
-  const int64_t tiles_y = div_up(plan.height, kTileRows),
-                tiles_x = div_up(plan.width, kTileColumns);
+  constexpr int kStripRows = kWarps * kRows<Acc>;
+  alignas(kVectorBytes) __shared__ Acc lines[kWarps][kRows<Acc>][kLine];
+  __shared__ Strips<T> strips;
+  const int64_t tiles = div_up(plan.height, kStripRows) * div_up(plan.width, kColumns);
 
-  SRT_FOR_BLOCK(tile, plan.views * plan.planes * tiles_y * tiles_x) {
-    const int64_t x0 = tile % tiles_x * kTileColumns;
-    const int64_t y = tile / tiles_x % tiles_y * kTileRows + warp;
-    const int64_t layer = tile / tiles_x / tiles_y;  // of the planes of all views
-    // Of this warp's row; none for a row below the image.
-    const int columns =
-        y < plan.height ? static_cast<int>(min(plan.width - x0, int64_t{kTileColumns})) : 0;
-    const T* image =
-        static_cast<const T*>(plan.image) + layer % plan.planes * plan.height * plan.width;
-    T* out = static_cast<T*>(plan.out) + (layer * plan.height + y) * plan.width + x0;
-
-    if (threadIdx.x < 2) {
-      const int64_t i = 2 * (layer / plan.planes) + threadIdx.x;
-      const double offset = plan.offsets.data ? plan.offsets[i] : inline_offsets.at[i];
-      taps[threadIdx.x].taps = 0;
-      if (fabs(offset) <= static_cast<double>(kMaxOffset))
-        taps[threadIdx.x] = shift_taps(offset, plan.interpolation);
-    }
+  SRT_FOR_BLOCK(block, plan.views * plan.planes * tiles) {
+    if (threadIdx.x == 0) locate(plan, inline_offsets, block, kStripRows, strips);
     __syncthreads();
-    const bool nothing = taps[0].taps == 0 || taps[1].taps == 0;
-    const bool copy = nothing || (taps[0].taps == 1 && taps[1].taps == 1);
-    const int64_t first_x = taps[1].first + x0;
-    const T* row[kMaxTaps];  // null for a padded zero
-    Acc weight_y[kMaxTaps];
-#pragma unroll
-    for (int k = 0; k < kMaxTaps; ++k) {
-      const int64_t source =
-          k < taps[0].taps ? pad_index(taps[0].first + y + k, plan.height, plan.padding) : -1;
-      row[k] = source < 0 || nothing ? nullptr : image + source * plan.width;
-      weight_y[k] = static_cast<Acc>(taps[0].weight[k]);
-    }
-
-    if (copy) {
-      // Whole pixels on both axes: bit for bit, so not through the accumulator.
-      T* line = reinterpret_cast<T*>(lines[warp]);
-      for (int x = lane; x < columns; x += kWarpThreads) {
-        const int64_t source = pad_index(first_x + x, plan.width, plan.padding);
-        T value{};
-        if (row[0] && source >= 0) value = row[0][source];
-        if (plan.aligned) {
-          line[x] = value;
-        } else {
-          store(out + x, value);
-        }
-      }
-      __syncthreads();
-      if (plan.aligned) {
-        for (int x = lane * kPack; x < columns; x += kWarpThreads * kPack)
-          store(reinterpret_cast<Pack<T, kPack>*>(out + x),
-                *reinterpret_cast<const Pack<T, kPack>*>(line + x));
-      }
+    const Strip<T> strip(plan, strips);
+    auto* const own = lines[threadIdx.x / kWarpThreads];
+    if (strip.taps_y * strip.taps_x <= 1) {
+      auto* const line = reinterpret_cast<T(*)[kLine]>(own);
+      read_pixels(strip, line);
+      __syncwarp();
+      strip.write(line, [](const T* from, auto& to) { copy_line(from, to); });
     } else {
-      // The vertical taps first, into a line that already holds the horizontal padding.
-      Acc* line = lines[warp];
-      const int positions = columns == 0 ? 0 : columns + taps[1].taps - 1;
-      for (int x = lane; x < positions; x += kWarpThreads) {
-        const int64_t source = pad_index(first_x + x, plan.width, plan.padding);
-        Acc sum = 0;
+      filter_rows<kTaps>(strip, strips.taps_y, own);
+      __syncwarp();
+      Acc weight[kTaps];
 #pragma unroll
-        for (int k = 0; k < kMaxTaps; ++k) {
-          if (row[k] && source >= 0) sum += weight_y[k] * to_acc(row[k][source]);
-        }
-        line[x] = sum;
-      }
-      __syncthreads();
-      Acc weight_x[kMaxTaps];
-#pragma unroll
-      for (int k = 0; k < kMaxTaps; ++k) weight_x[k] = static_cast<Acc>(taps[1].weight[k]);
-      if (plan.aligned) {
-        for (int x = lane * kPack; x < columns; x += kWarpThreads * kPack) {
-          Pack<T, kPack> value;
-          filter_line(line + x, taps[1].taps, weight_x, value.at);
-          store(reinterpret_cast<Pack<T, kPack>*>(out + x), value);
-        }
-      } else {
-        for (int x = lane; x < columns; x += kWarpThreads) {
-          T value[1];
-          filter_line(line + x, taps[1].taps, weight_x, value);
-          store(out + x, value[0]);
-        }
-      }
+      for (int k = 0; k < kTaps; ++k) weight[k] = static_cast<Acc>(strips.taps_x.weight[k]);
+      strip.write(own,
+                  [&](const Acc* from, auto& to) { filter_line(from, strip.taps_x, weight, to); });
     }
-    __syncthreads();  // before the next tile overwrites the taps and the lines
+    __syncthreads();  // before the next strips take the place of these
   }
 }
 
@@ -161,7 +268,10 @@ void shift_cuda(const ShiftArgs& args, const ViewNumbers& offsets, void* workspa
                 CUstream_st* stream) {
   using namespace cuda;
   if (args.planes == 0 || args.height == 0 || args.width == 0) return;
-  const auto run = [&](auto kernel, int64_t element_size) {
+  check_image("shift", args.height, args.width);
+  const auto run = [&](auto element) {
+    using T = decltype(element);
+    constexpr int64_t kSize = sizeof(T);
     ShiftPlan plan{args.image,
                    args.planes,
                    args.height,
@@ -170,8 +280,9 @@ void shift_cuda(const ShiftArgs& args, const ViewNumbers& offsets, void* workspa
                    device_numbers(offsets),
                    args.padding,
                    args.interpolation,
-                   args.width * element_size % kVectorBytes == 0 &&
+                   args.width * kSize % kVectorBytes == 0 &&
                        reinterpret_cast<uintptr_t>(args.out) % kVectorBytes == 0,
+                   fits_l2("shift", args.views * args.planes * args.height * args.width * kSize),
                    args.out};
     InlineNumbers inline_offsets{};
     if (offsets.host && 2 * args.views <= kInlineNumbers) {
@@ -180,20 +291,23 @@ void shift_cuda(const ShiftArgs& args, const ViewNumbers& offsets, void* workspa
       plan.offsets =
           upload("shift", offsets.host, 2 * args.views, static_cast<double*>(workspace), stream);
     }
-    const int64_t tiles = div_up(args.height, kTileRows) * div_up(args.width, kTileColumns);
-    launch("shift", kernel, args.views * args.planes * tiles, stream, plan, inline_offsets);
+    constexpr int64_t kStripRows = kWarps * kRows<typename AccumulatorOf<T>::type>;
+    const int64_t tiles = div_up(args.height, kStripRows) * div_up(args.width, kColumns);
+    const bool cubic = args.interpolation == Interpolation::bicubic;
+    launch("shift", cubic ? shift_kernel<T, 4> : shift_kernel<T, 2>,
+           args.views * args.planes * tiles, stream, plan, inline_offsets);
   };
   switch (args.dtype) {
     case DType::f32:
-      return run(shift_kernel<float>, 4);
+      return run(float{});
     case DType::f16:
-      return run(shift_kernel<Half>, 2);
+      return run(Half{});
     case DType::bf16:
-      return run(shift_kernel<BFloat16>, 2);
+      return run(BFloat16{});
     case DType::f64:
-      return run(shift_kernel<double>, 8);
+      return run(double{});
     case DType::u8:
-      return run(shift_kernel<uint8_t>, 1);
+      return run(uint8_t{});
   }
 }
 

@@ -14,8 +14,7 @@ constexpr int kShareWarps = kThreads / kWarpThreads;
 constexpr int kImageRows = kShareWarps;
 constexpr int kViewsStaged = kThreads / 2;
 constexpr int kMostTaps = 4;
-constexpr int64_t kMostPixels = int64_t{1} << 28;  // of an axis: positions fit 32 bits
-constexpr int kImageResident = 3;                  // blocks that a processor holds at a time
+constexpr int kImageResident = 3;  // blocks that a processor holds at a time
 
 struct ImageGradPlan {
   const void* grad;               // [V, planes, height, width]
@@ -25,6 +24,7 @@ struct ImageGradPlan {
   Padding padding;
   Interpolation interpolation;
   void* out;  // [planes, height, width]
+  bool keep;  // out in L2
 };
 
 // One axis of one view, as ShiftTaps.
@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : kImageResident)
 #pragma unroll
       for (int k = 0; k < kShareWarps; ++k) total += shares[k][warp][lane];
       store(static_cast<T*>(plan.out) + (plane * plan.height + y0 + warp) * plan.width + x,
-            from_acc<T>(total));
+            from_acc<T>(total), plan.keep);
     }
     __syncthreads();  // before the next tile takes the place of this
   }
@@ -255,13 +255,13 @@ void shift_backward_cuda(const ShiftArgs& args, const ViewNumbers& offsets, void
   if (args.views > INT32_MAX - kViewsStaged)
     throw Error("srt::" + std::string(op) + ": on CUDA there must be fewer than 2^31 views; got " +
                 std::to_string(args.views));
-  if (args.height > kMostPixels || args.width > kMostPixels)
-    throw Error("srt::" + std::string(op) + ": on CUDA height and width must be at most " +
-                std::to_string(kMostPixels) + "; got " + std::to_string(args.height) + " x " +
-                std::to_string(args.width));
+  check_image(op, args.height, args.width);
   ImageGradPlan plan{args.out,     args.planes,        args.height,
                      args.width,   args.views,         device_numbers(offsets),
-                     args.padding, args.interpolation, grad_image};
+                     args.padding, args.interpolation, grad_image,
+                     false};
+  const auto element_size = args.dtype == DType::f64 ? 8 : args.dtype == DType::f32 ? 4 : 2;
+  plan.keep = fits_l2(op, args.planes * args.height * args.width * element_size);
   InlineNumbers inline_offsets{};
   if (offsets.host && 2 * args.views <= kInlineNumbers) {
     std::copy_n(offsets.host, 2 * args.views, inline_offsets.at);
@@ -271,7 +271,7 @@ void shift_backward_cuda(const ShiftArgs& args, const ViewNumbers& offsets, void
   }
   const int64_t tiles =
       args.planes * div_up(args.height, kImageRows) * div_up(args.width, kWarpThreads);
-  const int64_t blocks = std::min<int64_t>(tiles, kImageResident * std::max(1, processors(op)));
+  const int64_t blocks = std::min(tiles, kImageResident * std::max<int64_t>(1, processors(op)));
   switch (args.dtype) {
     case DType::f32:
       return launch(op, shift_backward_kernel<float>, blocks, stream, plan, inline_offsets);

@@ -61,6 +61,7 @@ struct ValuePlan {
   bool counts_views;
   // For the gradient: a median is not written, but which of the sorted views it is (views.cuh).
   bool tells_view;
+  bool keep;  // out and variance, or the state, in L2
 };
 
 // ---- the tables ---------------------------------------------------------------------------------
@@ -354,7 +355,7 @@ struct Cell {
 
   __device__ void write(void* to, Acc value) const {
     const T element = from_acc<T>(value);
-    each_cell([&](int64_t at, int64_t) { store(static_cast<T*>(to) + at, element); });
+    each_cell([&](int64_t at, int64_t) { store(static_cast<T*>(to) + at, element, plan.keep); });
   }
 
   // The first view that has the value of the median, which is one of theirs.
@@ -593,8 +594,8 @@ struct StreamSample : Weighted<T> {
                        : keep * before + added * sample.variance + keep * added * apart * apart;
         }
       }
-      store(mean, joined);
-      if (kVariance) store(static_cast<Acc*>(plan.variance) + at, spread);
+      store(mean, joined, plan.keep);
+      if (kVariance) store(static_cast<Acc*>(plan.variance) + at, spread, plan.keep);
     });
   }
 };
@@ -625,8 +626,8 @@ struct StreamMedian : Common<T> {
     cell.each_cell([&](int64_t at, int64_t) {
       Acc* const state = static_cast<Acc*>(plan.out) + at;
 #pragma unroll
-      for (int i = 0; i < kWindow; ++i) store(state + i * plan.plane_stride, window[i]);
-      store(state + kWindow * plan.plane_stride, place);
+      for (int i = 0; i < kWindow; ++i) store(state + i * plan.plane_stride, window[i], plan.keep);
+      store(state + kWindow * plan.plane_stride, place, plan.keep);
     });
   }
 };
@@ -761,6 +762,11 @@ int64_t reduce_as(const char* op, const EnsembleArgs& args, const ViewNumbers& o
   plan.seen = args.seen;
   plan.scale = scale;
   plan.counts_views = args.reduce == Reduce::median;
+  const int64_t planes = args.reduce == Reduce::moments               ? 2
+                         : args.reduce == Reduce::median && args.seen ? kWindowPlanes
+                                                                      : 1;
+  plan.keep = fits_l2(op, planes * args.batch * args.channels * rows * cells *
+                              static_cast<int64_t>(args.seen ? sizeof(Acc) : sizeof(T)));
   InlineNumbers numbers;
   RawViews raw = raw_views(op, offsets, weights, args.views, workspace, numbers, stream);
   raw.stream = args.seen != nullptr;

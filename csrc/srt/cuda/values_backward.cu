@@ -26,6 +26,7 @@ struct GatherPlan {
   int64_t batch, channels;
   void* out;               // [V, batch, h*w, channels]
   int64_t out_strides[3];  // as token_strides
+  bool keep;               // out in L2
 };
 
 constexpr int kGatherWarps = kThreads / kWarpThreads;
@@ -320,7 +321,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
       if (kMoments) total[e] *= static_cast<Acc>(view.weight);
       T* const out = static_cast<T*>(plan.out) + view.index * plan.out_strides[0] +
                      own.image * plan.out_strides[1] + (own.i * w + own.j) * plan.out_strides[2];
-      store(out + own.channel + lane, from_acc<T>(total[e]));
+      store(out + own.channel + lane, from_acc<T>(total[e]), plan.keep);
     }
     __syncthreads();  // before the next task is chosen
   }
@@ -376,6 +377,7 @@ int64_t gather_values(const char* op, const EnsembleArgs& args, const ViewNumber
   const int64_t out_strides[3] = {args.batch * h * w * args.channels, h * w * args.channels,
                                   args.channels};
   std::copy_n(out_strides, 3, plan.out_strides);
+  plan.keep = fits_l2(op, args.views * out_strides[0] * static_cast<int64_t>(sizeof(T)));
   plan.map = map;
   // With weights one view can be nearly all of its mean: what is summed apart from it would cancel.
   const bool weighted = weights.host || weights.device;
