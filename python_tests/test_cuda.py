@@ -538,6 +538,7 @@ def needs(gib: float) -> None:
         pytest.skip(f"needs {gib} GiB of device memory; {free:.1f} are free")
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
 @pytest.mark.parametrize(("batch", "channels"), [(1, 520), (65, 8)])
 def test_field_past_2_31(batch: int, channels: int, layout: str) -> None:
@@ -558,6 +559,7 @@ def test_field_past_2_31(batch: int, channels: int, layout: str) -> None:
     assert_as_on_the_cpu(few, tokens[:, images][..., picked].contiguous(), some)
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("dim", [0, 1, 2])
 def test_tokens_past_2_31(dim: int) -> None:
     """Tokens whose neighbours along one dimension lie far apart."""
@@ -580,6 +582,7 @@ def test_tokens_past_2_31(dim: int) -> None:
     check_field(case, tokens, srt_ext.ensemble(far, *args[1:], **modes).cpu())
 
 
+@pytest.mark.serial
 def test_views_past_2_31() -> None:
     needs(6)
     offsets = (*many(720)[:-1], (-3.3, 7.1))
@@ -597,6 +600,7 @@ def test_views_past_2_31() -> None:
     assert ((views[check].cpu() - inner.clamp(0, 255)).abs() <= 0.501).all()
 
 
+@pytest.mark.serial
 def test_plane_past_2_31() -> None:
     needs(9)
     height, width = 2**11 + 1, 2**20 + 16
@@ -724,16 +728,19 @@ def check_compiled(values: str, **options: Any) -> None:
         torch.compiler.reset()
 
 
+@pytest.mark.serial
 @each_values
 def test_compile(values: str) -> None:
     check_compiled(values, backend="aot_eager")
 
 
+@pytest.mark.serial
 def test_compile_by_inductor() -> None:
     pytest.importorskip("triton")
     check_compiled("device", mode="default")
 
 
+@pytest.mark.serial
 def test_compiled_calls_are_captured() -> None:
     """By inductor's own CUDA graphs, which it gives up where an input is written: no out= here."""
     pytest.importorskip("triton")
@@ -885,6 +892,7 @@ def assert_same(results: list[torch.Tensor], expected: list[torch.Tensor]) -> No
 each_count = pytest.mark.parametrize("views", [5, 49, 300])  # 300: more than one launch carries
 
 
+@pytest.mark.serial
 @each_count
 @each_values
 def test_graph(values: str, views: int) -> None:
@@ -911,6 +919,7 @@ def test_graph(values: str, views: int) -> None:
         assert_same(results, calls(*fresh))
 
 
+@pytest.mark.serial
 @each_count
 @each_values
 def test_current_stream(values: str, views: int) -> None:
@@ -934,6 +943,7 @@ def test_current_stream(values: str, views: int) -> None:
     assert_same(copies, expected)
 
 
+@pytest.mark.serial
 def test_two_streams_at_once() -> None:
     seeds = range(6)
     expected = [calls(*inputs(49, seed, "device")) for seed in seeds]
@@ -953,6 +963,7 @@ def test_two_streams_at_once() -> None:
         list(pool.map(work, (0, 3)))
 
 
+@pytest.mark.serial
 @each_count
 @each_values
 def test_nothing_waits(values: str, views: int) -> None:

@@ -130,6 +130,7 @@ def test_views_that_cover_nothing_get_no_gradient(reduce: str) -> None:
     torch.testing.assert_close(result[kept], expected)
 
 
+@pytest.mark.serial
 def test_a_backward_runs_on_the_stream_of_its_forward() -> None:
     case = ENSEMBLES["grid"]
     tokens, grad = (t.to(DEVICE) for t in problem(case, "mean", torch.float32))
@@ -145,6 +146,7 @@ def test_a_backward_runs_on_the_stream_of_its_forward() -> None:
     assert torch.equal(result, expected)
 
 
+@pytest.mark.serial
 @each_reduce
 def test_a_captured_backward(reduce: str) -> None:
     case = ENSEMBLES["weights" if reduce != "median" else "grid"]
@@ -171,6 +173,7 @@ def test_a_captured_backward(reduce: str) -> None:
         assert torch.equal(result, gradient(field, tokens * factor, grad + factor))
 
 
+@pytest.mark.serial
 def test_compiled_training_steps_are_captured() -> None:
     """By inductor's CUDA graphs, forward and backward."""
     pytest.importorskip("triton")

@@ -10,7 +10,14 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 for version in "$@"; do
   python3 -m pip download -q --no-deps --dest "$work" "torch==$version"
-  python3 -m zipfile -e "$work"/torch-*.whl "$work/wheel"
+  python3 - "$work" <<'PY'
+import sys, zipfile
+from pathlib import Path
+[wheel] = Path(sys.argv[1]).glob("torch-*.whl")
+with zipfile.ZipFile(wheel) as archive:
+    headers = [name for name in archive.namelist() if name.startswith("torch/include/")]
+    archive.extractall(Path(sys.argv[1], "wheel"), headers)
+PY
   for source in csrc/torch/*.cpp; do
     "${CXX:-c++}" -std=c++17 -fsyntax-only -fvisibility=hidden -Wall -Wextra -Wconversion -Werror \
       -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020a000000000000 -isystem "$work/wheel/torch/include" \

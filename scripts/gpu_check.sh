@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
-# Settles the CUDA kernels on a machine with a GPU, without a network, in under eight minutes: builds
-# for that GPU, tests, runs the kernels under compute-sanitizer, measures. Every step runs, whatever
-# failed before it; the exit status is 1 if one failed, 2 if something that it needs is missing.
+# Tests, profiles and measures the CUDA kernels on a machine with one GPU, in two runs: `first` takes at
+# most 330 seconds and answers the most important questions, `second` takes at most 270 and has the rest.
 #
-#   scripts/gpu_check.sh [--dry-run] [OUTPUT [COMMIT]]
+#   scripts/gpu_check.sh [--dry-run] first|second [OUTPUT [TEST ...]]
 #
-# OUTPUT (default benchmarks/results) gets cuda-NAME.json and the logs. COMMIT names the sources where
-# git does not. --dry-run: what needs no GPU.
+# Runs what scripts/gpu_bundle.sh has put into gpu_bundle; without it, the kernels are built first.
+# OUTPUT (default benchmarks/results) gets summary.txt, log.txt, JSON files and the report of Nsight
+# Compute, all as they come: a run that is ended early loses nothing. Every step runs, whatever failed
+# before it, within a time of its own. `second` also repeats each TEST (of pytest) that failed in
+# `first`. The exit status is 1 if a step failed, 2 if something that is needed is missing. --dry-run
+# does what needs no GPU, on the CPU.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 dry=
@@ -14,65 +17,64 @@ if [ "${1:-}" = --dry-run ]; then
   dry=1
   shift
 fi
-output=${1:-$root/benchmarks/results}
-limit=470 # seconds for everything: what is left goes to the step that runs
+run=${1:-}
+case $run in
+  first) limit=330 ;;
+  second) limit=270 ;;
+  *) echo "usage: scripts/gpu_check.sh [--dry-run] first|second [OUTPUT [TEST ...]]" >&2 && exit 2 ;;
+esac
+output=$(mkdir -p "${2:-$root/benchmarks/results}" && cd "${2:-$root/benchmarks/results}" && pwd)
+shift $(($# < 2 ? $# : 2))
+failed_before=("$@")
+device=${dry:+cpu}
+device=${device:-cuda}
+bundle=$root/gpu_bundle
 
 # ---- what is missing ----------------------------------------------------------------------------
 missing=()
-for tool in nvcc cmake ninja python3; do
-  command -v "$tool" >/dev/null || missing+=("$tool")
-done
-for module in torch numpy pytest hypothesis timm torchvision typer; do
-  python3 -c "import $module" 2>/dev/null || missing+=("python3 -m $module")
-done
-arch=90
-if [ -z "$dry" ]; then
-  arch=$(python3 -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())' 2>/dev/null) ||
-    missing+=("a GPU that torch sees")
-fi
+tools=(python3)
+[ -n "$dry" ] || tools+=(nvidia-smi)
+[ -d "$bundle" ] || tools+=(nvcc cmake ninja)
+for tool in "${tools[@]}"; do command -v "$tool" >/dev/null || missing+=("$tool"); done
+# Looked up, not imported: imports take seconds each.
+while read -r module; do
+  case $module in
+    cupy | jax | transformers) echo "WARNING: no $module: its tests are SKIPPED" ;;
+    *) missing+=("the Python module $module") ;;
+  esac
+done < <(python3 - torch numpy pytest hypothesis timm torchvision typer xdist cupy jax <<'PY'
+import sys
+from importlib.util import find_spec
+print(*(name for name in sys.argv[1:] if find_spec(name) is None), sep="\n", end="")
+PY
+)
 if [ ${#missing[@]} -gt 0 ]; then
-  printf 'missing: %s\n' "${missing[@]}"
+  printf 'missing: %s\n' "${missing[@]}" >&2
   exit 2
 fi
-sanitizer=$(command -v compute-sanitizer || true)
-[ -n "$sanitizer" ] || echo "WARNING: no compute-sanitizer: its steps are SKIPPED"
-for module in cupy jax; do
-  python3 -c "import $module" 2>/dev/null || echo "WARNING: no $module: its tests are SKIPPED"
-done
-# Threads that wait for each other on cores which the machine does not really have take minutes.
-export OMP_NUM_THREADS=$(($(nproc) < 8 ? $(nproc) : 8))
 
 # ---- steps --------------------------------------------------------------------------------------
-mkdir -p "$output"
-output=$(cd "$output" && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-commit=${2:-$(git -C "$root" describe --always --dirty --exclude '*' 2>/dev/null || echo unknown)}
-# A copy, so that the libraries that are built here do not replace those of the checkout.
-mkdir "$work/tree"
-cp -r "$root"/{srt_ext,python_tests,benchmarks,pyproject.toml,README.md} "$work/tree"
-rm -f "$work"/tree/srt_ext/*.so
-[ ! -d "$root/../shared" ] || ln -s "$root/../shared" "$work/shared" # published outputs, for tests
-cd "$work/tree"
-
 summary=$output/summary.txt
+log=$output/log.txt
+: >"$summary"
+: >"$log"
 failed=0
-{ nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null || echo "no GPU"; } |
-  sed "s/^/commit $commit, sm_$arch, /" | tee "$summary"
 
-# step NAME SECONDS LOG COMMAND...: runs it, appends to LOG, never longer than what is left.
+# step NAME SECONDS COMMAND...: appends to the log as it comes; never longer than what is left.
 step() {
-  local name=$1 seconds=$2 log=$output/$3 begin=$SECONDS status=0 left=$((limit - SECONDS))
-  shift 3
-  printf '\n=== [%3d s] %s\n' "$SECONDS" "$name" | tee -a "$log"
+  local name=$1 seconds=$2 begin=$SECONDS status=0 left=$((limit - SECONDS - 5)) from
+  shift 2
   [ "$left" -lt "$seconds" ] || left=$seconds
-  if [ "$left" -le 0 ]; then
-    status=124
+  printf '\n=== [%3d s] %s\n' "$SECONDS" "$name" | tee -a "$log"
+  from=$(wc -l <"$log")
+  if [ "$left" -gt 0 ]; then
+    timeout -k 5 "$left" "$@" >>"$log" 2>&1 || status=$?
   else
-    timeout -k 5 "$left" "$@" >"$work/step.log" 2>&1 || status=$?
-    cat "$work/step.log" >>"$log"
-    tail -n "${shown:-12}" "$work/step.log"
+    status=124
   fi
+  tail -n "+$((from + 1))" "$log" | tail -n "${shown:-15}"
   case $status in
     0) name="ok      $name" ;;
     124 | 137) name="TIMEOUT $name" ;;
@@ -80,53 +82,118 @@ step() {
   esac
   [ "$status" -eq 0 ] || failed=1
   printf '%4d s  %s\n' $((SECONDS - begin)) "$name" | tee -a "$summary"
-  return 0
+}
+skip() { printf '   0 s  SKIPPED %s\n' "$*" | tee -a "$summary"; }
+
+export PYTHONUNBUFFERED=1 OMP_WAIT_POLICY=PASSIVE
+# Threads that wait for each other on cores which the machine does not really have take minutes.
+cores=$(nproc)
+export OMP_NUM_THREADS=$((cores < 8 ? cores : 8))
+
+build() {
+  cmake -G Ninja -S "$root" -B "$work/build" -DPython3_EXECUTABLE="$(command -v python3)" \
+    -DSRT_CUDA=1 -DSRT_CUDA_ARCHS=native -DSRT_SANITIZE=ON &&
+    cmake --build "$work/build" --target _C _C_cuda cuda_sanitize
+}
+if [ ! -d "$bundle" ]; then
+  limit=$((limit + 240))
+  export -f build
+  export root work
+  step "build, for want of gpu_bundle" 240 bash -c build
+  bundle=$work/build
+fi
+commit=$(cat "$bundle/commit" 2>/dev/null ||
+  git -C "$root" describe --always --dirty --exclude '*' 2>/dev/null || echo unknown)
+
+# A copy, so that the libraries do not replace those of the checkout.
+mkdir "$work/tree"
+cp -r "$root"/{srt_ext,python_tests,benchmarks,scripts,pyproject.toml,README.md} "$work/tree"
+rm -f "$work"/tree/srt_ext/*.so
+cp "$bundle"/_C.so "$bundle"/_C_cuda.so "$work/tree/srt_ext"
+[ ! -d "$root/../shared" ] || ln -s "$root/../shared" "$work/shared" # published outputs, for tests
+cd "$work/tree"
+export PYTHONPATH=$work/tree
+
+if [ -z "$dry" ]; then
+  card=$(nvidia-smi --query-gpu=name,driver_version,compute_cap,clocks.sm,clocks.max.sm,clocks.mem,power.limit \
+    --format=csv,noheader) || card="no GPU"
+else
+  card="no GPU: a dry run"
+fi
+echo "$run run of commit $commit on $card" | tee -a "$summary"
+
+smoke() { step "smoke$1" "$2" python3 scripts/gpu_smoke.py --device "$device" "${@:3}"; }
+benchmark() { # EXTENT SECONDS
+  local extent=$1
+  [ -z "$dry" ] || extent=walk
+  shown=60 step "benchmark: $1" $(($2 + 10)) python3 -m benchmarks --device "$device" \
+    --extent "$extent" --seconds "$2" --rounds 20 --results "$output" --commit "$commit"
+}
+tests=(python_tests/test_cuda.py python_tests/test_cuda_autograd.py python_tests/test_array.py
+  python_tests/test_backbones.py::test_on_a_gpu)
+pytest() { # NAME SECONDS WORKERS ARGUMENT...
+  local workers=$3
+  [ -z "$dry" ] || set -- "$@" --collect-only
+  OMP_NUM_THREADS=$((workers > 0 ? 1 : OMP_NUM_THREADS)) step "$1" "$2" python3 -m pytest \
+    -p no:cacheprovider -n "$workers" --durations=5 "${@:4}"
+}
+sanitizer=$(command -v compute-sanitizer || true)
+# Some virtual machines lend a GPU that the sanitizer cannot watch.
+if [ -n "$sanitizer" ] && [ -z "$dry" ] && timeout 30 "$sanitizer" "$bundle/cuda_sanitize" --probe 2>&1 |
+  tee -a "$log" | grep -q "Device not supported"; then
+  sanitizer=
+fi
+sanitize() { # TOOL SECONDS
+  if [ -n "$dry" ]; then
+    skip "$1: a dry run"
+  elif [ -z "$sanitizer" ]; then
+    skip "$1: compute-sanitizer is not there, or does not support the device"
+  else
+    step "$1" "$2" "$sanitizer" --tool "$1" --error-exitcode 1 "$bundle/cuda_sanitize" --reduced
+  fi
+}
+nsight_compute() { # SECONDS
+  local call=(python3 -m benchmarks.profile --device "$device" --once)
+  for name in mean-float32 mean-bfloat16 median-float32 shift-float32; do call+=(--only "$name"); done
+  if [ -n "$dry" ]; then
+    step "the calls that Nsight Compute looks at" "$1" "${call[@]}"
+  elif ! command -v ncu >/dev/null; then
+    skip "Nsight Compute: no ncu"
+  else
+    shown=5 step "Nsight Compute" "$1" ncu --clock-control none --set full --profile-from-start off \
+      --kernel-name 'regex:mean_kernel|values_kernel|shift_kernel' --page details \
+      --export "$output/kernels" --force-overwrite "${call[@]}"
+  fi
 }
 
-for log in build.log ptxas.txt tests.log sanitizer.log benchmark.log; do : >"$output/$log"; done
-
-build=$work/build
-step "configure" 60 build.log cmake -G Ninja -S "$root" -B "$build" \
-  -DPython3_EXECUTABLE="$(command -v python3)" -DSRT_CUDA=1 -DSRT_CUDA_ARCHS="$arch" \
-  -DSRT_SANITIZE=ON
-shown=3 step "build" 200 build.log cmake --build "$build"
-step "install" 10 build.log cmake --install "$build" --component python --prefix srt_ext
-shown=40 step "registers, no spills" 10 ptxas.txt \
-  python3 "$root/scripts/cuda_resources.py" "$output/build.log"
-
-pytest=(python3 -m pytest -p no:cacheprovider)
-step "CPU kernels" 60 tests.log "${pytest[@]}" python_tests/test_ensemble.py -k "golden or test_out"
-if [ -n "$dry" ]; then
-  step "CUDA tests, collected" 60 tests.log "${pytest[@]}" python_tests/test_cuda.py \
-    python_tests/test_cuda_autograd.py python_tests/test_array.py \
-    python_tests/test_backbones.py::test_on_a_gpu --collect-only
-  step "benchmark, on the CPU" 120 benchmark.log \
-    python3 -m benchmarks --extent walk --results "$work/results" --commit "$commit"
-else
-  step "CUDA tests" 150 tests.log "${pytest[@]}" -v --durations=10 \
-    python_tests/test_cuda.py python_tests/test_cuda_autograd.py python_tests/test_array.py \
-    python_tests/test_backbones.py::test_on_a_gpu
-  tail -n 1 "$output/tests.log" >>"$summary" # how many ran
-  step "cuda_sanitize" 30 sanitizer.log "$build/cuda_sanitize"
-  # Some virtual machines lend a GPU that the sanitizer cannot watch.
-  if [ -n "$sanitizer" ] && timeout 60 "$sanitizer" "$build/cuda_sanitize" --probe 2>&1 |
-    grep -q "Device not supported"; then
-    echo "WARNING: compute-sanitizer does not support this device: its steps are SKIPPED" | tee -a "$summary"
-    sanitizer=
+# ---- the two runs -------------------------------------------------------------------------------
+if [ "$run" = first ]; then
+  smoke "" 30
+  if [ -z "$dry" ]; then
+    smoke ", the first call in a graph" 20 --graph
+    step "cuda_sanitize" 30 "$bundle/cuda_sanitize" --reduced
+  else
+    skip "the first call in a graph, cuda_sanitize: a dry run"
   fi
-  for tool in memcheck racecheck initcheck synccheck; do
-    if [ -n "$sanitizer" ]; then
-      step "$tool" 60 sanitizer.log "$sanitizer" --tool "$tool" --error-exitcode 1 \
-        "$build/cuda_sanitize"
-    else
-      echo "   0 s  SKIPPED $tool: compute-sanitizer cannot run" | tee -a "$summary"
-    fi
-  done
-  shown=80 step "benchmark" 210 benchmark.log python3 -m benchmarks --device cuda \
-    --rounds 20 --results "$output" --commit "$commit" --seconds $((limit - SECONDS < 210 ? limit - SECONDS - 15 : 195))
+  benchmark core 80
+  shown=60 step "profile" 25 python3 -m benchmarks.profile --device "$device" --results "$output" \
+    --commit "$commit"
+  nsight_compute 40
+  pytest "value tests" 60 "$((cores < 12 ? cores : 12))" -m "not serial" "${tests[@]}"
+  pytest "graphs, streams, waits, compile" 45 0 -v -m serial "${tests[@]}"
+  sanitize memcheck 40
+else
+  [ ${#failed_before[@]} -eq 0 ] || pytest "what failed before" 40 0 -v "${failed_before[@]}"
+  for tool in racecheck initcheck synccheck; do sanitize "$tool" 35; done
+  if [ -z "$dry" ]; then
+    step "cuda_sanitize, every call" 60 "$bundle/cuda_sanitize"
+  else
+    skip "cuda_sanitize, every call: a dry run"
+  fi
+  benchmark rest 120
 fi
 
 printf '\n'
 cat "$summary"
-printf '%4d s  in all; logs in %s\n' "$SECONDS" "$output"
+printf '%4d s  in all; everything is in %s\n' "$SECONDS" "$output"
 exit "$failed"

@@ -1,0 +1,138 @@
+"""Every op on the GPU in float32 and bfloat16, against the CPU kernels in float64, in seconds.
+
+With ``--graph`` the first call of the process is captured in a CUDA graph: nothing may have to be
+loaded, allocated or waited for outside of it. ``--device cpu`` tries the script without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import traceback
+from collections.abc import Callable
+
+import torch
+
+import srt_ext
+
+GRID, PATCH, CHANNELS = (6, 9), (16, 16), 96
+VIEWS = srt_ext.views.best(16)
+PLACE = (VIEWS, GRID, PATCH)
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of norms
+
+Results = tuple[torch.Tensor, ...]
+Op = Callable[[torch.Tensor, torch.Tensor], Results]
+
+
+def shift(interpolation: str) -> Op:
+    return lambda _, image: (srt_ext.shift(image, VIEWS + 0.25, interpolation=interpolation),)
+
+
+def ensemble(**modes: object) -> Op:
+    return lambda tokens, _: (srt_ext.ensemble(tokens, *PLACE, **modes),)  # type: ignore[arg-type]
+
+
+def into(tokens: torch.Tensor, _: torch.Tensor) -> Results:
+    out = torch.full((1, CHANNELS, 96, 144), float("nan"), dtype=tokens.dtype, device=tokens.device)
+    return (srt_ext.ensemble(tokens, *PLACE, out=out),)
+
+
+def moments(tokens: torch.Tensor, _: torch.Tensor) -> Results:
+    return tuple(srt_ext.ensemble_moments(tokens, *PLACE))
+
+
+def stream(kind: type) -> Op:
+    def run(tokens: torch.Tensor, _: torch.Tensor) -> Results:
+        running = kind(GRID, PATCH)
+        for part in (slice(0, 5), slice(5, 7)):  # a running median of 7 views is exact
+            running.update(tokens[part], VIEWS[part])
+        return (running.result(),)
+
+    return run
+
+
+def gradient(op: Op, of_image: bool = False) -> Op:
+    def run(tokens: torch.Tensor, image: torch.Tensor) -> Results:
+        of = (image if of_image else tokens).detach().requires_grad_()
+        results = op(tokens, of) if of_image else op(of, image)
+        return torch.autograd.grad(sum(r.square().sum() for r in results), of)
+
+    return run
+
+
+OPS: dict[str, Op] = {
+    "shift, whole pixels": lambda _, image: (srt_ext.shift(image, VIEWS),),
+    "shift, nearest": shift("nearest"),
+    "shift, bilinear": shift("bilinear"),
+    "shift, bicubic": shift("bicubic"),
+    "mean": ensemble(),
+    "mean, weights": ensemble(weights=torch.linspace(0.5, 2, len(VIEWS))),
+    "mean, nearest": ensemble(upsample="nearest"),
+    "mean, stride 4": ensemble(stride=4),
+    "mean, token scale": ensemble(stride=16, border="zeros"),
+    "mean, out=": into,
+    "median": ensemble(reduce="median"),
+    "moments": moments,
+    "RunningMean": stream(srt_ext.RunningMean),
+    "RunningMoments": stream(srt_ext.RunningMoments),
+    "RunningMedian": stream(srt_ext.RunningMedian),
+    "gradient of mean": gradient(ensemble()),
+    "gradient of moments": gradient(moments),
+    "gradient of shift": gradient(shift("bilinear"), of_image=True),
+}
+
+
+def inputs(dtype: torch.dtype) -> list[torch.Tensor]:
+    """Tokens [V, 1, N, C] and an image [1, 3, H, W], on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (len(VIEWS), 1, GRID[0] * GRID[1], CHANNELS), (1, 3, 96, 144)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+def is_right(name: str, dtype: torch.dtype, results: Results) -> bool:
+    truth = OPS[name](*(value.double() for value in inputs(dtype)))
+    errors = [
+        ((result.double().cpu() - right).norm() / right.norm()).item()
+        for result, right in zip(results, truth, strict=True)
+    ]
+    right = all(error <= TOLERANCE[dtype] for error in errors)  # False for NaN
+    found = ", ".join(f"{error:.1e}" for error in errors)
+    print(f"{'ok   ' if right else 'WRONG'} {name}, {dtype}: relative error {found}", flush=True)
+    return right
+
+
+def in_a_graph(device: str) -> bool:
+    """The first call of this process."""
+    names = ("mean", "median", "moments", "shift, bilinear")
+    given = [value.to(device) for value in inputs(torch.float32)]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = {name: OPS[name](*given) for name in names}
+    for result in results.values():
+        for tensor in result:
+            tensor.fill_(float("nan"))
+    graph.replay()
+    right = [is_right(name, torch.float32, result) for name, result in results.items()]
+    return all(right)
+
+
+def called(device: str) -> bool:
+    right = True
+    for dtype in TOLERANCE:
+        given = [value.to(device) for value in inputs(dtype)]
+        for name, op in OPS.items():
+            try:
+                right &= is_right(name, dtype, op(*given))
+            except Exception:  # the other ops are told of all the same
+                print(f"FAILED {name}, {dtype}", flush=True)
+                traceback.print_exc()
+                right = False
+    return right
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--graph", action="store_true")
+    options = parser.parse_args()
+    raise SystemExit(not (in_a_graph if options.graph else called)(options.device))
