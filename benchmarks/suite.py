@@ -51,6 +51,7 @@ ONCE = 5e6  # what takes more is read once: when it is checked
 IN_A_GRAPH = 50
 CROP = 8  # channels that are compared with the oracle
 LARGEST_STACK = 2**33  # bytes of all views at pixel scale
+SMALL_RESULT = 2**26  # bytes of views, which are then also read as a graph
 COMPILE_UNTIL, SLOW_UNTIL = 0.5, 0.7  # of the time there is: what is slow is left out after it
 DEFAULT = "best:16"  # the views of SRT
 
@@ -670,7 +671,7 @@ def measure_views(bench: Bench, case: Views, dtype: torch.dtype) -> None:
     about: dict[str, Any] = {"op": "shift, bilinear", "shape": case.text()}
     about |= {"views": len(case.offsets), "offsets": case.name}
     about |= {"output_bytes": out.nbytes, "input_bytes": image.nbytes}
-    bench.row(about, peers, True, dtype)
+    bench.row(about, peers, out.nbytes < SMALL_RESULT, dtype)
 
 
 def ceilings(clock: Clock, size: int, rounds: int) -> dict[str, Any]:
@@ -835,7 +836,7 @@ def _core(sizes: Sizes) -> list[Step]:
 def _rest(sizes: Sizes) -> list[Step]:
     """Of a GPU, what the core leaves out."""
     bare = {"loops": False, "compiled": False}
-    grid, small, large = (replace(case, **bare) for case in sizes[:3])
+    small, grid, large = (replace(case, **bare) for case in sizes[:3])
     default, small_default = by_views(grid, DEFAULT), by_views(small, DEFAULT)
     scattered = replace(small, name="scattered ", offsets=_scattered(small.offsets))
     at_tokens = replace(small, stride=small.patch, small=True)
@@ -844,7 +845,8 @@ def _rest(sizes: Sizes) -> list[Step]:
     half = (torch.float16,)
     gradients = [replace(case, loops=True) for case in (default, small)]
     return [
-        *_each(measure_mean, [by_views(grid, "grid:6:2"), large, scattered], **bilinear),
+        *_each(measure_mean, [by_views(grid, "grid:6:2"), large], **bilinear),
+        *_each(measure_mean, [by_views(large, DEFAULT), scattered], **bilinear),
         *_each(measure_streams, [default], **bilinear),
         *_each(measure_gradients, gradients, **bilinear),
         *_each(
@@ -862,7 +864,6 @@ def _rest(sizes: Sizes) -> list[Step]:
         *_each(measure_streams, [small], half, **bilinear),
         *_each(measure_streams, [small], **nearest),
         *_each(measure_gradients, [small], **nearest),
-        *_each(measure_mean, [by_views(large, DEFAULT)], **bilinear),
     ]
 
 
