@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import traceback
 from enum import Enum
 from pathlib import Path
@@ -12,28 +11,34 @@ import torch
 import typer
 
 from benchmarks import end_to_end, memory, report
-from benchmarks.common import RESULTS, load, machine, output, save
-from benchmarks.suite import Bench, Clock, ceilings, plan
+from benchmarks.common import RESULTS, load, machine, save, slug
+from benchmarks.suite import Bench, Clock, Step, ceilings, plan, title
 
 
 class Extent(str, Enum):
     walk = "walk"
     main = "main"
     full = "full"
+    core = "core"
+    rest = "rest"
 
 
 def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     extent: Annotated[
         Extent,
-        typer.Option(help="main: what the README shows; full: all shapes; walk: tiny, for tests."),
+        typer.Option(
+            help="main: what the README shows; full: all shapes, on the CPU; core: what to know "
+            "first of a GPU, in a minute; rest: what that leaves out; walk: these two, tiny, for "
+            "tests."
+        ),
     ] = Extent.main,
     rounds: Annotated[int, typer.Option(help="Readings of each call.")] = 9,
     seconds: Annotated[
         float,
         typer.Option(
-            help="What there is no time for is left out: first what has to be compiled, then the "
-            "slow loops, then everything."
+            help="From the start of the process. What there is no time for is left out: first what "
+            "has to be compiled, then the slow loops, then everything."
         ),
     ] = float("inf"),
     commit: Annotated[str, typer.Option(help="Of the sources, where git cannot tell.")] = "",
@@ -44,24 +49,14 @@ def main(
 ) -> None:
     """Measures, writes the JSON after every row, prints the tables.
 
-    The exit status is 1 if a result of ours is wrong.
+    The exit status is 1 if a result of ours is wrong, or if the device has failed.
     """
     clock = Clock(torch.device(device))
     walk = extent is Extent.walk
     bench = Bench(clock, 3 if walk else rounds, seconds, "aot_eager" if walk else "inductor")
-    facts = {**machine(), **({"commit": commit} if commit else {})}
-    slug = "cpu"
-    if clock.gpu:
-        properties = torch.cuda.get_device_properties(clock.device)
-        query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        facts |= {
-            "gpu": properties.name,
-            "multiprocessors": properties.multi_processor_count,
-            "l2_bytes": properties.L2_cache_size,
-            "driver": output(*query).partition("\n")[0],
-            "cuda": torch.version.cuda,
-        }
-        slug = "cuda-" + re.sub(r"[^a-z0-9]+", "-", properties.name.lower()).strip("-")
+    facts = {**machine(clock.device), **({"commit": commit} if commit else {})}
+    of_a_gpu = f"-{extent.value}" if extent in (Extent.core, Extent.rest) else ""
+    path = results / f"{slug(facts)}{of_a_gpu}.json"
     found: dict[str, Any] = {
         "machine": facts,
         "extent": extent.value,
@@ -69,35 +64,37 @@ def main(
         "rounds": bench.rounds,
         "ceilings": ceilings(clock, 2**22 if walk else 2**31 if clock.gpu else 2**28, bench.rounds),
         "rows": bench.rows,
-        "end_to_end": [],
+        "end_to_end": bench.end_to_end,
         "memory": [],
         "wrong": bench.wrong,
+        "left_out": [],
     }
-    path = results / f"{slug}.json"
     if resume:
         before = load(path)
-        found |= {key: before[key] for key in ("end_to_end", "memory")}
+        found["memory"] = before["memory"]
+        bench.end_to_end += before["end_to_end"]
         bench.kept = [{"commit": before["machine"]["commit"], **row} for row in before["rows"]]
 
     def keep() -> None:
         found["seconds"] = round(bench.elapsed(), 1)
-        part = path.with_suffix(".part")
-        save(found, part)
-        part.replace(path)
+        save(found, path)
 
-    def whole_models(bench: Bench) -> None:
-        found["end_to_end"] = end_to_end.measure(bench.clock, extent.value)
-
-    steps = plan(clock.device, extent.value)
-    if (clock.gpu or extent is not Extent.main) and not found["end_to_end"]:
-        steps.insert(0, whole_models)
-    for step in steps:
+    bench.save = keep
+    keep()
+    for step in steps(bench, extent):
+        if bench.elapsed() > seconds:
+            found["left_out"].append(title(step))
+            continue
         try:
             step(bench)
         except Exception as error:  # the rows that were read are written all the same
-            bench.wrong.append(f"{step}: {type(error).__name__}: {error}"[:500])
+            bench.wrong.append(f"{title(step)}: {type(error).__name__}: {error}"[:500])
             traceback.print_exc()
-        keep()
+            keep()
+        if not clock.works():
+            bench.wrong.append("the device has failed: nothing more can be read from it")
+            break
+    keep()
     if extent is Extent.full and not found["memory"]:
         found["memory"] = memory.measure(device)
         keep()
@@ -105,6 +102,17 @@ def main(
     if bench.wrong:
         print("WRONG:", *bench.wrong, sep="\n")
         raise SystemExit(1)
+
+
+def steps(bench: Bench, extent: Extent) -> list[Step]:
+    """The plan, and SRT around the small model before it, the large one behind it."""
+    planned = plan(extent.value)
+    if extent in (Extent.main, Extent.core):
+        return planned
+    small, *large = end_to_end.steps(extent.value, bench.clock.gpu)
+    read = {row["model"] for row in bench.end_to_end}
+    every = [small, *planned, *large]
+    return [step for step in every if step.keywords.get("name") not in read]
 
 
 if __name__ == "__main__":

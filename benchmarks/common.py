@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import subprocess
 from collections.abc import Sequence
 from datetime import date
@@ -40,13 +41,17 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def save(results: dict[str, Any], path: Path) -> None:
+    """Whole, or not at all: a run may be ended at any moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(results, indent=1) + "\n")
+    part.replace(path)
 
 
-def machine() -> dict[str, Any]:
+def machine(device: torch.device | None = None) -> dict[str, Any]:
+    """The facts that stand beside every figure; those of the GPU, too, if ``device`` is one."""
     model = [line for line in output("lscpu").splitlines() if line.startswith("Model name")]
-    return {
+    facts = {
         "processor": model[0].split(":")[1].strip() if model else platform.processor(),
         "threads": torch.get_num_threads(),
         "kernels": torch.ops.srt._cpu_kernels(),
@@ -56,3 +61,21 @@ def machine() -> dict[str, Any]:
         "commit": output("git", "describe", "--always", "--dirty"),
         "date": date.today().isoformat(),
     }
+    if device is not None and device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        facts |= {
+            "gpu": properties.name,
+            "multiprocessors": properties.multi_processor_count,
+            "l2_bytes": properties.L2_cache_size,
+            "driver": output(*query).partition("\n")[0],
+            "cuda": torch.version.cuda,
+        }
+    return facts
+
+
+def slug(facts: dict[str, Any]) -> str:
+    """Of the device, for names of files: cpu, or cuda-NAME."""
+    if "gpu" not in facts:
+        return "cpu"
+    return "cuda-" + re.sub(r"[^a-z0-9]+", "-", facts["gpu"].lower()).strip("-")

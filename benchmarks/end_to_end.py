@@ -2,42 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
-import timm
 import torch
 
 import srt_ext
 from benchmarks.common import quartiles
-from benchmarks.suite import Clock, name_of
+from benchmarks.suite import Bench, Pair, Step, name_of
 
 MODELS = ("vit_small_patch16_224", "vit_base_patch16_224")
 PATCH, VIEW_BATCH = (16, 16), 8
 
 
-def measure(clock: Clock, extent: str) -> list[dict[str, Any]]:
-    """Weights are random: time does not depend on them."""
-    size = (480, 848) if clock.gpu else (224, 224)
-    models: tuple[str, ...] = MODELS
+def steps(extent: str, gpu: bool) -> list[Step]:
+    size = (480, 848) if gpu else (224, 224)
+    names: tuple[str, ...] = MODELS
     if extent == "walk":
-        models, size = ("vit_tiny_patch16_224",), (32, 32)
-    dtype = torch.bfloat16 if clock.gpu else torch.float32
-    rows = []
-    for name in models:
-        vit = timm.create_model(name, dynamic_img_size=True, img_size=size).eval()
-        vit.to(clock.device, dtype)
-        rows.append(_of_model(clock, name, vit, size, dtype))
-        print(rows[-1], flush=True)
-    return rows
+        names, size = ("vit_tiny_patch16_224",), (32, 32)
+    return [partial(measure_model, name=name, size=size) for name in names]
 
 
 @torch.no_grad()
-def _of_model(
-    clock: Clock, name: str, vit: torch.nn.Module, size: tuple[int, int], dtype: torch.dtype
-) -> dict[str, Any]:
-    offsets = srt_ext.views.grid(3)
+def measure_model(bench: Bench, name: str, size: Pair) -> None:
+    """SRT with its default views. Weights are random: time does not depend on them."""
+    import timm  # takes seconds, which not every run has
+
+    clock = bench.clock
+    dtype = torch.bfloat16 if clock.gpu else torch.float32
+    vit = timm.create_model(name, dynamic_img_size=True, img_size=size).eval()
+    vit.to(clock.device, dtype)
     image = torch.rand(1, 3, *size, device=clock.device).to(dtype)
-    srt = srt_ext.SRT(vit, views=offsets, view_batch=VIEW_BATCH)
+    srt = srt_ext.SRT(vit, view_batch=VIEW_BATCH)
+    offsets = srt.views
     features_of = srt.backbone.features
     field = srt(image)[0]
     views = srt_ext.shift(image, offsets)[:, 0]
@@ -57,7 +53,7 @@ def _of_model(
         "ensemble": lambda: srt_ext.ensemble(tokens, offsets, grid, PATCH),
     }
     readings = clock.interleaved(calls, 5)
-    return {
+    row = {
         "model": name,
         "size": size,
         "dtype": name_of(dtype),
@@ -65,3 +61,6 @@ def _of_model(
         "output_bytes": field.nbytes,
         "calls": {call: quartiles(us) for call, us in readings.items()},
     }
+    bench.end_to_end.append(row)
+    print(f"[{bench.elapsed():5.1f} s] {row}", flush=True)
+    bench.save()

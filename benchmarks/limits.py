@@ -62,17 +62,20 @@ SHAPES = (
     Shape("518x518 P=14 C=1024", (37, 37), (14, 14), 1024),
     Shape("480x848 stride 4", (30, 53), (16, 16), 384, (4, 4)),
 )
+OF_ALL_VIEWS = (SHAPES[1], SHAPES[3], SHAPES[0])  # the others are counted for grid:3 alone
 
 
 def reads(shape: Shape, axis: int, offsets: list[float], upsample: str) -> torch.Tensor:
     """[D, cells, tokens]: does the cell of the view with that offset read the token?"""
     tokens, patch, stride = shape.grid[axis], shape.patch[axis], shape.stride[axis]
+    values, of_view = torch.tensor(offsets, dtype=torch.float64).unique(return_inverse=True)
+    offsets = values.tolist()
     tables = torch.zeros(len(offsets), tokens * patch, tokens, dtype=torch.bool)
     for table, offset in zip(tables, offsets, strict=True):
         taps, seen, _ = reference._axis(offset, tokens, patch, upsample, "coverage")
         for token, weight in taps:
             table[torch.arange(tokens * patch), token] |= seen & (weight > 0)
-    return tables.reshape(len(offsets), -1, stride, tokens).any(2)
+    return tables.reshape(len(offsets), -1, stride, tokens).any(2)[of_view]
 
 
 def runs(table: torch.Tensor, stride: int) -> list[tuple[int, int]]:
@@ -105,33 +108,64 @@ def blocks(table: torch.Tensor, ends: list[int], size: int) -> torch.Tensor:
     return torch.stack(spans, 1)
 
 
-def mean(shape: Shape, upsample: str, size: int) -> tuple[float, ...]:
+@dataclass(frozen=True)
+class Tables:
+    """The axis tables of a call of ensemble, by view: the views that share a dx are a group."""
+
+    rows: torch.Tensor  # [V, cells, tokens], what each view reads
+    columns: torch.Tensor  # [groups, cells, tokens]
+    group: torch.Tensor  # [V], of each view
+
+    @classmethod
+    def of(cls, shape: Shape, offsets: torch.Tensor, upsample: str) -> Tables:
+        dx, group = offsets[:, 1].unique(return_inverse=True)
+        rows = reads(shape, 0, offsets[:, 0].tolist(), upsample)
+        return cls(rows, reads(shape, 1, dx.tolist(), upsample), group)
+
+    def by_group(self, of_views: torch.Tensor) -> torch.Tensor:
+        """[V, ...] -> [groups, ...], sums."""
+        sums = torch.zeros(len(self.columns), *of_views.shape[1:], dtype=of_views.dtype)
+        return sums.index_add_(0, self.group, of_views)
+
+
+def mean(shape: Shape, offsets: torch.Tensor, upsample: str, size: int) -> tuple[float, ...]:
     """Seconds: to write, to read and write, to do the operations; and to issue the instructions
     that combine, filter, write, and what surrounds them."""
-    offsets = srt_ext.views.grid(3)
-    dy, dx = (offsets[:, k].unique().tolist() for k in (0, 1))
-    rows, columns = reads(shape, 0, dy, upsample), reads(shape, 1, dx, upsample)
-    height, width = rows.shape[1], columns.shape[1]
+    tables = Tables.of(shape, offsets, upsample)
+    height, width = tables.rows.shape[1], tables.columns.shape[1]
     written = height * width * shape.channels * size
     read = len(offsets) * shape.grid[0] * shape.grid[1] * shape.channels * size
     # Rows of the views that share dx, summed for each token column; then a filter along the row.
-    combine = len(dx) * shape.grid[1] * rows.sum().item()
-    filtered = height * columns.sum().item()
+    combine = shape.grid[1] * tables.rows.sum().item()
+    filtered = height * tables.columns.sum().item()
     operations = 2 * (combine + filtered) * shape.channels
+    return (
+        written / COPY,
+        (written + read) / COPY,
+        operations / FLOPS,
+        *issued(shape, tables, F32 if size == 4 else B16, ceil(shape.channels * size / 128)),
+    )
 
-    # As mean_kernel does it, which sums at the ends of runs only.
-    code = F32 if size == 4 else B16
-    runs_y, runs_x = runs(rows, shape.stride[0]), runs(columns, shape.stride[1])
+
+def issued(shape: Shape, tables: Tables, code: Code, chunks: int) -> list[float]:
+    """Seconds in which mean_kernel issues the parts of its work, summing at the ends of runs only.
+
+    Any view breaks the runs of its axis for all of them.
+    """
+    runs_y = runs(tables.rows, shape.stride[0])
+    runs_x = runs(tables.columns, shape.stride[1])
     ends_y, ends_x = ([i for run in r for i in run] for r in (runs_y, runs_x))
     tile_rows = QUARTERS * code.combined
-    y_tiles, chunks = ceil(len(ends_y) / tile_rows), ceil(shape.channels * size / 128)
-    tiles = blocks(columns, ends_x, CELLS).sum(0)  # columns of each tile
-    warps = THREADS / 32
-    # The quarters of a warp take as long as the longest list of inputs.
-    pairs = (blocks(rows, ends_y, code.combined).sum(0) / 2).ceil()
+    y_tiles, warps = ceil(len(ends_y) / tile_rows), THREADS / 32
+    columns = blocks(tables.columns, ends_x, CELLS)  # [groups, tiles]
+    tiles = columns.sum(0)
+    # A group has its own list of inputs for each block of rows, filled up to pairs. The quarters of
+    # a warp, which combines one column, take as long as the longest of theirs.
+    pairs = (tables.by_group(blocks(tables.rows, ends_y, code.combined)) / 2).ceil()
     lists = pairs // 2 * code.fours + pairs % 2 * code.pair
-    combining = tiles.sum().item() * sum(q.max().item() for q in lists.split(QUARTERS)) * chunks
-    groups = blocks(columns, ends_x, code.cells).sum().item()
+    longest = sum(quarters.amax(1) for quarters in lists.split(QUARTERS, 1))  # [groups]
+    combining = (columns.sum(1) * longest).sum().item() * chunks
+    groups = blocks(tables.columns, ends_x, code.cells).sum().item()
     filtering = groups * code.column * warps / (CELLS / code.cells) * y_tiles * chunks
     rounds = (tiles / COLUMNS).ceil().sum().item() * code.round
     frame = (rounds + len(tiles) * code.tile) * warps * y_tiles * chunks
@@ -148,28 +182,31 @@ def mean(shape: Shape, upsample: str, size: int) -> tuple[float, ...]:
     # The blocks that the processors hold at a time each take every 264th tile.
     share = y_tiles * len(tiles) * chunks / RESIDENT
     uneven = ceil(share) / share
-    return (
-        written / COPY,
-        (written + read) / COPY,
-        operations / FLOPS,
-        *(part * uneven / ISSUES for part in (combining, filtering, writing, frame)),
-    )
+    return [part * uneven / ISSUES for part in (combining, filtering, writing, frame)]
 
 
-def main() -> None:
-    print("mean, 49 views (grid:3); microseconds\n")
+def mean_table(views: str, shapes: tuple[Shape, ...], upsamples: tuple[str, ...]) -> None:
+    offsets = srt_ext.views.parse(views)
+    print(f"mean, {len(offsets)} views ({views}); microseconds\n")
     heads = ("shape", "dtype", "upsampling", "written", "moved", "operations")
     heads += ("combine", "filter", "write", "frame", "issued", "predicted")
     print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
-    for shape in SHAPES:
+    for shape in shapes:
         for size, dtype in ((4, "float32"), (2, "bfloat16")):
-            for upsample in ("bilinear", "nearest"):
-                us = [1e6 * t for t in mean(shape, upsample, size)]
-                issued = sum(us[3:])
-                us += [issued, max(us[1], issued) / BUSY]
+            for upsample in upsamples:
+                us = [1e6 * t for t in mean(shape, offsets, upsample, size)]
+                total = sum(us[3:])
+                us += [total, max(us[1], total) / BUSY]
                 cells = (shape.name, dtype, upsample, *(f"{t:.0f}" for t in us))
                 print(f"| {' | '.join(cells)} |")
-    print("\nshift, 49 views, float32; microseconds\n")
+    print()
+
+
+def main() -> None:
+    mean_table("grid:3", SHAPES, ("bilinear", "nearest"))
+    for views in ("best:4", "best:16", "grid:6:2"):
+        mean_table(views, OF_ALL_VIEWS, ("bilinear",))
+    print("shift, 49 views, float32; microseconds\n")
     print("| image | moved | predicted |\n|---|---|---|")
     for batch, height, width in ((1, 224, 224), (8, 224, 224), (1, 480, 848)):
         image = 4 * 3 * batch * height * width

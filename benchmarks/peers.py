@@ -173,7 +173,7 @@ def _by_views(
     fields = []
     for b in range(batch):
         maps = tokens[:, b].reshape(views, h, w * channels)
-        if torch.compiler.is_compiling():  # which takes no such out=
+        if torch.compiler.is_compiling() or tokens.requires_grad:  # which take no such out=
             combined = torch.bmm(rows, maps).transpose(0, 1)
         else:
             combined = tokens.new_empty(height, views, w * channels)

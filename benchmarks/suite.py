@@ -1,11 +1,12 @@
 """What is measured: every op against its limits and its peers, interleaved in one run.
 
-On a GPU a reading is device time between two events, on a cold L2: before it, a buffer larger than
-L2 is written, and a wait on the device hides the launches; small calls are also read as a CUDA
-graph of many. On the CPU it is the time of the call; its result is freed outside of it. Readings of
-all calls are taken in turn; medians and quartiles are kept. Every result is compared with the
-float64 oracle before anything is timed, and those of peers with ours. What fails, or is wrong, is
-listed with the reason.
+On a GPU a reading is device time between two events, on a cold L2: before it, a buffer several
+times as large as L2 is read (what is written there would have to leave the cache while the call
+runs), and a wait on the device hides the launches; small calls are also read as a CUDA graph of
+many. On the CPU it is the time of the call; its result is freed outside of it. Readings of all
+calls are taken in turn; medians and quartiles are kept. Every result is compared with the float64
+oracle before anything is timed, and those of peers with ours. What fails, or is wrong, is listed
+with the reason.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+import benchmarks
 import srt_ext
 from benchmarks.common import quartiles
 from benchmarks.peers import (
@@ -49,7 +51,9 @@ ONCE = 5e6  # what takes more is read once: when it is checked
 IN_A_GRAPH = 50
 CROP = 8  # channels that are compared with the oracle
 LARGEST_STACK = 2**33  # bytes of all views at pixel scale
+SMALL_RESULT = 2**26  # bytes of views, which are then also read as a graph
 COMPILE_UNTIL, SLOW_UNTIL = 0.5, 0.7  # of the time there is: what is slow is left out after it
+DEFAULT = "best:16"  # the views of SRT
 
 
 # ---- readings -----------------------------------------------------------------------------------
@@ -61,7 +65,8 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.gpu = device.type == "cuda"
-        self.flush = torch.empty(FLUSH if self.gpu else 1, dtype=torch.uint8, device=device)
+        self.flush = torch.zeros(FLUSH // 4 if self.gpu else 1, device=device)
+        self.read = torch.zeros((), device=device)
         if sys.platform.startswith("linux"):
             # Results are new memory for all calls alike: whether glibc's malloc has kept some
             # depends on what was freed before.
@@ -85,6 +90,14 @@ class Clock:
         if self.gpu:
             torch.cuda.synchronize()
 
+    def works(self) -> bool:
+        """After some errors of a kernel every later call fails, too."""
+        try:
+            self.wait()
+        except RuntimeError:
+            return False
+        return True
+
     def _start(self, call: Call) -> Callable[[], float]:
         if not self.gpu:
             start = time.perf_counter()
@@ -93,7 +106,7 @@ class Clock:
             del result
             return lambda: 1e6 * elapsed
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.flush.fill_(1)
+        torch.sum(self.flush, 0, out=self.read)
         torch.cuda._sleep(WAIT)
         begin.record()
         call()
@@ -177,13 +190,14 @@ class Bench:
     rounds: int
     seconds: float  # that there are
     compiler: str  # of torch.compile
-    started: float = field(default_factory=time.monotonic)
+    save: Callable[[], None] = lambda: None  # what there is so far
     rows: list[dict[str, Any]] = field(default_factory=list)
+    end_to_end: list[dict[str, Any]] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)  # what ours did
     kept: list[dict[str, Any]] = field(default_factory=list)  # rows of a run that was ended
 
     def elapsed(self) -> float:
-        return time.monotonic() - self.started
+        return time.monotonic() - benchmarks.STARTED
 
     def row(
         self,
@@ -202,8 +216,9 @@ class Bench:
         calls: dict[str, Call] = {}
         results: dict[str, dict[str, Any]] = {}
         for name, make in peers.items():
-            late = COMPILE_UNTIL if "compiled" in name else SLOW_UNTIL if is_loop(name) else 1
-            if self.elapsed() > late * self.seconds:
+            late = COMPILE_UNTIL if "compiled" in name else SLOW_UNTIL
+            slow = "compiled" in name or is_loop(name)
+            if slow and self.elapsed() > late * self.seconds:
                 results[name] = {"failed": "left out: no time"}
                 continue
             try:
@@ -218,8 +233,13 @@ class Bench:
                     results[name].update(quartiles([us]))
             elif name.startswith("ours") or "difference" in results[name]:
                 self.wrong.append(f"{title}: {name}: {results[name]['failed']}")
-        for name, us in self.clock.interleaved(calls, self.rounds).items():
-            results[name].update(quartiles(us))
+        try:
+            for name, us in self.clock.interleaved(calls, self.rounds).items():
+                results[name].update(quartiles(us))
+        except Exception as error:
+            self.wrong.append(f"{title}: {reason(error)}")
+            results |= {name: {"failed": reason(error)} for name in calls}
+            graph = False
         if graph:
             for name, call in calls.items():
                 if is_loop(name) or "compiled" in name:
@@ -234,6 +254,7 @@ class Bench:
         medians = {name: f"{r['median']:.1f}" for name, r in results.items() if "median" in r}
         failed = [f"({name} failed)" for name, r in results.items() if "failed" in r]
         print(f"[{self.elapsed():5.1f} s] {title}: {medians}", *failed, flush=True)
+        self.save()
 
     def check(self, name: str, peer: Peer, dtype: torch.dtype) -> tuple[dict[str, Any], float]:
         """The relative error, by norms, or why the peer is not to be timed; and microseconds."""
@@ -297,11 +318,16 @@ class Field:
     stride: Pair = (1, 1)
     offsets: torch.Tensor = field(default_factory=lambda: srt_ext.views.grid(3))
     small: bool = False
-    loops: bool = True  # whether the loops over views are read; they know whole pixels, stride 1
+    loops: bool = True  # whether the loops over views are read, in float32; they know whole pixels,
+    # and stride 1
+    compiled: bool = True  # whether what torch.compile makes is read
     growth: bool = False  # a point of a curve: only what is plotted is read
 
+    def pixels(self) -> Pair:
+        return (self.grid[0] * self.patch[0], self.grid[1] * self.patch[1])
+
     def text(self) -> str:
-        height, width = (g * p for g, p in zip(self.grid, self.patch, strict=True))
+        height, width = self.pixels()
         return (
             f"{self.name}{height}x{width} P={self.patch[0]} C={self.channels} "
             f"V={len(self.offsets)}" + (f" stride {self.stride[0]}" if self.stride[0] > 1 else "")
@@ -327,6 +353,8 @@ class Views:
     size: Pair
     offsets: torch.Tensor
     name: str
+    loops: bool = True
+    compiled: bool = True
 
     def text(self) -> str:
         return f"{self.batch}x3x{self.size[0]}x{self.size[1]} V={len(self.offsets)} {self.name}"
@@ -371,7 +399,9 @@ class Sample:
         self.tokens = torch.randn(shape, device=device).to(dtype)
         self.place = (case.offsets, case.grid, case.patch)
         self.modes: dict[str, Any] = {"upsample": upsample, "stride": case.stride}
-        self.out = torch.empty_like(srt_ext.ensemble(self.tokens, *self.place, **self.modes))
+        cells = (g * p // s for g, p, s in zip(case.grid, case.patch, case.stride, strict=True))
+        form = {"dtype": dtype, "device": device, "memory_format": torch.channels_last}
+        self.out = torch.empty(1, case.channels, *cells, **form)
         picked = torch.linspace(0, case.channels - 1, min(CROP, case.channels))
         self.picked = picked.long().to(device)
 
@@ -429,7 +459,8 @@ def measure_mean(bench: Bench, case: Field, dtype: torch.dtype, upsample: str) -
     peers |= limits(bench, sample.out)
     peers["read the tokens"] = lambda: Peer(tokens.sum)
     peers["GEMM"] = gemm
-    peers["GEMM, compiled"] = partial(gemm, backend=bench.compiler)
+    if case.compiled:
+        peers["GEMM, compiled"] = partial(gemm, backend=bench.compiler)
     if bench.clock.gpu:
         on_device = (case.offsets.to(sample.device), *place[1:])
         peers["ours, offsets on the device"] = partial(
@@ -437,13 +468,39 @@ def measure_mean(bench: Bench, case: Field, dtype: torch.dtype, upsample: str) -
         )
         if dtype == torch.float32:
             peers["GEMM, tf32"] = partial(gemm, "high")
-    if case.loops:
+    if case.loops and dtype == torch.float32:
         peers["published"] = loop(published_ensemble)
         peers["sliced loop"] = loop(sliced_ensemble)
     if case.growth:
         plotted = ("ours", "allocate + fill", "GEMM", "published")
         peers = {name: peers[name] for name in plotted}
     bench.row(sample.about("mean"), peers, case.small, dtype)
+
+
+def measure_read(bench: Bench, case: Field, dtype: torch.dtype, upsample: str) -> None:
+    """The mean, and at once a reading of it: is what was written still in the cache?"""
+    sample = Sample(case, dtype, upsample, bench.clock.device)
+    out = sample.out
+    mean = partial(srt_ext.ensemble, sample.tokens, *sample.place, **sample.modes, out=out)
+    fill = partial(out.fill_, 1.0)
+
+    def then_sum(write: Call) -> Call:
+        def both() -> torch.Tensor:
+            write()
+            return out.sum()
+
+        return both
+
+    ours = partial(Peer, truth=sample.truth(), crop=sample.crop, into=out, compared=lambda: out)
+    peers: dict[str, Callable[[], Peer]] = {
+        "ours": partial(ours, then_sum(mean)),
+        "ours, not read": partial(ours, mean),
+        "fill": partial(Peer, fill),
+        "fill, sum": partial(Peer, then_sum(fill)),
+        "sum": partial(Peer, out.sum),
+        "read the tokens": partial(Peer, sample.tokens.sum),
+    }
+    bench.row(sample.about("mean, then sum"), peers, False, dtype)
 
 
 def measure_median(bench: Bench, case: Field, dtype: torch.dtype, upsample: str) -> None:
@@ -461,7 +518,8 @@ def measure_median(bench: Bench, case: Field, dtype: torch.dtype, upsample: str)
         **on_the_cpu(bench, into, writes),
         **limits(bench, sample.out),
     }
-    if case.loops and len(case.offsets) * sample.out.nbytes < LARGEST_STACK:
+    few = len(case.offsets) * sample.out.nbytes < LARGEST_STACK
+    if case.loops and dtype == torch.float32 and few:
         stack = partial(published_median, sample.tokens, *sample.place, upsample)
         peers["published"] = lambda: Peer(
             stack,
@@ -534,6 +592,8 @@ def measure_gradients(bench: Bench, case: Field, dtype: torch.dtype, upsample: s
         return Peer(gradient(lambda t: function(t, *tables), tokens, grad), same=same)
 
     for op in ("mean", "median", "moments"):
+        if op == "median" and torch.finfo(dtype).bits == 16:
+            continue  # of views that are alike each may be the median: it cannot be compared
         kind = {} if op == "moments" else {"reduce": op}
         function = getattr(srt_ext, "ensemble_moments" if op == "moments" else "ensemble")
         forward = partial(function, **modes, **kind)
@@ -547,8 +607,6 @@ def measure_gradients(bench: Bench, case: Field, dtype: torch.dtype, upsample: s
                     grad[:, picked].double(),
                 )()
             call = gradient(lambda t: forward(t, *place), tokens, grad)
-            if forward.keywords.get("reduce") == "median" and torch.finfo(dtype).bits == 16:
-                truth = None  # of views that are alike each may be the median
             return Peer(call, truth, lambda result: result[..., picked])
 
         peers: dict[str, Callable[[], Peer]] = {
@@ -601,9 +659,10 @@ def measure_views(bench: Bench, case: Views, dtype: torch.dtype) -> None:
     }
     if bench.clock.gpu:
         peers["ours, offsets on the device"] = ours(on_device)
-    if case.batch == 1 and dtype != torch.float16:  # dozens of kernels each: seconds to compile
+    # Dozens of kernels each: seconds to compile.
+    if case.compiled and case.batch == 1 and dtype != torch.float16:
         peers["slices, compiled"] = partial(sliced, bench.compiler)
-    if whole:
+    if whole and case.loops:
         peers["published"] = lambda: Peer(
             partial(published_shift, image, case.offsets),
             truth("zeros"),
@@ -612,7 +671,7 @@ def measure_views(bench: Bench, case: Views, dtype: torch.dtype) -> None:
     about: dict[str, Any] = {"op": "shift, bilinear", "shape": case.text()}
     about |= {"views": len(case.offsets), "offsets": case.name}
     about |= {"output_bytes": out.nbytes, "input_bytes": image.nbytes}
-    bench.row(about, peers, True, dtype)
+    bench.row(about, peers, out.nbytes < SMALL_RESULT, dtype)
 
 
 def ceilings(clock: Clock, size: int, rounds: int) -> dict[str, Any]:
@@ -633,20 +692,37 @@ def ceilings(clock: Clock, size: int, rounds: int) -> dict[str, Any]:
 
 # ---- what there is to measure -------------------------------------------------------------------
 
-Step = Callable[[Bench], None]
+Step = partial[None]  # of a Bench
 UPSAMPLES = ("bilinear", "nearest")
 VALUES = (measure_median, measure_moments, measure_streams)
 TOKENS, SMALL = (14, 14), (16, 16)  # 224 x 224 in patches of 16
 DAVIS, LARGE = (30, 53), (37, 37)  # 480 x 848; 518 x 518 in patches of 14, as of DINOv2
 
 
-def plan(device: torch.device, extent: str) -> list[Step]:
-    """``extent``: "walk" goes through the code, "main" has what the README shows, "full" all."""
+def plan(extent: str) -> list[Step]:
+    """What there is least time for comes last.
+
+    "main" has what the README shows, "full" all of the CPU; "core" and "rest" are for a GPU; "walk"
+    goes through the code of these two with tiny shapes.
+    """
+    if extent == "core":
+        return _core(REAL)
+    if extent == "rest":
+        return _rest(REAL)
     if extent == "walk":
-        return _walk()
-    if device.type == "cuda":
-        return _on_gpu()
+        return _core(TINY) + _rest(TINY)
     return _main() + (_on_cpu() if extent == "full" else [])
+
+
+def title(step: Step) -> str:
+    """For the list of what was left out."""
+
+    def word(value: Any) -> str:
+        if isinstance(value, torch.dtype):
+            return name_of(value)
+        return str(value.text() if isinstance(value, (Field, Views)) else value)
+
+    return ", ".join([step.func.__name__, *map(word, step.keywords.values())])
 
 
 def _steps(
@@ -655,7 +731,6 @@ def _steps(
     dtype: torch.dtype,
     functions: Iterable[Callable[..., None]] = (measure_mean, *VALUES),
 ) -> list[Step]:
-    """What a device has least time for comes last."""
     return [
         *(partial(measure_views, case=case, dtype=dtype) for case in views),
         *(
@@ -664,6 +739,18 @@ def _steps(
             for case in fields
             for upsample in UPSAMPLES
         ),
+    ]
+
+
+def _each(
+    function: Callable[..., None],
+    cases: Iterable[Field | Views],
+    dtypes: Iterable[torch.dtype] = (torch.bfloat16, torch.float32),
+    **modes: str,
+) -> list[Step]:
+    """One case after the other, each in all dtypes."""
+    return [
+        partial(function, case=case, dtype=dtype, **modes) for case in cases for dtype in dtypes
     ]
 
 
@@ -676,49 +763,124 @@ def _between(offsets: torch.Tensor) -> torch.Tensor:
     return offsets + torch.tensor([0.25, -0.375])
 
 
-def _walk() -> list[Step]:
-    grid = srt_ext.views.grid(1)
-    fields = [
-        Field("", (3, 4), (4, 4), 16, offsets=grid),
-        Field("", (3, 4), (4, 4), 16, (4, 4), grid, small=True, loops=False),
-        Field("scattered ", (3, 4), (4, 4), 16, offsets=_scattered(grid), loops=False),
-    ]
-    functions = (measure_mean, *VALUES, measure_gradients)
-    views = [Views(1, (16, 20), grid, "whole"), Views(2, (16, 20), _between(grid), "between")]
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    return [step for dtype in dtypes for step in _steps(fields, views, dtype, functions)]
+class Sizes(NamedTuple):
+    """What the plans of a GPU are made of."""
+
+    tokens: Field
+    davis: Field
+    large: Field
+    stride: Pair  # a cell of several pixels
 
 
-def _on_gpu() -> list[Step]:
-    grid = srt_ext.views.grid(3)
-    shapes = [
-        Field("", TOKENS, SMALL, 384),
-        Field("", DAVIS, SMALL, 384),
-        Field("", LARGE, (14, 14), 1024),
-        Field("", TOKENS, SMALL, 384, SMALL, small=True, loops=False),
-        Field("", DAVIS, SMALL, 384, (4, 4), loops=False),
+REAL = Sizes(
+    Field("", TOKENS, SMALL, 384),
+    Field("", DAVIS, SMALL, 384),
+    Field("", LARGE, (14, 14), 1024),
+    (4, 4),
+)
+TINY = Sizes(
+    Field("", (3, 4), (4, 4), 16),
+    Field("", (4, 5), (4, 4), 16),
+    Field("", (5, 5), (3, 3), 24),
+    (2, 2),
+)
+
+
+def by_views(case: Field, words: str, **changed: Any) -> Field:
+    """The same from other views than those of ``grid:3``."""
+    return replace(case, name=f"{words} ", offsets=srt_ext.views.parse(words), **changed)
+
+
+def _pictures(sizes: Sizes, batch: int = 1, **peers: bool) -> list[Views]:
+    """Of both sizes, the default views and a grid between the pixels."""
+    default, grid = srt_ext.views.parse(DEFAULT), _between(srt_ext.views.grid(3))
+    return [
+        Views(batch, case.pixels(), offsets, name, **peers)
+        for case in (sizes.davis, sizes.tokens)
+        for offsets, name in ((default, DEFAULT), (grid, "between"))
     ]
-    scattered = Field("scattered ", TOKENS, SMALL, 384, offsets=_scattered(grid), loops=False)
-    views = [
-        Views(batch, size, offsets, name)
-        for batch, size in ((1, (224, 224)), (8, (224, 224)), (1, (480, 848)))
-        for offsets, name in ((grid, "whole"), (_between(grid), "between"))
+
+
+def _core(sizes: Sizes) -> list[Step]:
+    """What to know first of a GPU: a minute, which may end at any moment. No torch.compile."""
+    bare = {"loops": False, "compiled": False}
+    grid, small = replace(sizes.davis, **bare), replace(sizes.tokens, **bare)
+    default = by_views(grid, DEFAULT)
+    coarse = replace(default, stride=sizes.stride)
+    means = [
+        grid,
+        replace(default, loops=True),  # the published loop, once
+        coarse,
+        by_views(grid, "best:4"),
+        by_views(grid, "best:2"),
+        small,
+        by_views(small, DEFAULT),
     ]
-    steps: list[Step] = []
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        steps += _steps([*shapes, scattered], views, dtype, [measure_mean])
-        if dtype != torch.float16:
-            steps += _steps(shapes, [], dtype, VALUES)
-            steps += _steps(shapes[:2], [], dtype, [measure_gradients])
-    return steps
+    at_tokens = replace(small, stride=small.patch, small=True)
+    bilinear, nearest = ({"upsample": upsample} for upsample in UPSAMPLES)
+    return [
+        *_each(measure_mean, means, **bilinear),
+        *_each(measure_read, [coarse], **bilinear),
+        *_each(measure_mean, [at_tokens, by_views(at_tokens, DEFAULT)], **bilinear),
+        *_each(measure_views, _pictures(sizes, **bare)),
+        *(
+            step
+            for case in (default, grid)
+            for function in (measure_median, measure_moments)
+            for step in _each(function, [case], **bilinear)
+        ),
+        *_each(measure_mean, [default, grid], **nearest),
+    ]
+
+
+def _rest(sizes: Sizes) -> list[Step]:
+    """Of a GPU, what the core leaves out."""
+    bare = {"loops": False, "compiled": False}
+    small, grid, large = (replace(case, **bare) for case in sizes[:3])
+    default, small_default = by_views(grid, DEFAULT), by_views(small, DEFAULT)
+    scattered = replace(small, name="scattered ", offsets=_scattered(small.offsets))
+    at_tokens = replace(small, stride=small.patch, small=True)
+    bilinear, nearest = ({"upsample": upsample} for upsample in UPSAMPLES)
+    both = (default, grid, small_default, small)
+    half = (torch.float16,)
+    gradients = [replace(case, loops=True) for case in (default, small)]
+    return [
+        *_each(measure_mean, [by_views(grid, "grid:6:2"), large], **bilinear),
+        *_each(measure_mean, [by_views(large, DEFAULT), scattered], **bilinear),
+        *_each(measure_streams, [default], **bilinear),
+        *_each(measure_gradients, gradients, **bilinear),
+        *_each(
+            measure_mean, [replace(case, compiled=True) for case in (default, small)], **bilinear
+        ),
+        *_each(measure_mean, both, half, **bilinear),
+        *_each(measure_mean, [*both, replace(default, stride=sizes.stride), at_tokens], **nearest),
+        *_each(measure_median, [default, small], **nearest),
+        *_each(measure_moments, [default, small], **nearest),
+        *_each(measure_views, _pictures(sizes, loops=False), half),
+        *_each(measure_views, _pictures(sizes, batch=8)[2:]),
+        *_each(measure_views, _pictures(sizes)[2:3]),
+        *_each(measure_median, [default, small], half, **bilinear),
+        *_each(measure_moments, [default, small], half, **bilinear),
+        *_each(measure_streams, [small], half, **bilinear),
+        *_each(measure_streams, [small], **nearest),
+        *_each(measure_gradients, [small], **nearest),
+    ]
 
 
 def _main() -> list[Step]:
-    """On the CPU: float32, 49 views of 224 x 224."""
+    """On the CPU: float32, 224 x 224, 49 views and those of SRT."""
     case = Field("", TOKENS, SMALL, 384)
-    views = [Views(1, (224, 224), srt_ext.views.grid(3), "whole")]
+    default = by_views(case, DEFAULT)
+    views = [
+        Views(1, (224, 224), srt_ext.views.grid(3), "whole"),
+        Views(1, (224, 224), default.offsets, DEFAULT),
+    ]
     functions = (measure_mean, measure_median, measure_moments, measure_gradients)
-    return _steps([case], views, torch.float32, functions)
+    return [
+        *_steps([case], views, torch.float32, functions),
+        *_steps([default], [], torch.float32, functions),
+        *_steps([by_views(case, "best:4")], [], torch.float32, [measure_mean]),
+    ]
 
 
 def _on_cpu() -> list[Step]:
@@ -730,6 +892,7 @@ def _on_cpu() -> list[Step]:
         Field("", TOKENS, SMALL, 384, SMALL, offsets, small=True, loops=False)
         for offsets in (nine, grid)
     ]
+    token_scale.append(by_views(token_scale[0], DEFAULT))
     davis = Field("", DAVIS, SMALL, 384, loops=False)  # of which one call takes minutes
     shapes = [
         davis,
@@ -740,6 +903,11 @@ def _on_cpu() -> list[Step]:
         Field("", TOKENS, SMALL, 768),
         Field("", TOKENS, SMALL, 768, offsets=many, loops=False),
         Field("", DAVIS, SMALL, 384, (4, 4), loops=False),
+        *(
+            by_views(davis, words, stride=stride)
+            for words in (DEFAULT, "best:4")
+            for stride in ((1, 1), (4, 4))
+        ),
         Field("scattered ", TOKENS, SMALL, 384, offsets=_scattered(grid), loops=False),
     ]
     whole = Views(1, (224, 224), grid, "whole")
@@ -767,5 +935,5 @@ def _on_cpu() -> list[Step]:
             for case in growth
         ),
         *_steps(shapes, views, torch.float32, [measure_mean]),
-        *_steps([davis], [], torch.float32, VALUES),
+        *_steps([davis, by_views(davis, DEFAULT)], [], torch.float32, VALUES),
     ]

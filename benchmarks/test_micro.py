@@ -22,24 +22,24 @@ def tokens(views: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("upsample", ["bilinear", "nearest"])
-@pytest.mark.parametrize("radius", [1, 3])
+@pytest.mark.parametrize("views", ["best:4", "grid:1", "best:16", "grid:3"])
 class TestTokenScale:
-    def test_op(self, benchmark: Benchmark, radius: int, upsample: str) -> None:
-        offsets = srt_ext.views.grid(radius)
+    def test_op(self, benchmark: Benchmark, views: str, upsample: str) -> None:
+        offsets = srt_ext.views.parse(views)
         field = benchmark(
             torch.ops.srt.ensemble, tokens(len(offsets)), offsets, **PLACE, upsample=upsample
         )
         assert field.shape == (1, 384, 14, 14)
 
-    def test_function(self, benchmark: Benchmark, radius: int, upsample: str) -> None:
-        offsets = srt_ext.views.grid(radius)
+    def test_function(self, benchmark: Benchmark, views: str, upsample: str) -> None:
+        offsets = srt_ext.views.parse(views)
         field = benchmark(
             srt_ext.ensemble, tokens(len(offsets)), offsets, **PLACE, upsample=upsample
         )
         assert field.shape == (1, 384, 14, 14)
 
 
-@pytest.mark.parametrize("views", [9, 49])
+@pytest.mark.parametrize("views", [4, 9, 16, 49])
 def test_limit_reading_the_tokens(benchmark: Benchmark, views: int) -> None:
     benchmark(tokens(views).sum)
 
@@ -55,8 +55,10 @@ def test_update(benchmark: Benchmark, kind: str) -> None:
     benchmark(running.update, tokens(8), srt_ext.views.grid(1)[:8])
 
 
+@pytest.mark.parametrize("views", ["grid:1", "best:16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
-def test_shift(benchmark: Benchmark, dtype: torch.dtype) -> None:
+def test_shift(benchmark: Benchmark, dtype: torch.dtype, views: str) -> None:
     image = (255 * torch.rand(1, 3, 32, 32)).to(dtype)
-    views = benchmark(torch.ops.srt.shift, image, srt_ext.views.grid(1))
-    assert views.shape == (9, 1, 3, 32, 32)
+    offsets = srt_ext.views.parse(views)
+    pictures = benchmark(torch.ops.srt.shift, image, offsets)
+    assert pictures.shape == (len(offsets), 1, 3, 32, 32)

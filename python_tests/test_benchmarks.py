@@ -42,3 +42,23 @@ def test_tables_are_those_of_the_committed_results(path: Path) -> None:
     assert report.document(results, path.stem) == path.with_suffix(".md").read_text()
     if path.stem == "cpu":
         assert report.readme(results) in (ROOT / "README.md").read_text()
+
+
+def test_the_schema_knows_every_extent() -> None:
+    extents = pytest.importorskip("benchmarks.__main__").Extent
+    assert {extent.value for extent in extents} == set(SCHEMA["properties"]["extent"]["enum"])
+
+
+def test_the_limit_of_a_row() -> None:
+    def row(op: str, **us: float) -> dict[str, object]:
+        return {
+            "op": op,
+            "calls": {name.replace("_", " "): {"median": m} for name, m in us.items()},
+        }
+
+    mean = row("mean, bilinear", ours=60, fill=10, copy=15, read_the_tokens=5)
+    assert report.over_limit(mean) == 60 / 15
+    mean["calls"]["ours, out="] = {"median": 30}
+    assert report.over_limit(mean) == 30 / 15
+    assert report.over_limit(row("shift, bilinear", ours=30, fill=10, copy=15)) == 30 / 15
+    assert report.over_limit(row("median, bilinear", ours=30, fill=10, copy=15)) is None

@@ -1,0 +1,132 @@
+"""``python -m benchmarks.profile``: how long each kernel of a call runs, by torch.profiler.
+
+SRT's default views at 480x848, P=16, C=384; on the CPU, where only the ops show, tiny shapes. L2 is
+as the call before has left it. One kernel by Nsight Compute, after the launch that warms up:
+
+    ncu --clock-control none --set full --kernel-name regex:mean_kernel --launch-skip 1 \
+        --launch-count 1 python -m benchmarks.profile --device cuda --only mean-float32 --once
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+import srt_ext
+from benchmarks.common import RESULTS, machine, save, slug
+from benchmarks.report import markdown
+from benchmarks.suite import DEFAULT, REAL, TINY, Call, Field, Sample, Sizes, by_views, name_of
+
+CALLS = 3
+
+
+def operations(sizes: Sizes, device: torch.device) -> dict[str, Callable[[], Call]]:
+    """What makes each call; its tensors are made with it."""
+    case = by_views(sizes.davis, DEFAULT)
+    coarse = by_views(sizes.davis, DEFAULT, stride=sizes.stride)
+
+    def mean(dtype: torch.dtype, case: Field = case, **modes: str) -> Call:
+        sample = Sample(case, dtype, "bilinear", device)
+        arguments = (sample.tokens, *sample.place)
+        return partial(srt_ext.ensemble, *arguments, **sample.modes, **modes, out=sample.out)
+
+    def moments(dtype: torch.dtype) -> Call:
+        sample = Sample(case, dtype, "bilinear", device)
+        return partial(srt_ext.ensemble_moments, sample.tokens, *sample.place, **sample.modes)
+
+    def shift(dtype: torch.dtype) -> Call:
+        image = torch.rand(1, 3, *case.pixels(), device=device).to(dtype)
+        return partial(srt_ext.shift, image, case.offsets)
+
+    makers: dict[str, Callable[[torch.dtype], Call]] = {
+        "mean": mean,
+        "mean-stride": partial(mean, case=coarse),
+        "median": partial(mean, reduce="median"),
+        "moments": moments,
+        "shift": shift,
+    }
+    return {
+        f"{name}-{name_of(dtype)}": partial(make, dtype)
+        for name, make in makers.items()
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+
+
+def kernels(call: Call, device: torch.device) -> list[dict[str, Any]]:
+    """Of a warm call: its kernels, or its ops on the CPU, with launches and microseconds a call."""
+    gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as profiler:
+        for _ in range(CALLS):
+            call()
+        if gpu:
+            torch.cuda.synchronize()
+    found = []
+    for event in profiler.key_averages():
+        if event.device_type != (DeviceType.CUDA if gpu else DeviceType.CPU):
+            continue  # launches, as the host sees them
+        us = event.self_device_time_total if gpu else event.self_cpu_time_total
+        found.append({"kernel": event.key, "launches": event.count / CALLS, "us": us / CALLS})
+    if not found:
+        raise RuntimeError("the profiler has seen no kernel")
+    return sorted(found, key=lambda kernel: -kernel["us"])
+
+
+def short(kernel: str) -> str:
+    """A name without namespaces and arguments."""
+    words = kernel.replace("(anonymous namespace)::", "").removeprefix("void ")
+    return words.partition("(")[0].replace("srt::cuda::", "").replace("at::native::", "")[:80]
+
+
+def main(
+    results: Annotated[Path, typer.Option(help="The folder that gets the JSON.")] = RESULTS,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    only: Annotated[str, typer.Option(help="One operation, such as mean-float32.")] = "",
+    once: Annotated[
+        bool, typer.Option(help="Call once to warm up and once more; no JSON.")
+    ] = False,
+    commit: Annotated[str, typer.Option(help="Of the sources, where git cannot tell.")] = "",
+) -> None:
+    """Prints the kernels of each operation, and writes the JSON after each.
+
+    The exit status is 1 if one of them failed.
+    """
+    place = torch.device(device)
+    makers = operations(REAL if place.type == "cuda" else TINY, place)
+    if only and only not in makers:
+        raise typer.BadParameter(f"--only must be one of {', '.join(makers)}; got {only}")
+    facts = {**machine(place), **({"commit": commit} if commit else {})}
+    found: dict[str, Any] = {"machine": facts, "unit": "us", "calls": CALLS, "ops": {}}
+    failed = False
+    for name in [only] if only else makers:
+        try:
+            call = makers[name]()
+            call()
+            if once:
+                call()
+                if place.type == "cuda":
+                    torch.cuda.synchronize()
+                continue
+            rows = found["ops"][name] = kernels(call, place)
+            lines = [[short(r["kernel"]), f"{r['launches']:g}", f"{r['us']:.1f}"] for r in rows]
+            lines.append(["all", "", f"{sum(row['us'] for row in rows):.1f}"])
+            print(f"\n{name}\n\n{markdown(['kernel', 'launches', 'us'], lines)}", flush=True)
+        except Exception as error:
+            traceback.print_exc()
+            found["ops"][name] = {"failed": f"{type(error).__name__}: {error}"[:300]}
+            failed = True
+        if not once:
+            save(found, results / f"profile-{slug(facts)}.json")
+    if failed:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
