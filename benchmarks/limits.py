@@ -43,6 +43,10 @@ class Code:
 
 F32 = Code(420, 145, 87, 46, 81, 59, 42, 20, 12.5, combined=4, cells=8)
 B16 = Code(420, 136, 120, 61, 82, 59, 74, 24, 20, combined=2, cells=4)
+# Instructions of a warp for a row of 256 pixels in shift_kernel, what its block does once included,
+# by offsets and bytes of a pixel; and the rows of a block.
+SHIFT_ROW = {("whole", 4): 133, ("whole", 2): 122, ("between", 4): 202, ("between", 2): 208}
+SHIFT_ROWS = 32
 THREADS, COLUMNS, CELLS, SEGMENT, RESIDENT = 256, 8, 32, 64, 2 * 132
 QUARTERS, LANES = 4, 8  # of a warp that combines; 4 rows of a warp that writes
 
@@ -202,16 +206,29 @@ def mean_table(views: str, shapes: tuple[Shape, ...], upsamples: tuple[str, ...]
     print()
 
 
+def shift_table() -> None:
+    print("shift, bilinear; microseconds\n")
+    heads = ("image", "views", "dtype", "offsets", "moved", "issued", "predicted", "copy")
+    print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
+    for batch, height, width in ((1, 224, 224), (8, 224, 224), (1, 480, 848)):
+        for views in (16, 49):
+            for (offsets, size), row in SHIFT_ROW.items():
+                planes = 3 * batch
+                image = planes * height * width * size
+                lines = views * planes * ceil(height / SHIFT_ROWS) * SHIFT_ROWS * ceil(width / 256)
+                moved, issued = 1e6 * (views + 1) * image / COPY, 1e6 * lines * row / ISSUES
+                predicted = LAUNCH + max(moved, issued) / BUSY
+                us = (moved, issued, predicted, LAUNCH + 1e6 * 2 * views * image / COPY)
+                dtype = "float32" if size == 4 else "bfloat16"
+                cells = (f"{batch}x3x{height}x{width}", str(views), dtype, offsets)
+                print(f"| {' | '.join((*cells, *(f'{t:.1f}' for t in us)))} |")
+
+
 def main() -> None:
     mean_table("grid:3", SHAPES, ("bilinear", "nearest"))
     for views in ("best:4", "best:16", "grid:6:2"):
         mean_table(views, OF_ALL_VIEWS, ("bilinear",))
-    print("shift, 49 views, float32; microseconds\n")
-    print("| image | moved | predicted |\n|---|---|---|")
-    for batch, height, width in ((1, 224, 224), (8, 224, 224), (1, 480, 848)):
-        image = 4 * 3 * batch * height * width
-        moved = 1e6 * 50 * image / COPY
-        print(f"| {batch}x3x{height}x{width} | {moved:.1f} | {LAUNCH + moved / BUSY:.0f} |")
+    shift_table()
 
 
 if __name__ == "__main__":
