@@ -1,10 +1,10 @@
 """``python -m benchmarks.profile``: how long each kernel of a call runs, by torch.profiler.
 
 SRT's default views at 480x848, P=16, C=384; on the CPU, where only the ops show, tiny shapes. L2 is
-as the call before has left it. One kernel by Nsight Compute, after the launch that warms up:
+as the call before has left it. One call under Nsight Compute, after one that warms up:
 
-    ncu --clock-control none --set full --kernel-name regex:mean_kernel --launch-skip 1 \
-        --launch-count 1 python -m benchmarks.profile --device cuda --only mean-float32 --once
+    ncu --clock-control none --set full --profile-from-start off \
+        python -m benchmarks.profile --device cuda --only mean-float32 --once
 """
 
 from __future__ import annotations
@@ -79,6 +79,18 @@ def kernels(call: Call, device: torch.device) -> list[dict[str, Any]]:
     return sorted(found, key=lambda kernel: -kernel["us"])
 
 
+def observed(call: Call, device: torch.device) -> None:
+    """One call, which a profiler that was told to wait for it sees."""
+    if device.type != "cuda":
+        call()
+        return
+    torch.cuda.synchronize()
+    torch.cuda.profiler.start()
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.stop()
+
+
 def short(kernel: str) -> str:
     """A name without namespaces and arguments."""
     words = kernel.replace("(anonymous namespace)::", "").removeprefix("void ")
@@ -88,9 +100,12 @@ def short(kernel: str) -> str:
 def main(
     results: Annotated[Path, typer.Option(help="The folder that gets the JSON.")] = RESULTS,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    only: Annotated[str, typer.Option(help="One operation, such as mean-float32.")] = "",
+    only: Annotated[
+        list[str] | None, typer.Option(help="An operation, such as mean-float32; may be repeated.")
+    ] = None,
     once: Annotated[
-        bool, typer.Option(help="Call once to warm up and once more; no JSON.")
+        bool,
+        typer.Option(help="For another profiler: call once to warm up, then once for it; no JSON."),
     ] = False,
     commit: Annotated[str, typer.Option(help="Of the sources, where git cannot tell.")] = "",
 ) -> None:
@@ -100,19 +115,18 @@ def main(
     """
     place = torch.device(device)
     makers = operations(REAL if place.type == "cuda" else TINY, place)
-    if only and only not in makers:
-        raise typer.BadParameter(f"--only must be one of {', '.join(makers)}; got {only}")
+    for name in only or []:
+        if name not in makers:
+            raise typer.BadParameter(f"--only must be one of {', '.join(makers)}; got {name}")
     facts = {**machine(place), **({"commit": commit} if commit else {})}
     found: dict[str, Any] = {"machine": facts, "unit": "us", "calls": CALLS, "ops": {}}
     failed = False
-    for name in [only] if only else makers:
+    for name in only or makers:
         try:
             call = makers[name]()
             call()
             if once:
-                call()
-                if place.type == "cuda":
-                    torch.cuda.synchronize()
+                observed(call, place)
                 continue
             rows = found["ops"][name] = kernels(call, place)
             lines = [[short(r["kernel"]), f"{r['launches']:g}", f"{r['us']:.1f}"] for r in rows]
