@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -270,6 +270,13 @@ class EnsembleBounds:
     def _join(self) -> int:
         return 2 * self._weight + self._in_double(self.views + 6) + 1
 
+    def of_stream_weight(self, joins: int) -> tuple[torch.Tensor, list[Part]]:
+        """[H', W'] what the views of a stream weigh in a cell; in double, whatever the tokens."""
+        weight = self._fields[1].sum(0)
+        # The quotient by the largest weight, its product with that and with the pixels, V sums, the
+        # states; the oracle's product and sums.
+        return weight, [(weight, 3 + self.views + joins + 1 + self.views)]
+
     def of_stream_mean(self, joins: int) -> list[Part]:
         """``joins``: of the state with a chunk or another state.
 
@@ -469,8 +476,3 @@ class ShiftBounds:
         pixels = _positions(d, n, self.case.padding, self.case.interpolation)
         counts = pixels[pixels >= 0].bincount(minlength=1)
         return int(counts.max())
-
-
-def with_batch(case: Ensemble, least: int = 128) -> Ensemble:
-    """With enough values that its largest error is not one of a few."""
-    return replace(case, batch=max(case.batch, least // case.channels))

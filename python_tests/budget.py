@@ -48,9 +48,7 @@ def gamma(roundings: int, dtype: torch.dtype) -> float:
     return u / (1 - u)
 
 
-def assert_within_rounding(
-    actual: torch.Tensor, truth: torch.Tensor, parts: list[Part]
-) -> None:
+def assert_within_rounding(actual: torch.Tensor, truth: torch.Tensor, parts: list[Part]) -> None:
     """Within a bound that no input exceeds: of the sums' roundings, and of the one to the result.
 
     Args:

@@ -121,9 +121,7 @@ def gradient_bound(
         return grad, bounds.of_moments_gradient(*grad, cuda=cuda)
     grad = torch.where(bounds.clear(), grad, 0)
     field = field_of(reference, "median", case)
-    return grad, bounds.of_median_gradient(
-        gradient(field, tokens.double(), grad.double().abs())
-    )
+    return grad, bounds.of_median_gradient(gradient(field, tokens.double(), grad.double().abs()))
 
 
 def check_rounding(

@@ -115,9 +115,7 @@ def test_constant_stays_constant(case: Ensemble, border: str) -> None:
     else:
         somewhere = torch.tensor(case.weights is None or max(case.weights) > 0)
     expected = (value * somewhere.double()).expand(case.shape)
-    assert_within_rounding(
-        run(case, value * ones), expected, roundings((case, value * ones))
-    )
+    assert_within_rounding(run(case, value * ones), expected, roundings((case, value * ones)))
 
 
 @given(ensembles())
