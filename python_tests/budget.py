@@ -66,8 +66,9 @@ def assert_within_rounding(actual: torch.Tensor, truth: torch.Tensor, parts: lis
         if roundings is None:
             bound += size
         else:
-            # A product may also be too small for its type: then it is off by half of the least.
-            bound += gamma(roundings, dtype) * size + roundings * _least(sums)
+            # A product may also be too small for its type: then it is off by half of the least. A
+            # sum of sums of n has no more than n^2 products.
+            bound += gamma(roundings, dtype) * size + roundings**2 * _least(sums)
     if actual.dtype == torch.uint8:  # rounds to an integer, and saturates
         truth, bound = truth.clamp(0, 255), bound + 0.5
     elif actual.dtype != dtype:

@@ -143,7 +143,7 @@ def test_a_stream_merged_with_itself_stays_what_it_is(kind: Kind) -> None:
 
 @pytest.mark.parametrize("border", ["coverage", "zeros"])
 def test_a_merge_takes_shares_before_squares(border: str) -> None:
-    """Of a distance whose square overflows: beside no distance, and beside a share that is small."""
+    """Where the square of a distance overflows: beside a share of 0, and beside a small one."""
     large, small = 1e30, 2.0**-100
 
     def one(value: float, dx: float, weight: float = 1.0) -> RunningMoments:
@@ -212,9 +212,6 @@ def test_merge_is_associative(case: Ensemble, first: int, second: int) -> None:
         for merged in (left, right):
             assert merged.views == 6
             assert_near_the_oracle(merged._state, case, tokens, joins=len(parts) - 1)
-            torch.testing.assert_close(
-                merged._state["weight"], feed(new(kind, case), case, tokens, [6])._state["weight"]
-            )
 
 
 def test_a_non_finite_token_stays_where_it_is() -> None:
