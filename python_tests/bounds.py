@@ -425,9 +425,8 @@ def _sizes(d: float, n: int, padding: str, interpolation: str) -> torch.Tensor:
     for weight, pixels in zip(
         weights, _positions(d, n, padding, interpolation) % (n + 1), strict=True
     ):
-        sizes.index_put_(
-            (torch.arange(n), pixels), torch.tensor(abs(weight)).double(), accumulate=True
-        )
+        size = torch.tensor(abs(weight), dtype=torch.float64)
+        sizes.index_put_((torch.arange(n), pixels), size, accumulate=True)
     return sizes[:, :n]
 
 
