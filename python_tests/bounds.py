@@ -221,50 +221,49 @@ class EnsembleBounds:
     def of_moments_mean(self) -> list[Part]:
         return [(self.size, self.value + self.mean_of_values)]
 
-    def _spread(self, var: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The spread of the computed values, how far it may be off, and sqrt(sum s |f|^2)."""
+    def of_variance(self, var: torch.Tensor, *, cuda: bool = False) -> list[Part]:
+        """``var``: the true one."""
         squares = (self.shares * self.sizes.square()).sum(0).sqrt()
-        off = self._gamma(self.value) * squares
-        return var.clamp(min=0).sqrt() + off, off, squares
+        return [(self._variance(var.clamp(min=0).sqrt(), squares, cuda), None)]
 
-    @staticmethod
-    def _plain(bound: torch.Tensor) -> list[Part]:
-        return [(bound, None)]
+    def _variance(self, spread: torch.Tensor, size: torch.Tensor, cuda: bool) -> torch.Tensor:
+        """``spread``: sqrt of the variance; ``size``: sqrt(sum s |f|^2); or not less than they are.
 
-    def of_variance(self, var: torch.Tensor) -> list[Part]:
-        """Two passes: sum s d^2 - (sum s d)^2 of the distances d from the computed mean.
-
-        The spread is that of the values, 1-Lipschitz in sqrt(sum s e^2). With R = sum s d^2, which
-        is the variance and the square of what the mean is off, the first sum is within gamma of R;
-        what is subtracted, and should be, is the square of at most ``rest``.
+        The spread of computed values is within sqrt(sum s e^2) of the true one, with e what a value
+        is off by.
         """
-        spread, off, squares = self._spread(var)
-        by_values = (2 * spread - off) * off  # (s + off)^2 - s^2
-        # A mean is rounded as a mean of values is.
-        shift = self._gamma(self.mean_of_values) * (squares + off)
+        off = self._gamma(self.value) * size
+        if cuda:
+            off = off + self._gamma(1) * self.width  # distances from the first value are rounded
+        by_values = (2 * spread + off) * off  # (spread + off)^2 - spread^2
+        spread = spread + off
+        # What a mean of the values is off by: the kernel's, and the oracle's.
+        shift = self._gamma(self.mean_of_values) * (size + off)
+        return by_values + (self._of_west if cuda else self._of_two_passes)(spread, shift)
+
+    def _of_two_passes(self, spread: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        """sum s d^2 - (sum s d)^2 of the distances d from the computed mean.
+
+        R = sum s d^2 is the variance and the square of what the mean is off by. The first sum is
+        within gamma of R; what is subtracted, and should be, is the square of at most ``rest``.
+        """
         # A difference on both sides of a square, a product, V products and sums, the subtraction.
         sums = self._gamma(self.share + self.views + 4 + self._of_oracle)
         rest = shift + self._gamma(self.share + self.views + 2) * (spread + shift)
         # Twice the last: the oracle does not subtract it.
-        return self._plain(by_values + sums * (spread + shift).square() + 2 * rest.square())
+        return sums * (spread + shift).square() + 2 * rest.square()
 
-    def of_variance_on_cuda(self, var: torch.Tensor) -> list[Part]:
+    def _of_west(self, spread: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
         """West's sum of w a b / W, with a = x - d before and b = x - d after d has got x.
 
         x are distances from the first value, so a, b and d are within the width of the values.
         Each step leaves d off by its own roundings: of the share, a, their product and the sum.
         """
-        spread, off, squares = self._spread(var)
-        width = self.width
-        off = off + self._gamma(1) * width  # x is rounded
-        spread = spread + self._gamma(1) * width
-        shift = self._gamma(self.mean_of_values) * (squares + off)  # of the oracle's mean
-        drift = self._gamma(self.views * (self.share + 3) + 1) * width
+        drift = self._gamma(self.views * (self.share + 3) + 1) * self.width
         # The weight, two products and a sum for each view; the total, its cast and the quotient.
         sums = self._gamma(self.share + self.views + 3 + self._total + 2 + self._of_oracle)
-        by_drift = (1 + sums) * (2 * width + drift) * drift
-        by_values = (2 * spread - off) * off
-        return self._plain(by_values + sums * spread.square() + by_drift + shift.square())
+        by_drift = (1 + sums) * (2 * self.width + drift) * drift
+        return sums * spread.square() + by_drift + shift.square()
 
     # ---- streams --------------------------------------------------------------------------------
 
@@ -290,29 +289,19 @@ class EnsembleBounds:
         chunk = max(self.mean, self.value + self.mean_of_values)
         return [(self.size, chunk), (self.largest, joins * (2 * (self._join + 2) + 1) + 1)]
 
-    def of_stream_variance(self, joins: int) -> list[Part]:
+    def of_stream_variance(self, joins: int, *, cuda: bool = False) -> list[Part]:
         """Of a chunk, whose variance is at most a quarter of the squared width, and of joins.
 
         keep * old + share * new + keep * share * apart^2, where ``apart`` is off by as much as both
         means and keep * share is at most a quarter.
         """
-        narrow = self._of_chunk()
         half = self.width / 2
-        means = sum(self._gamma(n) * size for size, n in self.of_stream_mean(joins))
+        chunk = self._variance(half, self.largest, cuda)
+        means = sum(self._gamma(n or 0) * size for size, n in self.of_stream_mean(joins))
         by_means = (self.width + means) * means
-        join = self._gamma(joins * (2 * self._join + 3 + 2 + 2))
-        joined = join * (narrow + (half + means).square())
-        return self._plain(narrow + joins * by_means + joined)
-
-    def _of_chunk(self) -> torch.Tensor:
-        """As of_variance, of any part of the views."""
-        half = self.width / 2
-        off = self._gamma(self.value) * self.largest
-        shift = self._gamma(self.mean_of_values) * (self.largest + off)
-        sums = self._gamma(self.share + self.views + 4 + self._of_oracle)
-        rest = shift + self._gamma(self.share + self.views + 2) * (half + off + shift)
-        by_values = (2 * half + off) * off
-        return by_values + sums * (half + off + shift).square() + 2 * rest.square()
+        joined = self._gamma(joins * (2 * self._join + 3 + 2 + 2))
+        joined = joined * (chunk + (half + means).square())
+        return [(chunk + joins * by_means + joined, None)]
 
     # ---- gradients ------------------------------------------------------------------------------
 

@@ -773,7 +773,7 @@ def check_reductions(case: Ensemble, tokens: torch.Tensor, values: str) -> None:
     true_mean, true_var = reference.ensemble_moments(*args, **modes)
     bounds = EnsembleBounds(case, tokens)
     assert_within_rounding(mean.cpu(), true_mean, bounds.of_moments_mean())
-    assert_within_rounding(var.cpu(), true_var, bounds.of_variance_on_cuda(true_var))
+    assert_within_rounding(var.cpu(), true_var, bounds.of_variance(true_var, cuda=True))
 
 
 @each_values

@@ -836,12 +836,17 @@ def test_median_containment(case: Ensemble, dtype: torch.dtype, cuda: CudaOnHost
 
 
 def check_moments(case: Ensemble, tokens: torch.Tensor, cuda: CudaOnHost, **options: Any) -> None:
+    check_moments_rounding(case, tokens, *cuda.ensemble(case, tokens, reduce="moments", **options))
+
+
+def check_moments_rounding(
+    case: Ensemble, tokens: torch.Tensor, mean: torch.Tensor, var: torch.Tensor
+) -> None:
     args, modes = case.call(tokens)
-    mean, var = cuda.ensemble(case, tokens, reduce="moments", **options)
     true_mean, true_var = reference.ensemble_moments(*args, **modes)
     bounds = EnsembleBounds(case, tokens)
     assert_within_rounding(mean, true_mean, bounds.of_moments_mean())
-    assert_within_rounding(var, true_var, bounds.of_variance_on_cuda(true_var))
+    assert_within_rounding(var, true_var, bounds.of_variance(true_var, cuda=True))
 
 
 @each_dtype
@@ -926,7 +931,7 @@ import ctypes, sys, warnings
 import pytest, torch
 import srt_ext, test_ensemble, test_median, test_shift, test_streaming
 from samples import DTYPES, sample_ensembles, sample_shifts
-from test_cuda_on_host import ALL_DTYPES, CODES, NOTHING, HostDevice
+from test_cuda_on_host import ALL_DTYPES, NOTHING, HostDevice, check, check_moments_rounding
 
 torch.ops.load_library(sys.argv[1])  # in the place of the CPU kernels
 library = ctypes.CDLL(sys.argv[1])
@@ -941,21 +946,25 @@ def launches():
 for dtype in DTYPES:
     for case in sample_ensembles().values():
         launches()
-        test_ensemble.check(case, dtype)
+        tokens = case.tokens(dtype)
+        check(case, tokens, test_ensemble.run(case, tokens))
         assert launches() == 5
     test_ensemble.test_out("stride", dtype, "")
 for dtype in ALL_DTYPES:
     for case in sample_shifts().values():
         launches()
-        test_shift.check(case, dtype)
+        image = case.image(dtype)
+        test_shift.check_budget(case, image, test_shift.run(case, image))
         assert launches() == 1
 for case in sample_ensembles().values():
     launches()
-    test_median.check_median(case, torch.float32)
+    tokens = case.tokens()
+    test_median.check_median(case, tokens)
     assert launches() == 4
-    test_median.check_moments(case, torch.float32)
+    args, modes = case.call(tokens)
+    check_moments_rounding(case, tokens, *srt_ext.ensemble_moments(*args, **modes))
     assert launches() == 4
-    test_streaming.check(case, torch.bfloat16, [2, 1])
+    test_streaming.check(case, torch.bfloat16, [2, 1], cuda=True)
 test_streaming.test_a_cell_that_no_view_covers_is_zero()
 test_streaming.test_weights_of_chunks_count_against_each_other("")
 for size in test_ensemble.SIZES:

@@ -212,6 +212,7 @@ def check_moments(case: Ensemble, tokens: torch.Tensor) -> tuple[torch.Tensor, t
 @each_dtype
 @each_sample
 def test_moments(case: Ensemble, dtype: torch.dtype, cpu_kernels: str) -> None:
+    case = replace(case, batch=16)  # or the largest error of the oracle is one of a few
     tokens = case.tokens(dtype)
     results = check_moments(case, tokens)
     if dtype == torch.float64:

@@ -59,18 +59,24 @@ def results(running: Any) -> list[torch.Tensor]:
 # ---- mean and moments ---------------------------------------------------------------------------
 
 
-def check(case: Ensemble, dtype: torch.dtype, chunks: list[int]) -> None:
+def check(case: Ensemble, dtype: torch.dtype, chunks: list[int], *, cuda: bool = False) -> None:
     """Against the oracle, by the roundings of the sums and of the joins of the chunks."""
     tokens = case.tokens(dtype)
     for kind in (RunningMean, RunningMoments):
         running = feed(new(kind, case), case, tokens, chunks)
         assert running.views == len(case.offsets)
         assert running.result().dtype == dtype
-        assert_near_the_oracle(running._state, case, tokens, joins=len(case.offsets) - 1)
+        joins = len(case.offsets) - 1
+        assert_near_the_oracle(running._state, case, tokens, joins, cuda=cuda)
 
 
 def assert_near_the_oracle(
-    state: dict[str, torch.Tensor], case: Ensemble, tokens: torch.Tensor, joins: int
+    state: dict[str, torch.Tensor],
+    case: Ensemble,
+    tokens: torch.Tensor,
+    joins: int,
+    *,
+    cuda: bool = False,
 ) -> None:
     """``joins``: of chunks and states, at most."""
     args, modes = case.call(tokens)
@@ -80,7 +86,7 @@ def assert_near_the_oracle(
     assert_within_rounding(state["mean"], mean, bounds.of_stream_mean(joins))
     assert_within_rounding(state["weight"], *bounds.of_stream_weight(joins))
     if "var" in state:
-        assert_within_rounding(state["var"], var, bounds.of_stream_variance(joins))
+        assert_within_rounding(state["var"], var, bounds.of_stream_variance(joins, cuda=cuda))
 
 
 @each_dtype
