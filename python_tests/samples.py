@@ -56,11 +56,6 @@ class Ensemble:
         height, width = (n // s for n, s in zip(self.pixels, self.stride, strict=True))
         return self.batch, self.channels, height, width
 
-    @property
-    def terms(self) -> int:
-        """No more products than this are summed for one output cell."""
-        return 4 * len(self.offsets) * self.stride[0] * self.stride[1]
-
     def tokens(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         count = self.grid[0] * self.grid[1]
         shape = (len(self.offsets), self.batch, self.prefix + count, self.channels)

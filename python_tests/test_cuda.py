@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from budget import assert_same_sum, assert_within_budget
+from bounds import EnsembleBounds
+from budget import assert_within_budget, assert_within_rounding
 from hypothesis import given
 from hypothesis import strategies as st
 from samples import (
@@ -29,7 +30,10 @@ from samples import (
     shifts,
 )
 from test_ensemble import buffer, poison
+from test_median import median_oracle
 from test_shift import bits, padded_slice, special_image
+from test_shift import check_budget as check_shift_budget
+from test_shift import check_rounding as check_shift_rounding
 
 import srt_ext
 from srt_ext import reference
@@ -86,40 +90,32 @@ def many(views: int, seed: int = 0) -> Pairs:
     return tuple((y / 8, x / 8) for y, x in eighths.tolist())
 
 
-# The budget is the largest error of the oracle in float32: of a few values, that is luck.
-
-
 def check_ensemble(case: Ensemble, dtype: torch.dtype, values: str = "host") -> None:
+    """Of a fixed sample, with enough values that the oracle's largest error is not one of a few."""
     case = replace(case, batch=max(case.batch, 128 // case.channels))
     tokens = case.tokens(dtype)
     check_field(case, tokens, run(case, tokens, values))
 
 
 def check_field(case: Ensemble, tokens: torch.Tensor, field: torch.Tensor) -> None:
-    truth = oracle(case, tokens)
-    if tokens.dtype == torch.float64:
-        assert_same_sum(field, truth, oracle(case, tokens.abs()), case.terms)
-    else:
-        assert_within_budget(field, truth, oracle(case, tokens, torch.float32).to(tokens.dtype))
+    """Of a fixed sample."""
+    check_rounding(case, tokens, field)
+    if tokens.dtype != torch.float64:
+        same = oracle(case, tokens, torch.float32).to(tokens.dtype)
+        assert_within_budget(field, oracle(case, tokens), same)
+
+
+def check_rounding(case: Ensemble, tokens: torch.Tensor, field: torch.Tensor) -> None:
+    parts = EnsembleBounds(case, tokens).of_mean_on_cuda()
+    assert_within_rounding(field, oracle(case, tokens), parts)
 
 
 def check_shift(case: Shift, dtype: torch.dtype, values: str = "host") -> None:
+    """As check_ensemble."""
     pixels = case.channels * case.size[0] * case.size[1]
     case = replace(case, batch=max(case.batch, 128 // pixels))
     image = case.image(dtype)
-    views, truth = run(case, image, values), oracle(case, image)
-    assert views.dtype == dtype
-    assert views.is_contiguous()
-    if dtype == torch.uint8:
-        allowed = 2 * (oracle(case, image, torch.float32) - truth).abs().max()
-        # Rounding to an integer adds a half at most.
-        assert ((views - truth.clamp(0, 255)).abs() <= 0.5 + allowed).all()
-    elif dtype == torch.float64:
-        # At most 4 x 4 products of weights of size below 2, and each weight has a few roundings.
-        bound = 64 * torch.finfo(dtype).eps * image.abs().max()
-        assert ((views - truth).abs() <= bound).all()
-    else:
-        assert_within_budget(views, truth, oracle(case, image, torch.float32).to(dtype))
+    check_shift_budget(case, image, run(case, image, values))
 
 
 # ---- right --------------------------------------------------------------------------------------
@@ -134,7 +130,8 @@ def test_ensemble(case: Ensemble, dtype: torch.dtype, values: str) -> None:
 
 @given(ensembles(), st.sampled_from(DTYPES), st.sampled_from(VALUES))
 def test_any_ensemble(case: Ensemble, dtype: torch.dtype, values: str) -> None:
-    check_ensemble(case, dtype, values)
+    tokens = case.tokens(dtype)
+    check_rounding(case, tokens, run(case, tokens, values))
 
 
 @each_values
@@ -154,7 +151,8 @@ def test_every_mode_of_shift(interpolation: str, padding: str) -> None:
 
 @given(shifts(), st.sampled_from(ALL_DTYPES), st.sampled_from(VALUES))
 def test_any_shift(case: Shift, dtype: torch.dtype, values: str) -> None:
-    check_shift(case, dtype, values)
+    image = case.image(dtype)
+    check_shift_rounding(case, image, run(case, image, values))
 
 
 @each_dtype
@@ -382,7 +380,7 @@ def test_refused_offsets_cover_nothing(border: str, value_dtype: torch.dtype) ->
 
     field = run(replace(good, offsets=tuple(offsets)), tokens, "device")
     clean = tokens[::4]
-    assert_same_sum(field, oracle(good, clean), oracle(good, clean.abs()), good.terms)
+    check_rounding(good, clean, field)
     nothing = replace(good, offsets=tuple(refused))
     no_view = torch.full((len(refused), *tokens.shape[1:]), NAN)
     assert torch.equal(run(nothing, no_view, "device"), torch.zeros(good.shape))
@@ -402,7 +400,7 @@ def test_refused_weights_count_nothing(border: str, value_dtype: torch.dtype) ->
         poisoned[1::2] = NAN
         field = run(replace(case, weights=weights), poisoned, "device")
         clean = replace(case, weights=(1.0, 0.0, 2.0, 0.0, 0.5))
-        assert_same_sum(field, oracle(clean, tokens), oracle(clean, tokens.abs()), case.terms)
+        check_rounding(clean, tokens, field)
         with pytest.raises(ValueError, match="weights must be "):
             run(replace(case, weights=weights), tokens, "host")
     for bad in (NAN, INF, -1.0, 0.0):
@@ -438,7 +436,7 @@ def test_unaligned_tokens(channels: int, dtype: torch.dtype) -> None:
         shape = (9, 1, 3 + 15, begin + channels + wide)
         tokens = torch.randn(shape, dtype=torch.float64).to(dtype)
         tokens = tokens[:, :, 3:, begin : begin + channels]
-        check_field(case, tokens, run(case, tokens))
+        check_rounding(case, tokens, run(case, tokens))
 
 
 @given(ensembles(), st.sampled_from(("expanded views", "expanded batch", "permuted", "steps")))
@@ -455,10 +453,9 @@ def test_strides_of_tokens(case: Ensemble, layout: str) -> None:
         wide = torch.full((2 * v, 3 * b, 2 * n + 1, c + 5), NAN)
         wide[::2, ::3, 1::2, 3:-2] = tokens
         tokens = wide[::2, ::3, 1::2, 3:-2]
-    dense = run(case, tokens.contiguous())
     # Aligned and unaligned tokens may be summed by different kernels.
-    error = 8 * case.terms * torch.finfo(torch.float32).eps * tokens.abs().max()
-    assert ((run(case, tokens) - dense).abs() <= error).all()
+    for given_tokens in (tokens, tokens.contiguous()):
+        check_rounding(case, tokens, run(case, given_tokens))
 
 
 def test_one_channel_may_have_any_stride() -> None:
@@ -774,21 +771,16 @@ def check_reductions(case: Ensemble, tokens: torch.Tensor, values: str) -> None:
     plain = replace(case, weights=None)
     args, modes = placed(plain.call(tokens), values)
     field = srt_ext.ensemble(*args, reduce="median", **modes).cpu()
-    args, modes = plain.call(tokens)
-    truth = reference.ensemble(*args, reduce="median", **modes)
-    sums = torch.promote_types(tokens.dtype, torch.float32)
-    eps, unit = torch.finfo(sums).eps, torch.finfo(tokens.dtype)
-    size = tokens.double().abs().max().clamp(min=1)
-    bound = 2 * (4 * case.stride[0] * case.stride[1] + 8) * eps * size
-    assert ((field - truth).abs() <= bound + unit.eps * truth.abs()).all()
+    parts = EnsembleBounds(plain, tokens).of_median()
+    assert_within_rounding(field, median_oracle(case, tokens), parts)
 
     args, modes = placed(case.call(tokens), values)
-    results = srt_ext.ensemble_moments(*args, **modes)
+    mean, var = srt_ext.ensemble_moments(*args, **modes)
     args, modes = case.call(tokens)
-    bound = 4 * (case.terms + 16) * eps * size**2
-    for result, right in zip(results, reference.ensemble_moments(*args, **modes), strict=True):
-        rounding = unit.eps * right.abs() + unit.smallest_normal
-        assert ((result.cpu() - right).abs() <= bound + rounding).all()
+    true_mean, true_var = reference.ensemble_moments(*args, **modes)
+    bounds = EnsembleBounds(case, tokens)
+    assert_within_rounding(mean.cpu(), true_mean, bounds.of_moments_mean())
+    assert_within_rounding(var.cpu(), true_var, bounds.of_variance(true_var, cuda=True))
 
 
 @each_values

@@ -17,6 +17,8 @@ from test_autograd import (
     REDUCES,
     SHIFTS,
     Function,
+    check_image_rounding,
+    check_rounding,
     each_dtype,
     each_ensemble,
     each_reduce,
@@ -48,11 +50,10 @@ def check_tokens_gradient(
     field = field_of(srt_ext, reduce, case, values=on)
     actual = gradient(field, tokens.to(DEVICE), grad.to(DEVICE))
     assert torch.equal(actual, gradient(field, tokens.to(DEVICE), grad.to(DEVICE)))
-    truth = oracle(case, reduce, dtype, torch.float64)
     if dtype == torch.float64:
-        atol = 1e-11 * truth.abs().max().item()
-        torch.testing.assert_close(actual.cpu(), truth, rtol=1e-11, atol=atol)
+        check_rounding(case, reduce, dtype, field, DEVICE)
     else:
+        truth = oracle(case, reduce, dtype, torch.float64)
         same = oracle(case, reduce, dtype, torch.float32)
         assert_within_budget(actual.cpu(), truth, same.to(dtype))
 
@@ -70,19 +71,19 @@ def test_gradient_of_tokens(case: Ensemble, reduce: str, dtype: torch.dtype, val
 @given(ensembles(), st.sampled_from(REDUCES), st.sampled_from((torch.float32, torch.bfloat16)))
 def test_gradient_of_tokens_of_any_call(case: Ensemble, reduce: str, dtype: torch.dtype) -> None:
     dtype = torch.float32 if reduce == "median" else dtype
-    check_tokens_gradient(replace(case, batch=max(case.batch, 128 // case.channels)), reduce, dtype)
+    check_rounding(case, reduce, dtype, field_of(srt_ext, reduce, case), DEVICE)
 
 
 def check_image_gradient(case: Shift, dtype: torch.dtype, values: str = "host") -> None:
-    (image, offsets, modes, grad), truth, same = image_problem(case, dtype)
-    offsets = offsets.to(DEVICE) if values == "device" else offsets
-    actual = gradient(
-        lambda i: srt_ext.shift(i, offsets, **modes), image.to(DEVICE), grad.to(DEVICE)
-    ).cpu()
+    """Of a fixed sample."""
+    on = DEVICE if values == "device" else "cpu"
     if dtype == torch.float64:
-        torch.testing.assert_close(actual, truth, rtol=1e-12, atol=1e-12)
-    else:
-        assert_within_budget(actual, truth, same.to(dtype))
+        check_image_rounding(case, dtype, DEVICE, on)
+        return
+    (image, offsets, modes, grad), truth, same = image_problem(case, dtype)
+    views = lambda i: srt_ext.shift(i, offsets.to(on), **modes)  # noqa: E731
+    actual = gradient(views, image.to(DEVICE), grad.to(DEVICE)).cpu()
+    assert_within_budget(actual, truth, same.to(dtype))
 
 
 @each_values
@@ -95,7 +96,7 @@ def test_gradient_of_an_image(case: Shift, dtype: torch.dtype, values: str) -> N
 @pytest.mark.parametrize("padding", PADDINGS)
 @given(case=shifts())
 def test_gradient_of_an_image_of_any_call(padding: str, case: Shift) -> None:
-    check_image_gradient(replace(case, batch=20, padding=padding), torch.float32)
+    check_image_rounding(replace(case, padding=padding), torch.float32, DEVICE)
 
 
 @each_reduce

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from budget import assert_same_sum, assert_within_budget
+from bounds import EnsembleBounds, ShiftBounds
+from budget import assert_within_budget, assert_within_rounding
 from hypothesis import given
 from hypothesis import strategies as st
 from samples import (
@@ -227,22 +228,26 @@ def check(
 def compare(
     case: Ensemble, reduce: str, tokens: torch.Tensor, actual: torch.Tensor, *grads: torch.Tensor
 ) -> None:
-    truth = oracle(case, reduce, tokens, *grads)
-    assert actual.shape == truth.shape
+    """Of a fixed sample."""
     if tokens.dtype == torch.float64:
-        sizes = grads[0].abs()
-        if reduce == "moments":
-            sizes = sizes + 4 * grads[1].abs() * tokens.abs().max()
-        if reduce == "median":
-            cells = 4 * case.shape[2] * case.shape[3]
-            bound = 2 * (cells + 8) * torch.finfo(torch.float64).eps * sizes.max()
-            assert ((actual - truth).abs() <= bound * case.shape[2] * case.shape[3]).all()
-            return
-        magnitude = oracle(case, "mean", torch.ones_like(tokens), sizes)
-        assert_same_sum(actual, truth, magnitude, case.shape[2] * case.shape[3] + case.terms)
+        compare_rounding(case, reduce, tokens, actual, *grads)
     else:
+        truth = oracle(case, reduce, tokens, *grads)
         same = oracle(case, reduce, tokens, *grads, dtype=torch.float32).to(tokens.dtype)
         assert_within_budget(actual, truth, same)
+
+
+def compare_rounding(
+    case: Ensemble, reduce: str, tokens: torch.Tensor, actual: torch.Tensor, *grads: torch.Tensor
+) -> None:
+    bounds = EnsembleBounds(case, tokens)
+    if reduce == "mean":
+        parts = bounds.of_mean_gradient(*grads)
+    elif reduce == "moments":
+        parts = bounds.of_moments_gradient(*grads, cuda=True)
+    else:
+        parts = bounds.of_median_gradient(oracle(case, reduce, tokens, grads[0].abs()))
+    assert_within_rounding(actual, oracle(case, reduce, tokens, *grads), parts)
 
 
 # ---- ensemble -----------------------------------------------------------------------------------
@@ -281,10 +286,12 @@ def test_any_ensemble(
 ) -> None:
     cuda = Backward(library)
     cuda.device.processors = processors
-    case = replace(case, channels=channels or case.channels)
-    # The budget is the largest error of the oracle in float32: of a few values, that is luck.
-    case = replace(case, batch=max(case.batch, 128 // case.channels))
-    check(case, reduce, dtype, cuda, place=place)
+    case = fitting(replace(case, channels=channels or case.channels), reduce)
+    tokens, grads = case.tokens(dtype), gradients(case, reduce, dtype)
+    if reduce == "median":
+        grads = [torch.where(EnsembleBounds(case, tokens).clear(), grads[0], 0)]
+    actual = cuda.ensemble_gradient(case, reduce, tokens, *grads, place=place)
+    compare_rounding(case, reduce, tokens, actual, *grads)
 
 
 @each_reduce
@@ -590,14 +597,12 @@ def shift_oracle(
 
 
 def check_shift(case: Shift, dtype: torch.dtype, cuda: Backward, **how: Any) -> None:
+    """Of a fixed sample."""
     grad = random((len(case.offsets), *case.image().shape), dtype, case.seed)
     actual = cuda.shift_gradient(case, grad, **how)
     truth = shift_oracle(case, grad)
     if dtype == torch.float64:
-        # Cubic weights are below 2 in size, in total.
-        cells = grad[:, 0, 0].numel()
-        magnitude = torch.full_like(truth, 4 * cells * grad.abs().max().item())
-        assert_same_sum(actual, truth, magnitude, 16)
+        assert_within_rounding(actual, truth, ShiftBounds(case, dtype).of_gradient(grad))
     else:
         assert_within_budget(actual, truth, shift_oracle(case, grad, torch.float32).to(dtype))
 
@@ -631,9 +636,10 @@ def test_any_shift(
     skip: int,
 ) -> None:
     cuda = Backward(library)
-    values = case.channels * case.size[0] * case.size[1]
-    case = replace(case, batch=max(case.batch, 128 // values))
-    check_shift(case, dtype, cuda, place=place, skip=skip)
+    grad = random((len(case.offsets), *case.image().shape), dtype, case.seed)
+    actual = cuda.shift_gradient(case, grad, place=place, skip=skip)
+    parts = ShiftBounds(case, dtype).of_gradient(grad)
+    assert_within_rounding(actual, shift_oracle(case, grad), parts)
 
 
 @pytest.mark.parametrize("views", [127, 128, 129, 300])

@@ -37,7 +37,8 @@ from typing import Any
 
 import pytest
 import torch
-from budget import assert_same_sum, assert_within_budget
+from bounds import EnsembleBounds
+from budget import assert_within_budget, assert_within_rounding
 from hypothesis import given
 from hypothesis import strategies as st
 from samples import (
@@ -57,6 +58,8 @@ from samples import (
 from test_ensemble import oracle, poison
 from test_median import median_oracle
 from test_shift import ALL_DTYPES, bits, padded_slice, special_image
+from test_shift import check_budget as check_shift
+from test_shift import check_rounding as check_shift_rounding
 from test_shift import oracle as shift_oracle
 
 from srt_ext import RunningMean, RunningMedian, RunningMoments, reference
@@ -388,11 +391,16 @@ each_interpolation = pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 
 
 def check(case: Ensemble, tokens: torch.Tensor, field: torch.Tensor) -> None:
-    truth = oracle(case, tokens)
-    if tokens.dtype == torch.float64:
-        assert_same_sum(field, truth, oracle(case, tokens.abs()), case.terms)
-    else:
-        assert_within_budget(field, truth, oracle(case, tokens, torch.float32).to(tokens.dtype))
+    """Of a fixed sample."""
+    check_rounding(case, tokens, field)
+    if tokens.dtype != torch.float64:
+        same = oracle(case, tokens, torch.float32).to(tokens.dtype)
+        assert_within_budget(field, oracle(case, tokens), same)
+
+
+def check_rounding(case: Ensemble, tokens: torch.Tensor, field: torch.Tensor) -> None:
+    parts = EnsembleBounds(case, tokens).of_mean_on_cuda()
+    assert_within_rounding(field, oracle(case, tokens), parts)
 
 
 # ---- ensemble -----------------------------------------------------------------------------------
@@ -430,10 +438,8 @@ def test_any_ensemble(
     cuda = CudaOnHost(library)
     cuda.tiles(tiles)
     case = replace(case, channels=channels or case.channels)
-    # The budget is the largest error of the oracle in float32: of a few values, that is luck.
-    case = replace(case, batch=max(case.batch, 128 // case.channels))
     tokens = case.tokens(dtype)
-    check(case, tokens, cuda.ensemble(case, tokens, place=place))
+    check_rounding(case, tokens, cuda.ensemble(case, tokens, place=place))
 
 
 @each_tile
@@ -664,19 +670,6 @@ def test_views_that_fit_l2_stay_there(dtype: torch.dtype, cuda: CudaOnHost) -> N
     assert torch.equal(*views)
 
 
-def check_shift(case: Shift, image: torch.Tensor, views: torch.Tensor) -> None:
-    truth = shift_oracle(case, image)
-    if image.dtype == torch.uint8:
-        allowed = 2 * (shift_oracle(case, image, torch.float32) - truth).abs().max()
-        assert ((views - truth.clamp(0, 255)).abs() <= 0.5 + allowed).all()
-    elif image.dtype == torch.float64:
-        bound = 64 * torch.finfo(image.dtype).eps * image.abs().max()
-        assert ((views - truth).abs() <= bound).all()
-    else:
-        same_precision = shift_oracle(case, image, torch.float32).to(image.dtype)
-        assert_within_budget(views, truth, same_precision)
-
-
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 @pytest.mark.parametrize("size", [None, (9, 32), (19, 272), (2, 300)], ids=str)
 @each_shift
@@ -703,10 +696,8 @@ def test_any_shift(
     library: ctypes.CDLL, case: Shift, dtype: torch.dtype, place: str, skip: int
 ) -> None:
     cuda = CudaOnHost(library)
-    values = case.channels * case.size[0] * case.size[1]
-    case = replace(case, batch=max(case.batch, 128 // values))
     image = case.image(dtype)
-    check_shift(case, image, cuda.shift(case, image, place=place, skip=skip))
+    check_shift_rounding(case, image, cuda.shift(case, image, place=place, skip=skip))
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
@@ -829,16 +820,21 @@ each_place = pytest.mark.parametrize("place", PLACES)
 
 
 def check_median(case: Ensemble, tokens: torch.Tensor, cuda: CudaOnHost, **options: Any) -> None:
-    case = replace(case, weights=None)
-    truth = median_oracle(case, tokens)
-    field = cuda.ensemble(case, tokens, reduce="median", **options)
-    if tokens.dtype == torch.float64:
-        terms = 4 * case.stride[0] * case.stride[1]
-        bound = 2 * (terms + 8) * torch.finfo(torch.float64).eps * tokens.abs().max()
-        assert ((field - truth).abs() <= bound).all()
-    else:
+    """Of a fixed sample."""
+    field = check_median_rounding(case, tokens, cuda, **options)
+    if tokens.dtype != torch.float64:
         same = median_oracle(case, tokens, torch.float32).to(tokens.dtype)
-        assert_within_budget(field, truth, same)
+        assert_within_budget(field, median_oracle(case, tokens), same)
+
+
+def check_median_rounding(
+    case: Ensemble, tokens: torch.Tensor, cuda: CudaOnHost, **options: Any
+) -> torch.Tensor:
+    case = replace(case, weights=None)
+    field = cuda.ensemble(case, tokens, reduce="median", **options)
+    parts = EnsembleBounds(case, tokens).of_median()
+    assert_within_rounding(field, median_oracle(case, tokens), parts)
+    return field
 
 
 @each_dtype
@@ -864,8 +860,7 @@ def test_any_median_and_moments(
     cuda = CudaOnHost(library)
     case = replace(case, channels=min(case.channels, 40))
     check_moments(case, case.tokens(dtype), cuda, place=place)
-    case = replace(case, batch=max(case.batch, 128 // case.channels))
-    check_median(case, case.tokens(dtype), cuda, place=place)
+    check_median_rounding(case, case.tokens(dtype), cuda, place=place)
 
 
 # Every network, the numbers beside its size, and the counting beyond the largest.
@@ -898,16 +893,17 @@ def test_median_containment(case: Ensemble, dtype: torch.dtype, cuda: CudaOnHost
 
 
 def check_moments(case: Ensemble, tokens: torch.Tensor, cuda: CudaOnHost, **options: Any) -> None:
+    check_moments_rounding(case, tokens, *cuda.ensemble(case, tokens, reduce="moments", **options))
+
+
+def check_moments_rounding(
+    case: Ensemble, tokens: torch.Tensor, mean: torch.Tensor, var: torch.Tensor
+) -> None:
     args, modes = case.call(tokens)
-    fields = cuda.ensemble(case, tokens, reduce="moments", **options)
-    truths = reference.ensemble_moments(*args, **modes)
-    sums = torch.promote_types(tokens.dtype, torch.float32)
-    size = tokens.double().abs().max().clamp(min=1) ** 2
-    bound = 4 * (case.terms + 16) * torch.finfo(sums).eps * size
-    for field, truth in zip(fields, truths, strict=True):
-        unit = torch.finfo(tokens.dtype).eps * truth.abs()
-        tiny = torch.finfo(tokens.dtype).smallest_normal
-        assert ((field.double() - truth).abs() <= bound + unit + tiny).all()
+    true_mean, true_var = reference.ensemble_moments(*args, **modes)
+    bounds = EnsembleBounds(case, tokens)
+    assert_within_rounding(mean, true_mean, bounds.of_moments_mean())
+    assert_within_rounding(var, true_var, bounds.of_variance(true_var, cuda=True))
 
 
 @each_dtype
@@ -992,7 +988,7 @@ import ctypes, sys, warnings
 import pytest, torch
 import srt_ext, test_ensemble, test_median, test_shift, test_streaming
 from samples import DTYPES, sample_ensembles, sample_shifts
-from test_cuda_on_host import ALL_DTYPES, CODES, NOTHING, HostDevice
+from test_cuda_on_host import ALL_DTYPES, NOTHING, HostDevice, check, check_moments_rounding
 
 torch.ops.load_library(sys.argv[1])  # in the place of the CPU kernels
 library = ctypes.CDLL(sys.argv[1])
@@ -1007,21 +1003,25 @@ def launches():
 for dtype in DTYPES:
     for case in sample_ensembles().values():
         launches()
-        test_ensemble.check(case, dtype)
+        tokens = case.tokens(dtype)
+        check(case, tokens, test_ensemble.run(case, tokens))
         assert launches() == 5
     test_ensemble.test_out("stride", dtype, "")
 for dtype in ALL_DTYPES:
     for case in sample_shifts().values():
         launches()
-        test_shift.check(case, dtype)
+        image = case.image(dtype)
+        test_shift.check_budget(case, image, test_shift.run(case, image))
         assert launches() == 1
 for case in sample_ensembles().values():
     launches()
-    test_median.check_median(case, torch.float32)
+    tokens = case.tokens()
+    test_median.check_median(case, tokens)
     assert launches() == 4
-    test_median.check_moments(case, torch.float32)
+    args, modes = case.call(tokens)
+    check_moments_rounding(case, tokens, *srt_ext.ensemble_moments(*args, **modes))
     assert launches() == 4
-    test_streaming.check(case, torch.bfloat16, [2, 1])
+    test_streaming.check(case, torch.bfloat16, [2, 1], cuda=True)
 test_streaming.test_a_cell_that_no_view_covers_is_zero()
 test_streaming.test_weights_of_chunks_count_against_each_other("")
 for size in test_ensemble.SIZES:

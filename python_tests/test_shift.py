@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from budget import assert_within_budget
+from bounds import ShiftBounds
+from budget import assert_within_budget, assert_within_rounding
 from hypothesis import given
 from hypothesis import strategies as st
 from samples import DTYPES, INTERPOLATIONS, PADDINGS, Shift, sample_shifts, shifts
@@ -40,41 +41,41 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(BITS[tensor.element_size()])
 
 
-def check(case: Shift, dtype: torch.dtype) -> None:
-    image = case.image(dtype)
-    views, truth = run(case, image), oracle(case, image)
-    assert views.dtype == dtype
+def check_rounding(case: Shift, image: torch.Tensor, views: torch.Tensor) -> None:
+    assert views.dtype == image.dtype
     assert views.is_contiguous()
-    if dtype == torch.uint8:
-        allowed = 2 * (oracle(case, image, torch.float32) - truth).abs().max()
-        # Rounding to an integer adds a half at most.
-        assert ((views - truth.clamp(0, 255)).abs() <= 0.5 + allowed).all()
-    elif dtype == torch.float64:
-        # At most 4 x 4 products of weights of size below 2, and each weight has a few roundings.
-        bound = 64 * torch.finfo(dtype).eps * image.abs().max()
-        assert ((views - truth).abs() <= bound).all()
-    else:
-        assert_within_budget(views, truth, oracle(case, image, torch.float32).to(dtype))
+    parts = ShiftBounds(case, image.dtype).of_views(image)
+    assert_within_rounding(views, oracle(case, image), parts)
+
+
+def check_budget(case: Shift, image: torch.Tensor, views: torch.Tensor) -> None:
+    """Of a fixed sample."""
+    check_rounding(case, image, views)
+    if image.is_floating_point() and image.dtype != torch.float64:
+        same = oracle(case, image, torch.float32).to(image.dtype)
+        assert_within_budget(views, oracle(case, image), same)
 
 
 @each_dtype
 @each_sample
 def test_error_budget(case: Shift, dtype: torch.dtype, cpu_kernels: str) -> None:
-    check(case, dtype)
+    image = case.image(dtype)
+    check_budget(case, image, run(case, image))
 
 
 @each_padding
 @each_interpolation
 def test_error_budget_of_every_mode(interpolation: str, padding: str, cpu_kernels: str) -> None:
+    case = Shift(size=(7, 37), padding=padding, interpolation=interpolation)
     for dtype in ALL_DTYPES:
-        check(Shift(size=(7, 37), padding=padding, interpolation=interpolation), dtype)
+        image = case.image(dtype)
+        check_budget(case, image, run(case, image))
 
 
 @given(shifts(), st.sampled_from(ALL_DTYPES))
-def test_error_budget_of_any_call(cpu_kernels: str, case: Shift, dtype: torch.dtype) -> None:
-    # The budget is the largest error of the oracle in float32: of a few values, that is luck.
-    values = case.channels * case.size[0] * case.size[1]
-    check(replace(case, batch=max(case.batch, 128 // values)), dtype)
+def test_rounding_of_any_call(cpu_kernels: str, case: Shift, dtype: torch.dtype) -> None:
+    image = case.image(dtype)
+    check_rounding(case, image, run(case, image))
 
 
 @pytest.mark.parametrize("width", [1, 5, 64])

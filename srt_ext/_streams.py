@@ -327,13 +327,14 @@ class MomentsStream(MeanStream[A]):
         return self._cast(self._state["var"], copy=True)
 
     def _joined(self, other: dict[str, Any], keep: Any, share: Any) -> dict[str, Any]:
-        # Shares before squares: no cell that one stream alone covers multiplies an overflow by 0.
+        # keep * share * apart^2, as a product of two shares of the distance: no cell that one
+        # stream alone covers multiplies an overflow by 0.
         apart = other["mean"] - self._state["mean"]
-        apart *= (keep * share) ** 0.5
-        apart *= apart
-        var = share * other["var"]
+        var = keep * apart
+        apart *= share
+        var *= apart
+        var += share * other["var"]
         var += keep * self._state["var"]
-        var += apart
         return {**super()._joined(other, keep, share), "var": var}
 
 
