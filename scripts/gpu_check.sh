@@ -62,15 +62,16 @@ log=$output/log.txt
 : >"$log"
 failed=0
 
-# step NAME SECONDS COMMAND...: appends to the log as it comes; never longer than what is left.
+# step NAME SECONDS COMMAND...: appends to the log as it comes; never longer than what is left. It is
+# ended by an interrupt: then pytest still tells what has failed.
 step() {
-  local name=$1 seconds=$2 begin=$SECONDS status=0 left=$((limit - SECONDS - 5)) from
+  local name=$1 seconds=$2 begin=$SECONDS status=0 left=$((limit - SECONDS - 8)) from
   shift 2
   [ "$left" -lt "$seconds" ] || left=$seconds
   printf '\n=== [%3d s] %s\n' "$SECONDS" "$name" | tee -a "$log"
   from=$(wc -l <"$log")
   if [ "$left" -gt 0 ]; then
-    timeout -k 5 "$left" "$@" >>"$log" 2>&1 || status=$?
+    timeout -s INT -k 5 "$left" "$@" >>"$log" 2>&1 || status=$?
   else
     status=124
   fi
@@ -117,8 +118,8 @@ cd "$work/tree"
 export PYTHONPATH=$work/tree
 
 if [ -z "$dry" ]; then
-  card=$(nvidia-smi --query-gpu=name,driver_version,compute_cap,clocks.sm,clocks.max.sm,clocks.mem,power.limit \
-    --format=csv,noheader) || card="no GPU"
+  facts=name,driver_version,compute_cap,clocks.sm,clocks.max.sm,clocks.mem,power.limit
+  card=$(nvidia-smi --query-gpu=$facts --format=csv,noheader) || card="no GPU"
 else
   card="no GPU: a dry run"
 fi
@@ -128,7 +129,7 @@ smoke() { step "smoke$1" "$2" python3 scripts/gpu_smoke.py --device "$device" "$
 benchmark() { # EXTENT SECONDS
   local extent=$1
   [ -z "$dry" ] || extent=walk
-  shown=60 step "benchmark: $1" $(($2 + 10)) python3 -m benchmarks --device "$device" \
+  shown=60 step "benchmark: $1" $(($2 + 15)) python3 -m benchmarks --device "$device" \
     --extent "$extent" --seconds "$2" --rounds 20 --results "$output" --commit "$commit"
 }
 tests=(python_tests/test_cuda.py python_tests/test_cuda_autograd.py python_tests/test_array.py
@@ -137,7 +138,7 @@ pytest() { # NAME SECONDS WORKERS ARGUMENT...
   local workers=$3
   [ -z "$dry" ] || set -- "$@" --collect-only
   OMP_NUM_THREADS=$((workers > 0 ? 1 : OMP_NUM_THREADS)) step "$1" "$2" python3 -m pytest \
-    -p no:cacheprovider -n "$workers" --durations=5 "${@:4}"
+    -p no:cacheprovider -n "$workers" -v --tb=short --durations=5 "${@:4}"
 }
 sanitizer=$(command -v compute-sanitizer || true)
 # Some virtual machines lend a GPU that the sanitizer cannot watch.
@@ -156,15 +157,16 @@ sanitize() { # TOOL SECONDS
 }
 nsight_compute() { # SECONDS
   local call=(python3 -m benchmarks.profile --device "$device" --once)
+  local kernels='regex:mean_kernel|values_kernel|shift_kernel' # not those of their tables
   for name in mean-float32 mean-bfloat16 median-float32 shift-float32; do call+=(--only "$name"); done
   if [ -n "$dry" ]; then
     step "the calls that Nsight Compute looks at" "$1" "${call[@]}"
   elif ! command -v ncu >/dev/null; then
     skip "Nsight Compute: no ncu"
   else
-    shown=5 step "Nsight Compute" "$1" ncu --clock-control none --set full --profile-from-start off \
-      --kernel-name 'regex:mean_kernel|values_kernel|shift_kernel' --page details \
-      --export "$output/kernels" --force-overwrite "${call[@]}"
+    shown=5 step "Nsight Compute" "$1" ncu --clock-control none --set full --target-processes all \
+      --profile-from-start off --kernel-name "$kernels" --page details --export "$output/kernels" \
+      --force-overwrite "${call[@]}"
   fi
 }
 
@@ -182,12 +184,16 @@ if [ "$run" = first ]; then
     --commit "$commit"
   nsight_compute 40
   pytest "value tests" 60 "$((cores < 12 ? cores : 12))" -m "not serial" "${tests[@]}"
-  pytest "graphs, streams, waits, compile" 45 0 -v -m serial "${tests[@]}"
+  pytest "graphs, streams, waits, compile" 45 0 -m serial "${tests[@]}"
   sanitize memcheck 40
 else
-  [ ${#failed_before[@]} -eq 0 ] || pytest "what failed before" 40 0 -v "${failed_before[@]}"
+  [ ${#failed_before[@]} -eq 0 ] || pytest "what failed before" 40 0 "${failed_before[@]}"
   for tool in racecheck initcheck synccheck; do sanitize "$tool" 35; done
-  if [ -z "$dry" ]; then benchmark rest 120; else skip "benchmark: rest: the first run walks through it"; fi
+  if [ -z "$dry" ]; then
+    benchmark rest 120
+  else
+    skip "benchmark: rest: the first run walks through it"
+  fi
 fi
 
 printf '\n'
