@@ -645,7 +645,7 @@ def test_every_launch_is_checked(cuda: CudaOnHost) -> None:
 def test_what_fits_l2_stays_there(reduce: str, cuda: CudaOnHost) -> None:
     case = ENSEMBLES["grid"]
     planes = 2 if reduce == "moments" else 1
-    size = planes * math.prod(case.shape) * torch.float32.itemsize
+    size = planes * math.prod(case.shape) * torch.float32.itemsize + case.tokens().nbytes
     fields = []
     for l2_bytes in (size, size - 1):
         cuda.device.l2_bytes = l2_bytes
@@ -661,7 +661,7 @@ def test_what_fits_l2_stays_there(reduce: str, cuda: CudaOnHost) -> None:
 def test_views_that_fit_l2_stay_there(dtype: torch.dtype, cuda: CudaOnHost) -> None:
     case = SHIFTS["real"]
     image = case.image(dtype)
-    size = len(case.offsets) * image.nbytes
+    size = (len(case.offsets) + 1) * image.nbytes
     views = []
     for l2_bytes in (size, size - 1):
         cuda.device.l2_bytes = l2_bytes
@@ -783,8 +783,8 @@ def test_the_stub_sees_what_it_should(library: ctypes.CDLL, tmp_path: Path) -> N
         "a line that is too short": ("shift.cu", "at < columns + taps_x - 1", "at < columns"),
         "a missing barrier of a warp": (
             "shift.cu",
-            "strips.taps_y, own);\n      __syncwarp();",
-            "strips.taps_y, own);",
+            "block.taps[0], own);\n      __syncwarp();",
+            "block.taps[0], own);",
         ),
         "none": ("ensemble.cu", "if (breaks) plan", "if (breaks) plan"),
     }

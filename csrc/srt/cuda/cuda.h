@@ -21,10 +21,9 @@ struct ViewNumbers {
   DType dtype;  // of `device`: f32 or f64
 };
 
-// A debug mode. A workspace is one allocation of several pieces, so memcheck cannot see that a
-// kernel writes beyond one of them into the next. Where this is set, there are gaps between the
-// pieces, and it is called with each of them before the first kernel that uses the workspace is
-// launched.
+// For tests. A workspace is one allocation of several pieces, so memcheck cannot see a kernel that
+// writes beyond one piece into the next. If this is set, there is a gap behind each piece, and it
+// is called once per gap, before the first kernel that uses the workspace.
 inline void (*workspace_gap)(void* gap, int64_t bytes) = nullptr;
 
 // Bytes of device memory, aligned to 256, that ensemble_cuda needs besides its arguments, all of

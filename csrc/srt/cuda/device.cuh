@@ -113,16 +113,25 @@ __device__ inline T load(const T* from) {
   return value;
 }
 
-// Every output element is written by this, once. With `keep` (see fits_l2) it stays in L2, where
-// the next kernel finds it. Otherwise it is the first to leave: it must not push out the tokens,
-// which are read again.
+template <class Word>
+__device__ inline void store_word(Word* to, Word word) {
+#ifdef __CUDACC__
+  *to = word;  // __stwb would be a strong store
+#else
+  __stwb(to, word);  // python_tests/cuda_on_host counts the stores
+#endif
+}
+
+// Writes an output element. Every element is written once. With `keep` (see fits_l2) it stays in L2
+// for the kernel that reads it next. Otherwise it is stored evict-first, so that it does not evict
+// the tokens, which are read again.
 template <class T>
 __device__ inline void store(T* to, const T& value, bool keep) {
   using Word = typename WordOf<sizeof(T)>::type;
   Word word;
   memcpy(&word, &value, sizeof(word));
   if (keep) {
-    __stwb(reinterpret_cast<Word*>(to), word);
+    store_word(reinterpret_cast<Word*>(to), word);
   } else {
     __stcs(reinterpret_cast<Word*>(to), word);
   }
@@ -177,9 +186,9 @@ inline void check_image(const char* op, int64_t height, int64_t width) {
                 std::to_string(width));
 }
 
-// Whether a result of so many bytes can stay in L2 until it is read.
-inline bool fits_l2(const char* op, int64_t bytes) {
-  return bytes <= attribute(op, cudaDevAttrL2CacheSize);
+// Whether what a kernel reads and its result fit L2 together.
+inline bool fits_l2(const char* op, int64_t input_bytes, int64_t result_bytes) {
+  return input_bytes + result_bytes <= attribute(op, cudaDevAttrL2CacheSize);
 }
 
 // Most kernels walk their work in steps of the grid, which may be smaller than it.

@@ -846,7 +846,8 @@ MeanPlan<typename AccumulatorOf<T>::type> make_plan(const char* op, const Ensemb
   std::copy_n(args.out_strides, 4, plan.out_strides);
   plan.row_bytes = args.out_strides[2] * plan.element_bytes;
   plan.cell_bytes = args.out_strides[3] * plan.element_bytes;
-  plan.keep = fits_l2(op, args.batch * args.channels * rows * cells * plan.element_bytes);
+  constexpr int64_t kSize = sizeof(T);
+  plan.keep = fits_l2(op, kSize * token_elements(args), kSize * field_elements(args));
   return plan;
 }
 

@@ -380,8 +380,8 @@ int64_t mean_backward(const char* op, const EnsembleArgs& args, const ViewNumber
   plan.batch = args.batch;
   plan.channels = args.channels;
   plan.out = grad_tokens;
-  plan.keep = fits_l2(op, args.views * args.batch * args.grid[0] * args.grid[1] * args.channels *
-                              static_cast<int64_t>(sizeof(T)));
+  constexpr int64_t kSize = sizeof(T);
+  plan.keep = fits_l2(op, kSize * field_elements(args), kSize * token_elements(args));
   const int64_t resident = kBackwardResident * std::max<int64_t>(1, processors(op));
   // Where the offsets lie on the device nobody knows how many entries there are: as on a grid.
   const int64_t parts = div_up(div_up(args.views, Tile::slots), kEntries);

@@ -4,10 +4,10 @@
 namespace srt::cuda {
 namespace {
 
-// A warp makes a strip of one view of one plane: a few rows of at most kColumns pixels. Its lanes
-// read every 32nd position of a row. Where these positions lie in the image, padding included, is
-// found once for all rows of the strip. What is read goes through shared memory, from where each
-// lane writes the pixels of 16 bytes.
+// A warp computes a strip of one view of one plane: a few rows of at most kColumns pixels. A lane
+// reads every 32nd position of a row. The source columns of these positions, padding included, are
+// the same for all rows of the strip and are computed once. Rows go through shared memory, so that
+// a lane writes 16 bytes at a time.
 constexpr int kWarps = kThreads / kWarpThreads;
 constexpr int kColumns = 256;
 constexpr int kPositions = kColumns / kWarpThreads;  // of a lane
@@ -29,37 +29,39 @@ struct ShiftPlan {
   void* out;     // [V, planes, height, width]
 };
 
-// What the warps of a block have in common: their strips lie one below the other.
+// State shared by the warps of a block. Their strips are stacked vertically.
 template <class T>
-struct Strips {
-  const T* image;            // the plane
-  T* out;                    // of the view
-  int32_t y, x;              // of the first pixel
-  ShiftTaps taps_y, taps_x;  // none for a view that covers nothing
+struct Block {
+  const T* image;     // the plane
+  T* out;             // the plane of the view
+  int32_t y, x;       // of the first pixel
+  ShiftTaps taps[2];  // of y and x; none for a view that covers nothing
 };
 
-// By one thread.
-template <class T>
-__device__ void locate(const ShiftPlan& plan, const InlineNumbers& inline_offsets, int64_t block,
-                       int strip_rows, Strips<T>& strips) {
-  const int64_t tiles_y = div_up(plan.height, strip_rows), tiles_x = div_up(plan.width, kColumns);
-  const int64_t rows = block / tiles_x, layer = rows / tiles_y, view = layer / plan.planes;
+// Called by two threads, one for each axis.
+template <int kTaps, class T>
+__device__ void locate(const ShiftPlan& plan, const InlineNumbers& inline_offsets, int64_t index,
+                       int block_rows, int axis, Block<T>& block) {
+  const int64_t tiles_y = div_up(plan.height, block_rows), tiles_x = div_up(plan.width, kColumns);
+  const int64_t rows = index / tiles_x, layer = rows / tiles_y, view = layer / plan.planes;
+  const int64_t i = 2 * view + axis;
+  const double offset = plan.offsets.data ? plan.offsets[i] : inline_offsets.at[i];
+  // So the compiler leaves the cubic weights out of the kernel that does not need them.
+  const Interpolation interpolation = kTaps == 4 ? Interpolation::bicubic
+                                      : plan.interpolation == Interpolation::nearest
+                                          ? Interpolation::nearest
+                                          : Interpolation::bilinear;
+  const bool counts = fabs(offset) <= static_cast<double>(kMaxOffset);
+  block.taps[axis] = counts ? shift_taps(offset, interpolation) : ShiftTaps{};
+  if (axis != 0) return;
   const int64_t plane = plan.height * plan.width;
-  strips.image = static_cast<const T*>(plan.image) + (layer - view * plan.planes) * plane;
-  strips.out = static_cast<T*>(plan.out) + layer * plane;
-  strips.y = static_cast<int32_t>(rows - layer * tiles_y) * strip_rows;
-  strips.x = static_cast<int32_t>(block - rows * tiles_x) * kColumns;
-  const auto taps = [&](int axis) {
-    const int64_t i = 2 * view + axis;
-    const double offset = plan.offsets.data ? plan.offsets[i] : inline_offsets.at[i];
-    const bool counts = fabs(offset) <= static_cast<double>(kMaxOffset);
-    return counts ? shift_taps(offset, plan.interpolation) : ShiftTaps{};
-  };
-  strips.taps_y = taps(0);
-  strips.taps_x = taps(1);
+  block.image = static_cast<const T*>(plan.image) + (layer - view * plan.planes) * plane;
+  block.out = static_cast<T*>(plan.out) + layer * plane;
+  block.y = static_cast<int32_t>(rows - layer * tiles_y) * block_rows;
+  block.x = static_cast<int32_t>(index - rows * tiles_x) * kColumns;
 }
 
-// Not inlined: few positions are padded, and one copy of the divisions is enough.
+// Not inlined: few positions are padded, so one copy of the divisions is enough.
 __device__ __noinline__ int32_t padded_index(int32_t i, int32_t n, Padding padding) {
   return static_cast<int32_t>(pad_index(i, n, padding));
 }
@@ -76,22 +78,22 @@ struct Strip {
   T* out;  // at its first pixel
   int lane, rows, columns;
   int taps_y, taps_x;
-  int32_t first_row;  // position, in the image, of the first row that the strip reads
-  // Of the positions lane + 32 i in a row of the image, and of one more for the taps beyond the
-  // columns; -1 for a padded zero, and where there is no position.
+  int32_t first_row;  // of the image, that the strip reads; may lie in the padding
+  // Source columns of the positions lane + 32 i, and of one more for the taps beyond the last
+  // column. -1 for a padded zero, and where there is no position.
   int32_t column[kPositions + 1];
 
-  __device__ Strip(const ShiftPlan& plan, const Strips<T>& strips)
-      : plan(plan), image(strips.image), taps_y(strips.taps_y.taps), taps_x(strips.taps_x.taps) {
+  __device__ Strip(const ShiftPlan& plan, const Block<T>& block)
+      : plan(plan), image(block.image), taps_y(block.taps[0].taps), taps_x(block.taps[1].taps) {
     const int32_t warp = static_cast<int32_t>(threadIdx.x) / kWarpThreads;
-    const int32_t height = static_cast<int32_t>(plan.height), y = strips.y + warp * kRows<Acc>;
+    const int32_t height = static_cast<int32_t>(plan.height), y = block.y + warp * kRows<Acc>;
     const int32_t width = static_cast<int32_t>(plan.width);
     lane = static_cast<int>(threadIdx.x) % kWarpThreads;
-    out = strips.out + y * plan.width + strips.x;
+    out = block.out + y * plan.width + block.x;
     rows = max(0, min(height - y, kRows<Acc>));
-    columns = min(width - strips.x, kColumns);
-    first_row = y + static_cast<int32_t>(strips.taps_y.first);
-    const int32_t first = strips.x + static_cast<int32_t>(strips.taps_x.first);
+    columns = min(width - block.x, kColumns);
+    first_row = y + static_cast<int32_t>(block.taps[0].first);
+    const int32_t first = block.x + static_cast<int32_t>(block.taps[1].first);
 #pragma unroll
     for (int i = 0; i <= kPositions; ++i) {
       const int at = lane + i * kWarpThreads;
@@ -99,7 +101,7 @@ struct Strip {
     }
   }
 
-  // Row i from the first that the strip reads; null for a padded zero.
+  // The i-th row that the strip reads; null for a padded zero.
   __device__ const T* row(int i) const {
     const int32_t height = static_cast<int32_t>(plan.height);
     const int32_t source = source_index(first_row + i, height, plan.padding);
@@ -140,41 +142,53 @@ struct Strip {
 // Whole pixels on both axes, bit for bit: not through the accumulator.
 template <class T>
 __device__ void read_pixels(const Strip<T>& strip, T (*lines)[kLine]) {
+  constexpr int kStripRows = kRows<typename Strip<T>::Acc>;
+  const bool counts = strip.taps_y * strip.taps_x > 0;
+  const T* row[kStripRows];
+  T value[kStripRows][kPositions];  // all loads are issued before the first is used
 #pragma unroll
-  for (int r = 0; r < kRows<typename Strip<T>::Acc>; ++r) {
-    const bool none = r >= strip.rows || strip.taps_y * strip.taps_x == 0;
-    const T* const row = none ? nullptr : strip.row(r);
+  for (int r = 0; r < kStripRows; ++r) row[r] = counts && r < strip.rows ? strip.row(r) : nullptr;
+#pragma unroll
+  for (int r = 0; r < kStripRows; ++r) {
 #pragma unroll
     for (int i = 0; i < kPositions; ++i)
-      lines[r][strip.lane + i * kWarpThreads] =
-          row && strip.column[i] >= 0 ? load(row + strip.column[i]) : T{};
+      value[r][i] = row[r] && strip.column[i] >= 0 ? load(row[r] + strip.column[i]) : T{};
+  }
+#pragma unroll
+  for (int r = 0; r < kStripRows; ++r) {
+#pragma unroll
+    for (int i = 0; i < kPositions; ++i) lines[r][strip.lane + i * kWarpThreads] = value[r][i];
   }
 }
 
-// The taps along y, of every position that those along x read.
+// The taps along y, of every position that the taps along x read.
 template <int kTaps, class T, class Acc>
 __device__ void filter_rows(const Strip<T>& strip, const ShiftTaps& taps, Acc (*lines)[kLine]) {
-  // Fewer taps than kTaps are its last ones: with row p of the image row p - (kTaps - 1) is done.
+  // A view with fewer taps uses the last ones, so row p - (kTaps - 1) of the strip is complete once
+  // row p of the image is added.
   const int absent = kTaps - strip.taps_y;
+  constexpr int kReads = kRows<Acc> + kTaps - 1;
   Acc weight[kTaps];
 #pragma unroll
   for (int k = 0; k < kTaps; ++k)
     weight[k] = k < absent ? Acc{0} : static_cast<Acc>(taps.weight[k - absent]);
+  const T* row[kReads];  // found first, so that the loads of one row need not wait for another
+#pragma unroll
+  for (int p = 0; p < kReads; ++p)
+    row[p] = p >= absent && p < strip.rows + kTaps - 1 ? strip.row(p - absent) : nullptr;
   Acc sum[kRows<Acc>][kPositions + 1] = {};
 #pragma unroll
-  for (int p = 0; p < kRows<Acc> + kTaps - 1; ++p) {
-    const bool reads = p >= absent && p < strip.rows + kTaps - 1;
-    const T* const row = reads ? strip.row(p - absent) : nullptr;
-    if (row) {
+  for (int p = 0; p < kReads; ++p) {
 #pragma unroll
-      for (int i = 0; i <= kPositions; ++i) {
-        const Acc value = strip.column[i] < 0 ? Acc{0} : to_acc(load(row + strip.column[i]));
+    for (int i = 0; i <= kPositions; ++i) {
+      const bool reads = row[p] && strip.column[i] >= 0;
+      const Acc value = reads ? to_acc(load(row[p] + strip.column[i])) : Acc{0};
 #pragma unroll
-        for (int k = 0; k < kTaps; ++k) {
-          const int r = p - k;
-          const bool has_tap = k == kTaps - 1 || k >= absent;
-          if (r >= 0 && r < kRows<Acc> && has_tap) sum[r][i] += weight[k] * value;
-        }
+      for (int k = 0; k < kTaps; ++k) {
+        const int r = p - k;
+        // A tap that the view does not have is skipped: 0 times a value that is not finite is NaN.
+        const bool has_tap = k == kTaps - 1 || k >= absent;
+        if (r >= 0 && r < kRows<Acc> && has_tap) sum[r][i] += weight[k] * value;
       }
     }
     const int done = p - (kTaps - 1);
@@ -187,7 +201,7 @@ __device__ void filter_rows(const Strip<T>& strip, const ShiftTaps& taps, Acc (*
   }
 }
 
-// The line holds what is written; several pixels are read in one vector.
+// out[i] = line[i]. Several pixels are read in one vector.
 template <class T, int N>
 __device__ void copy_line(const T* line, T (&out)[N]) {
   const Pack<T, N> pack = *reinterpret_cast<const Pack<T, N>*>(line);
@@ -195,7 +209,8 @@ __device__ void copy_line(const T* line, T (&out)[N]) {
   for (int i = 0; i < N; ++i) out[i] = pack.at[i];
 }
 
-// out[i] = sum over k < taps of weight[k] * line[i + k]. Several are read in whole vectors.
+// out[i] = sum over k < taps of weight[k] * line[i + k]. Several pixels are read in whole
+// vectors.
 template <int kTaps, class T, class Acc, int N>
 __device__ void filter_line(const Acc* line, int taps, const Acc (&weight)[kTaps], T (&out)[N]) {
   constexpr int kReads = N + kTaps - 1, kLanes = kVectorBytes / sizeof(Acc);
@@ -219,21 +234,24 @@ __device__ void filter_line(const Acc* line, int taps, const Acc (&weight)[kTaps
   }
 }
 
-// kTaps: of an axis, at most.
+// kTaps: the maximum number of taps of an axis.
 template <class T, int kTaps>
 __global__ void __launch_bounds__(kThreads, kResident)
     shift_kernel(const __grid_constant__ ShiftPlan plan,
                  const __grid_constant__ InlineNumbers inline_offsets) {
   using Acc = typename AccumulatorOf<T>::type;
-  constexpr int kStripRows = kWarps * kRows<Acc>;
+  constexpr int kBlockRows = kWarps * kRows<Acc>;
   alignas(kVectorBytes) __shared__ Acc lines[kWarps][kRows<Acc>][kLine];
-  __shared__ Strips<T> strips;
-  const int64_t tiles = div_up(plan.height, kStripRows) * div_up(plan.width, kColumns);
+  __shared__ Block<T> block;
+  const int64_t tiles = div_up(plan.height, kBlockRows) * div_up(plan.width, kColumns);
 
-  SRT_FOR_BLOCK(block, plan.views * plan.planes * tiles) {
-    if (threadIdx.x == 0) locate(plan, inline_offsets, block, kStripRows, strips);
+  SRT_FOR_BLOCK(index, plan.views * plan.planes * tiles) {
+    if (threadIdx.x < 2) {
+      const int axis = static_cast<int>(threadIdx.x);
+      locate<kTaps>(plan, inline_offsets, index, kBlockRows, axis, block);
+    }
     __syncthreads();
-    const Strip<T> strip(plan, strips);
+    const Strip<T> strip(plan, block);
     auto* const own = lines[threadIdx.x / kWarpThreads];
     if (strip.taps_y * strip.taps_x <= 1) {
       auto* const line = reinterpret_cast<T(*)[kLine]>(own);
@@ -241,15 +259,15 @@ __global__ void __launch_bounds__(kThreads, kResident)
       __syncwarp();
       strip.write(line, [](const T* from, auto& to) { copy_line(from, to); });
     } else {
-      filter_rows<kTaps>(strip, strips.taps_y, own);
+      if (strip.rows > 0) filter_rows<kTaps>(strip, block.taps[0], own);
       __syncwarp();
       Acc weight[kTaps];
 #pragma unroll
-      for (int k = 0; k < kTaps; ++k) weight[k] = static_cast<Acc>(strips.taps_x.weight[k]);
+      for (int k = 0; k < kTaps; ++k) weight[k] = static_cast<Acc>(block.taps[1].weight[k]);
       strip.write(own,
                   [&](const Acc* from, auto& to) { filter_line(from, strip.taps_x, weight, to); });
     }
-    __syncthreads();  // before the next strips take the place of these
+    __syncthreads();  // before the next block's state replaces this one
   }
 }
 
@@ -272,6 +290,7 @@ void shift_cuda(const ShiftArgs& args, const ViewNumbers& offsets, void* workspa
   const auto run = [&](auto element) {
     using T = decltype(element);
     constexpr int64_t kSize = sizeof(T);
+    const int64_t image_bytes = kSize * args.planes * args.height * args.width;
     ShiftPlan plan{args.image,
                    args.planes,
                    args.height,
@@ -282,7 +301,7 @@ void shift_cuda(const ShiftArgs& args, const ViewNumbers& offsets, void* workspa
                    args.interpolation,
                    args.width * kSize % kVectorBytes == 0 &&
                        reinterpret_cast<uintptr_t>(args.out) % kVectorBytes == 0,
-                   fits_l2("shift", args.views * args.planes * args.height * args.width * kSize),
+                   fits_l2("shift", image_bytes, args.views * image_bytes),
                    args.out};
     InlineNumbers inline_offsets{};
     if (offsets.host && 2 * args.views <= kInlineNumbers) {
@@ -291,8 +310,8 @@ void shift_cuda(const ShiftArgs& args, const ViewNumbers& offsets, void* workspa
       plan.offsets =
           upload("shift", offsets.host, 2 * args.views, static_cast<double*>(workspace), stream);
     }
-    constexpr int64_t kStripRows = kWarps * kRows<typename AccumulatorOf<T>::type>;
-    const int64_t tiles = div_up(args.height, kStripRows) * div_up(args.width, kColumns);
+    constexpr int64_t kBlockRows = kWarps * kRows<typename AccumulatorOf<T>::type>;
+    const int64_t tiles = div_up(args.height, kBlockRows) * div_up(args.width, kColumns);
     const bool cubic = args.interpolation == Interpolation::bicubic;
     launch("shift", cubic ? shift_kernel<T, 4> : shift_kernel<T, 2>,
            args.views * args.planes * tiles, stream, plan, inline_offsets);

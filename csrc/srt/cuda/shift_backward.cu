@@ -260,8 +260,9 @@ void shift_backward_cuda(const ShiftArgs& args, const ViewNumbers& offsets, void
                      args.width,   args.views,         device_numbers(offsets),
                      args.padding, args.interpolation, grad_image,
                      false};
-  const auto element_size = args.dtype == DType::f64 ? 8 : args.dtype == DType::f32 ? 4 : 2;
-  plan.keep = fits_l2(op, args.planes * args.height * args.width * element_size);
+  const int64_t size = args.dtype == DType::f64 ? 8 : args.dtype == DType::f32 ? 4 : 2;
+  const int64_t image_bytes = size * args.planes * args.height * args.width;
+  plan.keep = fits_l2(op, args.views * image_bytes, image_bytes);
   InlineNumbers inline_offsets{};
   if (offsets.host && 2 * args.views <= kInlineNumbers) {
     std::copy_n(offsets.host, 2 * args.views, inline_offsets.at);

@@ -765,8 +765,9 @@ int64_t reduce_as(const char* op, const EnsembleArgs& args, const ViewNumbers& o
   const int64_t planes = args.reduce == Reduce::moments               ? 2
                          : args.reduce == Reduce::median && args.seen ? kWindowPlanes
                                                                       : 1;
-  plan.keep = fits_l2(op, planes * args.batch * args.channels * rows * cells *
-                              static_cast<int64_t>(args.seen ? sizeof(Acc) : sizeof(T)));
+  constexpr int64_t kSize = sizeof(T);
+  const int64_t element = args.seen ? sizeof(Acc) : sizeof(T);
+  plan.keep = fits_l2(op, kSize * token_elements(args), element * planes * field_elements(args));
   InlineNumbers numbers;
   RawViews raw = raw_views(op, offsets, weights, args.views, workspace, numbers, stream);
   raw.stream = args.seen != nullptr;

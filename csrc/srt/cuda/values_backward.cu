@@ -377,7 +377,9 @@ int64_t gather_values(const char* op, const EnsembleArgs& args, const ViewNumber
   const int64_t out_strides[3] = {args.batch * h * w * args.channels, h * w * args.channels,
                                   args.channels};
   std::copy_n(out_strides, 3, plan.out_strides);
-  plan.keep = fits_l2(op, args.views * out_strides[0] * static_cast<int64_t>(sizeof(T)));
+  constexpr int64_t kSize = sizeof(T);
+  plan.keep = fits_l2(op, kSize * (field_elements(args) + token_elements(args)),
+                      kSize * token_elements(args));
   plan.map = map;
   // With weights one view can be nearly all of its mean: what is summed apart from it would cancel.
   const bool weighted = weights.host || weights.device;

@@ -94,6 +94,15 @@ inline RawViews raw_views(const char* op, const ViewNumbers& offsets, const View
   return raw;
 }
 
+// Elements of all tokens, and of a field.
+inline int64_t token_elements(const EnsembleArgs& args) {
+  return args.views * args.batch * args.grid[0] * args.grid[1] * args.channels;
+}
+inline int64_t field_elements(const EnsembleArgs& args) {
+  const int64_t rows = args.grid[0] * args.patch[0] / args.stride[0];
+  return args.batch * args.channels * rows * (args.grid[1] * args.patch[1] / args.stride[1]);
+}
+
 // values.cu. With no workspace: tells how large it must be. `for_gradient`: `out` gets what the
 // gradient asks of every cell and channel. Of a median, as a uint16_t, the first of the sorted
 // views that has its value, or kNoView; the mean as it was summed, in float or double.
