@@ -41,7 +41,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def save(results: dict[str, Any], path: Path) -> None:
-    """Whole, or not at all: a run may be ended at any moment."""
+    """Writes the file atomically, since a run may be ended at any time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(json.dumps(results, indent=1) + "\n")

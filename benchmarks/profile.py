@@ -80,15 +80,17 @@ def kernels(call: Call, device: torch.device) -> list[dict[str, Any]]:
 
 
 def observed(call: Call, device: torch.device) -> None:
-    """One call, which a profiler that was told to wait for it sees."""
+    """Runs the call between cudaProfilerStart and cudaProfilerStop."""
     if device.type != "cuda":
         call()
         return
     torch.cuda.synchronize()
     torch.cuda.profiler.start()
-    call()
-    torch.cuda.synchronize()
-    torch.cuda.profiler.stop()
+    try:
+        call()
+        torch.cuda.synchronize()
+    finally:
+        torch.cuda.profiler.stop()
 
 
 def short(kernel: str) -> str:

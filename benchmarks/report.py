@@ -7,8 +7,9 @@ stands in the README.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,10 +45,10 @@ def ratio(over: float | None, under: float | None) -> float | None:
 
 
 def over_limit(row: Row) -> float | None:
-    """Of a mean or a shift: ours over what it cannot do without, read in the same run.
+    """Our time divided by the limit measured in the same run, of a mean or a shift.
 
-    That is one filling of the result and one reading of the tokens; for a shift a copy of as many
-    bytes as it writes. Into a buffer that is kept, where that was read.
+    The limit of a mean is one ``fill`` of the result and one reading of the tokens; that of a shift
+    is a copy of as many bytes as it writes. Ours writes into ``out=``, if that was measured.
     """
     writes, reads = median(row, "fill, sum") or median(row, "fill"), median(row, "read the tokens")
     limit = median(row, "copy") if row["op"].startswith("shift") else None
@@ -110,6 +111,8 @@ def readme(results: Row) -> str:
             continue
         if row["op"].startswith("Running"):
             continue
+        if row["op"].startswith("gradient") and not is_main(row):
+            continue  # in cpu.md
         ours, published = median(row, "ours"), median(row, "published")
         other, limit = fastest(row, OTHERS), median(row, FRESH)
         lines.append(
@@ -287,6 +290,66 @@ def cpu_targets(results: Row) -> list[Target]:
     return targets
 
 
+def cuda_targets(results: Row) -> list[Target]:
+    """The goals on an H100 or H200: device time on a cold L2, in one run; P = 16, C = 384."""
+    rows = {(row["op"], row["dtype"], row["shape"]): row for row in results["rows"]}
+    targets = []
+
+    def add(
+        text: str,
+        key: tuple[str, str, str],
+        figure: Callable[[Row], float | None],
+        bound: float,
+        at_most: bool = True,
+    ) -> None:
+        row = rows.get(key)
+        targets.append(Target(text, row and figure(row), bound, at_most))
+
+    def published(row: Row) -> float | None:
+        return ratio(median(row, "published"), median(row, "ours"))
+
+    mean, davis = "mean, bilinear", "480x848 P=16 C=384 V={}"
+    views = {"best:4 ": 4, "best:16 ": 16, "": 49, "grid:6:2 ": 49}
+    for stride, bounds in (("", (1.25, 1.5)), (" stride 4", (2, 2))):
+        for dtype, bound in zip(("float32", "bfloat16"), bounds, strict=True):
+            for name, count in views.items():
+                shape = name + davis.format(count) + stride
+                text = f"mean, {dtype}, {shape}: ours / (fill + read)"
+                add(text, (mean, dtype, shape), over_limit, bound)
+    for dtype in ("float32", "bfloat16"):
+        for shape in ("1x3x480x848 V=16 best:16", "1x3x480x848 V=49 between"):
+            key = ("shift, bilinear", dtype, shape)
+            add(f"shift, {dtype}, {shape}: ours / copy", key, over_limit, 1.25)
+        for name, count in (("best:16 ", 16), ("", 49)):
+            shape = f"{name}224x224 P=16 C=384 V={count} stride 16"
+            add(
+                f"token scale, {dtype}, {count} views: us",
+                (mean, dtype, shape),
+                partial(median, name="ours"),
+                30,
+            )
+        default = "best:16 " + davis.format(16)
+        add(
+            f"median, {dtype}, {default}: ours / fill",
+            ("median, bilinear", dtype, default),
+            lambda row: ratio(median(row, "ours"), median(row, "fill")),
+            12,
+        )
+        add(
+            f"mean, {dtype}, {default}: best of matrix products / ours",
+            (mean, dtype, default),
+            lambda row: ratio(fastest(row, GEMMS), median(row, "ours")),
+            3,
+            at_most=False,
+        )
+    add(f"mean, {default}: published / ours", (mean, "float32", default), published, 100, False)
+    for row in results["end_to_end"]:
+        if "small" in row["model"]:
+            text = f"{row['model']}, {row['views']} views: shift + ensemble, % of SRT"
+            targets.append(Target(text, 100 * ours_of_srt(row), 5))
+    return targets
+
+
 def target_table(targets: list[Target]) -> str:
     words = {True: "met", False: "**missed**", None: "not read, or unsteady"}
     return markdown(
@@ -315,8 +378,8 @@ def tables(results: Row) -> str:
     earlier = Counter(row["commit"] for row in rows if "commit" in row)
     for commit, count in earlier.items():
         parts[0] += f" {count} of {len(rows)} rows are of a run of {commit} that was ended early."
-    if "gpu" not in facts:
-        parts += ["## Targets", target_table(cpu_targets(results))]
+    targets = cuda_targets if "gpu" in facts else cpu_targets
+    parts += ["## Targets", target_table(targets(results))]
     sections = {
         "Mean": ("mean",),
         "Shift": ("shift",),

@@ -44,7 +44,8 @@ Call = Callable[[], Any]
 
 M_MMAP_THRESHOLD = -3  # of mallopt
 FLUSH = 256 * 2**20  # bytes, several times the L2 of any GPU
-WAIT = 400_000  # clock cycles: about 0.2 ms, longer than the host needs to launch a call
+WAIT = 400_000  # clock cycles: at least about 0.2 ms of a wait before a call, while it is launched
+CYCLES = 2e9  # a second, at most
 WARM_UP = 2  # readings
 SLOW, FEW = 0.5e6, 3  # what takes more microseconds is read so often only
 ONCE = 5e6  # what takes more is read once: when it is checked
@@ -75,11 +76,15 @@ class Clock:
     def interleaved(self, calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
         readings: dict[str, list[float]] = {name: [] for name in calls}
         until = dict.fromkeys(calls, rounds)
+        waits = dict.fromkeys(calls, WAIT)
         for i in range(-WARM_UP, rounds):
-            pending = {name: self._start(calls[name]) for name in calls if i < until[name]}
+            pending = {
+                name: self._start(calls[name], waits[name]) for name in calls if i < until[name]
+            }
             self.wait()
-            for name, reading in pending.items():
+            for name, (reading, launched) in pending.items():
                 us = reading()
+                waits[name] = max(WAIT, int(1.5 * launched * CYCLES))
                 if i >= 0:
                     readings[name].append(us)
                 elif us > SLOW:
@@ -98,20 +103,26 @@ class Clock:
             return False
         return True
 
-    def _start(self, call: Call) -> Callable[[], float]:
+    def _start(self, call: Call, wait: int) -> tuple[Callable[[], float], float]:
+        """What gives the reading, and the seconds in which the host has launched the call.
+
+        The device waits for so many cycles before the call, so that the host is ahead of it.
+        """
         if not self.gpu:
             start = time.perf_counter()
             result = call()
             elapsed = time.perf_counter() - start
             del result
-            return lambda: 1e6 * elapsed
+            return lambda: 1e6 * elapsed, elapsed
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.sum(self.flush, 0, out=self.read)
-        torch.cuda._sleep(WAIT)
+        torch.cuda._sleep(wait)
         begin.record()
+        start = time.perf_counter()
         call()
+        launched = time.perf_counter() - start
         end.record()
-        return lambda: 1e3 * begin.elapsed_time(end)
+        return lambda: 1e3 * begin.elapsed_time(end), launched
 
     def replayed(self, call: Call, rounds: int) -> list[float]:
         """Of one of the calls of a graph; L2 is warm."""
@@ -700,7 +711,7 @@ DAVIS, LARGE = (30, 53), (37, 37)  # 480 x 848; 518 x 518 in patches of 14, as o
 
 
 def plan(extent: str) -> list[Step]:
-    """What there is least time for comes last.
+    """Steps are ordered by importance.
 
     "main" has what the README shows, "full" all of the CPU; "core" and "rest" are for a GPU; "walk"
     goes through the code of these two with tiny shapes.
@@ -802,7 +813,7 @@ def _pictures(sizes: Sizes, batch: int = 1, **peers: bool) -> list[Views]:
 
 
 def _core(sizes: Sizes) -> list[Step]:
-    """What to know first of a GPU: a minute, which may end at any moment. No torch.compile."""
+    """The most important measurements of a GPU, most important first. No torch.compile."""
     bare = {"loops": False, "compiled": False}
     grid, small = replace(sizes.davis, **bare), replace(sizes.tokens, **bare)
     default = by_views(grid, DEFAULT)
@@ -821,6 +832,11 @@ def _core(sizes: Sizes) -> list[Step]:
     return [
         *_each(measure_mean, means, **bilinear),
         *_each(measure_read, [coarse], **bilinear),
+        *_each(
+            measure_mean,
+            [replace(case, stride=sizes.stride) for case in (by_views(grid, "best:4"), grid)],
+            **bilinear,
+        ),
         *_each(measure_mean, [at_tokens, by_views(at_tokens, DEFAULT)], **bilinear),
         *_each(measure_views, _pictures(sizes, **bare)),
         *(
@@ -844,9 +860,10 @@ def _rest(sizes: Sizes) -> list[Step]:
     both = (default, grid, small_default, small)
     half = (torch.float16,)
     gradients = [replace(case, loops=True) for case in (default, small)]
+    wide = by_views(grid, "grid:6:2")
+    means = [wide, replace(wide, stride=sizes.stride), large, by_views(large, DEFAULT), scattered]
     return [
-        *_each(measure_mean, [by_views(grid, "grid:6:2"), large], **bilinear),
-        *_each(measure_mean, [by_views(large, DEFAULT), scattered], **bilinear),
+        *_each(measure_mean, means, **bilinear),
         *_each(measure_streams, [default], **bilinear),
         *_each(measure_gradients, gradients, **bilinear),
         *_each(

@@ -49,6 +49,27 @@ def test_the_schema_knows_every_extent() -> None:
     assert {extent.value for extent in extents} == set(SCHEMA["properties"]["extent"]["enum"])
 
 
+def test_goals_of_a_gpu_name_rows_that_are_measured() -> None:
+    """A shape that is spelled differently would leave its goal unread in silence."""
+    suite = pytest.importorskip("benchmarks.suite")
+    calls = {"ours": 20, "ours, out=": 12, "fill": 10, "copy": 15, "read the tokens": 2, "GEMM": 60}
+    ops = {"measure_views": "shift", "measure_mean": "mean", "measure_median": "median"}
+    rows = [
+        {
+            "op": f"{ops.get(step.func.__name__)}, bilinear",
+            "dtype": suite.name_of(step.keywords["dtype"]),
+            "shape": step.keywords["case"].text(),
+            "calls": {name: {"median": us} for name, us in {**calls, "published": 4000}.items()},
+        }
+        for extent in ("core", "rest")
+        for step in suite.plan(extent)
+        if step.keywords.get("upsample", "bilinear") == "bilinear" and "case" in step.keywords
+    ]
+    targets = report.cuda_targets({"rows": rows, "end_to_end": []})
+    assert [target.text for target in targets if target.measured is None] == []
+    assert [target.measured for target in targets if "fill + read" in target.text] == [1.0] * 16
+
+
 def test_the_limit_of_a_row() -> None:
     def row(op: str, **us: float) -> dict[str, object]:
         return {

@@ -5,15 +5,15 @@
 #
 #   scripts/gpu_bundle.sh [FOLDER [ARCHITECTURE]]
 #
-# FOLDER (default gpu_bundle, which git ignores) also gets the commit of the sources. ARCHITECTURE
-# (default 90) is what CMAKE_CUDA_ARCHITECTURES takes.
+# FOLDER (default gpu_bundle, which git ignores) also gets the commit of the sources and their digest,
+# which gpu_check.sh compares. ARCHITECTURE (default 90-real) is what CMAKE_CUDA_ARCHITECTURES takes.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 folder=$(mkdir -p "${1:-$root/gpu_bundle}" && cd "${1:-$root/gpu_bundle}" && pwd)
 build=$root/build/gpu_bundle # compiles only what changed since the last bundle
 
 cmake -G Ninja -S "$root" -B "$build" -DPython3_EXECUTABLE="$(command -v python3)" \
-  -DSRT_CUDA=1 -DSRT_CUDA_ARCHS="${2:-90}" -DSRT_SANITIZE=ON
+  -DSRT_CUDA=1 -DSRT_CUDA_ARCHS="${2:-90-real}" -DSRT_SANITIZE=ON
 cmake --build "$build" --target _C _C_cuda cuda_sanitize
 
 for file in _C.so _C_cuda.so cuda_sanitize; do
@@ -28,5 +28,6 @@ for file in _C.so _C_cuda.so cuda_sanitize; do
     exit 1
   fi
 done
-git -C "$root" describe --always --dirty --exclude '*' >"$folder/commit"
+git -C "$root" describe --always --dirty --exclude '*' | tee "$folder/commit"
+"$root/scripts/kernel_digest.sh" >"$folder/digest"
 ls -l "$folder"

@@ -4,12 +4,12 @@
 #
 #   scripts/gpu_check.sh [--dry-run] first|second [OUTPUT [TEST ...]]
 #
-# Runs what scripts/gpu_bundle.sh has put into gpu_bundle; without it, the kernels are built first.
-# OUTPUT (default benchmarks/results) gets summary.txt, log.txt, JSON files and the report of Nsight
-# Compute, all as they come: a run that is ended early loses nothing. Every step runs, whatever failed
-# before it, within a time of its own. `second` also repeats each TEST (of pytest) that failed in
-# `first`. The exit status is 1 if a step failed, 2 if something that is needed is missing. --dry-run
-# does what needs no GPU, on the CPU.
+# Runs what scripts/gpu_bundle.sh has put into gpu_bundle; without that folder, the kernels are built
+# first. OUTPUT (default benchmarks/results) gets a summary, a log, JSON files, the clocks of the GPU and
+# the report of Nsight Compute, all as they come: a run that is ended early loses nothing. Each step has
+# a time limit and runs even if an earlier step failed. `second` also repeats each TEST (of pytest) that
+# failed in `first`. The exit status is 1 if a step failed, 2 if something that is needed is missing.
+# --dry-run does what needs no GPU, on the CPU.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 dry=
@@ -39,15 +39,20 @@ for tool in "${tools[@]}"; do command -v "$tool" >/dev/null || missing+=("$tool"
 # Looked up, not imported: imports take seconds each.
 while read -r module; do
   case $module in
-    cupy | jax | transformers) echo "WARNING: no $module: its tests are SKIPPED" ;;
+    cupy | jax) echo "WARNING: no $module: its tests are SKIPPED" ;;
     *) missing+=("the Python module $module") ;;
   esac
 done < <(python3 - torch numpy pytest hypothesis timm torchvision typer xdist cupy jax <<'PY'
 import sys
 from importlib.util import find_spec
-print(*(name for name in sys.argv[1:] if find_spec(name) is None), sep="\n", end="")
+for name in sys.argv[1:]:
+    if find_spec(name) is None:
+        print(name)
 PY
 )
+if [ -d "$bundle" ] && [ "$(cat "$bundle/digest")" != "$("$root/scripts/kernel_digest.sh")" ]; then
+  missing+=("a bundle of these sources: run scripts/gpu_bundle.sh again")
+fi
 if [ ${#missing[@]} -gt 0 ]; then
   printf 'missing: %s\n' "${missing[@]}" >&2
   exit 2
@@ -55,23 +60,29 @@ fi
 
 # ---- steps --------------------------------------------------------------------------------------
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-summary=$output/summary.txt
-log=$output/log.txt
+sampler=
+finish() {
+  [ -z "$sampler" ] || kill "$sampler" 2>/dev/null || true
+  rm -rf "$work"
+}
+trap finish EXIT
+summary=$output/summary-$run.txt
+log=$output/log-$run.txt
 : >"$summary"
 : >"$log"
 failed=0
 
-# step NAME SECONDS COMMAND...: appends to the log as it comes; never longer than what is left. It is
-# ended by an interrupt: then pytest still tells what has failed.
+# step NAME SECONDS COMMAND...: appends to the log as it comes; never longer than what is left. An
+# interrupt ends it, so that pytest still prints what has failed.
+grace=12
 step() {
-  local name=$1 seconds=$2 begin=$SECONDS status=0 left=$((limit - SECONDS - 8)) from
+  local name=$1 seconds=$2 begin=$SECONDS status=0 left=$((limit - SECONDS - grace)) from
   shift 2
   [ "$left" -lt "$seconds" ] || left=$seconds
   printf '\n=== [%3d s] %s\n' "$SECONDS" "$name" | tee -a "$log"
   from=$(wc -l <"$log")
   if [ "$left" -gt 0 ]; then
-    timeout -s INT -k 5 "$left" "$@" >>"$log" 2>&1 || status=$?
+    timeout -s INT -k $((grace - 2)) "$left" "$@" >>"$log" 2>&1 || status=$?
   else
     status=124
   fi
@@ -86,7 +97,7 @@ step() {
 }
 skip() { printf '   0 s  SKIPPED %s\n' "$*" | tee -a "$summary"; }
 
-export PYTHONUNBUFFERED=1 OMP_WAIT_POLICY=PASSIVE
+export PYTHONUNBUFFERED=1 OMP_WAIT_POLICY=PASSIVE XLA_PYTHON_CLIENT_PREALLOCATE=false
 # Threads that wait for each other on cores which the machine does not really have take minutes.
 cores=$(nproc)
 export OMP_NUM_THREADS=$((cores < 8 ? cores : 8))
@@ -100,13 +111,11 @@ if [ ! -d "$bundle" ]; then
   limit=$((limit + 240))
   export -f build
   export root work
-  step "build, for want of gpu_bundle" 240 bash -c build
+  step "build (no gpu_bundle)" 240 bash -c build
   bundle=$work/build
 fi
-sources=$(git -C "$root" describe --always --dirty --exclude '*' 2>/dev/null || true)
-commit=$(cat "$bundle/commit" 2>/dev/null || echo "${sources:-unknown}")
-[ "${sources:-$commit}" = "$commit" ] ||
-  echo "WARNING: the kernels in $bundle are of commit $commit, the sources of $sources"
+commit=$(git -C "$root" describe --always --dirty --exclude '*' 2>/dev/null ||
+  cat "$bundle/commit" 2>/dev/null || echo unknown)
 
 # A copy, so that the libraries do not replace those of the checkout.
 mkdir "$work/tree"
@@ -120,6 +129,10 @@ export PYTHONPATH=$work/tree
 if [ -z "$dry" ]; then
   facts=name,driver_version,compute_cap,clocks.sm,clocks.max.sm,clocks.mem,power.limit
   card=$(nvidia-smi --query-gpu=$facts --format=csv,noheader) || card="no GPU"
+  # Clocks under load are not those of an idle card.
+  nvidia-smi --query-gpu=timestamp,clocks.sm,clocks.mem,power.draw,temperature.gpu --format=csv \
+    --loop-ms=500 >"$output/clocks-$run.csv" 2>/dev/null &
+  sampler=$!
 else
   card="no GPU: a dry run"
 fi
@@ -127,33 +140,39 @@ echo "$run run of commit $commit on $card" | tee -a "$summary"
 
 smoke() { step "smoke$1" "$2" python3 scripts/gpu_smoke.py --device "$device" "${@:3}"; }
 benchmark() { # EXTENT SECONDS
-  local extent=$1
+  local extent=$1 left=$((limit - SECONDS - grace - 20))
   [ -z "$dry" ] || extent=walk
   shown=60 step "benchmark: $1" $(($2 + 15)) python3 -m benchmarks --device "$device" \
-    --extent "$extent" --seconds "$2" --rounds 20 --results "$output" --commit "$commit"
+    --extent "$extent" --seconds $(($2 < left ? $2 : left)) --rounds 20 --results "$output" \
+    --commit "$commit"
 }
-tests=(python_tests/test_cuda.py python_tests/test_cuda_autograd.py python_tests/test_array.py
-  python_tests/test_backbones.py::test_on_a_gpu)
+arrays=python_tests/test_array.py
+tests=(python_tests/test_cuda.py python_tests/test_cuda_autograd.py
+  python_tests/test_backbones.py::test_on_a_gpu $arrays::test_cupy $arrays::test_jax_on_a_gpu
+  $arrays::test_streams_wait_for_each_other $arrays::test_offsets_and_weights_on_a_gpu
+  $arrays::test_memory_of_inputs_is_kept_while_it_is_read)
 pytest() { # NAME SECONDS WORKERS ARGUMENT...
   local workers=$3
   [ -z "$dry" ] || set -- "$@" --collect-only
   OMP_NUM_THREADS=$((workers > 0 ? 1 : OMP_NUM_THREADS)) step "$1" "$2" python3 -m pytest \
     -p no:cacheprovider -n "$workers" -v --tb=short --durations=5 "${@:4}"
 }
-sanitizer=$(command -v compute-sanitizer || true)
-# Some virtual machines lend a GPU that the sanitizer cannot watch.
-if [ -n "$sanitizer" ] && [ -z "$dry" ] && timeout 30 "$sanitizer" "$bundle/cuda_sanitize" --probe 2>&1 |
-  tee -a "$log" | grep -q "Device not supported"; then
-  sanitizer=
-fi
 sanitize() { # TOOL SECONDS
+  local probe
   if [ -n "$dry" ]; then
     skip "$1: a dry run"
-  elif [ -z "$sanitizer" ]; then
-    skip "$1: compute-sanitizer is not there, or does not support the device"
-  else
-    step "$1" "$2" "$sanitizer" --tool "$1" --error-exitcode 1 "$bundle/cuda_sanitize" --reduced
+    return
+  elif ! command -v compute-sanitizer >/dev/null; then
+    skip "$1: no compute-sanitizer"
+    return
   fi
+  # It does not support the GPUs of some virtual machines.
+  probe=$(timeout 15 compute-sanitizer "$bundle/cuda_sanitize" --probe 2>&1 || true)
+  case $probe in
+    *"not supported"*) skip "$1: compute-sanitizer does not support this GPU" ;;
+    *) step "$1" "$2" compute-sanitizer --tool "$1" --error-exitcode 1 \
+      "$bundle/cuda_sanitize" --reduced ;;
+  esac
 }
 nsight_compute() { # SECONDS
   local call=(python3 -m benchmarks.profile --device "$device" --once)
@@ -187,8 +206,8 @@ if [ "$run" = first ]; then
   pytest "graphs, streams, waits, compile" 45 0 -m serial "${tests[@]}"
   sanitize memcheck 40
 else
-  [ ${#failed_before[@]} -eq 0 ] || pytest "what failed before" 40 0 "${failed_before[@]}"
-  for tool in racecheck initcheck synccheck; do sanitize "$tool" 35; done
+  [ ${#failed_before[@]} -eq 0 ] || pytest "what failed before" 30 0 "${failed_before[@]}"
+  for tool in racecheck initcheck synccheck; do sanitize "$tool" 25; done
   if [ -z "$dry" ]; then
     benchmark rest 120
   else

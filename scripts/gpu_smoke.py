@@ -31,6 +31,19 @@ def ensemble(**modes: object) -> Op:
     return lambda tokens, _: (srt_ext.ensemble(tokens, *PLACE, **modes),)  # type: ignore[arg-type]
 
 
+def uint8(_: torch.Tensor, image: torch.Tensor) -> Results:
+    # Bytes are exact in both precisions, and so are the views of whole pixels.
+    return (
+        srt_ext.shift((40 * image.float()).clamp(0, 255).to(torch.uint8), VIEWS).to(image.dtype),
+    )
+
+
+def on_the_device(tokens: torch.Tensor, _: torch.Tensor) -> Results:
+    """Offsets and weights lie where the tokens do."""
+    weights = torch.linspace(0.5, 2, len(VIEWS), device=tokens.device)
+    return (srt_ext.ensemble(tokens, VIEWS.to(tokens.device), GRID, PATCH, weights),)
+
+
 def into(tokens: torch.Tensor, _: torch.Tensor) -> Results:
     out = torch.full((1, CHANNELS, 96, 144), float("nan"), dtype=tokens.dtype, device=tokens.device)
     return (srt_ext.ensemble(tokens, *PLACE, out=out),)
@@ -61,11 +74,13 @@ def gradient(op: Op, of_image: bool = False) -> Op:
 
 OPS: dict[str, Op] = {
     "shift, whole pixels": lambda _, image: (srt_ext.shift(image, VIEWS),),
+    "shift, uint8": uint8,
     "shift, nearest": shift("nearest"),
     "shift, bilinear": shift("bilinear"),
     "shift, bicubic": shift("bicubic"),
     "mean": ensemble(),
     "mean, weights": ensemble(weights=torch.linspace(0.5, 2, len(VIEWS))),
+    "mean, offsets and weights on the device": on_the_device,
     "mean, nearest": ensemble(upsample="nearest"),
     "mean, stride 4": ensemble(stride=4),
     "mean, token scale": ensemble(stride=16, border="zeros"),
@@ -77,6 +92,8 @@ OPS: dict[str, Op] = {
     "RunningMedian": stream(srt_ext.RunningMedian),
     "gradient of mean": gradient(ensemble()),
     "gradient of moments": gradient(moments),
+    # Under nearest upsampling a median is a token: rounding cannot choose another view.
+    "gradient of median": gradient(ensemble(reduce="median", upsample="nearest")),
     "gradient of shift": gradient(shift("bilinear"), of_image=True),
 }
 
@@ -123,7 +140,7 @@ def called(device: str) -> bool:
         for name, op in OPS.items():
             try:
                 right &= is_right(name, dtype, op(*given))
-            except Exception:  # the other ops are told of all the same
+            except Exception:  # report it, and go on
                 print(f"FAILED {name}, {dtype}", flush=True)
                 traceback.print_exc()
                 right = False

@@ -327,8 +327,8 @@ class MomentsStream(MeanStream[A]):
         return self._cast(self._state["var"], copy=True)
 
     def _joined(self, other: dict[str, Any], keep: Any, share: Any) -> dict[str, Any]:
-        # keep * share * apart^2, as a product of two shares of the distance: no cell that one
-        # stream alone covers multiplies an overflow by 0.
+        # keep * share * apart^2, multiplied so that a cell that only one stream covers never
+        # computes 0 * inf.
         apart = other["mean"] - self._state["mean"]
         var = keep * apart
         apart *= share
