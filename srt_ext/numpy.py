@@ -1,9 +1,9 @@
 """``shift``, ``ensemble`` and streams of views on NumPy arrays: the kernels of the ops, no torch.
 
 ``import srt_ext.numpy`` works where torch is not installed, and gives bit for bit what
-``torch.ops.srt.*`` gives on the CPU. ``merge`` uses NumPy's arithmetic and
-agrees with torch within rounding error. Arrays are float32, float64, float16, or bfloat16 as ml_dtypes has it, in the
-byte order of the machine; ``shift`` takes uint8, too. Tokens are read in place, or refused: nothing
+``torch.ops.srt.*`` gives on the CPU. ``merge`` uses NumPy's arithmetic and agrees with torch within
+rounding error. Arrays are float32, float64, float16, or bfloat16 as ml_dtypes has it, in the byte
+order of the machine; ``shift`` takes uint8, too. Tokens are read in place, or refused: nothing
 large is copied. While a call computes, other Python threads run.
 
 What there is not: gradients, GPUs, ``all_reduce`` of streams, designs of views (offsets are any
