@@ -90,11 +90,11 @@ class EnsembleBounds:
 
     @cached_property
     def _values(self) -> torch.Tensor:
-        """[V', B, C, H', W'] of the views of weight > 0; NaN where one does not count."""
+        """[1 + V', B, C, H', W'] of no view, and of those of weight > 0; NaN where none counts."""
         args, modes = self.case.call(self.tokens.double())
         sums = reference._view_sums(*args, **modes, dtype=torch.float64)
-        none = torch.full((1, *self.case.shape), torch.nan, dtype=torch.float64)
-        return torch.cat([none, *((total / count)[None] for _, total, count in sums)])
+        values = [total / count for _, total, count in sums]
+        return torch.stack([torch.full(self.case.shape, torch.nan, dtype=torch.float64), *values])
 
     def variance(self, joins: int = 0) -> torch.Tensor:
         """[B, C, H', W'] of a variance; of a stream after so many joins.
@@ -176,11 +176,11 @@ class EnsembleBounds:
         return self._gamma(self._fold) * self._gradient("median", grad.double().abs())
 
     def moments_gradient(self, grad: torch.Tensor, grad_var: torch.Tensor) -> torch.Tensor:
-        """Of share * (grad + 2 * grad_var * (value - mean)), folded.
+        """Of share * (grad + 2 * grad_var * (value - mean)), summed over the cells of a token.
 
-        CUDA takes values and means relative to a mean nearby: two differences of up to twice the
-        largest value. Both are rounded ``count`` times. The gradient of the oracle's mean is the
-        fold of share * grad.
+        CUDA takes values and means relative to a mean nearby: two differences of a size up to
+        2 * largest. Value and mean are rounded ``count`` times at most. The gradient of the
+        oracle's mean is the sum of share * grad.
         """
         size = grad.double().abs() + 8 * grad_var.double().abs() * self.largest
         return self._gamma(self._fold + self.count) * self._gradient("mean", size)
@@ -198,9 +198,10 @@ class ShiftBounds:
         self.case, self.dtype = case, accumulator(dtype)
 
     def _gamma(self, sums: int) -> float:
-        # Weights of both axes: a cast each; in float64 less than 8 roundings each: three products
-        # and twice g = 1 - f, or a polynomial of g that is at least 0.75. The oracle rounds to
-        # float64 as often as a kernel in float64; in float32 that is less than one more.
+        # A weight in float64 is off by less than 8 u: outer taps are three products and twice
+        # g = 1 - f, inner taps a product and a sum of at least 0.75 that is off by less than 7 u.
+        # The oracle is rounded as often as a float64 kernel. In float32: a cast for each axis, and
+        # one for all roundings to float64.
         n = 2 * (2 * 8 + sums) if self.dtype == torch.float64 else 2 + 1 + sums
         return gamma(n, self.dtype)
 
