@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import torch
 
-# The size of a sum's terms and how often each of them is rounded; or a bound, and None.
-Part = tuple[torch.Tensor, int | None]
-
 
 def assert_within_budget(
     actual: torch.Tensor, truth: torch.Tensor, same_precision: torch.Tensor
@@ -48,40 +45,29 @@ def gamma(roundings: int, dtype: torch.dtype) -> float:
     return u / (1 - u)
 
 
-def assert_within_rounding(actual: torch.Tensor, truth: torch.Tensor, parts: list[Part]) -> None:
-    """Within a bound that no input exceeds: of the sums' roundings, and of the one to the result.
+def assert_within_rounding(actual: torch.Tensor, truth: torch.Tensor, bound: torch.Tensor) -> None:
+    """Within the bound of the sums (bounds.py) and one rounding to the type of the result.
 
     Args:
         actual: the kernel's result.
         truth: the oracle in float64.
-        parts: what the bound of the sums is the sum of (bounds.py).
+        bound: of the sums, float64; its shape expands to that of ``truth``.
     """
     assert actual.shape == truth.shape
-    assert truth.dtype == torch.float64
+    assert truth.dtype == bound.dtype == torch.float64
     dtype = accumulator(actual.dtype)
-    sums = torch.finfo(dtype)
-    bound = torch.zeros_like(truth)
-    for size, roundings in parts:
-        assert size.shape == truth.shape
-        if roundings is None:
-            bound += size
-        else:
-            # A product may also be too small for its type: then it is off by half of the least. A
-            # sum of sums of n has no more than n^2 products.
-            bound += gamma(roundings, dtype) * size + roundings**2 * _least(sums)
+    # A product that is too small for its type is off by half of the smallest number above 0. The
+    # smallest normal number is 2^24 times that (float64: 2^53 times), more than a sum has products.
+    bound = bound.expand_as(truth) + torch.finfo(dtype).smallest_normal
     if actual.dtype == torch.uint8:  # rounds to an integer, and saturates
         truth, bound = truth.clamp(0, 255), bound + 0.5
     elif actual.dtype != dtype:
         info = torch.finfo(actual.dtype)
-        bound = bound + info.eps / 2 * (truth.abs() + bound) + _least(info)
+        least = info.smallest_normal * info.eps  # above 0
+        bound = bound + info.eps / 2 * (truth.abs() + bound) + least / 2
     error = (actual.double() - truth).abs()
     worst = (error - bound).flatten().argmax() if error.numel() else 0
     assert (error <= bound).all(), (
         f"error {error.flatten()[worst]:.3g} at {truth.flatten()[worst]:.3g}; "
         f"bound {bound.flatten()[worst]:.3g}"
     )
-
-
-def _least(info: torch.finfo) -> float:
-    """Half of the smallest number above 0."""
-    return info.smallest_normal * info.eps / 2

@@ -106,8 +106,7 @@ def check_field(case: Ensemble, tokens: torch.Tensor, field: torch.Tensor) -> No
 
 
 def check_rounding(case: Ensemble, tokens: torch.Tensor, field: torch.Tensor) -> None:
-    parts = EnsembleBounds(case, tokens).of_mean_on_cuda()
-    assert_within_rounding(field, oracle(case, tokens), parts)
+    assert_within_rounding(field, oracle(case, tokens), EnsembleBounds(case, tokens).mean())
 
 
 def check_shift(case: Shift, dtype: torch.dtype, values: str = "host") -> None:
@@ -771,16 +770,16 @@ def check_reductions(case: Ensemble, tokens: torch.Tensor, values: str) -> None:
     plain = replace(case, weights=None)
     args, modes = placed(plain.call(tokens), values)
     field = srt_ext.ensemble(*args, reduce="median", **modes).cpu()
-    parts = EnsembleBounds(plain, tokens).of_median()
-    assert_within_rounding(field, median_oracle(case, tokens), parts)
+    bound = EnsembleBounds(plain, tokens).median()
+    assert_within_rounding(field, median_oracle(case, tokens), bound)
 
     args, modes = placed(case.call(tokens), values)
     mean, var = srt_ext.ensemble_moments(*args, **modes)
     args, modes = case.call(tokens)
     true_mean, true_var = reference.ensemble_moments(*args, **modes)
     bounds = EnsembleBounds(case, tokens)
-    assert_within_rounding(mean.cpu(), true_mean, bounds.of_moments_mean())
-    assert_within_rounding(var.cpu(), true_var, bounds.of_variance(true_var, cuda=True))
+    assert_within_rounding(mean.cpu(), true_mean, bounds.mean())
+    assert_within_rounding(var.cpu(), true_var, bounds.variance())
 
 
 @each_values

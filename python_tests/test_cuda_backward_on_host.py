@@ -240,14 +240,8 @@ def compare(
 def compare_rounding(
     case: Ensemble, reduce: str, tokens: torch.Tensor, actual: torch.Tensor, *grads: torch.Tensor
 ) -> None:
-    bounds = EnsembleBounds(case, tokens)
-    if reduce == "mean":
-        parts = bounds.of_mean_gradient(*grads)
-    elif reduce == "moments":
-        parts = bounds.of_moments_gradient(*grads, cuda=True)
-    else:
-        parts = bounds.of_median_gradient(oracle(case, reduce, tokens, grads[0].abs()))
-    assert_within_rounding(actual, oracle(case, reduce, tokens, *grads), parts)
+    bound = getattr(EnsembleBounds(case, tokens), f"{reduce}_gradient")(*grads)
+    assert_within_rounding(actual, oracle(case, reduce, tokens, *grads), bound)
 
 
 # ---- ensemble -----------------------------------------------------------------------------------
@@ -602,7 +596,7 @@ def check_shift(case: Shift, dtype: torch.dtype, cuda: Backward, **how: Any) -> 
     actual = cuda.shift_gradient(case, grad, **how)
     truth = shift_oracle(case, grad)
     if dtype == torch.float64:
-        assert_within_rounding(actual, truth, ShiftBounds(case, dtype).of_gradient(grad))
+        assert_within_rounding(actual, truth, ShiftBounds(case, dtype).gradient(grad))
     else:
         assert_within_budget(actual, truth, shift_oracle(case, grad, torch.float32).to(dtype))
 
@@ -638,8 +632,8 @@ def test_any_shift(
     cuda = Backward(library)
     grad = random((len(case.offsets), *case.image().shape), dtype, case.seed)
     actual = cuda.shift_gradient(case, grad, place=place, skip=skip)
-    parts = ShiftBounds(case, dtype).of_gradient(grad)
-    assert_within_rounding(actual, shift_oracle(case, grad), parts)
+    bound = ShiftBounds(case, dtype).gradient(grad)
+    assert_within_rounding(actual, shift_oracle(case, grad), bound)
 
 
 @pytest.mark.parametrize("views", [127, 128, 129, 300])

@@ -399,8 +399,7 @@ def check(case: Ensemble, tokens: torch.Tensor, field: torch.Tensor) -> None:
 
 
 def check_rounding(case: Ensemble, tokens: torch.Tensor, field: torch.Tensor) -> None:
-    parts = EnsembleBounds(case, tokens).of_mean_on_cuda()
-    assert_within_rounding(field, oracle(case, tokens), parts)
+    assert_within_rounding(field, oracle(case, tokens), EnsembleBounds(case, tokens).mean())
 
 
 # ---- ensemble -----------------------------------------------------------------------------------
@@ -832,8 +831,8 @@ def check_median_rounding(
 ) -> torch.Tensor:
     case = replace(case, weights=None)
     field = cuda.ensemble(case, tokens, reduce="median", **options)
-    parts = EnsembleBounds(case, tokens).of_median()
-    assert_within_rounding(field, median_oracle(case, tokens), parts)
+    bound = EnsembleBounds(case, tokens).median()
+    assert_within_rounding(field, median_oracle(case, tokens), bound)
     return field
 
 
@@ -902,8 +901,8 @@ def check_moments_rounding(
     args, modes = case.call(tokens)
     true_mean, true_var = reference.ensemble_moments(*args, **modes)
     bounds = EnsembleBounds(case, tokens)
-    assert_within_rounding(mean, true_mean, bounds.of_moments_mean())
-    assert_within_rounding(var, true_var, bounds.of_variance(true_var, cuda=True))
+    assert_within_rounding(mean, true_mean, bounds.mean())
+    assert_within_rounding(var, true_var, bounds.variance())
 
 
 @each_dtype
@@ -1021,7 +1020,7 @@ for case in sample_ensembles().values():
     args, modes = case.call(tokens)
     check_moments_rounding(case, tokens, *srt_ext.ensemble_moments(*args, **modes))
     assert launches() == 4
-    test_streaming.check(case, torch.bfloat16, [2, 1], cuda=True)
+    test_streaming.check(case, torch.bfloat16, [2, 1])
 test_streaming.test_a_cell_that_no_view_covers_is_zero()
 test_streaming.test_weights_of_chunks_count_against_each_other("")
 for size in test_ensemble.SIZES:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from bounds import EnsembleBounds
-from budget import Part, assert_within_budget, assert_within_rounding
+from budget import assert_within_budget, assert_within_rounding
 from hypothesis import given
 from hypothesis import strategies as st
 from peak import needs_proc, peak_of
@@ -37,7 +37,7 @@ def oracle(
 
 def check(case: Ensemble, tokens: torch.Tensor) -> torch.Tensor:
     field = run(case, tokens)
-    assert_within_rounding(field, oracle(case, tokens), EnsembleBounds(case, tokens).of_mean())
+    assert_within_rounding(field, oracle(case, tokens), EnsembleBounds(case, tokens).mean())
     return field
 
 
@@ -78,15 +78,8 @@ def test_golden(
 # ---- properties ---------------------------------------------------------------------------------
 
 
-def roundings(
-    *calls: tuple[Ensemble, torch.Tensor], size: torch.Tensor | None = None, more: int = 0
-) -> list[Part]:
-    """Of several calls whose results stand in one equation, and of ``more`` operations in it.
-
-    The sizes are those of the first call, if they are not given.
-    """
-    bounds = [EnsembleBounds(case, tokens) for case, tokens in calls]
-    return [(bounds[0].size if size is None else size, sum(b.mean for b in bounds) + more)]
+def bound(case: Ensemble, tokens: torch.Tensor) -> torch.Tensor:
+    return EnsembleBounds(case, tokens).mean()
 
 
 def counted(case: Ensemble) -> torch.Tensor:
@@ -115,7 +108,7 @@ def test_constant_stays_constant(case: Ensemble, border: str) -> None:
     else:
         somewhere = torch.tensor(case.weights is None or max(case.weights) > 0)
     expected = (value * somewhere.double()).expand(case.shape)
-    assert_within_rounding(run(case, value * ones), expected, roundings((case, value * ones)))
+    assert_within_rounding(run(case, value * ones), expected, bound(case, value * ones))
 
 
 @given(ensembles())
@@ -145,10 +138,9 @@ def test_zero_if_all_weights_are_zero(border: str) -> None:
 def test_linear(case: Ensemble) -> None:
     a, b = case.tokens(torch.float64), replace(case, seed=case.seed + 1).tokens(torch.float64)
     expected = 2 * run(case, a) - 3 * run(case, b)
-    magnitude = oracle(case, 2 * a.abs() + 3 * b.abs())
-    # Three fields; the tokens of one of them, 2 a - 3 b, and the difference of two.
-    parts = roundings((case, a), (case, b), (case, a), size=magnitude, more=2 + 2)
-    assert_within_rounding(run(case, 2 * a - 3 * b), expected, parts)
+    # Both sides, of tokens of this size; once more for 2 a - 3 b and the difference of two fields.
+    bounds = 3 * bound(case, 2 * a.abs() + 3 * b.abs())
+    assert_within_rounding(run(case, 2 * a - 3 * b), expected, bounds)
 
 
 @given(ensembles(), st.randoms(use_true_random=False))
@@ -161,8 +153,8 @@ def test_order_of_views(case: Ensemble, random: object) -> None:
         weights=case.weights and tuple(case.weights[v] for v in order),
     )
     tokens = case.tokens(torch.float64)
-    parts = roundings((case, tokens), (permuted, tokens[order]))
-    assert_within_rounding(run(permuted, tokens[order]), run(case, tokens), parts)
+    bounds = 2 * bound(case, tokens)
+    assert_within_rounding(run(permuted, tokens[order]), run(case, tokens), bounds)
 
 
 @given(ensembles(border="zeros"), st.data())
@@ -181,10 +173,9 @@ def test_chunks_of_views_add_up(case: Ensemble, data: st.DataObject) -> None:
         total += scale * run(part, tokens[chunk])
     scale = torch.tensor(weights, dtype=case.value_dtype).double().sum()
     expected = total / scale if scale > 0 else total
-    # A chunk is a part of the call: it is rounded no more often. Its scale is a sum of weights;
-    # then a product, a sum, and the quotient by another sum.
-    parts = roundings((case, tokens), (case, tokens), more=2 * views + 3)
-    assert_within_rounding(run(case, tokens), expected, parts)
+    # A chunk is a part of the call: it is rounded no more often. Once more for the sums of weights,
+    # the product, the sum and the quotient: 2 * views + 3 roundings.
+    assert_within_rounding(run(case, tokens), expected, 3 * bound(case, tokens))
 
 
 @given(ensembles())
@@ -201,11 +192,9 @@ def test_stride_is_the_ratio_of_pooled_sums(case: Ensemble) -> None:
     if case.border == "coverage":
         count = pooled(torch.ones_like(tokens))
     expected = torch.where(count > 0, pooled(tokens) / count, 0)
-    # Of three fields, one of them of ones; two sums over a cell, their quotients by its size, and
-    # the quotient of both.
-    cell = case.stride[0] * case.stride[1]
-    parts = roundings((case, tokens), (sums, tokens), (sums, tokens), more=2 * (cell + 1) + 1)
-    assert_within_rounding(run(case, tokens), expected, parts)
+    # Three fields, one of them of ones; once more for two sums over a cell, their quotients by its
+    # size, and the quotient of both. The bound counts every pixel of a cell; ``sums`` has one.
+    assert_within_rounding(run(case, tokens), expected, 4 * bound(case, tokens))
 
 
 WHOLE_PATCHES = ((0, 0), (1, 0), (0, -1), (-2, 3), (4, 6))  # in patches; the grid is 3 x 5
@@ -233,7 +222,7 @@ def test_rolled_tokens_come_back(stride: tuple[int, int], cpu_kernels: str) -> N
     tokens = torch.stack([maps.roll(shift, (1, 2)) for shift in WHOLE_PATCHES]).flatten(2, 3)
     expected = maps.permute(0, 3, 1, 2)
     expected = expected.repeat_interleave(4 // stride[0], 2).repeat_interleave(6 // stride[1], 3)
-    assert_within_rounding(run(case, tokens), expected, roundings((case, tokens)))
+    assert_within_rounding(run(case, tokens), expected, bound(case, tokens))
 
 
 @pytest.mark.parametrize("upsample", UPSAMPLES)

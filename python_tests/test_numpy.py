@@ -151,7 +151,7 @@ def test_ensemble_against_the_oracle(case: Ensemble, dtype: torch.dtype) -> None
     field = tensor(srt.ensemble(*arrays(args), **modes))
     truth = reference.ensemble(*args, **modes)
     if dtype == torch.float64:
-        assert_within_rounding(field, truth, EnsembleBounds(case, tokens).of_mean())
+        assert_within_rounding(field, truth, EnsembleBounds(case, tokens).mean())
     else:
         float32 = reference.ensemble(*args, **modes, dtype=torch.float32)
         assert_within_budget(field, truth, float32.to(dtype))
@@ -643,14 +643,14 @@ def assert_near_the_oracle(
     truths = reference.ensemble_moments(*args, **modes)
     bounds = EnsembleBounds(every, views)
     joins = len(seen) - 1
-    parts = [bounds.of_stream_mean(joins), bounds.of_stream_variance(joins)]
+    limits = [bounds.stream_mean(joins), bounds.variance(joins)]
     ours, theirs = streams
     assert ours.views == theirs.views == len(offsets)
     for state in ({k: tensor(v) for k, v in ours._state.items()}, theirs._state):
-        for name, truth, part in zip(("mean", "var"), truths, parts, strict=True):
+        for name, truth, bound in zip(("mean", "var"), truths, limits, strict=True):
             if name in state:
-                assert_within_rounding(state[name], truth, part)
-        assert_within_rounding(state["weight"], *bounds.of_stream_weight(joins))
+                assert_within_rounding(state[name], truth, bound)
+        assert_within_rounding(state["weight"], *bounds.stream_weight(joins))
 
 
 def srt_state(stream: Any) -> dict[str, Any]:

@@ -44,8 +44,8 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 def check_rounding(case: Shift, image: torch.Tensor, views: torch.Tensor) -> None:
     assert views.dtype == image.dtype
     assert views.is_contiguous()
-    parts = ShiftBounds(case, image.dtype).of_views(image)
-    assert_within_rounding(views, oracle(case, image), parts)
+    bound = ShiftBounds(case, image.dtype).views(image)
+    assert_within_rounding(views, oracle(case, image), bound)
 
 
 def check_budget(case: Shift, image: torch.Tensor, views: torch.Tensor) -> None:

@@ -59,7 +59,7 @@ def results(running: Any) -> list[torch.Tensor]:
 # ---- mean and moments ---------------------------------------------------------------------------
 
 
-def check(case: Ensemble, dtype: torch.dtype, chunks: list[int], *, cuda: bool = False) -> None:
+def check(case: Ensemble, dtype: torch.dtype, chunks: list[int]) -> None:
     """Against the oracle, by the roundings of the sums and of the joins of the chunks."""
     tokens = case.tokens(dtype)
     for kind in (RunningMean, RunningMoments):
@@ -67,26 +67,21 @@ def check(case: Ensemble, dtype: torch.dtype, chunks: list[int], *, cuda: bool =
         assert running.views == len(case.offsets)
         assert running.result().dtype == dtype
         joins = len(case.offsets) - 1
-        assert_near_the_oracle(running._state, case, tokens, joins, cuda=cuda)
+        assert_near_the_oracle(running._state, case, tokens, joins)
 
 
 def assert_near_the_oracle(
-    state: dict[str, torch.Tensor],
-    case: Ensemble,
-    tokens: torch.Tensor,
-    joins: int,
-    *,
-    cuda: bool = False,
+    state: dict[str, torch.Tensor], case: Ensemble, tokens: torch.Tensor, joins: int
 ) -> None:
     """``joins``: of chunks and states, at most."""
     args, modes = case.call(tokens)
     mean, var = reference.ensemble_moments(*args, **modes)
     bounds = EnsembleBounds(case, tokens)
     assert state["mean"].dtype == torch.promote_types(tokens.dtype, torch.float32)
-    assert_within_rounding(state["mean"], mean, bounds.of_stream_mean(joins))
-    assert_within_rounding(state["weight"], *bounds.of_stream_weight(joins))
+    assert_within_rounding(state["mean"], mean, bounds.stream_mean(joins))
+    assert_within_rounding(state["weight"], *bounds.stream_weight(joins))
     if "var" in state:
-        assert_within_rounding(state["var"], var, bounds.of_stream_variance(joins, cuda=cuda))
+        assert_within_rounding(state["var"], var, bounds.variance(joins))
 
 
 @each_dtype
