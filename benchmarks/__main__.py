@@ -55,8 +55,8 @@ def main(
     walk = extent is Extent.walk
     bench = Bench(clock, 3 if walk else rounds, seconds, "aot_eager" if walk else "inductor")
     facts = {**machine(clock.device), **({"commit": commit} if commit else {})}
-    of_a_gpu = f"-{extent.value}" if extent in (Extent.core, Extent.rest) else ""
-    path = results / f"{slug(facts)}{of_a_gpu}.json"
+    part = "" if extent in (Extent.main, Extent.full) else f"-{extent.value}"
+    path = results / f"{slug(facts)}{part}.json"
     found: dict[str, Any] = {
         "machine": facts,
         "extent": extent.value,

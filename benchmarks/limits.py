@@ -41,8 +41,8 @@ class Code:
     cells: int  # that a thread filters
 
 
-F32 = Code(420, 145, 87, 46, 81, 59, 44, 20, 13.5, combined=4, cells=8)
-B16 = Code(420, 136, 120, 61, 82, 59, 76, 24, 21, combined=2, cells=4)
+F32 = Code(420, 145, 87, 46, 81, 59, 42, 20, 12.5, combined=4, cells=8)
+B16 = Code(420, 136, 120, 61, 82, 59, 74, 24, 20, combined=2, cells=4)
 # Instructions of a warp for a row of 256 pixels in shift_kernel, what its block does once included,
 # by offsets and bytes of a pixel; and the rows of a block.
 SHIFT_ROW = {("whole", 4): 133, ("whole", 2): 122, ("between", 4): 196, ("between", 2): 200}

@@ -2,47 +2,68 @@
 # Tests, profiles and measures the CUDA kernels on a machine with one GPU, in two runs: `first` takes at
 # most 330 seconds and answers the most important questions, `second` takes at most 270 and has the rest.
 #
-#   scripts/gpu_check.sh [--dry-run] first|second [OUTPUT [TEST ...]]
+#   scripts/gpu_check.sh [--dry-run] [--output FOLDER] first
+#   scripts/gpu_check.sh [--dry-run] [--output FOLDER] second [TEST ...]
 #
-# Runs what scripts/gpu_bundle.sh has put into gpu_bundle; without that folder, the kernels are built
-# first. OUTPUT (default benchmarks/results) gets a summary, a log, JSON files, the clocks of the GPU and
-# the report of Nsight Compute, all as they come: a run that is ended early loses nothing. Each step has
-# a time limit and runs even if an earlier step failed. `second` also repeats each TEST (of pytest) that
-# failed in `first`. The exit status is 1 if a step failed, 2 if something that is needed is missing.
-# --dry-run does what needs no GPU, on the CPU.
+# Runs what scripts/gpu_bundle.sh has put into gpu_bundle; without that folder it is made first, which
+# takes up to 240 seconds more. FOLDER (default benchmarks/results) gets a summary, a log, JSON files, the
+# clocks of the GPU and the report of Nsight Compute. They are written as they come, so that a run that
+# is ended early keeps its results. Each step has a time limit and runs even if an earlier step failed;
+# the last ones are left out if there is no time. `second` repeats each TEST of pytest that is named; at
+# its end `first` prints that command with the tests that failed. The exit status is 1 if a step failed,
+# 2 if something that is needed is missing. --dry-run does what needs no GPU, on the CPU.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
+usage() {
+  sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "$0" >&2
+  exit 2
+}
 dry=
-if [ "${1:-}" = --dry-run ]; then
-  dry=1
+output=$root/benchmarks/results
+while [ $# -gt 0 ]; do
+  case $1 in
+    --dry-run) dry=1 ;;
+    --output) output=${2:?--output needs a folder} && shift ;;
+    -*) usage ;;
+    *) break ;;
+  esac
   shift
-fi
+done
 run=${1:-}
-case $run in
-  first) limit=330 ;;
-  second) limit=270 ;;
-  *) echo "usage: scripts/gpu_check.sh [--dry-run] first|second [OUTPUT [TEST ...]]" >&2 && exit 2 ;;
-esac
-output=$(mkdir -p "${2:-$root/benchmarks/results}" && cd "${2:-$root/benchmarks/results}" && pwd)
-shift $(($# < 2 ? $# : 2))
+[ $# -eq 0 ] || shift
 failed_before=("$@")
+case $run in
+  first) limit=330 && [ $# -eq 0 ] || usage ;;
+  second) limit=270 ;;
+  *) usage ;;
+esac
+# A dry run writes readings of tiny shapes: they must not replace those of the repository.
+[ -z "$dry" ] || [ "$output" != "$root/benchmarks/results" ] || output=$(mktemp -d)
+output=$(mkdir -p "$output" && cd "$output" && pwd)
 device=${dry:+cpu}
 device=${device:-cuda}
 bundle=$root/gpu_bundle
 
 # ---- what is missing ----------------------------------------------------------------------------
 missing=()
-tools=(python3)
-[ -n "$dry" ] || tools+=(nvidia-smi)
-[ -d "$bundle" ] || tools+=(nvcc cmake ninja)
-for tool in "${tools[@]}"; do command -v "$tool" >/dev/null || missing+=("$tool"); done
+need() { command -v "$1" >/dev/null || missing+=("$1${2:+ ($2)}"); }
+need python3
+[ -n "$dry" ] || need nvidia-smi "without a GPU: --dry-run"
+if [ ! -d "$bundle" ]; then
+  hint="or make gpu_bundle elsewhere, by scripts/gpu_bundle.sh, and copy it here"
+  for tool in nvcc cmake ninja; do need $tool "$hint"; done
+elif [ "$(cat "$bundle/digest" 2>/dev/null)" != "$("$root/scripts/kernel_digest.sh")" ]; then
+  missing+=("a gpu_bundle of these sources: it is of commit $(cat "$bundle/commit" 2>/dev/null), and csrc,\
+ CMakeLists.txt or cuda_sanitize.cu differ; run scripts/gpu_bundle.sh again")
+fi
 # Looked up, not imported: imports take seconds each.
 while read -r module; do
   case $module in
-    cupy | jax) echo "WARNING: no $module: its tests are SKIPPED" ;;
+    cupy | jax | triton) echo "WARNING: no $module: its tests are SKIPPED" ;;
+    xdist) missing+=("the Python module xdist (pip install pytest-xdist)") ;;
     *) missing+=("the Python module $module") ;;
   esac
-done < <(python3 - torch numpy pytest hypothesis timm torchvision typer xdist cupy jax <<'PY'
+done < <(python3 - torch numpy pytest hypothesis timm torchvision typer xdist cupy jax triton <<'PY'
 import sys
 from importlib.util import find_spec
 for name in sys.argv[1:]:
@@ -50,8 +71,11 @@ for name in sys.argv[1:]:
         print(name)
 PY
 )
-if [ -d "$bundle" ] && [ "$(cat "$bundle/digest")" != "$("$root/scripts/kernel_digest.sh")" ]; then
-  missing+=("a bundle of these sources: run scripts/gpu_bundle.sh again")
+for tool in ncu compute-sanitizer; do
+  command -v $tool >/dev/null || echo "WARNING: no $tool: its steps are SKIPPED"
+done
+if [ -z "$dry" ] && [ ${#missing[@]} -eq 0 ] && [ -d "$bundle" ]; then
+  error=$("$bundle/cuda_sanitize" --probe 2>&1) || missing+=("a GPU that the bundle can use: $error")
 fi
 if [ ${#missing[@]} -gt 0 ]; then
   printf 'missing: %s\n' "${missing[@]}" >&2
@@ -61,11 +85,14 @@ fi
 # ---- steps --------------------------------------------------------------------------------------
 work=$(mktemp -d)
 sampler=
+child=
 finish() {
+  [ -z "$child" ] || kill -INT -- "-$child" 2>/dev/null || true
   [ -z "$sampler" ] || kill "$sampler" 2>/dev/null || true
   rm -rf "$work"
 }
 trap finish EXIT
+trap 'echo "interrupted" | tee -a "$summary"; exit 130' INT TERM
 summary=$output/summary-$run.txt
 log=$output/log-$run.txt
 : >"$summary"
@@ -78,14 +105,21 @@ grace=12
 step() {
   local name=$1 seconds=$2 begin=$SECONDS status=0 left=$((limit - SECONDS - grace)) from
   shift 2
+  if [ "$left" -le 0 ]; then
+    failed=1
+    printf '   0 s  NOT RUN %s: no time left\n' "$name" | tee -a "$summary"
+    return
+  fi
   [ "$left" -lt "$seconds" ] || left=$seconds
   printf '\n=== [%3d s] %s\n' "$SECONDS" "$name" | tee -a "$log"
   from=$(wc -l <"$log")
-  if [ "$left" -gt 0 ]; then
-    timeout -s INT -k $((grace - 2)) "$left" "$@" >>"$log" 2>&1 || status=$?
-  else
-    status=124
-  fi
+  # In a group of its own and waited for, so that an interrupt of this script ends it, too.
+  set -m
+  timeout -s INT -k $((grace - 2)) "$left" "$@" </dev/null >>"$log" 2>&1 &
+  child=$!
+  set +m
+  wait "$child" || status=$?
+  child=
   tail -n "+$((from + 1))" "$log" | tail -n "${shown:-15}"
   case $status in
     0) name="ok      $name" ;;
@@ -102,17 +136,10 @@ export PYTHONUNBUFFERED=1 OMP_WAIT_POLICY=PASSIVE XLA_PYTHON_CLIENT_PREALLOCATE=
 cores=$(nproc)
 export OMP_NUM_THREADS=$((cores < 8 ? cores : 8))
 
-build() {
-  cmake -G Ninja -S "$root" -B "$work/build" -DPython3_EXECUTABLE="$(command -v python3)" \
-    -DSRT_CUDA=1 -DSRT_CUDA_ARCHS=native -DSRT_SANITIZE=ON &&
-    cmake --build "$work/build" --target _C _C_cuda cuda_sanitize
-}
 if [ ! -d "$bundle" ]; then
   limit=$((limit + 240))
-  export -f build
-  export root work
-  step "build (no gpu_bundle)" 240 bash -c build
-  bundle=$work/build
+  step "gpu_bundle" 240 "$root/scripts/gpu_bundle.sh" native
+  [ "$failed" -eq 0 ] || { echo "gpu_bundle failed: see $log" >&2 && exit 2; }
 fi
 commit=$(git -C "$root" describe --always --dirty --exclude '*' 2>/dev/null ||
   cat "$bundle/commit" 2>/dev/null || echo unknown)
@@ -218,4 +245,10 @@ fi
 printf '\n'
 cat "$summary"
 printf '%4d s  in all; everything is in %s\n' "$SECONDS" "$output"
+mapfile -t again < <(sed -n 's/^FAILED \(python_tests[^ ]*::[^]]*\]\{0,1\}\).*/\1/p' "$log" | sort -u)
+if [ "$run" = first ] && [ ${#again[@]} -gt 0 ]; then
+  echo "to repeat what failed:"
+  printf '%q ' scripts/gpu_check.sh --output "$output" second "${again[@]}"
+  printf '\n'
+fi
 exit "$failed"

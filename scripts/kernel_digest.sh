@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Prints one checksum of all that the native libraries and cuda_sanitize are built from. Where there is
-# no git it says whether a build belongs to the sources beside it.
+# Prints a checksum of the sources of the native libraries and of cuda_sanitize. Where there is no git it
+# says whether gpu_bundle was built from the sources beside it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-find CMakeLists.txt csrc scripts/cuda_sanitize.cu -type f | LC_ALL=C sort | xargs sha256sum |
-  sha256sum | cut -c1-16
+find CMakeLists.txt csrc scripts/cuda_sanitize.cu -type f -regex '.*\.\(txt\|in\|h\|cpp\|cuh\|cu\)' |
+  LC_ALL=C sort | xargs sha256sum | sha256sum | cut -c1-16

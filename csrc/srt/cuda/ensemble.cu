@@ -433,9 +433,13 @@ struct Shared {
   const Inputs<Acc, Tile::combined>* inputs;
 };
 
+// Whether the output is kept in L2: known when the kernel is compiled, or from its plan. The
+// kernels of large tiles have no register left for the latter.
+enum class Keep { no, yes, by_plan };
+
 // kVector: 16 bytes an access, which needs aligned rows of channels on both sides. As many blocks
 // as the device holds at a time go through the tiles: how many there are, only the device knows.
-template <class T, bool kSmall, bool kVector>
+template <class T, bool kSmall, bool kVector, Keep kKeep>
 __global__ void __launch_bounds__(kThreads, kResident)
     mean_kernel(const __grid_constant__ MeanPlan<typename AccumulatorOf<T>::type> plan) {
   using Tile = cuda::Tile<T, kSmall>;
@@ -471,17 +475,18 @@ __global__ void __launch_bounds__(kThreads, kResident)
     }
     return pack;
   };
+  const bool keep = kKeep == Keep::by_plan ? plan.keep : kKeep == Keep::yes;
   const auto store_channels = [&](char* at, const Acc(&value)[kVec]) {
     T* const to = reinterpret_cast<T*>(at);
     Pack<T, kVec> pack;
 #pragma unroll
     for (int e = 0; e < kVec; ++e) pack.at[e] = from_acc<T>(value[e]);
     if (kVector) {
-      store(reinterpret_cast<Pack<T, kVec>*>(to), pack, plan.keep);
+      store(reinterpret_cast<Pack<T, kVec>*>(to), pack, keep);
     } else {
 #pragma unroll
       for (int e = 0; e < kVec; ++e) {
-        if (e < channels()) store(to + e * plan.out_strides[1], pack.at[e], plan.keep);
+        if (e < channels()) store(to + e * plan.out_strides[1], pack.at[e], keep);
       }
     }
   };
@@ -876,8 +881,12 @@ int64_t mean(const char* op, const EnsembleArgs& args, const ViewNumbers& offset
          stream, plan);
   const int64_t tiles = plan.batch * div_up(2 * div_up(rows, 2), Tile::rows) * plan.x_tiles *
                         div_up(plan.channels, Tile::channels);
-  launch(op, mean_kernel<T, kSmall, kVector>,
-         std::min(tiles, kResident * std::max<int64_t>(1, processors(op))), stream, plan);
+  auto *kernel = mean_kernel < T, kSmall, kVector, kSmall ? Keep::by_plan : Keep::no > ;
+  if constexpr (!kSmall) {
+    if (plan.keep) kernel = mean_kernel<T, kSmall, kVector, Keep::yes>;
+  }
+  launch(op, kernel, std::min(tiles, kResident * std::max<int64_t>(1, processors(op))), stream,
+         plan);
   return workspace.bytes();
 }
 
