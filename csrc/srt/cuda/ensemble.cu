@@ -881,7 +881,8 @@ int64_t mean(const char* op, const EnsembleArgs& args, const ViewNumbers& offset
          stream, plan);
   const int64_t tiles = plan.batch * div_up(2 * div_up(rows, 2), Tile::rows) * plan.x_tiles *
                         div_up(plan.channels, Tile::channels);
-  auto *kernel = mean_kernel < T, kSmall, kVector, kSmall ? Keep::by_plan : Keep::no > ;
+  constexpr Keep kKeep = kSmall ? Keep::by_plan : Keep::no;
+  auto* kernel = mean_kernel<T, kSmall, kVector, kKeep>;
   if constexpr (!kSmall) {
     if (plan.keep) kernel = mean_kernel<T, kSmall, kVector, Keep::yes>;
   }
