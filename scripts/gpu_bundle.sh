@@ -33,7 +33,7 @@ for file in _C.so _C_cuda.so cuda_sanitize; do
 done
 commit=$(git -C "$root" describe --always --dirty --exclude '*' 2>/dev/null || echo unknown)
 echo "$commit" >"$folder.part/commit"
-"$root/scripts/kernel_digest.sh" >"$folder.part/digest"
+bash "$root/scripts/kernel_digest.sh" >"$folder.part/digest"
 rm -rf "$folder"
 mv "$folder.part" "$folder"
 ls -l "$folder"

@@ -52,7 +52,7 @@ need python3
 if [ ! -d "$bundle" ]; then
   hint="or make gpu_bundle elsewhere, by scripts/gpu_bundle.sh, and copy it here"
   for tool in nvcc cmake ninja; do need $tool "$hint"; done
-elif [ "$(cat "$bundle/digest" 2>/dev/null)" != "$("$root/scripts/kernel_digest.sh")" ]; then
+elif [ "$(cat "$bundle/digest" 2>/dev/null)" != "$(bash "$root/scripts/kernel_digest.sh")" ]; then
   missing+=("a gpu_bundle of these sources: it is of commit $(cat "$bundle/commit" 2>/dev/null), and csrc,\
  CMakeLists.txt or cuda_sanitize.cu differ; run scripts/gpu_bundle.sh again")
 fi
@@ -75,6 +75,7 @@ for tool in ncu compute-sanitizer; do
   command -v $tool >/dev/null || echo "WARNING: no $tool: its steps are SKIPPED"
 done
 if [ -z "$dry" ] && [ ${#missing[@]} -eq 0 ] && [ -d "$bundle" ]; then
+  chmod +x "$bundle/cuda_sanitize" # a copy may have lost that
   error=$("$bundle/cuda_sanitize" --probe 2>&1) || missing+=("a GPU that the bundle can use: $error")
 fi
 if [ ${#missing[@]} -gt 0 ]; then
@@ -138,7 +139,7 @@ export OMP_NUM_THREADS=$((cores < 8 ? cores : 8))
 
 if [ ! -d "$bundle" ]; then
   limit=$((limit + 240))
-  step "gpu_bundle" 240 "$root/scripts/gpu_bundle.sh" native
+  step "gpu_bundle" 240 bash "$root/scripts/gpu_bundle.sh" native
   [ "$failed" -eq 0 ] || { echo "gpu_bundle failed: see $log" >&2 && exit 2; }
 fi
 commit=$(git -C "$root" describe --always --dirty --exclude '*' 2>/dev/null ||
