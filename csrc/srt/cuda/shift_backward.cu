@@ -24,7 +24,6 @@ struct ImageGradPlan {
   Padding padding;
   Interpolation interpolation;
   void* out;  // [planes, height, width]
-  bool keep;  // out in L2
 };
 
 // One axis of one view, as ShiftTaps.
@@ -234,7 +233,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : kImageResident)
 #pragma unroll
       for (int k = 0; k < kShareWarps; ++k) total += shares[k][warp][lane];
       store(static_cast<T*>(plan.out) + (plane * plan.height + y0 + warp) * plan.width + x,
-            from_acc<T>(total), plan.keep);
+            from_acc<T>(total), /*keep=*/true);  // V times smaller than what was read
     }
     __syncthreads();  // before the next tile takes the place of this
   }
@@ -258,11 +257,7 @@ void shift_backward_cuda(const ShiftArgs& args, const ViewNumbers& offsets, void
   check_image(op, args.height, args.width);
   ImageGradPlan plan{args.out,     args.planes,        args.height,
                      args.width,   args.views,         device_numbers(offsets),
-                     args.padding, args.interpolation, grad_image,
-                     false};
-  const int64_t size = args.dtype == DType::f64 ? 8 : args.dtype == DType::f32 ? 4 : 2;
-  const int64_t image_bytes = size * args.planes * args.height * args.width;
-  plan.keep = fits_l2(op, args.views * image_bytes, image_bytes);
+                     args.padding, args.interpolation, grad_image};
   InlineNumbers inline_offsets{};
   if (offsets.host && 2 * args.views <= kInlineNumbers) {
     std::copy_n(offsets.host, 2 * args.views, inline_offsets.at);
