@@ -329,9 +329,8 @@ class Field:
     stride: Pair = (1, 1)
     offsets: torch.Tensor = field(default_factory=lambda: srt_ext.views.grid(3))
     small: bool = False
-    loops: bool = True  # whether the loops over views are read, in float32; they know whole pixels,
-    # and stride 1
-    compiled: bool = True  # whether what torch.compile makes is read
+    loops: bool = True  # read the loops over views: whole pixels and stride 1, float32 only
+    compiled: bool = True  # read what torch.compile makes
     growth: bool = False  # a point of a curve: only what is plotted is read
 
     def pixels(self) -> Pair:

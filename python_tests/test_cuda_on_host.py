@@ -55,7 +55,7 @@ from samples import (
     sample_shifts,
     shifts,
 )
-from test_ensemble import oracle, poison
+from test_ensemble import check_budget, check_rounding, oracle, poison
 from test_median import median_oracle
 from test_shift import ALL_DTYPES, bits, padded_slice, special_image
 from test_shift import check_budget as check_shift
@@ -390,18 +390,6 @@ each_padding = pytest.mark.parametrize("padding", PADDINGS)
 each_interpolation = pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 
 
-def check(case: Ensemble, tokens: torch.Tensor, field: torch.Tensor) -> None:
-    """Of a fixed sample."""
-    check_rounding(case, tokens, field)
-    if tokens.dtype != torch.float64:
-        same = oracle(case, tokens, torch.float32).to(tokens.dtype)
-        assert_within_budget(field, oracle(case, tokens), same)
-
-
-def check_rounding(case: Ensemble, tokens: torch.Tensor, field: torch.Tensor) -> None:
-    assert_within_rounding(field, oracle(case, tokens), EnsembleBounds(case, tokens).mean())
-
-
 # ---- ensemble -----------------------------------------------------------------------------------
 
 
@@ -416,7 +404,7 @@ def test_ensemble(
     cuda.tiles(tiles)
     case = replace(case, channels=channels or case.channels)
     tokens = case.tokens(dtype)
-    check(case, tokens, cuda.ensemble(case, tokens))
+    check_budget(case, tokens, cuda.ensemble(case, tokens))
 
 
 @given(
@@ -452,7 +440,7 @@ def test_tiles_of_a_real_shape(offsets: str, upsample: str, tiles: str, cuda: Cu
         case = replace(case, upsample=upsample, border=border)
         for dtype in (torch.float32, torch.bfloat16):
             tokens = case.tokens(dtype)
-            check(case, tokens, cuda.ensemble(case, tokens))
+            check_budget(case, tokens, cuda.ensemble(case, tokens))
             check_containment(case, poison(tokens, 2), cuda)
 
 
@@ -530,7 +518,7 @@ def test_many_views(place: str, views: int, cuda: CudaOnHost) -> None:
     case = Ensemble((2, 2), (4, 4), tuple(map(tuple, offsets)), channels=8, batch=2)
     for same in (case, replace(case, weights=weights)):
         tokens = same.tokens()
-        check(same, tokens, cuda.ensemble(same, tokens, place=place))
+        check_budget(same, tokens, cuda.ensemble(same, tokens, place=place))
 
 
 def test_numbers_in_different_places(cuda: CudaOnHost) -> None:
@@ -616,7 +604,7 @@ def test_positions_far_from_0_in_float64(grid: tuple[int, int], cuda: CudaOnHost
     for seed in range(5):
         case = Ensemble(grid, (2, 26), ((0.3, 0.7),), channels=8, seed=seed)
         tokens = case.tokens(torch.float64)
-        check(case, tokens, cuda.ensemble(case, tokens))
+        check_budget(case, tokens, cuda.ensemble(case, tokens))
 
 
 def test_every_launch_is_checked(cuda: CudaOnHost) -> None:
@@ -987,7 +975,7 @@ import ctypes, sys, warnings
 import pytest, torch
 import srt_ext, test_ensemble, test_median, test_shift, test_streaming
 from samples import DTYPES, sample_ensembles, sample_shifts
-from test_cuda_on_host import ALL_DTYPES, NOTHING, HostDevice, check, check_moments_rounding
+from test_cuda_on_host import ALL_DTYPES, NOTHING, HostDevice, check_moments_rounding
 
 torch.ops.load_library(sys.argv[1])  # in the place of the CPU kernels
 library = ctypes.CDLL(sys.argv[1])
@@ -1003,7 +991,7 @@ for dtype in DTYPES:
     for case in sample_ensembles().values():
         launches()
         tokens = case.tokens(dtype)
-        check(case, tokens, test_ensemble.run(case, tokens))
+        test_ensemble.check_budget(case, tokens, test_ensemble.run(case, tokens))
         assert launches() == 5
     test_ensemble.test_out("stride", dtype, "")
 for dtype in ALL_DTYPES:
