@@ -350,7 +350,11 @@ def built() -> tempfile.TemporaryDirectory[str]:
     """The objects of the CUDA sources, by the sources' names, until this process ends."""
     if shutil.which("g++") is None or not SOURCES.is_dir():
         pytest.skip("needs g++ and the sources")
-    sources = [*sorted((SOURCES / "cuda").glob("*.cu")), SOURCES / "check.cpp", STUB / "host.cpp"]
+    sources = [
+        *sorted((SOURCES / "cuda").glob("*.cu")),
+        SOURCES / "validation.cpp",
+        STUB / "host.cpp",
+    ]
     folder = tempfile.TemporaryDirectory()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda s: compiled(s, Path(folder.name, f"{s.name}.o"), "-O1"), sources))
@@ -743,27 +747,27 @@ def test_shift_by_what_the_host_refuses(interpolation: str, padding: str, cuda: 
 def test_the_stub_sees_what_it_should(library: ctypes.CDLL, tmp_path: Path) -> None:
     """The checks of this file must find each of the faults below, and nothing without one."""
     faults: dict[str, tuple[str, str, str]] = {
-        "a missing barrier": ("ensemble.cu", "if (__syncthreads_or(!finite))", "if (!finite)"),
+        "a missing barrier": ("mean.cu", "if (__syncthreads_or(!finite))", "if (!finite)"),
         "a write beyond": (
-            "ensemble.cu",
+            "mean.cu",
             "cell = row + cells.at",
             "cell = row + plan.cell_bytes + cells.at",
         ),
-        "a row that is not written": ("ensemble.cu", "place > last) break", "place >= last) break"),
-        "a run across a break": ("ensemble.cu", "if (breaks) plan", "if (breaks && cell % 7) plan"),
+        "a row that is not written": ("mean.cu", "place > last) break", "place >= last) break"),
+        "a run across a break": ("mean.cu", "if (breaks) plan", "if (breaks && cell % 7) plan"),
         "a weight of 0 that is multiplied": (
-            "ensemble.cu",
+            "mean.cu",
             "kExact && weight.at[x] == 0",
             "kExact && false",
         ),
-        "a token that is not finite": ("ensemble.cu", "return isfinite(check)", "return true"),
+        "a token that is not finite": ("mean.cu", "return isfinite(check)", "return true"),
         "ends that are not finite": (
-            "ensemble.cu",
+            "mean.cu",
             "if (!kFinite && !isfinite(slope))",
             "if (false)",
         ),
         "a piece of the workspace that is too small": (
-            "ensemble.cu",
+            "mean.cu",
             "workspace.take<double>(args.views * rows)",
             "workspace.take<double>(args.views * rows - 1)",
         ),
@@ -773,10 +777,10 @@ def test_the_stub_sees_what_it_should(library: ctypes.CDLL, tmp_path: Path) -> N
             "block.taps[0], own);\n      __syncwarp();",
             "block.taps[0], own);",
         ),
-        "none": ("ensemble.cu", "if (breaks) plan", "if (breaks) plan"),
+        "none": ("mean.cu", "if (breaks) plan", "if (breaks) plan"),
     }
     runs: dict[str, Callable[[CudaOnHost], None]] = {
-        "ensemble.cu": lambda cuda: (
+        "mean.cu": lambda cuda: (
             test_ensemble(ENSEMBLES["real"], 40, "large", torch.float32, cuda),
             test_containment(ENSEMBLES["real"], "large", torch.float32, cuda),
         )[0],

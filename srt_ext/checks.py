@@ -1,6 +1,6 @@
 """The rules for the metadata of arguments.
 
-The fake kernels and the Python functions use these; csrc/srt/check.cpp repeats them, in the same
+The fake kernels and the Python functions use these; csrc/srt/validation.cpp repeats them, in the same
 words, as invariants of the ops. Values (finite offsets, weights >= 0) are checked there alone. What
 needs no tensors stands in _rules.py.
 """

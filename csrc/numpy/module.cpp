@@ -11,11 +11,11 @@
 #include <string>
 #include <vector>
 
-#include "../srt/check.h"
-#include "../srt/cpu/kernels.h"
-#include "../srt/cpu/pages.h"
+#include "../srt/cpu/dispatch.h"
+#include "../srt/cpu/populate.h"
 #include "../srt/ensemble.h"
 #include "../srt/shift.h"
+#include "../srt/validation.h"
 #include "thread_pool.h"
 
 namespace py = pybind11;

@@ -6,7 +6,7 @@
 namespace srt {
 
 // The lower median of a stream, in 8 numbers an element: the kWindow values around the median, in
-// order, then the place of the median among them. See cpu/window.h.
+// order, then the place of the median among them. See running_median.h.
 constexpr int kWindow = 7;
 constexpr int kWindowPlanes = kWindow + 1;
 

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "../srt/cpu/pages.h"
+#include "../srt/cpu/populate.h"
 
 namespace srt::glue {
 

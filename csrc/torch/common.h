@@ -10,8 +10,8 @@
 #include <string>
 #include <vector>
 
-#include "../srt/check.h"
 #include "../srt/types.h"
+#include "../srt/validation.h"
 
 // Throws if a function of torch's C shim fails. STABLE_TORCH_ERROR_CODE_CHECK also says why; the
 // headers of torch 2.10 and 2.11 do not have it. Remove this when neither is supported.
@@ -52,7 +52,7 @@ Numbers view_numbers(const char* op, const char* name, const Tensor& tensor, con
 Parallel torch_parallel();
 
 // On the device of `like`; dense in the order of its dimensions, as torch lays it out where a size
-// is 0, too. On the CPU a large one has its pages (srt/cpu/pages.h).
+// is 0, too. On the CPU a large one has its pages (srt/cpu/populate.h).
 Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like);
 Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                      ScalarType dtype, const Tensor& like);

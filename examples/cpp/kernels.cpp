@@ -1,5 +1,5 @@
 // The kernels without torch: tokens of shifted views in plain buffers, aggregated on own threads.
-#include <srt/check.h>
+#include <srt/validation.h>
 #include <srt/ensemble.h>
 
 #include <algorithm>

@@ -28,7 +28,7 @@ EXPORT int live_guards() { return guards; }
 
 #define is_cpu is_cuda
 #define CUDA CPU
-#include "../../csrc/srt/cpu/pages.cpp"
+#include "../../csrc/srt/cpu/populate.cpp"
 #include "../../csrc/torch/common.cpp"
 #include "../../csrc/torch/cuda.cpp"
 #include "../../csrc/torch/ensemble.cpp"

@@ -11,8 +11,8 @@
 
 #include "../axis.h"
 #include "../ensemble.h"
-#include "kernels.h"
-#include "scratch.h"
+#include "dispatch.h"
+#include "workspace.h"
 
 namespace srt::cpu {
 

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "kernels.h"
-#include "scratch.h"
+#include "dispatch.h"
+#include "workspace.h"
 
 namespace srt {
 namespace {

@@ -171,7 +171,7 @@ void fill_tables_of(const char* op, const Adjoint<Acc>& plan, const RawViews& ra
          stream, plan);
 }
 
-// values_backward.cu: of a median and of moments. With no workspace: tells how large it must be.
+// per_view_backward.cu: of a median and of moments. With no workspace: tells how large it must be.
 int64_t values_backward(const char* op, const EnsembleArgs& args, const ViewNumbers& offsets,
                         const ViewNumbers& weights, void* grad_tokens, void* workspace,
                         CUstream_st* stream);

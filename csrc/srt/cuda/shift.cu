@@ -1,5 +1,5 @@
 #include "../shift.h"
-#include "device.cuh"
+#include "common.cuh"
 
 namespace srt::cuda {
 namespace {

@@ -3,7 +3,7 @@
 #include <type_traits>
 
 #include "../shift.h"
-#include "device.cuh"
+#include "common.cuh"
 
 namespace srt::cuda {
 namespace {

@@ -1,7 +1,7 @@
 // The views as the kernels of ensemble read them: sorted by dx on the device, wherever their
 // offsets and weights lie.
 #pragma once
-#include "device.cuh"
+#include "common.cuh"
 
 namespace srt::cuda {
 
@@ -103,7 +103,7 @@ inline int64_t field_elements(const EnsembleArgs& args) {
   return args.batch * args.channels * rows * (args.grid[1] * args.patch[1] / args.stride[1]);
 }
 
-// values.cu. With no workspace: tells how large it must be. `for_gradient`: `out` gets what the
+// per_view.cu. With no workspace: tells how large it must be. `for_gradient`: `out` gets what the
 // gradient asks of every cell and channel. Of a median, as a uint16_t, the first of the sorted
 // views that has its value, or kNoView; the mean as it was summed, in float or double.
 constexpr uint16_t kNoView = 0xffff;

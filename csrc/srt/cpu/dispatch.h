@@ -3,9 +3,9 @@
 #include <cstdint>
 
 #include "../axis.h"
+#include "../running_median.h"
 #include "../shift.h"
 #include "../types.h"
-#include "../window.h"
 
 namespace srt::cpu {
 

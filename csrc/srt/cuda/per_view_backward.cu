@@ -1,5 +1,5 @@
-// The gradients of the median and of the moments on the device. What the kernels of values.cu find
-// goes into a map, a few channels at a time: for each element which view is the median, or the
+// The gradients of the median and of the moments on the device. What the kernels of per_view.cu
+// find goes into a map, a few channels at a time: for each element which view is the median, or the
 // mean. A second kernel gathers: a warp makes one token of 7 views, 32 channels, from the cells
 // that read it.
 #include <type_traits>
@@ -10,7 +10,8 @@
 namespace srt::cuda {
 namespace {
 
-// Blocks of one launch of values.cu, at least: as many channels as that takes have a map at a time.
+// Blocks of one launch of per_view.cu, at least: as many channels as that takes have a map at a
+// time.
 constexpr int64_t kBlocksOfMap = 4096;
 
 template <class Acc>

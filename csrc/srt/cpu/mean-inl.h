@@ -1,10 +1,11 @@
-// The inner loops. inner.cpp compiles this header once for each instruction set, with other flags.
-// Everything here, and everything it calls, has internal linkage: a template or inline function
-// with one name in all the objects would be merged by the linker, and the copy it kept could hold
-// instructions that the processor lacks. So no std:: templates and no functions of other headers.
+// The inner loops. instruction_set.cpp compiles this header once for each instruction set, with
+// other flags. Everything here, and everything it calls, has internal linkage: a template or inline
+// function with one name in all the objects would be merged by the linker, and the copy it kept
+// could hold instructions that the processor lacks. So no std:: templates and no functions of other
+// headers.
 #pragma once
-#include "kernels.h"
-#include "lanes.h"
+#include "dispatch.h"
+#include "simd.h"
 
 namespace srt::cpu {
 namespace {

@@ -10,8 +10,8 @@
 #include <cstring>
 #include <string>
 
-#include "../check.h"
 #include "../types.h"
+#include "../validation.h"
 #include "cuda.h"
 
 namespace srt::cuda {

@@ -7,7 +7,7 @@
 #include <type_traits>
 
 #include "../axis.h"
-#include "../window.h"
+#include "../running_median.h"
 #include "views.cuh"
 
 namespace srt::cuda {

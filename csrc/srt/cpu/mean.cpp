@@ -1,11 +1,10 @@
-#include "../ensemble.h"
-
 #include <algorithm>
 #include <utility>
 #include <vector>
 
-#include "../window.h"
-#include "kernels.h"
+#include "../ensemble.h"
+#include "../running_median.h"
+#include "dispatch.h"
 #include "plan.h"
 
 namespace srt {

@@ -8,7 +8,7 @@
 #include <cmath>
 
 #include "ensemble.h"
-#include "select.h"
+#include "median_network.h"
 
 namespace srt {
 

@@ -1,4 +1,4 @@
-#include "pages.h"
+#include "populate.h"
 
 #if defined(__linux__)
 #include <glob.h>

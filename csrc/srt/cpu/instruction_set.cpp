@@ -1,8 +1,7 @@
 // Compiled once for each instruction set; SRT_ISA names it (CMakeLists.txt has the flags).
-#include "inner.h"
-
-#include "backward.h"
-#include "values.h"
+#include "mean-inl.h"
+#include "mean_backward-inl.h"
+#include "per_view-inl.h"
 
 namespace srt::cpu {
 

@@ -1,8 +1,8 @@
-// The reductions that need the value of every view in a cell. Like inner.h, which it extends, it is
-// compiled once for each instruction set; the same rule holds: all of it has internal linkage.
+// The reductions that need the value of every view in a cell. Like mean-inl.h, which it extends, it
+// is compiled once for each instruction set; the same rule holds: all of it has internal linkage.
 #pragma once
-#include "../window.h"
-#include "inner.h"
+#include "../running_median.h"
+#include "mean-inl.h"
 
 namespace srt::cpu {
 namespace {

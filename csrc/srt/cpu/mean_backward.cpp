@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "../ensemble.h"
-#include "kernels.h"
+#include "dispatch.h"
 #include "plan.h"
 
 namespace srt {

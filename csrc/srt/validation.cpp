@@ -1,4 +1,4 @@
-#include "check.h"
+#include "validation.h"
 
 #include <algorithm>
 #include <cmath>

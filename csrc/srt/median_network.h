@@ -61,7 +61,7 @@ struct MedianNetwork {
 #define SRT_UNROLL _Pragma("GCC unroll 8")
 #endif
 
-// `Order` has min(a, b) and max(a, b). Its linkage is that of the code made here (cpu/inner.h).
+// `Order` has min(a, b) and max(a, b). Its linkage is that of the code made here (cpu/mean-inl.h).
 template <int N, class Order, class V>
 struct MedianOf {
   static constexpr MedianNetwork<N> network{};

@@ -1,8 +1,8 @@
-// The gradients. Like inner.h, which it extends, it is compiled once for each instruction set; the
-// same rule holds: all of it has internal linkage.
+// The gradients. Like mean-inl.h, which it extends, it is compiled once for each instruction set;
+// the same rule holds: all of it has internal linkage.
 #pragma once
-#include "inner.h"
-#include "values.h"
+#include "mean-inl.h"
+#include "per_view-inl.h"
 
 namespace srt::cpu {
 namespace {

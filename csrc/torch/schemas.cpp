@@ -1,5 +1,5 @@
 // The schemas of namespace srt, and the private ops that name and force the CPU kernels.
-#include "../srt/cpu/kernels.h"
+#include "../srt/cpu/dispatch.h"
 #include "common.h"
 
 namespace srt::glue {

@@ -7,7 +7,7 @@
 #include <new>
 
 #include "../types.h"
-#include "kernels.h"
+#include "dispatch.h"
 
 namespace srt::cpu {
 
