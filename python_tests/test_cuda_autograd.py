@@ -11,7 +11,7 @@ from budget import assert_within_budget
 from hypothesis import given
 from hypothesis import strategies as st
 from samples import DTYPES, PADDINGS, Ensemble, Shift, ensembles, shifts
-from test_autograd import (
+from test_gradients import (
     ENSEMBLES,
     EVERYTHING,
     REDUCES,

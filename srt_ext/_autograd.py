@@ -21,8 +21,6 @@ from torch.utils._pytree import tree_map
 _library = torch.library.Library("srt", "FRAGMENT")
 _ops = torch.ops.srt
 
-Modes = dict[str, Any]
-
 
 # ---- one view after the other --------------------------------------------------------------------
 
@@ -31,27 +29,26 @@ Modes = dict[str, Any]
 class _Views:
     """The arguments of an ensemble without its tokens."""
 
-    modes: Modes  # upsample, border, stride
+    modes: dict[str, Any]  # upsample, border, stride
     offsets: torch.Tensor  # [V, 2]
     grid: Sequence[int]
     patch: Sequence[int]
     weights: torch.Tensor | None  # [V]
 
-    @property
-    def place(self) -> tuple[Any, ...]:
-        return self.offsets, self.grid, self.patch, self.weights
-
     def ensemble(self, tokens: torch.Tensor, reduce: str = "mean") -> torch.Tensor:
         """[B, C, H', W'] of tokens [V, B, N, C]."""
         if tokens.stride(-1) != 1:  # of a tangent
             tokens = tokens.contiguous()
-        field: torch.Tensor = _ops.ensemble(tokens, *self.place, reduce=reduce, **self.modes)
+        field: torch.Tensor = _ops.ensemble(
+            tokens, self.offsets, self.grid, self.patch, self.weights, reduce=reduce, **self.modes
+        )
         return field
 
     def mean_backward(self, grad: torch.Tensor) -> torch.Tensor:
         """[V, B, N, C] of the gradient [B, C, H', W'] of a mean."""
+        place = (self.offsets, self.grid, self.patch, self.weights)
         tokens_grad: torch.Tensor = _ops._ensemble_backward(
-            grad, None, None, *self.place, reduce="mean", **self.modes
+            grad, None, None, *place, reduce="mean", **self.modes
         )
         return tokens_grad
 
@@ -168,11 +165,7 @@ def _moments_backward(
 
 
 def _weights_backward(
-    grad: torch.Tensor,
-    grad_var: torch.Tensor | None,
-    tokens: torch.Tensor,
-    *place: Any,
-    **modes: Any,
+    grad: torch.Tensor, grad_var: Any, tokens: torch.Tensor, *place: Any, **modes: Any
 ) -> torch.Tensor:
     """[V, B, C], float64: the gradients of the weights, to be summed.
 
@@ -194,17 +187,13 @@ def _weights_backward(
 def _median_tangent(views: _Views, tokens: torch.Tensor, tangent: torch.Tensor) -> torch.Tensor:
     """[B, C, H', W']: the tangent of the view that is the median."""
     result = tangent.new_zeros(())
-    each = zip(_median_views(views, tokens), tangent.split(1), strict=True)
-    for (view, here), chunk in each:
+    for (view, here), chunk in zip(_median_views(views, tokens), tangent.split(1), strict=True):
         result = torch.where(here, view.ensemble(chunk), result)
     return result
 
 
 def _moments_tangents(
-    views: _Views,
-    tokens: torch.Tensor,
-    tokens_tangent: torch.Tensor | None,
-    weights_tangent: torch.Tensor | None,
+    views: _Views, tokens: torch.Tensor, tokens_tangent: Any, weights_tangent: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """[B, C, H', W'] of mean and variance."""
     mean = _mean(views, tokens, torch.float64)
@@ -408,9 +397,7 @@ class _Ensemble(_Function):
             return _median_tangent(views, tokens, tokens_tangent)
         if reduce == "moments":
             return _moments_tangents(views, tokens, tokens_tangent, weights_tangent)
-        result: Any = 0
-        if tokens_tangent is not None:
-            result = views.ensemble(tokens_tangent)
+        result = 0 if tokens_tangent is None else views.ensemble(tokens_tangent)
         if weights_tangent is not None:
             result = result + _moments_tangents(views, tokens, None, weights_tangent)[0]
         return result
@@ -425,8 +412,8 @@ class _MeanBackward(_Function):
 
     op, name = _ops._ensemble_backward.default, "ensemble"
     constant: ClassVar = {
-        "weights": "second derivative with respect to weights",
         **_Function.constant,
+        "weights": "second derivative with respect to weights",
     }
     batching = _Batching((0, 0, 1, None, None, None, None), 1)
 
@@ -453,19 +440,11 @@ def _needs_gradient(args: Sequence[Any]) -> bool:
     )
 
 
-def _in_forward_mode() -> bool:
-    return forward_ad._current_level >= 0
-
-
-def _implement(op: Any, kernel: Callable[..., Any], key: str, *, with_keyset: bool = False) -> None:
-    _library.impl(op.name().removeprefix("srt::"), kernel, key, with_keyset=with_keyset)
-
-
 def _register(op: Any, derivative: Callable[..., Any], batching: _Batching) -> None:
     """``derivative`` replaces the op where it is differentiated."""
 
     def kernel(*args: Any, **modes: Any) -> Any:
-        if _in_forward_mode() or _needs_gradient(args):
+        if forward_ad._current_level >= 0 or _needs_gradient(args):
             return derivative(*args, **modes)
         with torch._C._AutoDispatchBelowAutograd():  # without the cost of a node
             return op(*args, **modes)
@@ -473,7 +452,7 @@ def _register(op: Any, derivative: Callable[..., Any], batching: _Batching) -> N
     def mapped(info: Any, in_dims: Any, *args: Any, **modes: Any) -> Any:
         return batching(partial(op, **modes), info.batch_size, in_dims, args)
 
-    _implement(op, kernel, "Autograd")
+    _library.impl(op, kernel, "Autograd")
     torch.library.register_vmap(op, mapped)
 
 
@@ -515,7 +494,7 @@ def _register_composite(function: Callable[..., torch.Tensor], fake: Callable[..
         parts = zip(grad.split(channels, 1), variances, tokens.split(channels, 3), strict=False)
         return torch.cat([function(*part, *place, **modes) for part in parts], -1)
 
-    _implement(op, kernel, "CompositeExplicitAutograd")
+    _library.impl(op, kernel, "CompositeExplicitAutograd")
     _register(op, function, _Batching((0, 0, 1, None, None, None, None), 1))
     torch.library.register_fake(f"srt::{name}", lambda grad, var, tokens, *_, **modes: fake(tokens))
 
@@ -538,7 +517,7 @@ def _register_mutation(op: Any, subject: str) -> None:
     def autograd(*args: Any, **modes: Any) -> None:
         tensors = [a for a in (*args, *modes.values()) if isinstance(a, torch.Tensor)]
         if _needs_gradient(tensors) or (
-            _in_forward_mode()
+            forward_ad._current_level >= 0
             and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
         ):
             raise RuntimeError(
@@ -566,10 +545,10 @@ def _register_mutation(op: Any, subject: str) -> None:
         plain = [a.resolve_neg().resolve_conj() if isinstance(a, torch.Tensor) else a for a in args]
         op(*plain, **modes)
 
-    _implement(op, autograd, "Autograd")
-    _implement(op, version, "ADInplaceOrView", with_keyset=True)
-    _implement(op, negative, "Negative")
-    _implement(op, negative, "Conjugate")
+    _library.impl(op, autograd, "Autograd")
+    _library.impl(op, version, "ADInplaceOrView", with_keyset=True)
+    _library.impl(op, negative, "Negative")
+    _library.impl(op, negative, "Conjugate")
 
 
 for _function in (_Shift, _ShiftBackward, _Ensemble, _Moments, _MeanBackward):
@@ -581,6 +560,5 @@ _register_composite(
     lambda tokens: tokens.new_empty(*tokens.shape[:2], tokens.shape[3], dtype=torch.float64),
 )
 _register_mutation(_ops.ensemble.out, "out=")
-_register_mutation(_ops.accumulate_mean_.default, "the state of a stream")
-_register_mutation(_ops.accumulate_moments_.default, "the state of a stream")
-_register_mutation(_ops.accumulate_median_.default, "the state of a stream")
+for _op in (_ops.accumulate_mean_, _ops.accumulate_moments_, _ops.accumulate_median_):
+    _register_mutation(_op.default, "the state of a stream")
