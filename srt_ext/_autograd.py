@@ -90,10 +90,9 @@ def _values(
         weights = list(torch.where(views.weights > 0, views.weights, 0).double().unbind())
     total: Any = sum(w * (y * x) for w, (y, x) in zip(weights, pixels, strict=True))
     total = torch.where(total > 0, total, torch.inf)
-    each = zip(views.split(), weights, pixels, tokens.split(1), strict=True)
-    for view, weight, (y, x), chunk in each:
+    for view, w, (y, x), chunk in zip(views.split(), weights, pixels, tokens.split(1), strict=True):
         unit = y * x / total
-        yield view, view.ensemble(chunk.to(dtype)), (weight * unit).to(dtype), unit.to(dtype)
+        yield view, view.ensemble(chunk.to(dtype)), (w * unit).to(dtype), unit.to(dtype)
 
 
 def _scaled(share: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -138,8 +137,7 @@ def _median_views(views: _Views, tokens: torch.Tensor) -> Iterator[tuple[_Views,
 
 # ---- derivatives composed of other ops -----------------------------------------------------------
 
-# The backward functions get the gradient of a mean or median, that of a variance or None, tokens
-# and ``place``: offsets, grid, patch, weights or None.
+# ``place``: offsets, grid, patch, weights or None.
 
 
 def _median_backward(
