@@ -14,11 +14,12 @@ pytest.importorskip("timm")
 pytest.importorskip("sklearn")
 pytest.importorskip("skimage")
 
-from benchmarks.common import RESULTS, load
-from benchmarks.quality import __main__ as command
-from benchmarks.quality import data, davis, metrics, probes, report
-from benchmarks.quality.fields import Fields, Network, read, seconds, unit
-from benchmarks.quality.settings import Setting, settings
+from benchmarks.common import load
+from research import RESULTS
+from research.quality import __main__ as command
+from research.quality import data, davis, metrics, probes, report
+from research.quality.fields import Fields, Network, read, seconds, unit
+from research.quality.settings import Setting, settings
 
 # ---- measures -----------------------------------------------------------------------------------
 

@@ -1,9 +1,9 @@
-"""``python -m benchmarks.views``: what is lost with fewer views.
+"""``python -m research.views``: what is lost with fewer views.
 
 The mean field of a design of few views against that of the grid of all whole pixels of the same
 radius, on real frames through a real ViT-Ti/16. The error is a share of what SRT changes at all:
 the distance from the field of the whole grid, over that of the plain picture's field. Writes
-benchmarks/results/views.json, and views.md and views.svg beside it; without ``--weights`` and
+research/results/views.json, and views.md and views.svg beside it; without ``--weights`` and
 ``--frames`` the latter two again from the JSON.
 """
 
@@ -21,8 +21,9 @@ import torch
 import typer
 
 import srt_ext
-from benchmarks.common import MODEL, RESULTS, load, machine, quartiles, save
+from benchmarks.common import MODEL, load, machine, quartiles, save
 from benchmarks.report import _save, markdown
+from research import RESULTS
 from srt_ext import views
 from srt_ext.views import Weighted
 

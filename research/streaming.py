@@ -1,9 +1,9 @@
-"""``python -m benchmarks.streaming``: what a running median loses.
+"""``python -m research.streaming``: what a running median loses.
 
 The mean distance from the exact median, in units of the mean spread of the elements, of
 ``RunningMedian`` and of other estimators of small state, on random values and on the features of a
 real ViT (``--weights``, ``--frames``; left out without them). Writes
-benchmarks/results/streaming.json, prints the table.
+research/results/streaming.json, prints the table.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import torch
 import typer
 
 import srt_ext
-from benchmarks.common import MODEL, RESULTS, machine, save
+from benchmarks.common import MODEL, machine, save
 from benchmarks.peers import p_square, step_halving
+from research import RESULTS
 from srt_ext import views
 
 RADII = {9: 1, 49: 3, 225: 7}  # of the grids of whole pixels with so many views

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.quality.settings import IDENTITY, Setting
 from benchmarks.report import _save, markdown
+from research.quality.settings import IDENTITY, Setting
 
 Row = dict[str, Any]
 TITLES = {

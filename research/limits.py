@@ -1,4 +1,4 @@
-"""``python -m benchmarks.limits``: the two numbers of the CUDA kernels, and what they predict.
+"""``python -m research.limits``: the two numbers of the CUDA kernels, and what they predict.
 
 Bytes that a call must move and operations that it must do, counted from the axis tables of each
 shape, and the times that they imply on an H200. Beside them the work that the kernels of

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 import srt_ext
-from benchmarks.quality.settings import Setting
+from research.quality.settings import Setting
 from srt_ext import views
 from srt_ext.backbones import describe, load_timm
 

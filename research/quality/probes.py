@@ -19,10 +19,10 @@ from sklearn.linear_model import LogisticRegression, RidgeCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from benchmarks.quality import metrics
-from benchmarks.quality.data import Picture
-from benchmarks.quality.fields import Fields, Network, enlarged, read, unit
-from benchmarks.quality.settings import Setting
+from research.quality import metrics
+from research.quality.data import Picture
+from research.quality.fields import Fields, Network, enlarged, read, unit
+from research.quality.settings import Setting
 
 CLASSES = 11  # of CamVid; 11 itself is void
 EDGE_SHARES = [0.05, 0.1, 0.15, 0.2, 0.3]  # of the pixels

@@ -1,7 +1,7 @@
-"""``python -m benchmarks.quality --data DIR --weights FILE``: quality against cost.
+"""``python -m research.quality --data DIR --weights FILE``: quality against cost.
 
 ``DIR`` holds ``davis``, ``camvid`` and ``nyu``, each in the data set's own layout; what is absent
-is left out. Writes benchmarks/results/quality.json, and quality.md and quality.svg beside it;
+is left out. Writes research/results/quality.json, and quality.md and quality.svg beside it;
 without ``--data`` the latter two again from the JSON. What the JSON has is not measured again.
 """
 
@@ -19,11 +19,12 @@ import torch
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from benchmarks.common import MODEL, RESULTS, load, machine, save
-from benchmarks.quality import data as sets
-from benchmarks.quality import davis, probes, report
-from benchmarks.quality.fields import Fields, Network, seconds
-from benchmarks.quality.settings import Setting, settings
+from benchmarks.common import MODEL, load, machine, save
+from research import RESULTS
+from research.quality import data as sets
+from research.quality import davis, probes, report
+from research.quality.fields import Fields, Network, seconds
+from research.quality.settings import Setting, settings
 
 Row = dict[str, Any]
 Scores = dict[str, float]

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from benchmarks.quality.data import davis_frames, labels_of, opened
-from benchmarks.quality.fields import Fields, Network, enlarged, unit
-from benchmarks.quality.metrics import boundary, region
-from benchmarks.quality.settings import Setting
+from research.quality.data import davis_frames, labels_of, opened
+from research.quality.fields import Fields, Network, enlarged, unit
+from research.quality.metrics import boundary, region
+from research.quality.settings import Setting
 
 TILE = 12  # cells; a side of what is compared with its neighbourhood at once
 
