@@ -18,7 +18,8 @@ from conftest import SHARED
 from torch import nn
 
 from srt_ext import SRT, reference
-from srt_ext.backbones import describe, eagerly, load_timm
+from srt_ext.backbones import describe, force_eager
+from srt_ext.hub import load_timm
 
 # The picture itself, whole and broken pixels.
 OFFSETS = torch.tensor([[0.0, 0.0], [1.5, -2.0], [-3.0, 0.25]])
@@ -842,7 +843,7 @@ def test_free_bytes_of_a_container(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_view_batch_auto_fits_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    from srt_ext import wrapper
+    from srt_ext import srt as srt_module
 
     model = timm_model("ViT")
     sizes: list[int] = []
@@ -852,24 +853,24 @@ def test_view_batch_auto_fits_the_memory(monkeypatch: pytest.MonkeyPatch) -> Non
     expected = SRT(model, offsets, stride=8)(images)
     for free, batches in ((2**40, [1, 7, 7, 6]), (0, [1] * 21)):
         sizes.clear()
-        monkeypatch.setattr(wrapper, "free_bytes", lambda device, free=free: free)
+        monkeypatch.setattr(srt_module, "free_bytes", lambda device, free=free: free)
         actual = SRT(model, offsets, stride=8, view_batch="auto")(images)
         assert sizes == batches
         torch.testing.assert_close(actual, expected)
     # Half of the memory that is left holds the peaks of so many views.
     peaks: list[int] = []
-    measured = wrapper.peak_bytes
+    measured = srt_module.peak_bytes
 
     def spy(call: Any) -> Any:
         result = measured(call)
         peaks.append(result[1])
         return result
 
-    monkeypatch.setattr(wrapper, "peak_bytes", spy)
+    monkeypatch.setattr(srt_module, "peak_bytes", spy)
     SRT(model, offsets, stride=8, view_batch="auto")(images)
     field = 2 * 48 * 6 * 10 * 4
     sizes.clear()
-    monkeypatch.setattr(wrapper, "free_bytes", lambda device: 2 * 5 * peaks[0] + field)
+    monkeypatch.setattr(srt_module, "free_bytes", lambda device: 2 * 5 * peaks[0] + field)
     SRT(model, offsets, stride=8, view_batch="auto")(images)
     assert sizes == [1, 5, 5, 5, 5]
 
@@ -1020,14 +1021,14 @@ def test_a_backbone_has_its_own_settings() -> None:
 
 
 def test_auto_counts_the_field_at_the_scale_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    from srt_ext import wrapper
+    from srt_ext import srt as srt_module
 
     model = timm_model("ViT")
     sizes: list[int] = []
     model.blocks[0].register_forward_pre_hook(lambda _m, inputs: sizes.append(len(inputs[0])))
-    monkeypatch.setattr(wrapper, "peak_bytes", lambda call: (call(), 10))
+    monkeypatch.setattr(srt_module, "peak_bytes", lambda call: (call(), 10))
     # 2 fields of 15 cells, 48 channels, 4 bytes; half of the rest holds 3 views of 10 bytes.
-    monkeypatch.setattr(wrapper, "free_bytes", lambda device: 2 * 15 * 48 * 4 + 60)
+    monkeypatch.setattr(srt_module, "free_bytes", lambda device: 2 * 15 * 48 * 4 + 60)
     offsets = torch.cat([OFFSETS[1:] + i for i in range(4)])
     SRT(model, offsets, inject=0, view_batch="auto")(torch.randn(1, 3, 48, 80))
     assert sizes == [1, 3, 3, 1, 1]
@@ -1073,7 +1074,7 @@ def test_a_compiled_model_of_one_size_says_so() -> None:
 
 
 def test_threads_that_run_compiled_models_eagerly_leave_the_compiler_as_it_was() -> None:
-    first, second = (eagerly(torch.compile(nn.Identity())) for _ in range(2))
+    first, second = (force_eager(torch.compile(nn.Identity())) for _ in range(2))
     seen: list[int] = []
 
     def backend(graph: Any, inputs: object) -> Any:

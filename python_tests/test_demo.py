@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import srt_ext
+from srt_ext.cli.common import Network
 from srt_ext.demo import scenes
-from srt_ext.demo.quality import HELD_OUT, SIDE, WAYS, Judge, telling
+from srt_ext.demo.quality import HELD_OUT, METHODS, SIDE, Evaluation, first_complete_seed
 from srt_ext.demo.scenes import BOX, CLASSES, CONE, CYLINDER, FAR, scene
 from srt_ext.demo.small import FILE, load_small, make_small
-from srt_ext.pictures import Network
 
 
 def inside(kind: int, points: np.ndarray) -> np.ndarray:
@@ -74,7 +74,7 @@ def test_labels_and_depth_of_a_scene_belong_together() -> None:
 
 
 def test_the_scene_that_is_drawn_has_all_classes() -> None:
-    seed = telling(HELD_OUT)
+    seed = first_complete_seed(HELD_OUT)
     counts = [
         np.bincount(scene(s, SIDE, SIDE).labels.ravel(), minlength=6).min()
         for s in range(HELD_OUT, seed + 1)
@@ -104,29 +104,29 @@ def test_the_small_vit_is_small_and_takes_any_picture() -> None:
 
 
 @pytest.fixture(scope="module")
-def judge() -> Judge:
-    return Judge(Network("small", None, [-1]), "best:9:3")
+def evaluation() -> Evaluation:
+    return Evaluation(Network("small", None, [-1]), "best:9:3")
 
 
-def test_answers_are_those_of_the_model(judge: Judge) -> None:
+def test_answers_are_those_of_the_model(evaluation: Evaluation) -> None:
     """The head on fields, against the model's own answer and its mean over the views."""
     made = scene(3, 48, 64)
-    plain, _, mean, _ = judge.answers(made.pixels)
-    image = judge.network.image(made.pixels)
-    own = judge.network.model(image)[0].detach().reshape(6, 8, -1)
+    plain, _, mean, _ = evaluation.predict(made.pixels)
+    image = evaluation.network.image(made.pixels)
+    own = evaluation.network.model(image)[0].detach().reshape(6, 8, -1)
     np.testing.assert_allclose(plain.nearness[4::8, 4::8], own[..., -1], atol=1e-4)
     np.testing.assert_array_equal(plain.labels[4::8, 4::8], own[..., :-1].argmax(2))
     offsets = srt_ext.views.parse("best:9:3")
     views = srt_ext.shift(image, offsets)[:, 0]
-    said = judge.network.model(views).detach()[:, None]
+    said = evaluation.network.model(views).detach()[:, None]
     field = srt_ext.reference.ensemble(said.double(), offsets, (6, 8), (8, 8))[0]
     np.testing.assert_allclose(mean.nearness, field[-1], atol=1e-4)
 
 
-def test_srt_helps_on_exact_labels(judge: Judge) -> None:
+def test_srt_helps_on_exact_labels(evaluation: Evaluation) -> None:
     """The quality of the whole chain: weights, shifts, ensemble. Margins are wide."""
-    scores = judge.scores(scene(HELD_OUT + 1000 + i, SIDE, SIDE) for i in range(24))
-    plain, bilinear, mean, median = (scores[way] for way in WAYS)
+    scores = evaluation.scores(scene(HELD_OUT + 1000 + i, SIDE, SIDE) for i in range(24))
+    plain, bilinear, mean, median = (scores[way] for way in METHODS)
     assert plain.segments > 0.7
     assert bilinear.kinds > 0.4
     assert bilinear.nearness < 0.2
@@ -143,7 +143,7 @@ def test_command(tmp_path: Path) -> None:
     picture = tmp_path / "demo.png"
     code, text = run("demo", "-o", picture, "--scenes", 2, "--views", "best:4:3")
     assert code == 0, text
-    for way in WAYS:
+    for way in METHODS:
         assert way in text
     with Image.open(picture) as made:
         assert made.width > 1000

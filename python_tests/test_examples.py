@@ -30,7 +30,7 @@ def examples() -> dict[str, str]:
 EXAMPLES = examples()
 
 
-@pytest.mark.parametrize("module", ["array", "numpy", "ops", "streaming", "views", "wrapper"])
+@pytest.mark.parametrize("module", ["dlpack", "numpy", "ops", "srt", "streaming", "views"])
 def test_docstrings(module: str) -> None:
     if module == "numpy":
         pytest.importorskip("srt_ext.numpy", exc_type=ImportError)

@@ -12,7 +12,8 @@ import torch.nn.functional as F  # noqa: N812
 from peak import needs_proc, peak_of
 
 import srt_ext
-from srt_ext import SRT, reference, views, wrapper
+from srt_ext import SRT, reference, views
+from srt_ext import srt as srt_module
 
 PATCH = (8, 4)
 
@@ -103,7 +104,7 @@ def test_tokens_held_do_not_grow_with_the_views(
 ) -> None:
     """At token scale, or streaming, those of one batch of views, however many views there are."""
     held: list[int] = []
-    kinds = wrapper._RUNNING
+    kinds = srt_module._RUNNING
 
     class Spy(kinds[reduce]):  # type: ignore[misc]
         def update(self, tokens: torch.Tensor, *others: torch.Tensor | None) -> None:

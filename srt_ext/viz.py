@@ -1,4 +1,4 @@
-"""Pictures of features: what SRT changes, panel by panel, in one PCA basis."""
+"""Drawings of features: PCA colors, color maps, and SRT beside plain tokens."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
 
 from ._memory import free_bytes
 from .backbones import Backbone
-from .ops import ensemble, ensemble_moments, shift
+from .ops import ensemble, ensemble_moments
+from .srt import SRT, ViewTokens
 from .views import resolve
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class Colours:
-    """Features to RGB by the first three principal components of the ones it is made from.
+class PCAColors:
+    """Features to RGB by the first three principal components of those it is fitted to.
 
     Args:
-        features: [1, C, h, w], any dtype. One basis and one range for every picture made with it,
-            so that colours can be compared.
+        features: [1, C, h, w], any dtype. Basis and range are the same for every later call, so
+            that colors can be compared.
     """
 
     def __init__(self, features: torch.Tensor) -> None:
@@ -48,8 +48,8 @@ def _rows(features: torch.Tensor) -> np.ndarray:
     return features[0].permute(1, 2, 0).flatten(0, 1).float().cpu().numpy()
 
 
-class Shades:
-    """Values to RGB by a colour map of matplotlib, from ``low`` to ``high``."""
+class ColorMap:
+    """Values to RGB by a color map of matplotlib, from ``low`` to ``high``."""
 
     def __init__(self, low: float, high: float, name: str) -> None:
         from matplotlib import colormaps
@@ -63,23 +63,20 @@ class Shades:
         return rgb.astype(np.float32)
 
 
-def cosine(features: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-    """features [1, C, h, w], vector [C] -> [h, w], the cosine of the angle between them."""
-    along = torch.einsum("bchw,c->bhw", features, vector)[0]
-    lengths = features[0].norm(dim=0) * vector.norm()
-    similarity: torch.Tensor = along / lengths.clamp_min(1e-12)
-    return similarity
+def cosine_map(features: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    """features [1, C, h, w], vector [C] -> cosine similarity [h, w]."""
+    return torch.cosine_similarity(features[0], vector[:, None, None], dim=0)
 
 
-def enlarge(picture: np.ndarray, cell: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
-    """[h, w, C] with cells of (y, x) pixels -> [H, W, C], the padding to whole cells cut off."""
-    return picture.repeat(cell[0], 0).repeat(cell[1], 1)[: size[0], : size[1]]
+def enlarge(image: np.ndarray, cell: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    """[h, w, C] with cells of (y, x) pixels -> [H, W, C], cropped to ``size``."""
+    return image.repeat(cell[0], 0).repeat(cell[1], 1)[: size[0], : size[1]]
 
 
 class Tokens(NamedTuple):
-    """What a model says of a picture and of its views at one layer."""
+    """The tokens of one layer for an image and its views."""
 
-    plain: torch.Tensor  # [1, 1, N, C], N = h * w
+    plain: torch.Tensor  # [1, 1, N, C], N = h * w, of the unshifted image
     views: torch.Tensor  # [V, 1, N, C]
     grid: tuple[int, int]  # (h, w)
     patch: tuple[int, int]  # (y, x), pixels
@@ -91,47 +88,46 @@ class Tokens(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """One picture of a drawing."""
+    """One image of a figure."""
 
     title: str
     rgb: np.ndarray  # [H, W, 3] in 0 .. 1
     point: tuple[float, float] | None = None  # (x, y), pixels, to be marked
 
 
-class _Look:
-    """What the first picture fixes for one layer, so that pictures can be compared."""
+class _LayerStyle:
+    """What the first image fixes for one layer, so that images can be compared."""
 
-    noise: Shades | None = None
-    heat: Shades | None = None
+    noise: ColorMap | None = None
+    similarity: ColorMap | None = None
     query: tuple[torch.Tensor, torch.Tensor] | None = None  # [C] of the plain tokens, of SRT
 
     def __init__(self, tokens: Tokens) -> None:
         if tokens.grid[0] * tokens.grid[1] < 3:
             raise ValueError("the picture has fewer than 3 tokens: no colours can be made of them")
-        self.colours = Colours(tokens.map)
+        self.colors = PCAColors(tokens.map)
 
 
 class Comparison:
-    """Draws a picture's plain tokens beside SRT's fields, for each layer of a model.
+    """Draws an image's plain tokens beside SRT's fields, for each layer of a model.
 
-    Colours, ranges and the features of the queried point are those of the first picture for all
-    that follow: they can be compared.
+    Colors, ranges and the features of the queried point are those of the first image for all that
+    follow: they can be compared.
 
-    One pass over the views: their tokens are kept, and every field is made from them. Memory: the
-    tokens of all views at all layers, and one field (two with ``noise``) and its colours at a time.
+    Memory: the tokens of all views at all layers, from one pass over the views, and one field (two
+    with ``noise``) and its colors at a time.
 
     Args:
         backbone: of a list of layers.
-        views: words for :func:`srt_ext.views.parse`.
+        views: a string for :func:`srt_ext.views.parse`.
         stride: pixels per cell of the fields.
         view_batch: views in one forward of the model.
-        noise: also how far the views differ.
-        query: (x, y) as shares of width and height, in 0 .. 1: also the cosine similarity to the
+        noise: also draw the noise map.
+        query: (x, y) as fractions of width and height: also draw the cosine similarity to the
             features there.
 
     Attributes:
-        srt_seconds: of the last picture, for shifting and the mean (and the noise); with those of
-            the model.
+        srt_seconds: of the last image, for shifting, the model and the mean (and the noise).
     """
 
     def __init__(
@@ -144,86 +140,83 @@ class Comparison:
         noise: bool = False,
         query: tuple[float, float] | None = None,
     ) -> None:
-        self.backbone, self.stride, self.view_batch = backbone, stride, view_batch
         self.offsets, self.weights = resolve(views)
-        self.noise, self.query = noise, query
+        with_plain = torch.cat([torch.zeros(1, 2), self.offsets])
+        self.srt = SRT(backbone, with_plain, view_batch=view_batch)
+        self.stride, self.noise, self.query = stride, noise, query
         self.srt_seconds = 0.0
-        self._looks: list[_Look] = []
+        self._styles: list[_LayerStyle] = []
 
     @torch.no_grad()
     def __call__(
-        self, image: torch.Tensor, pixels: np.ndarray, progress: Callable[[int], object]
+        self,
+        image: torch.Tensor,
+        pixels: np.ndarray,
+        progress: Callable[[int], object] | None = None,
     ) -> list[list[Panel]]:
         """The panels of each layer.
 
         Args:
             image: [1, 3, H, W], normalised as the model wants it.
-            pixels: [H, W, 3] uint8, the same to be looked at.
-            progress: is told the views done.
+            pixels: [H, W, 3] uint8, the same image to look at.
+            progress: called with the number of views done.
 
         Raises:
-            ValueError: a picture of fewer than 3 tokens, a stride that does not divide it, or more
+            ValueError: an image of fewer than 3 tokens, a stride that does not divide it, or more
                 tokens than there is memory for.
         """
         start = time.perf_counter()
         layers = self.tokens(image, progress)
         self.srt_seconds = time.perf_counter() - start
-        first = not self._looks
+        first = not self._styles
         if first:
-            self._looks = [_Look(tokens) for tokens in layers]
+            self._styles = [_LayerStyle(tokens) for tokens in layers]
         return [
-            self._row(tokens, look, pixels, first)
-            for tokens, look in zip(layers, self._looks, strict=True)
+            self._row(tokens, style, pixels, first)
+            for tokens, style in zip(layers, self._styles, strict=True)
         ]
 
-    @torch.no_grad()
-    def tokens(self, image: torch.Tensor, progress: Callable[[int], object]) -> list[Tokens]:
-        """Of each layer, for image [1, 3, H, W] and its views."""
-        below, right = (-image.shape[2 + i] % self.backbone.patch[i] for i in range(2))
-        padded = F.pad(image, (0, right, 0, below), mode="replicate")
-        offsets = torch.cat([torch.zeros(1, 2), self.offsets])  # the picture itself is the first
+    def tokens(
+        self, image: torch.Tensor, progress: Callable[[int], object] | None = None
+    ) -> list[Tokens]:
+        """The tokens of image [1, 3, H, W] and its views at each layer."""
         kept: list[torch.Tensor] = []
-        grids: list[tuple[int, int]] = []
-        for done in range(0, len(offsets), self.view_batch):
-            part = offsets[done : done + self.view_batch]
-            found = self.backbone.features(shift(padded, part).flatten(0, 1))
+        done, total = 0, len(self.srt.views)
+        for batch in self.srt.tokens(image):
             if not kept:
-                self._check_memory(padded, [layer.tokens for layer in found], len(offsets))
-                grids = [layer.grid for layer in found]
+                self._check_memory(batch, image.device)
                 kept = [
-                    layer.tokens.new_empty(len(offsets), 1, *layer.tokens.shape[1:])
-                    for layer in found
+                    layer.tokens.new_empty(total, *layer.tokens.shape[1:]) for layer in batch.layers
                 ]
-            for tokens, layer in zip(kept, found, strict=True):
-                tokens[done : done + len(part), 0] = layer.tokens
-            progress(min(done + len(part) - 1, len(self.offsets)))
+                layouts = [(layer.grid, layer.patch) for layer in batch.layers]
+            for tokens, layer in zip(kept, batch.layers, strict=True):
+                tokens[done : done + len(batch.offsets)] = layer.tokens
+            done += len(batch.offsets)
+            if progress is not None:
+                progress(done - 1)  # without the unshifted image, which is the first
         return [
-            Tokens(
-                tokens[:1],
-                tokens[1:],
-                grid,
-                (padded.shape[2] // grid[0], padded.shape[3] // grid[1]),
-            )
-            for tokens, grid in zip(kept, grids, strict=True)
+            Tokens(tokens[:1], tokens[1:], *layout)
+            for tokens, layout in zip(kept, layouts, strict=True)
         ]
 
-    def _check_memory(self, padded: torch.Tensor, found: list[torch.Tensor], views: int) -> None:
-        cells = padded.shape[2] * padded.shape[3] // self.stride**2
-        tokens = sum(views * t[0].numel() * t.element_size() for t in found)
-        fields = (3 if self.noise else 2) * 4 * cells * max(t.shape[2] for t in found)
-        free = free_bytes(padded.device)
+    def _check_memory(self, batch: ViewTokens, device: torch.device) -> None:
+        views, first = len(self.srt.views), batch.layers[0]
+        pixels = first.tokens.shape[2] * first.patch[0] * first.patch[1]
+        channels = [layer.tokens.shape[3] for layer in batch.layers]
+        tokens = sum(views * layer.tokens[0].nbytes for layer in batch.layers)
+        fields = (3 if self.noise else 2) * 4 * (pixels // self.stride**2) * max(channels)
+        free = free_bytes(device)
         if tokens + fields > free:
             raise ValueError(
                 f"{(tokens + fields) / 2**30:.1f} GiB are needed for the tokens of {views} views "
-                f"at {len(found)} layers and for a field, {free / 2**30:.1f} are free: take a "
+                f"at {len(channels)} layers and for a field, {free / 2**30:.1f} are free: take a "
                 "smaller --size, a larger --stride, fewer --views"
             )
 
     def field(self, tokens: Tokens, reduce: str, size: tuple[int, int]) -> torch.Tensor:
-        """[1, C, ceil(H / s), ceil(W / s)] of a picture of (H, W) pixels.
+        """[1, C, ceil(H / s), ceil(W / s)] of an image of (H, W) pixels.
 
-        ``reduce``: ``mean``, ``median`` (in which every view counts the same) or ``bilinear``: the
-        plain tokens, upsampled.
+        ``reduce``: ``mean``, ``median`` (unweighted) or ``bilinear``, the upsampled plain tokens.
         """
         views, weights = (tokens.views, self.offsets), self.weights
         if reduce == "bilinear":
@@ -241,7 +234,7 @@ class Comparison:
         return self._cropped(field, size)
 
     def moments(self, tokens: Tokens, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mean, as :meth:`field`, and the noise [H', W']: the spread of the views, its norm."""
+        """The mean, as :meth:`field`, and the noise map [H', W'], the norm of the deviations."""
         args = (tokens.views, self.offsets, tokens.grid, tokens.patch, self.weights)
         mean, var = ensemble_moments(*args, stride=self.stride)
         return self._cropped(mean, size), self._cropped(var, size)[0].float().sum(0).sqrt()
@@ -249,7 +242,9 @@ class Comparison:
     def _cropped(self, field: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         return field[:, :, : -(-size[0] // self.stride), : -(-size[1] // self.stride)]
 
-    def _row(self, tokens: Tokens, look: _Look, pixels: np.ndarray, first: bool) -> list[Panel]:
+    def _row(
+        self, tokens: Tokens, style: _LayerStyle, pixels: np.ndarray, first: bool
+    ) -> list[Panel]:
         height, width = size = pixels.shape[:2]
         cell = (self.stride, self.stride)
 
@@ -271,36 +266,36 @@ class Comparison:
 
         more = []
         if spread is not None:
-            if look.noise is None:
+            if style.noise is None:
                 low, high = np.percentile(spread.numpy(), [2, 98])
-                look.noise = Shades(float(low), float(high), "gray")
-            more.append(Panel("noise: spread of the views", cells(look.noise(spread))))
+                style.noise = ColorMap(float(low), float(high), "gray")
+            more.append(Panel("noise: spread of the views", cells(style.noise(spread))))
         if self.query is not None:
-            if look.query is None:
+            if style.query is None:
                 assert point is not None
                 x, y = int(point[0]), int(point[1])
-                look.query = (
+                style.query = (
                     tokens.map[0, :, y // tokens.patch[0], x // tokens.patch[1]].clone(),
                     mean[0, :, y // self.stride, x // self.stride].clone(),
                 )
-            maps = [cosine(f, q) for f, q in zip((tokens.map, mean), look.query, strict=True)]
-            if look.heat is None:  # one range for both
+            maps = [cosine_map(f, q) for f, q in zip((tokens.map, mean), style.query, strict=True)]
+            if style.similarity is None:  # one range for both
                 least = min(float(np.percentile(m.numpy(), 2)) for m in maps)
-                look.heat = Shades(least, 1.0, "inferno")
+                style.similarity = ColorMap(least, 1.0, "inferno")
             for name, values, show in zip(("tokens", "SRT"), maps, (blocks, cells), strict=True):
-                title = f"cosine to the point, {name}: {look.heat.low:.2f} ... 1"
-                more.append(Panel(title, show(look.heat(values)), point))
+                title = f"cosine to the point, {name}: {style.similarity.low:.2f} ... 1"
+                more.append(Panel(title, show(style.similarity(values)), point))
 
-        srt = cells(look.colours(mean))
+        srt = cells(style.colors(mean))
         del mean  # before the next field is made
         drawn = {
-            reduce: cells(look.colours(self.field(tokens, reduce, size)))
+            reduce: cells(style.colors(self.field(tokens, reduce, size)))
             for reduce in ("bilinear", "median")
         }
         unweighted = "" if self.weights is None else ", unweighted"
         return [
             Panel("input", pixels.astype(np.float32) / 255, point),
-            Panel("plain tokens", blocks(look.colours(tokens.map))),
+            Panel("plain tokens", blocks(style.colors(tokens.map))),
             Panel("tokens, bilinear", drawn["bilinear"]),
             Panel(f"SRT mean, {len(self.offsets)} views", srt),
             Panel(f"SRT median{unweighted}", drawn["median"]),
@@ -309,7 +304,7 @@ class Comparison:
 
 
 def draw(rows: Sequence[Sequence[Panel]], names: Sequence[str]) -> Figure:
-    """Panels of one size in rows; the names of the rows stand to the left if there are several."""
+    """A figure of rows of panels of one size, with the names of the rows if there are several."""
     from matplotlib.figure import Figure
 
     height, width = rows[0][0].rgb.shape[:2]
@@ -333,8 +328,8 @@ def draw(rows: Sequence[Sequence[Panel]], names: Sequence[str]) -> Figure:
     return figure
 
 
-def rendered(figure: Figure) -> Any:
-    """A picture of Pillow, 288 pixels a panel: a frame of a video."""
+def render(figure: Figure) -> Any:
+    """A frame of a video: an image of Pillow, 288 pixels a panel."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
@@ -345,7 +340,7 @@ def rendered(figure: Figure) -> Any:
 
 
 def write_frames(frames: Iterable[Any], output: Path, fps: float) -> int:
-    """Writes pictures of Pillow and returns their number.
+    """Writes images of Pillow and returns their number.
 
     Args:
         frames: of one size.

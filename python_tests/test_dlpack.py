@@ -1,4 +1,4 @@
-"""srt_ext.array: arrays of other frameworks in and out, without copies and in the right order."""
+"""srt_ext.dlpack: arrays of other frameworks in and out, without copies and in the right order."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch
 from samples import DTYPES, Ensemble, Shift, sample_ensembles, sample_shifts
 
 import srt_ext
-from srt_ext import array, ops
+from srt_ext import dlpack, ops
 
 ENSEMBLE = Ensemble(weights=(1.0, 0.0, 2.5, 1e-3, 7.0, 1.0, 1.0, 1.0, 1.0), stride=(2, 3), prefix=1)
 SHIFT = Shift(layout="sliced")
@@ -116,7 +116,7 @@ def test_ensemble(case: Ensemble, framework: Framework, spied: SimpleNamespace) 
     (tokens, offsets, grid, patch, weights), modes = case.call(case.tokens())
     expected = torch.ops.srt.ensemble(tokens, offsets, grid, patch, weights, **modes)
     given = framework.make(tokens)
-    result = array.ensemble(given, offsets, grid, patch, weights, **modes)
+    result = dlpack.ensemble(given, offsets, grid, patch, weights, **modes)
     assert isinstance(result, framework.kind)
     assert same(framework.back(result), expected)
     assert spied.given[0] == framework.address(given)
@@ -130,7 +130,7 @@ def test_moments(case: Ensemble, framework: Framework, spied: SimpleNamespace) -
     (tokens, offsets, grid, patch, weights), modes = case.call(case.tokens())
     expected = torch.ops.srt.ensemble_moments(tokens, offsets, grid, patch, weights, **modes)
     given = framework.make(tokens)
-    results = array.ensemble_moments(given, offsets, grid, patch, weights, **modes)
+    results = dlpack.ensemble_moments(given, offsets, grid, patch, weights, **modes)
     assert spied.given[0] == framework.address(given)
     for result, right in zip(results, expected, strict=True):
         assert isinstance(result, framework.kind)
@@ -141,7 +141,7 @@ def test_moments(case: Ensemble, framework: Framework, spied: SimpleNamespace) -
 def test_shift(case: Shift, framework: Framework, spied: SimpleNamespace) -> None:
     (image, offsets), modes = case.call(case.image())
     given = framework.make(image)
-    result = array.shift(given, offsets, **modes)
+    result = dlpack.shift(given, offsets, **modes)
     assert isinstance(result, framework.kind)
     assert same(framework.back(result), torch.ops.srt.shift(image, offsets, **modes))
     assert spied.given[0] == framework.address(given)
@@ -152,14 +152,14 @@ def test_median_and_modes(framework: Framework) -> None:
     (tokens, offsets, grid, patch, _), modes = ENSEMBLE.call(ENSEMBLE.tokens())
     modes |= {"reduce": "median", "upsample": "nearest", "border": "clamp", "stride": [4, 6]}
     expected = torch.ops.srt.ensemble(tokens, offsets, grid, patch, **modes)
-    result = array.ensemble(framework.make(tokens), offsets, grid, patch, **modes)
+    result = dlpack.ensemble(framework.make(tokens), offsets, grid, patch, **modes)
     assert same(framework.back(result), expected)
 
 
 def check_dtype(framework: Framework, dtype: torch.dtype) -> None:
     (tokens, offsets, grid, patch, weights), modes = ENSEMBLE.call(ENSEMBLE.tokens(dtype))
     given = framework.make(tokens)
-    result = array.ensemble(given, offsets, grid, patch, weights, **modes)
+    result = dlpack.ensemble(given, offsets, grid, patch, weights, **modes)
     assert result.dtype == given.dtype
     expected = torch.ops.srt.ensemble(tokens, offsets, grid, patch, weights, **modes)
     assert same(framework.back(result), expected)
@@ -182,7 +182,7 @@ def test_dtypes(framework: Framework, dtype: torch.dtype, request: pytest.Fixtur
 
 def test_uint8_images(framework: Framework) -> None:
     (image, offsets), modes = SHIFT.call(SHIFT.image(torch.uint8))
-    result = array.shift(framework.make(image), offsets, **modes)
+    result = dlpack.shift(framework.make(image), offsets, **modes)
     assert same(framework.back(result), torch.ops.srt.shift(image, offsets, **modes))
 
 
@@ -190,7 +190,7 @@ def test_numpy_bfloat16(spied: SimpleNamespace) -> None:
     bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
     (tokens, offsets, grid, patch, weights), modes = ENSEMBLE.call(ENSEMBLE.tokens(torch.bfloat16))
     given = tokens.view(torch.uint16).numpy().view(bfloat16)
-    result = array.ensemble(given, offsets, grid, patch, weights, **modes)
+    result = dlpack.ensemble(given, offsets, grid, patch, weights, **modes)
     assert result.dtype == bfloat16
     assert spied.given[0] == given.ctypes.data
     assert spied.made == [result.ctypes.data]
@@ -202,7 +202,7 @@ def test_strides_are_read_in_place(spied: SimpleNamespace) -> None:
     model_output = np.random.default_rng(0).random((9, 2, 16, 24), dtype=np.float32)
     tokens = model_output[:, :, 1:, 2:21]
     offsets = torch.tensor(ENSEMBLE.offsets)
-    result = array.ensemble(tokens, offsets, (3, 5), (4, 6))
+    result = dlpack.ensemble(tokens, offsets, (3, 5), (4, 6))
     assert spied.given[0] == tokens.ctypes.data
     assert result.strides[1] == 4  # channels_last: no copy
     expected = torch.ops.srt.ensemble(torch.tensor(tokens), offsets, (3, 5), (4, 6))
@@ -215,7 +215,7 @@ def test_sizes_of_1_and_0(framework: Framework, shape: tuple[int, ...]) -> None:
     grid, tokens = (1, 1) if shape[2] == 1 else (3, 5), torch.ones(shape)
     offsets = torch.zeros(shape[0], 2)
     for stride in ((1, 1), (grid[0] * 4, 1), (grid[0] * 4, grid[1] * 4)):
-        result = array.ensemble(framework.make(tokens), offsets, grid, (4, 4), stride=stride)
+        result = dlpack.ensemble(framework.make(tokens), offsets, grid, (4, 4), stride=stride)
         expected = torch.ops.srt.ensemble(tokens, offsets, grid, (4, 4), stride=stride)
         assert same(framework.back(result), expected)
 
@@ -229,7 +229,7 @@ def test_read_only_numpy(spied: SimpleNamespace, tmp_path: Any) -> None:
     offsets.flags.writeable = False
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        results = [array.ensemble(t, offsets, (3, 5), (4, 6)) for t in (tokens, mapped)]
+        results = [dlpack.ensemble(t, offsets, (3, 5), (4, 6)) for t in (tokens, mapped)]
         assert spied.given[0] == mapped.ctypes.data
     assert not tokens.flags.writeable
     for result in results:
@@ -246,7 +246,7 @@ def test_memory_outlives_what_made_it(framework: Framework) -> None:
     results = []
     for _ in range(20):  # freed memory would be used again
         given = framework.make(tokens.clone())
-        results.append(array.ensemble(given, offsets, grid, patch, weights, **modes))
+        results.append(dlpack.ensemble(given, offsets, grid, patch, weights, **modes))
         del given
     for result in results:
         assert same(framework.back(result), expected)
@@ -255,7 +255,7 @@ def test_memory_outlives_what_made_it(framework: Framework) -> None:
 def test_tokens_that_require_grad() -> None:
     """As srt_ext.ensemble has it."""
     (tokens, *rest), modes = ENSEMBLE.call(ENSEMBLE.tokens().requires_grad_())
-    ours, theirs = array.ensemble(tokens, *rest, **modes), srt_ext.ensemble(tokens, *rest, **modes)
+    ours, theirs = dlpack.ensemble(tokens, *rest, **modes), srt_ext.ensemble(tokens, *rest, **modes)
     assert ours.requires_grad == theirs.requires_grad
     assert same(ours.detach(), theirs.detach())
 
@@ -278,7 +278,7 @@ def test_tokens_that_require_grad() -> None:
 def test_offsets_and_weights(framework: Framework, convert: Callable[..., Any]) -> None:
     (tokens, offsets, grid, patch, weights), modes = ENSEMBLE.call(ENSEMBLE.tokens())
     expected = torch.ops.srt.ensemble(tokens, offsets, grid, patch, weights, **modes)
-    result = array.ensemble(
+    result = dlpack.ensemble(
         framework.make(tokens), convert(offsets), grid, patch, convert(weights), **modes
     )
     assert same(framework.back(result), expected)
@@ -287,7 +287,7 @@ def test_offsets_and_weights(framework: Framework, convert: Callable[..., Any]) 
 def test_offsets_of_the_kind(framework: Framework) -> None:
     (tokens, offsets, grid, patch, weights), modes = ENSEMBLE.call(ENSEMBLE.tokens())
     given = [framework.make(t) for t in (tokens, offsets, weights)]
-    result = array.ensemble(given[0], given[1], grid, patch, given[2], **modes)
+    result = dlpack.ensemble(given[0], given[1], grid, patch, given[2], **modes)
     expected = torch.ops.srt.ensemble(tokens, offsets, grid, patch, weights, **modes)
     assert same(framework.back(result), expected)
 
@@ -297,7 +297,9 @@ def test_out(framework: Framework, spied: SimpleNamespace) -> None:
     (tokens, offsets, grid, patch, weights), modes = ENSEMBLE.call(ENSEMBLE.tokens())
     expected = torch.ops.srt.ensemble(tokens, offsets, grid, patch, weights, **modes)
     out = framework.make(torch.full(expected.shape, float("nan")))
-    result = array.ensemble(framework.make(tokens), offsets, grid, patch, weights, **modes, out=out)
+    result = dlpack.ensemble(
+        framework.make(tokens), offsets, grid, patch, weights, **modes, out=out
+    )
     assert result is out
     assert spied.made == [framework.address(out)]
     assert same(framework.back(out), expected)
@@ -316,7 +318,7 @@ def test_jax_waits_for_the_producer(jax: ModuleType) -> None:
     padded.flatten()[: tokens.numel()] = tokens.flatten()
     late = slow(jax.device_put(padded.numpy(), cpu)).reshape(-1)[: tokens.numel()]
     (_, *rest), modes = ENSEMBLE.call(tokens)
-    result = array.ensemble(late.reshape(tuple(tokens.shape)), *rest, **modes)
+    result = dlpack.ensemble(late.reshape(tuple(tokens.shape)), *rest, **modes)
     expected = torch.ops.srt.ensemble(tokens, *rest, **modes)
     assert same(torch.from_dlpack(result), expected)
 
@@ -325,8 +327,8 @@ def test_jax_results_are_of_use(jax: ModuleType) -> None:
     """Row order: with other strides some versions of JAX fail, or compute wrongly."""
     (tokens, *rest), modes = ENSEMBLE.call(ENSEMBLE.tokens())
     given = jax_arrays(jax).make(tokens)
-    result = array.ensemble(given, *rest, **modes)
-    for one in (result, *array.ensemble_moments(given, *rest, **modes)):
+    result = dlpack.ensemble(given, *rest, **modes)
+    for one in (result, *dlpack.ensemble_moments(given, *rest, **modes)):
         assert torch.from_dlpack(one).is_contiguous()
     expected = torch.ops.srt.ensemble(tokens, *rest, **modes)
     total = jax.jit(lambda x: x[:, 1:, ::2].sum((2, 3)))(result)
@@ -337,10 +339,10 @@ def test_jax_results_are_nobody_elses(jax: ModuleType, spied: SimpleNamespace) -
     """JAX takes its arrays for immutable: the memory must never be written again."""
     (tokens, *rest), modes = ENSEMBLE.call(ENSEMBLE.tokens())
     make = jax_arrays(jax).make
-    results = [array.shift(make(SHIFT.image()), SHIFT.call(SHIFT.image())[0][1])]
+    results = [dlpack.shift(make(SHIFT.image()), SHIFT.call(SHIFT.image())[0][1])]
     first = np.array(results[0])
     for _ in range(10):
-        results.append(array.ensemble(make(tokens), *rest, **modes))
+        results.append(dlpack.ensemble(make(tokens), *rest, **modes))
         torch.full(results[0].shape, float("nan"))
     assert len({r.unsafe_buffer_pointer() for r in results}) == len(results)
     assert np.array_equal(np.array(results[0]), first)
@@ -350,7 +352,7 @@ def test_jax_tracers_are_refused(jax: ModuleType) -> None:
     with pytest.raises(
         TypeError, match=r"srt::shift: image must be an array with __dlpack__, without a mask; got"
     ):
-        jax.jit(lambda x: array.shift(x, [[0.0, 0.0]]))(np.ones((1, 1, 2, 2), np.float32))
+        jax.jit(lambda x: dlpack.shift(x, [[0.0, 0.0]]))(np.ones((1, 1, 2, 2), np.float32))
 
 
 # ---- the protocol -------------------------------------------------------------------------------
@@ -387,7 +389,7 @@ class Produced:
 def test_the_protocol_on_the_cpu() -> None:
     (tokens, offsets, grid, patch, weights), modes = ENSEMBLE.call(ENSEMBLE.tokens())
     given = [Produced(t) for t in (tokens, offsets, weights)]
-    result = array.ensemble(given[0], given[1], grid, patch, given[2], **modes)
+    result = dlpack.ensemble(given[0], given[1], grid, patch, given[2], **modes)
     assert isinstance(result, Produced)
     assert same(
         result.tensor, torch.ops.srt.ensemble(tokens, offsets, grid, patch, weights, **modes)
@@ -407,7 +409,7 @@ def test_an_old_producer_knows_no_options() -> None:
             return self.tensor.__dlpack__()
 
     image = SHIFT.image()
-    result = array.shift(Old(image), [[0.5, 1.0]])
+    result = dlpack.shift(Old(image), [[0.5, 1.0]])
     assert same(result.tensor, torch.ops.srt.shift(image, torch.tensor([[0.5, 1.0]])))
 
 
@@ -418,7 +420,7 @@ TOKENS = np.ones((2, 1, 6, 3), np.float32)
 
 def ensemble(**changes: Any) -> Any:
     call = {"tokens": TOKENS, "offsets": [[0.0, 0.0], [1.0, 2.0]], "grid": [2, 3], "patch": [4, 5]}
-    return array.ensemble(**{**call, **changes})
+    return dlpack.ensemble(**{**call, **changes})
 
 
 class Endless:
@@ -479,7 +481,7 @@ def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -
 def test_strides_below_0_are_refused() -> None:
     image = np.ones((1, 3, 4, 4), np.float32)[:, ::-1]  # BGR to RGB
     with pytest.raises(ValueError, match="stride"):
-        array.shift(image, [[0.0, 0.0]])
+        dlpack.shift(image, [[0.0, 0.0]])
 
 
 def test_jax_out_is_refused(jax: ModuleType) -> None:
@@ -492,8 +494,8 @@ def test_jax_out_is_refused(jax: ModuleType) -> None:
 LAZY = """
 import sys
 import srt_ext
-import srt_ext.array
-assert srt_ext.array.shift
+import srt_ext.dlpack
+assert srt_ext.dlpack.shift
 print({"jax", "cupy", "tensorflow", "ml_dtypes"} & set(sys.modules))
 """
 WITHOUT_TORCH = """
@@ -503,7 +505,7 @@ import importlib.util
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == "torch" else find(name, *rest)
 import srt_ext
-for touch in (lambda: srt_ext.array, lambda: __import__("srt_ext.array")):
+for touch in (lambda: srt_ext.dlpack, lambda: __import__("srt_ext.dlpack")):
     try:
         touch()
     except ImportError as error:
@@ -525,7 +527,7 @@ def test_without_torch() -> None:
     reasons = run(WITHOUT_TORCH).splitlines()
     assert len(reasons) == 2
     for reason in reasons:
-        assert reason.startswith("srt_ext.array is not available: torch is not installed")
+        assert reason.startswith("srt_ext.dlpack is not available: torch is not installed")
 
 
 # ---- how long inputs are kept -------------------------------------------------------------------
@@ -547,17 +549,17 @@ class Event:
 def test_inputs_are_kept_until_the_gpu_has_read_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda d: f"current stream of {d}")
-    monkeypatch.setattr(array, "_kept", deque())
+    monkeypatch.setattr(dlpack, "_in_use", deque())
     first, second, third = (SimpleNamespace(is_cuda=True, device="cuda:1") for _ in range(3))
     on_cpu = SimpleNamespace(is_cuda=False)
-    array._keep((first, first, on_cpu, None), ("cupy", first, "cupy", None))  # one is torch's own
-    array._keep((on_cpu, second), ("numpy", second))
-    assert [kept for _, kept in array._kept] == [[first]]
-    array._keep((second, third), ("cupy", "jax"))
-    assert [kept for _, kept in array._kept] == [[first], [second, third]]
-    array._kept[0][0].done = True
-    array._keep((first,), ("cupy",))
-    assert [kept for _, kept in array._kept] == [[second, third], [first]]
+    dlpack._hold((first, first, on_cpu, None), ("cupy", first, "cupy", None))  # one is torch's own
+    dlpack._hold((on_cpu, second), ("numpy", second))
+    assert [kept for _, kept in dlpack._in_use] == [[first]]
+    dlpack._hold((second, third), ("cupy", "jax"))
+    assert [kept for _, kept in dlpack._in_use] == [[first], [second, third]]
+    dlpack._in_use[0][0].done = True
+    dlpack._hold((first,), ("cupy",))
+    assert [kept for _, kept in dlpack._in_use] == [[second, third], [first]]
 
 
 # ---- on a GPU -----------------------------------------------------------------------------------
@@ -594,7 +596,7 @@ def test_streams_wait_for_each_other(current: str) -> None:
             late.copy_(tokens)
         given = Produced(late, producer=producer, consumer=consumer)
         with torch.cuda.stream(ours):
-            result = array.ensemble(given, *rest, **modes)
+            result = dlpack.ensemble(given, *rest, **modes)
         with torch.cuda.stream(consumer):
             read = result.tensor.clone()
     assert not consumer.query()  # nobody has waited on the host
@@ -607,19 +609,19 @@ def test_streams_wait_for_each_other(current: str) -> None:
 @needs_gpu
 def test_memory_of_inputs_is_kept_while_it_is_read() -> None:
     tokens, rest, modes, expected = on_gpu()
-    array.ensemble(Produced(tokens), *rest, **modes)
+    dlpack.ensemble(Produced(tokens), *rest, **modes)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     copy = tokens.clone()
     size = torch.cuda.memory_allocated() - before
     torch.cuda._sleep(SLEEP)
-    result = array.ensemble(Produced(copy), *rest, **modes)
+    result = dlpack.ensemble(Produced(copy), *rest, **modes)
     with_copy = torch.cuda.memory_allocated()
     del copy
     gc.collect()
     assert torch.cuda.memory_allocated() == with_copy
     check(result.tensor.cpu(), expected)
-    array.ensemble(Produced(tokens), *rest, **modes)  # looks, and lets go
+    dlpack.ensemble(Produced(tokens), *rest, **modes)  # looks, and lets go
     assert torch.cuda.memory_allocated() == with_copy - size
 
 
@@ -627,7 +629,7 @@ def test_memory_of_inputs_is_kept_while_it_is_read() -> None:
 def test_offsets_and_weights_on_a_gpu() -> None:
     tokens, (offsets, grid, patch, weights), modes, expected = on_gpu()
     given = [Produced(t.cuda()) for t in (tokens, offsets, weights)]
-    result = array.ensemble(given[0], given[1], grid, patch, given[2], **modes)
+    result = dlpack.ensemble(given[0], given[1], grid, patch, given[2], **modes)
     check(result.tensor.cpu(), expected)
 
 
@@ -645,7 +647,7 @@ def test_cupy() -> None:
             with torch.cuda.stream(torch.cuda.ExternalStream(side.ptr)):
                 torch.cuda._sleep(sleep)
             cupy.copyto(late, source)
-            result = array.ensemble(late, *rest, **modes)
+            result = dlpack.ensemble(late, *rest, **modes)
             address = late.data.ptr
             del late
             other = cupy.full(tokens.shape, np.nan, dtype=np.float32)
@@ -657,7 +659,7 @@ def test_cupy() -> None:
     assert result.strides[1] == result.itemsize  # channels_last: as the kernel wrote it
     check(torch.from_numpy(cupy.asnumpy(read)), expected)
     out = cupy.full(expected.shape, np.nan, dtype=np.float32)
-    assert array.ensemble(source, *rest, **modes, out=out) is out
+    assert dlpack.ensemble(source, *rest, **modes, out=out) is out
     check(torch.from_numpy(cupy.asnumpy(out)), expected)
 
 
@@ -677,7 +679,7 @@ def test_jax_on_a_gpu(jax: ModuleType) -> None:
     slow(start, weight).block_until_ready()  # compiled
     for _ in range(3):
         late = slow(start, weight).reshape(-1)[: tokens.numel()].reshape(tuple(tokens.shape))
-        result = array.ensemble(late, *rest, **modes)
+        result = dlpack.ensemble(late, *rest, **modes)
         del late
         other = slow(start + 1, weight)  # takes what memory is free
         assert result.devices() == {devices[0]}
@@ -689,6 +691,6 @@ def test_jax_on_a_gpu(jax: ModuleType) -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_another_gpu_than_the_current() -> None:
     tokens, rest, modes, expected = on_gpu()
-    result = array.ensemble(Produced(tokens.to("cuda:1")), *rest, **modes)
+    result = dlpack.ensemble(Produced(tokens.to("cuda:1")), *rest, **modes)
     assert result.tensor.device == torch.device("cuda:1")
     check(result.tensor.cpu(), expected)

@@ -21,8 +21,10 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load, load_file
 
-from srt_ext import SRT, command, folder, pictures
-from srt_ext.wrapper import SRTOutput
+from srt_ext import SRT
+from srt_ext.cli import common, folder
+from srt_ext.cli.images import ImageError, open_image, to_pixels
+from srt_ext.srt import SRTOutput
 
 SETTINGS = {"--views": "grid:1", "--stride": 8, "--size": 48, "--workers": 0}
 
@@ -73,12 +75,12 @@ def test_a_file_for_each_picture(
     assert code == 0, text
     assert list(made(out)) == NAMES
     assert "3 pictures: 3 written, 0 were there, 0 failed" in text
-    network = pictures.Network(SMALL, weights, None)
+    network = common.Network(SMALL, weights, None)
     srt = SRT(network.backbone, "grid:1", stride=8)
     for name in NAMES:
         tensors = load_file(out / name)
         photo = photos / name.removesuffix(".safetensors")
-        pixels = pictures.pixels_of(pictures.open_picture(photo), 48)
+        pixels = to_pixels(open_image(photo), 48)
         assert pixels.shape == (30, 48, 3)
         expected = srt(network.image(pixels))
         assert tensors["field"].shape == (64, 4, 6)
@@ -187,7 +189,7 @@ def test_a_run_that_fell_back_is_another_one(
     (path / "refs/main").write_text("abc")
     (path / "snapshots/abc").mkdir(parents=True)
     small_weights(path / "snapshots/abc/model.safetensors")
-    monkeypatch.setattr(command, "DEFAULT_MODEL", default)
+    monkeypatch.setattr(common, "DEFAULT_MODEL", default)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.get_session", no_network)
     options = [x for pair in SETTINGS.items() for x in pair]
@@ -313,7 +315,7 @@ def test_a_full_disk_ends_it(
 def test_one_run_at_a_time(
     photos: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folder, "PATIENCE", 0.0)
+    monkeypatch.setattr(folder, "LOCK_TIMEOUT", 0.0)
     out = tmp_path / "out"
     out.mkdir()
     handle = os.open(out, os.O_RDONLY)
@@ -329,9 +331,9 @@ def test_workers_decode(
     photos: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def told(_path: Path) -> None:
-        raise pictures.PictureError(f"process {os.getpid()}.")
+        raise ImageError(f"process {os.getpid()}.")
 
-    monkeypatch.setattr(folder, "open_picture", told)
+    monkeypatch.setattr(folder, "open_image", told)
     for workers in (0, 2):
         text = extract(photos, tmp_path / "out", weights, workers=workers)[1]
         processes = set(re.findall(r"process (\d+)\.", text))
@@ -342,7 +344,7 @@ def test_workers_decode(
 def test_a_worker_dies(
     photos: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folder, "open_picture", lambda _path: os._exit(1))
+    monkeypatch.setattr(folder, "open_image", lambda _path: os._exit(1))
     code, text = extract(photos, tmp_path / "out", weights, workers=1)
     assert code == 1
     assert "a worker died" in text
@@ -385,5 +387,5 @@ def test_what_is_wrong(
 def test_float16_ends() -> None:
     output = SRTOutput(torch.tensor([1.0, -7e4]).reshape(1, 2, 1, 1), None)
     with pytest.raises(ValueError, match="field goes to 70000"):
-        folder.tensors_of(output, torch.float16)
-    assert folder.tensors_of(output, torch.bfloat16)["field"].isfinite().all()
+        folder.to_tensors(output, torch.float16)
+    assert folder.to_tensors(output, torch.bfloat16)["field"].isfinite().all()

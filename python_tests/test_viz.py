@@ -18,9 +18,10 @@ from PIL import Image
 from skimage import data
 from torch.nn.functional import cosine_similarity
 
-from srt_ext import SRT, pictures, visualize
+from srt_ext import SRT, viz
 from srt_ext.backbones import describe
-from srt_ext.visualize import Colours, Comparison, Panel, cosine
+from srt_ext.cli.common import Network
+from srt_ext.viz import Comparison, Panel, PCAColors, cosine_map
 
 FAST = ("--views", "grid:1", "--stride", 4, "--size", 64, "--model", SMALL)
 
@@ -31,8 +32,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def network(weights: Path) -> pictures.Network:
-    return pictures.Network(SMALL, weights, [2, -1])
+def network(weights: Path) -> Network:
+    return Network(SMALL, weights, [2, -1])
 
 
 def crops(count: int, size: tuple[int, int] = (48, 64)) -> list[np.ndarray]:
@@ -48,13 +49,13 @@ def ignore(_done: int) -> None:
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[list[list[Panel]]]:
     """The rows of every picture that is drawn."""
-    kept, draw = [], visualize.draw
+    kept, draw = [], viz.draw
 
     def keep(rows: Any, names: Any) -> Any:
         kept.append(rows)
         return draw(rows, names)
 
-    monkeypatch.setattr(visualize, "draw", keep)
+    monkeypatch.setattr(viz, "draw", keep)
     return kept
 
 
@@ -63,7 +64,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[list[list[Panel]]]:
 
 @pytest.mark.parametrize("views", ["grid:1.5:1", "ring:5:3"])  # one of them has weights
 @pytest.mark.parametrize("view_batch", [1, 4, 100])
-def test_fields_are_those_of_srt(network: pictures.Network, views: str, view_batch: int) -> None:
+def test_fields_are_those_of_srt(network: Network, views: str, view_batch: int) -> None:
     pixels = crops(1, (41, 55))[0]
     image, size = network.image(pixels), pixels.shape[:2]
     comparison = Comparison(network.backbone, views, stride=2, view_batch=view_batch)
@@ -85,11 +86,11 @@ def test_fields_are_those_of_srt(network: pictures.Network, views: str, view_bat
         torch.testing.assert_close(noise, expected.var[0].sum(0).sqrt())
 
 
-def test_panels_have_one_basis(network: pictures.Network) -> None:
+def test_panels_have_one_basis(network: Network) -> None:
     pixels = crops(1)[0]
     comparison = Comparison(network.backbone, "grid:1", stride=4)
-    rows = comparison(network.image(pixels), pixels, ignore)
-    layers = comparison.tokens(network.image(pixels), ignore)
+    rows = comparison(network.image(pixels), pixels)
+    layers = comparison.tokens(network.image(pixels))
     for row, tokens in zip(rows, layers, strict=True):
         assert [panel.title for panel in row] == [
             "input",
@@ -98,7 +99,7 @@ def test_panels_have_one_basis(network: pictures.Network) -> None:
             "SRT mean, 9 views",
             "SRT median",
         ]
-        colours = Colours(tokens.map)
+        colours = PCAColors(tokens.map)
         expected = [pixels / 255, colours(tokens.map).repeat(16, 0).repeat(16, 1)]
         for reduce in ("bilinear", "mean", "median"):
             field = comparison.field(tokens, reduce, (48, 64))
@@ -122,21 +123,21 @@ def test_pictures_of_no_whole_patches(patch: int) -> None:
     backbone, pixels = describe(model, [-1]), crops(1, (41, 55))[0]
     image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None] / 255
     comparison = Comparison(backbone, "grid:1")
-    assert [panel.rgb.shape for panel in comparison(image, pixels, ignore)[0]] == [(41, 55, 3)] * 5
-    tokens = comparison.tokens(image, ignore)[0]
+    assert [panel.rgb.shape for panel in comparison(image, pixels)[0]] == [(41, 55, 3)] * 5
+    tokens = comparison.tokens(image)[0]
     assert tokens.grid == (-(-41 // patch), -(-55 // patch))
     expected = SRT(backbone, "grid:1")(image)[0].field
     torch.testing.assert_close(comparison.field(tokens, "mean", (41, 55)), expected)
 
 
-def test_the_first_picture_fixes_colours_and_ranges(network: pictures.Network) -> None:
+def test_the_first_picture_fixes_colours_and_ranges(network: Network) -> None:
     a, b = crops(2)
     settings: dict[str, Any] = {"stride": 4, "noise": True, "query": (0.3, 0.4)}
     comparison = Comparison(network.backbone, "grid:1", **settings)
-    first = comparison(network.image(a), a, ignore)
-    second = comparison(network.image(b), b, ignore)
-    again = comparison(network.image(a), a, ignore)
-    fresh = Comparison(network.backbone, "grid:1", **settings)(network.image(b), b, ignore)
+    first = comparison(network.image(a), a)
+    second = comparison(network.image(b), b)
+    again = comparison(network.image(a), a)
+    fresh = Comparison(network.backbone, "grid:1", **settings)(network.image(b), b)
     for row, row_b, row_a, row_fresh in zip(first, second, again, fresh, strict=True):
         assert len(row) == 8
         for panel, same in zip(row, row_a, strict=True):
@@ -147,32 +148,30 @@ def test_the_first_picture_fixes_colours_and_ranges(network: pictures.Network) -
         assert row_b[0].point is None
 
 
-def test_weighted_views_say_that_the_median_has_no_weights(network: pictures.Network) -> None:
+def test_weighted_views_say_that_the_median_has_no_weights(network: Network) -> None:
     pixels = crops(1)[0]
-    rows = Comparison(network.backbone, "ring:5:3", stride=4)(network.image(pixels), pixels, ignore)
+    rows = Comparison(network.backbone, "ring:5:3", stride=4)(network.image(pixels), pixels)
     assert rows[0][4].title == "SRT median, unweighted"
 
 
 def test_cosine_is_that_of_torch() -> None:
     features = torch.randn(1, 5, 3, 4)
-    similar = cosine(features, features[0, :, 1, 2])
+    similar = cosine_map(features, features[0, :, 1, 2])
     expected = cosine_similarity(features, features[:, :, 1:2, 2:3], dim=1)[0]
     torch.testing.assert_close(similar, expected)
-    assert cosine(torch.zeros(1, 5, 3, 4), torch.ones(5)).eq(0).all()
+    assert cosine_map(torch.zeros(1, 5, 3, 4), torch.ones(5)).eq(0).all()
 
 
-def test_more_than_fits_is_refused(
-    network: pictures.Network, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_more_than_fits_is_refused(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = crops(1)[0]
     comparison = Comparison(network.backbone, "grid:1", stride=16)
     # 10 x 12 tokens of 64 channels at 2 layers, and twice one of 12.
     needed = 4 * 64 * (10 * 12 * 2 + 2 * 12)
-    monkeypatch.setattr(visualize, "free_bytes", lambda _device: needed)
-    comparison(network.image(pixels), pixels, ignore)
-    monkeypatch.setattr(visualize, "free_bytes", lambda _device: needed - 1)
+    monkeypatch.setattr(viz, "free_bytes", lambda _device: needed)
+    comparison(network.image(pixels), pixels)
+    monkeypatch.setattr(viz, "free_bytes", lambda _device: needed - 1)
     with pytest.raises(ValueError, match="smaller --size"):
-        comparison(network.image(pixels), pixels, ignore)
+        comparison(network.image(pixels), pixels)
 
 
 # ---- the command --------------------------------------------------------------------------------

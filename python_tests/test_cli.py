@@ -23,7 +23,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from skimage import data
 
-from srt_ext import SRT, backbones, command, views
+from srt_ext import SRT, hub, views
+from srt_ext.cli import common
 from srt_ext.demo.small import load_small
 
 WEIGHTS = Path(__file__).parents[2] / "shared/weights"
@@ -93,7 +94,7 @@ def test_features_are_those_of_srt(photo: Path, weights: Path, tmp_path: Path, s
         with safe_open(output, "pt") as file:
             assert file.metadata()["views"] == "grid:1"
 
-    model, config = backbones.load_timm(MODEL, weights)
+    model, config = hub.load_timm(MODEL, weights)
     small = Image.open(photo)
     small.thumbnail((64, 64), Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None] / 255
@@ -129,7 +130,7 @@ def test_real_weights_separate_the_astronaut_from_the_wall(tmp_path: Path, weigh
             ["PHOTO", "--weights", "WEIGHTS", "--model", "vit_small_patch16_224"],
             "do not fit vit_small_patch16_224",
         ),
-        (["PHOTO", "--weights", "WEIGHTS"], f"do not fit {command.DEFAULT_MODEL}: cls_token must "),
+        (["PHOTO", "--weights", "WEIGHTS"], f"do not fit {common.DEFAULT_MODEL}: cls_token must "),
         (["PHOTO", "--weights", "WEIGHTS"], "must be [1, 1, 384], is [1, 1, 192]"),
         (["PHOTO", "--weights", "WEIGHTS"], "more). Name the model that they are of with --model"),
         (["PHOTO", "--views", "ring"], "views must be"),
@@ -172,14 +173,14 @@ def test_what_is_wrong_is_said_in_a_line(
 
 def test_depth_and_transparency(tmp_path: Path) -> None:
     """16 bits keep their shades, and what is transparent is white."""
-    from srt_ext.pictures import open_picture
+    from srt_ext.cli.images import open_image
 
     shades = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
     Image.fromarray(shades).save(tmp_path / "deep.png")
-    deep = np.asarray(open_picture(tmp_path / "deep.png"))
+    deep = np.asarray(open_image(tmp_path / "deep.png"))
     assert (deep == (shades // 257)[:, :, None]).all()
     Image.new("RGBA", (4, 4), (200, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert (np.asarray(open_picture(tmp_path / "clear.png")) == 255).all()
+    assert (np.asarray(open_image(tmp_path / "clear.png")) == 255).all()
 
 
 def test_a_picture_too_large_to_be_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +217,7 @@ class Hub:
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     """An empty one, without a network."""
     made = Hub(tmp_path / "hub")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(made.folder))
@@ -243,7 +244,7 @@ def test_without_a_network_the_default_is_the_small_model(tmp_path: Path) -> Non
     )
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("\n") == 1
-    assert result.stderr.startswith(f"note: the weights of {command.DEFAULT_MODEL} cannot be had ")
+    assert result.stderr.startswith(f"note: the weights of {common.DEFAULT_MODEL} cannot be had ")
     assert "using the small ViT that comes with srt_ext; --model or --weights" in result.stderr
     with safe_open(output, "pt") as file:
         assert file.metadata()["model"] == "small"
@@ -251,7 +252,7 @@ def test_without_a_network_the_default_is_the_small_model(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("tag", ["", ".augreg_in21k_ft_in1k", ".nonsense"])
 def test_a_model_that_was_named_is_never_another(
-    photo: Path, hub: Hub, tmp_path: Path, tag: str
+    photo: Path, fake_hub: Hub, tmp_path: Path, tag: str
 ) -> None:
     name, output = MODEL.split(".")[0] + tag, tmp_path / "out.npz"
     code, text = run("features", photo, "-o", output, "--model", name)
@@ -263,17 +264,17 @@ def test_a_model_that_was_named_is_never_another(
     assert not output.exists()
 
 
-def test_the_default_is_a_dinov2_of_timm(photo: Path, hub: Hub, tmp_path: Path) -> None:
+def test_the_default_is_a_dinov2_of_timm(photo: Path, fake_hub: Hub, tmp_path: Path) -> None:
     """From the hub's cache, and the hub is not asked."""
-    model = timm.create_model(command.DEFAULT_MODEL, dynamic_img_size=True).eval()
-    hub.keep(command.DEFAULT_MODEL, model.state_dict())
+    model = timm.create_model(common.DEFAULT_MODEL, dynamic_img_size=True).eval()
+    fake_hub.keep(common.DEFAULT_MODEL, model.state_dict())
     output = tmp_path / "out.safetensors"
     code, text = run("features", photo, "-o", output, "--views", "grid:1", "--size", 64)
     assert code == 0, text
     assert "note" not in text
-    assert hub.asked == []
+    assert fake_hub.asked == []
     with safe_open(output, "pt") as file:
-        assert file.metadata()["model"] == command.DEFAULT_MODEL
+        assert file.metadata()["model"] == common.DEFAULT_MODEL
     small = Image.open(photo)
     small.thumbnail((64, 64), Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1) / 255
@@ -283,7 +284,7 @@ def test_the_default_is_a_dinov2_of_timm(photo: Path, hub: Hub, tmp_path: Path) 
     torch.testing.assert_close(load_file(output)["field"], expected.field[0])
 
 
-def test_the_hub_is_asked_once(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_is_asked_once(fake_hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """If it does not answer timm is left alone; if it does, what timm makes of it is told."""
     name, made = f"{SMALL}.r160_in1k", timm.create_model
     tried: list[Any] = []
@@ -295,22 +296,22 @@ def test_the_hub_is_asked_once(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Non
         return made(*arguments, **settings)
 
     monkeypatch.setattr(timm, "create_model", create_model)
-    with pytest.raises(backbones.PretrainedError, match="does not answer: ConnectionError"):
-        backbones.load_timm(name)
-    assert (len(hub.asked), len(tried)) == (1, 0)
-    hub.answers = True
-    with pytest.raises(backbones.PretrainedError, match="OSError: no such file there"):
-        backbones.load_timm(name)
-    assert (len(hub.asked), len(tried)) == (2, 1)
+    with pytest.raises(hub.PretrainedError, match="does not answer: ConnectionError"):
+        hub.load_timm(name)
+    assert (len(fake_hub.asked), len(tried)) == (1, 0)
+    fake_hub.answers = True
+    with pytest.raises(hub.PretrainedError, match="OSError: no such file there"):
+        hub.load_timm(name)
+    assert (len(fake_hub.asked), len(tried)) == (2, 1)
 
     model = made(name)
-    hub.keep(name, model.state_dict())
-    loaded = backbones.load_timm(name)[0].state_dict()
+    fake_hub.keep(name, model.state_dict())
+    loaded = hub.load_timm(name)[0].state_dict()
     assert all(tensor.equal(loaded[key]) for key, tensor in model.state_dict().items())
-    assert len(hub.asked) == 2
+    assert len(fake_hub.asked) == 2
 
 
-def test_the_small_model_by_name(photo: Path, hub: Hub, tmp_path: Path) -> None:
+def test_the_small_model_by_name(photo: Path, fake_hub: Hub, tmp_path: Path) -> None:
     model, config = load_small()
     save_file({k: v + 1 for k, v in model.state_dict().items()}, tmp_path / "more.safetensors")
     pixels = torch.from_numpy(np.array(Image.open(photo).resize((40, 32)))).permute(2, 0, 1) / 255
@@ -326,14 +327,14 @@ def test_the_small_model_by_name(photo: Path, hub: Hub, tmp_path: Path) -> None:
         model.load_state_dict(state)
         expected = SRT(model, views.grid(1))(((pixels - mean) / std)[None])
         torch.testing.assert_close(torch.from_numpy(np.load(output)["field"]), expected.field[0])
-    assert hub.asked == []
+    assert fake_hub.asked == []
 
 
-def test_info_tells_whether_the_default_is_in_the_cache(hub: Hub) -> None:
-    assert re.search(rf"default model +{command.DEFAULT_MODEL}: not in the hub's", run("info")[1])
-    hub.keep(command.DEFAULT_MODEL, {})
-    assert re.search(rf"default model +{command.DEFAULT_MODEL}: in the hub's", run("info")[1])
-    assert hub.asked == []
+def test_info_tells_whether_the_default_is_in_the_cache(fake_hub: Hub) -> None:
+    assert re.search(rf"default model +{common.DEFAULT_MODEL}: not in the hub's", run("info")[1])
+    fake_hub.keep(common.DEFAULT_MODEL, {})
+    assert re.search(rf"default model +{common.DEFAULT_MODEL}: in the hub's", run("info")[1])
+    assert fake_hub.asked == []
 
 
 def test_info_tells_backends() -> None:
