@@ -191,7 +191,7 @@ def _map_layout(features: torch.Tensor, images: torch.Tensor, patch: tuple[int, 
         warnings.warn(
             f"SRT: a map of {list(features.shape)} for pictures of {[height, width]} is taken "
             f"for {layout} with a patch of {list(fits[layout])}",
-            stacklevel=2,
+            stacklevel=3,
         )
     return layout
 
