@@ -39,6 +39,7 @@ def test_docstrings(module: str) -> None:
     assert results.failed == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_page(name: str, tmp_path: Path) -> None:
     for module in re.findall(r"^(?:import|from) ([\w.]+)", EXAMPLES[name], re.M):

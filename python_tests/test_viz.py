@@ -1,8 +1,7 @@
-"""What ``srt-ext show`` draws: its panels against SRT itself, and the command's pictures."""
+"""What ``srt-ext show`` draws: its panels against SRT itself."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,26 +12,19 @@ pytest.importorskip("timm")
 pytest.importorskip("typer")
 
 import timm
-from cli import SMALL, run, small_weights
-from PIL import Image
+from cli import SMALL, small_weights
 from skimage import data
 from torch.nn.functional import cosine_similarity
 
 from srt_ext import SRT, viz
 from srt_ext.backbones import describe
 from srt_ext.cli.common import Network
-from srt_ext.viz import Comparison, Panel, PCAColors, cosine_map
-
-FAST = ("--views", "grid:1", "--stride", 4, "--size", 64, "--model", SMALL)
+from srt_ext.viz import Comparison, PCAColors, cosine_map
 
 
 @pytest.fixture(scope="session")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_weights(tmp_path_factory.mktemp("weights") / "small.safetensors")
-
-
-@pytest.fixture(scope="session")
-def network(weights: Path) -> Network:
+def network(tmp_path_factory: pytest.TempPathFactory) -> Network:
+    weights = small_weights(tmp_path_factory.mktemp("weights") / "small.safetensors")
     return Network(SMALL, weights, [2, -1])
 
 
@@ -40,26 +32,6 @@ def crops(count: int, size: tuple[int, int] = (48, 64)) -> list[np.ndarray]:
     """Different parts of a photograph."""
     photo = data.chelsea()
     return [photo[40 * i : 40 * i + size[0], 60 * i : 60 * i + size[1]] for i in range(count)]
-
-
-def ignore(_done: int) -> None:
-    pass
-
-
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[list[list[Panel]]]:
-    """The rows of every picture that is drawn."""
-    kept, draw = [], viz.draw
-
-    def keep(rows: Any, names: Any) -> Any:
-        kept.append(rows)
-        return draw(rows, names)
-
-    monkeypatch.setattr(viz, "draw", keep)
-    return kept
-
-
-# ---- fields -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("views", ["grid:1.5:1", "ring:5:3"])  # one of them has weights
@@ -172,140 +144,3 @@ def test_more_than_fits_is_refused(network: Network, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(viz, "free_bytes", lambda _device: needed - 1)
     with pytest.raises(ValueError, match="smaller --size"):
         comparison(network.image(pixels), pixels)
-
-
-# ---- the command --------------------------------------------------------------------------------
-
-
-def test_a_row_for_each_layer(weights: Path, tmp_path: Path, drawn: Any) -> None:
-    photo = tmp_path / "photo.png"
-    Image.fromarray(crops(1)[0]).save(photo)
-    sizes = []
-    for layers in ([], ["--layer", 0, "--layer", -1]):
-        output = tmp_path / "out.png"
-        code, text = run("show", photo, "-o", output, "--weights", weights, *FAST, *layers)
-        assert code == 0, text
-        sizes.append(Image.open(output).size)
-    assert sizes[1][1] == pytest.approx(2 * sizes[0][1], abs=2)
-    (last,), (zeroth, also_last) = drawn
-    for a, b in zip(last, also_last, strict=True):
-        assert (a.rgb == b.rgb).all()
-    assert (zeroth[1].rgb != last[1].rgb).any()
-
-
-def test_query_is_in_pixels_of_the_picture(weights: Path, tmp_path: Path, drawn: Any) -> None:
-    """Which the model sees reduced: a point of the original, and what has its colours there."""
-    pixels = np.zeros((320, 480, 3), np.uint8)
-    pixels[:] = np.random.default_rng(0).integers(0, 60, pixels.shape)
-    pixels[240:320, 360:480] += 180
-    Image.fromarray(pixels).save(tmp_path / "photo.png")
-    options = ("-o", tmp_path / "out.png", "--weights", weights, *FAST, "--size", 96, "--layer", 0)
-    code, text = run("show", tmp_path / "photo.png", "--query", "420,300", *options)
-    assert code == 0, text
-    ((row,),) = drawn
-    assert row[0].point == pytest.approx((84.1, 60.1))
-    plain, srt = row[5:]
-    for panel, cell in ((plain, (slice(48, 64), slice(80, 96))), (srt, (slice(60, 64), 84))):
-        assert panel.rgb.shape == (64, 96, 3)
-        light = panel.rgb.sum(2)
-        assert (light[cell] == light.max()).all()  # itself: 1
-        inside, outside = light[52:, 76:], light[:40, :64]
-        assert inside.min() > outside.max()
-
-
-@pytest.mark.parametrize("query", ["64,0", "0,48", "-1,3", "1.5,3", "3", "1,2,3", "a,b"])
-def test_query_outside_is_refused(query: str, weights: Path, tmp_path: Path) -> None:
-    photo = tmp_path / "photo.png"
-    Image.fromarray(crops(1)[0]).save(photo)
-    output = tmp_path / "out.png"
-    code, text = run("show", photo, f"--query={query}", "-o", output, "--weights", weights, *FAST)
-    assert code == 1
-    assert "--query must" in text
-    assert query in text
-    assert not output.exists()
-
-
-@pytest.fixture
-def frames(tmp_path: Path) -> Path:
-    """The first and the last are the same; their numbers are not in the order of their names."""
-    path = tmp_path / "frames"
-    path.mkdir()
-    a, b, c = crops(3)
-    for name, pixels in {"f1": a, "f2": b, "f10": c, "f11": a}.items():
-        Image.fromarray(pixels).save(path / f"{name}.png")
-    return path
-
-
-@pytest.mark.parametrize("suffix", [".gif", ".webp"])
-def test_a_video_is_animated(
-    frames: Path, weights: Path, tmp_path: Path, suffix: str, drawn: Any
-) -> None:
-    output = tmp_path / f"out{suffix}"
-    options = ("--weights", weights, *FAST, "--fps", 5, "--query", "5,5")
-    code, text = run("show", frames, "-o", output, *options)
-    assert code == 0, text
-    assert "4 frames, 0 left out" in text
-    with Image.open(output) as video:
-        assert video.n_frames == 4
-        assert video.width > 5 * video.height * 0.9
-        video.seek(1)
-        assert np.asarray(video.convert("RGB")).std() > 20
-        assert video.info["duration"] == 200
-    for (row,), pixels in zip(drawn, (*crops(3), crops(1)[0]), strict=True):
-        np.testing.assert_array_equal(np.rint(row[0].rgb * 255), pixels)
-    assert (drawn[0][0][3].rgb == drawn[3][0][3].rgb).all()  # one basis for all
-
-
-def test_a_video_as_frames(frames: Path, weights: Path, tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    options = ("-o", output, "--weights", weights, *FAST)
-    code, text = run("show", frames, *options)
-    assert code == 0, text
-    names = [f"0000{i}.png" for i in range(4)]
-    assert sorted(path.name for path in output.iterdir()) == names
-    first, *middle, last = (np.asarray(Image.open(output / name)) for name in names)
-    assert (first == last).all()
-    assert all((first != other).any() for other in middle)
-    code, text = run("show", frames, *options)  # an older video is not mixed with this one
-    assert code == 1
-    assert "must be a new folder, or an empty one" in text
-
-
-def test_a_frame_that_does_not_fit_is_left_out(frames: Path, weights: Path, tmp_path: Path) -> None:
-    (frames / "f2.png").write_bytes((frames / "f2.png").read_bytes()[:500])
-    Image.new("RGB", (40, 40)).save(frames / "f3.png")
-    code, text = run("show", frames, "-o", tmp_path / "out", "--weights", weights, *FAST)
-    assert code == 1
-    assert "f2.png is no readable picture" in text
-    assert "f3.png is 40 x 40; left out" in text
-    assert "3 frames, 2 left out" in text
-    assert len(list((tmp_path / "out").iterdir())) == 3
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["frames", "-o", "out.png"], "--output must end in .gif or .webp"),
-        (["frames", "-o", "nowhere/out.gif"], "does not exist"),
-        (["frames", "-o", "frames"], "must be a new folder"),
-        (["empty"], "empty has no pictures"),
-        (["frames", "--query", "64,0"], "--query must lie in the picture"),
-        (["frames/f1.png", "-o", "out.gif"], "must end in .png"),
-    ],
-)
-def test_what_is_wrong_with_a_video(
-    arguments: list[str],
-    message: str,
-    frames: Path,
-    weights: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("empty").mkdir()
-    before = sorted(tmp_path.rglob("*"))
-    code, text = run("show", *arguments, "--weights", weights, *FAST)
-    assert code == 1
-    assert message in text
-    assert text.count("error: ") == 1
-    assert sorted(tmp_path.rglob("*")) == before
