@@ -5,7 +5,8 @@ same kind on the same device. Memory is shared in both directions, and on a GPU 
 each other, not the caller.
 
 The other framework sees no derivative of these functions, and cannot call them inside its compiled
-functions (``jax.jit``).
+functions (``jax.jit``). Arguments of a wrong type or dtype raise a TypeError, those of a wrong
+shape, word or value a ValueError.
 """
 
 from __future__ import annotations
@@ -206,10 +207,6 @@ def shift(
     Returns:
         [V, B, C, H, W], dense, an array of the kind, dtype and device of ``image``.
 
-    Raises:
-        TypeError: no array, or an argument of the wrong type or dtype.
-        ValueError: a wrong shape, mode word or value.
-
     Example:
         >>> image = np.arange(4.0, dtype=np.float32).reshape(1, 1, 1, 4)
         >>> shift(image, [[0, 1], [0, 0.5]], padding="border")[:, 0, 0, 0]
@@ -252,10 +249,6 @@ def ensemble(
         [B, C, H / sh, W / sw], an array of the kind, dtype and device of ``tokens``, or ``out``.
         Its strides are those of channels_last; for JAX it is contiguous, which takes the kernel
         longer.
-
-    Raises:
-        TypeError: no array, or an argument of the wrong type or dtype.
-        ValueError: a wrong shape, mode word or value.
 
     Example:
         >>> tokens = np.array([0, 4], dtype=np.float32).reshape(1, 1, 2, 1)
@@ -307,9 +300,6 @@ def ensemble_moments(
     Returns:
         (mean, var), each as the result of :func:`ensemble`. For JAX both are copied once, to
         be contiguous.
-
-    Raises:
-        TypeError, ValueError: as :func:`ensemble`.
 
     Example:
         >>> tokens = np.array([1, 3], dtype=np.float32).reshape(2, 1, 1, 1)  # two views of a token

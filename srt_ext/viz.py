@@ -17,6 +17,7 @@ from .srt import SRT, ViewTokens
 from .views import resolve
 
 if TYPE_CHECKING:
+    from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
 
@@ -48,19 +49,12 @@ def _rows(features: torch.Tensor) -> np.ndarray:
     return features[0].permute(1, 2, 0).flatten(0, 1).float().cpu().numpy()
 
 
-class ColorMap:
-    """Values to RGB by a color map of matplotlib, from ``low`` to ``high``."""
+def color_map(low: float, high: float, name: str) -> ScalarMappable:
+    """A color map of matplotlib from ``low`` to ``high``; values beyond are clipped."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
 
-    def __init__(self, low: float, high: float, name: str) -> None:
-        from matplotlib import colormaps
-
-        self.low, self.high, self._map = low, high, colormaps[name]
-
-    def __call__(self, values: torch.Tensor) -> np.ndarray:
-        """values [h, w] -> RGB [h, w, 3] in 0 .. 1."""
-        scaled = (values.cpu().numpy() - self.low) / max(self.high - self.low, 1e-12)
-        rgb: np.ndarray = self._map(np.clip(scaled, 0, 1))[..., :3]
-        return rgb.astype(np.float32)
+    return ScalarMappable(Normalize(low, high, clip=True), name)
 
 
 def cosine_map(features: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
@@ -68,7 +62,7 @@ def cosine_map(features: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
     return torch.cosine_similarity(features[0], vector[:, None, None], dim=0)
 
 
-def enlarge(image: np.ndarray, cell: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+def enlarge(image: np.ndarray, cell: tuple[int, int], size: tuple[int, ...]) -> np.ndarray:
     """[h, w, C] with cells of (y, x) pixels -> [H, W, C], cropped to ``size``."""
     return image.repeat(cell[0], 0).repeat(cell[1], 1)[: size[0], : size[1]]
 
@@ -98,14 +92,14 @@ class Panel(NamedTuple):
 class _LayerStyle:
     """What the first image fixes for one layer, so that images can be compared."""
 
-    noise: ColorMap | None = None
-    similarity: ColorMap | None = None
-    query: tuple[torch.Tensor, torch.Tensor] | None = None  # [C] of the plain tokens, of SRT
+    noise: ScalarMappable | None = None
+    similarity: ScalarMappable | None = None
 
     def __init__(self, tokens: Tokens) -> None:
         if tokens.grid[0] * tokens.grid[1] < 3:
             raise ValueError("the picture has fewer than 3 tokens: no colours can be made of them")
         self.colors = PCAColors(tokens.map)
+        self.query: list[torch.Tensor] = []  # [C] of the plain tokens, [C] of the mean
 
 
 class Comparison:
@@ -213,7 +207,7 @@ class Comparison:
                 "smaller --size, a larger --stride, fewer --views"
             )
 
-    def field(self, tokens: Tokens, reduce: str, size: tuple[int, int]) -> torch.Tensor:
+    def field(self, tokens: Tokens, reduce: str, size: tuple[int, ...]) -> torch.Tensor:
         """[1, C, ceil(H / s), ceil(W / s)] of an image of (H, W) pixels.
 
         ``reduce``: ``mean``, ``median`` (unweighted) or ``bilinear``, the upsampled plain tokens.
@@ -233,73 +227,84 @@ class Comparison:
         )
         return self._cropped(field, size)
 
-    def moments(self, tokens: Tokens, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def moments(self, tokens: Tokens, size: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         """The mean, as :meth:`field`, and the noise map [H', W'], the norm of the deviations."""
         args = (tokens.views, self.offsets, tokens.grid, tokens.patch, self.weights)
         mean, var = ensemble_moments(*args, stride=self.stride)
         return self._cropped(mean, size), self._cropped(var, size)[0].float().sum(0).sqrt()
 
-    def _cropped(self, field: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    def _cropped(self, field: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
         return field[:, :, : -(-size[0] // self.stride), : -(-size[1] // self.stride)]
 
     def _row(
         self, tokens: Tokens, style: _LayerStyle, pixels: np.ndarray, first: bool
     ) -> list[Panel]:
-        height, width = size = pixels.shape[:2]
-        cell = (self.stride, self.stride)
-
-        def blocks(picture: np.ndarray) -> np.ndarray:
-            return enlarge(picture, tokens.patch, size)
-
-        def cells(picture: np.ndarray) -> np.ndarray:
-            return enlarge(picture, cell, size)
-
-        point = None
-        if self.query is not None and first:  # later the point may have moved
-            point = (self.query[0] * width, self.query[1] * height)
-        start, spread = time.perf_counter(), None
+        size, cell, noise = pixels.shape[:2], (self.stride, self.stride), None
+        start = time.perf_counter()
         if self.noise:
-            mean, spread = self.moments(tokens, size)
+            mean, noise = self.moments(tokens, size)
         else:
             mean = self.field(tokens, "mean", size)
         self.srt_seconds += time.perf_counter() - start
 
-        more = []
-        if spread is not None:
-            if style.noise is None:
-                low, high = np.percentile(spread.numpy(), [2, 98])
-                style.noise = ColorMap(float(low), float(high), "gray")
-            more.append(Panel("noise: spread of the views", cells(style.noise(spread))))
+        more, point = [], None
+        if noise is not None:
+            values = noise.numpy()
+            low, high = np.percentile(values, [2, 98])
+            style.noise = style.noise or color_map(low, high, "gray")
+            rgb = style.noise.to_rgba(values)[..., :3]
+            more.append(Panel("noise: spread of the views", enlarge(rgb, cell, size)))
         if self.query is not None:
-            if style.query is None:
-                assert point is not None
-                x, y = int(point[0]), int(point[1])
-                style.query = (
-                    tokens.map[0, :, y // tokens.patch[0], x // tokens.patch[1]].clone(),
-                    mean[0, :, y // self.stride, x // self.stride].clone(),
-                )
-            maps = [cosine_map(f, q) for f, q in zip((tokens.map, mean), style.query, strict=True)]
-            if style.similarity is None:  # one range for both
-                least = min(float(np.percentile(m.numpy(), 2)) for m in maps)
-                style.similarity = ColorMap(least, 1.0, "inferno")
-            for name, values, show in zip(("tokens", "SRT"), maps, (blocks, cells), strict=True):
-                title = f"cosine to the point, {name}: {style.similarity.low:.2f} ... 1"
-                more.append(Panel(title, show(style.similarity(values)), point))
+            if first:  # in later images the point may have moved
+                point = (self.query[0] * size[1], self.query[1] * size[0])
+            more += self._similarity(tokens, mean, style, point, size)
 
-        srt = cells(style.colors(mean))
-        del mean  # before the next field is made
-        drawn = {
-            reduce: cells(style.colors(self.field(tokens, reduce, size)))
-            for reduce in ("bilinear", "median")
-        }
+        def colors(field: torch.Tensor) -> np.ndarray:
+            return enlarge(style.colors(field), cell, size)
+
         unweighted = "" if self.weights is None else ", unweighted"
+        srt = Panel(f"SRT mean, {len(self.offsets)} views", colors(mean))
+        del mean  # before the next field is made
+        plain = enlarge(style.colors(tokens.map), tokens.patch, size)
         return [
             Panel("input", pixels.astype(np.float32) / 255, point),
-            Panel("plain tokens", blocks(style.colors(tokens.map))),
-            Panel("tokens, bilinear", drawn["bilinear"]),
-            Panel(f"SRT mean, {len(self.offsets)} views", srt),
-            Panel(f"SRT median{unweighted}", drawn["median"]),
+            Panel("plain tokens", plain),
+            Panel("tokens, bilinear", colors(self.field(tokens, "bilinear", size))),
+            srt,
+            Panel(f"SRT median{unweighted}", colors(self.field(tokens, "median", size))),
             *more,
+        ]
+
+    def _similarity(
+        self,
+        tokens: Tokens,
+        mean: torch.Tensor,
+        style: _LayerStyle,
+        point: tuple[float, float] | None,
+        size: tuple[int, ...],
+    ) -> list[Panel]:
+        """The cosine similarity of tokens and mean to the point of the first image."""
+        fields = {"tokens": (tokens.map, tokens.patch), "SRT": (mean, (self.stride, self.stride))}
+        if not style.query:
+            assert point is not None
+            style.query = [
+                field[0, :, int(point[1]) // cell[0], int(point[0]) // cell[1]].clone()
+                for field, cell in fields.values()
+            ]
+        maps = [
+            cosine_map(field, vector).numpy()
+            for (field, _), vector in zip(fields.values(), style.query, strict=True)
+        ]
+        if style.similarity is None:  # one range for both
+            style.similarity = color_map(min(np.percentile(m, 2) for m in maps), 1.0, "inferno")
+        to_rgba, low = style.similarity.to_rgba, style.similarity.norm.vmin
+        return [
+            Panel(
+                f"cosine to the point, {name}: {low:.2f} ... 1",
+                enlarge(to_rgba(values)[..., :3], cell, size),
+                point,
+            )
+            for (name, (_, cell)), values in zip(fields.items(), maps, strict=True)
         ]
 
 

@@ -8,17 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from .common import (
-    FIGURE_SUFFIXES,
-    Network,
-    Views,
-    check_output,
-    console,
-    count_views,
-    echo,
-    progress_bar,
-    user_errors,
-)
+from . import common
 from .images import open_image, to_pixels
 
 
@@ -26,7 +16,7 @@ def command(
     output: Annotated[Path, typer.Option("--output", "-o", help="The picture to write.")] = Path(
         "srt-demo.png"
     ),
-    views: Views = "best:16:3",  # for patches of 8 pixels what a radius of 6 is for 16
+    views: common.Views = "best:16:3",  # for patches of 8 pixels what a radius of 6 is for 16
     scenes: Annotated[
         int, typer.Option(min=1, max=1000, help="Number of scenes that are scored.")
     ] = 32,
@@ -38,24 +28,24 @@ def command(
     of scenes that it has not seen. The picture has the first scene with solids of all kinds, and a
     photograph.
     """
-    check_output(output, FIGURE_SUFFIXES)
-    with user_errors():
+    common.check_output(output, common.FIGURE_SUFFIXES)
+    with common.user_errors():
         from ..demo.quality import HELD_OUT, PHOTO, SIDE, Evaluation, first_complete_seed
         from ..demo.scenes import scene
         from ..hub import SMALL
         from ..viz import draw
 
-        count = count_views(views, None)
-        network = Network(SMALL, None, [-1])
+        count = common.count_views(views, None)
+        network = common.Network(SMALL, None, [-1])
         evaluation, first = Evaluation(network, views), HELD_OUT + 1000 * seed
-        with progress_bar("scenes", scenes) as progress:
+        with common.progress_bar("scenes", scenes) as progress:
             generated = (scene(first + i, SIDE, SIDE) for i in range(scenes))
             scores = evaluation.scores(generated, progress)
         table = Table("", "segments", "at outlines", "kinds of solids", "nearness")
         for method, score in scores.items():
             table.add_row(method, *(f"{value:.3f}" for value in score))
-        console.print(table)
-        echo(
+        common.console.print(table)
+        common.echo(
             f"{count} views, scenes of {SIDE} x {SIDE} pixels: {scenes}",
             "mean IoU of background, floor and solids; the same within 4 pixels of where they "
             "meet; of the kinds",
@@ -65,4 +55,4 @@ def command(
         example = scene(first_complete_seed(first), SIDE, SIDE)
         names, rows = zip(*evaluation.rows(example, photo), strict=True)
         draw(rows, names).savefig(output, dpi=100)
-    echo(f"wrote {output}")
+    common.echo(f"wrote {output}")

@@ -11,24 +11,7 @@ import numpy as np
 import typer
 
 from .. import __version__
-from .common import (
-    ModelName,
-    Network,
-    Size,
-    Stride,
-    ViewBatch,
-    Views,
-    Weights,
-    check_output,
-    count_views,
-    echo,
-    error,
-    fatal,
-    load_network,
-    progress_bar,
-    timing,
-    user_errors,
-)
+from . import common
 from .images import find_images, open_image, to_pixels
 
 if TYPE_CHECKING:
@@ -59,12 +42,12 @@ def command(
             help="A .npz or .safetensors file. Of a folder: a folder of .safetensors files.",
         ),
     ],
-    model: ModelName = None,
-    weights: Weights = None,
-    views: Views = "best:16",
-    stride: Stride = 1,
-    size: Size = 448,
-    view_batch: ViewBatch = 8,
+    model: common.ModelName = None,
+    weights: common.Weights = None,
+    views: common.Views = "best:16",
+    stride: common.Stride = 1,
+    size: common.Size = 448,
+    view_batch: common.ViewBatch = 8,
     layer: Annotated[
         int | None,
         typer.Option(help="The block or stage, from 0, or from the end; or else the last."),
@@ -81,24 +64,24 @@ def command(
     """
     many = photo.is_dir()
     if not many:
-        check_output(output, (".npz", ".safetensors"))
+        common.check_output(output, (".npz", ".safetensors"))
         if output.suffix.lower() == ".npz" and dtype is DType.bfloat16:
-            raise fatal(f"--dtype bfloat16 does not exist in .npz files; got {output}")
+            raise common.fatal(f"--dtype bfloat16 does not exist in .npz files; got {output}")
     elif output.suffix.lower() in (".npz", ".safetensors") or output.is_file():
-        raise fatal(f"--output must be a folder for the pictures of a folder; got {output}")
-    with user_errors():
+        raise common.fatal(f"--output must be a folder for the pictures of a folder; got {output}")
+    with common.user_errors():
         import torch
 
         from ..srt import SRT
         from .folder import Folder, lock_folder, to_tensors
 
-        count = count_views(views, weights)
+        count = common.count_views(views, weights)
         if many:
             inside = None if output.resolve() == photo.resolve() else output
             paths = find_images(photo, nested=True, without=inside)
         else:
             pixels = to_pixels(open_image(photo), size)
-        network = load_network(model, weights, layer)
+        network = common.load_network(model, weights, layer)
         srt = SRT(network.backbone, views, stride=stride, view_batch=view_batch)
         torch_dtype: torch.dtype = getattr(torch, dtype.value)
         settings = {
@@ -116,7 +99,7 @@ def command(
                 folder = Folder(photo, paths, output, settings)
                 write_folder(folder, network, srt, size=size, dtype=torch_dtype, workers=workers)
             return
-        with progress_bar("views", count) as progress:
+        with common.progress_bar("views", count) as progress:
             start = time.perf_counter()
             result = srt(network.image(pixels), progress)
             seconds = time.perf_counter() - start
@@ -124,9 +107,9 @@ def command(
         write_one(tensors, output, {**settings, "photo": photo.name})
     height, width = pixels.shape[:2]
     shape = " x ".join(str(n) for n in tensors["field"].shape)
-    echo(
+    common.echo(
         f"picture {width} x {height}, {count} views, field {shape}",
-        timing(network.backbone.seconds, seconds),
+        common.timing(network.backbone.seconds, seconds),
         f"wrote {output}",
     )
 
@@ -142,23 +125,23 @@ def write_one(tensors: dict[str, Any], output: Path, metadata: dict[str, str]) -
         save(tensors, output, metadata)
 
 
-def write_folder(folder: Folder, network: Network, srt: Any, **settings: Any) -> None:
+def write_folder(folder: Folder, network: common.Network, srt: Any, **settings: Any) -> None:
     """With a progress bar, and a summary however it ends."""
     summary = folder.summary
     try:
-        with progress_bar("pictures", summary.found) as progress:
+        with common.progress_bar("pictures", summary.found) as progress:
 
             def update() -> None:
                 progress(summary.there + summary.written + summary.failed)
 
             update()
-            folder.run(network, srt, on_error=error, progress=update, **settings)
+            folder.run(network, srt, on_error=common.error, progress=update, **settings)
     except KeyboardInterrupt:
-        error("interrupted; the same command goes on")
+        common.error("interrupted; the same command goes on")
         raise typer.Exit(130) from None
     finally:
         changed = f" ({summary.changed} had changed since)" if summary.changed else ""
-        echo(
+        common.echo(
             f"{summary.found} pictures: {summary.written} written{changed}, "
             f"{summary.there} were there, {summary.failed} failed",
             f"{summary.bytes / 1e9:.2f} GB in {summary.seconds:.1f} s, "

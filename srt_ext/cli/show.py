@@ -9,25 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import (
-    FIGURE_SUFFIXES,
-    ModelName,
-    Network,
-    Size,
-    Stride,
-    ViewBatch,
-    Views,
-    Weights,
-    check_output,
-    count_views,
-    echo,
-    error,
-    fatal,
-    load_network,
-    progress_bar,
-    timing,
-    user_errors,
-)
+from . import common
 from .images import ImageError, find_images, open_image, to_pixels
 
 if TYPE_CHECKING:
@@ -52,12 +34,12 @@ def command(
             show_default=False,
         ),
     ] = None,
-    model: ModelName = None,
-    weights: Weights = None,
-    views: Views = "best:16",
-    stride: Stride = 1,
-    size: Size = 448,
-    view_batch: ViewBatch = 8,
+    model: common.ModelName = None,
+    weights: common.Weights = None,
+    views: common.Views = "best:16",
+    stride: common.Stride = 1,
+    size: common.Size = 448,
+    view_batch: common.ViewBatch = 8,
     layer: Annotated[
         list[int] | None,
         typer.Option(
@@ -87,19 +69,19 @@ def command(
     if output is None:
         output = Path("srt.gif" if video else "srt.png")
     if not video:
-        check_output(output, FIGURE_SUFFIXES)
+        common.check_output(output, common.FIGURE_SUFFIXES)
     elif output.suffix:
-        check_output(output, (".gif", ".webp"))
-    with user_errors():
+        common.check_output(output, (".gif", ".webp"))
+    with common.user_errors():
         from ..viz import Comparison, draw
 
-        count = count_views(views, weights)
+        count = common.count_views(views, weights)
         paths = find_images(photo) if video else [photo]
         first = open_image(paths[0])
         point = None if query is None else parse_query(query, first.size)
         if video and not output.suffix:
             make_frame_folder(output)
-        network = load_network(model, weights, layer or [-1])
+        network = common.load_network(model, weights, layer or [-1])
         comparison = Comparison(
             network.backbone,
             views,
@@ -113,13 +95,13 @@ def command(
             draw_video(paths, comparison, network, names, output, size, fps)
             return
         pixels = to_pixels(first, size)
-        with progress_bar("views", count) as progress:
+        with common.progress_bar("views", count) as progress:
             rows = comparison(network.image(pixels), pixels, progress)
         draw(rows, names).savefig(output, dpi=150)
     height, width = pixels.shape[:2]
-    echo(
+    common.echo(
         f"picture {width} x {height}, {count} views",
-        timing(network.backbone.seconds, comparison.srt_seconds),
+        common.timing(network.backbone.seconds, comparison.srt_seconds),
         f"wrote {output}",
     )
 
@@ -128,25 +110,25 @@ def parse_query(text: str, size: tuple[int, int]) -> tuple[float, float]:
     """``x,y`` in an image of (width, height) -> the middle of the pixel, as fractions of both."""
     match = re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*", text)
     if match is None:
-        raise fatal(f"--query must be x,y in whole pixels, such as 120,80; got {text}")
+        raise common.fatal(f"--query must be x,y in whole pixels, such as 120,80; got {text}")
     x, y = int(match[1]), int(match[2])
     if x >= size[0] or y >= size[1]:
         rule = f"x from 0 to {size[0] - 1}, y from 0 to {size[1] - 1}"
-        raise fatal(f"--query must lie in the picture, {rule}; got {text}")
+        raise common.fatal(f"--query must lie in the picture, {rule}; got {text}")
     return (x + 0.5) / size[0], (y + 0.5) / size[1]
 
 
 def make_frame_folder(path: Path) -> None:
     """Empty: frames of an earlier, longer video would be taken for the end of this one."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise fatal(f"{path} must be a new folder, or an empty one")
+        raise common.fatal(f"{path} must be a new folder, or an empty one")
     path.mkdir(parents=True, exist_ok=True)
 
 
 def draw_video(
     paths: list[Path],
     comparison: Comparison,
-    network: Network,
+    network: common.Network,
     names: list[str],
     output: Path,
     size: int,
@@ -160,7 +142,7 @@ def draw_video(
     def frames() -> Iterator[Any]:
         nonlocal failed
         first_size = None
-        with progress_bar("frames", len(paths)) as progress:
+        with common.progress_bar("frames", len(paths)) as progress:
             for i, path in enumerate(paths):
                 try:
                     image = open_image(path)
@@ -169,7 +151,7 @@ def draw_video(
                         rule = "frames must be of one size, {} x {}".format(*first_size)
                         raise ImageError("{}; {} is {} x {}".format(rule, path, *image.size))
                 except ImageError as reason:
-                    error(f"{reason}; left out")
+                    common.error(f"{reason}; left out")
                     failed += 1
                 else:
                     pixels = to_pixels(image, size)
@@ -178,6 +160,6 @@ def draw_video(
                 progress(i + 1)
 
     written = write_frames(frames(), output, fps)
-    echo(f"{written} frames, {failed} left out", f"wrote {output}")
+    common.echo(f"{written} frames, {failed} left out", f"wrote {output}")
     if failed:
         raise typer.Exit(1)

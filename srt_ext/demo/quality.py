@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from scipy.ndimage import maximum_filter, minimum_filter
 
-from ..viz import ColorMap, Comparison, Panel, Tokens, enlarge
+from ..viz import Comparison, Panel, Tokens, color_map, enlarge
 from .scenes import BOX, CLASSES, Scene, scene
 
 if TYPE_CHECKING:
@@ -128,13 +128,13 @@ class Evaluation:
             made: square.
             photo: [H, H, 3] uint8.
         """
-        near_colors = ColorMap(0, float(made.nearness.max()), "magma")
+        near_colors = color_map(0, float(made.nearness.max()), "magma")
         segments, depth = [], []
         for title, prediction in zip(
             ("exact", *METHODS), [_truth(made), *self.predict(made.pixels)], strict=True
         ):
             segments.append(Panel(title, _CLASS_COLORS[prediction.labels]))
-            depth.append(Panel(title, near_colors(torch.from_numpy(prediction.nearness))))
+            depth.append(Panel(title, near_colors.to_rgba(prediction.nearness)[..., :3]))
         return [
             ("features", self._features(made.pixels)),
             ("segments", segments),
