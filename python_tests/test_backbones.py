@@ -415,13 +415,16 @@ def test_vit_mae_of_transformers_keeps_its_patches_in_order() -> None:
         SRT(transformers_model("ViTMAE", **settings), OFFSETS)(images)
 
 
-@pytest.mark.parametrize("name", ["CLIPForImageClassification", "CLIPModel"])
+@pytest.mark.parametrize(
+    "name", ["CLIPForImageClassification", "SiglipForImageClassification", "CLIPModel"]
+)
 def test_the_vision_tower_of_a_model_is_found(name: str) -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     vision = {**WIDTH, "image_size": 64, "patch_size": 32}
     text = {**WIDTH, "vocab_size": 16, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    config = transformers.CLIPConfig(text_config=text, vision_config=vision)
+    family = "Siglip" if name.startswith("Siglip") else "CLIP"
+    config = getattr(transformers, f"{family}Config")(text_config=text, vision_config=vision)
     model = getattr(transformers, name)(config).eval()
     images = torch.randn(1, 3, 64, 96 if name == "CLIPModel" else 64)
     settings: dict[str, Any] = {"views": OFFSETS, "stride": 16}

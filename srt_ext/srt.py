@@ -251,13 +251,12 @@ class SRT(torch.nn.Module):
             TypeError, ValueError: as :meth:`forward`.
 
         Example:
-            >>> srt = SRT(torch.nn.Conv2d(3, 5, 8, stride=8), "grid:1", patch=8, view_batch=4)
-            >>> for batch in srt.tokens(torch.rand(2, 3, 32, 24)):
-            ...     tokens, grid, patch, prefix = batch.layers[0]
-            ...     print(list(batch.offsets.shape), list(tokens.shape), grid, patch, prefix)
-            [3, 2] [3, 2, 12, 5] (4, 3) (8, 8) None
-            [3, 2] [3, 2, 12, 5] (4, 3) (8, 8) None
-            [3, 2] [3, 2, 12, 5] (4, 3) (8, 8) None
+            >>> srt = SRT(torch.nn.Conv2d(3, 5, 8, stride=8), "grid:1", patch=8)
+            >>> for offsets, weights, layers in srt.tokens(torch.rand(2, 3, 32, 24)):
+            ...     tokens, grid, patch, prefix = layers[0]
+            ...     print(list(offsets.shape), list(tokens.shape), grid, patch)
+            [5, 2] [5, 2, 12, 5] (4, 3) (8, 8)
+            [4, 2] [4, 2, 12, 5] (4, 3) (8, 8)
         """
         return self._batches(self._pad(images), _Views(self.views, self.weights))
 
@@ -311,16 +310,15 @@ class SRT(torch.nn.Module):
         reduce: str | None,
     ) -> int:
         """The number of views in one forward, if the first one took ``peak`` bytes."""
-        held_views = total if reduce == "median" and not self.streaming else 0
-        planes = 0 if reduce is None else {"mean": 2, "moments": 4, "median": 10}[reduce]
-        planes = 1 if held_views else planes
-        later = 0  # bytes of the fields, and of the tokens that a median holds
+        held = total if reduce == "median" and not self.streaming else 0  # views
+        planes = {None: 0, "mean": 2, "moments": 4, "median": 1 if held else 10}[reduce]
+        later = 0  # bytes of the fields and of the held tokens
         for layer in layers:
             _, batch, count, channels = layer.tokens.shape
             cells = padded.shape[2] * padded.shape[3] // (self.stride[0] * self.stride[1])
             cells = count if self._injects else cells
             size = max(4, layer.tokens.element_size())
-            later += batch * channels * (planes * cells + held_views * count) * size
+            later += batch * channels * (planes * cells + held * count) * size
         free = (free_bytes(padded.device) - later) // 2
         return max(1, min(free // max(1, peak), 64 if padded.is_cuda else 8))
 
