@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -172,41 +171,6 @@ def test_other_weights_and_other_folders_are_refused_too(
     (tmp_path / "moved.safetensors").write_bytes(weights.read_bytes())
     code, text = extract(photos, out, tmp_path / "moved.safetensors", workers=1)
     assert (code, made(out)) == (0, first), text
-
-
-def no_network() -> None:
-    raise ConnectionError
-
-
-def test_features_of_the_fallback_model_are_not_mixed_in(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The default model's weights are there once, and then they are not."""
-    out, default = tmp_path / "out", f"{SMALL}.r160_in1k"
-    path = tmp_path / "hub/models--timm--test_vit.r160_in1k"
-    (path / "refs").mkdir(parents=True)
-    (path / "refs/main").write_text("abc")
-    (path / "snapshots/abc").mkdir(parents=True)
-    small_weights(path / "snapshots/abc/model.safetensors")
-    monkeypatch.setattr(common, "DEFAULT_MODEL", default)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("huggingface_hub.get_session", no_network)
-    options = [x for pair in SETTINGS.items() for x in pair]
-    code, text = run("features", photos, "-o", out, *options)
-    assert code == 0, text
-    first = made(out)
-    shutil.rmtree(path)
-    code, text = run("features", photos, "-o", out, *options)
-    assert code == 1
-    assert "using the small ViT" in text
-    assert f"(model {default}, now small; weights " in text
-    assert made(out) == first
-    code, text = run("features", photos, "-o", tmp_path / "other", *options)
-    assert code == 0
-    code, text = run("features", photos, "-o", tmp_path / "other", *options, "--model", "small")
-    assert code == 0
-    assert "note" not in text
-    assert "0 written, 3 were there" in text
 
 
 def test_images_that_fail_are_reported_and_skipped(
