@@ -68,7 +68,8 @@ def real_values(weights: Path, frames: Path) -> dict[int, torch.Tensor]:
     """
     from PIL import Image
 
-    from srt_ext.backbones import describe, load_timm
+    from srt_ext.backbones import describe
+    from srt_ext.hub import load_timm
 
     vit, config = load_timm(MODEL, weights)
     backbone = describe(vit)

@@ -309,7 +309,7 @@ def tokens_of(vit: Any, image: torch.Tensor, shown: torch.Tensor) -> list[torch.
 
 
 def measure(weights: Path, folders: list[Path], every: int, size: int) -> dict[str, Any]:
-    from srt_ext.backbones import load_timm
+    from srt_ext.hub import load_timm
 
     vit, config = load_timm(MODEL, weights)
     mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))

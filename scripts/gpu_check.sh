@@ -174,7 +174,7 @@ benchmark() { # EXTENT SECONDS
     --extent "$extent" --seconds $(($2 < left ? $2 : left)) --rounds 20 --results "$output" \
     --commit "$commit"
 }
-arrays=python_tests/test_array.py
+arrays=python_tests/test_dlpack.py
 tests=(python_tests/test_cuda.py python_tests/test_cuda_autograd.py
   python_tests/test_backbones.py::test_on_a_gpu $arrays::test_cupy $arrays::test_jax_on_a_gpu
   $arrays::test_streams_wait_for_each_other $arrays::test_offsets_and_weights_on_a_gpu

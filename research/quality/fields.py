@@ -14,7 +14,8 @@ import torch.nn.functional as F  # noqa: N812
 import srt_ext
 from research.quality.settings import Setting
 from srt_ext import views
-from srt_ext.backbones import describe, load_timm
+from srt_ext.backbones import describe
+from srt_ext.hub import load_timm
 
 BATCH = 8  # views in one forward
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,10 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load, load_file
 
-from srt_ext import SRT, command, folder, pictures
-from srt_ext.wrapper import SRTOutput
+from srt_ext import SRT
+from srt_ext.cli import common, folder
+from srt_ext.cli.images import ImageError, open_image, to_pixels
+from srt_ext.srt import SRTOutput
 
 SETTINGS = {"--views": "grid:1", "--stride": 8, "--size": 48, "--workers": 0}
 
@@ -63,9 +64,8 @@ def extract(photos: Path, out: Path, weights: Path, **changed: object) -> tuple[
     return run("features", photos, "-o", out, *(x for pair in settings.items() for x in pair))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_file_for_each_picture(
+@pytest.mark.parametrize(("dtype", "workers"), [("float32", 0), ("float16", 0), ("bfloat16", 2)])
+def test_each_image_has_a_file(
     photos: Path, weights: Path, tmp_path: Path, dtype: str, workers: int
 ) -> None:
     out = tmp_path / "new/out"
@@ -73,12 +73,12 @@ def test_a_file_for_each_picture(
     assert code == 0, text
     assert list(made(out)) == NAMES
     assert "3 pictures: 3 written, 0 were there, 0 failed" in text
-    network = pictures.Network(SMALL, weights, None)
+    network = common.Network(SMALL, weights, None)
     srt = SRT(network.backbone, "grid:1", stride=8)
     for name in NAMES:
         tensors = load_file(out / name)
         photo = photos / name.removesuffix(".safetensors")
-        pixels = pictures.pixels_of(pictures.open_picture(photo), 48)
+        pixels = to_pixels(open_image(photo), 48)
         assert pixels.shape == (30, 48, 3)
         expected = srt(network.image(pixels))
         assert tensors["field"].shape == (64, 4, 6)
@@ -91,7 +91,7 @@ def test_a_file_for_each_picture(
         assert (metadata["views"], metadata["dtype"]) == ("grid:1", dtype)
 
 
-def test_a_picture_and_a_folder_of_it_say_the_same(
+def test_an_image_alone_and_in_a_folder_has_the_same_features(
     photos: Path, weights: Path, tmp_path: Path
 ) -> None:
     one = tmp_path / "one.safetensors"
@@ -102,7 +102,7 @@ def test_a_picture_and_a_folder_of_it_say_the_same(
     assert all(a[name].equal(b[name]) for name in ("field", "prefix"))
 
 
-def test_a_second_run_does_what_is_missing(photos: Path, weights: Path, tmp_path: Path) -> None:
+def test_a_second_run_writes_what_is_missing(photos: Path, weights: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     extract(photos, out, weights)
     first = made(out)
@@ -173,80 +173,43 @@ def test_other_weights_and_other_folders_are_refused_too(
     assert (code, made(out)) == (0, first), text
 
 
-def no_network() -> None:
-    raise ConnectionError
-
-
-def test_a_run_that_fell_back_is_another_one(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_images_that_fail_are_reported_and_skipped(
+    photos: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The default model's weights are there once, and then they are not."""
-    out, default = tmp_path / "out", f"{SMALL}.r160_in1k"
-    path = tmp_path / "hub/models--timm--test_vit.r160_in1k"
-    (path / "refs").mkdir(parents=True)
-    (path / "refs/main").write_text("abc")
-    (path / "snapshots/abc").mkdir(parents=True)
-    small_weights(path / "snapshots/abc/model.safetensors")
-    monkeypatch.setattr(command, "DEFAULT_MODEL", default)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("huggingface_hub.get_session", no_network)
-    options = [x for pair in SETTINGS.items() for x in pair]
-    code, text = run("features", photos, "-o", out, *options)
-    assert code == 0, text
-    first = made(out)
-    shutil.rmtree(path)
-    code, text = run("features", photos, "-o", out, *options)
-    assert code == 1
-    assert "using the small ViT" in text
-    assert f"(model {default}, now small; weights " in text
-    assert made(out) == first
-    code, text = run("features", photos, "-o", tmp_path / "other", *options)
-    assert code == 0
-    code, text = run("features", photos, "-o", tmp_path / "other", *options, "--model", "small")
-    assert code == 0
-    assert "note" not in text
-    assert "0 written, 3 were there" in text
+    forward = SRT.forward
 
+    def out_of_memory_if_tall(self: SRT, images: torch.Tensor, *others: Any) -> Any:
+        if images.shape[2] > images.shape[3]:
+            raise RuntimeError("out of memory")
+        return forward(self, images, *others)
 
-def test_what_fails_is_told_and_left_out(photos: Path, weights: Path, tmp_path: Path) -> None:
+    monkeypatch.setattr(SRT, "forward", out_of_memory_if_tall)
     out = tmp_path / "out"
     whole = (photos / "a.png").read_bytes()
     (photos / "a.png").write_bytes(whole[: len(whole) // 2])
     (photos / "b[red].jpg").write_bytes(b"\xff\xd8\xff no picture")
     (photos / "gone.png").symlink_to("nowhere.png")
+    Image.new("RGB", (40, 64)).save(photos / "tall.png")
     code, text = extract(photos, out, weights, workers=1)
     assert code == 1
-    assert "5 pictures: 2 written, 0 were there, 3 failed" in text
-    assert text.count("error: ") == 3
-    for name in ("a.png is no readable", "b[red].jpg is no readable", "gone.png does not exist"):
-        assert name in text
+    assert "6 pictures: 2 written, 0 were there, 4 failed" in text
+    assert text.count("error: ") == 4
+    for message in (
+        "a.png is no readable",
+        "b[red].jpg is no readable",
+        "gone.png does not exist",
+        "tall.png: out of memory",
+    ):
+        assert message in text
     assert list(made(out)) == [NAMES[0], NAMES[2]]
     (photos / "a.png").write_bytes(whole)
     code, text = extract(photos, out, weights)
     assert code == 1
-    assert "1 written, 2 were there, 2 failed" in text
-
-
-def test_what_the_model_breaks_on_is_left_out_too(
-    photos: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    forward = SRT.forward
-
-    def tight(self: SRT, images: torch.Tensor, *others: Any) -> Any:
-        if images.shape[2] > images.shape[3]:
-            raise RuntimeError("out of memory")
-        return forward(self, images, *others)
-
-    monkeypatch.setattr(SRT, "forward", tight)
-    Image.new("RGB", (40, 64)).save(photos / "a.png")
-    code, text = extract(photos, tmp_path / "out", weights)
-    assert code == 1
-    assert "a.png: out of memory" in text
-    assert list(made(tmp_path / "out")) == [NAMES[0], NAMES[2]]
+    assert "1 written, 2 were there, 3 failed" in text
 
 
 @pytest.mark.parametrize("out", [".", "features", "trip"])
-def test_the_output_may_lie_among_the_pictures(photos: Path, weights: Path, out: str) -> None:
+def test_the_output_may_lie_among_the_images(photos: Path, weights: Path, out: str) -> None:
     """Pictures that lie in it are not taken, unless it is the folder itself."""
     (photos / "features").mkdir()
     Image.new("RGB", (40, 40)).save(photos / "features/plot.png")
@@ -259,7 +222,7 @@ def test_the_output_may_lie_among_the_pictures(photos: Path, weights: Path, out:
     assert f"{count} pictures: 0 written, {count} were there" in second
 
 
-def test_somebody_elses_files_are_left_alone(photos: Path, weights: Path) -> None:
+def test_files_of_others_are_left_alone(photos: Path, weights: Path) -> None:
     other = small_weights(photos / "model.safetensors").read_bytes()
     assert extract(photos, photos, weights)[0] == 0
     assert (photos / "model.safetensors").read_bytes() == other
@@ -269,7 +232,7 @@ def test_somebody_elses_files_are_left_alone(photos: Path, weights: Path) -> Non
     assert f"{NAMES[0]} was made with other settings" in text
 
 
-def test_interrupted(
+def test_an_interrupted_run_leaves_whole_files(
     photos: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the middle of a file: it is not there, and the next run makes it."""
@@ -294,7 +257,7 @@ def test_interrupted(
     assert list(made(out)) == NAMES
 
 
-def test_a_full_disk_ends_it(
+def test_a_full_disk_ends_the_run(
     photos: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(_tensors: Any, path: Path, _metadata: Any) -> None:
@@ -310,10 +273,10 @@ def test_a_full_disk_ends_it(
     assert made(tmp_path / "out") == {}
 
 
-def test_one_run_at_a_time(
+def test_two_runs_do_not_write_to_one_folder(
     photos: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folder, "PATIENCE", 0.0)
+    monkeypatch.setattr(folder, "LOCK_TIMEOUT", 0.0)
     out = tmp_path / "out"
     out.mkdir()
     handle = os.open(out, os.O_RDONLY)
@@ -325,13 +288,14 @@ def test_one_run_at_a_time(
     assert extract(photos, out, weights)[0] == 0
 
 
-def test_workers_decode(
+@pytest.mark.slow
+def test_workers_decode_the_images(
     photos: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def told(_path: Path) -> None:
-        raise pictures.PictureError(f"process {os.getpid()}.")
+    def fail(_path: Path) -> None:
+        raise ImageError(f"process {os.getpid()}.")
 
-    monkeypatch.setattr(folder, "open_picture", told)
+    monkeypatch.setattr(folder, "open_image", fail)
     for workers in (0, 2):
         text = extract(photos, tmp_path / "out", weights, workers=workers)[1]
         processes = set(re.findall(r"process (\d+)\.", text))
@@ -339,10 +303,11 @@ def test_workers_decode(
         assert (str(os.getpid()) in processes) == (workers == 0)
 
 
-def test_a_worker_dies(
+@pytest.mark.slow
+def test_a_worker_that_dies_ends_the_run(
     photos: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folder, "open_picture", lambda _path: os._exit(1))
+    monkeypatch.setattr(folder, "open_image", lambda _path: os._exit(1))
     code, text = extract(photos, tmp_path / "out", weights, workers=1)
     assert code == 1
     assert "a worker died" in text
@@ -359,7 +324,7 @@ def test_a_worker_dies(
         ("full/a.png", "out.npz --dtype bfloat16", "bfloat16 does not exist in .npz"),
     ],
 )
-def test_what_is_wrong(
+def test_wrong_arguments_are_refused(
     weights: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -382,8 +347,8 @@ def test_what_is_wrong(
     assert not Path("out").exists()
 
 
-def test_float16_ends() -> None:
+def test_values_beyond_float16_are_refused() -> None:
     output = SRTOutput(torch.tensor([1.0, -7e4]).reshape(1, 2, 1, 1), None)
     with pytest.raises(ValueError, match="field goes to 70000"):
-        folder.tensors_of(output, torch.float16)
-    assert folder.tensors_of(output, torch.bfloat16)["field"].isfinite().all()
+        folder.to_tensors(output, torch.float16)
+    assert folder.to_tensors(output, torch.bfloat16)["field"].isfinite().all()

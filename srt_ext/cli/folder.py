@@ -1,4 +1,4 @@
-"""The features of a folder of pictures: decoded by workers, each file whole, resumable."""
+"""The features of a folder of images: decoded by workers, written atomically, resumable."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 
-from .pictures import Network, PictureError, open_picture, pixels_of
-from .wrapper import SRT, SRTOutput
+from ..srt import SRT, SRTOutput
+from .common import Network
+from .images import ImageError, open_image, to_pixels
 
-# Seconds to wait for another run's lock: workers outlive one that was killed by 5.
-PATIENCE = 10.0
+LOCK_TIMEOUT = 10.0  # seconds; the workers of a run that was killed outlive it by 5
 
 
 @dataclass
 class Summary:
-    """What became of the pictures of a folder."""
+    """Counts of the images of a folder."""
 
     found: int
     there: int = 0  # finished by an earlier run
-    changed: int = 0  # finished by an earlier run, but the picture is another one now
+    changed: int = 0  # finished by an earlier run, but the image has changed since
     written: int = 0
     failed: int = 0
     bytes: int = 0  # written
@@ -40,29 +40,29 @@ class FolderError(RuntimeError):
     """An output that must not or cannot be written to; the message says why."""
 
 
-def tensors_of(output: SRTOutput, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """``field`` [C, H', W'] and ``prefix`` [K, C] of one picture, dense.
+def to_tensors(output: SRTOutput, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """``field`` [C, H', W'] and ``prefix`` [K, C] of one image, dense.
 
     Raises:
-        ValueError: a value beyond those of ``dtype``.
+        ValueError: a value out of the range of ``dtype``.
     """
-    made = {}
+    tensors = {}
     for name, tensor in output._asdict().items():
         if tensor is None:
             continue
-        made[name] = tensor[0].to(dtype).contiguous()
-        if dtype == torch.float16 and made[name].isinf().any() and not tensor.isinf().any():
+        tensors[name] = tensor[0].to(dtype).contiguous()
+        if dtype == torch.float16 and tensors[name].isinf().any() and not tensor.isinf().any():
             raise ValueError(
                 f"float16 ends at 65504, {name} goes to {tensor.abs().max():g}: --dtype bfloat16"
             )
-    return made
+    return tensors
 
 
 class _Pixels(Dataset[Any]):
-    """Pictures decoded: [H, W, 3] uint8, or in words why there is none.
+    """Decoded images: [H, W, 3] uint8, or the reason why there is none.
 
-    Tensors and not arrays: those would come through a pipe, on which a worker waits for ever if the
-    run was killed.
+    Tensors, not arrays: those would come through a pipe, on which a worker waits forever if the
+    run is killed.
     """
 
     def __init__(self, paths: list[Path], size: int) -> None:
@@ -73,29 +73,28 @@ class _Pixels(Dataset[Any]):
 
     def __getitem__(self, index: int) -> torch.Tensor | str:
         try:
-            return torch.from_numpy(pixels_of(open_picture(self.paths[index]), self.size))
-        except PictureError as error:
+            return torch.from_numpy(to_pixels(open_image(self.paths[index]), self.size))
+        except ImageError as error:
             return str(error)
 
 
-def _as_it_is(item: Any) -> Any:
+def _no_collate(item: Any) -> Any:
     return item
 
 
-def _locked(handle: int) -> bool:
-    """Locks an open folder, until the last process that has the handle ends."""
+def _load(dataset: _Pixels, workers: int) -> Iterator[Any]:
+    loader = DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=_no_collate)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass  # a file system without locks
-    return True
+        yield from loader
+    except RuntimeError as error:  # a worker was killed
+        raise FolderError(
+            f"a worker died ({error}). Too little memory, or /dev/shm? Take fewer --workers"
+        ) from error
 
 
 @contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """Makes the folder; meanwhile no other run writes there, however this one ends.
+def lock_folder(out: Path) -> Iterator[None]:
+    """Makes the folder, and locks it until the last process with the handle ends.
 
     Raises:
         FolderError: it cannot be made, or another run is writing to it.
@@ -106,9 +105,9 @@ def alone(out: Path) -> Iterator[None]:
     except OSError as error:
         raise FolderError(f"{out} cannot be written: {error.strerror}") from None
     try:
-        start = time.monotonic()
-        while not _locked(handle):
-            if time.monotonic() > start + PATIENCE:
+        deadline = time.monotonic() + LOCK_TIMEOUT
+        while not _try_lock(handle):
+            if time.monotonic() > deadline:
                 raise FolderError(f"another run is writing to {out}")
             time.sleep(0.1)
         yield
@@ -116,40 +115,51 @@ def alone(out: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def _try_lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system without locks
+    return True
+
+
 class Folder:
-    """Pictures of a folder and of those in it, and which of them are to be done.
+    """The images of a folder and its folders, and which of them are to be done.
 
     ``a/b.jpg`` becomes ``OUT/a/b.jpg.safetensors``, so that ``b.png`` has another name. Each file
-    tells its settings. Finished ones are skipped; if any in ``out`` has others, nothing is done.
+    holds its settings as metadata. Finished ones are skipped; if any in ``out`` has other settings,
+    nothing is done.
 
     Args:
-        folder, pictures: those of it, as :func:`srt_ext.pictures.find_pictures` finds them.
+        folder, images: as :func:`srt_ext.cli.images.find_images` finds them.
         out: a folder; it may be ``folder``, or lie in it.
-        settings: what the features depend on, in words.
+        settings: everything that the features depend on.
 
     Attributes:
-        summary: holds at any time, also after an exception.
+        summary: valid at any time, also after an exception.
 
     Raises:
         FolderError: ``out`` has features of other settings.
     """
 
     def __init__(
-        self, folder: Path, pictures: list[Path], out: Path, settings: dict[str, str]
+        self, folder: Path, images: list[Path], out: Path, settings: dict[str, str]
     ) -> None:
         self.out, self.settings = out, settings
-        self.summary = Summary(len(pictures))
-        targets = {out / f"{path.relative_to(folder)}.safetensors": path for path in pictures}
+        self.summary = Summary(len(images))
+        targets = {out / f"{path.relative_to(folder)}.safetensors": path for path in images}
         finished = self._finished(set(targets))
-        self._todo: list[tuple[Path, Path, dict[str, str]]] = []  # picture, target, metadata
+        self._todo: list[tuple[Path, Path, dict[str, str]]] = []  # image, target, metadata
         for target, path in targets.items():
-            picture = {"photo": path.relative_to(folder).as_posix(), **_stamp(path)}
+            source = {"photo": path.relative_to(folder).as_posix(), **_file_version(path)}
             before = finished.get(target)
-            if before is not None and picture.items() <= before.items():
+            if before is not None and source.items() <= before.items():
                 self.summary.there += 1
                 continue
             self.summary.changed += before is not None
-            self._todo.append((path, target, {**settings, **picture}))
+            self._todo.append((path, target, {**settings, **source}))
 
     def _finished(self, targets: set[Path]) -> dict[Path, dict[str, str]]:
         """The metadata of the files in ``out``, none of which may have other settings."""
@@ -161,7 +171,7 @@ class Folder:
             except (OSError, SafetensorError):
                 continue  # broken: made again if it is one of the targets
             if path not in targets and "srt_ext" not in metadata:
-                continue  # somebody else's
+                continue  # not written by srt_ext
             others = [
                 f"{key} {metadata.get(key, 'unknown')}, now {value}"
                 for key, value in self.settings.items()
@@ -175,10 +185,6 @@ class Folder:
             found[path] = metadata
         return found
 
-    def __len__(self) -> int:
-        """Pictures to be done."""
-        return len(self._todo)
-
     def run(
         self,
         network: Network,
@@ -187,29 +193,27 @@ class Folder:
         size: int,
         dtype: torch.dtype,
         workers: int,
-        complain: Callable[[str], object],
+        on_error: Callable[[str], object],
         progress: Callable[[], object],
     ) -> None:
-        """Writes what is not there. A picture that fails is told to ``complain``, and counted.
+        """Writes what is missing. Images that fail are reported to ``on_error`` and skipped.
 
         Raises:
             FolderError: ``out`` cannot be written, or a worker died.
         """
         start = time.perf_counter()
-        pictures = _Pixels([path for path, _, _ in self._todo], size)
-        loader = DataLoader(pictures, batch_size=None, num_workers=workers, collate_fn=_as_it_is)
+        loaded = _load(_Pixels([path for path, _, _ in self._todo], size), workers)
         try:
-            for (path, target, metadata), pixels in zip(self._todo, _told(loader), strict=True):
+            for (path, target, metadata), pixels in zip(self._todo, loaded, strict=True):
                 try:
                     if isinstance(pixels, str):
-                        raise PictureError(pixels)
-                    tensors = tensors_of(srt(network.image(pixels.numpy())), dtype)
-                except PictureError as error:
-                    self.summary.failed += 1
-                    complain(str(error))
+                        raise ImageError(pixels)
+                    tensors = to_tensors(srt(network.image(pixels.numpy())), dtype)
                 except (ValueError, RuntimeError, MemoryError) as error:
                     self.summary.failed += 1
-                    complain(f"{path}: {error}")
+                    # An ImageError names its file.
+                    named = isinstance(error, ImageError)
+                    on_error(str(error) if named else f"{path}: {error}")
                 else:
                     self.summary.bytes += _write(target, tensors, metadata)
                     self.summary.written += 1
@@ -218,26 +222,17 @@ class Folder:
             self.summary.seconds += time.perf_counter() - start
 
 
-def _stamp(path: Path) -> dict[str, str]:
-    """Tells a picture from what it is after a change."""
+def _file_version(path: Path) -> dict[str, str]:
+    """Size and time, which differ after a change."""
     try:
         state = path.stat()
-    except OSError:  # gone, or a link to nowhere: said when it is opened
+    except OSError:  # gone, or a broken link: reported when it is opened
         return {"bytes": "", "modified": ""}
     return {"bytes": str(state.st_size), "modified": str(state.st_mtime_ns)}
 
 
-def _told(loader: DataLoader[Any]) -> Iterator[Any]:
-    try:
-        yield from loader
-    except RuntimeError as error:  # a worker was killed, for its memory perhaps
-        raise FolderError(
-            f"a worker died ({error}). Too little memory, or /dev/shm? Take fewer --workers"
-        ) from error
-
-
 def save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """A .safetensors file that others may read as any other: its library makes it private."""
+    """A .safetensors file with the usual permissions: its library makes it private."""
     path.touch()
     mode = path.stat().st_mode
     save_file(tensors, path, metadata)
@@ -245,13 +240,13 @@ def save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str])
 
 
 def _write(target: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> int:
-    """Under another name first: what has the name of the target is whole. Returns its bytes."""
+    """Writes under another name first, so that a target is always complete. Returns its bytes."""
     partial = target.with_name(f".{target.name}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         save(tensors, partial, metadata)
         partial.replace(target)
-    except (OSError, SafetensorError) as error:  # the disk is full, say: so it is for the others
+    except (OSError, SafetensorError) as error:  # a full disk, which is full for the others, too
         raise FolderError(f"{target} cannot be written: {error}") from None
     finally:
         partial.unlink(missing_ok=True)
