@@ -52,6 +52,7 @@ class Fields:
         designs = {s.views: views.resolve(s.views) for s in settings}
         every = torch.cat([offsets for offsets, _ in designs.values()]) + 0.0  # no -0
         self.offsets, index = every.unique(dim=0, return_inverse=True)
+        self.srt = srt_ext.SRT(network.backbone, self.offsets, view_batch=BATCH)
         parts = index.split([len(offsets) for offsets, _ in designs.values()])
         self.designs = {
             name: (part, weights)
@@ -62,11 +63,8 @@ class Fields:
     def of(self, pixels: np.ndarray) -> list[torch.Tensor]:
         """pixels [H, W, 3] uint8 -> for each setting its field [C, H / stride, W / stride]."""
         image = self.network.image(pixels)
-        found = []
-        for part in self.offsets.split(BATCH):
-            shown = srt_ext.shift(image, part).flatten(0, 1)
-            found.append([layer.tokens for layer in self.network.backbone.features(shown)])
-        layers = [torch.cat(layer)[:, None] for layer in zip(*found, strict=True)]
+        batches = [[layer.tokens for layer in batch.layers] for batch in self.srt.tokens(image)]
+        layers = [torch.cat(layer) for layer in zip(*batches, strict=True)]
         tokens = dict(zip(self.network.layers, layers, strict=True))  # [U, 1, N, C]
         shape = [n // self.network.patch for n in pixels.shape[:2]]
         return [self._field(s, tokens[s.layer], shape) for s in self.settings]
