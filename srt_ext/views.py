@@ -17,8 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from ._rules import check_count
-from .checks import check_tensor
+from ._validation import check_count, check_tensor
 
 # More forwards than anybody waits for; a larger number is a slip of the keyboard.
 MAX_VIEWS = 2**16
