@@ -33,11 +33,15 @@ def check_tensor(where: str, name: str, value: object) -> None:
         raise wrong(TypeError, where, f"{name} must be a torch.Tensor", type(value).__name__)
 
 
+def check_string(where: str, name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise wrong(TypeError, where, f"{name} must be a string", type(value).__name__)
+
+
 def check_words(where: str, **words: object) -> None:
     """``words``: options by the names of their arguments."""
     for name, word in words.items():
-        if not isinstance(word, str):
-            raise wrong(TypeError, where, f"{name} must be a string", type(word).__name__)
+        check_string(where, name, word)
         options = get_args(OPTIONS[name])
         if word not in options:
             rule = f"{name} must be one of " + ", ".join(f"'{option}'" for option in options)

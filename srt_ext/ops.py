@@ -12,7 +12,7 @@ import torch
 
 from . import _validation
 from ._library import cuda_unavailable
-from ._validation import check_cells, check_pair, check_tensor, check_words, wrong
+from ._validation import check_cells, check_pair, check_string, check_tensor, wrong
 from .options import Border, Interpolation, Padding, Pair, Reduce, Stride, Upsample
 
 
@@ -43,7 +43,7 @@ def _check_types(op: str, schema: Any, *args: object, **modes: object) -> None:
         elif kind == "List[int]":
             check_pair(where, name, value)
         elif kind == "str":
-            check_words(where, **{name: value})
+            check_string(where, name, value)
 
 
 def _call(name: str, op: Any, *args: Any, **modes: Any) -> Any:
