@@ -331,7 +331,7 @@ def through_numpy(case: Wrong) -> None:
     if case.op in STATES:
         state, views, modes = arrays(split(case))
         views = numpy_binding._views(f"srt::{case.op}", *views, **modes)
-        getattr(numpy_binding._numpy, case.op)(*arrays(tuple(state)), views)
+        numpy_binding._numpy.accumulate(case.op, arrays(tuple(state)), views)
     else:
         getattr(numpy_binding, case.op)(**arrays(case.arguments()))
 

@@ -223,7 +223,8 @@ def ensemble_moments(
     return _numpy.ensemble_moments(_views(where, tokens, offsets, grid, patch, weights, **modes))
 
 
-class _Arrays(streaming.Arrays):
+class _Arrays:
+    check_array = staticmethod(_check_array)
     float32, float64 = np.dtype(np.float32), np.dtype(np.float64)
 
     def is_array(self, value: object) -> bool:
@@ -233,17 +234,11 @@ class _Arrays(streaming.Arrays):
         names = ("float32", "float16", "bfloat16", "float64")
         return isinstance(dtype, np.dtype) and dtype.isnative and dtype.name in names
 
-    def device(self, array: NDArray[Any]) -> None:
-        return None
-
-    def check_array(self, where: str, name: str, value: object) -> None:
-        _check_array(where, name, value)
-
     def check_chunk(self, op: str, *views: Any, **modes: Any) -> None:
         _numpy.check_chunk(op, _views(f"srt::{op}", *views, **modes))
 
     def accumulate(self, op: str, state: Sequence[Any], *views: Any, **modes: Any) -> None:
-        getattr(_numpy, op)(*state, _views(f"srt::{op}", *views, **modes))
+        _numpy.accumulate(op, state, _views(f"srt::{op}", *views, **modes))
 
     def zeros(self, shape: Sequence[int], dtype: Any, like: NDArray[Any]) -> NDArray[Any]:
         return np.zeros(shape, dtype)
@@ -251,14 +246,9 @@ class _Arrays(streaming.Arrays):
     def dense(self, array: NDArray[Any]) -> NDArray[Any]:
         return np.array(array, order="C", subok=False)
 
-    def cast(self, array: NDArray[Any], dtype: Any, copy: bool) -> NDArray[Any]:
+    def cast(self, array: NDArray[Any], dtype: Any, copy: bool = False) -> NDArray[Any]:
         with self.writing():
             return array.astype(dtype, copy=copy)
-
-    def ratio(self, part: NDArray[Any], total: NDArray[Any], dtype: Any) -> NDArray[Any]:
-        ratio: NDArray[Any] = np.zeros(total.shape, total.dtype)
-        np.divide(part, total, out=ratio, where=total > 0)
-        return ratio.astype(dtype, copy=False)
 
     def put(self, target: NDArray[Any], where: NDArray[Any], value: NDArray[Any]) -> None:
         np.copyto(target, value, where=where)

@@ -8,10 +8,9 @@ need no torch.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
 from . import _library
 from ._validation import check_cells, check_pair, check_tensor, check_words
@@ -38,56 +37,43 @@ def _channels_first(array: Any) -> Any:
     return array.swapaxes(-2, -1).swapaxes(-3, -2)
 
 
-class Arrays(ABC):
+class Arrays(Protocol):
     """What a stream needs from the library of its arrays."""
 
     float32: Any  # dtypes
     float64: Any
 
-    @abstractmethod
     def is_array(self, value: object) -> bool: ...
 
-    @abstractmethod
     def is_floating(self, dtype: object) -> bool:
         """Whether tokens may have this dtype."""
 
-    @abstractmethod
-    def device(self, array: Any) -> object: ...
-
-    @abstractmethod
     def check_array(self, where: str, name: str, value: object) -> None:
         """Raises TypeError for what is no array of the library."""
 
-    @abstractmethod
     def check_chunk(self, op: str, *views: Any, **modes: Any) -> None:
         """The rules for a chunk of any number of views, before there is a state."""
 
-    @abstractmethod
     def accumulate(self, op: str, state: Sequence[Any], *views: Any, **modes: Any) -> None:
         """Adds a chunk to the state, or raises and adds nothing."""
 
-    @abstractmethod
     def zeros(self, shape: Sequence[int], dtype: Any, like: Any) -> Any:
         """Dense, on the device of ``like``."""
 
-    @abstractmethod
     def dense(self, array: Any) -> Any:
         """A copy, dense in the order of its dimensions."""
 
-    @abstractmethod
-    def cast(self, array: Any, dtype: Any, copy: bool) -> Any: ...
+    def cast(self, array: Any, dtype: Any, copy: bool = False) -> Any: ...
 
-    @abstractmethod
-    def ratio(self, part: Any, total: Any, dtype: Any) -> Any:
-        """part / total, 0 where both are."""
-
-    @abstractmethod
     def put(self, target: Any, where: Any, value: Any) -> None:
         """Overwrites the elements of ``target`` that ``where`` names."""
 
-    @abstractmethod
     def writing(self) -> AbstractContextManager[object]:
         """While arrays of the state are made."""
+
+
+def _device(array: Any) -> object:
+    return getattr(array, "device", None)  # NumPy 1 has none
 
 
 class Stream(Generic[A, N]):
@@ -188,7 +174,7 @@ class Stream(Generic[A, N]):
     def _check_goes_on(self, tokens: Any) -> None:
         """That tokens are of the place, dtype and size of those before."""
         first = next(iter(self._state.values()))
-        device, given = self._arrays.device(first), self._arrays.device(tokens)
+        device, given = _device(first), _device(tokens)
         if given != device:
             self._fail(f"tokens must stay on the device of the stream, {device}", given)
         if tokens.dtype != self._dtype:
@@ -213,9 +199,7 @@ class Stream(Generic[A, N]):
         For the last use of a stream: later updates may write to them.
         """
         self._check_seen()
-        return tuple(
-            self._arrays.cast(self._state[name], self._dtype, copy=False) for name in self._planes
-        )
+        return tuple(self._arrays.cast(self._state[name], self._dtype) for name in self._planes)
 
     def _copied(self, name: str, array: Any) -> Any:
         """A copy of a part of the state, as it was allocated, whatever its strides have become."""
@@ -275,7 +259,7 @@ class Stream(Generic[A, N]):
         names = [*self._planes, self._seen]
         if set(state) != set(names) or not all(map(self._arrays.is_array, state.values())):
             self._fail(f"the state must have the arrays {names}", list(state))
-        devices = [self._arrays.device(array) for array in state.values()]
+        devices = [_device(array) for array in state.values()]
         if len(set(devices)) > 1:
             self._fail("the state must lie on one device", [str(device) for device in devices])
         first = state[names[0]]
@@ -333,7 +317,7 @@ class MeanStream(Stream[A, N]):
 
     def _shares(self, part: Any, total: Any) -> Any:
         """part / total [H', W'], 0 where both are; in the precision of the state."""
-        return self._arrays.ratio(part, total, self._sums(self._dtype))
+        return self._arrays.cast(part / total.clip(1e-300), self._sums(self._dtype))
 
     def _joined(self, other: dict[str, Any], keep: Any, share: Any) -> dict[str, Any]:
         mean = share * other["mean"]
@@ -386,7 +370,7 @@ class MedianStream(Stream[A, N]):
             arrays.put(median, place != place, place)
             empty = self._state["count"] == 0
             arrays.put(median, empty, arrays.zeros((), median.dtype, median))
-            return (arrays.cast(median, self._dtype, copy=False),)
+            return (arrays.cast(median, self._dtype),)
 
     def merge(self, other: MedianStream[A, N]) -> NoReturn:
         """Raises: the windows of two streams do not tell the median of both."""
@@ -404,7 +388,8 @@ class MedianStream(Stream[A, N]):
 # ---- torch --------------------------------------------------------------------------------------
 
 
-class _Tensors(Arrays):
+class _Tensors:
+    check_array = staticmethod(check_tensor)
     if _library.unavailable is None:
         float32, float64 = torch.float32, torch.float64
 
@@ -413,12 +398,6 @@ class _Tensors(Arrays):
 
     def is_floating(self, dtype: object) -> bool:
         return dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-    def device(self, array: torch.Tensor) -> torch.device:
-        return array.device
-
-    def check_array(self, where: str, name: str, value: object) -> None:
-        check_tensor(where, name, value)
 
     def check_chunk(self, op: str, *views: Any, **modes: Any) -> None:
         ops.check_views(op, *views, stream=True, **modes)
@@ -432,11 +411,8 @@ class _Tensors(Arrays):
     def dense(self, array: torch.Tensor) -> torch.Tensor:
         return array.clone(memory_format=torch.contiguous_format)
 
-    def cast(self, array: torch.Tensor, dtype: Any, copy: bool) -> torch.Tensor:
+    def cast(self, array: torch.Tensor, dtype: Any, copy: bool = False) -> torch.Tensor:
         return array.to(dtype, copy=copy)
-
-    def ratio(self, part: torch.Tensor, total: torch.Tensor, dtype: Any) -> torch.Tensor:
-        return torch.where(total > 0, part / total, 0).to(dtype)
 
     def put(self, target: torch.Tensor, where: torch.Tensor, value: torch.Tensor) -> None:
         torch.where(where, value, target, out=target)

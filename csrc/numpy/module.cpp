@@ -164,26 +164,17 @@ py::tuple ensemble_moments(const Views& views) {
   return py::make_tuple(mean, variance);
 }
 
-void accumulate_mean(const py::array& mean, const py::array& weight, const Views& views) {
-  EnsembleCall call("accumulate_mean_", views, Reduce::mean, /*stream=*/true);
-  call.set_state(written_view_of(call.op, "mean", mean), nullptr,
-                 written_view_of(call.op, "weight", weight));
-  call.run();
-}
-
-void accumulate_moments(const py::array& mean, const py::array& variance, const py::array& weight,
-                        const Views& views) {
-  EnsembleCall call("accumulate_moments_", views, Reduce::moments, /*stream=*/true);
-  const ArrayView var = written_view_of(call.op, "var", variance);
-  call.set_state(written_view_of(call.op, "mean", mean), &var,
-                 written_view_of(call.op, "weight", weight));
-  call.run();
-}
-
-void accumulate_median(const py::array& window, const py::array& count, const Views& views) {
-  EnsembleCall call("accumulate_median_", views, Reduce::median, /*stream=*/true);
-  call.set_state(written_view_of(call.op, "window", window), nullptr,
-                 written_view_of(call.op, "count", count));
+// `state`: as CheckedEnsemble::set_state takes it.
+void accumulate(const Word& op, const std::vector<py::array>& state, const Views& views) {
+  const Reduce reduce = op == "accumulate_mean_"      ? Reduce::mean
+                        : op == "accumulate_moments_" ? Reduce::moments
+                                                      : Reduce::median;
+  EnsembleCall call(op.c_str(), views, reduce, /*stream=*/true);
+  const std::vector<const char*> names = call.state_names();
+  std::vector<ArrayView> written;
+  for (size_t i = 0; i < names.size(); ++i)
+    written.push_back(written_view_of(call.op, names[i], state.at(i)));
+  call.set_state(written);
   call.run();
 }
 
@@ -208,9 +199,7 @@ PYBIND11_MODULE(_numpy, m, py::mod_gil_not_used()) {
   m.def("shift", &shift);
   m.def("ensemble", &ensemble);
   m.def("ensemble_moments", &ensemble_moments);
-  m.def("accumulate_mean_", &accumulate_mean);
-  m.def("accumulate_moments_", &accumulate_moments);
-  m.def("accumulate_median_", &accumulate_median);
+  m.def("accumulate", &accumulate);
   m.def("check_chunk", &check_chunk);
   m.def("set_threads", &set_threads);
   m.def("get_threads", &get_threads);

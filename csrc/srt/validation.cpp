@@ -287,44 +287,51 @@ void CheckedEnsemble::set_out(const ArrayView& out) {
   std::copy_n(out.strides.begin(), 4, args.out_strides);
 }
 
-void CheckedEnsemble::set_state(const ArrayView& field, const ArrayView* variance,
-                                const ArrayView& seen) {
+std::vector<const char*> CheckedEnsemble::state_names() const {
+  if (args.reduce == Reduce::median) return {"window", "count"};
+  if (args.reduce == Reduce::moments) return {"mean", "var", "weight"};
+  return {"mean", "weight"};
+}
+
+void CheckedEnsemble::set_state(const std::vector<ArrayView>& state) {
   const bool median = args.reduce == Reduce::median, f64 = args.dtype == DType::f64;
   const std::string dtype = f64 ? "float64" : "float32";
+  const std::vector<const char*> names = state_names();
   const std::vector<int64_t> cells{out_shape[2], out_shape[3]};
   std::vector<int64_t> planes = out_shape;
   if (median) planes.insert(planes.begin(), kWindowPlanes);
 
-  std::vector<std::pair<const char*, const ArrayView*>> state{{median ? "window" : "mean", &field}};
-  if (variance) state.emplace_back("var", variance);
-  state.emplace_back(median ? "count" : "weight", &seen);
-  for (const auto& [name, array] : state) {
-    if (array == &seen) {
-      check_placed(op, name, seen, "float64", "be float64", tokens);
+  const ArrayView &field = state.front(), &seen = state.back();
+  for (size_t i = 0; i < state.size(); ++i) {
+    if (&state[i] == &seen) {
+      check_placed(op, names[i], seen, "float64", "be float64", tokens);
+      check_written(op, names[i], seen, cells, tokens);
     } else {
-      check_placed(op, name, *array, dtype, "be " + dtype + (f64 ? ", as tokens are" : ""), tokens);
+      check_placed(op, names[i], state[i], dtype, "be " + dtype + (f64 ? ", as tokens are" : ""),
+                   tokens);
+      check_written(op, names[i], state[i], planes, tokens);
     }
-    check_written(op, name, *array, array == &seen ? cells : planes, tokens);
   }
   // Dense in the order of its dimensions; a size of 1 steps nowhere.
   if ((cells[1] > 1 && seen.strides[1] != 1) || (cells[0] > 1 && seen.strides[0] != cells[1]))
-    fail(op, std::string(state.back().first) + " must be contiguous", format_strides(seen));
-  for (size_t d = 0; variance && d < 4; ++d) {
-    if (out_shape[d] > 1 && variance->strides[d] != field.strides[d])
-      fail(op, "var must have the strides of mean", format_strides(*variance));
+    fail(op, std::string(names.back()) + " must be contiguous", format_strides(seen));
+  if (args.reduce == Reduce::moments) {
+    for (size_t d = 0; d < 4; ++d) {
+      if (out_shape[d] > 1 && state[1].strides[d] != field.strides[d])
+        fail(op, "var must have the strides of mean", format_strides(state[1]));
+    }
+    args.variance = const_cast<void*>(state[1].data);
   }
   for (size_t i = 0; i < state.size(); ++i) {
     for (size_t j = 0; j < i; ++j) {
-      if (share_memory(*state[i].second, *state[j].second))
-        fail(op, std::string(state[j].first) + " and " + state[i].first + " must not share memory",
+      if (share_memory(state[i], state[j]))
+        fail(op, std::string(names[j]) + " and " + names[i] + " must not share memory",
              "views of the same memory");
     }
   }
-
   args.out = const_cast<void*>(field.data);
   std::copy_n(field.strides.begin() + (median ? 1 : 0), 4, args.out_strides);
   if (median) args.plane_stride = field.strides[0];
-  if (variance) args.variance = const_cast<void*>(variance->data);
   args.seen = static_cast<double*>(const_cast<void*>(seen.data));
 }
 

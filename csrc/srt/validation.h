@@ -80,9 +80,11 @@ struct CheckedEnsemble {
   void set_result(void* out, void* variance = nullptr);
   // Memory of the caller, of any strides.
   void set_out(const ArrayView& out);
-  // The state of a stream: mean [B, C, H', W'] and, of moments, var of the same strides, or of a
-  // median window [kWindowPlanes, B, C, H', W']; seen [H', W'], float64.
-  void set_state(const ArrayView& field, const ArrayView* variance, const ArrayView& seen);
+  // The state of a stream, in the order of state_names(): mean [B, C, H', W'] and, of moments, var
+  // of the same strides, or of a median window [kWindowPlanes, B, C, H', W']; last what each cell
+  // has got, [H', W'] in float64.
+  void set_state(const std::vector<ArrayView>& state);
+  std::vector<const char*> state_names() const;
 
  private:
   std::vector<double> offsets_, weights_;

@@ -75,7 +75,7 @@ struct EnsembleOps {
     EnsembleCall call("accumulate_mean_",
                       {tokens, offsets, grid, patch, weights, upsample, border, stride},
                       Reduce::mean, /*stream=*/true);
-    call.set_state(written_view_of(mean), nullptr, written_view_of(weight));
+    call.set_state({written_view_of(mean), written_view_of(weight)});
     run(call);
   }
 
@@ -86,8 +86,7 @@ struct EnsembleOps {
     EnsembleCall call("accumulate_moments_",
                       {tokens, offsets, grid, patch, weights, upsample, border, stride},
                       Reduce::moments, /*stream=*/true);
-    const ArrayView var = written_view_of(variance);
-    call.set_state(written_view_of(mean), &var, written_view_of(weight));
+    call.set_state({written_view_of(mean), written_view_of(variance), written_view_of(weight)});
     run(call);
   }
 
@@ -97,7 +96,7 @@ struct EnsembleOps {
     EnsembleCall call("accumulate_median_",
                       {tokens, offsets, grid, patch, std::nullopt, upsample, border, stride},
                       Reduce::median, /*stream=*/true);
-    call.set_state(written_view_of(window), nullptr, written_view_of(count));
+    call.set_state({written_view_of(window), written_view_of(count)});
     run(call);
   }
 
