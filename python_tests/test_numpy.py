@@ -45,33 +45,28 @@ def threads() -> Iterator[Callable[[int], None]]:
 # ---- the bits of the ops ------------------------------------------------------------------------
 
 
+def check(name: str, case: Ensemble | Shift, values: torch.Tensor, **more: Any) -> None:
+    """The bits and strides of the op."""
+    args, modes = case.call(values)
+    if "reduce" in more:
+        args = args[:4]  # a median takes no weights
+    ours = getattr(srt, name)(*arrays(args), **modes, **more)
+    theirs = getattr(srt_ext, name)(*args, **modes, **more)
+    pairs = [(ours, theirs)] if isinstance(theirs, torch.Tensor) else zip(ours, theirs, strict=True)
+    for actual, expected in pairs:
+        assert_same_bits(actual, expected)
+        if actual.size:  # otherwise NumPy makes all of them 0
+            assert actual.strides == tuple(s * actual.itemsize for s in expected.stride())
+
+
 def check_ensemble(case: Ensemble, dtype: torch.dtype) -> None:
     tokens = case.tokens(dtype)
-    args, modes = case.call(tokens)
-    field = srt.ensemble(*arrays(args), **modes)
-    expected = srt_ext.ensemble(*args, **modes)
-    assert_same_bits(field, expected)
-    if field.size:  # otherwise NumPy makes all of them 0
-        assert field.strides == tuple(s * field.itemsize for s in expected.stride())
-    for ours, theirs in zip(
-        srt.ensemble_moments(*arrays(args), **modes),
-        srt_ext.ensemble_moments(*args, **modes),
-        strict=True,
-    ):
-        assert_same_bits(ours, theirs)
-    (*args, _), modes = case.call(tokens)
-    median = srt.ensemble(*arrays(tuple(args)), **modes, reduce="median")
-    assert_same_bits(median, srt_ext.ensemble(*args, **modes, reduce="median"))
+    check("ensemble", case, tokens)
+    check("ensemble_moments", case, tokens)
+    check("ensemble", case, tokens, reduce="median")
 
 
-def check_shift(case: Shift, dtype: torch.dtype) -> None:
-    args, modes = case.call(case.image(dtype))
-    views = srt.shift(*arrays(args), **modes)
-    assert_same_bits(views, srt_ext.shift(*args, **modes))
-    assert views.flags.c_contiguous
-
-
-# One case with weights, another upsampling, border and stride, and one with a prefix.
+# With weights; with another upsampling and border; with a stride and a prefix.
 @pytest.mark.parametrize("name", ["weights", "nearest", "stride"])
 @pytest.mark.parametrize("dtype", COMMON_DTYPES, ids=str)
 def test_ensemble_has_the_bits_of_the_op(dtype: torch.dtype, name: str) -> None:
@@ -81,7 +76,7 @@ def test_ensemble_has_the_bits_of_the_op(dtype: torch.dtype, name: str) -> None:
 @pytest.mark.parametrize("name", ["real", "bicubic", "nearest", "strided"])
 @pytest.mark.parametrize("dtype", [*COMMON_DTYPES, torch.uint8], ids=str)
 def test_shift_has_the_bits_of_the_op(dtype: torch.dtype, name: str) -> None:
-    check_shift(SHIFTS[name], dtype)
+    check("shift", SHIFTS[name], SHIFTS[name].image(dtype))
 
 
 @pytest.mark.parametrize("name", srt._numpy.available_cpu_kernels().split(","))
@@ -104,7 +99,8 @@ def test_sizes_0_and_1(shape: tuple[int, int]) -> None:
     args, modes = arrays(case.call(case.tokens()))
     assert srt.ensemble(*args, **modes, out=out) is out
     for size in ((0, 4), (4, 0), (1, 1)):
-        check_shift(Shift(size, batch=shape[0], channels=shape[1]), torch.float32)
+        picture = Shift(size, batch=shape[0], channels=shape[1])
+        check("shift", picture, picture.image())
 
 
 def test_a_result_that_gets_its_pages_first(threads: Callable[[int], None]) -> None:
@@ -152,32 +148,29 @@ NUMBERS = "must be float32 or float64, or numbers in sequences"
 
 
 @pytest.mark.parametrize(
-    ("value", "error", "got"),
+    ("value", "got"),
     [
-        (np.zeros((2, 2), np.int64), TypeError, "int64"),
-        (np.zeros((2, 2), np.float16), TypeError, "float16"),
-        (np.zeros((2, 2), np.longdouble), TypeError, str(np.dtype(np.longdouble))),
-        (np.zeros((2, 2), object), TypeError, "object"),
-        ([["1", "2"]], TypeError, "<U1"),
-        ("12", TypeError, "<U2"),
-        ([[True, False]], TypeError, "bool"),
-        ([[1j, 0]], TypeError, "complex128"),
-        ([[10**30, 0]], TypeError, "object"),
-        ([[None, 0]], TypeError, "object"),
-        ([[0, 1], [0]], ValueError, "rows that make no array"),
-        (None, TypeError, "NoneType"),
-        (1.5, TypeError, "float"),
-        ({(0, 0)}, TypeError, "set"),
-        (torch.zeros(2, 2), TypeError, "Tensor"),
+        (np.zeros((2, 2), np.int64), "int64"),
+        (np.zeros((2, 2), np.longdouble), str(np.dtype(np.longdouble))),
+        (np.zeros((2, 2), object), "object"),
+        ([["1", "2"]], "<U1"),
+        ("12", "<U2"),
+        ([[True, False]], "bool"),
+        ([[1j, 0]], "complex128"),
+        ([[10**30, 0]], "object"),
+        ([[0, 1], [0]], "rows that make no array"),
+        (1.5, "float"),
+        ({(0, 0)}, "set"),
+        (torch.zeros(2, 2), "Tensor"),
     ],
     ids=str,
 )
-def test_what_is_no_number(value: Any, error: type[Exception], got: str) -> None:
+def test_what_is_no_number(value: Any, got: str) -> None:
+    error = ValueError if "rows" in got else TypeError
     with pytest.raises(error, match=re.escape(f"srt::shift: offsets {NUMBERS}; got {got}")):
         srt.shift(np.zeros((1, 1, 2, 2)), value)
-    if value is not None:
-        with pytest.raises(error, match=re.escape(f"srt::ensemble: weights {NUMBERS}; got {got}")):
-            srt.ensemble(np.zeros((2, 1, 1, 1)), [(0, 0)] * 2, (1, 1), (1, 1), value)
+    with pytest.raises(error, match=re.escape(f"srt::ensemble: weights {NUMBERS}; got {got}")):
+        srt.ensemble(**call(weights=value))
 
 
 # ---- arrays of tokens ---------------------------------------------------------------------------
@@ -197,11 +190,7 @@ def test_strides_of_tokens(dtype: torch.dtype, tmp_path: Path) -> None:
     def field(tokens: np.ndarray[Any, Any]) -> bytes:
         return srt.ensemble(tokens, *rest, **modes).tobytes()
 
-    for steps, order in (
-        ((1, 2, -1), (0, 1, 2)),
-        ((-1, -1, 3), (2, 0, 1)),
-        ((-3, 1, 1), (1, 2, 0)),
-    ):
+    for steps, order in (((1, 2, -1), (0, 1, 2)), ((-1, -1, 3), (2, 0, 1))):
         sizes = [abs(step) * size for step, size in zip(steps, tokens.shape, strict=False)]
         wide = np.full([*(sizes[d] for d in order), case.channels + 3], np.nan, tokens.dtype)
         strided = wide.transpose([*np.argsort(order), 3])
@@ -211,9 +200,8 @@ def test_strides_of_tokens(dtype: torch.dtype, tmp_path: Path) -> None:
     one = np.broadcast_to(tokens[:1], tokens.shape)
     assert field(one) == field(one.copy())
     tokens.tofile(tmp_path / "tokens")
-    assert field(np.memmap(tmp_path / "tokens", tokens.dtype, "r", shape=tokens.shape)) == field(
-        tokens
-    )
+    mapped = np.memmap(tmp_path / "tokens", tokens.dtype, "r", shape=tokens.shape)
+    assert field(mapped) == field(tokens)
 
 
 def test_tokens_are_read_in_place() -> None:
@@ -266,12 +254,7 @@ def call(**changes: Any) -> dict[str, Any]:
         (ValueError, "out", unaligned(OUT, "f4"), "must be aligned to its elements, of 4"),
         (ValueError, "tokens", packed(TOKENS), "must have strides of whole elements, 4 bytes each"),
         (ValueError, "out", read_only(out.copy()), "must be writable; got a read-only array"),
-        (
-            ValueError,
-            "tokens",
-            ones[..., ::-1],
-            "must be dense in the last dimension; got stride -1",
-        ),
+        (ValueError, "tokens", ones[..., ::-1], "must be dense in the last dimension; got stride"),
         (ValueError, "out", out[:, :, ::-1], "must not overlap itself (each stride must step over"),
         (TypeError, "tokens", [[1.0]], f"{ARRAY} list"),
         (TypeError, "tokens", torch.ones(TOKENS), f"{ARRAY} Tensor"),
@@ -291,10 +274,12 @@ def test_what_is_refused(error: type[Exception], name: str, value: Any, message:
 
 
 def test_memory_beside_the_output_is_allowed() -> None:
-    """The neighbour of the shared memory that is refused; numbers of numpy are integers, too."""
-    tokens, out = memory[:36].reshape(TOKENS)[::-1], memory[36:396].reshape(OUT)
-    grid = (np.int64(2), np.uint8(3))
-    assert srt.ensemble(**call(tokens=tokens, out=out, grid=grid, stride=np.int32(1))) is out
+    """Also of tokens that run backwards. NumPy's integers are integers."""
+    tokens, place = memory[:36].reshape(TOKENS)[::-1], {"grid": (np.int64(2), np.uint8(3))}
+    with pytest.raises(ValueError, match="out must not share memory with tokens"):
+        srt.ensemble(**call(tokens=tokens, out=memory[35:395].reshape(OUT)))
+    out = memory[36:396].reshape(OUT)
+    assert srt.ensemble(**call(tokens=tokens, out=out, stride=np.int32(1), **place)) is out
     assert (out == 1).all()
 
 
@@ -352,21 +337,16 @@ def run_script(script: str, *args: object, **options: Any) -> str:
 @cache
 def busy_arguments(seed: int) -> tuple[Any, ...]:
     case, picture = Ensemble((7, 9), (8, 8), channels=65, seed=seed), Shift((65, 127), seed=seed)
-    return arrays((*case.call(case.tokens()), *picture.call(picture.image())))
+    return arrays((case.call(case.tokens())[0][:4], picture.call(picture.image())[0]))
 
 
 def busy_call(seed: int) -> bytes:
     """Large enough to be split over threads. No torch: its own threads do not survive a fork."""
-    args, modes, image, moves = busy_arguments(seed)
-    running = srt.RunningMoments(*args[2:4])
+    args, image = busy_arguments(seed)
+    running = srt.RunningMoments(*args[2:])
     running.update(*args[:2])
-    results = [
-        srt.ensemble(*args, **modes),
-        srt.ensemble(*args, **modes, reduce="median"),
-        *srt.ensemble_moments(*args, **modes),
-        running.variance(),
-        srt.shift(*image, **moves),
-    ]
+    means, median = srt.ensemble_moments(*args), srt.ensemble(*args, reduce="median")
+    results = [srt.ensemble(*args), median, *means, running.variance(), srt.shift(*image)]
     return b"".join(result.tobytes() for result in results)
 
 
@@ -448,9 +428,9 @@ def child_status(expected: bytes) -> int:
         code = 1
         try:
             signal.alarm(60)
-            code = 0 if busy_call(1) == expected else 2
-            if code == 0 and TASKS.exists() and len(list(TASKS.iterdir())) != srt.get_num_threads():
-                code = 3
+            right = busy_call(1) == expected
+            own = not TASKS.exists() or len(list(TASKS.iterdir())) == srt.get_num_threads()
+            code = 0 if right and own else 2
         finally:
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -525,20 +505,25 @@ def test_without_torch(tmp_path: Path) -> None:
             assert actual.tobytes() == expected.tobytes()
 
 
-def import_reason(folder: Path) -> str:
-    script = (
-        "import sys; sys.path.insert(0, sys.argv[1]); sys.modules['torch'] = None\n"
-        "try:\n    import srt_ext.numpy\nexcept ImportError as error:\n    print(error)"
-    )
-    return run_script(script, folder, cwd=folder)
+IMPORT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+sys.modules["torch"] = None
+try:
+    import srt_ext.numpy
+except ImportError as error:
+    print(error)
+"""
 
 
 def test_import_without_the_library(tmp_path: Path) -> None:
     shutil.copytree(PACKAGE, tmp_path / "srt_ext", ignore=shutil.ignore_patterns("*.so"))
-    assert "has no _numpy." in import_reason(tmp_path)
+    assert "has no _numpy." in run_script(IMPORT, tmp_path, cwd=tmp_path)
     other = tmp_path / "srt_ext" / "_numpy.cpython-399-x86_64-linux-gnu.so"
     other.write_bytes(b"")
-    assert f"it was built for another Python: {other.name}" in import_reason(tmp_path)
+    assert f"it was built for another Python: {other.name}" in run_script(
+        IMPORT, tmp_path, cwd=tmp_path
+    )
     mine = tmp_path / "srt_ext" / Path(srt._numpy.__file__).name
     mine.write_bytes(b"no library")
-    assert "srt_ext._numpy does not load" in import_reason(tmp_path)
+    assert "srt_ext._numpy does not load" in run_script(IMPORT, tmp_path, cwd=tmp_path)
