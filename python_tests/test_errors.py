@@ -152,7 +152,7 @@ RANKS = [
 
 INTEGERS = ("int8", "int32", "int64", "bool", "complex64")
 ELEMENTS = [
-    *dtypes(FLOATING, "tokens", tokens(), *INTEGERS, "uint8", "complex128", op="ensemble"),
+    *dtypes(FLOATING, "tokens", tokens(), *INTEGERS, "uint8", "int16", op="ensemble"),
     *dtypes(f"{FLOATING}, or uint8", "image", torch.ones(1, 2, 5, 6), *INTEGERS, op="shift"),
     *dtypes(NUMBERS, "offsets", torch.zeros(2, 2), *INTEGERS, "bfloat16", op="ensemble"),
     *dtypes(NUMBERS, "offsets", torch.zeros(2, 2), "int64", op="shift"),
@@ -598,23 +598,12 @@ def test_no_forward_derivative_through_out() -> None:
         torch.func.jvp(field, (tokens,), (tokens,))
 
 
-NEGATED = """
-import torch, srt_ext
-out = torch.zeros(1, 3, 4, 6, dtype=torch.complex64).conj().imag
-assert out.is_neg()
-for mode in (torch.no_grad, torch.inference_mode):
-    with mode():
-        try:
-            srt_ext.ensemble(torch.ones(1, 1, 6, 3), torch.zeros(1, 2), (2, 3), (2, 2), out=out)
-        except ValueError as error:
-            print(error)
-"""
-
-
-def test_a_negated_out_is_refused() -> None:
-    result = subprocess.run([sys.executable, "-c", NEGATED], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("out must be no lazily negated or conjugated view") == 2
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_negated_out_is_refused(mode: Any) -> None:
+    out = torch.zeros(1, 3, 4, 6, dtype=torch.complex64).conj().imag
+    assert out.is_neg()
+    with mode(), pytest.raises(ValueError, match="out must be no lazily negated or conjugated"):
+        srt_ext.ensemble(torch.ones(1, 1, 6, 3), torch.zeros(1, 2), (2, 3), (2, 2), out=out)
 
 
 def test_negated_tokens_are_read_as_what_they_mean() -> None:
