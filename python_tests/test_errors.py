@@ -361,7 +361,8 @@ def test_the_error_states_the_rule_and_the_value(
     if through is through_numpy:  # which takes numbers of any dtype in sequences
         message = message.replace(f"{NUMBERS};", f"{NUMBERS}, or numbers in sequences;")
     if through is through_op:
-        assert message in str(caught.value)
+        kind = "TypeError: " if case.error is TypeError else ""
+        assert kind + message in str(caught.value)
     else:
         assert str(caught.value) == message
 
