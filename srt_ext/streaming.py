@@ -317,6 +317,7 @@ class MeanStream(Stream[A, N]):
 
     def _shares(self, part: Any, total: Any) -> Any:
         """part / total [H', W'], 0 where both are; in the precision of the state."""
+        # 1e-300 is below every weight of a stream, which are 0 or at least 2^-500.
         return self._arrays.cast(part / total.clip(1e-300), self._sums(self._dtype))
 
     def _joined(self, other: dict[str, Any], keep: Any, share: Any) -> dict[str, Any]:

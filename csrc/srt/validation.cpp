@@ -78,17 +78,19 @@ std::vector<double> read_numbers(const ArrayView& array) {
   return numbers;
 }
 
-// Offsets or weights, whose shape has been checked: their values if they lie on the host.
-std::optional<std::vector<double>> take_numbers(const char* op, const char* name,
-                                                const ArrayView& numbers, const ArrayView& input) {
+// Offsets or weights, whose shape has been checked: read into `values` and its data, or null where
+// they lie on a device.
+const double* take_numbers(const char* op, const char* name, const ArrayView& numbers,
+                           const ArrayView& input, std::vector<double>* values) {
   const std::string subject = name;
   const bool host = numbers.device == "cpu";
   if (!host && numbers.device != input.device)
     fail(op, subject + " must be on the CPU or on the device of the input", numbers.device);
   if (numbers.dtype != "float32" && numbers.dtype != "float64")
     fail(op, subject + " must be float32 or float64", numbers.dtype, Error::Kind::type);
-  if (!host) return std::nullopt;
-  return read_numbers(numbers);
+  if (!host) return nullptr;
+  *values = read_numbers(numbers);
+  return values->data();
 }
 
 void check_offsets(const char* op, const std::vector<double>& offsets) {
@@ -250,17 +252,11 @@ CheckedEnsemble::CheckedEnsemble(const char* name, const EnsembleInputs& given, 
          "stride " + std::to_string(tokens.strides[3]));
   args.upsample = parse<Upsample>(op, "upsample", given.upsample, {"nearest", "bilinear"});
   args.border = parse<Border>(op, "border", given.border, {"coverage", "zeros", "clamp"});
-  if (auto numbers = take_numbers(op, "offsets", given.offsets, tokens)) {
-    offsets_ = std::move(*numbers);
-    check_offsets(op, offsets_);
-    args.offsets = offsets_.data();
-  }
+  args.offsets = take_numbers(op, "offsets", given.offsets, tokens, &offsets_);
+  check_offsets(op, offsets_);
   if (given.weights) {
-    if (auto numbers = take_numbers(op, "weights", *given.weights, tokens)) {
-      weights_ = std::move(*numbers);
-      check_weights(op, weights_, stream);
-      args.weights = weights_.data();
-    }
+    args.weights = take_numbers(op, "weights", *given.weights, tokens, &weights_);
+    check_weights(op, weights_, stream);
   }
   args.tokens = tokens.data;
   args.views = shape[0];
@@ -354,11 +350,8 @@ CheckedShift::CheckedShift(const char* op, const char* name, const ArrayView& im
   args.padding = parse<Padding>(op, "padding", padding, {"zeros", "border", "reflect", "circular"});
   args.interpolation =
       parse<Interpolation>(op, "interpolation", interpolation, {"nearest", "bilinear", "bicubic"});
-  if (auto numbers = take_numbers(op, "offsets", offsets, image)) {
-    offsets_ = std::move(*numbers);
-    check_offsets(op, offsets_);
-    args.offsets = offsets_.data();
-  }
+  args.offsets = take_numbers(op, "offsets", offsets, image, &offsets_);
+  check_offsets(op, offsets_);
   args.planes = shape[0] * shape[1];
   args.height = shape[2];
   args.width = shape[3];

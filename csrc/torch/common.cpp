@@ -9,34 +9,24 @@ namespace {
 
 // As NumPy calls it.
 const char* dtype_name(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Byte:
-      return "uint8";
-    case ScalarType::Char:
-      return "int8";
-    case ScalarType::Short:
-      return "int16";
-    case ScalarType::Int:
-      return "int32";
-    case ScalarType::Long:
-      return "int64";
-    case ScalarType::Half:
-      return "float16";
-    case ScalarType::BFloat16:
-      return "bfloat16";
-    case ScalarType::Float:
-      return "float32";
-    case ScalarType::Double:
-      return "float64";
-    case ScalarType::Bool:
-      return "bool";
-    case ScalarType::ComplexFloat:
-      return "complex64";
-    case ScalarType::ComplexDouble:
-      return "complex128";
-    default:
-      return "another dtype";
-  }
+  static constexpr struct {
+    ScalarType dtype;
+    const char* name;
+  } kNames[] = {{ScalarType::Byte, "uint8"},
+                {ScalarType::Char, "int8"},
+                {ScalarType::Short, "int16"},
+                {ScalarType::Int, "int32"},
+                {ScalarType::Long, "int64"},
+                {ScalarType::Half, "float16"},
+                {ScalarType::BFloat16, "bfloat16"},
+                {ScalarType::Float, "float32"},
+                {ScalarType::Double, "float64"},
+                {ScalarType::Bool, "bool"},
+                {ScalarType::ComplexFloat, "complex64"},
+                {ScalarType::ComplexDouble, "complex128"}};
+  for (const auto& type : kNames)
+    if (type.dtype == dtype) return type.name;
+  return "another dtype";
 }
 
 std::string device_name(const Tensor& tensor) {
