@@ -224,6 +224,8 @@ def ensemble_moments(
 
 
 class _Arrays:
+    """As ``_Tensors`` in srt_ext.streaming, for NumPy."""
+
     check_array = staticmethod(_check_array)
     float32, float64 = np.dtype(np.float32), np.dtype(np.float64)
 

@@ -9,8 +9,8 @@ need no torch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Generic, NoReturn, Protocol, TypeVar
+from contextlib import contextmanager
+from typing import Any, Generic, NoReturn, TypeVar
 
 from . import _library
 from ._validation import check_cells, check_pair, check_tensor, check_words
@@ -37,41 +37,6 @@ def _channels_first(array: Any) -> Any:
     return array.swapaxes(-2, -1).swapaxes(-3, -2)
 
 
-class Arrays(Protocol):
-    """What a stream needs from the library of its arrays."""
-
-    float32: Any  # dtypes
-    float64: Any
-
-    def is_array(self, value: object) -> bool: ...
-
-    def is_floating(self, dtype: object) -> bool:
-        """Whether tokens may have this dtype."""
-
-    def check_array(self, where: str, name: str, value: object) -> None:
-        """Raises TypeError for what is no array of the library."""
-
-    def check_chunk(self, op: str, *views: Any, **modes: Any) -> None:
-        """The rules for a chunk of any number of views, before there is a state."""
-
-    def accumulate(self, op: str, state: Sequence[Any], *views: Any, **modes: Any) -> None:
-        """Adds a chunk to the state, or raises and adds nothing."""
-
-    def zeros(self, shape: Sequence[int], dtype: Any, like: Any) -> Any:
-        """Dense, on the device of ``like``."""
-
-    def dense(self, array: Any) -> Any:
-        """A copy, dense in the order of its dimensions."""
-
-    def cast(self, array: Any, dtype: Any, copy: bool = False) -> Any: ...
-
-    def put(self, target: Any, where: Any, value: Any) -> None:
-        """Overwrites the elements of ``target`` that ``where`` names."""
-
-    def writing(self) -> AbstractContextManager[object]:
-        """While arrays of the state are made."""
-
-
 def _device(array: Any) -> object:
     return getattr(array, "device", None)  # NumPy 1 has none
 
@@ -79,7 +44,7 @@ def _device(array: Any) -> object:
 class Stream(Generic[A, N]):
     """A stream of views: its settings, its state, and what all of its kinds do alike."""
 
-    _arrays: Arrays
+    _arrays: Any  # what a library of arrays does in a way of its own: _Tensors, or NumPy's
     _op: str  # adds a chunk to the state
     _planes: dict[str, tuple[int, ...]]  # of the state [*planes, B, C, H', W'], by name
     _seen: str  # the state [H', W'] that tells what each cell has got
@@ -390,6 +355,8 @@ class MedianStream(Stream[A, N]):
 
 
 class _Tensors:
+    """What a stream needs from torch; srt_ext.numpy has the same for NumPy."""
+
     check_array = staticmethod(check_tensor)
     if _library.unavailable is None:
         float32, float64 = torch.float32, torch.float64
@@ -398,28 +365,35 @@ class _Tensors:
         return isinstance(value, torch.Tensor)
 
     def is_floating(self, dtype: object) -> bool:
+        """Whether tokens may have this dtype."""
         return dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
     def check_chunk(self, op: str, *views: Any, **modes: Any) -> None:
+        """The rules for a chunk of any number of views, before there is a state."""
         ops.check_views(op, *views, stream=True, **modes)
 
     def accumulate(self, op: str, state: Sequence[Any], *views: Any, **modes: Any) -> None:
+        """Adds a chunk to the state, or raises and adds nothing."""
         ops.accumulate(op, *state, *views, **modes)
 
     def zeros(self, shape: Sequence[int], dtype: Any, like: torch.Tensor) -> torch.Tensor:
+        """Dense, on the device of ``like``."""
         return torch.zeros(tuple(shape), dtype=dtype, device=like.device)
 
     def dense(self, array: torch.Tensor) -> torch.Tensor:
+        """A copy, dense in the order of its dimensions."""
         return array.clone(memory_format=torch.contiguous_format)
 
     def cast(self, array: torch.Tensor, dtype: Any, copy: bool = False) -> torch.Tensor:
         return array.to(dtype, copy=copy)
 
     def put(self, target: torch.Tensor, where: torch.Tensor, value: torch.Tensor) -> None:
+        """Overwrites the elements of ``target`` that ``where`` names."""
         torch.where(where, value, target, out=target)
 
     @contextmanager
     def writing(self) -> Iterator[None]:
+        """While arrays of the state are made."""
         # Or the state could not be written outside of an inference mode in which it was made.
         with torch.inference_mode(False), torch.no_grad():
             yield
