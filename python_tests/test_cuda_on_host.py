@@ -977,7 +977,7 @@ def test_what_the_host_would_refuse_adds_nothing(cuda: CudaOnHost) -> None:
 OPS = """
 import ctypes, sys, warnings
 import pytest, torch
-import srt_ext, test_ensemble, test_median, test_shift, test_streaming
+import srt_ext, test_ensemble, test_median, test_shift, test_streams
 from samples import DTYPES, sample_ensembles, sample_shifts
 from test_cuda_on_host import ALL_DTYPES, NOTHING, HostDevice, check_moments_rounding
 
@@ -1012,9 +1012,9 @@ for case in sample_ensembles().values():
     args, modes = case.call(tokens)
     check_moments_rounding(case, tokens, *srt_ext.ensemble_moments(*args, **modes))
     assert launches() == 4
-    test_streaming.check(case, torch.bfloat16, [2, 1])
-test_streaming.test_a_cell_that_no_view_covers_is_zero()
-test_streaming.test_weights_of_chunks_count_against_each_other("")
+    test_streams.check(case, torch.bfloat16, [2, 1])
+test_streams.check_uncovered(test_streams.TORCH)
+test_streams.test_weights_of_chunks_count_against_each_other("")
 for size in test_ensemble.SIZES:
     test_ensemble.test_exact_strides(*size, (2, 3))
 assert not srt_ext.shift(torch.ones(1, 1, 4, 4), torch.tensor(NOTHING)).any()

@@ -29,7 +29,7 @@ import torch
 from torch.utils.dlpack import DLDeviceType, from_dlpack
 
 from . import ops
-from .checks import check_ensemble
+from .options import Border, Interpolation, Padding, Pair, Reduce, Stride, Upsample
 
 Array = TypeVar("Array")  # with __dlpack__ and __dlpack_device__
 
@@ -192,8 +192,8 @@ def shift(
     image: Array,
     offsets: Any,
     *,
-    padding: str = "reflect",
-    interpolation: str = "bilinear",
+    padding: Padding = "reflect",
+    interpolation: Interpolation = "bilinear",
 ) -> Array:
     """As :func:`srt_ext.shift`, for arrays of any framework.
 
@@ -224,14 +224,14 @@ def shift(
 def ensemble(
     tokens: Array,
     offsets: Any,
-    grid: Sequence[int],
-    patch: Sequence[int],
+    grid: Pair,
+    patch: Pair,
     weights: Any = None,
     *,
-    reduce: str = "mean",
-    upsample: str = "bilinear",
-    border: str = "coverage",
-    stride: int | Sequence[int] = 1,
+    reduce: Reduce = "mean",
+    upsample: Upsample = "bilinear",
+    border: Border = "coverage",
+    stride: Stride = 1,
     out: Array | None = None,
 ) -> Array:
     """As :func:`srt_ext.ensemble`, for arrays of any framework.
@@ -272,10 +272,12 @@ def ensemble(
         _hold((*tensors, target), (tokens, offsets, weights, out))
         framework.from_tensor(target)  # the stream of ``out`` then waits for ours
         return out
-    # The kernel writes another layout slower, but faster than a copy.
-    dense = (
-        None if framework.takes_strides else tensors[0].new_empty(check_ensemble(*call, **modes))
-    )
+    dense = None
+    if not framework.takes_strides:
+        # The kernel writes another layout slower, but faster than a copy.
+        shape = ops.field_shape("ensemble", *call, stride=stride)
+        ops.check_views("ensemble", *call, upsample=upsample, border=border, stride=stride)
+        dense = tensors[0].new_empty(shape)
     field = ops.ensemble(*call, **modes, out=dense)
     _hold(tensors, (tokens, offsets, weights))
     return cast(Array, framework.from_tensor(field))
@@ -284,13 +286,13 @@ def ensemble(
 def ensemble_moments(
     tokens: Array,
     offsets: Any,
-    grid: Sequence[int],
-    patch: Sequence[int],
+    grid: Pair,
+    patch: Pair,
     weights: Any = None,
     *,
-    upsample: str = "bilinear",
-    border: str = "coverage",
-    stride: int | Sequence[int] = 1,
+    upsample: Upsample = "bilinear",
+    border: Border = "coverage",
+    stride: Stride = 1,
 ) -> tuple[Array, Array]:
     """As :func:`srt_ext.ensemble_moments`, for arrays of any framework.
 

@@ -16,18 +16,10 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from . import views as designs
 from ._memory import free_bytes, peak_bytes
-from ._rules import (
-    BORDERS,
-    INTERPOLATIONS,
-    PADDINGS,
-    REDUCES,
-    UPSAMPLES,
-    check_count,
-    check_word,
-)
+from ._validation import check_count, check_pair, check_tensor, check_words
 from .backbones import Backbone, Features, HookBackbone, Layer, Model, describe, force_eager
-from .checks import check_pair, check_tensor
 from .ops import ensemble, ensemble_moments, shift
+from .options import Border, Interpolation, Padding, Reduce, Upsample
 from .streaming import RunningMean, RunningMedian, RunningMoments
 
 Progress = Callable[[int], object]
@@ -144,16 +136,16 @@ class SRT(torch.nn.Module):
         layers: Layer | Sequence[Layer] | None = None,
         norm: bool = True,
         inject: Layer | None = None,
-        reduce: str = "mean",
+        reduce: Reduce = "mean",
         stride: int | tuple[int, int] = 1,
         view_batch: int | str = 8,
         streaming: bool = False,
         patch: int | tuple[int, int] | None = None,
         prefix: int | None = None,
-        upsample: str | None = None,
-        border: str = "coverage",
-        padding: str = "reflect",
-        interpolation: str = "bilinear",
+        upsample: Upsample | None = None,
+        border: Border = "coverage",
+        padding: Padding = "reflect",
+        interpolation: Interpolation = "bilinear",
     ) -> None:
         super().__init__()
         for name, flag in {"norm": norm, "streaming": streaming}.items():
@@ -175,11 +167,8 @@ class SRT(torch.nn.Module):
             check_count("SRT", "view_batch", view_batch, 1)
         if upsample is None:
             upsample = "nearest" if self._injects else "bilinear"
-        check_word("SRT", "reduce", reduce, REDUCES)
-        check_word("SRT", "upsample", upsample, UPSAMPLES)
-        check_word("SRT", "border", border, BORDERS)
-        check_word("SRT", "padding", padding, PADDINGS)
-        check_word("SRT", "interpolation", interpolation, INTERPOLATIONS)
+        check_words("SRT", reduce=reduce, upsample=upsample, border=border)
+        check_words("SRT", padding=padding, interpolation=interpolation)
         if reduce == "median" and self.weights is not None:
             raise ValueError(
                 "SRT: views must have no weights where reduce is 'median'; got weights"
@@ -569,7 +558,7 @@ class _Field:
         if self.reduce == "moments":
             self.fields = ensemble_moments(*args, **self.settings)
         else:
-            self.fields = (ensemble(*args, reduce=self.reduce, **self.settings),)
+            self.fields = (ensemble(*args, **{"reduce": self.reduce, **self.settings}),)
 
     def result(self) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
         """The fields, each [B, C, H', W'], and the mean [B, K, C] of the prefix tokens."""

@@ -18,8 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from ._rules import check_count
-from .checks import check_tensor
+from ._validation import check_count, check_tensor
 
 MAX_VIEWS = 2**16  # a larger number is a typing error
 MAX_RADIUS = 2**20  # pixels, the limit of the ops

@@ -18,9 +18,9 @@ struct EnsembleOps {
                          const List& patch, const Weights& weights, const Word& reduce,
                          const Word& upsample, const Word& border, const List& stride) {
     EnsembleCall call("ensemble", {tokens, offsets, grid, patch, weights, upsample, border, stride},
-                      parse_reduce(reduce, weights.has_value()));
+                      parse_reduce(reduce));
     const Tensor out = call.new_out();
-    call.set_out(out);
+    call.set_result(out.mutable_data_ptr());
     run(call);
     return out;
   }
@@ -30,9 +30,8 @@ struct EnsembleOps {
                            const Word& upsample, const Word& border, const List& stride,
                            const Tensor& out) {
     EnsembleCall call("ensemble", {tokens, offsets, grid, patch, weights, upsample, border, stride},
-                      parse_reduce(reduce, weights.has_value()));
-    call.check_out(out);
-    call.set_out(out);
+                      parse_reduce(reduce));
+    call.set_out(written_view_of(out));
     run(call);
   }
 
@@ -44,8 +43,7 @@ struct EnsembleOps {
                       {tokens, offsets, grid, patch, weights, upsample, border, stride},
                       Reduce::moments);
     const Tensor mean = call.new_out(), variance = call.new_out();
-    call.set_out(mean);
-    call.set_variance(variance);
+    call.set_result(mean.mutable_data_ptr(), variance.mutable_data_ptr());
     run(call);
     return {mean, variance};
   }
@@ -57,8 +55,7 @@ struct EnsembleOps {
                          const Word& reduce, const Word& upsample, const Word& border,
                          const List& stride) {
     const char* const op = "_ensemble_backward";
-    const Reduce kind =
-        reduce == "moments" ? Reduce::moments : parse_reduce(reduce, weights.has_value());
+    const Reduce kind = reduce == "moments" ? Reduce::moments : parse_reduce(reduce);
     if (kind != Reduce::mean && !tokens)
       throw Error("srt::_ensemble_backward: tokens must be given, except for a mean; got none");
     const Tensor grad_tokens = new_grad_tokens(op, grad, offsets, grid, patch, stride);
@@ -78,7 +75,7 @@ struct EnsembleOps {
     EnsembleCall call("accumulate_mean_",
                       {tokens, offsets, grid, patch, weights, upsample, border, stride},
                       Reduce::mean, /*stream=*/true);
-    call.set_state(mean, nullptr, weight);
+    call.set_state({written_view_of(mean), written_view_of(weight)});
     run(call);
   }
 
@@ -89,7 +86,7 @@ struct EnsembleOps {
     EnsembleCall call("accumulate_moments_",
                       {tokens, offsets, grid, patch, weights, upsample, border, stride},
                       Reduce::moments, /*stream=*/true);
-    call.set_state(mean, &variance, weight);
+    call.set_state({written_view_of(mean), written_view_of(variance), written_view_of(weight)});
     run(call);
   }
 
@@ -99,8 +96,16 @@ struct EnsembleOps {
     EnsembleCall call("accumulate_median_",
                       {tokens, offsets, grid, patch, std::nullopt, upsample, border, stride},
                       Reduce::median, /*stream=*/true);
-    call.set_state(window, nullptr, count);
+    call.set_state({written_view_of(window), written_view_of(count)});
     run(call);
+  }
+
+  // The rules alone, before anything is allocated. Of a `stream`: a chunk, which may have no views.
+  static void check_views(const Word& op, const Tensor& tokens, const Tensor& offsets,
+                          const List& grid, const List& patch, const Weights& weights, bool stream,
+                          const Word& upsample, const Word& border, const List& stride) {
+    EnsembleCall(op.c_str(), {tokens, offsets, grid, patch, weights, upsample, border, stride},
+                 Reduce::mean, stream, stream ? 0 : 1);
   }
 };
 
@@ -113,4 +118,5 @@ struct EnsembleOps {
   m.impl("_ensemble_backward", TORCH_BOX(&Ops::backward));            \
   m.impl("accumulate_mean_", TORCH_BOX(&Ops::accumulate_mean));       \
   m.impl("accumulate_moments_", TORCH_BOX(&Ops::accumulate_moments)); \
-  m.impl("accumulate_median_", TORCH_BOX(&Ops::accumulate_median))
+  m.impl("accumulate_median_", TORCH_BOX(&Ops::accumulate_median));   \
+  m.impl("_check_views", TORCH_BOX(&Ops::check_views))

@@ -45,6 +45,9 @@ STABLE_TORCH_LIBRARY(srt, m) {
       "_ensemble_backward(Tensor grad, Tensor? grad_var, Tensor? tokens, Tensor offsets, "
       "int[2] grid, int[2] patch, Tensor? weights, *, str reduce, str upsample, str border, "
       "int[2] stride) -> Tensor");
+  // For srt_ext/streaming.py and srt_ext/array.py.
+  m.def("_check_views(str op, " SRT_VIEWS ", Tensor? weights=None, *, bool stream, " SRT_MODES
+        ") -> ()");
   m.def("_cpu_kernels() -> str");
   m.def("_available_cpu_kernels() -> str");
   m.def("_force_cpu_kernels(str name) -> ()");

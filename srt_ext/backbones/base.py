@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .._rules import check_count
-from ..checks import check_pair
+from .._validation import check_count, check_pair
 
 Layer = int | str
 Model = Callable[..., Any]

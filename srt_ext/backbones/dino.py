@@ -6,7 +6,7 @@ import inspect
 
 import torch
 
-from .._rules import check_count
+from .._validation import check_count
 from .base import (
     Backbone,
     Features,

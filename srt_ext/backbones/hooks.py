@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .._rules import check_count
+from .._validation import check_count
 from .base import Backbone, Features, Model, declared_patch, parse_output, unwrap
 from .timm import image_size_errors, patch_sides
 from .transformers import (
