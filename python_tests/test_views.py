@@ -291,7 +291,7 @@ def test_resolve_refuses_the_rest(
 
 def test_best_is_the_design_of_the_published_tables() -> None:
     """The committed tables are those of the committed figures; best is the design they name."""
-    designs = pytest.importorskip("benchmarks.views")
+    designs = pytest.importorskip("research.views")
     results = designs.load(designs.RESULTS / "views.json")
     assert designs.document(results) == (designs.RESULTS / "views.md").read_text()
     for row in results["rows"]:
