@@ -37,11 +37,10 @@ struct EnsembleArgs {
 // Throws std::bad_alloc before anything is written.
 void ensemble_cpu(const EnsembleArgs& args, const Parallel& parallel);
 
-// The gradient of the tokens, [V, B, h*w, C], dense, of the dtype of tokens: 0 for views of weight
-// 0. `args` is the call that it belongs to, with `out` and `variance` the gradients of what that
-// writes, only read, channels dense; no stream. A mean does not read the tokens, which may be null.
-// The gradient of a median goes to the first of the views, sorted by dx, that is its value.
-// Throws std::bad_alloc before anything is written.
-void ensemble_backward_cpu(const EnsembleArgs& args, void* grad_tokens, const Parallel& parallel);
+// The gradient of the tokens of a mean, [V, B, h*w, C], dense, of the dtype of tokens: 0 for views
+// of weight 0. `args` is the call that it belongs to, with `out` the gradient of what that writes,
+// only read, channels dense; no stream. The tokens are not read and may be null. Throws
+// std::bad_alloc before anything is written.
+void mean_backward_cpu(const EnsembleArgs& args, void* grad_tokens, const Parallel& parallel);
 
 }  // namespace srt

@@ -65,8 +65,8 @@ void run_backward(EnsembleCall& call, const Tensor& grad_tokens) {
   const ViewNumbers offsets = pointers(call.offsets);
   const ViewNumbers weights = call.weights ? pointers(*call.weights) : ViewNumbers{};
   const Tensor workspace =
-      new_workspace(ensemble_backward_cuda_workspace(call.args, offsets, weights), grad_tokens);
-  ensemble_backward_cuda(call.op, call.args, offsets, weights, grad_tokens.mutable_data_ptr(),
+      new_workspace(mean_backward_cuda_workspace(call.args, offsets, weights), grad_tokens);
+  mean_backward_cuda(call.op, call.args, offsets, weights, grad_tokens.mutable_data_ptr(),
                          workspace.mutable_data_ptr(), current_stream(grad_tokens));
 }
 

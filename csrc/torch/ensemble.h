@@ -38,8 +38,8 @@ struct EnsembleCall {
   void check_out(const Tensor& out) const;
   void set_out(const Tensor& out);
   void set_variance(const Tensor& variance);
-  // Gradients [B, C, H', W'] of what the call writes; the tensors returned must outlive it.
-  std::vector<Tensor> set_gradients(const Tensor& grad, const std::optional<Tensor>& grad_var);
+  // The gradient [B, C, H', W'] of what the call writes; the tensor returned must outlive it.
+  Tensor set_gradient(const Tensor& grad);
   // The state of a stream: mean [B, C, H', W'] and, for moments, var of the same strides, or for a
   // median window [kWindowPlanes, B, C, H', W']; seen [H', W'].
   void set_state(const Tensor& field, const Tensor* variance, const Tensor& seen);

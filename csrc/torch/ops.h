@@ -50,23 +50,19 @@ struct EnsembleOps {
     return {mean, variance};
   }
 
-  // Of a mean, which needs no tokens: where they are missing, their gradient stands for them.
-  static Tensor backward(const Tensor& grad, const std::optional<Tensor>& grad_var,
-                         const std::optional<Tensor>& tokens, const Tensor& offsets,
+  // Of a mean, whose tokens are not read: their gradient stands for them.
+  static Tensor backward(const Tensor& grad, const std::optional<Tensor>& /*grad_var*/,
+                         const std::optional<Tensor>& /*tokens*/, const Tensor& offsets,
                          const List& grid, const List& patch, const Weights& weights,
                          const Word& reduce, const Word& upsample, const Word& border,
                          const List& stride) {
     const char* const op = "_ensemble_backward";
-    const Reduce kind =
-        reduce == "moments" ? Reduce::moments : parse_reduce(reduce, weights.has_value());
-    if (kind != Reduce::mean && !tokens)
-      throw Error("srt::_ensemble_backward: tokens must be given, except for a mean; got none");
+    if (reduce != "mean")
+      throw Error("srt::_ensemble_backward: reduce must be 'mean'; got '" + reduce + "'");
     const Tensor grad_tokens = new_grad_tokens(op, grad, offsets, grid, patch, stride);
-    EnsembleCall call(
-        op,
-        {tokens ? *tokens : grad_tokens, offsets, grid, patch, weights, upsample, border, stride},
-        kind);
-    const std::vector<Tensor> gradients = call.set_gradients(grad, grad_var);
+    EnsembleCall call(op, {grad_tokens, offsets, grid, patch, weights, upsample, border, stride},
+                      Reduce::mean);
+    const Tensor dense = call.set_gradient(grad);
     run_backward(call, grad_tokens);
     return grad_tokens;
   }

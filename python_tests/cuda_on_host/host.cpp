@@ -43,16 +43,16 @@ EXPORT const char* ensemble(const srt::EnsembleArgs* args, const srt::ViewNumber
   });
 }
 
-EXPORT const char* ensemble_backward(void* grad_tokens, const srt::EnsembleArgs* args,
+EXPORT const char* mean_backward(void* grad_tokens, const srt::EnsembleArgs* args,
                                      const srt::ViewNumbers* offsets,
                                      const srt::ViewNumbers* weights, void* workspace,
                                      int64_t* bytes) {
   return guarded([&] {
     if (workspace) {
-      srt::ensemble_backward_cuda("_ensemble_backward", *args, *offsets, *weights, grad_tokens,
+      srt::mean_backward_cuda("_ensemble_backward", *args, *offsets, *weights, grad_tokens,
                                   workspace, host_device.stream);
     } else {
-      *bytes = srt::ensemble_backward_cuda_workspace(*args, *offsets, *weights);
+      *bytes = srt::mean_backward_cuda_workspace(*args, *offsets, *weights);
     }
   });
 }

@@ -142,23 +142,6 @@ struct MeanBackwardPlan : ViewsPlan<Acc> {
   Scratch scratch;
 };
 
-// The gradient of the tokens of a median or of moments. A task is one image, one band of token rows
-// and one chunk of channels; it makes the values of all cells that read its tokens again. `out` and
-// `variance` are the gradients.
-template <class Acc>
-struct ValueBackwardPlan : ValuePlan<Acc> {
-  int64_t tokens_y;    // h
-  int64_t token_band;  // token rows of a task
-  struct Window {
-    int64_t begin, end;
-  };
-  const Window* windows;  // [bands of tokens]: the output rows that read them
-  void* grad_tokens;      // [V, B, h*w, C], dense
-  int64_t folds;          // scratch: Acc [V, tokens_x, chunk], an output row's part of the gradient
-  int64_t grads;          // scratch: Acc [V, token_band * tokens_x, chunk]
-  int64_t copy;           // scratch: as buffer
-};
-
 struct ShiftPlan {
   struct View {
     ShiftTaps y, x;
@@ -196,7 +179,6 @@ struct EnsembleKernels {
   Kernel<MeanPlan<Acc>> mean, stream_mean;
   Kernel<ValuePlan<Acc>> median, moments, stream_median, stream_moments;
   Kernel<MeanBackwardPlan<Acc>> mean_backward;
-  Kernel<ValueBackwardPlan<Acc>> median_backward, moments_backward;
 };
 
 struct Kernels {

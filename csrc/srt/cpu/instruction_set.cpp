@@ -16,9 +16,7 @@ constexpr EnsembleKernels<Acc> kEnsemble = {mean<T, T>,
                                             reduce_values<T, Moments<T, Acc>>,
                                             reduce_values<T, StreamMedian<Acc>>,
                                             reduce_values<T, StreamMoments<Acc>>,
-                                            mean_backward<T, Acc>,
-                                            values_backward<T, MedianBackward<Acc>>,
-                                            values_backward<T, MomentsBackward<Acc>>};
+                                            mean_backward<T, Acc>};
 }  // namespace
 
 const Kernels SRT_ISA = {SRT_STRING(SRT_ISA),   kBlockBytes,          kMaxTile,

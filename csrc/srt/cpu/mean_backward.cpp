@@ -236,76 +236,6 @@ void mean_backward(const EnsembleArgs& args, void* grad_tokens,
                        layout.bytes, parallel);
 }
 
-template <class Acc>
-void values_backward(const EnsembleArgs& args, void* grad_tokens,
-                     cpu::Kernel<cpu::ValueBackwardPlan<Acc>> kernel, int64_t block_bytes,
-                     const Parallel& parallel) {
-  using Plan = cpu::ValueBackwardPlan<Acc>;
-  Plan plan{};
-  const Views<Acc> views(args, /*divide=*/true, plan);
-  const int64_t offsets_y = static_cast<int64_t>(views.dy.size());
-  const std::vector<int32_t> end_y = views.y.ends(plan.y, offsets_y);
-  const std::vector<int32_t> end_x = views.x.ends(plan.x, plan.groups);
-  plan.end_y = end_y.data();
-  plan.end_x = end_x.data();
-  plan.variance = args.variance;
-  plan.tokens_y = args.grid[0];
-  plan.grad_tokens = grad_tokens;
-
-  const int64_t counted = plan.view_count;
-  const int64_t block = block_bytes / static_cast<int64_t>(sizeof(Acc));
-  const int64_t sums = 2 * counted * plan.tokens_x * static_cast<int64_t>(sizeof(Acc));
-  plan.chunk = cpu::fitting_channels(plan.channels, block, std::max<int64_t>(1, sums));
-  plan.token_band = plan.tokens_y;
-  const auto count_tasks = [&] {
-    return plan.batch * div_up(plan.tokens_y, plan.token_band) * div_up(plan.channels, plan.chunk);
-  };
-  while (plan.chunk > block && count_tasks() < 4 * parallel.threads)
-    plan.chunk = div_up(plan.chunk / block, 2) * block;
-  // Rows between two bands are made twice: bands of a few token rows, and no lower.
-  while (plan.token_band > 4 && count_tasks() < 4 * parallel.threads)
-    plan.token_band = div_up(plan.token_band, 2);
-
-  const Turned<Acc> turned(plan.y, offsets_y, plan.tokens_y);
-  std::vector<typename Plan::Window> windows;
-  for (int64_t band = 0; band < plan.tokens_y; band += plan.token_band) {
-    int64_t from = INT32_MAX, to = 0;
-    for (int64_t i = band; i < std::min(band + plan.token_band, plan.tokens_y); ++i) {
-      const auto [first, end] = turned.cells(i, 0, offsets_y);
-      if (first == end) continue;
-      from = std::min<int64_t>(from, first);
-      to = std::max<int64_t>(to, end);
-    }
-    windows.push_back({std::min(from, to), to});
-  }
-  plan.windows = windows.data();
-
-  Layout layout;
-  cpu::place_values(plan, layout, block_bytes);
-  plan.folds = layout.place<Acc>(counted * plan.tokens_x * plan.chunk);
-  plan.grads = layout.place<Acc>(counted * plan.token_band * plan.tokens_x * plan.chunk);
-  plan.copy = layout.place<char>(std::max<int64_t>(counted, kLargestNetwork) * block_bytes);
-  const double work = static_cast<double>(plan.batch) *
-                      static_cast<double>(args.channels * plan.rows) *
-                      static_cast<double>(counted * plan.columns * (2 * plan.x.max_taps + 8));
-  cpu::run_tasks<Plan>(plan, kernel, count_tasks(), cpu::workers_for(work, parallel), layout.bytes,
-                       parallel);
-}
-
-template <class Acc>
-void backward(const EnsembleArgs& args, void* grad_tokens, const cpu::EnsembleKernels<Acc>& kernels,
-              const cpu::Kernels& isa, const Parallel& parallel) {
-  switch (args.reduce) {
-    case Reduce::mean:
-      return mean_backward(args, grad_tokens, kernels, isa, parallel);
-    case Reduce::median:
-      return values_backward(args, grad_tokens, kernels.median_backward, isa.block_bytes, parallel);
-    case Reduce::moments:
-      return values_backward(args, grad_tokens, kernels.moments_backward, isa.block_bytes,
-                             parallel);
-  }
-}
-
 int64_t size_of(DType dtype) {
   switch (dtype) {
     case DType::f64:
@@ -323,7 +253,7 @@ int64_t size_of(DType dtype) {
 
 }  // namespace
 
-void ensemble_backward_cpu(const EnsembleArgs& args, void* grad_tokens, const Parallel& parallel) {
+void mean_backward_cpu(const EnsembleArgs& args, void* grad_tokens, const Parallel& parallel) {
   if (args.batch == 0 || args.channels == 0) return;
   const cpu::Kernels& kernels = cpu::kernels();
   std::vector<int64_t> uncounted;
@@ -332,16 +262,16 @@ void ensemble_backward_cpu(const EnsembleArgs& args, void* grad_tokens, const Pa
   if (static_cast<int64_t>(uncounted.size()) < args.views) {
     switch (args.dtype) {
       case DType::f32:
-        backward(args, grad_tokens, kernels.ensemble_f32, kernels, parallel);
+        mean_backward(args, grad_tokens, kernels.ensemble_f32, kernels, parallel);
         break;
       case DType::f16:
-        backward(args, grad_tokens, kernels.ensemble_f16, kernels, parallel);
+        mean_backward(args, grad_tokens, kernels.ensemble_f16, kernels, parallel);
         break;
       case DType::bf16:
-        backward(args, grad_tokens, kernels.ensemble_bf16, kernels, parallel);
+        mean_backward(args, grad_tokens, kernels.ensemble_bf16, kernels, parallel);
         break;
       case DType::f64:
-        backward(args, grad_tokens, kernels.ensemble_f64, kernels, parallel);
+        mean_backward(args, grad_tokens, kernels.ensemble_f64, kernels, parallel);
         break;
       case DType::u8:
         break;  // tokens are floating

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <string>
 
+#include "../ensemble.h"
 #include "../types.h"
 #include "../validation.h"
 #include "cuda.h"
@@ -249,5 +250,118 @@ class Workspace {
   char* base_;
   int64_t bytes_ = 0;
 };
+
+// ---- the views of ensemble ----------------------------------------------------------------------
+
+struct View {
+  double dy, dx;  // pixels; NaN for a view that covers nothing
+  double weight;  // at most 1
+  int64_t index;  // in tokens
+};
+
+struct RawViews {
+  DeviceNumbers offsets,
+      weights;  // [V, 2] and [V]; null: in the parameters, weights behind offsets
+  int64_t views;
+  bool weighted;
+  bool stream = false;  // weights count against those of other chunks, and have limits
+
+  __device__ View operator()(const InlineNumbers& numbers, int64_t v) const {
+    View view{};
+    view.index = v;
+    view.dy = offsets.data ? offsets[2 * v] : numbers.at[2 * v];
+    view.dx = offsets.data ? offsets[2 * v + 1] : numbers.at[2 * v + 1];
+    view.weight = 1;
+    if (weighted) {
+      const int64_t at = offsets.data ? v : 2 * views + v;
+      view.weight = weights.data ? weights[v] : numbers.at[at];
+      if (stream && !(view.weight >= 0x1p-500 && view.weight <= 0x1p500)) view.weight = 0;
+    }
+    return view;
+  }
+};
+
+// The rules that the host enforces with errors. Only ratios of weights matter: they become at
+// most 1.
+__device__ inline View counted_view(View view, double largest) {
+  view.weight /= largest;
+  const double limit = static_cast<double>(kMaxOffset);
+  if (!(fabs(view.dy) <= limit && fabs(view.dx) <= limit && view.weight >= 0x1p-80 &&
+        view.weight <= 1)) {
+    view.weight = 0;
+    view.dy = view.dx = nan("");
+  }
+  return view;
+}
+
+static __global__ void __launch_bounds__(kThreads)
+    sort_views_kernel(const __grid_constant__ RawViews raw,
+                      const __grid_constant__ InlineNumbers numbers, View* sorted, double* scale,
+                      uint8_t* breaks, int64_t cells) {
+  SRT_FOR_THREAD(cell, cells) breaks[cell] = 0;
+  SRT_FOR_THREAD(v, raw.views) {
+    double largest = 0;
+    for (int64_t u = 0; u < raw.views; ++u) {
+      const double weight = raw(numbers, u).weight;
+      if (weight > largest && isfinite(weight)) largest = weight;
+    }
+    if (scale && v == 0) *scale = largest;
+    const View own = counted_view(raw(numbers, v), largest);
+    int64_t rank = 0;
+    for (int64_t u = 0; u < raw.views; ++u) {
+      const double dx = counted_view(raw(numbers, u), largest).dx;
+      const bool tie = u < v && (dx == own.dx || (isnan(dx) && isnan(own.dx)));
+      if (dx < own.dx || tie || (isnan(own.dx) && !isnan(dx))) ++rank;
+    }
+    sorted[rank] = own;
+  }
+}
+
+// Takes what is too much for `numbers` from the workspace and uploads it; without one it only
+// counts.
+inline RawViews raw_views(const char* op, const ViewNumbers& offsets, const ViewNumbers& weights,
+                          int64_t views, Workspace& workspace, InlineNumbers& numbers,
+                          CUstream_st* stream) {
+  const bool weighted = weights.host || weights.device;
+  const bool fits = (weighted ? 3 : 2) * views <= kInlineNumbers;
+  double* uploaded_offsets = offsets.host && !fits ? workspace.take<double>(2 * views) : nullptr;
+  double* uploaded_weights = weights.host && !fits ? workspace.take<double>(views) : nullptr;
+  RawViews raw{device_numbers(offsets), device_numbers(weights), views, weighted};
+  numbers = {};
+  if (uploaded_offsets) {
+    raw.offsets = upload(op, offsets.host, 2 * views, uploaded_offsets, stream);
+  } else if (offsets.host && fits) {
+    std::copy_n(offsets.host, 2 * views, numbers.at);
+  }
+  if (uploaded_weights) {
+    raw.weights = upload(op, weights.host, views, uploaded_weights, stream);
+  } else if (weights.host && fits) {
+    std::copy_n(weights.host, views, numbers.at + (offsets.host ? 2 * views : 0));
+  }
+  return raw;
+}
+
+// Sorts by counting, for each view, those before it. Views that cover nothing come last. Stores the
+// largest weight in `scale` unless it is null. Sets `cells` breaks to 0: they are found next.
+inline void sort_views(const char* op, const RawViews& raw, const InlineNumbers& numbers,
+                       View* sorted, double* scale, uint8_t* breaks, int64_t cells,
+                       CUstream_st* stream) {
+  launch(op, sort_views_kernel, div_up(std::max(raw.views, cells), kThreads), stream, raw, numbers,
+         sorted, scale, breaks, cells);
+}
+
+// Elements of all tokens, and of a field.
+inline int64_t token_elements(const EnsembleArgs& args) {
+  return args.views * args.batch * args.grid[0] * args.grid[1] * args.channels;
+}
+inline int64_t field_elements(const EnsembleArgs& args) {
+  const int64_t rows = args.grid[0] * args.patch[0] / args.stride[0];
+  return args.batch * args.channels * rows * (args.grid[1] * args.patch[1] / args.stride[1]);
+}
+
+// per_view.cu: the reductions that need the value of every view. With no workspace: returns how
+// large it must be.
+int64_t reduce_values(const char* op, const EnsembleArgs& args, const ViewNumbers& offsets,
+                      const ViewNumbers& weights, void* workspace, CUstream_st* stream);
 
 }  // namespace srt::cuda

@@ -37,12 +37,12 @@ int64_t ensemble_cuda_workspace(const EnsembleArgs& args, const ViewNumbers& off
 void ensemble_cuda(const char* op, const EnsembleArgs& args, const ViewNumbers& offsets,
                    const ViewNumbers& weights, void* workspace, CUstream_st* stream);
 
-// As ensemble_backward_cpu.
-int64_t ensemble_backward_cuda_workspace(const EnsembleArgs& args, const ViewNumbers& offsets,
-                                         const ViewNumbers& weights);
-void ensemble_backward_cuda(const char* op, const EnsembleArgs& args, const ViewNumbers& offsets,
-                            const ViewNumbers& weights, void* grad_tokens, void* workspace,
-                            CUstream_st* stream);
+// As mean_backward_cpu.
+int64_t mean_backward_cuda_workspace(const EnsembleArgs& args, const ViewNumbers& offsets,
+                                     const ViewNumbers& weights);
+void mean_backward_cuda(const char* op, const EnsembleArgs& args, const ViewNumbers& offsets,
+                        const ViewNumbers& weights, void* grad_tokens, void* workspace,
+                        CUstream_st* stream);
 
 int64_t shift_cuda_workspace(const ShiftArgs& args);
 

@@ -6,7 +6,7 @@
 
 #include "../axis.h"
 #include "../ensemble.h"
-#include "views.cuh"
+#include "common.cuh"
 
 namespace srt::cuda {
 namespace {
@@ -869,8 +869,7 @@ int64_t mean(const char* op, const EnsembleArgs& args, const ViewNumbers& offset
   if (!base) return workspace.bytes();
 
   const int64_t rows = plan.y.cells, cells = plan.x.cells;
-  launch(op, sort_views, div_up(std::max(views, rows + cells), kThreads), stream, raw, numbers,
-         plan.sorted, nullptr, plan.y.breaks, rows + cells);
+  sort_views(op, raw, numbers, plan.sorted, nullptr, plan.y.breaks, rows + cells, stream);
   launch(op, find_breaks, div_up(views * (rows + cells), kThreads), stream, plan.y, plan.x,
          plan.sorted, views);
   launch(op, list_runs, 2, stream, plan.y, plan.x);

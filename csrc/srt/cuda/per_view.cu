@@ -8,7 +8,7 @@
 
 #include "../axis.h"
 #include "../running_median.h"
-#include "views.cuh"
+#include "common.cuh"
 
 namespace srt::cuda {
 namespace {
@@ -59,8 +59,6 @@ struct ValuePlan {
   double* seen;         // [H', W']
   const double* scale;  // of the weights, in units of `seen`
   bool counts_views;
-  // For the gradient: a median is not written, but which of the sorted views it is (views.cuh).
-  bool tells_view;
   bool keep;  // out and variance, or the state, in L2
 };
 
@@ -156,9 +154,8 @@ struct Stage {
   Source source[kViews];
   Acc rows[kFixed + kViews * kColumns][kWarpThreads];
   Share share[Reduction::kWeighted ? kRuns<Acc> : 1][kViews];
-  int32_t counted[kRuns<Acc>];  // views that count, of those staged
-  uint16_t order[Reduction::kTellsView ? kRuns<Acc> : 1][kViews];  // which they are, of all
-  double weight[kRuns<Acc>];                                       // of all views so far
+  int32_t counted[kRuns<Acc>];    // views that count, of those staged
+  double weight[kRuns<Acc>];      // of all views so far
   int64_t image, y, y_end;        // of the tile; rows y to y_end are alike
   int32_t begin[kRuns<Acc> + 1];  // cells
   int32_t runs;
@@ -253,8 +250,6 @@ struct Cell {
 #pragma unroll 1
     for (int k = 0; k < views; ++k) {
       if (stage.blend[own][k].at[0] == Stage::kAbsent) continue;
-      if constexpr (Reduction::kTellsView)
-        stage.order[own][counted] = static_cast<uint16_t>(first + k);
       if (counted != k) {
         stage.blend[own][counted] = stage.blend[own][k];
         if constexpr (Reduction::kWeighted) stage.share[own][counted] = stage.share[own][k];
@@ -325,8 +320,8 @@ struct Cell {
     return fma(blend.weight[0], row(blend.at[0]), blend.weight[1] * row(blend.at[1]));
   }
 
-  // Calls visit(value, share, k) for each view that counts, in the place k. All threads of the
-  // block call it equally often: more than kViews are staged in turns.
+  // Calls visit(value, share) for each view that counts. All threads of the block call it equally
+  // often: more than kViews are staged in turns.
   template <class Visit>
   __device__ void each_value(Visit&& visit) const {
     for (int64_t first = 0; first < plan.views; first += Stage::kViews) {
@@ -339,7 +334,7 @@ struct Cell {
       const int counted = run < stage.runs ? stage.counted[run] : 0;
 #pragma unroll 4
       for (int k = 0; k < counted; ++k)
-        visit(value(k), stage.share[Reduction::kWeighted ? run : 0][k], k);
+        visit(value(k), stage.share[Reduction::kWeighted ? run : 0][k]);
     }
   }
 
@@ -357,16 +352,6 @@ struct Cell {
     const T element = from_acc<T>(value);
     each_cell([&](int64_t at, int64_t) { store(static_cast<T*>(to) + at, element, plan.keep); });
   }
-
-  // The first view that has the value of the median, which is one of theirs.
-  __device__ void write_view(Acc median) const {
-    uint16_t view = kNoView;
-    each_value([&](Acc own, auto, int k) {
-      const bool hit = own == median || (own != own && median != median);
-      if (hit && view == kNoView) view = stage.order[run][k];
-    });
-    each_cell([&](int64_t at, int64_t) { static_cast<uint16_t*>(plan.out)[at] = view; });
-  }
 };
 
 // ---- reductions ---------------------------------------------------------------------------------
@@ -379,9 +364,8 @@ template <class T>
 struct Common {
   static constexpr int kViews = 50;
   static constexpr int kBlocks = sizeof(T) == 8 ? 2 : 3;
-  static constexpr bool kWeighted = false;   // whether it asks for shares
-  static constexpr bool kTellsView = false;  // whether it can
-  static constexpr bool kCopies = true;      // whether all cells of a run get the same
+  static constexpr bool kWeighted = false;  // whether it asks for shares
+  static constexpr bool kCopies = true;     // whether all cells of a run get the same
   template <class Stage>
   static __device__ void prepare(Stage&, int, bool) {}
 };
@@ -415,7 +399,6 @@ template <class T, int N>
 struct NetworkMedian : Common<T> {
   using Acc = typename AccumulatorOf<T>::type;
   static constexpr int kViews = N;
-  static constexpr bool kTellsView = true;
   static constexpr int kBlocks = N * sizeof(Acc) <= 100 ? 3 : N * sizeof(Acc) <= 256 ? 2 : 1;
 
   // Behind the views that count infinities of both signs, in turn, which leaves the
@@ -436,11 +419,7 @@ struct NetworkMedian : Common<T> {
 #pragma unroll
     for (int k = 0; k < N; ++k) value[k] = cell.value(k);
     const Acc median = MedianOf<N, NanOrder, Acc>::lower(value);
-    if (cell.plan.tells_view) {
-      cell.write_view(median);
-    } else {
-      cell.write(cell.plan.out, cell.stage.counted[cell.run] > 0 ? median : Acc{0});
-    }
+    cell.write(cell.plan.out, cell.stage.counted[cell.run] > 0 ? median : Acc{0});
   }
 };
 
@@ -450,7 +429,6 @@ template <class T>
 struct CountingMedian : Common<T> {
   using Acc = typename AccumulatorOf<T>::type;
   using Key = typename std::conditional<sizeof(Acc) == 8, int64_t, int32_t>::type;
-  static constexpr bool kTellsView = true;
   static constexpr int kBits = 8 * sizeof(Key);
   static constexpr Key kTop = Key{1} << (kBits - 2);  // the highest bit but the sign
 
@@ -461,13 +439,13 @@ struct CountingMedian : Common<T> {
   static __device__ void reduce(const Cell& cell) {
     int64_t count = 0;
     Acc poison = 0;
-    cell.each_value([&](Acc value, auto, int) {
+    cell.each_value([&](Acc value, auto) {
       ++count;
       if (value != value) poison = value;
     });
     const auto reach = [&](Key key) {  // whether no more than half of the keys are below it
       int64_t below = 0;
-      cell.each_value([&](Acc value, auto, int) {
+      cell.each_value([&](Acc value, auto) {
         Key bits;
         memcpy(&bits, &value, sizeof(bits));
         below += flip(bits) < key;
@@ -482,11 +460,7 @@ struct CountingMedian : Common<T> {
     Acc median;
     memcpy(&median, &key, sizeof(median));
     if (count == 0 || poison != poison) median = poison;
-    if (cell.plan.tells_view) {
-      cell.write_view(median);
-    } else {
-      cell.write(cell.plan.out, median);
-    }
+    cell.write(cell.plan.out, median);
   }
 };
 
@@ -501,7 +475,7 @@ struct Sample {
   template <class Cell>
   explicit __device__ Sample(const Cell& cell) {
     Acc first = NAN, distance = 0, sum = 0, squares = 0;
-    cell.each_value([&](Acc value, auto share, int) {
+    cell.each_value([&](Acc value, auto share) {
       if (first != first) first = value;
       sum += share.weight * value;
       const Acc own = value - first, apart = own - distance;
@@ -539,25 +513,6 @@ struct Moments : Weighted<T> {
     const Sample<T> sample(cell);
     cell.write(cell.plan.out, sample.mean);
     cell.write(cell.plan.variance, sample.variance);
-  }
-};
-
-// For the gradient of the moments, in the type of the sums. Where one view counts, its distance
-// from the mean must be 0.
-template <class T>
-struct GradientMean : Weighted<T> {
-  using Acc = typename AccumulatorOf<T>::type;
-  template <class Cell>
-  static __device__ void reduce(const Cell& cell) {
-    Acc first = NAN, sum = 0;
-    cell.each_value([&](Acc value, auto share, int) {
-      if (first != first) first = value;
-      sum += share.weight * (value - first);
-    });
-    if (cell.run >= cell.stage.runs) return;
-    const double weight = cell.stage.weight[cell.run];
-    const Acc mean = weight > 0 ? first + sum / static_cast<Acc>(weight) : 0;
-    cell.each_cell([&](int64_t at, int64_t) { static_cast<Acc*>(cell.plan.out)[at] = mean; });
   }
 };
 
@@ -619,7 +574,7 @@ struct StreamMedian : Common<T> {
       for (int i = 0; i < kWindow; ++i) window[i] = state[i * plan.plane_stride];
       place = state[kWindow * plan.plane_stride];
     });
-    cell.each_value([&](Acc value, auto, int) {
+    cell.each_value([&](Acc value, auto) {
       add_to_window(window, place, value, WindowStep<Acc>(seen));
       seen += 1;
     });
@@ -710,19 +665,17 @@ Kernel<T> choose_kernel(const EnsembleArgs& args) {
     case Reduce::moments:
       return args.seen ? values_kernel<T, StreamSample<T, true>> : values_kernel<T, Moments<T>>;
     case Reduce::mean:
-      return args.seen ? values_kernel<T, StreamSample<T, false>>
-                       : values_kernel<T, GradientMean<T>>;
+      return values_kernel<T, StreamSample<T, false>>;  // without a stream: mean.cu
   }
   return nullptr;
 }
 
 template <class T>
 int64_t reduce_as(const char* op, const EnsembleArgs& args, const ViewNumbers& offsets,
-                  const ViewNumbers& weights, void* base, CUstream_st* stream, bool for_gradient) {
+                  const ViewNumbers& weights, void* base, CUstream_st* stream) {
   using Acc = typename AccumulatorOf<T>::type;
   Workspace workspace(base);
   ValuePlan<Acc> plan{};
-  plan.tells_view = for_gradient && args.reduce == Reduce::median;
   plan.tokens = args.tokens;
   std::copy_n(args.token_strides, 3, plan.token_strides);
   plan.views = args.views;
@@ -773,8 +726,7 @@ int64_t reduce_as(const char* op, const EnsembleArgs& args, const ViewNumbers& o
   raw.stream = args.seen != nullptr;
   if (!base) return workspace.bytes();
 
-  launch(op, sort_views, div_up(std::max(args.views, rows + cells), kThreads), stream, raw, numbers,
-         plan.sorted, scale, plan.y.breaks, rows + cells);
+  sort_views(op, raw, numbers, plan.sorted, scale, plan.y.breaks, rows + cells, stream);
   launch(op, fill_reads_kernel<Acc>, div_up(args.views * (rows + cells), kThreads), stream, plan);
   launch(op, find_changes<Acc>, div_up(args.views * (rows + cells), kThreads), stream, plan);
   const int64_t tiles = args.batch * rows * div_up(cells, plan.tile);
@@ -790,18 +742,17 @@ int64_t reduce_as(const char* op, const EnsembleArgs& args, const ViewNumbers& o
 }  // namespace
 
 int64_t reduce_values(const char* op, const EnsembleArgs& args, const ViewNumbers& offsets,
-                      const ViewNumbers& weights, void* base, CUstream_st* stream,
-                      bool for_gradient) {
+                      const ViewNumbers& weights, void* base, CUstream_st* stream) {
   if (!args.seen && (args.batch == 0 || args.channels == 0)) return 0;
   switch (args.dtype) {
     case DType::f32:
-      return reduce_as<float>(op, args, offsets, weights, base, stream, for_gradient);
+      return reduce_as<float>(op, args, offsets, weights, base, stream);
     case DType::f16:
-      return reduce_as<Half>(op, args, offsets, weights, base, stream, for_gradient);
+      return reduce_as<Half>(op, args, offsets, weights, base, stream);
     case DType::bf16:
-      return reduce_as<BFloat16>(op, args, offsets, weights, base, stream, for_gradient);
+      return reduce_as<BFloat16>(op, args, offsets, weights, base, stream);
     case DType::f64:
-      return reduce_as<double>(op, args, offsets, weights, base, stream, for_gradient);
+      return reduce_as<double>(op, args, offsets, weights, base, stream);
     case DType::u8:
       break;  // tokens are floating
   }
