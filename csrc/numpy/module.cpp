@@ -222,7 +222,7 @@ struct EnsembleCall {
     std::copy_n(field_view.strides.begin() + first, 4, args.out_strides);
     if (median) args.plane_stride = field_view.strides[0];
     if (variance) args.variance = variance->mutable_data();
-    args.seen = static_cast<double*>(seen.mutable_data());
+    args.total_weight = static_cast<double*>(seen.mutable_data());
   }
 
   void run(const std::vector<py::array>& results) const {

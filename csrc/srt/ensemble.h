@@ -27,10 +27,11 @@ struct EnsembleArgs {
   int64_t out_strides[4];  // in elements; no two elements share a place
   void* variance;          // as `out`; of moments only
   // Null for one call over all views. Otherwise the tokens are the next chunk of a stream: `out`
-  // and `variance` are its state so far, in float32 (float64 for float64 tokens), and `seen` is the
-  // weight that each cell has got, for the median the number of views. Where `seen` is 0 the state
-  // is not read. The state of a median is kWindowPlanes planes as `out`, `plane_stride` apart.
-  double* seen;  // [h*Ph/sh, w*Pw/sw], dense
+  // and `variance` are its state so far, in float32 (float64 for float64 tokens), and this is the
+  // total weight of each cell, for the median the number of views: the call adds to it. Where it
+  // is 0 the state is not read. The state of a median is kWindowPlanes planes as `out`,
+  // `plane_stride` apart.
+  double* total_weight;  // [h*Ph/sh, w*Pw/sw], dense
   int64_t plane_stride;
 };
 

@@ -109,7 +109,7 @@ void EnsembleCall::set_state(const Tensor& field, const Tensor* variance, const 
   const int64_t first = median ? 1 : 0;
   for (int64_t d = 0; d < 4; ++d) args.out_strides[d] = field.stride(first + d);
   if (median) args.plane_stride = field.stride(0);
-  args.seen = static_cast<double*>(seen.mutable_data_ptr());
+  args.total_weight = static_cast<double*>(seen.mutable_data_ptr());
 }
 
 Tensor new_grad_tokens(const char* op, const Tensor& grad, const Tensor& offsets,

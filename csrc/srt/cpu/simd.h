@@ -1,6 +1,5 @@
 // Vectors as wide as the instruction set that compiles this file, and their loads and stores for
-// every element type. Included only by mean-inl.h, which says why all of it is in an anonymous
-// namespace.
+// every element type. vector_blocks-inl.h says why all of it is in an anonymous namespace.
 #pragma once
 #include <cstdint>
 #include <cstring>
