@@ -16,7 +16,7 @@ CUstream_st* current_stream(const Tensor& tensor) {
   return static_cast<CUstream_st*>(stream);
 }
 
-ViewNumbers pointers(const Numbers& numbers) {
+ViewArray pointers(const Numbers& numbers) {
   if (!numbers.device) return {numbers.host.data(), nullptr, DType::f64};
   const bool f64 = numbers.device->scalar_type() == ScalarType::Double;
   return {nullptr, numbers.device->const_data_ptr(), f64 ? DType::f64 : DType::f32};
@@ -52,8 +52,8 @@ Tensor shift_backward(const Tensor& grad, const Tensor& offsets, const std::stri
 
 void run(EnsembleCall& call) {
   const torch::stable::accelerator::DeviceGuard guard(call.tokens.get_device_index());
-  const ViewNumbers offsets = pointers(call.offsets);
-  const ViewNumbers weights = call.weights ? pointers(*call.weights) : ViewNumbers{};
+  const ViewArray offsets = pointers(call.offsets);
+  const ViewArray weights = call.weights ? pointers(*call.weights) : ViewArray{};
   const Tensor workspace =
       new_workspace(ensemble_cuda_workspace(call.args, offsets, weights), call.tokens);
   ensemble_cuda(call.op, call.args, offsets, weights, workspace.mutable_data_ptr(),
@@ -62,12 +62,12 @@ void run(EnsembleCall& call) {
 
 void run_backward(EnsembleCall& call, const Tensor& grad_tokens) {
   const torch::stable::accelerator::DeviceGuard guard(grad_tokens.get_device_index());
-  const ViewNumbers offsets = pointers(call.offsets);
-  const ViewNumbers weights = call.weights ? pointers(*call.weights) : ViewNumbers{};
+  const ViewArray offsets = pointers(call.offsets);
+  const ViewArray weights = call.weights ? pointers(*call.weights) : ViewArray{};
   const Tensor workspace =
       new_workspace(mean_backward_cuda_workspace(call.args, offsets, weights), grad_tokens);
   mean_backward_cuda(call.op, call.args, offsets, weights, grad_tokens.mutable_data_ptr(),
-                         workspace.mutable_data_ptr(), current_stream(grad_tokens));
+                     workspace.mutable_data_ptr(), current_stream(grad_tokens));
 }
 
 using Ops = EnsembleOps<&run, &run_backward>;

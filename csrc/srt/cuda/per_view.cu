@@ -36,7 +36,7 @@ struct ReadsPlan {
 };
 
 template <class Acc>
-struct ValuePlan {
+struct PerViewPlan {
   const void* tokens;        // [V, B, h*w, C]
   int64_t token_strides[3];  // of V, B and h*w, in elements
   int64_t views, batch, channels;
@@ -56,8 +56,8 @@ struct ValuePlan {
   void* variance;          // as out
   // Of a stream (ensemble.h).
   int64_t plane_stride;
-  double* seen;         // [H', W']
-  const double* scale;  // of the weights, in units of `seen`
+  double* total_weight;  // [H', W']
+  double* scale;         // of the weights, in units of `total_weight`
   bool counts_views;
   bool keep;  // out and variance, or the state, in L2
 };
@@ -83,7 +83,7 @@ __device__ void fill_reads(const ReadsPlan<Acc>& plan, double offset, int64_t ce
 
 template <class Acc>
 __global__ void __launch_bounds__(kThreads)
-    fill_reads_kernel(const __grid_constant__ ValuePlan<Acc> plan) {
+    fill_reads_kernel(const __grid_constant__ PerViewPlan<Acc> plan) {
   const int64_t rows = plan.y.cells, cells = plan.x.cells;
   SRT_FOR_THREAD(i, plan.views * (rows + cells)) {
     const int64_t v = i % plan.views, cell = i / plan.views;
@@ -109,7 +109,7 @@ __device__ bool equals_the_one_before(const ReadsPlan<Acc>& plan, int64_t slot, 
 
 template <class Acc>
 __global__ void __launch_bounds__(kThreads)
-    find_changes(const __grid_constant__ ValuePlan<Acc> plan) {
+    find_changes(const __grid_constant__ PerViewPlan<Acc> plan) {
   const int64_t rows = plan.y.cells, cells = plan.x.cells;
   SRT_FOR_THREAD(i, plan.views * (rows + cells)) {
     const int64_t cell = i / plan.views;
@@ -173,7 +173,7 @@ template <class T, class Reduction>
 struct Cell {
   using Acc = typename AccumulatorOf<T>::type;
   using Stage = cuda::Stage<T, Reduction>;
-  const ValuePlan<Acc>& plan;
+  const PerViewPlan<Acc>& plan;
   Stage& stage;
   int64_t channel;  // of a lane beyond the last channel there is none
   int run;          // beyond the last one: a warp that only helps to stage
@@ -490,47 +490,47 @@ struct Sample {
   }
 };
 
+// Mean and variance; in a stream, of the state and the chunk.
 template <class T>
-struct Weighted : Common<T> {
+struct Moments : Common<T> {
+  using Acc = typename AccumulatorOf<T>::type;
   static constexpr bool kWeighted = true;
+
   template <class Stage>
   static __device__ void prepare(Stage& stage, int run, bool first) {
     double weight = first ? 0 : stage.weight[run];
 #pragma unroll 1
     for (int k = 0; k < stage.counted[run]; ++k) {
       weight += stage.share[run][k].weight;
-      stage.share[run][k].part =
-          static_cast<typename Stage::Acc>(stage.share[run][k].weight / weight);
+      stage.share[run][k].part = static_cast<Acc>(stage.share[run][k].weight / weight);
     }
     stage.weight[run] = weight;
   }
-};
 
-template <class T>
-struct Moments : Weighted<T> {
   template <class Cell>
   static __device__ void reduce(const Cell& cell) {
     const Sample<T> sample(cell);
-    cell.write(cell.plan.out, sample.mean);
-    cell.write(cell.plan.variance, sample.variance);
+    if (cell.plan.total_weight) {
+      join(cell, sample);
+    } else {
+      cell.write(cell.plan.out, sample.mean);
+      cell.write(cell.plan.variance, sample.variance);
+    }
   }
-};
 
-// The state and a chunk are joined as two samples are (Chan, Golub and LeVeque 1979).
-template <class T, bool kVariance>
-struct StreamSample : Weighted<T> {
-  using Acc = typename AccumulatorOf<T>::type;
+  // The state and a chunk are joined as two samples are (Chan, Golub and LeVeque 1979). The stream
+  // of a mean has no variance.
   template <class Cell>
-  static __device__ void reduce(const Cell& cell) {
-    const ValuePlan<Acc>& plan = cell.plan;
-    const Sample<T> sample(cell);
+  static __device__ void join(const Cell& cell, const Sample<T>& sample) {
+    const PerViewPlan<Acc>& plan = cell.plan;
     const double chunk = *plan.scale * sample.weight;
     cell.each_cell([&](int64_t at, int64_t number) {
-      const double seen = plan.seen[number], total = seen + chunk;
+      const double before = plan.total_weight[number], total = before + chunk;
       Acc* const mean = static_cast<Acc*>(plan.out) + at;
+      Acc* const variance = static_cast<Acc*>(plan.variance) + at;
       const double share = total > 0 ? 1 / total : 0;
-      const Acc keep = static_cast<Acc>(seen * share), added = static_cast<Acc>(chunk * share);
-      // Where nothing was seen the state is not read.
+      const Acc keep = static_cast<Acc>(before * share), added = static_cast<Acc>(chunk * share);
+      // A cell that has no weight yet has no state.
       Acc joined = sample.mean, spread = sample.variance;
       if (keep != 0) {
         const Acc old = *mean, apart = sample.mean - old;
@@ -542,15 +542,14 @@ struct StreamSample : Weighted<T> {
         } else {
           joined = keep * old + added * sample.mean;
         }
-        if (kVariance) {
-          const Acc before = static_cast<const Acc*>(plan.variance)[at];
+        if (plan.variance) {
           spread = added == 0
-                       ? before
-                       : keep * before + added * sample.variance + keep * added * apart * apart;
+                       ? *variance
+                       : keep * *variance + added * sample.variance + keep * added * apart * apart;
         }
       }
       store(mean, joined, plan.keep);
-      if (kVariance) store(static_cast<Acc*>(plan.variance) + at, spread, plan.keep);
+      if (plan.variance) store(variance, spread, plan.keep);
     });
   }
 };
@@ -561,22 +560,22 @@ struct StreamMedian : Common<T> {
   static constexpr bool kCopies = false;  // every cell has a state of its own
   template <class Cell>
   static __device__ void reduce(const Cell& cell) {
-    const ValuePlan<Acc>& plan = cell.plan;
-    double seen = 0;
+    const PerViewPlan<Acc>& plan = cell.plan;
+    double count = 0;  // views so far
     Acc window[kWindow], place = 0;
 #pragma unroll
     for (int i = 0; i < kWindow; ++i) window[i] = static_cast<Acc>(INFINITY);
     cell.each_cell([&](int64_t at, int64_t number) {
       const Acc* const state = static_cast<const Acc*>(plan.out) + at;
-      seen = plan.seen[number];
-      if (!(seen > 0)) return;
+      count = plan.total_weight[number];
+      if (!(count > 0)) return;
 #pragma unroll
       for (int i = 0; i < kWindow; ++i) window[i] = state[i * plan.plane_stride];
       place = state[kWindow * plan.plane_stride];
     });
     cell.each_value([&](Acc value, auto) {
-      add_to_window(window, place, value, WindowStep<Acc>(seen));
-      seen += 1;
+      add_to_window(window, place, value, WindowStep<Acc>(count));
+      count += 1;
     });
     cell.each_cell([&](int64_t at, int64_t) {
       Acc* const state = static_cast<Acc*>(plan.out) + at;
@@ -589,7 +588,7 @@ struct StreamMedian : Common<T> {
 
 template <class T, class Reduction>
 __global__ void __launch_bounds__(kThreads, Reduction::kBlocks)
-    values_kernel(const __grid_constant__ ValuePlan<typename AccumulatorOf<T>::type> plan) {
+    values_kernel(const __grid_constant__ PerViewPlan<typename AccumulatorOf<T>::type> plan) {
   using Acc = typename AccumulatorOf<T>::type;
   using Stage = cuda::Stage<T, Reduction>;
   __shared__ Stage stage;
@@ -625,10 +624,10 @@ __global__ void __launch_bounds__(kThreads, Reduction::kBlocks)
   }
 }
 
-// What the chunk adds to what each cell has got; the kernel above has read it.
+// What the chunk adds to the total weight of each cell; the kernel above has read it.
 template <class Acc>
 __global__ void __launch_bounds__(kThreads)
-    add_to_seen(const __grid_constant__ ValuePlan<Acc> plan) {
+    add_weights(const __grid_constant__ PerViewPlan<Acc> plan) {
   SRT_FOR_THREAD(i, plan.y.cells * plan.x.cells) {
     double total = 0;
     for (int64_t v = 0; v < plan.views; ++v) {
@@ -636,70 +635,52 @@ __global__ void __launch_bounds__(kThreads)
       const double count = count_y * plan.x.reads[i % plan.x.cells * plan.views + v].count;
       total += plan.counts_views ? (count > 0 ? 1 : 0) : plan.ordered[v].weight * count;
     }
-    plan.seen[i] += plan.counts_views ? total : *plan.scale * total;
+    plan.total_weight[i] += plan.counts_views ? total : *plan.scale * total;
   }
 }
 
 // ---- on the host --------------------------------------------------------------------------------
 
 template <class T>
-using Kernel = void (*)(ValuePlan<typename AccumulatorOf<T>::type>);
-
-template <class T>
-Kernel<T> median_kernel(int64_t views) {
-  // Fewer sizes than on the CPU: each is a kernel for every dtype and architecture.
-  if (views <= 9) return values_kernel<T, NetworkMedian<T, 9>>;
-  if (views <= 25) return values_kernel<T, NetworkMedian<T, 25>>;
-  if (views <= 50) return values_kernel<T, NetworkMedian<T, 50>>;
-  if constexpr (sizeof(T) < sizeof(double)) {  // 64 doubles do not fit into the registers
-    if (views <= 64) return values_kernel<T, NetworkMedian<T, 64>>;
-  }
-  return values_kernel<T, CountingMedian<T>>;
-}
+using Kernel = void (*)(PerViewPlan<typename AccumulatorOf<T>::type>);
 
 template <class T>
 Kernel<T> choose_kernel(const EnsembleArgs& args) {
-  switch (args.reduce) {
-    case Reduce::median:
-      return args.seen ? values_kernel<T, StreamMedian<T>> : median_kernel<T>(args.views);
-    case Reduce::moments:
-      return args.seen ? values_kernel<T, StreamSample<T, true>> : values_kernel<T, Moments<T>>;
-    case Reduce::mean:
-      return values_kernel<T, StreamSample<T, false>>;  // without a stream: mean.cu
-  }
-  return nullptr;
+  if (args.reduce != Reduce::median) return values_kernel<T, Moments<T>>;
+  if (args.total_weight) return values_kernel<T, StreamMedian<T>>;
+  // Fewer sizes than on the CPU: each is a kernel for every dtype and architecture.
+  if (args.views <= 9) return values_kernel<T, NetworkMedian<T, 9>>;
+  if (args.views <= 25) return values_kernel<T, NetworkMedian<T, 25>>;
+  if (args.views <= 50) return values_kernel<T, NetworkMedian<T, 50>>;
+  return values_kernel<T, CountingMedian<T>>;
 }
 
-template <class T>
-int64_t reduce_as(const char* op, const EnsembleArgs& args, const ViewNumbers& offsets,
-                  const ViewNumbers& weights, void* base, CUstream_st* stream) {
-  using Acc = typename AccumulatorOf<T>::type;
-  Workspace workspace(base);
-  ValuePlan<Acc> plan{};
+template <class T, class Acc = typename AccumulatorOf<T>::type>
+PerViewPlan<Acc> make_plan(const Call& call, Workspace& workspace) {
+  const EnsembleArgs& args = call.args;
+  const bool stream = args.total_weight != nullptr, median = args.reduce == Reduce::median;
+  PerViewPlan<Acc> plan{};
   plan.tokens = args.tokens;
   std::copy_n(args.token_strides, 3, plan.token_strides);
   plan.views = args.views;
   plan.batch = args.batch;
   plan.channels = args.channels;
-  plan.ordered = workspace.take<View>(args.views);
-  plan.spread = args.seen && args.reduce == Reduce::median ? spread_step(args.views) : 1;
-  plan.y.axis = {args.grid[0], args.patch[0], args.stride[0], args.upsample, args.border};
-  plan.x.axis = {args.grid[1], args.patch[1], args.stride[1], args.upsample, args.border};
+  plan.spread = stream && median ? spread_step(args.views) : 1;
   plan.y.step = args.grid[1] * args.token_strides[2];
   plan.x.step = args.token_strides[2];
+  plan.ordered = workspace.take<View>(args.views);
   plan.sorted = workspace.take<View>(args.views);
-  double* const scale = workspace.take<double>(1);
-  for (ReadsPlan<Acc>* axis : {&plan.y, &plan.x}) {
-    axis->cells = axis->axis.cells();
-    axis->max_taps = axis->axis.max_taps();
+  plan.scale = workspace.take<double>(1);
+  ReadsPlan<Acc>* const axes[2] = {&plan.y, &plan.x};
+  for (int i = 0; i < 2; ++i) {
+    axes[i]->axis = call.axis(i);
+    axes[i]->cells = axes[i]->axis.cells();
+    axes[i]->max_taps = axes[i]->axis.max_taps();
+    axes[i]->reads = workspace.take<Reads<Acc>>(axes[i]->cells * args.views);
+    axes[i]->weight = workspace.take<Acc>(axes[i]->cells * args.views * axes[i]->max_taps);
   }
-  const int64_t rows = plan.y.cells, cells = plan.x.cells;
-  plan.y.breaks = workspace.take<uint8_t>(rows + cells);
-  plan.x.breaks = plan.y.breaks + rows;
-  for (ReadsPlan<Acc>* axis : {&plan.y, &plan.x}) {
-    axis->reads = workspace.take<Reads<Acc>>(axis->cells * args.views);
-    axis->weight = workspace.take<Acc>(axis->cells * args.views * axis->max_taps);
-  }
+  plan.y.breaks = workspace.take<uint8_t>(plan.y.cells + plan.x.cells);
+  plan.x.breaks = plan.y.breaks + plan.y.cells;
   plan.linear = args.stride[0] == 1 && args.stride[1] == 1;
   plan.tile = plan.linear ? std::min<int64_t>(args.patch[1], kRuns<Acc>) : kColumns;
   plan.columns = static_cast<int>(
@@ -710,53 +691,49 @@ int64_t reduce_as(const char* op, const EnsembleArgs& args, const ViewNumbers& o
                         static_cast<int64_t>(sizeof(T));
   plan.out = args.out;
   std::copy_n(args.out_strides, 4, plan.out_strides);
-  plan.variance = args.variance;
+  plan.variance = args.reduce == Reduce::moments ? args.variance : nullptr;
   plan.plane_stride = args.plane_stride;
-  plan.seen = args.seen;
-  plan.scale = scale;
-  plan.counts_views = args.reduce == Reduce::median;
-  const int64_t planes = args.reduce == Reduce::moments               ? 2
-                         : args.reduce == Reduce::median && args.seen ? kWindowPlanes
-                                                                      : 1;
-  constexpr int64_t kSize = sizeof(T);
-  const int64_t element = args.seen ? sizeof(Acc) : sizeof(T);
-  plan.keep = fits_l2(op, kSize * token_elements(args), element * planes * field_elements(args));
-  InlineNumbers numbers;
-  RawViews raw = raw_views(op, offsets, weights, args.views, workspace, numbers, stream);
-  raw.stream = args.seen != nullptr;
-  if (!base) return workspace.bytes();
+  plan.total_weight = args.total_weight;
+  plan.counts_views = median;
+  const int64_t planes = plan.variance ? 2 : stream && median ? kWindowPlanes : 1;
+  const int64_t element = stream ? sizeof(Acc) : sizeof(T);
+  plan.keep = fits_l2(call.op, static_cast<int64_t>(sizeof(T)) * call.token_elements(),
+                      element * planes * call.field_elements());
+  return plan;
+}
 
-  sort_views(op, raw, numbers, plan.sorted, scale, plan.y.breaks, rows + cells, stream);
-  launch(op, fill_reads_kernel<Acc>, div_up(args.views * (rows + cells), kThreads), stream, plan);
-  launch(op, find_changes<Acc>, div_up(args.views * (rows + cells), kThreads), stream, plan);
+template <class T, class Acc = typename AccumulatorOf<T>::type>
+int64_t reduce_as(const Call& call) {
+  const EnsembleArgs& args = call.args;
+  Workspace workspace(call.workspace);
+  PerViewPlan<Acc> plan = make_plan<T>(call, workspace);
+  InlineArrays parameters;
+  RawViews raw = raw_views(call, workspace, parameters);
+  raw.stream = args.total_weight != nullptr;
+  if (!call.workspace) return workspace.bytes();
+
+  const int64_t rows = plan.y.cells, cells = plan.x.cells;
+  const int64_t reads = div_up(args.views * (rows + cells), kThreads);
+  sort_views(call, raw, parameters, plan.sorted, plan.scale, plan.y.breaks, rows + cells);
+  launch(call.op, fill_reads_kernel<Acc>, reads, call.stream, plan);
+  launch(call.op, find_changes<Acc>, reads, call.stream, plan);
   const int64_t tiles = args.batch * rows * div_up(cells, plan.tile);
   const int64_t groups = div_up(args.channels, kWarpThreads);
   if (tiles * groups > 0) {
     plan.groups = std::min(groups, div_up(tiles * groups, kEnoughBlocks));
-    launch(op, choose_kernel<T>(args), tiles * div_up(groups, plan.groups), stream, plan);
+    launch(call.op, choose_kernel<T>(args), tiles * div_up(groups, plan.groups), call.stream, plan);
   }
-  if (args.seen) launch(op, add_to_seen<Acc>, div_up(rows * cells, kThreads), stream, plan);
+  if (args.total_weight)
+    launch(call.op, add_weights<Acc>, div_up(rows * cells, kThreads), call.stream, plan);
   return workspace.bytes();
 }
 
 }  // namespace
 
-int64_t reduce_values(const char* op, const EnsembleArgs& args, const ViewNumbers& offsets,
-                      const ViewNumbers& weights, void* base, CUstream_st* stream) {
-  if (!args.seen && (args.batch == 0 || args.channels == 0)) return 0;
-  switch (args.dtype) {
-    case DType::f32:
-      return reduce_as<float>(op, args, offsets, weights, base, stream);
-    case DType::f16:
-      return reduce_as<Half>(op, args, offsets, weights, base, stream);
-    case DType::bf16:
-      return reduce_as<BFloat16>(op, args, offsets, weights, base, stream);
-    case DType::f64:
-      return reduce_as<double>(op, args, offsets, weights, base, stream);
-    case DType::u8:
-      break;  // tokens are floating
-  }
-  return 0;
+int64_t reduce_values(const Call& call) {
+  if (!call.args.total_weight && (call.args.batch == 0 || call.args.channels == 0)) return 0;
+  return dispatch_floating(call.args.dtype,
+                           [&](auto element) { return reduce_as<decltype(element)>(call); });
 }
 
 }  // namespace srt::cuda
