@@ -606,8 +606,7 @@ def test_opcheck_of_gradients(name: str, requires_grad: bool) -> None:
     grad, grad_var = torch.randn(2, *case.shape, requires_grad=requires_grad)
     given = torch.ones(len(tokens)) if weights is None else weights
     opcheck, ops = torch.library.opcheck, torch.ops.srt
-    mean = (grad, None, None, *place, weights)
-    opcheck(ops._ensemble_backward.default, mean, {"reduce": "mean", **modes})
+    opcheck(ops._mean_backward.default, (grad, *place, weights), modes)
     opcheck(ops._median_backward.default, (grad, tokens, *place), modes)
     opcheck(ops._moments_backward.default, (grad, grad_var, tokens, *place, weights), modes)
     for var in (None, grad_var):

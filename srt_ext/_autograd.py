@@ -56,9 +56,7 @@ class _Views:
     def mean_backward(self, grad: torch.Tensor) -> torch.Tensor:
         """[V, B, N, C] of the gradient [B, C, H', W'] of a mean."""
         place = (self.offsets, self.grid, self.patch, self.weights)
-        tokens_grad: torch.Tensor = _ops._ensemble_backward(
-            grad, None, None, *place, reduce="mean", **self.modes
-        )
+        tokens_grad: torch.Tensor = _ops._mean_backward(grad, *place, **self.modes)
         return tokens_grad
 
     def split(self) -> list[_Views]:
@@ -468,8 +466,8 @@ class _Moments(_Function):
 class _MeanBackward(_Function):
     """Linear in the gradient of the mean."""
 
-    op, name = _ops._ensemble_backward.default, "ensemble"
-    batching = _Batching((0, 0, 1, None, None, None, None), 1)
+    op, name = _ops._mean_backward.default, "ensemble"
+    batching = _Batching((0, None, None, None, None), 1)
 
     @classmethod
     def check(cls, given: dict[str, Any]) -> None:
@@ -487,8 +485,7 @@ class _MeanBackward(_Function):
 
     @classmethod
     def views(cls, ctx: Any, args: list[Any]) -> _Views:
-        modes = {name: value for name, value in ctx.modes.items() if name != "reduce"}
-        return _Views(*args[3:], modes)
+        return _Views(*args[1:], ctx.modes)
 
 
 # ---- registration --------------------------------------------------------------------------------

@@ -320,17 +320,14 @@ def _(
     return grad.new_empty(grad.shape[1:])
 
 
-@torch.library.register_fake("srt::_ensemble_backward")
+@torch.library.register_fake("srt::_mean_backward")
 def _(
     grad: torch.Tensor,
-    grad_var: torch.Tensor | None,
-    tokens: torch.Tensor | None,
     offsets: torch.Tensor,
     grid: Sequence[int],
     patch: Sequence[int],
     weights: torch.Tensor | None,
     *,
-    reduce: str,
     upsample: str,
     border: str,
     stride: Sequence[int],

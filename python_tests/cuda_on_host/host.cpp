@@ -48,8 +48,8 @@ EXPORT const char* mean_backward(void* grad_tokens, const srt::EnsembleArgs* arg
                                  void* workspace, int64_t* bytes) {
   return guarded([&] {
     if (workspace) {
-      srt::mean_backward_cuda("_ensemble_backward", *args, *offsets, *weights, grad_tokens,
-                              workspace, host_device.stream);
+      srt::mean_backward_cuda("_mean_backward", *args, *offsets, *weights, grad_tokens, workspace,
+                              host_device.stream);
     } else {
       *bytes = srt::mean_backward_cuda_workspace(*args, *offsets, *weights);
     }

@@ -583,7 +583,7 @@ namespace srt {
 
 int64_t mean_backward_cuda_workspace(const EnsembleArgs& args, const ViewArray& offsets,
                                      const ViewArray& weights) {
-  return cuda::dispatch({"_ensemble_backward", args, offsets, weights, nullptr, nullptr}, nullptr);
+  return cuda::dispatch({"_mean_backward", args, offsets, weights, nullptr, nullptr}, nullptr);
 }
 
 void mean_backward_cuda(const char* op, const EnsembleArgs& args, const ViewArray& offsets,
