@@ -11,8 +11,8 @@
 namespace srt {
 
 // Networks exist for these numbers of values; others are filled up with infinities of both signs.
-constexpr int kNetworkSizes[] = {4, 9, 16, 25, 36, 50, 64};
-constexpr int kLargestNetwork = 64;
+constexpr int kNetworkSizes[] = {4, 9, 16, 25, 36, 50};
+constexpr int kLargestNetwork = 50;
 
 // value[low] becomes the smaller one of the two and value[high] the larger one, where it is needed.
 struct Comparator {
