@@ -22,7 +22,7 @@ struct Comparator {
 
 template <int N>
 struct MedianNetwork {
-  static constexpr int kMost = N * 12;  // enough for N = 64: 543
+  static constexpr int kMost = N * 12;  // comparators, more than there are
   Comparator at[kMost]{};
   size_t count = 0;
 

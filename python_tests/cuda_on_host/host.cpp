@@ -31,7 +31,7 @@ EXPORT HostDevice* device() { return &host_device; }
 // Calls `gap` with what lies between the pieces of each workspace.
 EXPORT void watch_workspace(void (*gap)(void*, int64_t)) { srt::workspace_gap = gap; }
 
-// Without a workspace: only tells its size.
+// Without a workspace: returns its size.
 EXPORT const char* ensemble(const srt::EnsembleArgs* args, const srt::ViewArray* offsets,
                             const srt::ViewArray* weights, void* workspace, int64_t* bytes) {
   return guarded([&] {

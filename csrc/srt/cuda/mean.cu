@@ -881,9 +881,9 @@ int64_t mean(const Call& call) {
   return workspace.bytes();
 }
 
-// Large tiles read each token less often; they pay where there are enough of them. Where the
-// offsets lie on the device nobody knows how many runs there are: as many as on a grid, a break a
-// token for each row of the grid.
+// Large tiles read each token less often; they pay where there are enough of them. For offsets on
+// the device the number of runs is unknown: as many as on a grid, a break a token for each row of
+// the grid.
 template <class T>
 bool fills_device(const Call& call) {
   using Tile = cuda::Tile<T, false>;

@@ -544,7 +544,7 @@ int64_t mean_backward(const Call& call, void* grad_tokens) {
   constexpr int64_t kSize = sizeof(T);
   plan.keep = fits_l2(call.op, kSize * call.field_elements(), kSize * call.token_elements());
   const int64_t resident = kBackwardResident * std::max<int64_t>(1, processors(call.op));
-  // Where the offsets lie on the device nobody knows how many entries there are: as on a grid.
+  // For offsets on the device the number of entries is unknown: as many as on a grid.
   const int64_t parts = div_up(div_up(args.views, Tile::slots), kEntries);
   const int64_t columns =
       args.batch * parts * 2 * div_up(args.grid[1], 2) * div_up(args.channels, Tile::channels);

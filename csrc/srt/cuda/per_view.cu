@@ -221,7 +221,7 @@ struct Cell {
       const int64_t v = first + k;
       const Reads<Acc> ry = plan.y.reads[stage.y * plan.views + v];
       const Reads<Acc> rx = plan.x.reads[stage.begin[run] * plan.views + v];
-      // The first token that the tile reads. A cell that is not covered says 0.
+      // The first token that the tile reads. 0 for a cell that is not covered.
       int32_t from = 0;
       if (plan.linear)
         from = min(plan.x.reads[stage.begin[0] * plan.views + v].first,
