@@ -396,10 +396,6 @@ def test_gradcheck_of_shift(padding: str, interpolation: str) -> None:
 def test_second_derivatives_that_do_not_exist_are_errors() -> None:
     case = small_cases()["weights"]
     tokens = case.tokens(torch.float64).requires_grad_()
-    field = field_of(srt_ext, "moments", case)(tokens)
-    (grad,) = torch.autograd.grad(field.square().sum(), tokens, create_graph=True)
-    with pytest.raises(RuntimeError, match="srt::ensemble_moments has no second derivative"):
-        grad.sum().backward()
     weights = torch.tensor(case.weights, dtype=torch.float64, requires_grad=True)
     field = field_of(srt_ext, "mean", case)(tokens, weights)
     (grad,) = torch.autograd.grad(field.square().sum(), tokens, create_graph=True)
@@ -603,24 +599,18 @@ def test_opcheck_with_gradients(name: str, reduce: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["grid", "weights", "stride"])
-@each_reduce
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_opcheck_of_the_gradient(name: str, reduce: str, requires_grad: bool) -> None:
+def test_opcheck_of_gradients(name: str, requires_grad: bool) -> None:
     case = ENSEMBLES[name]
-    (tokens, offsets, grid, patch, weights), modes = case.call(case.tokens())
-    grad = torch.randn(case.shape, requires_grad=requires_grad and reduce != "moments")
-    args = (
-        grad,
-        torch.randn(case.shape) if reduce == "moments" else None,
-        None if reduce == "mean" else tokens,
-        offsets,
-        grid,
-        patch,
-        None if reduce == "median" else weights,
-    )
-    torch.library.opcheck(
-        torch.ops.srt._ensemble_backward.default, args, {"reduce": reduce, **modes}
-    )
+    (tokens, *place, weights), modes = case.call(case.tokens())
+    grad, grad_var = torch.randn(2, *case.shape, requires_grad=requires_grad)
+    given = torch.ones(len(tokens)) if weights is None else weights
+    opcheck, ops = torch.library.opcheck, torch.ops.srt
+    opcheck(ops._mean_backward.default, (grad, *place, weights), modes)
+    opcheck(ops._median_backward.default, (grad, tokens, *place), modes)
+    opcheck(ops._moments_backward.default, (grad, grad_var, tokens, *place, weights), modes)
+    for var in (None, grad_var):
+        opcheck(ops._weights_backward.default, (grad, var, tokens, *place, given), modes)
 
 
 @pytest.mark.parametrize("name", ["real", "bicubic", "strided"])

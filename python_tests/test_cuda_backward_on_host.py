@@ -47,7 +47,7 @@ from test_cuda_on_host import (
 from srt_ext import reference
 
 NAN = float("nan")
-REDUCES = ("mean", "median", "moments")
+REDUCES = ("mean",)  # median and moments have no kernels of their own
 
 
 class Backward(CudaOnHost):
@@ -106,7 +106,7 @@ class Backward(CudaOnHost):
         )
         places = (place, place) if isinstance(place, str) else place
         numbers = [Numbers(v, p) for v, p in zip((offsets, weights), places, strict=True)]
-        call = partial(self.library.ensemble_backward, c_void_p(out.pointer()))
+        call = partial(self.library.mean_backward, c_void_p(out.pointer()))
         self._run(call, args, numbers, out)
         assert (self.writes == 1).all()
         return out.elements.reshape(tokens.shape)
@@ -187,29 +187,6 @@ def gradients(case: Ensemble, reduce: str, dtype: torch.dtype) -> list[torch.Ten
     return [random(case.shape, dtype, case.seed + i) for i in range(count)]
 
 
-def values_of(case: Ensemble, tokens: torch.Tensor) -> torch.Tensor:
-    """[V, B, C, H', W'] of each view alone, NaN where it does not count."""
-    values = []
-    for v in range(len(tokens)):
-        one = replace(case, offsets=case.offsets[v : v + 1], weights=None)
-        with_ones = torch.stack([tokens[v], torch.ones_like(tokens[v])], 1).flatten(0, 1)
-        args, modes = one.call(with_ones[None])
-        value, ones = reference.ensemble(*args, **modes).unflatten(0, (-1, 2)).unbind(1)
-        values.append(torch.where((ones != 0) | (case.border != "coverage"), value, NAN))
-    return torch.stack(values)
-
-
-def only_where_it_is_clear(
-    case: Ensemble, tokens: torch.Tensor, grad: torch.Tensor
-) -> torch.Tensor:
-    """``grad``, but 0 where roundings could choose another view as the median."""
-    values = values_of(case, tokens).sort(0).values  # NaN last
-    number = values.isfinite().sum(0, keepdim=True)
-    median = values.gather(0, (number - 1).clamp(min=0) // 2)
-    close = ((values - median).abs() < 1e-3).sum(0) > 1
-    return torch.where(close, 0, grad)
-
-
 def check(
     case: Ensemble, reduce: str, dtype: torch.dtype, cuda: Backward, **how: Any
 ) -> torch.Tensor:
@@ -218,8 +195,6 @@ def check(
     grads = gradients(case, reduce, dtype)
     if how.get("layout") == "constant":
         grads = [g[:1, :, :1, :1].expand(case.shape) for g in grads]
-    if reduce == "median":
-        grads = [only_where_it_is_clear(case, tokens, grads[0])]
     actual = cuda.ensemble_gradient(case, reduce, tokens, *grads, **how)
     compare(case, reduce, tokens, actual, *grads)
     return actual
@@ -282,8 +257,6 @@ def test_any_ensemble(
     cuda.device.processors = processors
     case = fitting(replace(case, channels=channels or case.channels), reduce)
     tokens, grads = case.tokens(dtype), gradients(case, reduce, dtype)
-    if reduce == "median":
-        grads = [torch.where(EnsembleBounds(case, tokens).clear(), grads[0], 0)]
     actual = cuda.ensemble_gradient(case, reduce, tokens, *grads, place=place)
     compare_rounding(case, reduce, tokens, actual, *grads)
 
@@ -346,23 +319,7 @@ def test_gradients_of_any_strides(reduce: str, dtype: torch.dtype, cuda: Backwar
                     case, reduce, tokens, *grads, layout=layout, skip=skip
                 )
                 assert torch.equal(actual, expected)
-        if reduce != "median":
-            check(case, reduce, dtype, cuda, layout="constant")
-
-
-@each_dtype
-@pytest.mark.parametrize("reduce", ["median", "moments"])
-def test_tokens_of_any_strides(reduce: str, dtype: torch.dtype, cuda: Backward) -> None:
-    for name in ("grid", "stride"):
-        case = replace(ENSEMBLES[name], channels=16, prefix=0)
-        tokens = case.tokens(dtype)
-        grads = gradients(case, reduce, dtype)
-        expected = cuda.ensemble_gradient(case, reduce, tokens, *grads)
-        padded = torch.full((*tokens.shape[:3], 21), NAN, dtype=dtype)[..., 2:18].copy_(tokens)
-        swapped = tokens.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3)
-        for strided in (padded, swapped):
-            actual = cuda.ensemble_gradient(case, reduce, strided, *grads)
-            assert torch.equal(actual, expected)
+        check(case, reduce, dtype, cuda, layout="constant")
 
 
 @each_reduce
@@ -388,8 +345,6 @@ def test_same_bits_wherever_the_numbers_lie(
 def test_views_that_the_host_refuses_get_nothing(reduce: str, border: str, cuda: Backward) -> None:
     good = replace(ENSEMBLES["real"], border=border, weights=(1.0, 3.0, 0.5, 2.0, 1.0), channels=16)
     bad_weights = (NAN, -1.0, float("inf"), float("-inf"), 3.0 * 2.0**-81, 0.0)
-    if reduce == "median":
-        good, bad_weights = fitting(good, reduce), ()
     ordinary = ((0.0, 0.0),) * len(bad_weights)
     case = replace(good, offsets=NOTHING[:3] + good.offsets + NOTHING[3:] + ordinary)
     if good.weights:
@@ -425,105 +380,13 @@ def test_containment(case: Ensemble, reduce: str, dtype: torch.dtype, cuda: Back
         case = replace(case, channels=channels)
         tokens = case.tokens(dtype)
         grads = [poisoned(g) for g in gradients(case, reduce, dtype)]
-        if reduce == "median":
-            grads = [only_where_it_is_clear(case, tokens, grads[0])]
         actual = cuda.ensemble_gradient(case, reduce, tokens, *grads)
         expected = oracle(case, reduce, tokens, *grads)
         assert torch.equal(actual.isfinite(), expected.isfinite())
         clean = [torch.where(g.isfinite(), g, 0) for g in grads]
         kept = expected.isfinite()
         compare_clean = cuda.ensemble_gradient(case, reduce, tokens, *clean)
-        if reduce == "moments":
-            # Rows of cells with what is not finite are summed in another way.
-            close = (actual - compare_clean)[kept].abs().max() if kept.any() else 0
-            assert close <= 1e-2 * compare_clean.abs().max()
-        else:
-            assert torch.equal(actual[kept], compare_clean[kept])
-
-
-@each_dtype
-def test_tokens_of_moments_that_are_not_finite(dtype: torch.dtype, cuda: Backward) -> None:
-    """They reach the tokens whose cells read them, or whose cells have a mean that they are in."""
-    for name in ("grid", "nearest", "real", "stride"):
-        case = replace(ENSEMBLES[name], channels=8, grid=(6, 5))
-        tokens = case.tokens(dtype).clone()
-        tokens[1, 0, 16, 2] = NAN
-        tokens[2, 1, 25, 5] = float("inf")
-        grads = gradients(case, "moments", dtype)
-        actual = cuda.ensemble_gradient(case, "moments", tokens, *grads)
-        expected = oracle(case, "moments", tokens, *grads)
-        assert not expected.isfinite().all()
-        assert torch.equal(actual.isfinite(), expected.isfinite())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("views", [2, 9, 30, 64, 70])
-@pytest.mark.parametrize("border", ["coverage", "zeros", "clamp"])
-def test_the_first_view_of_a_tie_gets_the_gradient(
-    border: str, views: int, dtype: torch.dtype, cuda: Backward
-) -> None:
-    """First in the order of dx. Infinities are ordinary values, a NaN is the median."""
-    generator = torch.Generator().manual_seed(views)
-    offsets = torch.randint(-5, 6, (views, 2), generator=generator).double()
-    case = Ensemble(
-        (3, 2), (4, 4), tuple(map(tuple, offsets.tolist())), channels=12, batch=1,
-        border=border, upsample="nearest",
-    )  # fmt: skip
-    tokens = torch.randint(-2, 3, (views, 1, 6, 12), generator=generator).to(dtype)
-    share = torch.rand(tokens.shape, generator=generator)
-    tokens[:, :, :, 4:][share[:, :, :, 4:] < 0.3] = float("inf")
-    tokens[:, :, :, 8:][share[:, :, :, 8:] > 1 - 1 / views] = NAN
-    grad = torch.randint(-8, 9, case.shape, generator=generator).to(dtype)
-
-    # The view alone tells what it reads, and where it counts.
-    values, counts = [], []
-    for v in range(views):
-        one = replace(case, offsets=case.offsets[v : v + 1])
-        place, modes = one.call(tokens[v : v + 1])
-        values.append(reference.ensemble(*place, **modes))
-        ones, _ = one.call(torch.ones_like(tokens[v : v + 1]))
-        plain = reference.ensemble(*ones, **modes) != 0
-        counts.append(torch.ones_like(plain) if border != "coverage" else plain)
-    order = offsets[:, 1].argsort(stable=True)
-    stack, counted = torch.stack(values)[order], torch.stack(counts)[order]
-    plain_stack = torch.where(counted, stack, torch.inf).sort(0).values
-    number = counted.sum(0, keepdim=True)
-    median = plain_stack.gather(0, (number - 1).clamp(min=0) // 2)[0]
-    median = torch.where((counted & stack.isnan()).any(0), NAN, median)
-    hit = counted & ((stack == median) | (stack.isnan() & median.isnan()))
-    first = hit & (hit.cumsum(0) == 1)
-    expected = torch.zeros(tokens.shape, dtype=torch.float64)
-    for i, v in enumerate(order.tolist()):
-        one = replace(case, offsets=case.offsets[v : v + 1])
-        own = torch.where(first[i], grad, 0)
-        finite = torch.zeros_like(tokens[v : v + 1])
-        weights = oracle(replace(one, border="clamp"), "mean", finite, own)
-        if border != "clamp":  # of a cell that is not covered nothing goes anywhere
-            weights = oracle(replace(one, border="zeros"), "mean", finite, own)
-        expected[v] = weights[0]
-    actual = cuda.ensemble_gradient(case, "median", tokens, grad)
-    assert torch.equal(actual.double(), expected.to(dtype).double())
-
-
-def test_the_median_takes_no_more_views_than_its_map_has_names_for(cuda: Backward) -> None:
-    args = EnsembleArgs(
-        reduce=1, views=65535, batch=1, channels=1,
-        grid=(c_int64 * 2)(1, 1), patch=(c_int64 * 2)(1, 1), stride=(c_int64 * 2)(1, 1),
-    )  # fmt: skip
-    numbers, size = Numbers(None, "host"), c_int64(-1)
-    error = cuda.library.ensemble_backward(
-        None, byref(args), byref(numbers.struct), byref(numbers.struct), None, byref(size)
-    )
-    assert b"at most 65534 views; got 65535" in error
-
-
-def test_values_beside_a_large_mean(cuda: Backward) -> None:
-    for case in (ENSEMBLES["real"], ENSEMBLES["grid"], ENSEMBLES["stride"]):
-        case = replace(case, channels=16, prefix=0)
-        tokens = case.tokens() + 1000
-        grads = gradients(case, "moments", torch.float32)
-        actual = cuda.ensemble_gradient(case, "moments", tokens, *grads)
-        compare(case, "moments", tokens, actual, *grads)
+        assert torch.equal(actual[kept], compare_clean[kept])
 
 
 @each_reduce
@@ -560,21 +423,20 @@ def test_every_launch_is_checked(cuda: Backward) -> None:
 
 def test_empty(cuda: Backward) -> None:
     for shape in ((9, 0, 15, 4), (9, 1, 15, 0)):
-        for reduce in range(3):
-            args = EnsembleArgs(reduce=reduce, views=9, batch=shape[1], channels=shape[3])
-            cuda.device.launches = 0
-            numbers, size = Numbers(None, "host"), c_int64(-1)
-            for workspace in (None, c_void_p(1)):
-                assert not cuda.library.ensemble_backward(
-                    None,
-                    byref(args),
-                    byref(numbers.struct),
-                    byref(numbers.struct),
-                    workspace,
-                    byref(size),
-                )
-            assert size.value == 0
-            assert cuda.device.launches == 0
+        args = EnsembleArgs(views=9, batch=shape[1], channels=shape[3])
+        cuda.device.launches = 0
+        numbers, size = Numbers(None, "host"), c_int64(-1)
+        for workspace in (None, c_void_p(1)):
+            assert not cuda.library.mean_backward(
+                None,
+                byref(args),
+                byref(numbers.struct),
+                byref(numbers.struct),
+                workspace,
+                byref(size),
+            )
+        assert size.value == 0
+        assert cuda.device.launches == 0
 
 
 # ---- shift --------------------------------------------------------------------------------------

@@ -186,7 +186,7 @@ class CudaOnHost:
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
         library.device.restype = POINTER(HostDevice)
-        backward = (library.ensemble_backward, library.shift_backward)
+        backward = (library.mean_backward, library.shift_backward)
         for function in (library.ensemble, library.shift, *backward):
             function.restype = c_char_p
         self.gaps: list[tuple[int, int]] = []  # of the workspace: address and bytes

@@ -1,249 +1,231 @@
 """Derivatives of the ops: reverse and forward mode, vmap, torch.func.
 
-Each op has a ``torch.autograd.Function`` at its Autograd key. Gradients are ops themselves, with
-kernels of their own, and the linear ones have derivatives again: that of a mean is the mean.
+Mean and shift have backward kernels: a ``torch.autograd.Function`` at their Autograd key calls
+them. All other derivatives are composed of differentiable ops, one view after the other, so that
+their temporaries do not grow with the number of views.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial, wraps
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
-_library = torch.library.Library("srt", "IMPL")
+_library = torch.library.Library("srt", "FRAGMENT")
 _ops = torch.ops.srt
 
 Modes = dict[str, Any]
 
 
-def _no_derivative(op: str, what: str) -> NoReturn:
-    raise RuntimeError(f"srt::{op} has no {what}")
+def _no_derivative(op: str, kind: str) -> NoReturn:
+    raise RuntimeError(f"srt::{op} has no {kind}")
 
 
-def _check_constant(op: str, **given: object) -> None:
-    """Raises for those that are asked for: a flag that it is, or a tangent that is there."""
-    for name, asked in given.items():
-        if asked is not None and asked is not False:
-            _no_derivative(op, f"derivative with respect to {name}: detach them")
+def _check_constant(op: str, name: str, given: object) -> None:
+    """``given``: whether the gradient of an argument is needed, or its tangent."""
+    if given is not None and given is not False:
+        _no_derivative(op, f"derivative with respect to {name}: detach them")
 
 
-# ---- what a cell counts --------------------------------------------------------------------------
+# ---- one view after the other --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where tokens belong: what these ops take besides numbers."""
+class _Views:
+    """The arguments of an ensemble without its tokens."""
 
+    offsets: torch.Tensor  # [V, 2]
     grid: Sequence[int]
     patch: Sequence[int]
+    weights: torch.Tensor | None  # [V]
     modes: Modes  # upsample, border, stride
 
-    def counts(
-        self, offsets: torch.Tensor, device: torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Counted pixels of each view in each row of cells [V, H'] and column [V, W']; float64."""
-        found = []
-        offsets = offsets.to(device)
+    def ensemble(self, tokens: torch.Tensor, reduce: str = "mean") -> torch.Tensor:
+        """[B, C, H', W'] of tokens [V, B, N, C]."""
+        if tokens.stride(-1) != 1:  # of a tangent
+            tokens = tokens.contiguous()
+        place = (self.offsets, self.grid, self.patch, self.weights)
+        field: torch.Tensor = _ops.ensemble(tokens, *place, reduce=reduce, **self.modes)
+        return field
+
+    def mean_backward(self, grad: torch.Tensor) -> torch.Tensor:
+        """[V, B, N, C] of the gradient [B, C, H', W'] of a mean."""
+        place = (self.offsets, self.grid, self.patch, self.weights)
+        tokens_grad: torch.Tensor = _ops._mean_backward(grad, *place, **self.modes)
+        return tokens_grad
+
+    def split(self) -> list[_Views]:
+        """Each view by itself, without its weight."""
+        return [replace(self, offsets=offsets, weights=None) for offsets in self.offsets.split(1)]
+
+    def pixels(self, device: torch.device) -> torch.Tensor:
+        """[H', W'], float64: the pixels of each cell that count; of a single view.
+
+        The kernels know the rule: with ``zeros`` a mean of ones is the covered part of a cell, with
+        ``clamp`` it is 1 unless the offsets are invalid.
+        """
         stride = self.modes["stride"]
-        stride = (stride, stride) if isinstance(stride, int) else stride
-        valid = (offsets.abs() <= 2**20).all(1)  # on a GPU nobody has looked
-        for axis in (0, 1):
-            pixels = self.grid[axis] * self.patch[axis]
-            at = torch.arange(pixels, device=offsets.device, dtype=torch.float64) + 0.5
-            at = at + offsets[:, axis].double()[:, None]
-            counted = (at >= 0) & (at < pixels)
-            if self.modes["border"] != "coverage":
-                counted = torch.ones_like(counted)
-            counted = counted & valid[:, None]
-            cells = counted.reshape(offsets.shape[0], -1, stride[axis])
-            found.append(cells.sum(2, dtype=torch.float64))
-        return found[0], found[1]
-
-    def weight(
-        self, offsets: torch.Tensor, weights: torch.Tensor | None, device: torch.device
-    ) -> torch.Tensor:
-        """The sum of weight * counted pixels over the views: [H', W'], float64."""
-        rows, columns = self.counts(offsets, device)
-        if weights is not None:
-            rows = rows * torch.where(weights > 0, weights, 0).to(rows)[:, None]
-        return rows.T @ columns
-
-    def call(self, op: Any, tokens: torch.Tensor, offsets: torch.Tensor, *weights: Any) -> Any:
-        tokens = tokens.contiguous()  # what takes the place of tokens may have any strides
-        return op(tokens, offsets, self.grid, self.patch, *weights, **self.modes)
-
-    def gradient(
-        self,
-        reduce: str,
-        grad: torch.Tensor,
-        grad_var: torch.Tensor | None,
-        tokens: torch.Tensor | None,
-        offsets: torch.Tensor,
-        weights: torch.Tensor | None,
-    ) -> torch.Tensor:
-        place = (offsets, self.grid, self.patch, weights)
-        modes = {"reduce": reduce, **self.modes}
-        tensor: torch.Tensor = _ops._ensemble_backward(grad, grad_var, tokens, *place, **modes)
-        return tensor
+        sy, sx = (stride, stride) if isinstance(stride, int) else stride
+        border = "zeros" if self.modes["border"] == "coverage" else "clamp"
+        ones = torch.ones(1, 1, self.grid[0] * self.grid[1], 1, dtype=torch.float64, device=device)
+        parts = replace(self, modes={**self.modes, "border": border}).ensemble(ones)
+        return (parts[0, 0] * (sy * sx)).round()
 
 
-def _divide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a / b, and 0 where b is."""
-    return torch.where(b > 0, a / torch.where(b > 0, b, 1), 0)
+def _values(
+    views: _Views, tokens: torch.Tensor, dtype: torch.dtype
+) -> Iterator[tuple[_Views, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Yields each view, its value [B, C, H', W'], share [H', W'] and unit [H', W'], in ``dtype``.
+
+    The mean is the sum of share * value; unit is the share for a weight of 1.
+    """
+    singles, device = views.split(), tokens.device
+    weights = [torch.ones((), dtype=torch.float64)] * len(singles)
+    if views.weights is not None:
+        weights = list(torch.where(views.weights > 0, views.weights, 0).double().unbind())
+    total: Any = 0
+    for view, weight in zip(singles, weights, strict=True):
+        total = total + weight * view.pixels(device)
+    for view, weight, chunk in zip(singles, weights, tokens.split(1), strict=True):
+        unit = torch.where(total > 0, view.pixels(device) / torch.where(total > 0, total, 1), 0)
+        yield view, view.ensemble(chunk.to(dtype)), (weight * unit).to(dtype), unit.to(dtype)
 
 
-def _doubles(*tensors: torch.Tensor | None) -> list[Any]:
-    """What subtracts large sums from each other does so in float64, and from the start."""
-    return [None if t is None else t.double() for t in tensors]
+def _scaled(share: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """share * values, and 0 where the share is, whatever the values are."""
+    return torch.where(share != 0, share * values, 0)
 
 
-def _moments(
-    place: _Place, tokens: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    mean, var = place.call(_ops.ensemble_moments.default, tokens, offsets, weights)
-    return mean, var
+def _mean(views: _Views, tokens: torch.Tensor, dtype: torch.dtype) -> Any:
+    return sum(_scaled(share, value) for _, value, share, _ in _values(views, tokens, dtype))
 
 
-def _weights_gradient(
-    place: _Place,
+def _variance(views: _Views, tokens: torch.Tensor, mean: torch.Tensor) -> Any:
+    values = _values(views, tokens, mean.dtype)
+    return sum(_scaled(share, (value - mean).square()) for _, value, share, _ in values)
+
+
+def _median_views(views: _Views, tokens: torch.Tensor) -> Iterator[tuple[_Views, torch.Tensor]]:
+    """Yields each view and where it is the median, [B, C, H', W'].
+
+    The median is the value of the nearest view that counts, the first by dx of equally near ones.
+    The value of a single view comes from the same kernel as the median: they are equal bit for bit.
+    """
+    tokens = tokens.detach()
+    median = views.ensemble(tokens, "median")
+    singles, ranks = views.split(), views.offsets[:, 1].argsort(stable=True).argsort().int()
+    nearest = torch.full_like(median, torch.inf)
+    selected = torch.full_like(median, len(singles), dtype=torch.int32)
+    for view, rank, chunk in zip(singles, ranks, tokens.split(1), strict=True):
+        value = view.ensemble(chunk, "median")
+        same = (value == median) | (value.isnan() & median.isnan())
+        distance = torch.where(same, 0, (value - median).abs().nan_to_num(torch.inf, torch.inf))
+        closer = (distance < nearest) | ((distance == nearest) & (rank < selected))
+        closer = closer & (view.pixels(tokens.device) > 0)
+        nearest = torch.where(closer, distance, nearest)
+        selected = torch.where(closer, rank, selected)
+    for view, rank in zip(singles, ranks, strict=True):
+        yield view, selected == rank
+
+
+# ---- derivatives composed of other ops -----------------------------------------------------------
+
+
+def _median_backward(
+    grad: torch.Tensor,
+    tokens: torch.Tensor,
+    offsets: torch.Tensor,
+    grid: Sequence[int],
+    patch: Sequence[int],
+    **modes: Any,
+) -> torch.Tensor:
+    """[V, B, N, C]: the gradient of a cell goes to the view that is its median."""
+    views = _median_views(_Views(offsets, grid, patch, None, modes), tokens)
+    return torch.cat([view.mean_backward(torch.where(here, grad, 0)) for view, here in views])
+
+
+def _moments_backward(
+    grad: torch.Tensor,
+    grad_var: torch.Tensor,
+    tokens: torch.Tensor,
+    offsets: torch.Tensor,
+    grid: Sequence[int],
+    patch: Sequence[int],
+    weights: torch.Tensor | None,
+    **modes: Any,
+) -> torch.Tensor:
+    """[V, B, N, C]: d mean / d value = share, d var / d value = 2 * share * (value - mean)."""
+    views = _Views(offsets, grid, patch, weights, modes)
+    dtype = torch.float64 if tokens.dtype == torch.float64 else torch.float32
+    mean = _mean(views, tokens, dtype)
+    grads = []
+    for view, value, share, _ in _values(views, tokens, dtype):
+        value_grad = _scaled(share, grad + grad_var * (2 * (value - mean)))
+        grads.append(view.mean_backward(value_grad).to(tokens.dtype))
+    return torch.cat(grads)
+
+
+def _weights_backward(
     grad: torch.Tensor,
     grad_var: torch.Tensor | None,
     tokens: torch.Tensor,
     offsets: torch.Tensor,
+    grid: Sequence[int],
+    patch: Sequence[int],
     weights: torch.Tensor,
+    **modes: Any,
 ) -> torch.Tensor:
-    """[V]. With f_v the value and c_v the counted pixels of a view in a cell, and W their weight:
+    """[V, B], float64: of the mean and, with ``grad_var``, of the variance.
 
-    d mean / d w_v = c_v (f_v - mean) / W and d var / d w_v = c_v ((f_v - mean)^2 - var) / W.
-    The sums over cells of what has an f_v are products of tokens with gradients: these are taken
-    for equal weights, since they must not vanish where w_v does.
+    d mean / d weight = unit * (value - mean), d var / d weight = unit * ((value - mean)^2 - var).
     """
-    grad, grad_var, tokens = _doubles(grad, grad_var, tokens)
-    device = tokens.device
-    total, plain = place.weight(offsets, weights, device), place.weight(offsets, None, device)
-    equal = _divide(plain, total)  # equal weights are then divided by W
-    if grad_var is None:
-        mean = place.call(_ops.ensemble.default, tokens, offsets, weights)
-        part, constant = grad, grad * mean
-    else:
-        mean, var = _moments(place, tokens, offsets, weights)
-        part = grad - grad_var * mean
-        constant = grad * mean + grad_var * (var - mean * mean)
-    by_view = _product(tokens, place.gradient("mean", part * equal, None, None, offsets, None))
-    if grad_var is not None:
-        scaled = grad_var * equal
-        counted = (weights > 0).to(device)[:, None, None, None]
-        # What nobody counts stays away from the others.
-        for some in (counted, ~counted):
-            those = torch.where(some, tokens, 0)
-            centre = place.call(_ops.ensemble.default, those, offsets)
-            grad_mean = 2 * scaled * (centre - mean)
-            squares = place.gradient("moments", grad_mean, scaled, those, offsets, None)
-            by_view = by_view + _product(those, torch.where(some, squares, 0)) / 2
-    rows, columns = place.counts(offsets, device)
-    of_constant = ((rows @ _divide(constant.sum((0, 1)), total)) * columns).sum(1)
-    return (by_view.sum((1, 2, 3)) - of_constant).to(weights)
+    views = _Views(offsets, grid, patch, weights, modes)
+    mean = _mean(views, tokens, torch.float64)
+    var = None if grad_var is None else _variance(views, tokens, mean)
+    grads = []
+    for _, value, _, unit in _values(views, tokens, torch.float64):
+        distance = value - mean
+        terms = grad * distance
+        if grad_var is not None:
+            terms = terms + grad_var * (distance.square() - var)
+        grads.append(_scaled(unit, terms).sum((1, 2, 3)))
+    return torch.stack(grads)
 
 
-def _product(tokens: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """Of each token with its gradient, which is 0 where no cell reads it, whatever it is."""
-    return torch.where(gradient != 0, tokens * gradient, 0)
+def _median_tangent(views: _Views, tokens: torch.Tensor, tangent: torch.Tensor) -> torch.Tensor:
+    """[B, C, H', W']: the tangent of the view that is the median."""
+    result = tangent.new_zeros(())
+    for (view, here), chunk in zip(_median_views(views, tokens), tangent.split(1), strict=True):
+        result = torch.where(here, view.ensemble(chunk), result)
+    return result
 
 
-def _weights_tangent(
-    place: _Place,
-    with_variance: bool,
+def _moments_tangents(
+    views: _Views,
     tokens: torch.Tensor,
-    offsets: torch.Tensor,
-    weights: torch.Tensor,
-    tangent: torch.Tensor,
-) -> list[torch.Tensor]:
-    """Of the mean, and the variance, for a change of the weights.
-
-    What views of positive change say, in proportion, less what the others do.
-    """
-    (tokens,) = _doubles(tokens)
-
-    def moments(weights: torch.Tensor) -> Sequence[torch.Tensor]:
-        if with_variance:
-            return _moments(place, tokens, offsets, weights)
-        return [place.call(_ops.ensemble.default, tokens, offsets, weights)]
-
-    mean, *var = moments(weights)
-    total = place.weight(offsets, weights, tokens.device)
-    changes = [torch.zeros_like(mean) for _ in (mean, *var)]
-    for sign in (1, -1):
-        part = (sign * tangent).clamp(min=0)
-        part = torch.where(part >= part.max() * 2.0**-80, part, 0)  # smaller ones are refused
-        share = _divide(sign * place.weight(offsets, part, tokens.device), total)
-        of_part, *var_of_part = moments(part)
-        apart = of_part - mean
-        changes[0] = changes[0] + share * apart
-        if with_variance:
-            changes[1] = changes[1] + share * (var_of_part[0] - var[0] + apart * apart)
-    return changes
-
-
-def _variance_tangent(
-    place: _Place,
-    tokens: torch.Tensor,
-    offsets: torch.Tensor,
-    weights: torch.Tensor | None,
-    tangent: torch.Tensor,
-) -> torch.Tensor:
-    """A variance is quadratic: its derivative is a difference, of steps that need not be small.
-
-    They are as large as the tokens, so that neither is lost beside the other.
-    """
-    tokens, tangent = _doubles(tokens, tangent)
-
-    def largest(values: torch.Tensor) -> torch.Tensor:
-        finite = torch.where(values.isfinite(), values.abs(), 0)
-        return finite.amax() if finite.numel() else finite.sum()
-
-    size = largest(tokens) / largest(tangent)
-    size = torch.where((size > 2.0**-500) & (size < 2.0**500), size, 1)
-    ahead, behind = (
-        _moments(place, tokens + step * tangent, offsets, weights)[1] for step in (size, -size)
-    )
-    return (ahead - behind) / (2 * size)
-
-
-def _selected(
-    place: _Place, tokens: torch.Tensor, offsets: torch.Tensor, others: torch.Tensor
-) -> torch.Tensor:
-    """The value of ``others``, as of ``tokens`` [V, B, N, C], in the view that is the median.
-
-    One view after the other: what forward mode, and derivatives of gradients, need.
-    """
-    args = (tokens, offsets, place.grid, place.patch)
-    median = _ops.ensemble(*args, reduce="median", **place.modes)
-    rows, columns = place.counts(offsets, tokens.device)
-    nearest = torch.full_like(median, torch.inf)
-    found = torch.zeros_like(median)
-    # Of views that are alike the first by dx is taken: so the gradient does.
-    for view in offsets[:, 1].argsort(stable=True).split(1):
-        on = view.to(tokens.device)
-
-        def of_view(tokens: torch.Tensor, view: torch.Tensor = view, on: Any = on) -> torch.Tensor:
-            field: torch.Tensor = place.call(
-                _ops.ensemble.default, tokens.index_select(0, on), offsets.index_select(0, view)
-            )
-            return field
-
-        value = of_view(tokens)
-        distance = torch.where(value == median, 0, (value - median).abs())
-        distance = torch.where(value.isnan() & median.isnan(), 0, distance)
-        counted = rows.index_select(0, on).T * columns.index_select(0, on) > 0
-        closer = (distance < nearest) & counted
-        nearest = torch.where(closer, distance, nearest)
-        found = torch.where(closer, of_view(others), found)
-    return found
+    tokens_tangent: torch.Tensor | None,
+    weights_tangent: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, C, H', W'] of mean and variance."""
+    mean = _mean(views, tokens, torch.float64)
+    var = None if weights_tangent is None else _variance(views, tokens, mean)
+    mean_tangent, var_tangent = torch.zeros_like(mean), torch.zeros_like(mean)
+    for v, (view, value, share, unit) in enumerate(_values(views, tokens, torch.float64)):
+        distance = value - mean
+        if tokens_tangent is not None:
+            change = view.ensemble(tokens_tangent[v : v + 1].double())
+            mean_tangent = mean_tangent + _scaled(share, change)
+            var_tangent = var_tangent + _scaled(share, 2 * distance * change)
+        if weights_tangent is not None:
+            unit = weights_tangent[v].double() * unit
+            mean_tangent = mean_tangent + _scaled(unit, distance)
+            var_tangent = var_tangent + _scaled(unit, distance.square() - var)
+    return mean_tangent.to(tokens.dtype), var_tangent.to(tokens.dtype)
 
 
 # ---- vmap ----------------------------------------------------------------------------------------
@@ -317,284 +299,199 @@ class _Function(torch.autograd.function._SingleLevelFunction):
     """
 
     op: Any
+    name: str  # of the public op, in messages
     batching: _Batching
 
     @classmethod
-    def run(cls, *args: Any) -> Any:
-        """Without derivatives, of this level."""
+    def reads_first(cls, ctx: Any) -> bool:
+        """Whether ``gradients`` reads the first argument; the others are always saved."""
+        return False
+
+    @classmethod
+    def check(cls, given: dict[str, Any]) -> None:
+        """Raises for arguments without a derivative: flags or tangents by name."""
+        _check_constant(cls.name, "offsets", given["offsets"])
+
+    @classmethod
+    def gradients(cls, ctx: Any, args: list[Any], grads: Sequence[Any]) -> tuple[Any, ...]:
+        """Of the first arguments; those that follow have none."""
+        raise NotImplementedError
+
+    @classmethod
+    def tangents(cls, ctx: Any, args: list[Any], tangents: Sequence[Any]) -> Any:
+        """Of the results."""
+        raise NotImplementedError
+
+    @classmethod
+    def forward(cls, *args: Any) -> Any:
+        """Derivatives are switched off here; the levels below need theirs."""
         *rest, modes = args
-        with torch._C._AutoDispatchBelowAutograd():
+        modes = dict(modes)
+        reverse, forward = modes.pop(_ENABLED)
+        with (
+            torch.set_grad_enabled(reverse),
+            forward_ad._set_fwd_grad_enabled(forward),
+            torch._C._AutoDispatchBelowAutograd(),
+        ):
             return cls.op(*rest, **modes)
 
     @classmethod
-    def run_in_node(cls, *args: Any) -> Any:
-        """The same in ``forward``, which switches derivatives off, for the levels below too."""
-        *rest, modes = args
-        reverse, forward = modes[_ENABLED]
-        with torch.set_grad_enabled(reverse), forward_ad._set_fwd_grad_enabled(forward):
-            return cls.run(*rest, _plain(modes))
+    def setup_context(cls, ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        *args, modes = inputs
+        ctx.modes = dict(modes)
+        ctx.enabled = ctx.modes.pop(_ENABLED)
+        tensors = [a if isinstance(a, torch.Tensor) else None for a in args]
+        ctx.others = [None if isinstance(a, torch.Tensor) else a for a in args]
+        ctx.save_for_forward(*tensors)
+        ctx.save_for_backward(tensors[0] if cls.reads_first(ctx) else None, *tensors[1:])
 
+    @classmethod
+    def backward(cls, ctx: Any, *grads: Any) -> Any:
+        needs = ctx.needs_input_grad
+        cls.check(_by_name(cls.op, needs))
+        found: tuple[Any, ...] = ()
+        if any(grad is not None for grad in grads):
+            found = cls.gradients(ctx, _arguments(ctx, ctx.saved_tensors), grads)
+        return *found, *([None] * (len(needs) - len(found)))
 
-def _plain(modes: Modes) -> Modes:
-    return {name: value for name, value in modes.items() if name != _ENABLED}
-
-
-def _saved(ctx: Any) -> list[Any]:
-    """For a ``jvp``: the tensors that were saved, without the tangents that it gets anyway."""
-    return [None if t is None else forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors]
-
-
-def _in_forward_mode(jvp: Callable[..., Any]) -> Any:
-    """A ``jvp`` is called with forward mode switched off: the levels below would lose theirs."""
-
-    @wraps(jvp)
-    def switched(ctx: Any, *tangents: Any) -> Any:
+    @classmethod
+    def jvp(cls, ctx: Any, *tangents: Any) -> Any:
+        """Forward mode is switched off here; the levels below need theirs."""
+        cls.check(_by_name(cls.op, tangents))
+        # Without the tangents that are given anyway.
+        saved = [None if t is None else forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors]
         with forward_ad._set_fwd_grad_enabled(ctx.enabled[1]):
-            return jvp(ctx, *tangents)
+            return cls.tangents(ctx, _arguments(ctx, saved), tangents)
 
-    return switched
+
+def _by_name(op: Any, values: Sequence[Any]) -> dict[str, Any]:
+    return {a.name: v for a, v in zip(op._schema.arguments, values, strict=False)}
+
+
+def _arguments(ctx: Any, saved: Sequence[Any]) -> list[Any]:
+    """Of a node, in the order of the schema."""
+    return [o if t is None else t for t, o in zip(saved, ctx.others, strict=True)]
 
 
 class _Shift(_Function):
-    op = _ops.shift.default
+    """Linear in the image."""
+
+    op, transpose, name = _ops.shift.default, _ops._shift_backward.default, "shift"
     batching = _Batching((0, None), 1)
 
-    @staticmethod
-    def forward(image: Any, offsets: Any, modes: Modes) -> Any:
-        return _Shift.run_in_node(image, offsets, modes)
+    @classmethod
+    def gradients(cls, ctx: Any, args: list[Any], grads: Sequence[Any]) -> tuple[Any, ...]:
+        return (cls.transpose(grads[0], args[1], **ctx.modes),)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.set_materialize_grads(False)
-        _, offsets, modes = inputs
-        ctx.enabled, ctx.modes = modes[_ENABLED], _plain(modes)
-        ctx.save_for_backward(offsets)
-        ctx.save_for_forward(offsets)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        _check_constant("shift", offsets=ctx.needs_input_grad[1])
-        if grads[0] is None:
-            return None, None, None
-        return _ops._shift_backward(grads[0], ctx.saved_tensors[0], **ctx.modes), None, None
-
-    @staticmethod
-    @_in_forward_mode
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        image, offsets, _ = tangents
-        _check_constant("shift", offsets=offsets)
-        return _ops.shift(image, _saved(ctx)[0], **ctx.modes)
+    @classmethod
+    def tangents(cls, ctx: Any, args: list[Any], tangents: Sequence[Any]) -> Any:
+        return cls.op(tangents[0], args[1], **ctx.modes)
 
 
-class _ShiftBackward(_Function):
-    op = _ops._shift_backward.default
+class _ShiftBackward(_Shift):
+    op, transpose = _ops._shift_backward.default, _ops.shift.default
     batching = _Batching((1, None), 0)
-
-    @staticmethod
-    def forward(grad: Any, offsets: Any, modes: Modes) -> Any:
-        return _ShiftBackward.run_in_node(grad, offsets, modes)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.set_materialize_grads(False)
-        _, offsets, modes = inputs
-        ctx.enabled, ctx.modes = modes[_ENABLED], _plain(modes)
-        ctx.save_for_backward(offsets)
-        ctx.save_for_forward(offsets)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        _check_constant("shift", offsets=ctx.needs_input_grad[1])
-        if grads[0] is None:
-            return None, None, None
-        return _ops.shift(grads[0], ctx.saved_tensors[0], **ctx.modes), None, None
-
-    @staticmethod
-    @_in_forward_mode
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        grad, offsets, _ = tangents
-        _check_constant("shift", offsets=offsets)
-        return _ops._shift_backward(grad, _saved(ctx)[0], **ctx.modes)
 
 
 class _Ensemble(_Function):
-    op = _ops.ensemble.default
+    op, name = _ops.ensemble.default, "ensemble"
     batching = _Batching((1, None, None, None, None), 0)
 
-    @staticmethod
-    def forward(
-        tokens: Any, offsets: Any, grid: Any, patch: Any, weights: Any, modes: Modes
-    ) -> Any:
-        return _Ensemble.run_in_node(tokens, offsets, grid, patch, weights, modes)
+    @classmethod
+    def reads_first(cls, ctx: Any) -> bool:
+        return ctx.modes["reduce"] == "median" or bool(ctx.needs_input_grad[4])
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.set_materialize_grads(False)
-        tokens, offsets, grid, patch, weights, modes = inputs
-        ctx.enabled, modes = modes[_ENABLED], _plain(modes)
-        ctx.reduce = modes.pop("reduce")
-        ctx.place = _Place(grid, patch, modes)
-        # A mean is linear: only the derivatives with respect to weights read more than the offsets.
-        reverse = ctx.reduce == "median" or ctx.needs_input_grad[4]
-        forward = ctx.reduce == "median" or (weights is not None and ctx.enabled[1])
-        ctx.save_for_backward(offsets, weights, tokens if reverse else None)
-        ctx.save_for_forward(offsets, weights, tokens if forward else None)
+    @classmethod
+    def gradients(cls, ctx: Any, args: list[Any], grads: Sequence[Any]) -> tuple[Any, ...]:
+        tokens, *place = args
+        (grad,) = grads
+        modes = dict(ctx.modes)
+        median = modes.pop("reduce") == "median"
+        of_tokens = of_weights = None
+        if ctx.needs_input_grad[0] and median:
+            of_tokens = _ops._median_backward(grad, tokens, *place[:3], **modes)
+        elif ctx.needs_input_grad[0]:
+            of_tokens = _Views(*place, modes).mean_backward(grad)
+        if ctx.needs_input_grad[4]:
+            of_weights = _ops._weights_backward(grad, None, tokens, *place, **modes)
+            of_weights = of_weights.sum(1).to(place[3])
+        return of_tokens, None, None, None, of_weights
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        of_tokens, of_offsets, _, _, of_weights, _ = ctx.needs_input_grad
-        _check_constant("ensemble", offsets=of_offsets)
-        offsets, weights, tokens = ctx.saved_tensors
-        grad, place = grads[0], ctx.place
-        result: list[Any] = [None] * 6
-        if grad is None:
-            return tuple(result)
-        if of_tokens:
-            given = tokens if ctx.reduce == "median" else None
-            result[0] = place.gradient(ctx.reduce, grad, None, given, offsets, weights)
-        if of_weights:
-            result[4] = _weights_gradient(place, grad, None, tokens, offsets, weights)
-        return tuple(result)
-
-    @staticmethod
-    @_in_forward_mode
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        of_tokens, of_offsets, _, _, of_weights, _ = tangents
-        _check_constant("ensemble", offsets=of_offsets)
-        offsets, weights, tokens = _saved(ctx)
-        place = ctx.place
-        if ctx.reduce == "median":
-            return _selected(place, tokens, offsets, of_tokens)
+    @classmethod
+    def tangents(cls, ctx: Any, args: list[Any], tangents: Sequence[Any]) -> Any:
+        tokens, *place = args
+        of_tokens, _, _, _, of_weights, _ = tangents
+        modes = dict(ctx.modes)
+        reduce = modes.pop("reduce")
+        views = _Views(*place, modes)
+        if reduce == "median":
+            return _median_tangent(views, tokens, of_tokens)
         result: Any = 0
         if of_tokens is not None:
-            result = place.call(_ops.ensemble.default, of_tokens, offsets, weights)
+            result = views.ensemble(of_tokens)
         if of_weights is not None:
-            (change,) = _weights_tangent(place, False, tokens, offsets, weights, of_weights)
-            result = result + change.to(tokens.dtype)
+            result = result + _moments_tangents(views, tokens, None, of_weights)[0]
         return result
 
 
 class _Moments(_Function):
-    op = _ops.ensemble_moments.default
+    op, name = _ops.ensemble_moments.default, "ensemble_moments"
     batching = _Batching((1, None, None, None, None), 0)
 
-    @staticmethod
-    def forward(
-        tokens: Any, offsets: Any, grid: Any, patch: Any, weights: Any, modes: Modes
-    ) -> Any:
-        return _Moments.run_in_node(tokens, offsets, grid, patch, weights, modes)
+    @classmethod
+    def reads_first(cls, ctx: Any) -> bool:
+        return True
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.set_materialize_grads(False)
-        tokens, offsets, grid, patch, weights, modes = inputs
-        ctx.enabled, ctx.place = modes[_ENABLED], _Place(grid, patch, _plain(modes))
-        ctx.save_for_backward(tokens, offsets, weights)
-        ctx.save_for_forward(tokens, offsets, weights)
+    @classmethod
+    def gradients(cls, ctx: Any, args: list[Any], grads: Sequence[Any]) -> tuple[Any, ...]:
+        tokens, *place = args
+        given = next(grad for grad in grads if grad is not None)
+        both = [torch.zeros_like(given) if grad is None else grad for grad in grads]
+        of_tokens = of_weights = None
+        if ctx.needs_input_grad[0]:
+            of_tokens = _ops._moments_backward(*both, tokens, *place, **ctx.modes)
+        if ctx.needs_input_grad[4]:
+            of_weights = _ops._weights_backward(*both, tokens, *place, **ctx.modes)
+            of_weights = of_weights.sum(1).to(place[3])
+        return of_tokens, None, None, None, of_weights
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        of_tokens, of_offsets, _, _, of_weights, _ = ctx.needs_input_grad
-        _check_constant("ensemble_moments", offsets=of_offsets)
-        tokens, offsets, weights = ctx.saved_tensors
-        result: list[Any] = [None] * 6
-        given = [grad for grad in grads if grad is not None]
-        if not given:
-            return tuple(result)
-        grad, grad_var = (torch.zeros_like(given[0]) if g is None else g for g in grads)
-        if of_tokens:
-            result[0] = ctx.place.gradient("moments", grad, grad_var, tokens, offsets, weights)
-        if of_weights:
-            result[4] = _weights_gradient(ctx.place, grad, grad_var, tokens, offsets, weights)
-        return tuple(result)
-
-    @staticmethod
-    @_in_forward_mode
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        of_tokens, of_offsets, _, _, of_weights, _ = tangents
-        _check_constant("ensemble_moments", offsets=of_offsets)
-        tokens, offsets, weights = _saved(ctx)
-        place = ctx.place
-        changes: list[Any] = [0, 0]
-        if of_tokens is not None:
-            changes[0] = place.call(_ops.ensemble.default, of_tokens, offsets, weights)
-            changes[1] = _variance_tangent(place, tokens, offsets, weights, of_tokens)
-        if of_weights is not None:
-            more = _weights_tangent(place, True, tokens, offsets, weights, of_weights)
-            changes = [a + b for a, b in zip(changes, more, strict=True)]
-        return tuple(change.to(tokens.dtype) for change in changes)
+    @classmethod
+    def tangents(cls, ctx: Any, args: list[Any], tangents: Sequence[Any]) -> Any:
+        tokens, *place = args
+        of_tokens, _, _, _, of_weights, _ = tangents
+        return _moments_tangents(_Views(*place, ctx.modes), tokens, of_tokens, of_weights)
 
 
-class _EnsembleBackward(_Function):
-    op = _ops._ensemble_backward.default
-    batching = _Batching((0, 0, 1, None, None, None, None), 1)
+class _MeanBackward(_Function):
+    """Linear in the gradient of the mean."""
 
-    @staticmethod
-    def forward(
-        grad: Any,
-        grad_var: Any,
-        tokens: Any,
-        offsets: Any,
-        grid: Any,
-        patch: Any,
-        weights: Any,
-        modes: Modes,
-    ) -> Any:
-        return _EnsembleBackward.run_in_node(
-            grad, grad_var, tokens, offsets, grid, patch, weights, modes
-        )
+    op, name = _ops._mean_backward.default, "ensemble"
+    batching = _Batching((0, None, None, None, None), 1)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.set_materialize_grads(False)
-        _, _, tokens, offsets, grid, patch, weights, modes = inputs
-        ctx.enabled, modes = modes[_ENABLED], _plain(modes)
-        ctx.reduce = modes.pop("reduce")
-        ctx.place = _Place(grid, patch, modes)
-        ctx.save_for_backward(tokens, offsets, weights)
-        ctx.save_for_forward(tokens, offsets, weights)
+    @classmethod
+    def check(cls, given: dict[str, Any]) -> None:
+        if given["weights"] is not None and given["weights"] is not False:
+            _no_derivative(cls.name, "second derivative with respect to weights")
+        super().check(given)
 
-    @staticmethod
-    def linear(ctx: Any, change: torch.Tensor) -> torch.Tensor:
-        """What the gradient of the tokens is the transpose of."""
-        tokens, offsets, weights = ctx.saved_tensors
-        place = ctx.place
-        field: torch.Tensor
-        if ctx.reduce == "mean":
-            field = place.call(_ops.ensemble.default, change, offsets, weights)
-            return field
-        return _selected(place, tokens, offsets, change)
+    @classmethod
+    def gradients(cls, ctx: Any, args: list[Any], grads: Sequence[Any]) -> tuple[Any, ...]:
+        return (cls.views(ctx, args).ensemble(grads[0]),)
 
-    @staticmethod
-    def check(ctx: Any, offsets: Any, weights: Any) -> None:
-        name = "ensemble" if ctx.reduce != "moments" else "ensemble_moments"
-        if ctx.reduce == "moments":
-            _no_derivative(name, "second derivative")
-        if weights is not None and weights is not False:
-            _no_derivative(name, "second derivative with respect to weights")
-        _check_constant(name, offsets=offsets)
+    @classmethod
+    def tangents(cls, ctx: Any, args: list[Any], tangents: Sequence[Any]) -> Any:
+        return cls.views(ctx, args).mean_backward(tangents[0])
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        of_grad, _, _, of_offsets, _, _, of_weights, _ = ctx.needs_input_grad
-        _EnsembleBackward.check(ctx, of_offsets, of_weights)
-        field = None
-        if of_grad and grads[0] is not None:
-            field = _EnsembleBackward.linear(ctx, grads[0])
-        return field, *([None] * 7)  # which view is the median changes nowhere but in jumps
-
-    @staticmethod
-    @_in_forward_mode
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        grad, _, _, offsets, _, _, weights, _ = tangents
-        _EnsembleBackward.check(ctx, offsets, weights)
-        tokens, offsets, weights = _saved(ctx)
-        if grad is None:  # a change of the tokens of a median
-            return torch.zeros_like(tokens)
-        return ctx.place.gradient(ctx.reduce, grad, None, tokens, offsets, weights)
+    @classmethod
+    def views(cls, ctx: Any, args: list[Any]) -> _Views:
+        return _Views(*args[1:], ctx.modes)
 
 
-def _in_reverse(args: Sequence[Any]) -> bool:
+# ---- registration --------------------------------------------------------------------------------
+
+
+def _needs_gradient(args: Sequence[Any]) -> bool:
     if torch.is_grad_enabled():
         for arg in args:
             if isinstance(arg, torch.Tensor) and arg.requires_grad:
@@ -602,88 +499,67 @@ def _in_reverse(args: Sequence[Any]) -> bool:
     return False
 
 
-def _in_forward() -> bool:
+def _in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
-
-
-def _node(function: type[_Function], *args: Any) -> Any:
-    *rest, modes = args
-    enabled = (torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled())
-    with enable_single_level_autograd_function():
-        return function.apply(*rest, {**modes, _ENABLED: enabled})  # type: ignore[attr-defined]
-
-
-# The arguments of a node from those of an op, as the schema has them.
-def _of_shift(
-    image: Any, offsets: Any, *, padding: str = "reflect", interpolation: str = "bilinear"
-) -> Any:
-    return image, offsets, {"padding": padding, "interpolation": interpolation}
-
-
-def _of_ensemble(
-    tokens: Any,
-    offsets: Any,
-    grid: Any,
-    patch: Any,
-    weights: Any = None,
-    *,
-    reduce: str = "mean",
-    upsample: str = "bilinear",
-    border: str = "coverage",
-    stride: Any = (1, 1),
-) -> Any:
-    modes = {"reduce": reduce, "upsample": upsample, "border": border, "stride": stride}
-    return tokens, offsets, grid, patch, weights, modes
-
-
-def _of_moments(
-    tokens: Any,
-    offsets: Any,
-    grid: Any,
-    patch: Any,
-    weights: Any = None,
-    *,
-    upsample: str = "bilinear",
-    border: str = "coverage",
-    stride: Any = (1, 1),
-) -> Any:
-    modes = {"upsample": upsample, "border": border, "stride": stride}
-    return tokens, offsets, grid, patch, weights, modes
-
-
-def _of_gradient(*args: Any, **modes: Any) -> Any:
-    return *args, modes
-
-
-# ---- registration --------------------------------------------------------------------------------
 
 
 def _implement(op: Any, kernel: Callable[..., Any], key: str, *, with_keyset: bool = False) -> None:
     _library.impl(op.name().removeprefix("srt::"), kernel, key, with_keyset=with_keyset)
 
 
-def _returning(function: type[_Function], arguments: Callable[..., Any]) -> None:
-    op, below = function.op, torch._C._AutoDispatchBelowAutograd
+def _register(op: Any, derivative: Callable[..., Any], batching: _Batching) -> None:
+    """``derivative`` replaces the op where it is differentiated."""
 
     def kernel(*args: Any, **modes: Any) -> Any:
-        if _in_forward() or _in_reverse(args):
-            return _node(function, *arguments(*args, **modes))
-        with below():  # without the price of a node
+        if _in_forward_mode() or _needs_gradient(args):
+            return derivative(*args, **modes)
+        with torch._C._AutoDispatchBelowAutograd():  # without the cost of a node
             return op(*args, **modes)
 
-    _implement(op, kernel, "Autograd")
-
     def mapped(info: Any, in_dims: Any, *args: Any, **modes: Any) -> Any:
-        return function.batching(partial(function.op, **modes), info.batch_size, in_dims, args)
+        return batching(partial(op, **modes), info.batch_size, in_dims, args)
 
-    torch.library.register_vmap(function.op, mapped)
+    _implement(op, kernel, "Autograd")
+    torch.library.register_vmap(op, mapped)
 
 
-def _writing(op: Any, what: str) -> None:
-    """Behaves as torch's own functions that write to an argument.
+def _register_function(function: type[_Function]) -> None:
+    op = function.op
+    arguments = op._schema.arguments
 
-    No derivative, a new version of what is written (so that a backward that saved the old content
-    fails), no lazy negation of the memory that is written. ``what`` names it in messages.
+    def node(*args: Any, **modes: Any) -> Any:
+        # The dispatcher leaves out arguments that equal their defaults.
+        missing = [a.default_value for a in arguments if not a.kwarg_only][len(args) :]
+        defaults = {a.name: a.default_value for a in arguments if a.kwarg_only}
+        enabled = (torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled())
+        with enable_single_level_autograd_function():
+            return function.apply(  # type: ignore[attr-defined]
+                *args, *missing, {**defaults, **modes, _ENABLED: enabled}
+            )
+
+    _register(op, node, function.batching)
+
+
+def _register_composite(schema: str, function: Callable[..., torch.Tensor], fake: Any) -> None:
+    """An op that torch.compile does not trace: its loop over the views would be unrolled.
+
+    Where it is differentiated it is the ``function``, made of ops that have derivatives.
+    """
+    name = function.__name__
+    batched = {"grad": 0, "grad_var": 0, "tokens": 1}
+    _library.define(f"{name}({schema}, *, str upsample, str border, int[2] stride) -> Tensor")
+    op = getattr(_ops, name).default
+    dims = tuple(batched.get(a.name) for a in op._schema.arguments if not a.kwarg_only)
+    _implement(op, function, "CompositeExplicitAutograd")
+    _register(op, function, _Batching(dims, 1))
+    torch.library.register_fake(f"srt::{name}", fake)
+
+
+def _register_mutation(op: Any, subject: str) -> None:
+    """An op behaves as torch's own functions that write to an argument.
+
+    It has no derivative, increments the version of what it writes (so that a backward that saved
+    the old content fails), and resolves lazy negations. ``subject`` names it in messages.
     """
     where = op.name().split(".")[0]
     arguments = op._schema.arguments
@@ -696,11 +572,12 @@ def _writing(op: Any, what: str) -> None:
 
     def autograd(*args: Any, **modes: Any) -> None:
         tensors = [a for a in (*args, *modes.values()) if isinstance(a, torch.Tensor)]
-        if _in_reverse(tensors) or (
-            _in_forward() and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+        if _needs_gradient(tensors) or (
+            _in_forward_mode()
+            and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
         ):
             raise RuntimeError(
-                f"{where}: {what} is not differentiable; got an argument that requires grad"
+                f"{where}: {subject} is not differentiable; got an argument that requires grad"
             )
         with torch._C._AutoDispatchBelowAutograd():
             op(*args, **modes)
@@ -730,12 +607,27 @@ def _writing(op: Any, what: str) -> None:
     _implement(op, negative, "Conjugate")
 
 
-_returning(_Shift, _of_shift)
-_returning(_Ensemble, _of_ensemble)
-_returning(_Moments, _of_moments)
-_returning(_ShiftBackward, _of_gradient)
-_returning(_EnsembleBackward, _of_gradient)
-_writing(_ops.ensemble.out, "out=")
-_writing(_ops.accumulate_mean_.default, "the state of a stream")
-_writing(_ops.accumulate_moments_.default, "the state of a stream")
-_writing(_ops.accumulate_median_.default, "the state of a stream")
+for _function in (_Shift, _ShiftBackward, _Ensemble, _Moments, _MeanBackward):
+    _register_function(_function)
+_VIEWS = "Tensor tokens, Tensor offsets, int[2] grid, int[2] patch"
+_register_composite(
+    f"Tensor grad, {_VIEWS}",
+    _median_backward,
+    lambda grad, tokens, *_, **modes: grad.new_empty(tokens.shape),
+)
+_register_composite(
+    f"Tensor grad, Tensor grad_var, {_VIEWS}, Tensor? weights",
+    _moments_backward,
+    lambda grad, grad_var, tokens, *_, **modes: grad.new_empty(tokens.shape),
+)
+_register_composite(
+    f"Tensor grad, Tensor? grad_var, {_VIEWS}, Tensor weights",
+    _weights_backward,
+    lambda grad, grad_var, tokens, *_, **modes: grad.new_empty(
+        tokens.shape[:2], dtype=torch.float64
+    ),
+)
+_register_mutation(_ops.ensemble.out, "out=")
+_register_mutation(_ops.accumulate_mean_.default, "the state of a stream")
+_register_mutation(_ops.accumulate_moments_.default, "the state of a stream")
+_register_mutation(_ops.accumulate_median_.default, "the state of a stream")

@@ -314,11 +314,9 @@ def _(grad: torch.Tensor, offsets: torch.Tensor, **modes: Any) -> torch.Tensor:
     return grad.new_empty(grad.shape[1:])
 
 
-@torch.library.register_fake("srt::_ensemble_backward")
+@torch.library.register_fake("srt::_mean_backward")
 def _(
     grad: torch.Tensor,
-    grad_var: torch.Tensor | None,
-    tokens: torch.Tensor | None,
     offsets: torch.Tensor,
     grid: Pair,
     *args: Any,

@@ -328,7 +328,7 @@ void CheckedEnsemble::set_state(const std::vector<ArrayView>& state) {
   args.out = const_cast<void*>(field.data);
   std::copy_n(field.strides.begin() + (median ? 1 : 0), 4, args.out_strides);
   if (median) args.plane_stride = field.strides[0];
-  args.seen = static_cast<double*>(const_cast<void*>(seen.data));
+  args.total_weight = static_cast<double*>(const_cast<void*>(seen.data));
 }
 
 CheckedShift::CheckedShift(const char* op, const char* name, const ArrayView& image,

@@ -17,7 +17,7 @@ CUstream_st* current_stream(const Tensor& tensor) {
 }
 
 // Of the host, or of the device if they lie there.
-ViewNumbers pointers(const double* host, const std::optional<Tensor>& device) {
+ViewArray pointers(const double* host, const std::optional<Tensor>& device) {
   if (!device) return {host, nullptr, DType::f64};
   const bool f64 = device->scalar_type() == ScalarType::Double;
   return {nullptr, device->const_data_ptr(), f64 ? DType::f64 : DType::f32};
@@ -54,8 +54,8 @@ Tensor shift_backward(const Tensor& grad, const Tensor& offsets, const std::stri
 
 void run(EnsembleCall& call) {
   const torch::stable::accelerator::DeviceGuard guard(call.input.get_device_index());
-  const ViewNumbers offsets = pointers(call.args.offsets, call.device_offsets);
-  const ViewNumbers weights = pointers(call.args.weights, call.device_weights);
+  const ViewArray offsets = pointers(call.args.offsets, call.device_offsets);
+  const ViewArray weights = pointers(call.args.weights, call.device_weights);
   const Tensor workspace =
       new_workspace(ensemble_cuda_workspace(call.args, offsets, weights), call.input);
   ensemble_cuda(call.op, call.args, offsets, weights, workspace.mutable_data_ptr(),
@@ -64,12 +64,12 @@ void run(EnsembleCall& call) {
 
 void run_backward(EnsembleCall& call, const Tensor& grad_tokens) {
   const torch::stable::accelerator::DeviceGuard guard(grad_tokens.get_device_index());
-  const ViewNumbers offsets = pointers(call.args.offsets, call.device_offsets);
-  const ViewNumbers weights = pointers(call.args.weights, call.device_weights);
+  const ViewArray offsets = pointers(call.args.offsets, call.device_offsets);
+  const ViewArray weights = pointers(call.args.weights, call.device_weights);
   const Tensor workspace =
-      new_workspace(ensemble_backward_cuda_workspace(call.args, offsets, weights), grad_tokens);
-  ensemble_backward_cuda(call.op, call.args, offsets, weights, grad_tokens.mutable_data_ptr(),
-                         workspace.mutable_data_ptr(), current_stream(grad_tokens));
+      new_workspace(mean_backward_cuda_workspace(call.args, offsets, weights), grad_tokens);
+  mean_backward_cuda(call.op, call.args, offsets, weights, grad_tokens.mutable_data_ptr(),
+                     workspace.mutable_data_ptr(), current_stream(grad_tokens));
 }
 
 using Ops = EnsembleOps<&run, &run_backward>;

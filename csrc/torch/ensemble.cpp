@@ -21,34 +21,19 @@ Tensor EnsembleCall::new_out() const {
   return empty_strided(out_shape, out_strides, input.scalar_type(), input);
 }
 
-std::vector<Tensor> EnsembleCall::set_gradients(const Tensor& grad,
-                                                const std::optional<Tensor>& grad_var) {
-  const std::string rule = "have the dtype of tokens, " + tokens.dtype;
-  const bool moments = args.reduce == Reduce::moments;
-  if (grad_var.has_value() != moments)
-    fail(op, "grad_var goes with moments", moments ? "none" : "one");
-  std::vector<Tensor> given{grad};
-  if (grad_var) given.push_back(*grad_var);
-  bool fits = true;
-  for (size_t i = 0; i < given.size(); ++i) {
-    const char* const name = i ? "grad_var" : "grad";
-    check_placed(op, name, view_of(given[i]), tokens.dtype, rule, tokens);
-    if (shape_of(given[i]) != out_shape)
-      fail(op, std::string(name) + " must be " + format_shape(out_shape),
-           format_shape(shape_of(given[i])));
-    fits = fits && (out_shape[1] <= 1 || given[i].stride(1) == 1);
-    for (int64_t d = 0; d < 4; ++d) fits = fits && given[i].stride(d) == given[0].stride(d);
+Tensor EnsembleCall::set_gradient(const Tensor& grad) {
+  check_placed(op, "grad", view_of(grad), tokens.dtype, "have the dtype of tokens, " + tokens.dtype,
+               tokens);
+  if (shape_of(grad) != out_shape)
+    fail(op, "grad must be " + format_shape(out_shape), format_shape(shape_of(grad)));
+  Tensor dense = grad;
+  if (out_shape[1] > 1 && grad.stride(1) != 1) {
+    dense = new_out();
+    torch::stable::copy_(dense, grad);
   }
-  for (Tensor& tensor : given) {
-    if (fits) break;
-    Tensor dense = new_out();
-    torch::stable::copy_(dense, tensor);
-    tensor = dense;
-  }
-  args.out = const_cast<void*>(given[0].const_data_ptr());
-  if (moments) args.variance = const_cast<void*>(given[1].const_data_ptr());
-  for (int d = 0; d < 4; ++d) args.out_strides[d] = given[0].stride(d);
-  return given;
+  args.out = const_cast<void*>(dense.const_data_ptr());
+  for (int d = 0; d < 4; ++d) args.out_strides[d] = dense.stride(d);
+  return dense;
 }
 
 Tensor new_grad_tokens(const char* op, const Tensor& grad, const Tensor& offsets,

@@ -29,8 +29,8 @@ struct EnsembleCall : CheckedEnsemble {
 
   // A result as the schema promises it: channels_last.
   Tensor new_out() const;
-  // Gradients [B, C, H', W'] of what the call writes; the tensors returned must outlive it.
-  std::vector<Tensor> set_gradients(const Tensor& grad, const std::optional<Tensor>& grad_var);
+  // The gradient [B, C, H', W'] of what the call writes; the tensor returned must outlive it.
+  Tensor set_gradient(const Tensor& grad);
 };
 
 // The tokens' gradient [V, B, N, C] that belongs to the gradient [B, C, H', W'] of a field: dense,

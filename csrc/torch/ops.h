@@ -48,22 +48,15 @@ struct EnsembleOps {
     return {mean, variance};
   }
 
-  // Of a mean, which needs no tokens: where they are missing, their gradient stands for them.
-  static Tensor backward(const Tensor& grad, const std::optional<Tensor>& grad_var,
-                         const std::optional<Tensor>& tokens, const Tensor& offsets,
-                         const List& grid, const List& patch, const Weights& weights,
-                         const Word& reduce, const Word& upsample, const Word& border,
-                         const List& stride) {
-    const char* const op = "_ensemble_backward";
-    const Reduce kind = reduce == "moments" ? Reduce::moments : parse_reduce(reduce);
-    if (kind != Reduce::mean && !tokens)
-      throw Error("srt::_ensemble_backward: tokens must be given, except for a mean; got none");
+  // The tokens are not read: their gradient stands for them.
+  static Tensor mean_backward(const Tensor& grad, const Tensor& offsets, const List& grid,
+                              const List& patch, const Weights& weights, const Word& upsample,
+                              const Word& border, const List& stride) {
+    const char* const op = "_mean_backward";
     const Tensor grad_tokens = new_grad_tokens(op, grad, offsets, grid, patch, stride);
-    EnsembleCall call(
-        op,
-        {tokens ? *tokens : grad_tokens, offsets, grid, patch, weights, upsample, border, stride},
-        kind);
-    const std::vector<Tensor> gradients = call.set_gradients(grad, grad_var);
+    EnsembleCall call(op, {grad_tokens, offsets, grid, patch, weights, upsample, border, stride},
+                      Reduce::mean);
+    const Tensor dense = call.set_gradient(grad);
     run_backward(call, grad_tokens);
     return grad_tokens;
   }
@@ -115,7 +108,7 @@ struct EnsembleOps {
   m.impl("ensemble", TORCH_BOX(&Ops::ensemble));                      \
   m.impl("ensemble.out", TORCH_BOX(&Ops::ensemble_out));              \
   m.impl("ensemble_moments", TORCH_BOX(&Ops::moments));               \
-  m.impl("_ensemble_backward", TORCH_BOX(&Ops::backward));            \
+  m.impl("_mean_backward", TORCH_BOX(&Ops::mean_backward));           \
   m.impl("accumulate_mean_", TORCH_BOX(&Ops::accumulate_mean));       \
   m.impl("accumulate_moments_", TORCH_BOX(&Ops::accumulate_moments)); \
   m.impl("accumulate_median_", TORCH_BOX(&Ops::accumulate_median));   \
