@@ -297,11 +297,11 @@ void CheckedEnsemble::set_state(const std::vector<ArrayView>& state) {
   std::vector<int64_t> planes = out_shape;
   if (median) planes.insert(planes.begin(), kWindowPlanes);
 
-  const ArrayView &field = state.front(), &seen = state.back();
+  const ArrayView &field = state.front(), &totals = state.back();
   for (size_t i = 0; i < state.size(); ++i) {
-    if (&state[i] == &seen) {
-      check_placed(op, names[i], seen, "float64", "be float64", tokens);
-      check_written(op, names[i], seen, cells, tokens);
+    if (&state[i] == &totals) {
+      check_placed(op, names[i], totals, "float64", "be float64", tokens);
+      check_written(op, names[i], totals, cells, tokens);
     } else {
       check_placed(op, names[i], state[i], dtype, "be " + dtype + (f64 ? ", as tokens are" : ""),
                    tokens);
@@ -309,8 +309,8 @@ void CheckedEnsemble::set_state(const std::vector<ArrayView>& state) {
     }
   }
   // Dense in the order of its dimensions; a size of 1 steps nowhere.
-  if ((cells[1] > 1 && seen.strides[1] != 1) || (cells[0] > 1 && seen.strides[0] != cells[1]))
-    fail(op, std::string(names.back()) + " must be contiguous", format_strides(seen));
+  if ((cells[1] > 1 && totals.strides[1] != 1) || (cells[0] > 1 && totals.strides[0] != cells[1]))
+    fail(op, std::string(names.back()) + " must be contiguous", format_strides(totals));
   if (args.reduce == Reduce::moments) {
     for (size_t d = 0; d < 4; ++d) {
       if (out_shape[d] > 1 && state[1].strides[d] != field.strides[d])
@@ -328,7 +328,7 @@ void CheckedEnsemble::set_state(const std::vector<ArrayView>& state) {
   args.out = const_cast<void*>(field.data);
   std::copy_n(field.strides.begin() + (median ? 1 : 0), 4, args.out_strides);
   if (median) args.plane_stride = field.strides[0];
-  args.total_weight = static_cast<double*>(const_cast<void*>(seen.data));
+  args.total_weight = static_cast<double*>(const_cast<void*>(totals.data));
 }
 
 CheckedShift::CheckedShift(const char* op, const char* name, const ArrayView& image,
