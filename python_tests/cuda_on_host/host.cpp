@@ -43,7 +43,7 @@ EXPORT const char* ensemble(const srt::EnsembleArgs* args, const srt::ViewNumber
   });
 }
 
-EXPORT const char* ensemble_backward(void* grad_tokens, const srt::EnsembleArgs* args,
+EXPORT const char* mean_backward(void* grad_tokens, const srt::EnsembleArgs* args,
                                      const srt::ViewNumbers* offsets,
                                      const srt::ViewNumbers* weights, void* workspace,
                                      int64_t* bytes) {
