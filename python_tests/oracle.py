@@ -114,9 +114,9 @@ def check_shift_sample(case: Shift, image: torch.Tensor, views: torch.Tensor) ->
         assert_within_budget(views, shift(case, image), same)
 
 
-def large_enough(case: Ensemble) -> Ensemble:
-    """With so many values that the oracle's largest error is not one of a few."""
-    return replace(case, batch=max(case.batch, 128 // case.channels))
+def large_enough(case: Ensemble, values: int = 128) -> Ensemble:
+    """With so many values in a cell that the oracle's largest error is not one of a few."""
+    return replace(case, batch=max(case.batch, values // case.channels))
 
 
 def check_containment(run: Run, values: torch.Tensor, truth: torch.Tensor) -> None:
