@@ -546,9 +546,10 @@ SMALL_TILES = pytest.param("interp-small", marks=pytest.mark.interp)
 CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
 ALL = [*CPU, INTERP, CUDA]
 
+each_gpu = pytest.mark.parametrize("backend", [INTERP, CUDA], indirect=True)
+# The mean has kernels for large and for small tiles.
 each_tile = pytest.mark.parametrize("backend", [*ALL, SMALL_TILES], indirect=True)
-each_interp = pytest.mark.parametrize("backend", [INTERP, SMALL_TILES], indirect=True)
-each_cuda = pytest.mark.parametrize("backend", [INTERP, SMALL_TILES, CUDA], indirect=True)
+each_gpu_tile = pytest.mark.parametrize("backend", [INTERP, SMALL_TILES, CUDA], indirect=True)
 each_device = pytest.mark.parametrize("device", ["cpu", CUDA])
 
 

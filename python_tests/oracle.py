@@ -106,12 +106,23 @@ def check_shift(case: Shift, image: torch.Tensor, views: torch.Tensor) -> None:
     assert_within_rounding(views, shift(case, image), bound)
 
 
-def check_shift_sample(case: Shift, image: torch.Tensor, views: torch.Tensor) -> None:
-    """Of a fixed sample."""
-    check_shift(case, image, views)
-    if image.is_floating_point() and image.dtype != torch.float64:
-        same = shift(case, image, torch.float32).to(image.dtype)
-        assert_within_budget(views, shift(case, image), same)
+@lru_cache(128)
+def _expected_views(
+    case: Shift, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The oracle's, what its code says in float32, and the bound."""
+    image = case.image(dtype)
+    bound = ShiftBounds(case, dtype).views(image)
+    return shift(case, image), shift(case, image, torch.float32).to(dtype), bound
+
+
+def check_shift_sample(case: Shift, dtype: torch.dtype, views: torch.Tensor) -> None:
+    """Of a fixed sample, ``case.image(dtype)``: by the oracle's own error, too."""
+    truth, same, bound = _expected_views(case, dtype)
+    assert views.dtype == dtype
+    assert_within_rounding(views, truth, bound)
+    if dtype not in (torch.float64, torch.uint8):
+        assert_within_budget(views, truth, same)
 
 
 def large_enough(case: Ensemble, values: int = 128) -> Ensemble:

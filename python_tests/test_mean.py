@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from backends import LAYOUTS, Backend, Ops, each_cuda, each_device, each_tile
+from backends import LAYOUTS, Backend, Ops, each_device, each_gpu_tile, each_tile
 from bounds import EnsembleBounds
 from budget import assert_within_rounding
 from hypothesis import given
@@ -91,7 +91,7 @@ def test_golden(
     torch.testing.assert_close(field[0].permute(1, 2, 0), file["output"], rtol=0, atol=1e-5)
 
 
-@each_cuda
+@each_gpu_tile
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("upsample", UPSAMPLES)
 @pytest.mark.parametrize("offsets", ["grid", "real"])
@@ -133,7 +133,7 @@ def test_many_views(views: int, backend: Backend) -> None:
 
 @each_dtype
 @pytest.mark.parametrize("views", [5, 200])
-@each_cuda
+@each_gpu_tile
 def test_same_bits_wherever_the_numbers_lie(
     views: int, dtype: torch.dtype, backend: Backend
 ) -> None:
@@ -150,7 +150,7 @@ def test_same_bits_wherever_the_numbers_lie(
 
 @each_border
 @pytest.mark.parametrize("value_dtype", [torch.float32, torch.float64], ids=str)
-@each_cuda
+@each_gpu_tile
 def test_refused_offsets_cover_nothing(
     value_dtype: torch.dtype, border: str, backend: Backend
 ) -> None:
@@ -167,7 +167,7 @@ def test_refused_offsets_cover_nothing(
 
 @each_border
 @pytest.mark.parametrize("value_dtype", [torch.float32, torch.float64], ids=str)
-@each_cuda
+@each_gpu_tile
 def test_refused_weights_count_nothing(
     value_dtype: torch.dtype, border: str, backend: Backend
 ) -> None:
@@ -515,7 +515,7 @@ def test_strides_of_tokens(backend: Backend, case: Ensemble, layout: str) -> Non
 
 @each_dtype
 @pytest.mark.parametrize("channels", [1, 2, 3, 8, 31, 32, 33, 64, 130, 384])
-@each_cuda
+@each_gpu_tile
 def test_unaligned_tokens(channels: int, dtype: torch.dtype, backend: Backend) -> None:
     """Bases and strides that are no multiples of 16 bytes, of 4, or of 2 elements."""
     case = Ensemble(channels=channels, batch=1, patch=(2, 3))
