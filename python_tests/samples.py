@@ -98,6 +98,10 @@ class Shift:
     value_dtype: torch.dtype = torch.float32
     seed: int = 0
 
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        return len(self.offsets), self.batch, self.channels, *self.size
+
     def image(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         shape = (self.batch, self.channels, *self.size)
         if self.layout == "sliced":
