@@ -153,9 +153,9 @@ def sample_shifts() -> dict[str, Shift]:
     }
 
 
-def random_views(views: int, step: float = 0.125) -> Pairs:
+def random_views(views: int, step: float = 0.125, seed: int = 0) -> Pairs:
     """Up to 4 pixels away, in steps of which some views share dy or dx."""
-    generator = torch.Generator().manual_seed(views)
+    generator = torch.Generator().manual_seed(views + 1000 * seed)
     steps = torch.randint(-int(4 / step), int(4 / step) + 1, (views, 2), generator=generator)
     return tuple((y * step, x * step) for y, x in steps.tolist())
 

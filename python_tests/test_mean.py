@@ -19,7 +19,6 @@ from peak import needs_proc, peak_of
 from samples import (
     BORDERS,
     DTYPES,
-    FAR,
     NO_OFFSETS,
     UPSAMPLES,
     Ensemble,

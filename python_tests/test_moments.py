@@ -36,9 +36,7 @@ def test_rounding_of_any_call(backend: Backend, case: Ensemble, dtype: torch.dty
 
 
 @pytest.mark.parametrize("weights", [None, (1.0, 0.0, 2.5, 1e-3, 7.0)])
-def test_variance_beside_a_large_mean(
-    weights: tuple[float, ...] | None, backend: Backend
-) -> None:
+def test_variance_beside_a_large_mean(weights: tuple[float, ...] | None, backend: Backend) -> None:
     """The mean is 1e4 times the spread, in float32: E[x^2] - E[x]^2 would leave nothing."""
     case = replace(SAMPLES["real"], weights=weights, upsample="nearest")
     tokens = 1e4 + case.tokens()

@@ -64,9 +64,7 @@ def test_lines_of_several_blocks(
 
 @each_padding
 @each_interpolation
-def test_error_budget_of_every_mode(
-    interpolation: str, padding: str, backend: Backend
-) -> None:
+def test_error_budget_of_every_mode(interpolation: str, padding: str, backend: Backend) -> None:
     for dtype in ALL_DTYPES:
         for width in (37, 48):
             case = Shift((7, width), padding=padding, interpolation=interpolation)
