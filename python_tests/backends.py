@@ -1,12 +1,12 @@
-"""The ways to run the kernels, with one interface: what is right holds for every backend.
+"""The ways to run the kernels, with one interface, so that each test runs with all of them.
 
 - ``cpu-*``: the ops on the CPU, with the kernels of one instruction set.
-- ``interp-large``, ``interp-small``: the CUDA sources, executed on the CPU, with large or small tiles
-  in the kernels of the mean. g++ compiles them with cuda_on_host/cuda_runtime.h.
+- ``interp-large``, ``interp-small``: the CUDA sources, executed on the CPU, with large or small
+  tiles in the kernels of the mean. g++ compiles them with cuda_on_host/cuda_runtime.h.
 - ``cuda``: the ops on a GPU.
 
-Images, tokens, gradients and results are on the CPU. ``place`` says where the offsets and weights of
-a call are, both or each: on the "host" or on the "device", in the dtype of the case.
+Images, tokens, gradients and results are on the CPU. ``place`` says where the offsets and weights
+of a call are, both or each: on the "host" or on the "device", in the dtype of the case.
 """
 
 from __future__ import annotations
@@ -240,8 +240,8 @@ class HostDevice(Structure):
 class Guarded:
     """A flat buffer of ``count`` elements between guards; all bytes are 0xff, which is NaN.
 
-    A read beyond it shows in the result, a write beyond it in the guards. ``skip`` elements in front
-    spoil its alignment.
+    A read beyond it shows in the result, a write beyond it in the guards. ``skip`` elements in
+    front spoil its alignment.
     """
 
     def __init__(self, count: int, dtype: torch.dtype, skip: int = 0) -> None:
@@ -253,7 +253,7 @@ class Guarded:
 
     @classmethod
     def copy(cls, tensor: torch.Tensor) -> Guarded:
-        """Of what ``tensor`` spans, with its strides and the alignment of its place in its storage."""
+        """Of what ``tensor`` spans: with its strides, aligned as its place in its storage."""
         span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
         guarded = cls(span, tensor.dtype, tensor.storage_offset() % 64)
         guarded.elements.copy_(tensor.as_strided((span,), (1,)))

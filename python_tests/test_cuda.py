@@ -109,14 +109,6 @@ def test_long_axes() -> None:
         assert_as_on_the_cpu(case, tokens, GPU.ensemble(case, tokens))
 
 
-def test_long_axes() -> None:
-    offsets = ((0.25, -0.5), (0.0, 2.0**20 - 0.25))
-    for grid, patch in (((1, 2**16), (1, 2**6)), ((2**16, 1), (2**6, 1))):
-        case = Ensemble(grid, patch, offsets, channels=2, batch=1)
-        tokens = case.tokens()
-        assert_as_on_the_cpu(case, tokens, GPU.ensemble(case, tokens))
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_again(dtype: torch.dtype) -> None:
     """A result that changes from call to call is a race."""
@@ -565,9 +557,9 @@ def test_a_backward_runs_on_the_stream_of_its_forward() -> None:
 @pytest.mark.serial
 @each_reduce
 def test_a_captured_backward(reduce: str) -> None:
-    case = ENSEMBLES["weights" if reduce != "median" else "grid"]
-    tokens, grad = (t.to("cuda") for t in problem(case, reduce, torch.float32))
-    field = field_of(srt_ext, reduce, case, values=DEVICE)
+    case = ENSEMBLES["weights"]
+    tokens, grad = problem(case, reduce)
+    field = field_of(reduce, case, "device")
     static, static_grad = tokens.clone().requires_grad_(), grad.clone()
 
     def step() -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""What no result shows on a GPU: launches, grids smaller than the work, what stays in the L2 cache.
+"""The CUDA sources, executed on the CPU (backends.CudaOnHost): what no result shows on a GPU.
 
-Also that the run of the CUDA sources on the CPU (backends.CudaOnHost) finds faults, and the ops over it.
+That faults are found, launches, grids smaller than the work, the L2 cache; and the ops over it.
 """
 
 from __future__ import annotations
