@@ -109,6 +109,13 @@ class Ops:
                 rest[i] = self.put(rest[i])
         return [self.put(data), *rest], modes
 
+    def assert_same(self, actual: torch.Tensor, expected: torch.Tensor) -> None:
+        """The same bits; on a GPU close, for other kernels may sum in another order."""
+        if self.device == "cpu":
+            assert torch.equal(actual, expected)
+        else:
+            torch.testing.assert_close(actual, expected, equal_nan=True)
+
     def ensemble(
         self,
         case: Ensemble,
@@ -286,7 +293,8 @@ class Numbers:
 class CudaOnHost:
     """The kernels, called as the glue calls them. Every element of an output is written once."""
 
-    device = "host"
+    device = "cpu"
+    assert_same = Ops.assert_same
     places = ("host", "device")
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -551,6 +559,14 @@ each_gpu = pytest.mark.parametrize("backend", [INTERP, CUDA], indirect=True)
 each_tile = pytest.mark.parametrize("backend", [*ALL, SMALL_TILES], indirect=True)
 each_gpu_tile = pytest.mark.parametrize("backend", [INTERP, SMALL_TILES, CUDA], indirect=True)
 each_device = pytest.mark.parametrize("device", ["cpu", CUDA])
+each_place = pytest.mark.parametrize(
+    ("device", "place"),
+    [
+        ("cpu", "host"),
+        pytest.param("cuda", "host", marks=pytest.mark.cuda),
+        pytest.param("cuda", "device", marks=pytest.mark.cuda),
+    ],
+)
 
 
 @contextmanager

@@ -164,7 +164,7 @@ def test_gradients_of_any_strides(dtype: torch.dtype, backend: Backend) -> None:
             wide[:, 1 : c + 1, :, 1:],  # not aligned
             shifted.view(b, h, w, c).permute(0, 3, 1, 2),
         ):
-            assert torch.equal(backend.mean_backward(case, strided.copy_(grad)), expected)
+            backend.assert_same(backend.mean_backward(case, strided.copy_(grad)), expected)
         # What the gradient of a sum over pixels is expanded to.
         constant = grad[:1, :, :1, :1].expand(case.shape)
         check_mean(case, constant, backend.mean_backward(case, constant))
@@ -198,7 +198,7 @@ def test_views_that_the_host_refuses_get_nothing(border: str, backend: Backend) 
     )
     grad = gradient_of(good, torch.float32)
     actual = backend.mean_backward(case, grad, place="device")
-    assert torch.equal(actual[3:8], backend.mean_backward(good, grad))
+    backend.assert_same(actual[3:8], backend.mean_backward(good, grad))
     actual[3:8] = 0
     assert not actual.any()
     none = replace(case, offsets=NO_OFFSETS, weights=None)
@@ -299,4 +299,4 @@ def test_refused_offsets_of_shift(padding: str, backend: Backend) -> None:
         grad = gradient_of(case, dtype)
         expected = backend.shift_backward(good, grad[: len(good.offsets)])
         grad[len(good.offsets) :] = NAN
-        assert torch.equal(backend.shift_backward(case, grad, place="device"), expected)
+        backend.assert_same(backend.shift_backward(case, grad, place="device"), expected)
