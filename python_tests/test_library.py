@@ -333,16 +333,29 @@ def functions(device: str, place: str) -> dict[str, tuple[Callable[..., Any], to
     }
 
 
-@pytest.mark.parametrize("name", ["ensemble", "median", "moments", "out", *STREAMS, "shift"])
-@each_place
-def test_compiled(device: str, name: str, place: str, compiled: Compiled) -> None:
-    function, value = functions(device, place)[name]
+def check_compiled(function: Callable[..., Any], value: torch.Tensor, compiled: Compiled) -> None:
     results, expected = compiled(function)(value), function(value)
     if isinstance(expected, torch.Tensor):
         results, expected = [results], [expected]
     for result, right in zip(results, expected, strict=True):
         assert torch.equal(result, right)
         assert result.stride() == right.stride()
+
+
+@pytest.mark.parametrize("name", ["ensemble", "median", "moments", "out", *STREAMS, "shift"])
+@each_place
+def test_compiled(device: str, name: str, place: str, compiled: Compiled) -> None:
+    check_compiled(*functions(device, place)[name], compiled)
+
+
+@pytest.mark.slow
+@each_place
+def test_compiled_by_inductor(device: str, place: str) -> None:
+    pytest.importorskip("triton") if device == "cuda" else output_of("g++", "--version")
+    for function, value in functions(device, place).values():
+        torch.compiler.reset()
+        check_compiled(function, value, partial(torch.compile, fullgraph=True))
+    torch.compiler.reset()
 
 
 def test_compiled_ensemble_of_changing_sizes(compiled: Compiled) -> None:
