@@ -1,68 +1,74 @@
-"""ensemble on the CPU: against the oracle, against the published code, and by its properties."""
+"""The mean: against the oracle, against the published code, and by its properties."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from backends import LAYOUTS, Backend, Ops, each_device, each_gpu_tile, each_tile
 from bounds import EnsembleBounds
-from budget import assert_within_budget, assert_within_rounding
+from budget import assert_within_rounding
 from hypothesis import given
 from hypothesis import strategies as st
+from oracle import check_containment, check_ensemble, check_sample, large_enough
+from oracle import ensemble as oracle
 from peak import needs_proc, peak_of
-from samples import BORDERS, DTYPES, UPSAMPLES, Ensemble, ensembles, sample_ensembles
+from samples import (
+    BORDERS,
+    DTYPES,
+    NO_OFFSETS,
+    UPSAMPLES,
+    Ensemble,
+    ensembles,
+    poison,
+    random_views,
+    sample_ensembles,
+)
 from torch.nn import functional
 
 import srt_ext
-from srt_ext import reference
 
+NAN = float("nan")
 SAMPLES = sample_ensembles()
 each_sample = pytest.mark.parametrize("case", SAMPLES.values(), ids=SAMPLES.keys())
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+each_border = pytest.mark.parametrize("border", BORDERS)
+# 40: whole vectors in every dtype, and the last chunk of channels has idle lanes.
+CHANNELS = (None, 40)
 
 
 def run(case: Ensemble, tokens: torch.Tensor) -> torch.Tensor:
-    args, modes = case.call(tokens)
-    return srt_ext.ensemble(*args, **modes)
+    return Ops("cpu").ensemble(case, tokens)
 
 
-def oracle(
-    case: Ensemble, tokens: torch.Tensor, dtype: torch.dtype = torch.float64
-) -> torch.Tensor:
-    args, modes = case.call(tokens)
-    return reference.ensemble(*args, **modes, dtype=dtype)
-
-
-def check_rounding(case: Ensemble, tokens: torch.Tensor, field: torch.Tensor) -> None:
-    assert_within_rounding(field, oracle(case, tokens), EnsembleBounds(case, tokens).mean())
-
-
-def check_budget(case: Ensemble, tokens: torch.Tensor, field: torch.Tensor) -> None:
-    """Of a fixed sample."""
-    check_rounding(case, tokens, field)
-    if tokens.dtype != torch.float64:
-        same = oracle(case, tokens, torch.float32).to(tokens.dtype)
-        assert_within_budget(field, oracle(case, tokens), same)
-
-
-def check(case: Ensemble, tokens: torch.Tensor) -> torch.Tensor:
-    field = run(case, tokens)
-    check_rounding(case, tokens, field)
-    return field
-
-
+@each_tile
 @each_dtype
+@pytest.mark.parametrize("channels", CHANNELS)
 @each_sample
-def test_error_budget(case: Ensemble, dtype: torch.dtype, cpu_kernels: str) -> None:
+def test_error_budget(
+    case: Ensemble, channels: int | None, dtype: torch.dtype, backend: Backend
+) -> None:
+    case = large_enough(replace(case, channels=channels or case.channels))
+    check_sample(case, dtype, backend.ensemble(case, case.tokens(dtype)))
+
+
+@each_tile
+@given(
+    ensembles(),
+    st.sampled_from(DTYPES),
+    st.sampled_from((None, 8, 16, 72)),
+    st.sampled_from(("host", "device")),
+)
+def test_rounding_of_any_call(
+    backend: Backend, case: Ensemble, dtype: torch.dtype, channels: int | None, place: str
+) -> None:
+    place = place if place in backend.places else "host"
+    case = replace(case, channels=channels or case.channels)
     tokens = case.tokens(dtype)
-    check_budget(case, tokens, run(case, tokens))
-
-
-@given(ensembles(), st.sampled_from(DTYPES))
-def test_rounding_of_any_call(cpu_kernels: str, case: Ensemble, dtype: torch.dtype) -> None:
-    check(case, case.tokens(dtype))
+    check_ensemble(case, tokens, backend.ensemble(case, tokens, place=place))
 
 
 @pytest.mark.parametrize("name", ["mean_p16_r3", "mean_p14_r2x4", "fast_p16_r3"])
@@ -82,6 +88,119 @@ def test_golden(
     )
     # The published code sums in float32 in another order; DESIGN section 2 promises 1e-5.
     torch.testing.assert_close(field[0].permute(1, 2, 0), file["output"], rtol=0, atol=1e-5)
+
+
+@each_gpu_tile
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("upsample", UPSAMPLES)
+@pytest.mark.parametrize("offsets", ["grid", "real"])
+def test_tiles_of_a_real_shape(
+    offsets: str, upsample: str, dtype: torch.dtype, backend: Backend
+) -> None:
+    """Several tiles along every axis, several rounds of columns, and long runs between breaks."""
+    case = replace(SAMPLES[offsets], grid=(3, 5), patch=(16, 16), batch=1, channels=72)
+    for border in BORDERS:
+        case = replace(case, upsample=upsample, border=border)
+        tokens = case.tokens(dtype)
+        check_sample(case, dtype, backend.ensemble(case, tokens))
+        poisoned = poison(tokens, 2)
+        check_containment(partial(backend.ensemble, case), poisoned, oracle(case, poisoned))
+
+
+@pytest.mark.parametrize("grid", [(3, 21), (5, 37)])
+def test_positions_far_from_0_in_float64(grid: tuple[int, int], backend: Backend) -> None:
+    """Weights round in proportion to the position: cells between two of them would show it."""
+    for seed in range(5):
+        case = Ensemble(grid, (2, 26), ((0.3, 0.7),), channels=8, seed=seed)
+        tokens = case.tokens(torch.float64)
+        check_ensemble(case, tokens, backend.ensemble(case, tokens))
+
+
+# ---- offsets and weights ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("views", [160, 161, 500])
+def test_many_views(views: int, backend: Backend) -> None:
+    """More numbers than the parameters of a kernel hold."""
+    weights = tuple(v % 7 / 4 for v in range(views))
+    case = Ensemble((2, 2), (4, 4), random_views(views), channels=9)
+    for same in (case, replace(case, weights=weights)):
+        tokens = same.tokens()
+        for place in backend.places:
+            check_sample(same, tokens.dtype, backend.ensemble(same, tokens, place=place))
+
+
+@each_dtype
+@pytest.mark.parametrize("views", [5, 200])
+@each_gpu_tile
+def test_same_bits_wherever_the_numbers_lie(
+    views: int, dtype: torch.dtype, backend: Backend
+) -> None:
+    # Numbers that float32 holds, so that it makes no difference.
+    weights = (1.0, 0.0, 2.5, 0.125, 7.0) * (views // 5)
+    case = replace(SAMPLES["real"], offsets=random_views(views), weights=weights, channels=16)
+    tokens = case.tokens(dtype)
+    field = backend.ensemble(case, tokens)
+    for value_dtype in (torch.float32, torch.float64):
+        case = replace(case, value_dtype=value_dtype)
+        for place in ("device", ("host", "device"), ("device", "host")):
+            assert torch.equal(backend.ensemble(case, tokens, place=place), field)
+
+
+@each_border
+@pytest.mark.parametrize("value_dtype", [torch.float32, torch.float64], ids=str)
+@each_gpu_tile
+def test_refused_offsets_cover_nothing(
+    value_dtype: torch.dtype, border: str, backend: Backend
+) -> None:
+    """On the device, where nobody reads them before the kernels do."""
+    good = replace(SAMPLES["real"], border=border, channels=16, value_dtype=value_dtype)
+    case = replace(good, offsets=NO_OFFSETS[:3] + good.offsets + NO_OFFSETS[3:])
+    tokens = torch.full((len(case.offsets), 2, 15, 16), NAN, dtype=torch.float64)
+    tokens[3:8] = good.tokens()  # the others of their views are never read
+    field = backend.ensemble(case, tokens, place="device")
+    check_ensemble(good, tokens[3:8], field)
+    none = replace(case, offsets=NO_OFFSETS)
+    assert not backend.ensemble(none, tokens[: len(NO_OFFSETS)] * NAN, place="device").any()
+
+
+@each_border
+@pytest.mark.parametrize("value_dtype", [torch.float32, torch.float64], ids=str)
+@each_gpu_tile
+def test_refused_weights_count_nothing(
+    value_dtype: torch.dtype, border: str, backend: Backend
+) -> None:
+    case = replace(SAMPLES["real"], border=border, channels=16, value_dtype=value_dtype)
+    clean = replace(case, weights=(1.0, 0.0, 2.0, 0.0, 0.5))
+    tokens = case.tokens(torch.float64)
+    poisoned = tokens.clone()
+    poisoned[1::2] = NAN
+    infinity = float("inf")
+    for bad in (NAN, infinity, -infinity, -1.0, -1e-30, 2.0**-79 * 0.99):  # the largest is 2
+        refused = replace(case, weights=(1.0, bad, 2.0, bad, 0.5))
+        check_ensemble(clean, tokens, backend.ensemble(refused, poisoned, place="device"))
+    for bad in (NAN, infinity, -1.0, 0.0):
+        none = replace(case, weights=(bad,) * 5)
+        assert not backend.ensemble(none, tokens * NAN, place="device").any()
+
+
+@each_device
+@given(ensembles(), st.sampled_from((torch.float32, torch.float64)))
+def test_offsets_and_weights_of_any_dtype_and_stride(
+    device: str, case: Ensemble, dtype: torch.dtype
+) -> None:
+    # float32 values, which both types hold.
+    views = len(case.offsets)
+    case = replace(case, value_dtype=torch.float32, weights=case.weights or (1.0,) * views)
+    args, modes = Ops(device).call(case, case.tokens(), "device")
+    tokens, offsets, grid, patch, weights = args
+    expected = srt_ext.ensemble(tokens, offsets, grid, patch, weights, **modes)
+    wide = torch.full((views, 3, 2), NAN, dtype=dtype, device=device)
+    wide[:, 1], wide[:, 0, 1] = offsets, weights
+    transposed = offsets.to(dtype).t().contiguous().t()
+    for strided in (wide[:, 1], transposed):
+        field = srt_ext.ensemble(tokens, strided, grid, patch, wide[:, 0, 1], **modes)
+        assert torch.equal(field, expected)
 
 
 # ---- properties ---------------------------------------------------------------------------------
@@ -130,17 +249,16 @@ def test_zero_where_no_view_counts(case: Ensemble) -> None:
 
 @pytest.mark.parametrize("border", ["coverage", "zeros"])
 @each_dtype
-def test_zero_beyond_the_image(border: str, dtype: torch.dtype, cpu_kernels: str) -> None:
+def test_zero_beyond_the_image(border: str, dtype: torch.dtype, backend: Backend) -> None:
     case = replace(SAMPLES["beyond"], border=border, offsets=((12.0, 0.0), (0.0, -30.0)))
-    tokens = case.tokens(dtype)
-    assert torch.equal(run(case, tokens), torch.zeros(case.shape, dtype=dtype))
+    field = backend.ensemble(case, case.tokens(dtype))
+    assert torch.equal(field, torch.zeros(case.shape, dtype=dtype))
 
 
-@pytest.mark.parametrize("border", BORDERS)
-def test_zero_if_all_weights_are_zero(border: str) -> None:
+@each_border
+def test_zero_if_all_weights_are_zero(border: str, backend: Backend) -> None:
     case = replace(SAMPLES["one_view"], weights=(0.0,), border=border)
-    tokens = torch.full_like(case.tokens(), float("nan"))
-    assert torch.equal(run(case, tokens), torch.zeros(case.shape))
+    assert not backend.ensemble(case, torch.full_like(case.tokens(), NAN)).any()
 
 
 @given(ensembles())
@@ -248,45 +366,31 @@ def test_rolled_tokens_of_one_view(upsample: str, cpu_kernels: str) -> None:
 # ---- containment --------------------------------------------------------------------------------
 
 
-def poison(tokens: torch.Tensor, seed: int) -> torch.Tensor:
-    """A copy with a few tokens NaN, Inf or -Inf, in every channel or in one."""
-    tokens = tokens.clone()
-    generator = torch.Generator().manual_seed(seed)
-    for value in (float("nan"), float("inf"), float("-inf")):
-        v, b, n, c = (int(torch.randint(s, (), generator=generator)) for s in tokens.shape)
-        tokens[v, b, n] = value
-        tokens[v, b, n - 1, c] = value
-    return tokens
-
-
-def check_containment(case: Ensemble, tokens: torch.Tensor) -> None:
-    actual, expected = run(case, tokens), oracle(case, tokens)
-    assert torch.equal(actual.isfinite(), expected.isfinite())
-    clean = run(case, torch.where(tokens.isfinite(), tokens, 0))
-    touched = ~expected.isfinite()
-    assert torch.equal(actual[~touched], clean[~touched])
-
-
 @each_dtype
 @each_sample
-def test_containment(case: Ensemble, dtype: torch.dtype, cpu_kernels: str) -> None:
-    tokens = case.tokens(dtype)
-    check_containment(case, poison(tokens, 1))
+@each_tile
+def test_containment(case: Ensemble, dtype: torch.dtype, backend: Backend) -> None:
+    for channels in (16, case.channels):
+        case = replace(case, channels=channels)
+        tokens = poison(case.tokens(dtype), 1)
+        check_containment(partial(backend.ensemble, case), tokens, oracle(case, tokens))
     if case.weights is not None:
-        tokens = tokens.clone()
-        tokens[1] = float("nan")
+        tokens = case.tokens(dtype).clone()
+        tokens[1] = NAN
         assert case.weights[1] == 0
-        assert run(case, tokens).isfinite().all()
+        assert backend.ensemble(case, tokens).isfinite().all()
 
 
+@each_tile
 @given(ensembles(), st.sampled_from(DTYPES), st.integers(0, 2**16))
 def test_containment_of_any_call(
-    cpu_kernels: str, case: Ensemble, dtype: torch.dtype, seed: int
+    backend: Backend, case: Ensemble, dtype: torch.dtype, seed: int
 ) -> None:
-    check_containment(case, poison(case.tokens(dtype), seed))
+    tokens = poison(case.tokens(dtype), seed)
+    check_containment(partial(backend.ensemble, case), tokens, oracle(case, tokens))
 
 
-def test_containment_where_coordinates_round(cpu_kernels: str) -> None:
+def test_containment_where_coordinates_round(backend: Backend) -> None:
     """y + 0.5 + d rounds up: a token lies between those that two pixels of a cell read."""
     case = Ensemble(
         grid=(4, 4),
@@ -298,19 +402,19 @@ def test_containment_where_coordinates_round(cpu_kernels: str) -> None:
     )
     for token in range(16):
         tokens = case.tokens()
-        tokens[:, :, token] = float("nan")
-        check_containment(case, tokens)
+        tokens[:, :, token] = NAN
+        check_containment(partial(backend.ensemble, case), tokens, oracle(case, tokens))
 
 
-def test_a_token_reaches_the_cells_that_read_it(cpu_kernels: str) -> None:
-    """Spelled out, without the oracle: nearest, patch 4, one view moved by one pixel."""
+def test_a_token_reaches_the_cells_that_read_it(backend: Backend) -> None:
+    """Spelled out, without the oracle: patch 4, one view moved by one pixel."""
     tokens = torch.zeros(1, 1, 4, 3)
     tokens[0, 0, 1] = float("inf")
-    field = srt_ext.ensemble(tokens, torch.tensor([[0.0, 1.0]]), (1, 4), (1, 4), upsample="nearest")
-    assert field[0, 0, 0].isinf().nonzero().flatten().tolist() == [3, 4, 5, 6]
-    field = srt_ext.ensemble(tokens, torch.tensor([[0.0, 1.0]]), (1, 4), (1, 4))
-    # p / 4 - 0.5 lies in (0, 2) for y + 1.5 in (2, 10).
-    assert field[0, 0, 0].isfinite().logical_not().nonzero().flatten().tolist() == list(range(1, 9))
+    case = Ensemble((1, 4), (1, 4), ((0.0, 1.0),), channels=3, batch=1)
+    # Bilinear: p / 4 - 0.5 lies in (0, 2) for x + 1.5 in (2, 10).
+    for upsample, cells in (("nearest", [3, 4, 5, 6]), ("bilinear", list(range(1, 9)))):
+        field = backend.ensemble(replace(case, upsample=upsample), tokens)
+        assert (~field[0, 0, 0].isfinite()).nonzero().flatten().tolist() == cells
 
 
 # ---- threads, layouts, memory -------------------------------------------------------------------
@@ -345,53 +449,33 @@ def test_a_channel_that_is_nan_changes_no_bit_of_others(cpu_kernels: str) -> Non
     assert torch.equal(bits, clean.contiguous().view(torch.int32))
 
 
-SIZES = [(2, 5), (1, 1), (0, 5), (2, 0), (0, 0), (1, 64)]
-
-
 @pytest.mark.parametrize("grid", [(2, 3), (1, 3), (2, 1), (1, 1)])
-@pytest.mark.parametrize(("batch", "channels"), SIZES)
-def test_exact_strides(batch: int, channels: int, grid: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("batch", "channels"), [(2, 5), (1, 1), (0, 5), (2, 0), (0, 0), (1, 64)])
+@each_device
+def test_exact_strides(device: str, batch: int, channels: int, grid: tuple[int, int]) -> None:
     for stride in ((1, 1), (2, 3), (grid[0] * 2, grid[1] * 3)):
         case = Ensemble(grid, (2, 3), batch=batch, channels=channels, stride=stride)
-        field = run(case, torch.ones(9, batch, grid[0] * grid[1], channels))
+        tokens = torch.ones(9, batch, grid[0] * grid[1], channels, device=device)
+        args, modes = case.call(tokens)
+        field = srt_ext.ensemble(*args, **modes)
         _, _, height, width = case.shape
         assert tuple(field.shape) == case.shape
         assert field.stride() == (height * width * channels, 1, width * channels, channels)
         assert (field == 1).all()
-
-
-def buffer(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> tuple[torch.Tensor, ...]:
-    """A block of memory full of 7, and an output inside it that leaves a guard on every side."""
-    b, c, h, w = shape
-    if layout == "contiguous":
-        whole = torch.full((b + 2, c, h, w), 7.0, dtype=dtype)
-        return whole, whole[1:-1]
-    if layout == "channels_last":
-        whole = torch.full((b + 2, h, w, c), 7.0, dtype=dtype)
-        return whole, whole[1:-1].permute(0, 3, 1, 2)
-    if layout == "padded":
-        whole = torch.full((b + 2, h + 2, w + 2, c + 2), 7.0, dtype=dtype)
-        return whole, whole[1:-1, 1:-1, 1:-1, 1:-1].permute(0, 3, 1, 2)
-    # Steps of 2 and 3 between elements, and an axis order of its own.
-    whole = torch.full((3 * w + 3, b + 2, 2 * c + 2, h + 2), 7.0, dtype=dtype)
-    return whole, whole[1:-2:3, 1:-1, 1:-1:2, 1:-1].permute(1, 2, 3, 0)
+        assert srt_ext.ensemble(*args, **modes, out=field.zero_()) is field
+        assert (field == 1).all()
 
 
 @each_dtype
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["grid", "stride", "one_token", "wide"])
-def test_out(name: str, dtype: torch.dtype, cpu_kernels: str) -> None:
-    case = SAMPLES[name]
-    tokens = case.tokens(dtype)
-    field = run(case, tokens)
-    args, modes = case.call(tokens)
-    for layout in ("contiguous", "channels_last", "padded", "steps"):
-        whole, out = buffer(case.shape, dtype, layout)
-        expected_whole, expected_out = buffer(case.shape, dtype, layout)
-        expected_out.copy_(field)
-        assert srt_ext.ensemble(*args, **modes, out=out) is out
-        assert torch.equal(whole, expected_whole), layout
-        assert torch.ops.srt.ensemble.out(*args, **modes, out=out.zero_()) is None
-        assert torch.equal(whole, expected_whole), layout
+@each_tile
+def test_out(name: str, layout: str, dtype: torch.dtype, backend: Backend) -> None:
+    for channels in (SAMPLES[name].channels, 16):
+        case = replace(SAMPLES[name], channels=channels)
+        tokens = case.tokens(dtype)
+        field = backend.ensemble(case, tokens, layout=layout)
+        backend.assert_same(field, backend.ensemble(case, tokens))
 
 
 def test_a_result_that_gets_its_pages_first() -> None:
@@ -404,15 +488,8 @@ def test_a_result_that_gets_its_pages_first() -> None:
     assert torch.equal(srt_ext.ensemble(tokens, offsets, (10, 10), (15, 15), out=out), field)
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
-def test_out_of_no_elements(shape: tuple[int, int]) -> None:
-    tokens = torch.empty(1, shape[0], 1, shape[1])
-    out = torch.empty(*shape, 2, 2)
-    assert srt_ext.ensemble(tokens, torch.zeros(1, 2), (1, 1), (2, 2), out=out) is out
-
-
 @given(ensembles(), st.sampled_from(("expanded views", "expanded batch", "permuted", "steps")))
-def test_strides_of_tokens(case: Ensemble, layout: str) -> None:
+def test_strides_of_tokens(backend: Backend, case: Ensemble, layout: str) -> None:
     tokens = case.tokens()
     if layout == "expanded views":
         tokens = tokens[:1].expand(tokens.shape)
@@ -422,33 +499,34 @@ def test_strides_of_tokens(case: Ensemble, layout: str) -> None:
         tokens = tokens.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
     else:
         v, b, n, c = tokens.shape
-        wide = torch.full((2 * v, 3 * b, 2 * n + 1, c + 5), float("nan"))
+        wide = torch.full((2 * v, 3 * b, 2 * n + 1, c + 5), NAN)
         wide[::2, ::3, 1::2, 3:-2] = tokens
         tokens = wide[::2, ::3, 1::2, 3:-2]
-    assert torch.equal(run(case, tokens), run(case, tokens.contiguous()))
+    field = backend.ensemble(case, tokens)
+    check_ensemble(case, tokens, field)
+    backend.assert_same(field, backend.ensemble(case, tokens.contiguous()))
 
 
-def test_one_channel_may_have_any_stride() -> None:
+@each_dtype
+@pytest.mark.parametrize("channels", [1, 2, 3, 8, 31, 32, 33, 64, 130, 384])
+@each_gpu_tile
+def test_unaligned_tokens(channels: int, dtype: torch.dtype, backend: Backend) -> None:
+    """Bases and strides that are no multiples of 16 bytes, of 4, or of 2 elements."""
+    case = Ensemble(channels=channels, batch=1, patch=(2, 3))
+    for begin, wide in ((0, 0), (1, 0), (1, 2), (4, 4), (3, 16), (8, 8)):
+        tokens = torch.randn(9, 1, 3 + 15, begin + channels + wide).to(dtype)
+        tokens = tokens[:, :, 3:, begin : begin + channels]
+        check_ensemble(case, tokens, backend.ensemble(case, tokens))
+
+
+@each_device
+def test_one_channel_may_have_any_stride(device: str) -> None:
     case = replace(SAMPLES["grid"], channels=1)
     tokens = case.tokens()
     strided = torch.stack([tokens, tokens + 1], -1)[..., 0]
     assert strided.stride(3) == 2
-    assert torch.equal(run(case, strided), run(case, tokens))
-
-
-@given(ensembles(), st.sampled_from((torch.float32, torch.float64)))
-def test_offsets_and_weights_of_any_dtype_and_stride(case: Ensemble, dtype: torch.dtype) -> None:
-    # float32 values, which both types hold.
-    views = len(case.offsets)
-    case = replace(case, value_dtype=torch.float32, weights=case.weights or (1.0,) * views)
-    (tokens, offsets, grid, patch, weights), modes = case.call(case.tokens())
-    expected = srt_ext.ensemble(tokens, offsets, grid, patch, weights, **modes)
-    wide = torch.full((views, 3, 2), float("nan"), dtype=dtype)
-    wide[:, 1], wide[:, 0, 1] = offsets, weights
-    transposed = offsets.to(dtype).t().contiguous().t()
-    for strided in (wide[:, 1], transposed):
-        field = srt_ext.ensemble(tokens, strided, grid, patch, wide[:, 0, 1], **modes)
-        assert torch.equal(field, expected)
+    ops = Ops(device)
+    assert torch.equal(ops.ensemble(case, strided), ops.ensemble(case, tokens))
 
 
 def test_tokens_are_not_copied_when_expanded() -> None:
@@ -475,6 +553,7 @@ call(full[:1, :, 1:5], 2)
 """
 
 
+@pytest.mark.slow
 @needs_proc
 @pytest.mark.parametrize(("dtype", "views"), [("float16", 48), ("float32", 24)])
 def test_strided_tokens_are_not_copied(dtype: str, views: int) -> None:
