@@ -38,8 +38,8 @@ class CMakeBuild(build_ext):
 
     def run(self) -> None:
         package = ROOT / "srt_ext" if self.inplace else Path(self.build_lib).resolve() / "srt_ext"
-        # Compiled objects are kept for the next build. The cache is not: its paths are those of this
-        # build, and an isolated build is in a new folder every time.
+        # Compiled objects are kept for the next build. The cache is not: its paths are those of
+        # this build, and an isolated build is in a new folder every time.
         build = ROOT / "build" / "cmake"
         (build / "CMakeCache.txt").unlink(missing_ok=True)
         options = [f"-DPython3_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Release"]

@@ -154,16 +154,14 @@ class EnsembleBounds:
         y, x = (2 * p // s + 2 for p, s in zip(self.case.patch, self.case.stride, strict=True))
         return min(height, y), min(width, x)
 
-    def mean_gradient(self, grad: torch.Tensor) -> torch.Tensor:
-        """Rows are summed, then columns; on CUDA in two halves."""
-        y, x = self._cells
-        return self._gamma(self.fixed + y + x + 1) * self._gradient("mean", grad.double().abs())
-
     @property
     def _fold(self) -> int:
-        """Roundings of the sum over the cells that read a token, in any order."""
+        """Roundings of a mean's gradient: rows are summed, then columns; on CUDA in two halves."""
         y, x = self._cells
-        return self.fixed + y * x + 8  # 8: products with weights, and four sums for each token
+        return self.fixed + y + x + 1
+
+    def mean_gradient(self, grad: torch.Tensor) -> torch.Tensor:
+        return self._gamma(self._fold) * self._gradient("mean", grad.double().abs())
 
     def clear(self) -> torch.Tensor:
         """[B, C, H', W'] where no rounding makes another view the median."""
@@ -173,17 +171,19 @@ class EnsembleBounds:
         return close.sum(0) <= 1
 
     def median_gradient(self, grad: torch.Tensor) -> torch.Tensor:
+        """That of a mean of one view."""
         return self._gamma(self._fold) * self._gradient("median", grad.double().abs())
 
     def moments_gradient(self, grad: torch.Tensor, grad_var: torch.Tensor) -> torch.Tensor:
-        """Of share * (grad + 2 * grad_var * (value - mean)), summed over the cells of a token.
+        """Of share * (grad + 2 * grad_var * (value - mean)), then that of a mean of one view.
 
-        CUDA takes values and means relative to a mean nearby: two differences of a size up to
-        2 * largest. Value and mean are rounded ``count`` times at most. The gradient of the
+        The term is rounded 5 times: a cast of the share, a difference, two products and a sum.
+        Value and mean are off by gamma(count) * largest each and, on CUDA, by as much again
+        (``mean``): at most 8 * gamma(count) * largest * |grad_var| in all. The gradient of the
         oracle's mean is the sum of share * grad.
         """
         size = grad.double().abs() + 8 * grad_var.double().abs() * self.largest
-        return self._gamma(self._fold + self.count) * self._gradient("mean", size)
+        return self._gamma(self._fold + 5 + self.count) * self._gradient("mean", size)
 
 
 class ShiftBounds:

@@ -10,26 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NoReturn
+from itertools import repeat
+from typing import Any, ClassVar
 
 import torch
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_map
 
 _library = torch.library.Library("srt", "FRAGMENT")
 _ops = torch.ops.srt
-
-Modes = dict[str, Any]
-
-
-def _no_derivative(op: str, kind: str) -> NoReturn:
-    raise RuntimeError(f"srt::{op} has no {kind}")
-
-
-def _check_constant(op: str, name: str, given: object) -> None:
-    """``given``: whether the gradient of an argument is needed, or its tangent."""
-    if given is not None and given is not False:
-        _no_derivative(op, f"derivative with respect to {name}: detach them")
 
 
 # ---- one view after the other --------------------------------------------------------------------
@@ -39,18 +29,19 @@ def _check_constant(op: str, name: str, given: object) -> None:
 class _Views:
     """The arguments of an ensemble without its tokens."""
 
+    modes: dict[str, Any]  # upsample, border, stride
     offsets: torch.Tensor  # [V, 2]
     grid: Sequence[int]
     patch: Sequence[int]
     weights: torch.Tensor | None  # [V]
-    modes: Modes  # upsample, border, stride
 
     def ensemble(self, tokens: torch.Tensor, reduce: str = "mean") -> torch.Tensor:
         """[B, C, H', W'] of tokens [V, B, N, C]."""
         if tokens.stride(-1) != 1:  # of a tangent
             tokens = tokens.contiguous()
-        place = (self.offsets, self.grid, self.patch, self.weights)
-        field: torch.Tensor = _ops.ensemble(tokens, *place, reduce=reduce, **self.modes)
+        field: torch.Tensor = _ops.ensemble(
+            tokens, self.offsets, self.grid, self.patch, self.weights, reduce=reduce, **self.modes
+        )
         return field
 
     def mean_backward(self, grad: torch.Tensor) -> torch.Tensor:
@@ -63,18 +54,25 @@ class _Views:
         """Each view by itself, without its weight."""
         return [replace(self, offsets=offsets, weights=None) for offsets in self.offsets.split(1)]
 
-    def pixels(self, device: torch.device) -> torch.Tensor:
-        """[H', W'], float64: the pixels of each cell that count; of a single view.
+    def pixels(self, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """[H', 1] and [W'] of each view, float64; their product is the counted pixels of a cell.
 
-        The kernels know the rule: with ``zeros`` a mean of ones is the covered part of a cell, with
-        ``clamp`` it is 1 unless the offsets are invalid.
+        The kernels apply the border rule: a mean of ones is 1 where the view counts, with ``zeros``
+        the part of the cell that it covers.
         """
-        stride = self.modes["stride"]
-        sy, sx = (stride, stride) if isinstance(stride, int) else stride
         border = "zeros" if self.modes["border"] == "coverage" else "clamp"
-        ones = torch.ones(1, 1, self.grid[0] * self.grid[1], 1, dtype=torch.float64, device=device)
-        parts = replace(self, modes={**self.modes, "border": border}).ensemble(ones)
-        return (parts[0, 0] * (sy * sx)).round()
+        axes = []
+        for axis, shape in enumerate(((-1, 1), (-1,))):
+            sizes = (self.grid, self.patch, self.modes["stride"])
+            grid, patch, stride = ([n[0], 1] if axis == 0 else [1, n[1]] for n in sizes)
+            ones = torch.ones(1, 1, grid[axis], 1, dtype=torch.float64, device=device)
+            own = torch.arange(2, device=self.offsets.device) == axis
+            parts = [
+                _ops.ensemble(ones, offsets, grid, patch, border=border, stride=stride)
+                for offsets in torch.where(own, self.offsets, 0).split(1)
+            ]
+            axes.append([(part * stride[axis]).round().reshape(shape) for part in parts])
+        return list(zip(*axes, strict=True))
 
 
 def _values(
@@ -84,15 +82,15 @@ def _values(
 
     The mean is the sum of share * value; unit is the share for a weight of 1.
     """
-    singles, device = views.split(), tokens.device
-    weights = [torch.ones((), dtype=torch.float64)] * len(singles)
+    pixels = views.pixels(tokens.device)
+    weights = [torch.ones((), dtype=torch.float64)] * len(pixels)
     if views.weights is not None:
         weights = list(torch.where(views.weights > 0, views.weights, 0).double().unbind())
-    total: Any = 0
-    for view, weight in zip(singles, weights, strict=True):
-        total = total + weight * view.pixels(device)
-    for view, weight, chunk in zip(singles, weights, tokens.split(1), strict=True):
-        unit = torch.where(total > 0, view.pixels(device) / torch.where(total > 0, total, 1), 0)
+    total: Any = sum(w * (y * x) for w, (y, x) in zip(weights, pixels, strict=True))
+    total = torch.where(total > 0, total, torch.inf)
+    each = zip(views.split(), weights, pixels, tokens.split(1), strict=True)
+    for view, weight, (y, x), chunk in each:
+        unit = y * x / total
         yield view, view.ensemble(chunk.to(dtype)), (weight * unit).to(dtype), unit.to(dtype)
 
 
@@ -102,6 +100,8 @@ def _scaled(share: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 
 def _mean(views: _Views, tokens: torch.Tensor, dtype: torch.dtype) -> Any:
+    if tokens.dtype == dtype:
+        return views.ensemble(tokens)
     return sum(_scaled(share, value) for _, value, share, _ in _values(views, tokens, dtype))
 
 
@@ -119,14 +119,15 @@ def _median_views(views: _Views, tokens: torch.Tensor) -> Iterator[tuple[_Views,
     tokens = tokens.detach()
     median = views.ensemble(tokens, "median")
     singles, ranks = views.split(), views.offsets[:, 1].argsort(stable=True).argsort().int()
+    numbers = ~median.isnan()  # a NaN median is the value of a NaN view
     nearest = torch.full_like(median, torch.inf)
     selected = torch.full_like(median, len(singles), dtype=torch.int32)
-    for view, rank, chunk in zip(singles, ranks, tokens.split(1), strict=True):
+    each = zip(singles, ranks, views.pixels(tokens.device), tokens.split(1), strict=True)
+    for view, rank, (y, x), chunk in each:
         value = view.ensemble(chunk, "median")
-        same = (value == median) | (value.isnan() & median.isnan())
-        distance = torch.where(same, 0, (value - median).abs().nan_to_num(torch.inf, torch.inf))
+        distance = (value - median).abs().nan_to_num(0, posinf=torch.inf)  # of equal infinities: 0
         closer = (distance < nearest) | ((distance == nearest) & (rank < selected))
-        closer = closer & (view.pixels(tokens.device) > 0)
+        closer = closer & (numbers | value.isnan()) & (y * x > 0)
         nearest = torch.where(closer, distance, nearest)
         selected = torch.where(closer, rank, selected)
     for view, rank in zip(singles, ranks, strict=True):
@@ -135,32 +136,23 @@ def _median_views(views: _Views, tokens: torch.Tensor) -> Iterator[tuple[_Views,
 
 # ---- derivatives composed of other ops -----------------------------------------------------------
 
+# The backward functions get the gradient of a mean or median, that of a variance or None, tokens
+# and ``place``: offsets, grid, patch, weights or None.
+
 
 def _median_backward(
-    grad: torch.Tensor,
-    tokens: torch.Tensor,
-    offsets: torch.Tensor,
-    grid: Sequence[int],
-    patch: Sequence[int],
-    **modes: Any,
+    grad: torch.Tensor, grad_var: None, tokens: torch.Tensor, *place: Any, **modes: Any
 ) -> torch.Tensor:
     """[V, B, N, C]: the gradient of a cell goes to the view that is its median."""
-    views = _median_views(_Views(offsets, grid, patch, None, modes), tokens)
+    views = _median_views(_Views(modes, *place), tokens)
     return torch.cat([view.mean_backward(torch.where(here, grad, 0)) for view, here in views])
 
 
 def _moments_backward(
-    grad: torch.Tensor,
-    grad_var: torch.Tensor,
-    tokens: torch.Tensor,
-    offsets: torch.Tensor,
-    grid: Sequence[int],
-    patch: Sequence[int],
-    weights: torch.Tensor | None,
-    **modes: Any,
+    grad: torch.Tensor, grad_var: torch.Tensor, tokens: torch.Tensor, *place: Any, **modes: Any
 ) -> torch.Tensor:
     """[V, B, N, C]: d mean / d value = share, d var / d value = 2 * share * (value - mean)."""
-    views = _Views(offsets, grid, patch, weights, modes)
+    views = _Views(modes, *place)
     dtype = torch.float64 if tokens.dtype == torch.float64 else torch.float32
     mean = _mean(views, tokens, dtype)
     grads = []
@@ -171,20 +163,13 @@ def _moments_backward(
 
 
 def _weights_backward(
-    grad: torch.Tensor,
-    grad_var: torch.Tensor | None,
-    tokens: torch.Tensor,
-    offsets: torch.Tensor,
-    grid: Sequence[int],
-    patch: Sequence[int],
-    weights: torch.Tensor,
-    **modes: Any,
+    grad: torch.Tensor, grad_var: Any, tokens: torch.Tensor, *place: Any, **modes: Any
 ) -> torch.Tensor:
-    """[V, B], float64: of the mean and, with ``grad_var``, of the variance.
+    """[V, B, C], float64: the gradients of the weights, to be summed.
 
     d mean / d weight = unit * (value - mean), d var / d weight = unit * ((value - mean)^2 - var).
     """
-    views = _Views(offsets, grid, patch, weights, modes)
+    views = _Views(modes, *place)
     mean = _mean(views, tokens, torch.float64)
     var = None if grad_var is None else _variance(views, tokens, mean)
     grads = []
@@ -193,7 +178,7 @@ def _weights_backward(
         terms = grad * distance
         if grad_var is not None:
             terms = terms + grad_var * (distance.square() - var)
-        grads.append(_scaled(unit, terms).sum((1, 2, 3)))
+        grads.append(_scaled(unit, terms).sum((2, 3)))
     return torch.stack(grads)
 
 
@@ -206,10 +191,7 @@ def _median_tangent(views: _Views, tokens: torch.Tensor, tangent: torch.Tensor) 
 
 
 def _moments_tangents(
-    views: _Views,
-    tokens: torch.Tensor,
-    tokens_tangent: torch.Tensor | None,
-    weights_tangent: torch.Tensor | None,
+    views: _Views, tokens: torch.Tensor, tokens_tangent: Any, weights_tangent: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """[B, C, H', W'] of mean and variance."""
     mean = _mean(views, tokens, torch.float64)
@@ -233,10 +215,10 @@ def _moments_tangents(
 
 @dataclass(frozen=True)
 class _Batching:
-    """How an op is mapped: the new dimension becomes part of its batch B.
+    """The vmap rule of an op: the new dimension becomes part of its batch B.
 
-    ``dims``: where B lies in each argument, None in one that has none; ``out``: in the results.
-    Where an argument without B is mapped, one call follows the other.
+    ``dims``: the dimension of B in each argument, None in one without; ``out``: in the results.
+    An argument without B is mapped by a loop over calls.
     """
 
     dims: tuple[int | None, ...]
@@ -245,42 +227,32 @@ class _Batching:
     def __call__(
         self, call: Callable[..., Any], size: int, in_dims: Sequence[Any], args: Sequence[Any]
     ) -> tuple[Any, Any]:
-        mapped = [
-            d if isinstance(a, torch.Tensor) else None for a, d in zip(args, in_dims, strict=True)
+        arguments = [
+            (a, d if isinstance(a, torch.Tensor) else None, b)
+            for a, d, b in zip(args, in_dims, self.dims, strict=False)
         ]
-        arguments = list(zip(args, mapped, self.dims, strict=False))
         if any(dim is not None and b is None for _, dim, b in arguments):
             calls = [
                 call(*(a if d is None else a.select(d, i) for a, d, _ in arguments))
                 for i in range(size)
             ]
-            if isinstance(calls[0], torch.Tensor):
-                return torch.stack(calls), 0
-            return tuple(map(torch.stack, zip(*calls, strict=True))), (0,) * len(calls[0])
+            return tree_map(lambda *results: torch.stack(results), *calls), 0
 
-        batches = []
+        batch = 0
 
         def fold(tensor: Any, dim: int | None, b: int | None) -> Any:
+            nonlocal batch
             if tensor is None or b is None:
                 return tensor
             if dim is None:
                 tensor = tensor.unsqueeze(b).expand(*tensor.shape[:b], size, *tensor.shape[b:])
             else:
                 tensor = tensor.movedim(dim, b)
-            batches.append(tensor.shape[b + 1])
-            return tensor.reshape(
-                *tensor.shape[:b], size * tensor.shape[b + 1], *tensor.shape[b + 2 :]
-            )
+            batch = tensor.shape[b + 1]
+            return tensor.flatten(b, b + 1)
 
         result = call(*(fold(*a) for a in arguments))
-
-        def unfold(tensor: torch.Tensor) -> torch.Tensor:
-            shape = tensor.shape
-            return tensor.reshape(*shape[: self.out], size, batches[0], *shape[self.out + 1 :])
-
-        if isinstance(result, torch.Tensor):
-            return unfold(result), self.out
-        return tuple(map(unfold, result)), (self.out,) * len(result)
+        return tree_map(lambda tensor: tensor.unflatten(self.out, (size, batch)), result), self.out
 
 
 # ---- the ops -------------------------------------------------------------------------------------
@@ -300,7 +272,10 @@ class _Function(torch.autograd.function._SingleLevelFunction):
 
     op: Any
     name: str  # of the public op, in messages
+    constant: ClassVar = {"offsets": "derivative with respect to offsets: detach them"}
     batching: _Batching
+    gradients: Any  # (ctx, arguments, gradients of the results) -> those of the first arguments
+    tangents: Any  # (ctx, arguments, their tangents) -> those of the results
 
     @classmethod
     def reads_first(cls, ctx: Any) -> bool:
@@ -308,19 +283,11 @@ class _Function(torch.autograd.function._SingleLevelFunction):
         return False
 
     @classmethod
-    def check(cls, given: dict[str, Any]) -> None:
-        """Raises for arguments without a derivative: flags or tangents by name."""
-        _check_constant(cls.name, "offsets", given["offsets"])
-
-    @classmethod
-    def gradients(cls, ctx: Any, args: list[Any], grads: Sequence[Any]) -> tuple[Any, ...]:
-        """Of the first arguments; those that follow have none."""
-        raise NotImplementedError
-
-    @classmethod
-    def tangents(cls, ctx: Any, args: list[Any], tangents: Sequence[Any]) -> Any:
-        """Of the results."""
-        raise NotImplementedError
+    def check(cls, values: Sequence[Any]) -> None:
+        """``values``: of each argument, whether a gradient is needed, or its tangent."""
+        for argument, value in zip(cls.op._schema.arguments, values, strict=False):
+            if argument.name in cls.constant and value is not None and value is not False:
+                raise RuntimeError(f"srt::{cls.name} has no {cls.constant[argument.name]}")
 
     @classmethod
     def forward(cls, *args: Any) -> Any:
@@ -349,7 +316,7 @@ class _Function(torch.autograd.function._SingleLevelFunction):
     @classmethod
     def backward(cls, ctx: Any, *grads: Any) -> Any:
         needs = ctx.needs_input_grad
-        cls.check(_by_name(cls.op, needs))
+        cls.check(needs)
         found: tuple[Any, ...] = ()
         if any(grad is not None for grad in grads):
             found = cls.gradients(ctx, _arguments(ctx, ctx.saved_tensors), grads)
@@ -358,15 +325,11 @@ class _Function(torch.autograd.function._SingleLevelFunction):
     @classmethod
     def jvp(cls, ctx: Any, *tangents: Any) -> Any:
         """Forward mode is switched off here; the levels below need theirs."""
-        cls.check(_by_name(cls.op, tangents))
+        cls.check(tangents)
         # Without the tangents that are given anyway.
         saved = [None if t is None else forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors]
         with forward_ad._set_fwd_grad_enabled(ctx.enabled[1]):
             return cls.tangents(ctx, _arguments(ctx, saved), tangents)
-
-
-def _by_name(op: Any, values: Sequence[Any]) -> dict[str, Any]:
-    return {a.name: v for a, v in zip(op._schema.arguments, values, strict=False)}
 
 
 def _arguments(ctx: Any, saved: Sequence[Any]) -> list[Any]:
@@ -400,80 +363,57 @@ class _Ensemble(_Function):
 
     @classmethod
     def reads_first(cls, ctx: Any) -> bool:
-        return ctx.modes["reduce"] == "median" or bool(ctx.needs_input_grad[4])
+        return ctx.modes.get("reduce") != "mean" or bool(ctx.needs_input_grad[4])
 
     @classmethod
     def gradients(cls, ctx: Any, args: list[Any], grads: Sequence[Any]) -> tuple[Any, ...]:
         tokens, *place = args
-        (grad,) = grads
         modes = dict(ctx.modes)
-        median = modes.pop("reduce") == "median"
-        of_tokens = of_weights = None
-        if ctx.needs_input_grad[0] and median:
-            of_tokens = _ops._median_backward(grad, tokens, *place[:3], **modes)
+        reduce = modes.pop("reduce", "moments")
+        given = next(grad for grad in grads if grad is not None)
+        grads = [torch.zeros_like(given) if grad is None else grad for grad in grads]
+        grad, grad_var = (*grads, None)[:2]
+        tokens_grad = weights_grad = None
+        if ctx.needs_input_grad[0] and reduce == "mean":
+            tokens_grad = _Views(modes, *place).mean_backward(grad)
         elif ctx.needs_input_grad[0]:
-            of_tokens = _Views(*place, modes).mean_backward(grad)
+            op = _ops._median_backward if reduce == "median" else _ops._moments_backward
+            tokens_grad = op(grad, grad_var, tokens, *place, **modes)
         if ctx.needs_input_grad[4]:
-            of_weights = _ops._weights_backward(grad, None, tokens, *place, **modes)
-            of_weights = of_weights.sum(1).to(place[3])
-        return of_tokens, None, None, None, of_weights
+            weights_grad = _ops._weights_backward(grad, grad_var, tokens, *place, **modes)
+            weights_grad = weights_grad.sum((1, 2)).to(place[3])
+        return tokens_grad, None, None, None, weights_grad
 
     @classmethod
     def tangents(cls, ctx: Any, args: list[Any], tangents: Sequence[Any]) -> Any:
         tokens, *place = args
-        of_tokens, _, _, _, of_weights, _ = tangents
         modes = dict(ctx.modes)
-        reduce = modes.pop("reduce")
-        views = _Views(*place, modes)
+        reduce = modes.pop("reduce", "moments")
+        views = _Views(modes, *place)
+        tokens_tangent, weights_tangent = tangents[0], tangents[4]
         if reduce == "median":
-            return _median_tangent(views, tokens, of_tokens)
-        result: Any = 0
-        if of_tokens is not None:
-            result = views.ensemble(of_tokens)
-        if of_weights is not None:
-            result = result + _moments_tangents(views, tokens, None, of_weights)[0]
+            return _median_tangent(views, tokens, tokens_tangent)
+        if reduce == "moments":
+            return _moments_tangents(views, tokens, tokens_tangent, weights_tangent)
+        result = 0 if tokens_tangent is None else views.ensemble(tokens_tangent)
+        if weights_tangent is not None:
+            result = result + _moments_tangents(views, tokens, None, weights_tangent)[0]
         return result
 
 
-class _Moments(_Function):
+class _Moments(_Ensemble):
     op, name = _ops.ensemble_moments.default, "ensemble_moments"
-    batching = _Batching((1, None, None, None, None), 0)
-
-    @classmethod
-    def reads_first(cls, ctx: Any) -> bool:
-        return True
-
-    @classmethod
-    def gradients(cls, ctx: Any, args: list[Any], grads: Sequence[Any]) -> tuple[Any, ...]:
-        tokens, *place = args
-        given = next(grad for grad in grads if grad is not None)
-        both = [torch.zeros_like(given) if grad is None else grad for grad in grads]
-        of_tokens = of_weights = None
-        if ctx.needs_input_grad[0]:
-            of_tokens = _ops._moments_backward(*both, tokens, *place, **ctx.modes)
-        if ctx.needs_input_grad[4]:
-            of_weights = _ops._weights_backward(*both, tokens, *place, **ctx.modes)
-            of_weights = of_weights.sum(1).to(place[3])
-        return of_tokens, None, None, None, of_weights
-
-    @classmethod
-    def tangents(cls, ctx: Any, args: list[Any], tangents: Sequence[Any]) -> Any:
-        tokens, *place = args
-        of_tokens, _, _, _, of_weights, _ = tangents
-        return _moments_tangents(_Views(*place, ctx.modes), tokens, of_tokens, of_weights)
 
 
 class _MeanBackward(_Function):
     """Linear in the gradient of the mean."""
 
     op, name = _ops._mean_backward.default, "ensemble"
+    constant: ClassVar = {
+        **_Function.constant,
+        "weights": "second derivative with respect to weights",
+    }
     batching = _Batching((0, None, None, None, None), 1)
-
-    @classmethod
-    def check(cls, given: dict[str, Any]) -> None:
-        if given["weights"] is not None and given["weights"] is not False:
-            _no_derivative(cls.name, "second derivative with respect to weights")
-        super().check(given)
 
     @classmethod
     def gradients(cls, ctx: Any, args: list[Any], grads: Sequence[Any]) -> tuple[Any, ...]:
@@ -485,33 +425,23 @@ class _MeanBackward(_Function):
 
     @classmethod
     def views(cls, ctx: Any, args: list[Any]) -> _Views:
-        return _Views(*args[1:], ctx.modes)
+        return _Views(ctx.modes, *args[1:])
 
 
 # ---- registration --------------------------------------------------------------------------------
 
 
 def _needs_gradient(args: Sequence[Any]) -> bool:
-    if torch.is_grad_enabled():
-        for arg in args:
-            if isinstance(arg, torch.Tensor) and arg.requires_grad:
-                return True
-    return False
-
-
-def _in_forward_mode() -> bool:
-    return forward_ad._current_level >= 0
-
-
-def _implement(op: Any, kernel: Callable[..., Any], key: str, *, with_keyset: bool = False) -> None:
-    _library.impl(op.name().removeprefix("srt::"), kernel, key, with_keyset=with_keyset)
+    return torch.is_grad_enabled() and any(
+        isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args
+    )
 
 
 def _register(op: Any, derivative: Callable[..., Any], batching: _Batching) -> None:
     """``derivative`` replaces the op where it is differentiated."""
 
     def kernel(*args: Any, **modes: Any) -> Any:
-        if _in_forward_mode() or _needs_gradient(args):
+        if forward_ad._current_level >= 0 or _needs_gradient(args):
             return derivative(*args, **modes)
         with torch._C._AutoDispatchBelowAutograd():  # without the cost of a node
             return op(*args, **modes)
@@ -519,7 +449,7 @@ def _register(op: Any, derivative: Callable[..., Any], batching: _Batching) -> N
     def mapped(info: Any, in_dims: Any, *args: Any, **modes: Any) -> Any:
         return batching(partial(op, **modes), info.batch_size, in_dims, args)
 
-    _implement(op, kernel, "Autograd")
+    _library.impl(op, kernel, "Autograd")
     torch.library.register_vmap(op, mapped)
 
 
@@ -540,19 +470,30 @@ def _register_function(function: type[_Function]) -> None:
     _register(op, node, function.batching)
 
 
-def _register_composite(schema: str, function: Callable[..., torch.Tensor], fake: Any) -> None:
+def _register_composite(function: Callable[..., torch.Tensor], fake: Callable[..., Any]) -> None:
     """An op that torch.compile does not trace: its loop over the views would be unrolled.
 
     Where it is differentiated it is the ``function``, made of ops that have derivatives.
+    ``fake`` makes its result from the tokens.
     """
     name = function.__name__
-    batched = {"grad": 0, "grad_var": 0, "tokens": 1}
-    _library.define(f"{name}({schema}, *, str upsample, str border, int[2] stride) -> Tensor")
+    _library.define(
+        f"{name}(Tensor grad, Tensor? grad_var, Tensor tokens, Tensor offsets, int[2] grid, "
+        "int[2] patch, Tensor? weights, *, str upsample, str border, int[2] stride) -> Tensor"
+    )
     op = getattr(_ops, name).default
-    dims = tuple(batched.get(a.name) for a in op._schema.arguments if not a.kwarg_only)
-    _implement(op, function, "CompositeExplicitAutograd")
-    _register(op, function, _Batching(dims, 1))
-    torch.library.register_fake(f"srt::{name}", fake)
+
+    def kernel(grad: Any, grad_var: Any, tokens: Any, *place: Any, **modes: Any) -> torch.Tensor:
+        """A few channels at a time, so that the temporaries are small."""
+        batch, _, height, width = grad.shape
+        channels = 16 * max(1, 2**17 // max(1, batch * height * width))
+        variances = repeat(None) if grad_var is None else grad_var.split(channels, 1)
+        parts = zip(grad.split(channels, 1), variances, tokens.split(channels, 3), strict=False)
+        return torch.cat([function(*part, *place, **modes) for part in parts], -1)
+
+    _library.impl(op, kernel, "CompositeExplicitAutograd")
+    _register(op, function, _Batching((0, 0, 1, None, None, None, None), 1))
+    torch.library.register_fake(f"srt::{name}", lambda grad, var, tokens, *_, **modes: fake(tokens))
 
 
 def _register_mutation(op: Any, subject: str) -> None:
@@ -573,7 +514,7 @@ def _register_mutation(op: Any, subject: str) -> None:
     def autograd(*args: Any, **modes: Any) -> None:
         tensors = [a for a in (*args, *modes.values()) if isinstance(a, torch.Tensor)]
         if _needs_gradient(tensors) or (
-            _in_forward_mode()
+            forward_ad._current_level >= 0
             and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
         ):
             raise RuntimeError(
@@ -601,33 +542,20 @@ def _register_mutation(op: Any, subject: str) -> None:
         plain = [a.resolve_neg().resolve_conj() if isinstance(a, torch.Tensor) else a for a in args]
         op(*plain, **modes)
 
-    _implement(op, autograd, "Autograd")
-    _implement(op, version, "ADInplaceOrView", with_keyset=True)
-    _implement(op, negative, "Negative")
-    _implement(op, negative, "Conjugate")
+    _library.impl(op, autograd, "Autograd")
+    _library.impl(op, version, "ADInplaceOrView", with_keyset=True)
+    _library.impl(op, negative, "Negative")
+    _library.impl(op, negative, "Conjugate")
 
 
 for _function in (_Shift, _ShiftBackward, _Ensemble, _Moments, _MeanBackward):
     _register_function(_function)
-_VIEWS = "Tensor tokens, Tensor offsets, int[2] grid, int[2] patch"
+_register_composite(_median_backward, lambda tokens: tokens.new_empty(tokens.shape))
+_register_composite(_moments_backward, lambda tokens: tokens.new_empty(tokens.shape))
 _register_composite(
-    f"Tensor grad, {_VIEWS}",
-    _median_backward,
-    lambda grad, tokens, *_, **modes: grad.new_empty(tokens.shape),
-)
-_register_composite(
-    f"Tensor grad, Tensor grad_var, {_VIEWS}, Tensor? weights",
-    _moments_backward,
-    lambda grad, grad_var, tokens, *_, **modes: grad.new_empty(tokens.shape),
-)
-_register_composite(
-    f"Tensor grad, Tensor? grad_var, {_VIEWS}, Tensor weights",
     _weights_backward,
-    lambda grad, grad_var, tokens, *_, **modes: grad.new_empty(
-        tokens.shape[:2], dtype=torch.float64
-    ),
+    lambda tokens: tokens.new_empty(*tokens.shape[:2], tokens.shape[3], dtype=torch.float64),
 )
 _register_mutation(_ops.ensemble.out, "out=")
-_register_mutation(_ops.accumulate_mean_.default, "the state of a stream")
-_register_mutation(_ops.accumulate_moments_.default, "the state of a stream")
-_register_mutation(_ops.accumulate_median_.default, "the state of a stream")
+for _op in (_ops.accumulate_mean_, _ops.accumulate_moments_, _ops.accumulate_median_):
+    _register_mutation(_op.default, "the state of a stream")
