@@ -46,19 +46,29 @@ bool combine_rows(const MeanPlan<Acc>& plan, int64_t tile, int64_t first, const 
   return no_nan(check);
 }
 
-// X cells of one row from their sums: out = inverse * sum, and where there is a `keep`, keep * out
-// is added.
+// A cell from its sums: out = inverse * sum, and where there is a `keep`, keep * out is added.
+// Whole vectors of channels.
 template <int V, class Out, class Acc>
-SRT_INLINE void write_cell(Vec<Acc> (&sum)[V], Acc inverse, Acc keep, Out* out, int64_t stride_c,
-                           int64_t n) {
+SRT_INLINE void write_cell(Vec<Acc> (&sum)[V], Acc inverse, Acc keep, Out* out) {
 #pragma GCC unroll 4
-  for (int v = 0; v < V; ++v) sum[v] = inverse != 0 ? sum[v] * inverse : Vec<Acc>{};
+  for (int v = 0; v < V; ++v) {
+    sum[v] = inverse != 0 ? sum[v] * inverse : Vec<Acc>{};
+    if (keep != 0) sum[v] += keep * load(out + v * kLanes<Acc>);
+    store(out + v * kLanes<Acc>, sum[v]);
+  }
+}
+
+// The same of n channels of any stride. Not inlined: it would be compiled for each cell of a tile.
+template <int V, class Out, class Acc>
+__attribute__((noinline)) void write_part(const Acc* sums, Acc inverse, Acc keep, Out* out,
+                                          int64_t stride_c, int64_t n) {
+  Vec<Acc> sum[V], before[V];
+  for (int v = 0; v < V; ++v) {
+    sum[v] = inverse != 0 ? load(sums + v * kLanes<Acc>) * inverse : Vec<Acc>{};
+    before[v] = Vec<Acc>{};
+  }
   if (keep != 0) {
-    Vec<Acc> before[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) before[v] = Vec<Acc>{};
     load_block(out, stride_c, n, before);
-#pragma GCC unroll 4
     for (int v = 0; v < V; ++v) sum[v] += keep * before[v];
   }
   store_block(out, stride_c, n, sum);
@@ -87,11 +97,21 @@ void filter_rows(const MeanPlan<Acc>& plan, int64_t rows, int64_t n, Out* out, c
         sum_inputs<X, kExact>(from + c, table.input + first, plan.pass, weight, pitch, count, block,
                               sum);
         Out* const to = out + r * plan.out_strides[2] + x * stride_x + c * stride_c;
+        const auto keep_of = [&](int64_t i) { return plan.total_weight ? keep[i] : Acc{0}; };
+        if (stride_c == 1 && n - c >= block) {
 #pragma GCC unroll 8
-        for (int i = 0; i < X; ++i) {
-          if (i >= cells) break;
-          write_cell(sum[i], inverse[i], plan.total_weight ? keep[i] : Acc{0}, to + i * stride_x,
-                     stride_c, n - c);
+          for (int i = 0; i < X; ++i)
+            if (i < cells) write_cell(sum[i], inverse[i], keep_of(i), to + i * stride_x);
+        } else {
+          Acc sums[X * block];
+#pragma GCC unroll 8
+          for (int i = 0; i < X; ++i) {
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) store(sums + i * block + v * kLanes<Acc>, sum[i][v]);
+          }
+          for (int64_t i = 0; i < cells; ++i)
+            write_part<V>(sums + i * block, inverse[i], keep_of(i), to + i * stride_x, stride_c,
+                          n - c);
         }
       }
     }
