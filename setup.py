@@ -38,15 +38,15 @@ class CMakeBuild(build_ext):
 
     def run(self) -> None:
         package = ROOT / "srt_ext" if self.inplace else Path(self.build_lib).resolve() / "srt_ext"
-        build = Path(self.build_temp).resolve()
-        # CMake keeps the paths of the first run; an isolated build has a new folder every time.
+        # Compiled objects are kept for the next build. The cache is not: its paths are those of
+        # this build, and an isolated build is in a new folder every time.
+        build = ROOT / "build" / "cmake"
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
         options = [f"-DPython3_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Release"]
         for name in ("SRT_CUDA", "SRT_CUDA_ARCHS"):
             if name in os.environ:
                 options.append(f"-D{name}={os.environ[name]}")
-        subprocess.check_call(
-            ["cmake", "-S", ROOT, "-B", build, "--fresh", "-G", "Ninja", *options]
-        )
+        subprocess.check_call(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *options])
         subprocess.check_call(["cmake", "--build", build])
         for library in libraries(package):  # of a build with other options
             library.unlink()

@@ -1,4 +1,4 @@
-"""Speed, memory and quality: see README.md beside this file."""
+"""Speed and memory: see README.md beside this file."""
 
 import time
 

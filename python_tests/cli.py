@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from srt_ext.command import app
+from srt_ext.cli import app
 
 SMALL = "test_vit"  # 6 blocks of 64 channels, patches of 16 pixels
 

@@ -1,14 +1,21 @@
-"""Fixtures that all tests share."""
+"""Fixtures that all tests share, and which tests run by default.
+
+``pytest`` leaves out what is marked slow, and runs a few cases of each test that is marked interp;
+``pytest -m ""`` runs all, with more examples of hypothesis. Tests that are marked cuda need a GPU.
+"""
 
 from __future__ import annotations
 
 import os
+import random
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Read when torch is imported. Threads that spin while they wait make small calls ten times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import backends
 import numpy as np
 import pytest
 import torch
@@ -17,33 +24,58 @@ from hypothesis import HealthCheck, settings
 import srt_ext  # noqa: F401  (registers torch.ops.srt)
 
 # Derandomised, so that a run says the same as the run before it. A fixture holds for all examples
-# of a test, which is what `cpu_kernels` is for.
-settings.register_profile(
-    "srt",
-    max_examples=60,
-    derandomize=True,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-settings.load_profile("srt")
+# of a test, which is what `backend` is for.
+for profile, examples in (("fast", 15), ("full", 60)):
+    settings.register_profile(
+        profile,
+        max_examples=examples,
+        derandomize=True,
+        deadline=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture],
+    )
+
+INTERP_CASES = 6  # of a test, by default
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """JAX last: it starts threads, after which a process should not be forked, as tests do."""
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("--hypothesis-profile", None):
+        settings.load_profile("fast" if "not slow" in config.option.markexpr else "full")
+
+
+@pytest.hookimpl(tryfirst=True)  # before those that are marked slow are left out
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # JAX last: it starts threads, after which a process should not be forked, as tests do.
     items.sort(key=lambda item: "jax" in item.name)
+    interp = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("interp"):
+            interp[item.nodeid.split("[")[0]].append(item)
+    for cases in interp.values():
+        rest = max(0, len(cases) - INTERP_CASES)
+        for item in random.Random(0).sample(cases, rest):
+            item.add_marker("slow")
+    if not torch.cuda.is_available() and not config.option.collectonly:
+        cuda = [item for item in items if item.get_closest_marker("cuda")]
+        items[:] = [item for item in items if not item.get_closest_marker("cuda")]
+        config.hook.pytest_deselected(items=cuda)
 
 
 # Beside the checkout, on machines that have it.
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
-@pytest.fixture(params=torch.ops.srt._available_cpu_kernels().split(","))
+@pytest.fixture(params=backends.ALL)
+def backend(request: pytest.FixtureRequest) -> Iterator[backends.Backend]:
+    """Runs a test once with each way to run the kernels."""
+    with backends.opened(request.param) as kernels:
+        yield kernels
+
+
+@pytest.fixture(params=backends.CPU)
 def cpu_kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs a test once with each instruction set of this machine."""
-    torch.ops.srt._force_cpu_kernels(request.param)
-    assert torch.ops.srt._cpu_kernels() == request.param
-    yield request.param
-    torch.ops.srt._force_cpu_kernels("auto")
+    with backends.opened(request.param):
+        yield request.param
 
 
 @pytest.fixture

@@ -21,6 +21,17 @@ FAR = 2.0**20  # the largest offset
 Pairs = tuple[tuple[float, float], ...]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
+# They cover nothing: not finite, or too far away.
+NO_OFFSETS: Pairs = (
+    (float("nan"), 0.0),
+    (0.0, float("nan")),
+    (float("inf"), 1.0),
+    (2.0, float("-inf")),
+    (0.0, 2.0 * FAR),
+    (-FAR - 0.125, 1.0),
+    (-1e30, -1e30),
+)
+
 _GRID: Pairs = tuple((float(y), float(x)) for y in (-2, 0, 2) for x in (-3, 0, 3))
 _REAL: Pairs = ((0.0, 0.0), (0.25, -0.625), (-3.3, 7.1), (2.5, 2.5), (-0.7, -5.9))
 
@@ -61,6 +72,10 @@ class Ensemble:
         shape = (len(self.offsets), self.batch, self.prefix + count, self.channels)
         return _random(shape, dtype, self.seed)[:, :, self.prefix :]
 
+    def fit(self, reduce: str) -> Ensemble:
+        """Without weights for the median, which refuses them."""
+        return replace(self, weights=None) if reduce == "median" else self
+
     def call(self, tokens: torch.Tensor) -> Call:
         """Arguments and keywords, for the op and for the function."""
         weights = self.weights and torch.tensor(self.weights, dtype=self.value_dtype)
@@ -82,6 +97,10 @@ class Shift:
     interpolation: str = "bilinear"
     value_dtype: torch.dtype = torch.float32
     seed: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        return len(self.offsets), self.batch, self.channels, *self.size
 
     def image(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         shape = (self.batch, self.channels, *self.size)
@@ -132,6 +151,25 @@ def sample_shifts() -> dict[str, Shift]:
         "channels_last": replace(plain, layout="channels_last", interpolation="bicubic"),
         "one_pixel": replace(plain, size=(1, 1)),
     }
+
+
+def random_views(views: int, step: float = 0.125, seed: int = 0) -> Pairs:
+    """Up to 4 pixels away, in steps of which some views share dy or dx."""
+    generator = torch.Generator().manual_seed(views + 1000 * seed)
+    steps = torch.randint(-int(4 / step), int(4 / step) + 1, (views, 2), generator=generator)
+    return tuple((y * step, x * step) for y, x in steps.tolist())
+
+
+def poison(values: torch.Tensor, seed: int) -> torch.Tensor:
+    """A copy where a few rows (along the last axis) and a few elements are NaN, Inf and -Inf."""
+    values = values.clone()
+    generator = torch.Generator().manual_seed(seed)
+    for value in (float("nan"), float("inf"), float("-inf")):
+        *row, last = (int(torch.randint(s, (), generator=generator)) for s in values.shape)
+        values[tuple(row)] = value
+        row[-1] -= 1
+        values[(*row, last)] = value
+    return values
 
 
 def _offset(pixels: int) -> st.SearchStrategy[float]:

@@ -17,11 +17,14 @@ import torch
 from conftest import SHARED
 from torch import nn
 
-from srt_ext import SRT, reference
-from srt_ext.backbones import describe, eagerly, load_timm
+from srt_ext import SRT, _memory, reference
+from srt_ext import srt as srt_module
+from srt_ext.backbones import describe, force_eager
+from srt_ext.hub import load_timm
 
 # The picture itself, whole and broken pixels.
 OFFSETS = torch.tensor([[0.0, 0.0], [1.5, -2.0], [-3.0, 0.25]])
+ITSELF = torch.zeros(1, 2)
 Tokens = Callable[[torch.Tensor], torch.Tensor]  # [B, 3, H, W] -> [B, h, w, C]
 
 
@@ -60,20 +63,23 @@ TIMM = {
         0,
         "NHWC",
     ),
-    "ConvNeXt": Family("convnext_atto", {"depths": (1, 1, 1, 1)}, (64, 96), 32, 0, "NCHW"),
-    "ResNet": Family("resnet18", {}, (64, 96), 32, 0, "NCHW"),
+    "ConvNeXt": Family("test_convnext", {}, (64, 96), 32, 0, "NCHW"),
+    "ResNet": Family("test_resnet", {}, (64, 96), 32, 0, "NCHW"),
 }
 
 
-def timm_model(family: str) -> Any:
+def create(name: str, **settings: Any) -> Any:
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
-    kind = TIMM[family]
-    return unlike(timm.create_model(kind.name, pretrained=False, **kind.settings).eval())
+    return timm.create_model(name, pretrained=False, **settings).eval()
 
 
-def unlike(model: Any) -> Any:
-    """With norms that are seen if they are applied twice: new ones have weights of 1 and 0."""
+def timm_model(family: str) -> Any:
+    return with_random_norms(create(TIMM[family].name, **TIMM[family].settings))
+
+
+def with_random_norms(model: Any) -> Any:
+    """A norm that is applied twice changes the result: new ones have weights of 1 and 0."""
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.data += 0.3 * torch.randn_like(parameter)
@@ -122,42 +128,43 @@ def outputs_of(model: nn.Module, names: list[str]) -> Iterator[dict[str, torch.T
         handle.remove()
 
 
+def batch_sizes(model: Any) -> list[int]:
+    """The batch sizes of the forwards from here on."""
+    sizes: list[int] = []
+    model.blocks[0].register_forward_pre_hook(lambda _m, inputs: sizes.append(len(inputs[0])))
+    return sizes
+
+
 # ---- timm ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", TIMM)
-def test_timm_needs_no_settings(family: str) -> None:
+def test_families_of_timm_need_no_settings(family: str) -> None:
+    """The last layer with its norm; first and last as they are, at their own pitch; and inject."""
     model, kind = timm_model(family), TIMM[family]
     images = torch.randn(2, 3, *kind.size)
     grid = (kind.size[0] // kind.pitch, kind.size[1] // kind.pitch)
-    srt = SRT(model, OFFSETS, stride=kind.pitch // 2, view_batch=2)
+    settings: dict[str, Any] = {"stride": kind.pitch // 2, "view_batch": 2}
+    srt = SRT(model, OFFSETS, **settings)
     field, prefix = srt(images)
     assert srt.backbone.patch == (kind.pitch, kind.pitch)
     assert (0 if prefix is None else prefix.shape[1]) == kind.prefix
 
-    def tokens_of(view: torch.Tensor) -> torch.Tensor:
+    def normed(view: torch.Tensor) -> torch.Tensor:
         return mapped(model.forward_features(view), kind.layout, grid)
 
-    assert_same(field, expected_field(tokens_of, images, kind.pitch // 2))
+    assert_same(field, expected_field(normed, images, kind.pitch // 2))
 
-
-@pytest.mark.parametrize("family", TIMM)
-def test_timm_layers_as_they_are(family: str) -> None:
-    """norm=False: what the blocks or stages return, at their own pitch; prefix tokens averaged."""
-    model, kind = timm_model(family), TIMM[family]
-    images = torch.randn(1, 3, *kind.size)
     layers = [len(model.feature_info) - 1, 0]
-    names = [model.feature_info[i]["module"] for i in layers]
-    outputs = SRT(model, OFFSETS, layers=layers, norm=False, stride=kind.pitch // 2)(images)
-    for layer, name, output in zip(layers, names, outputs, strict=True):
-        pitch = model.feature_info[layer]["reduction"]
-        grid = (kind.size[0] // pitch, kind.size[1] // pitch)
-        prefixes = []
+    outputs = SRT(model, OFFSETS, layers=layers, norm=False, **settings)(images)
+    for layer, output in zip(layers, outputs, strict=True):
+        name, pitch = (model.feature_info[layer][key] for key in ("module", "reduction"))
+        prefixes: list[torch.Tensor] = []
 
-        def tokens_of(
+        def raw(
             view: torch.Tensor,
             name: str = name,
-            grid: tuple[int, int] = grid,
+            pitch: int = pitch,
             prefixes: list[torch.Tensor] = prefixes,
         ) -> torch.Tensor:
             with outputs_of(model, [name]) as kept:
@@ -167,19 +174,24 @@ def test_timm_layers_as_they_are(family: str) -> None:
             if family == "SAM":
                 layout = "NHWC"  # the neck alone is NCHW
             prefixes.append(found[:, : kind.prefix])
-            return mapped(found, layout, grid)
+            return mapped(found, layout, (kind.size[0] // pitch, kind.size[1] // pitch))
 
-        assert_same(output.field, expected_field(tokens_of, images, kind.pitch // 2))
+        assert_same(output.field, expected_field(raw, images, kind.pitch // 2))
         if kind.prefix:
             assert_same(output.prefix, torch.stack(prefixes).mean(0))
 
+    with torch.no_grad():
+        logits = model(images)
+    actual = SRT(model, ITSELF, inject=0)(images)  # one unshifted view changes nothing
+    torch.testing.assert_close(actual, logits, atol=1e-5, rtol=1e-5)
+    assert not torch.equal(SRT(model, OFFSETS, inject=0)(images), logits)
+    assert not any(module._forward_hooks for module in model.modules())
 
-def test_hiera() -> None:
-    """Its modules have tokens in an order of their own, which timm brings back."""
-    timm = pytest.importorskip("timm")
-    torch.manual_seed(0)
+
+def test_hiera_unrolls_its_tokens() -> None:
+    """Its modules permute the tokens, which timm brings back."""
     settings = {"embed_dim": 24, "num_heads": 1, "stages": (1, 1, 2, 1), "img_size": (64, 96)}
-    model = timm.create_model("hiera_tiny_224", **settings).eval()
+    model = create("hiera_tiny_224", **settings)
     images = torch.randn(1, 3, 64, 96)
     outputs = SRT(model, OFFSETS, layers=[1, -1], stride=8)(images)
     for at, output in zip((1, 3), outputs, strict=True):
@@ -194,68 +206,57 @@ def test_hiera() -> None:
         SRT(model, inject=1)
 
 
-def test_normalised_layers_of_a_vit() -> None:
-    model = timm_model("ViT")
-    images = torch.randn(1, 3, 48, 80)
+def block_map(model: Any, name: str, norm: bool = False) -> Tokens:
+    """What a block of a ViT returns, as a map on a grid of 3 x 5."""
 
     def tokens_of(view: torch.Tensor) -> torch.Tensor:
-        with outputs_of(model, ["blocks.0"]) as kept:
+        with outputs_of(model, [name]) as kept:
             model(view)
-        return mapped(model.norm(kept["blocks.0"]), "NLC", (3, 5))
+        return mapped(model.norm(kept[name]) if norm else kept[name], "NLC", (3, 5))
 
+    return tokens_of
+
+
+def test_the_final_norm_is_applied_to_every_layer_of_a_vit() -> None:
+    model = timm_model("ViT")
+    images = torch.randn(1, 3, 48, 80)
     first, last = SRT(model, OFFSETS, layers=(0, -1), stride=8)(images)
-    assert_same(first.field, expected_field(tokens_of, images, 8))
+    assert_same(first.field, expected_field(block_map(model, "blocks.0", True), images, 8))
     assert torch.equal(last.field, SRT(model, OFFSETS, stride=8)(images).field)
     assert torch.equal(first.field, SRT(model, OFFSETS, layers=0, stride=8)(images).field)
 
 
-def test_patches_that_are_no_squares() -> None:
-    timm = pytest.importorskip("timm")
-    torch.manual_seed(0)
-    model = timm.create_model("vit_tiny_patch16_224", **ANY, patch_size=(16, 8)).eval()
+def test_patches_may_be_no_squares() -> None:
+    model = create("vit_tiny_patch16_224", **ANY, patch_size=(16, 8))
     images = torch.randn(1, 3, 48, 40)
-
-    def tokens_of(view: torch.Tensor) -> torch.Tensor:
-        with outputs_of(model, ["blocks.0"]) as kept:
-            model(view)
-        return mapped(kept["blocks.0"], "NLC", (3, 5))
-
-    expected = expected_field(tokens_of, images, 8)
+    expected = expected_field(block_map(model, "blocks.0"), images, 8)
     for layer in (0, "blocks.0"):
         assert_same(SRT(model, OFFSETS, layers=layer, norm=False, stride=8)(images).field, expected)
     actual = SRT(model, ITSELF, inject=0)(images)
     torch.testing.assert_close(actual, model(images).detach(), atol=1e-5, rtol=1e-5)
 
 
-def test_stages_that_are_no_modules() -> None:
+def test_stages_without_a_module_have_features_but_no_injection() -> None:
     """timm calls them block.0, the model blocks."""
-    timm = pytest.importorskip("timm")
-    model = timm.create_model("twins_pcpvt_small", depths=(1, 1, 1, 1)).eval()
-    assert SRT(model, ITSELF, layers=0, stride=4)(torch.zeros(1, 3, 224, 224)).field.shape[1] == 64
+    model = create("twins_pcpvt_small", depths=(1, 1, 1, 1))
+    assert SRT(model, ITSELF, layers=0, stride=4)(torch.zeros(1, 3, 64, 64)).field.shape[1] == 64
     with pytest.raises(ValueError, match="inject must be the name"):
         SRT(model, inject=0)
 
 
 def test_several_layers_take_one_pass() -> None:
     model = timm_model("ViT")
-    shown = 0
-
-    def count(_m: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        nonlocal shown
-        shown += len(inputs[0])
-
-    model.blocks[0].register_forward_pre_hook(count)
+    sizes = batch_sizes(model)
     done: list[int] = []
     srt = SRT(model, OFFSETS, layers=[0, 1, -1], stride=8, view_batch=2)
     moments = srt.moments(torch.randn(1, 3, 48, 80), done.append)
-    assert shown == 3
+    assert sizes == [2, 1]
     assert done == [2, 3]
     assert [m.var.shape for m in moments] == [torch.Size([1, 48, 6, 10])] * 3
 
 
-def test_a_picture_of_a_size_that_the_model_refuses() -> None:
-    timm = pytest.importorskip("timm")
-    model = timm.create_model("vit_tiny_patch16_224", depth=1)
+def test_an_image_size_that_timm_refuses_is_explained() -> None:
+    model = create("vit_tiny_patch16_224", depth=1)
     srt = SRT(model, OFFSETS, stride=16)
     assert srt(torch.zeros(1, 3, 224, 224)).field.shape == (1, 192, 14, 14)
     named = SRT(model, OFFSETS, layers="blocks.0", stride=16)
@@ -264,8 +265,8 @@ def test_a_picture_of_a_size_that_the_model_refuses() -> None:
             refused(torch.zeros(1, 3, 48, 70))
 
 
-def test_real_weights() -> None:
-    """Layers and class of a photograph, by a ViT-Ti/16 that was trained."""
+@pytest.mark.slow
+def test_real_weights_classify_a_photograph_with_injected_tokens() -> None:
     name = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
     weights = SHARED / "weights" / f"{name}.fp16.safetensors"
     if not weights.exists():
@@ -274,8 +275,7 @@ def test_real_weights() -> None:
     model, _ = load_timm(name, weights)
     photo = torch.from_numpy(data.chelsea().copy()).permute(2, 0, 1)[None] / 127.5 - 1
     photo = torch.nn.functional.interpolate(photo, (240, 320), mode="bilinear", antialias=True)
-    middle, last = SRT(model, views=4, layers=[5, -1], stride=8)(photo)
-    for output in (middle, last):
+    for output in SRT(model, views=4, layers=[5, -1], stride=8)(photo):
         assert output.field.shape == (1, 192, 30, 40)
         assert bool(output.field.isfinite().all())
     with torch.no_grad():
@@ -314,10 +314,10 @@ def transformers_model(kind: str, head: str = "Model", **settings: Any) -> Any:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**WIDTH, **settings)
-    return unlike(getattr(transformers, f"{kind}{head}")(config).eval())
+    return with_random_norms(getattr(transformers, f"{kind}{head}")(config).eval())
 
 
-def row_of_layers(model: nn.Module) -> str:
+def blocks_of(model: nn.Module) -> str:
     return next(
         name
         for name, module in model.named_modules()
@@ -326,34 +326,31 @@ def row_of_layers(model: nn.Module) -> str:
 
 
 @pytest.mark.parametrize("family", TRANSFORMERS)
-@pytest.mark.parametrize("norm", [True, False])
-def test_transformers_need_no_settings(family: str, norm: bool) -> None:
+def test_families_of_transformers_need_no_settings(family: str) -> None:
+    """First and last layer, with the norm and without, at another size than the configuration's."""
     kind, settings, prefix, norm_name = TRANSFORMERS[family]
     model = transformers_model(kind, **settings)
     patch = settings["patch_size"]
-    size, grid = (3 * patch, 5 * patch), (3, 5)  # another than that of the configuration
-    images = torch.randn(2, 3, *size)
-    row = row_of_layers(model)
+    images = torch.randn(2, 3, 3 * patch, 5 * patch)
+    blocks = blocks_of(model)
     norms = [m for name, m in model.named_modules() if name.rpartition(".")[2] == norm_name]
-    outputs = SRT(model, OFFSETS, layers=[0, -1], norm=norm, stride=patch // 2)(images)
-    free = "interpolate_pos_encoding" in model.forward.__code__.co_varnames or family in (
-        *("ViT", "CLIP", "SigLIP"),
-    )
-    how = {"interpolate_pos_encoding": True} if free else {}
-    for at, output in zip((0, 2), outputs, strict=True):
-        assert (0 if output.prefix is None else output.prefix.shape[1]) == prefix
+    any_size = {"interpolate_pos_encoding": True} if family in ("ViT", "CLIP", "SigLIP") else {}
+    for norm in (True, False):
+        outputs = SRT(model, OFFSETS, layers=[0, -1], norm=norm, stride=patch // 2)(images)
+        for at, output in zip((0, 2), outputs, strict=True):
+            assert (0 if output.prefix is None else output.prefix.shape[1]) == prefix
 
-        def tokens_of(view: torch.Tensor, at: int = at) -> torch.Tensor:
-            with outputs_of(model, [f"{row}.{at}"]) as kept:
-                result = model(view, **how)
-            tokens = kept[f"{row}.{at}"]
-            if norm:
-                tokens = norms[-1](tokens)
-                if at == 2 and family != "CLIP":  # which normalises its class token alone
-                    torch.testing.assert_close(tokens, result.last_hidden_state)
-            return mapped(tokens, "NLC", grid)
+            def tokens_of(view: torch.Tensor, at: int = at, norm: bool = norm) -> torch.Tensor:
+                with outputs_of(model, [f"{blocks}.{at}"]) as kept:
+                    result = model(view, **any_size)
+                tokens = kept[f"{blocks}.{at}"]
+                if norm:
+                    tokens = norms[-1](tokens)
+                    if at == 2 and family != "CLIP":  # which normalises its class token alone
+                        torch.testing.assert_close(tokens, result.last_hidden_state)
+                return mapped(tokens, "NLC", (3, 5))
 
-        assert_same(output.field, expected_field(tokens_of, images, patch // 2))
+            assert_same(output.field, expected_field(tokens_of, images, patch // 2))
 
 
 def test_sam_of_transformers() -> None:
@@ -368,12 +365,12 @@ def test_sam_of_transformers() -> None:
     model = transformers_model("SamVision", **settings)
     images = torch.randn(1, 3, 64, 64)
     first, last = SRT(model, OFFSETS, layers=[0, -1], stride=8)(images)
-    row = row_of_layers(model)
+    blocks = blocks_of(model)
 
     def block(view: torch.Tensor) -> torch.Tensor:
-        with outputs_of(model, [f"{row}.0"]) as kept:
+        with outputs_of(model, [f"{blocks}.0"]) as kept:
             model(view)
-        return kept[f"{row}.0"]
+        return kept[f"{blocks}.0"]
 
     assert_same(first.field, expected_field(block, images, 8))
     neck = expected_field(lambda v: model(v).last_hidden_state.permute(0, 2, 3, 1), images, 8)
@@ -418,38 +415,29 @@ def test_vit_mae_of_transformers_keeps_its_patches_in_order() -> None:
         SRT(transformers_model("ViTMAE", **settings), OFFSETS)(images)
 
 
-@pytest.mark.parametrize("kind", ["CLIP", "Siglip"])
-def test_a_picture_tower_under_a_head(kind: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["CLIPForImageClassification", "SiglipForImageClassification", "CLIPModel"]
+)
+def test_the_vision_tower_of_a_model_is_found(name: str) -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     vision = {**WIDTH, "image_size": 64, "patch_size": 32}
     text = {**WIDTH, "vocab_size": 16, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    config = getattr(transformers, f"{kind}Config")(text_config=text, vision_config=vision)
-    model = getattr(transformers, f"{kind}ForImageClassification")(config).eval()
-    images = torch.randn(1, 3, 64, 64)
-    settings: dict[str, Any] = {"views": OFFSETS, "stride": 16}
-    under, tower = SRT(model, **settings)(images), SRT(model.vision_model, **settings)(images)
-    assert torch.equal(under.field, tower.field)
-    actual = SRT(model, ITSELF, inject=0)(images).logits
-    with torch.no_grad():
-        expected = model(images).logits
-    torch.testing.assert_close(actual, expected)
-
-
-def test_a_whole_clip_is_its_picture_tower() -> None:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    vision = {**WIDTH, "image_size": 64, "patch_size": 32}
-    text = {**WIDTH, "vocab_size": 16, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    config = transformers.CLIPConfig(text_config=text, vision_config=vision)
-    model = transformers.CLIPModel(config).eval()
-    images = torch.randn(1, 3, 64, 96)
+    family = "Siglip" if name.startswith("Siglip") else "CLIP"
+    config = getattr(transformers, f"{family}Config")(text_config=text, vision_config=vision)
+    model = getattr(transformers, name)(config).eval()
+    images = torch.randn(1, 3, 64, 96 if name == "CLIPModel" else 64)
     settings: dict[str, Any] = {"views": OFFSETS, "stride": 16}
     whole, tower = SRT(model, **settings)(images), SRT(model.vision_model, **settings)(images)
     assert torch.equal(whole.field, tower.field)
-    for how in ({"inject": 0}, {"layers": "vision_model.encoder.layers.0"}):
-        with pytest.raises(ValueError, match=r"must run on pictures alone .* got CLIPModel"):
-            SRT(model, OFFSETS, **how)  # type: ignore[arg-type]
+    if name == "CLIPModel":
+        for how in ({"inject": 0}, {"layers": "vision_model.encoder.layers.0"}):
+            with pytest.raises(ValueError, match=r"must run on pictures alone .* got CLIPModel"):
+                SRT(model, OFFSETS, **how)  # type: ignore[arg-type]
+    else:
+        actual = SRT(model, ITSELF, inject=0)(images).logits
+        torch.testing.assert_close(actual, model(images).logits.detach())
+        assert not torch.equal(SRT(model, OFFSETS, inject=0)(images).logits, actual)
 
 
 # ---- DINO, hooks, calls -------------------------------------------------------------------------
@@ -479,10 +467,6 @@ class Dino(nn.Module):
         )
         return tuple((tokens, prefix[:, 0]) for tokens, prefix in pairs)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.vit(x)
-        return logits
-
 
 class FirstDino(Dino):
     """That of the first DINO."""
@@ -495,26 +479,23 @@ class FirstDino(Dino):
 
 
 @pytest.mark.parametrize("norm", [True, False])
-def test_dino(norm: bool) -> None:
+def test_intermediate_layers_of_dinov2(norm: bool) -> None:
     model = Dino()
     images = torch.randn(2, 3, 48, 70)
     settings: dict[str, Any] = {"layers": [-1, 0], "stride": 8, "norm": norm}
-    for ours, timms in zip(
-        SRT(model, OFFSETS, **settings)(images),
-        SRT(model.vit, OFFSETS, **settings)(images),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, timms)
+    actual = SRT(model, OFFSETS, **settings)(images)
+    expected = SRT(model.vit, OFFSETS, **settings)(images)
+    torch.testing.assert_close(tuple(actual), tuple(expected))
 
 
-def test_the_first_dino() -> None:
+def test_intermediate_layers_of_the_first_dino() -> None:
     model = FirstDino()
     images = torch.randn(2, 3, 48, 70)
     settings: dict[str, Any] = {"layers": [-1, 0], "stride": 8}
     with pytest.warns(UserWarning, match="prefix=1"):
         outputs = SRT(model, OFFSETS, **settings)(images)
-    timms = SRT(model.vit, OFFSETS, **settings)(images)
-    torch.testing.assert_close(tuple(outputs), tuple(timms))
+    expected = SRT(model.vit, OFFSETS, **settings)(images)
+    torch.testing.assert_close(tuple(outputs), tuple(expected))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         SRT(model, OFFSETS, prefix=1, **settings)(images)
@@ -533,14 +514,14 @@ def test_modules_by_name_in_any_model() -> None:
     torch.testing.assert_close(tuple(outputs), tuple(expected))
     with pytest.warns(UserWarning, match="the first 1 are taken for class or register tokens"):
         SRT(plain, layers=names, patch=16, **settings)(images)
-    with warnings.catch_warnings():  # what timm tells is no guess
+    with warnings.catch_warnings():  # what timm declares is not inferred
         warnings.simplefilter("error")
         output = SRT(model, layers="blocks.0", **settings)(images)
     torch.testing.assert_close(output, expected[1])
     assert not any(module._forward_hooks for module in plain.modules())
 
 
-def test_maps_in_both_layouts() -> None:
+def test_maps_are_read_in_both_layouts() -> None:
     images = torch.randn(2, 3, 32, 48)
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 4, 8, stride=8)
@@ -565,11 +546,14 @@ def test_maps_in_both_layouts() -> None:
         SRT(conv, **settings)(images[..., :32])
 
 
-class Broken(nn.Module):
-    """A head that fails."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        raise RuntimeError("out of order")
+def test_of_a_pyramid_the_map_of_the_patch_is_taken() -> None:
+    model = create("test_resnet", features_only=True)
+    images = torch.randn(1, 3, 64, 96)
+    settings: dict[str, Any] = {"views": OFFSETS, "stride": 8}
+    expected = expected_field(lambda view: model(view)[3].permute(0, 2, 3, 1), images, 8)
+    assert_same(SRT(model, patch=16, **settings)(images).field, expected)
+    with pytest.raises(ValueError, match=r"one must lie on a grid of \[1, 2\]"):
+        SRT(lambda view: model(view)[:3], patch=64, **settings)(images)
 
 
 @pytest.mark.parametrize(
@@ -591,12 +575,14 @@ class Broken(nn.Module):
         ({"streaming": 1}, TypeError, "streaming must be True or False; got 1"),
     ],
 )
-def test_wrong_settings(settings: dict[str, Any], kind: type[Exception], message: str) -> None:
+def test_wrong_settings_are_refused(
+    settings: dict[str, Any], kind: type[Exception], message: str
+) -> None:
     with pytest.raises(kind, match=message):
         SRT(timm_model("ViT"), OFFSETS, **settings)
 
 
-def test_wrong_models() -> None:
+def test_models_that_do_not_fit_are_refused() -> None:
     images = torch.randn(1, 3, 48, 80)
     model = timm_model("ViT")
     plain = nn.Sequential(model)
@@ -615,8 +601,68 @@ def test_wrong_models() -> None:
         SRT(model, OFFSETS, inject=0).moments(images)
     assert not any(module._forward_hooks for module in model.modules())
 
+    def windows(x: torch.Tensor) -> torch.Tensor:  # [B, 8, 4] -> [B * 2, 2, 2, 4]
+        return x.reshape(-1, 2, 2, 4)
 
-# ---- precision and compilers --------------------------------------------------------------------
+    windowed = nn.Sequential(Around(nn.Identity()), Call(windows))
+    with pytest.raises(ValueError, match=r"for each of 3 pictures; got \[6, 2, 2, 4\]"):
+        SRT(windowed, OFFSETS, layers="1", patch=8)(torch.randn(1, 3, 16, 32))
+
+
+def test_describe_is_what_srt_uses() -> None:
+    backbone = describe(timm_model("ViT"), [0, -1])
+    features = backbone.features(torch.zeros(2, 3, 48, 80))
+    assert [f.tokens.shape for f in features] == [torch.Size([2, 15, 48])] * 2
+    assert backbone.modules == ("blocks.0", "blocks.1")
+    assert torch.equal(
+        SRT(backbone, OFFSETS, stride=8)(torch.ones(1, 3, 48, 80))[1].field,
+        SRT(backbone.model, OFFSETS, stride=8)(torch.ones(1, 3, 48, 80)).field,
+    )
+
+
+def test_a_backbone_has_its_own_settings() -> None:
+    model = timm_model("ViT")
+    for settings in ({"layers": 1}, {"inject": 1}, {"norm": False}, {"patch": 16}, {"prefix": 1}):
+        with pytest.raises(ValueError, match="must be left out for a Backbone"):
+            SRT(describe(model, 0), OFFSETS, **settings)  # type: ignore[arg-type]
+    srt = SRT(describe(model, 0), OFFSETS)
+    srt.model = timm_model("DeiT")
+    with pytest.raises(ValueError, match="model must stay that of the Backbone"):
+        srt(torch.zeros(1, 3, 48, 80))
+
+
+def test_weighted_views_are_views_that_count_more_often() -> None:
+    model = timm_model("ViT")
+    images = torch.randn(1, 3, 48, 80)
+    weights = torch.tensor([1.0, 0.0, 3.0])
+    field, prefix = SRT(model, (OFFSETS, weights), stride=8, view_batch=2)(images)
+    expected = SRT(model, OFFSETS[[0, 2, 2, 2]], stride=8)(images)
+    torch.testing.assert_close(field, expected.field, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(prefix, expected.prefix, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="no weights where reduce is 'median'"):
+        SRT(model, (OFFSETS, weights), reduce="median")
+
+
+def test_training_mode_is_a_warning_where_it_matters() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 8, stride=8), nn.BatchNorm2d(4), nn.Dropout(0.5))
+    images = torch.randn(1, 3, 48, 80)
+    with pytest.warns(UserWarning, match=r"in training mode.*model\.eval"):
+        SRT(model, OFFSETS, patch=8)(images)
+    stochastic_depth = create("vit_tiny_patch16_224", **ANY, drop_path_rate=0.3).train()
+    with pytest.warns(UserWarning, match="in training mode"):
+        SRT(stochastic_depth, OFFSETS, stride=8)(images)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SRT(model.eval(), OFFSETS, patch=8)(images)
+
+
+# ---- precision, compilers, threads --------------------------------------------------------------
+
+
+def assert_close_in_bfloat16(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    error = (actual.float() - expected).norm() / expected.norm()
+    assert error < 0.03
 
 
 def test_half_precision_and_autocast() -> None:
@@ -627,24 +673,37 @@ def test_half_precision_and_autocast() -> None:
         cast = SRT(model, OFFSETS, layers=[0, -1], norm=False, stride=8)(images)
         assert_close_in_bfloat16(SRT(model, OFFSETS, stride=8)(images).field, expected)
     assert all(bool(out.field.isfinite().all()) for out in cast)
-    half = copy.deepcopy(model).bfloat16()
-    field, prefix = SRT(half, OFFSETS, stride=8)(images.bfloat16())
+    field, prefix = SRT(model.bfloat16(), OFFSETS, stride=8)(images.bfloat16())
     assert field.dtype == prefix.dtype == torch.bfloat16
     assert_close_in_bfloat16(field, expected)
 
 
-def assert_close_in_bfloat16(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    error = (actual.float() - expected).norm() / expected.norm()
-    assert error < 0.03
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu(dtype: torch.dtype) -> None:
+    model = timm_model("ViT")
+    images = torch.randn(2, 3, 48, 80)
+    settings: dict[str, Any] = {"views": OFFSETS, "view_batch": "auto"}
+    expected = SRT(model, layers=[0, -1], stride=8, **settings)(images)
+    logits = SRT(model, inject=0, **settings)(images)
+    model.to("cuda", dtype)
+    there = images.to("cuda", dtype)
+    outputs = SRT(model, layers=[0, -1], stride=8, **settings)(there)
+    for actual, cpu in zip(outputs, expected, strict=True):
+        assert actual.field.is_cuda
+        assert_close_in_bfloat16(actual.field.cpu(), cpu.field)
+    assert_close_in_bfloat16(SRT(model, inject=0, **settings)(there).cpu(), logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", ["timm", "transformers"])
-def test_compiled_models(library: str) -> None:
-    """Their features are compiled with their settings, once: batches of views have one size."""
+def test_features_of_compiled_models_are_compiled_once(library: str) -> None:
+    """With the model's settings, for all batches of views; by name the model runs eagerly."""
     if library == "timm":
-        model = timm_model("ViT")
+        model, images, stride = timm_model("ViT"), torch.randn(1, 3, 56, 80), 8
     else:
         model = transformers_model("Dinov2", image_size=28, patch_size=14)
+        images, stride = torch.randn(1, 3, 56, 70), 7
     graphs: list[int] = []
 
     def backend(graph: Any, inputs: object) -> Any:
@@ -653,59 +712,77 @@ def test_compiled_models(library: str) -> None:
 
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=backend)
-    images = torch.randn(1, 3, 56, 80)
     offsets = torch.cat([OFFSETS, OFFSETS + 1])
-    srt = SRT(compiled, offsets, layers=[0, -1], stride=8, view_batch=4)
-    expected = SRT(model, offsets, layers=[0, -1], stride=8, view_batch=4)
-    if library == "transformers":
-        images = images[..., :70]
-        srt, expected = (
-            SRT(m, offsets, layers=[0, -1], stride=7, view_batch=4) for m in (compiled, model)
-        )
-    torch.testing.assert_close(tuple(srt(images)), tuple(expected(images)))
+    settings: dict[str, Any] = {"layers": [0, -1], "stride": stride, "view_batch": 4}
+    srt = SRT(compiled, offsets, **settings)
+    expected = tuple(SRT(model, offsets, **settings)(images))
+    torch.testing.assert_close(tuple(srt(images)), expected)
     count = len(graphs)
     assert count > 0
     srt(images)
     assert len(graphs) == count
-    twin = copy.deepcopy(srt)
-    torch.testing.assert_close(tuple(twin(images)), tuple(expected(images)))
-    # Hooks are not called by compiled code: there the model runs as it is written.
+    torch.testing.assert_close(tuple(copy.deepcopy(srt)(images)), expected)
     name = next(n for n, _ in model.named_modules() if n.endswith(".0"))
-    by_name = SRT(
-        compiled, offsets, layers=name, patch=srt.backbone.patch, prefix=1, stride=srt.stride
-    )
-    torch.testing.assert_close(
-        by_name(images).field,
-        SRT(model, offsets, layers=0, norm=False, stride=srt.stride)(images).field,
-    )
+    by_name = SRT(compiled, offsets, layers=name, patch=srt.backbone.patch, prefix=1, stride=stride)
+    raw = SRT(model, offsets, layers=0, norm=False, stride=stride)(images).field
+    torch.testing.assert_close(by_name(images).field, raw)
 
 
-# ---- back into the network ----------------------------------------------------------------------
-
-ITSELF = torch.zeros(1, 2)
-INJECTABLE = [
-    "ViT",
-    "DeiT",
-    "DINOv3",
-    "SigLIP",
-    "EVA-02, rotary",
-    "SAM",
-    "Swin",
-    "ConvNeXt",
-    "ResNet",
-]
+@pytest.mark.slow
+def test_a_compiled_model_of_one_size_says_so() -> None:
+    torch._dynamo.reset()
+    model = create("vit_tiny_patch16_224", depth=1)
+    srt = SRT(torch.compile(model, backend="eager"), OFFSETS, stride=16)
+    with pytest.raises(ValueError, match=r"(?s)take pictures of \[48, 80\].*dynamic_img_size"):
+        srt(torch.zeros(1, 3, 48, 80))
 
 
-@pytest.mark.parametrize("family", INJECTABLE)
-def test_injecting_the_picture_itself_changes_nothing(family: str) -> None:
-    model = timm_model(family)
-    images = torch.randn(2, 3, *TIMM[family].size)
+@pytest.mark.slow
+def test_the_last_of_several_threads_that_force_eager_mode_ends_it() -> None:
+    first, second = (force_eager(torch.compile(nn.Identity())) for _ in range(2))
+    seen: list[int] = []
+
+    def backend(graph: Any, inputs: object) -> Any:
+        seen.append(1)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(nn.Linear(2, 2), backend=backend)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    compiled(torch.zeros(1, 2))
+    assert not seen
+    second.__exit__(None, None, None)
+    compiled(torch.zeros(1, 2))
+    assert seen
+
+
+def test_hooks_ignore_other_threads_that_run_the_model() -> None:
+    model = timm_model("ViT")
+    images = torch.randn(1, 3, 48, 80)
     with torch.no_grad():
         expected = model(images)
-    actual = SRT(model, ITSELF, inject=0)(images)
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
-    assert not torch.equal(SRT(model, OFFSETS, inject=0)(images), expected)
-    assert not any(module._forward_hooks for module in model.modules())
+    settings: dict[str, Any] = {"views": OFFSETS, "stride": 16}
+    field = SRT(model, layers="blocks.0", **settings)(images).field
+    logits = SRT(model, OFFSETS, inject=0)(images)
+    others: list[torch.Tensor] = []
+
+    def in_another_thread(_m: nn.Module, _i: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=lambda: others.append(model(images * 1)))
+            thread.start()
+            thread.join()
+
+    model.blocks[0].register_forward_pre_hook(in_another_thread)
+    torch.testing.assert_close(SRT(model, layers="blocks.0", **settings)(images).field, field)
+    torch.testing.assert_close(SRT(model, OFFSETS, inject=0)(images), logits)
+    assert len(others) == 3  # the hooked forward; the two of inject
+    for other in others:
+        torch.testing.assert_close(other, expected)
+
+
+# ---- inject -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("settings", [{}, {"reduce": "median"}, {"streaming": True}])
@@ -713,9 +790,7 @@ def test_injecting_the_picture_itself_changes_nothing(family: str) -> None:
 def test_inject_is_the_ensemble_and_the_rest_of_the_network(
     settings: dict[str, Any], itself: bool
 ) -> None:
-    timm = pytest.importorskip("timm")
-    torch.manual_seed(0)
-    model = timm.create_model("vit_tiny_patch16_224", **{**ANY, "depth": 3}).eval()
+    model = create("vit_tiny_patch16_224", **{**ANY, "depth": 3})
     images = torch.randn(2, 3, 40, 80)  # padded to 48 x 80
     offsets = torch.cat([OFFSETS, torch.tensor([[2.0, 1.0], [-1.0, -2.0]])])
     offsets = offsets[0 if itself else 1 :]
@@ -724,45 +799,20 @@ def test_inject_is_the_ensemble_and_the_rest_of_the_network(
         block.register_forward_hook(lambda _m, _i, out, i=i: ran.update({i: ran[i] + len(out)}))
     done: list[int] = []
     actual = SRT(model, offsets, inject=1, view_batch=2, **settings)(images, done.append)
-    assert ran == {0: 10, 1: 10, 2: 2}  # pictures: V views, or the picture itself and V
+    assert ran == {0: 10, 1: 10, 2: 2}  # images: V views, or the image itself and V
     assert done[-1] == len(offsets)
 
     padded = nn.functional.pad(images, (0, 0, 0, 8), mode="replicate")
     shifted = reference.shift(padded, offsets).float()
+    how: dict[str, Any] = {"output_fmt": "NLC", "intermediates_only": True}
     with torch.no_grad():
-        found = [
-            model.forward_intermediates(view, [1], True, output_fmt="NLC", intermediates_only=True)[
-                0
-            ]
-            for view in shifted
-        ]
+        found = [model.forward_intermediates(view, [1], True, **how)[0] for view in shifted]
         tokens, prefix = (torch.stack(part) for part in zip(*found, strict=True))
-        field = reference.ensemble(
-            tokens,
-            offsets,
-            (3, 5),
-            (16, 16),
-            reduce=settings.get("reduce", "mean"),
-            upsample="nearest",
-            stride=16,
-        ).float()
+        modes = {"reduce": settings.get("reduce", "mean"), "upsample": "nearest", "stride": 16}
+        field = reference.ensemble(tokens, offsets, (3, 5), (16, 16), **modes).float()
         x = torch.cat([prefix.mean(0), field.flatten(2).transpose(1, 2)], 1)
         expected = model.forward_head(model.norm(model.blocks[2](x)))
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("kind", ["ViT", "Dinov2"])
-def test_inject_into_transformers(kind: str) -> None:
-    patch = 14
-    settings = {"image_size": 28, "patch_size": patch, "num_labels": 5}
-    model = transformers_model(kind, "ForImageClassification", **settings)
-    images = torch.randn(2, 3, 3 * patch, 5 * patch)
-    how = {"interpolate_pos_encoding": True} if kind == "ViT" else {}
-    with torch.no_grad():
-        expected = model(images, **how).logits
-    actual = SRT(model, ITSELF, inject=1)(images).logits
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
-    assert not torch.equal(SRT(model, OFFSETS, inject=1)(images).logits, expected)
 
 
 def test_inject_before_a_depth_head() -> None:
@@ -789,155 +839,21 @@ def test_inject_before_a_depth_head() -> None:
     images = torch.randn(2, 3, 42, 70)
     with torch.no_grad():
         expected = model(images).predicted_depth
-    settings: dict[str, Any] = {"inject": row_of_layers(model) + ".1", "patch": 14, "prefix": 1}
+    settings: dict[str, Any] = {"inject": blocks_of(model) + ".1", "patch": 14, "prefix": 1}
     actual = SRT(model, ITSELF, **settings)(images).predicted_depth
     torch.testing.assert_close(actual, expected)
-    depth = SRT(model, OFFSETS, **settings)(images).predicted_depth
-    assert depth.shape == expected.shape
-    assert not torch.equal(depth, expected)
+    assert not torch.equal(SRT(model, OFFSETS, **settings)(images).predicted_depth, expected)
 
 
-def test_the_model_is_left_as_it_was_found() -> None:
-    model = timm_model("ViT")
-    images = torch.randn(1, 3, 48, 80)
-    head, model.head = model.head, Broken()
-    before = {name: id(module) for name, module in model.named_modules()}
-    srt = SRT(model, OFFSETS, inject=0)
-    with pytest.raises(RuntimeError, match="out of order"):
-        srt(images)
-    assert {name: id(module) for name, module in model.named_modules()} == before
-    assert not any(module._forward_hooks for module in model.modules())
-    model.head = head
-    assert srt(images).shape == (1, 1000)
+class Call(nn.Module):
+    """A function as a module."""
 
+    def __init__(self, function: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.function = function
 
-# ---- memory -------------------------------------------------------------------------------------
-
-
-def test_peak_bytes_counts_what_is_held_at_one_time() -> None:
-    from srt_ext._memory import free_bytes, peak_bytes
-
-    start = torch.ones(1000)
-
-    def call() -> torch.Tensor:
-        kept = start * 2  # 4000 bytes
-        for _ in range(3):
-            kept = (kept + 1).exp_()  # two at a time
-        return torch.cat([kept, kept.view(10, 100).reshape(-1)]).double()  # 4 + 8 + 16 kB
-
-    result, peak = peak_bytes(call)
-    assert result.dtype == torch.float64
-    assert peak == 28000
-    assert peak_bytes(lambda: start.view(10, 100))[1] == 0
-    assert 2**20 < free_bytes(torch.device("cpu")) < 2**50
-
-
-def test_free_bytes_of_a_container(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files that were read fill its memory until somebody needs it."""
-    from srt_ext import _memory
-
-    numbers = {"meminfo": 1000, "memory.max": 10000, "memory.current": 9000, "memory.stat": 8000}
-    monkeypatch.setattr(_memory, "_number", lambda path, name="": numbers[path.split("/")[-1]])
-    assert _memory.free_bytes(torch.device("cpu")) == 9000
-
-
-def test_view_batch_auto_fits_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    from srt_ext import wrapper
-
-    model = timm_model("ViT")
-    sizes: list[int] = []
-    model.blocks[0].register_forward_pre_hook(lambda _m, inputs: sizes.append(len(inputs[0])))
-    images = torch.randn(1, 3, 48, 80)
-    offsets = torch.cat([OFFSETS + i for i in range(7)])
-    expected = SRT(model, offsets, stride=8)(images)
-    for free, batches in ((2**40, [1, 7, 7, 6]), (0, [1] * 21)):
-        sizes.clear()
-        monkeypatch.setattr(wrapper, "free_bytes", lambda device, free=free: free)
-        actual = SRT(model, offsets, stride=8, view_batch="auto")(images)
-        assert sizes == batches
-        torch.testing.assert_close(actual, expected)
-    # Half of the memory that is left holds the peaks of so many views.
-    peaks: list[int] = []
-    measured = wrapper.peak_bytes
-
-    def spy(call: Any) -> Any:
-        result = measured(call)
-        peaks.append(result[1])
-        return result
-
-    monkeypatch.setattr(wrapper, "peak_bytes", spy)
-    SRT(model, offsets, stride=8, view_batch="auto")(images)
-    field = 2 * 48 * 6 * 10 * 4
-    sizes.clear()
-    monkeypatch.setattr(wrapper, "free_bytes", lambda device: 2 * 5 * peaks[0] + field)
-    SRT(model, offsets, stride=8, view_batch="auto")(images)
-    assert sizes == [1, 5, 5, 5, 5]
-
-
-def test_weighted_views() -> None:
-    model = timm_model("ViT")
-    images = torch.randn(1, 3, 48, 80)
-    weights = torch.tensor([1.0, 0.0, 3.0])
-    field, prefix = SRT(model, (OFFSETS, weights), stride=8, view_batch=2)(images)
-    twice = OFFSETS[[0, 2, 2, 2]]
-    expected = SRT(model, twice, stride=8)(images)
-    torch.testing.assert_close(field, expected.field, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(prefix, expected.prefix, atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match="no weights where reduce is 'median'"):
-        SRT(model, (OFFSETS, weights), reduce="median")
-
-
-def test_describe_is_what_srt_uses() -> None:
-    backbone = describe(timm_model("ViT"), [0, -1])
-    features = backbone.features(torch.zeros(2, 3, 48, 80))
-    assert [f.tokens.shape for f in features] == [torch.Size([2, 15, 48])] * 2
-    assert backbone.modules == ("blocks.0", "blocks.1")
-    assert torch.equal(
-        SRT(backbone, OFFSETS, stride=8)(torch.ones(1, 3, 48, 80))[1].field,
-        SRT(backbone.model, OFFSETS, stride=8)(torch.ones(1, 3, 48, 80)).field,
-    )
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_on_a_gpu(dtype: torch.dtype) -> None:
-    model = timm_model("ViT")
-    images = torch.randn(2, 3, 48, 80)
-    settings: dict[str, Any] = {"views": OFFSETS, "view_batch": "auto"}
-    expected = SRT(model, layers=[0, -1], stride=8, **settings)(images)
-    logits = SRT(model, inject=0, **settings)(images)
-    model.to("cuda", dtype)
-    there = images.to("cuda", dtype)
-    outputs = SRT(model, layers=[0, -1], stride=8, **settings)(there)
-    for actual, cpu in zip(outputs, expected, strict=True):
-        assert actual.field.is_cuda
-        assert_close_in_bfloat16(actual.field.cpu(), cpu.field)
-    assert_close_in_bfloat16(SRT(model, inject=0, **settings)(there).cpu(), logits)
-
-
-def test_a_model_that_runs_in_another_thread_meanwhile() -> None:
-    """Its forward meets the hooks of this thread, which must not heed it."""
-    model = timm_model("ViT")
-    images = torch.randn(1, 3, 48, 80)
-    with torch.no_grad():
-        expected = model(images)
-    settings: dict[str, Any] = {"views": OFFSETS, "stride": 16}
-    field = SRT(model, layers="blocks.0", **settings)(images).field
-    logits = SRT(model, OFFSETS, inject=0)(images)
-    others: list[torch.Tensor] = []
-
-    def in_another_thread(_m: nn.Module, _i: object) -> None:
-        if threading.current_thread() is threading.main_thread():
-            thread = threading.Thread(target=lambda: others.append(model(images * 1)))
-            thread.start()
-            thread.join()
-
-    model.blocks[0].register_forward_pre_hook(in_another_thread)
-    torch.testing.assert_close(SRT(model, layers="blocks.0", **settings)(images).field, field)
-    torch.testing.assert_close(SRT(model, OFFSETS, inject=0)(images), logits)
-    assert len(others) == 3  # the hooked forward; the two of inject
-    for other in others:
-        torch.testing.assert_close(other, expected)
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.function(x)
 
 
 class Around(nn.Module):
@@ -956,44 +872,43 @@ class Around(nn.Module):
         return x
 
 
-class Packed(nn.Module):
-    def __init__(self, pack: Callable[[torch.Tensor], Any]) -> None:
-        super().__init__()
-        self.pack = pack
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.pack(x)
-
-
 class Named(NamedTuple):
     last_hidden_state: torch.Tensor
+
+
+def test_the_model_is_left_as_it_was_after_an_exception() -> None:
+    model = timm_model("ViT")
+    images = torch.randn(1, 3, 48, 80)
+
+    def fail(_x: torch.Tensor) -> Any:
+        raise RuntimeError("out of order")
+
+    head, model.head = model.head, Call(fail)
+    before = {name: id(module) for name, module in model.named_modules()}
+    srt = SRT(model, OFFSETS, inject=0)
+    with pytest.raises(RuntimeError, match="out of order"):
+        srt(images)
+    assert {name: id(module) for name, module in model.named_modules()} == before
+    assert not any(module._forward_hooks for module in model.modules())
+    model.head = head
+    assert srt(images).shape == (1, 1000)
 
 
 def test_inject_keeps_what_the_module_returns() -> None:
     images = torch.randn(2, 3, 16, 24)
     settings: dict[str, Any] = {"inject": "inner", "patch": 8, "prefix": 0}
     for pack in (lambda x: x, lambda x: (x, 1), lambda x: [x, 1]):
-        model = Around(Packed(pack))
+        model = Around(Call(pack))
         actual = SRT(model, ITSELF, **settings)(images)
         torch.testing.assert_close(actual, model(images).detach())
     with pytest.raises(ValueError, match=r"inject must name a module.*inner returns Named"):
-        SRT(Around(Packed(Named)), ITSELF, **settings)(images)
+        SRT(Around(Call(Named)), ITSELF, **settings)(images)
     for offsets in (OFFSETS, OFFSETS[1:]):
         with pytest.raises(ValueError, match=r"call its layer once.*it called inner again"):
             SRT(Around(nn.Identity(), calls=2), offsets, **settings)(images)
 
 
-def test_a_module_that_does_not_keep_the_batch() -> None:
-    def windows(x: torch.Tensor) -> torch.Tensor:  # [B, 8, 4] -> [B * 2, 2, 2, 4]
-        return x.reshape(-1, 2, 2, 4)
-
-    images = torch.randn(1, 3, 16, 32)
-    model = nn.Sequential(Around(nn.Identity()), Packed(windows))
-    with pytest.raises(ValueError, match=r"for each of 3 pictures; got \[6, 2, 2, 4\]"):
-        SRT(model, OFFSETS, layers="1", patch=8)(images)
-
-
-def test_a_model_that_catches_every_exception() -> None:
+def test_a_model_that_catches_every_exception_is_still_read() -> None:
     class Careful(Around):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             try:
@@ -1008,85 +923,67 @@ def test_a_model_that_catches_every_exception() -> None:
     assert torch.equal(SRT(Careful(inner), **settings)(images).field, expected)
 
 
-def test_a_backbone_has_its_own_settings() -> None:
+# ---- memory -------------------------------------------------------------------------------------
+
+
+def test_peak_bytes_counts_what_is_held_at_one_time() -> None:
+    start = torch.ones(1000)
+
+    def call() -> torch.Tensor:
+        kept = start * 2  # 4000 bytes
+        for _ in range(3):
+            kept = (kept + 1).exp_()  # two at a time
+        return torch.cat([kept, kept.view(10, 100).reshape(-1)]).double()  # 4 + 8 + 16 kB
+
+    result, peak = _memory.peak_bytes(call)
+    assert result.dtype == torch.float64
+    assert peak == 28000
+    assert _memory.peak_bytes(lambda: start.view(10, 100))[1] == 0
+
+
+def test_free_bytes_of_a_container_count_its_page_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 2**20 < _memory.free_bytes(torch.device("cpu")) < 2**50
+    numbers = {"meminfo": 1000, "memory.max": 10000, "memory.current": 9000, "memory.stat": 8000}
+    monkeypatch.setattr(_memory, "_number", lambda path, name="": numbers[path.split("/")[-1]])
+    assert _memory.free_bytes(torch.device("cpu")) == 9000
+
+
+def test_view_batch_auto_fits_half_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     model = timm_model("ViT")
-    for settings in ({"layers": 1}, {"inject": 1}, {"norm": False}, {"patch": 16}, {"prefix": 1}):
-        with pytest.raises(ValueError, match="must be left out for a Backbone"):
-            SRT(describe(model, 0), OFFSETS, **settings)  # type: ignore[arg-type]
-    srt = SRT(describe(model, 0), OFFSETS)
-    srt.model = timm_model("DeiT")
-    with pytest.raises(ValueError, match="model must stay that of the Backbone"):
-        srt(torch.zeros(1, 3, 48, 80))
+    sizes = batch_sizes(model)
+    images = torch.randn(1, 3, 48, 80)
+    offsets = torch.cat([OFFSETS + i for i in range(7)])
+    expected = SRT(model, offsets, stride=8)(images)
+    srt = SRT(model, offsets, stride=8, view_batch="auto")
+    peaks: list[int] = []
+    peak_bytes = _memory.peak_bytes
+
+    def spy(call: Any) -> Any:
+        result = peak_bytes(call)
+        peaks.append(result[1])
+        return result
+
+    monkeypatch.setattr(srt_module, "peak_bytes", spy)
+    for free, batches in (
+        (lambda: 2**40, [1, 7, 7, 6]),
+        (lambda: 0, [1] * 21),
+        # Two planes of the field, and 5 views in half of the rest.
+        (lambda: 2 * 5 * peaks[0] + 2 * 48 * 6 * 10 * 4, [1, 5, 5, 5, 5]),
+    ):
+        sizes.clear()
+        monkeypatch.setattr(srt_module, "free_bytes", lambda _device, free=free: free())
+        torch.testing.assert_close(srt(images), expected)
+        assert sizes == batches
 
 
-def test_auto_counts_the_field_at_the_scale_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    from srt_ext import wrapper
-
+def test_view_batch_auto_counts_the_field_of_inject_at_token_scale(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = timm_model("ViT")
-    sizes: list[int] = []
-    model.blocks[0].register_forward_pre_hook(lambda _m, inputs: sizes.append(len(inputs[0])))
-    monkeypatch.setattr(wrapper, "peak_bytes", lambda call: (call(), 10))
+    sizes = batch_sizes(model)
+    monkeypatch.setattr(srt_module, "peak_bytes", lambda call: (call(), 10))
     # 2 fields of 15 cells, 48 channels, 4 bytes; half of the rest holds 3 views of 10 bytes.
-    monkeypatch.setattr(wrapper, "free_bytes", lambda device: 2 * 15 * 48 * 4 + 60)
+    monkeypatch.setattr(srt_module, "free_bytes", lambda _device: 2 * 15 * 48 * 4 + 60)
     offsets = torch.cat([OFFSETS[1:] + i for i in range(4)])
     SRT(model, offsets, inject=0, view_batch="auto")(torch.randn(1, 3, 48, 80))
     assert sizes == [1, 3, 3, 1, 1]
-
-
-def test_a_model_in_training_mode_is_told_of() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 8, stride=8), nn.BatchNorm2d(4), nn.Dropout(0.5))
-    images = torch.randn(1, 3, 32, 48)
-    with pytest.warns(UserWarning, match=r"in training mode.*model\.eval"):
-        SRT(model, OFFSETS, patch=8)(images)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        SRT(model.eval(), OFFSETS, patch=8)(images)
-
-
-def test_stochastic_depth_is_told_of() -> None:
-    timm = pytest.importorskip("timm")
-    model = timm.create_model("vit_tiny_patch16_224", **ANY, drop_path_rate=0.3)
-    with pytest.warns(UserWarning, match="in training mode"):
-        SRT(model, OFFSETS, stride=8)(torch.zeros(1, 3, 48, 80))
-
-
-def test_of_a_pyramid_the_map_of_the_patch_is_taken() -> None:
-    timm = pytest.importorskip("timm")
-    torch.manual_seed(0)
-    model = timm.create_model("resnet18", features_only=True).eval()
-    images = torch.randn(1, 3, 64, 96)
-    settings: dict[str, Any] = {"views": OFFSETS, "stride": 8}
-    expected = expected_field(lambda view: model(view)[3].permute(0, 2, 3, 1), images, 8)
-    assert_same(SRT(model, patch=16, **settings)(images).field, expected)
-    with pytest.raises(ValueError, match=r"one must lie on a grid of \[1, 2\]"):
-        SRT(lambda view: model(view)[:3], patch=64, **settings)(images)
-
-
-def test_a_compiled_model_of_one_size_says_so() -> None:
-    timm = pytest.importorskip("timm")
-    torch._dynamo.reset()
-    model = timm.create_model("vit_tiny_patch16_224", depth=1).eval()
-    srt = SRT(torch.compile(model, backend="eager"), OFFSETS, stride=16)
-    with pytest.raises(ValueError, match=r"(?s)take pictures of \[48, 80\].*dynamic_img_size"):
-        srt(torch.zeros(1, 3, 48, 80))
-
-
-def test_threads_that_run_compiled_models_eagerly_leave_the_compiler_as_it_was() -> None:
-    first, second = (eagerly(torch.compile(nn.Identity())) for _ in range(2))
-    seen: list[int] = []
-
-    def backend(graph: Any, inputs: object) -> Any:
-        seen.append(1)
-        return graph.forward
-
-    torch._dynamo.reset()
-    compiled = torch.compile(nn.Linear(2, 2), backend=backend)
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    compiled(torch.zeros(1, 2))
-    assert not seen
-    second.__exit__(None, None, None)
-    compiled(torch.zeros(1, 2))
-    assert seen

@@ -30,7 +30,7 @@ def examples() -> dict[str, str]:
 EXAMPLES = examples()
 
 
-@pytest.mark.parametrize("module", ["array", "numpy", "ops", "streaming", "views", "wrapper"])
+@pytest.mark.parametrize("module", ["dlpack", "numpy", "ops", "srt", "streaming", "views"])
 def test_docstrings(module: str) -> None:
     if module == "numpy":
         pytest.importorskip("srt_ext.numpy", exc_type=ImportError)
@@ -39,6 +39,7 @@ def test_docstrings(module: str) -> None:
     assert results.failed == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_page(name: str, tmp_path: Path) -> None:
     for module in re.findall(r"^(?:import|from) ([\w.]+)", EXAMPLES[name], re.M):

@@ -619,8 +619,7 @@ def test_opcheck_of_gradients(requires_grad: bool) -> None:
     (tokens, *place, weights), modes = case.call(case.tokens())
     grad, grad_var = torch.randn(2, *case.shape, requires_grad=requires_grad)
     opcheck, ops = torch.library.opcheck, torch.ops.srt
-    mean = (grad, None, None, *place, weights)
-    opcheck(ops._ensemble_backward.default, mean, {"reduce": "mean", **modes})
+    opcheck(ops._mean_backward.default, (grad, *place, weights), modes)
     opcheck(ops._median_backward.default, (grad, None, tokens, *place, None), modes)
     opcheck(ops._moments_backward.default, (grad, grad_var, tokens, *place, weights), modes)
     for var in (None, grad_var):

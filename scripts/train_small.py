@@ -18,9 +18,9 @@ import torch.nn.functional as F  # noqa: N812
 import typer
 from rich.progress import track
 
+from srt_ext.cli.folder import save
 from srt_ext.demo.scenes import CLASSES, Scene, scene
 from srt_ext.demo.small import FILE, PATCH, make_small
-from srt_ext.folder import save
 
 SIDE = 128  # pixels of a scene
 CUT = 108  # pixels of the smallest part of it that is shown

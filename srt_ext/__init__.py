@@ -1,8 +1,8 @@
 """Dense features from frozen Vision Transformers: Stochastic Resonance Transformers, fast.
 
 ``import srt_ext`` registers ``torch.ops.srt.*``. The import never fails: where torch or the native
-library is missing, the names that need it raise an ImportError with the reason, and ``srt-ext
-info`` tells it too.
+library is missing, the names that need it raise an ImportError with the reason, which ``srt-ext
+info`` prints, too.
 """
 
 from typing import Any
@@ -12,13 +12,15 @@ from ._version import __version__
 
 __all__ = [
     "SRT",
+    "LayerTokens",
     "RunningMean",
     "RunningMedian",
     "RunningMoments",
     "SRTMoments",
     "SRTOutput",
+    "ViewTokens",
     "__version__",
-    "array",
+    "dlpack",
     "ensemble",
     "ensemble_moments",
     "reference",
@@ -28,10 +30,10 @@ __all__ = [
 
 if _unavailable is None:
     from . import _autograd as _autograd
-    from . import array, reference, views
+    from . import dlpack, reference, views
     from .ops import ensemble, ensemble_moments, shift
+    from .srt import SRT, LayerTokens, SRTMoments, SRTOutput, ViewTokens
     from .streaming import RunningMean, RunningMedian, RunningMoments
-    from .wrapper import SRT, SRTMoments, SRTOutput
 
 else:
 

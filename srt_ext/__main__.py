@@ -8,7 +8,7 @@ from importlib import import_module
 
 def main() -> None:
     try:
-        from .command import app
+        from .cli import app
     except ImportError as error:
         from . import __version__
         from ._library import unavailable

@@ -47,9 +47,7 @@ class _Views:
     def mean_backward(self, grad: torch.Tensor) -> torch.Tensor:
         """[V, B, N, C] of the gradient [B, C, H', W'] of a mean."""
         place = (self.offsets, self.grid, self.patch, self.weights)
-        tokens_grad: torch.Tensor = _ops._ensemble_backward(
-            grad, None, None, *place, reduce="mean", **self.modes
-        )
+        tokens_grad: torch.Tensor = _ops._mean_backward(grad, *place, **self.modes)
         return tokens_grad
 
     def split(self) -> list[_Views]:
@@ -408,12 +406,12 @@ class _Moments(_Ensemble):
 class _MeanBackward(_Function):
     """Linear in the gradient of the mean."""
 
-    op, name = _ops._ensemble_backward.default, "ensemble"
+    op, name = _ops._mean_backward.default, "ensemble"
     constant: ClassVar = {
         **_Function.constant,
         "weights": "second derivative with respect to weights",
     }
-    batching = _Batching((0, 0, 1, None, None, None, None), 1)
+    batching = _Batching((0, None, None, None, None), 1)
 
     @classmethod
     def gradients(cls, ctx: Any, args: list[Any], grads: Sequence[Any]) -> tuple[Any, ...]:
@@ -425,8 +423,7 @@ class _MeanBackward(_Function):
 
     @classmethod
     def views(cls, ctx: Any, args: list[Any]) -> _Views:
-        modes = {name: value for name, value in ctx.modes.items() if name != "reduce"}
-        return _Views(modes, *args[3:])
+        return _Views(ctx.modes, *args[1:])
 
 
 # ---- registration --------------------------------------------------------------------------------

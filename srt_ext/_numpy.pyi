@@ -1,5 +1,6 @@
-"""csrc/numpy/module.cpp. Numbers are float64 and dense; types are checked by srt_ext.numpy."""
+"""csrc/numpy/module.cpp. Numbers are float64; types are checked by srt_ext.numpy."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -7,39 +8,14 @@ from numpy.typing import NDArray
 
 _Array = NDArray[Any]
 _Numbers = NDArray[np.float64]
-_Pair = tuple[int, int]
+# tokens, offsets, grid, patch, weights or None, upsample, border, stride
+_Views = tuple[Any, ...]
 
 def shift(image: _Array, offsets: _Numbers, padding: str, interpolation: str, /) -> _Array: ...
-def ensemble(
-    tokens: _Array,
-    offsets: _Numbers,
-    grid: _Pair,
-    patch: _Pair,
-    weights: _Numbers | None,
-    upsample: str,
-    border: str,
-    stride: _Pair,
-    reduce: str,
-    out: _Array | None,
-    /,
-) -> _Array: ...
-def ensemble_moments(
-    tokens: _Array,
-    offsets: _Numbers,
-    grid: _Pair,
-    patch: _Pair,
-    weights: _Numbers | None,
-    upsample: str,
-    border: str,
-    stride: _Pair,
-    /,
-) -> tuple[_Array, _Array]: ...
-
-# Of a state, then the arguments of ensemble_moments.
-def accumulate_mean_(mean: _Array, weight: _Numbers, /, *views: Any) -> None: ...
-def accumulate_moments_(mean: _Array, var: _Array, weight: _Numbers, /, *views: Any) -> None: ...
-def accumulate_median_(window: _Array, count: _Numbers, /, *views: Any) -> None: ...
-def check_chunk(op: str, /, *views: Any) -> None: ...
+def ensemble(views: _Views, reduce: str, out: _Array | None, /) -> _Array: ...
+def ensemble_moments(views: _Views, /) -> tuple[_Array, _Array]: ...
+def accumulate(op: str, state: Sequence[_Array], views: _Views, /) -> None: ...
+def check_chunk(op: str, views: _Views, /) -> None: ...
 def set_threads(threads: int, /) -> None: ...
 def get_threads() -> int: ...
 def cpu_kernels() -> str: ...

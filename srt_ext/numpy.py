@@ -21,18 +21,9 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _rules
-from ._rules import (
-    BORDERS,
-    INTERPOLATIONS,
-    PADDINGS,
-    REDUCES,
-    UPSAMPLES,
-    check_count,
-    check_word,
-    wrong,
-)
-from ._streams import MeanStream, MedianStream, MomentsStream, Stream
+from . import streaming
+from ._validation import check_count, check_pair, check_words, wrong
+from .options import Border, Interpolation, Padding, Pair, Reduce, Stride, Upsample
 
 try:
     from . import _numpy
@@ -64,21 +55,10 @@ __all__ = [
     "shift",
 ]
 
-FLOATING = ("float32", "float16", "bfloat16", "float64")
 MAX_THREADS = 1024  # a slip of the keyboard asks for more
 
 # What offsets and weights are made of: float32 or float64, or numbers in (nested) sequences.
 Numbers: TypeAlias = NDArray[np.float32] | NDArray[np.float64] | Sequence[Any]
-_Views: TypeAlias = tuple[
-    NDArray[Any],
-    NDArray[np.float64],
-    tuple[int, int],
-    tuple[int, int],
-    NDArray[np.float64] | None,
-    str,
-    str,
-    tuple[int, int],
-]
 
 
 def _check_array(where: str, name: str, value: object) -> None:
@@ -88,15 +68,8 @@ def _check_array(where: str, name: str, value: object) -> None:
         raise wrong(TypeError, where, rule, type(value).__name__)
 
 
-def _pair(where: str, name: str, value: object) -> tuple[int, int]:
-    y, x = _rules.check_pair(where, name, value, (int, np.integer))
-    if max(y, x) >= 2**63:
-        raise wrong(ValueError, where, f"{name} must be below 2^63", [y, x])
-    return int(y), int(x)
-
-
 def _numbers(where: str, name: str, value: object) -> NDArray[np.float64]:
-    """A copy in float64, which nobody changes while it is read. Its shape is checked later."""
+    """In float64, of any shape."""
     rule = f"{name} must be float32 or float64, or numbers in sequences"
     if isinstance(value, np.ndarray):
         _check_array(where, name, value)
@@ -111,33 +84,33 @@ def _numbers(where: str, name: str, value: object) -> NDArray[np.float64]:
             raise wrong(TypeError, where, rule, value.dtype)
     else:
         raise wrong(TypeError, where, rule, type(value).__name__)
-    return np.array(value, dtype=np.float64, order="C", subok=False)
+    return np.asarray(value, dtype=np.float64)
 
 
 def _views(
     where: str,
-    tokens: NDArray[Any],
+    tokens: object,
     offsets: object,
     grid: object,
     patch: object,
-    weights: object,
-    upsample: str,
-    border: str,
+    weights: object = None,
+    *,
+    upsample: object,
+    border: object,
     stride: object,
-) -> _Views:
+) -> tuple[Any, ...]:
     """What a kernel takes, of the types that it takes."""
     _check_array(where, "tokens", tokens)
-    check_word(where, "upsample", upsample, UPSAMPLES)
-    check_word(where, "border", border, BORDERS)
+    check_words(where, upsample=upsample, border=border)
     return (
         tokens,
         _numbers(where, "offsets", offsets),
-        _pair(where, "grid", grid),
-        _pair(where, "patch", patch),
+        check_pair(where, "grid", grid),
+        check_pair(where, "patch", patch),
         None if weights is None else _numbers(where, "weights", weights),
         upsample,
         border,
-        _pair(where, "stride", stride),
+        check_pair(where, "stride", stride),
     )
 
 
@@ -145,28 +118,19 @@ def shift(
     image: NDArray[Any],
     offsets: Numbers,
     *,
-    padding: str = "reflect",
-    interpolation: str = "bilinear",
+    padding: Padding = "reflect",
+    interpolation: Interpolation = "bilinear",
 ) -> NDArray[Any]:
-    """Every translated view of a batch of images: ``view_v(y, x) = image(y - dy, x - dx)``.
+    """As :func:`srt_ext.shift`: every translated view of a batch of images.
 
     Args:
         image: [B, C, H, W], float32, float16, bfloat16, float64 or uint8. One that is not dense
             and aligned is copied first.
-        offsets: [V, 2], (dy, dx) in pixels, any real numbers up to 2^20 in size: an array of
-            float32 or float64, or sequences of numbers. Content moves down and right by them.
-        padding: what lies beyond the image: ``zeros``, ``border``, ``reflect`` (the edge is not
-            repeated) or ``circular``.
-        interpolation: ``nearest``, ``bilinear`` or ``bicubic`` (a = -0.75). Whole-pixel offsets
-            copy bit for bit under each, and offsets within 2^-40 of one count as it. uint8 results
-            are rounded half to even and saturate.
+        offsets: [V, 2], (dy, dx) in pixels; an array of float32 or float64, or sequences.
+        padding, interpolation: as for :func:`srt_ext.shift`.
 
     Returns:
         [V, B, C, H, W], dense, of the dtype of ``image``.
-
-    Raises:
-        TypeError: an argument of the wrong type, dtype or byte order.
-        ValueError: a wrong shape, mode word or value.
 
     Example:
         >>> image = np.arange(4, dtype=np.float32).reshape(1, 1, 1, 4)
@@ -176,54 +140,39 @@ def shift(
     """
     where = "srt::shift"
     _check_array(where, "image", image)
-    check_word(where, "padding", padding, PADDINGS)
-    check_word(where, "interpolation", interpolation, INTERPOLATIONS)
+    check_words(where, padding=padding, interpolation=interpolation)
     return _numpy.shift(image, _numbers(where, "offsets", offsets), padding, interpolation)
 
 
 def ensemble(
     tokens: NDArray[Any],
     offsets: Numbers,
-    grid: Sequence[int],
-    patch: Sequence[int],
+    grid: Pair,
+    patch: Pair,
     weights: Numbers | None = None,
     *,
-    reduce: str = "mean",
-    upsample: str = "bilinear",
-    border: str = "coverage",
-    stride: int | Sequence[int] = 1,
+    reduce: Reduce = "mean",
+    upsample: Upsample = "bilinear",
+    border: Border = "coverage",
+    stride: Stride = 1,
     out: NDArray[Any] | None = None,
 ) -> NDArray[Any]:
-    """The tokens of all views, moved back into the frame of the image and aggregated.
-
-    The image has ``H = h * Ph`` by ``W = w * Pw`` pixels. Each output cell is the mean, over the
-    pixels of the cell and the views that cover them, of the upsampled and inversely translated
-    tokens. No pixel-scale map of a view is ever made.
+    """As :func:`srt_ext.ensemble`: the tokens of all views in the frame of the image, aggregated.
 
     Args:
-        tokens: [V, B, N, C], N = h * w tokens in row order; float32, float16, bfloat16 or float64.
-            Read in place, read-only or not: the last dimension is dense; other strides are free,
-            also negative ones, in whole elements. Sums are kept in float32 (float64 for float64).
-        offsets: [V, 2], (dy, dx) in pixels by which the content of each view moved, as given to
-            :func:`shift`.
-        grid: (h, w), tokens.
-        patch: (Ph, Pw), pixels from token to token.
-        weights: [V], finite and >= 0, none but 0 below 2^-80 of the largest; an array of float32 or
-            float64, or a sequence of numbers; None for equal weights. A view of weight 0 is not
-            read.
-        reduce: ``mean`` or ``median``: the lower median over the views that cover the cell, exact,
-            NaN where one of them is; it takes no weights.
-        upsample: ``nearest`` or ``bilinear``.
-        border: a pixel that a view does not cover is left out (``coverage``), counts as 0
-            (``zeros``, as published), or reads the nearest edge token (``clamp``).
-        stride: pixels per output cell, (sh, sw) or one for both; divides (H, W). 1 is pixel scale,
-            ``patch`` is token scale.
+        tokens: [V, B, N, C], float32, float16, bfloat16 or float64. Read in place, read-only or
+            not: the last dimension is dense; other strides are free, also negative ones, in whole
+            elements.
+        offsets: [V, 2], (dy, dx) in pixels; an array of float32 or float64, or sequences.
+        grid, patch: (h, w) tokens, (Ph, Pw) pixels from token to token.
+        weights: [V], as ``offsets``; None for equal weights.
+        reduce, upsample, border, stride: as for :func:`srt_ext.ensemble`.
         out: [B, C, H / sh, W / sw] of the dtype of ``tokens``, written in place; any positive
             strides that step over what the smaller ones span; channels last is the fast order.
 
     Returns:
         [B, C, H / sh, W / sw] of the dtype of ``tokens``, which lies in memory as [B, H / sh,
-        W / sw, C] (``result.transpose(0, 2, 3, 1)`` is dense), or ``out``. 0 where no view counts.
+        W / sw, C] (``result.transpose(0, 2, 3, 1)`` is dense), or ``out``.
 
     Raises:
         TypeError: an argument of the wrong type, dtype or byte order.
@@ -236,39 +185,32 @@ def ensemble(
         array([0. , 0. , 0.5, 1.5, 2.5, 3.5, 4. , 4. ], dtype=float32)
     """
     where = "srt::ensemble"
-    check_word(where, "reduce", reduce, REDUCES)
-    views = _views(where, tokens, offsets, grid, patch, weights, upsample, border, stride)
+    check_words(where, reduce=reduce)
+    modes: dict[str, Any] = {"upsample": upsample, "border": border, "stride": stride}
+    views = _views(where, tokens, offsets, grid, patch, weights, **modes)
     if out is not None:
         _check_array(where, "out", out)
-    return _numpy.ensemble(*views, reduce, out)
+    return _numpy.ensemble(views, reduce, out)
 
 
 def ensemble_moments(
     tokens: NDArray[Any],
     offsets: Numbers,
-    grid: Sequence[int],
-    patch: Sequence[int],
+    grid: Pair,
+    patch: Pair,
     weights: Numbers | None = None,
     *,
-    upsample: str = "bilinear",
-    border: str = "coverage",
-    stride: int | Sequence[int] = 1,
+    upsample: Upsample = "bilinear",
+    border: Border = "coverage",
+    stride: Stride = 1,
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The mean over the views and their variance, from one reading of the tokens.
-
-    The variance is the weighted population variance of what the views say about a cell: the norm of
-    its root over the channels is the noise map of the paper. In float32, beside a mean of 1e4 times
-    the spread, it is within 0.2 %: as far as the interpolated values themselves are rounded (1e-6
-    where they are copies: ``nearest`` at stride 1).
+    """As :func:`srt_ext.ensemble_moments`: the mean over the views and their variance.
 
     Args:
         tokens, offsets, grid, patch, weights, upsample, border, stride: as for :func:`ensemble`.
 
     Returns:
-        (mean, var), each as the result of :func:`ensemble`. Both are 0 where no view counts.
-
-    Raises:
-        TypeError, ValueError: as :func:`ensemble`.
+        (mean, var), each as the result of :func:`ensemble`.
 
     Example:
         >>> tokens = np.array([1, 3], dtype=np.float32).reshape(2, 1, 1, 1)  # two views of a token
@@ -277,80 +219,50 @@ def ensemble_moments(
         (2.0, 1.0)
     """
     where = "srt::ensemble_moments"
-    return _numpy.ensemble_moments(
-        *_views(where, tokens, offsets, grid, patch, weights, upsample, border, stride)
-    )
+    modes: dict[str, Any] = {"upsample": upsample, "border": border, "stride": stride}
+    return _numpy.ensemble_moments(_views(where, tokens, offsets, grid, patch, weights, **modes))
 
 
-class _Arrays(Stream[NDArray[Any]]):
-    """A stream whose arrays are those of NumPy."""
+class _Arrays:
+    """As ``_Tensors`` in srt_ext.streaming, for NumPy."""
 
-    _float32, _float64 = np.dtype(np.float32), np.dtype(np.float64)
+    check_array = staticmethod(_check_array)
+    float32, float64 = np.dtype(np.float32), np.dtype(np.float64)
 
-    def update(
-        self, tokens: NDArray[Any], offsets: Numbers, weights: Numbers | None = None
-    ) -> None:
-        """Adds views: tokens [V, B, N, C], offsets [V, 2], weights [V], as for ``ensemble``.
-
-        Weights count against those of the other chunks: 0, or between 2^-500 and 2^500; a median
-        takes none. No views (V = 0) only allocate the state. Raises as ``ensemble``; then nothing
-        was added.
-        """
-        self._update(tokens, offsets, weights)
-
-    def _pair(self, name: str, value: object) -> tuple[int, int]:
-        return _pair(type(self).__name__, name, value)
-
-    def _arguments(
-        self, where: str, tokens: NDArray[Any], offsets: object, weights: object
-    ) -> _Views:
-        places = (self.grid, self.patch, weights, self.upsample, self.border, self.stride)
-        return _views(where, tokens, offsets, *places)
-
-    def _check_array(self, where: str, name: str, value: object) -> None:
-        _check_array(where, name, value)
-
-    def _check_chunk(self, where: str, tokens: NDArray[Any], offsets: Any, weights: Any) -> None:
-        _numpy.check_chunk(self._op, *self._arguments(where, tokens, offsets, weights))
-
-    def _accumulate(self, tokens: NDArray[Any], offsets: Any, *weights: Any) -> None:
-        (weight,) = weights or (None,)
-        views = self._arguments(f"srt::{self._op}", tokens, offsets, weight)
-        getattr(_numpy, self._op)(*self._state.values(), *views)
-
-    def _is_floating(self, dtype: object) -> bool:
-        return isinstance(dtype, np.dtype) and dtype.isnative and dtype.name in FLOATING
-
-    def _is_array(self, value: object) -> bool:
+    def is_array(self, value: object) -> bool:
         return isinstance(value, np.ndarray) and not hasattr(value, "mask")
 
-    def _zeros(self, shape: Sequence[int], dtype: Any, like: NDArray[Any]) -> NDArray[Any]:
+    def is_floating(self, dtype: object) -> bool:
+        names = ("float32", "float16", "bfloat16", "float64")
+        return isinstance(dtype, np.dtype) and dtype.isnative and dtype.name in names
+
+    def check_chunk(self, op: str, *views: Any, **modes: Any) -> None:
+        _numpy.check_chunk(op, _views(f"srt::{op}", *views, **modes))
+
+    def accumulate(self, op: str, state: Sequence[Any], *views: Any, **modes: Any) -> None:
+        _numpy.accumulate(op, state, _views(f"srt::{op}", *views, **modes))
+
+    def zeros(self, shape: Sequence[int], dtype: Any, like: NDArray[Any]) -> NDArray[Any]:
         return np.zeros(shape, dtype)
 
-    def _dense(self, array: NDArray[Any]) -> NDArray[Any]:
+    def dense(self, array: NDArray[Any]) -> NDArray[Any]:
         return np.array(array, order="C", subok=False)
 
-    def _cast(self, array: NDArray[Any], copy: bool) -> NDArray[Any]:
-        with self._writing():
-            return array.astype(self._dtype, copy=copy)
+    def cast(self, array: NDArray[Any], dtype: Any, copy: bool = False) -> NDArray[Any]:
+        with self.writing():
+            return array.astype(dtype, copy=copy)
 
-    def _ratio(self, part: NDArray[Any], total: NDArray[Any], dtype: Any) -> NDArray[Any]:
-        ratio: NDArray[Any] = np.zeros(total.shape, total.dtype)
-        np.divide(part, total, out=ratio, where=total > 0)
-        return ratio.astype(dtype, copy=False)
-
-    def _put(self, target: NDArray[Any], where: NDArray[Any], value: NDArray[Any]) -> None:
+    def put(self, target: NDArray[Any], where: NDArray[Any], value: NDArray[Any]) -> None:
         np.copyto(target, value, where=where)
 
-    def _writing(self) -> np.errstate:
+    def writing(self) -> np.errstate:
         return np.errstate(all="ignore")  # NaN and infinities are values
 
 
-class RunningMean(_Arrays, MeanStream[NDArray[Any]]):
-    """The mean of a stream of views: ``ensemble`` in chunks, as :class:`srt_ext.RunningMean`.
+class RunningMean(streaming.MeanStream[NDArray[Any], Numbers]):
+    """As :class:`srt_ext.RunningMean`: the mean of a stream of views.
 
-    State, whatever the number of views: the mean [B, C, H', W'] in float32 (float64 for float64
-    tokens) and the weight of each cell [H', W'] in float64.
+    State: mean [B, C, H', W'] in float32 (float64 for float64 tokens), weight [H', W'] in float64.
 
     Args:
         grid, patch, upsample, border, stride: as for :func:`ensemble`.
@@ -363,12 +275,13 @@ class RunningMean(_Arrays, MeanStream[NDArray[Any]]):
         array([3., 3.], dtype=float32)
     """
 
+    _arrays = _Arrays()
 
-class RunningMoments(RunningMean, MomentsStream[NDArray[Any]]):
-    """Mean and variance of a stream of views, as :class:`srt_ext.RunningMoments`.
 
-    State, whatever the number of views: mean and population variance [B, C, H', W'] and the weight
-    of each cell [H', W'].
+class RunningMoments(RunningMean, streaming.MomentsStream[NDArray[Any], Numbers]):
+    """As :class:`srt_ext.RunningMoments`: mean and variance of a stream of views.
+
+    State: mean and var [B, C, H', W'], weight [H', W'].
 
     Args:
         grid, patch, upsample, border, stride: as for :func:`ensemble`.
@@ -382,13 +295,10 @@ class RunningMoments(RunningMean, MomentsStream[NDArray[Any]]):
     """
 
 
-class RunningMedian(_Arrays, MedianStream[NDArray[Any]]):
-    """The lower median of a stream of views, approximately, as :class:`srt_ext.RunningMedian`.
+class RunningMedian(streaming.MedianStream[NDArray[Any], Numbers]):
+    """As :class:`srt_ext.RunningMedian`: the lower median of a stream of views, approximately.
 
-    State, whatever the number of views: the 7 values around the median of each element, in order,
-    with the place of the median among them, [8, B, C, H', W'] in float32 (float64 for float64
-    tokens), and the number of views of each cell [H', W']. Exact up to 7 views; beyond them the
-    order of the views matters: one that drifts, as that of a grid does, is the worst.
+    State: window [8, B, C, H', W'], count [H', W'].
 
     Args:
         grid, patch, upsample, border, stride: as for :func:`ensemble`.
@@ -400,6 +310,8 @@ class RunningMedian(_Arrays, MedianStream[NDArray[Any]]):
         >>> running.result().item()
         5.0
     """
+
+    _arrays = _Arrays()
 
 
 def get_num_threads() -> int:

@@ -5,39 +5,76 @@ Method: Lao et al., "Sub-token ViT Embedding via Stochastic Resonance Transforme
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, cast
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 
+from . import _validation
 from ._library import cuda_unavailable
-from .checks import check_ensemble, check_shift, check_state, check_views
-
-_PREFIX = "srt::"
+from ._validation import check_cells, check_pair, check_string, check_tensor, wrong
+from .options import Border, Interpolation, Padding, Pair, Reduce, Stride, Upsample
 
 
 def _explain(error: RuntimeError, op: str, check: Callable[[], object]) -> NoReturn:
-    """Raises what the metadata checks say, or a ValueError for a value that the op refused.
-
-    The checks run only after a failure: a valid call does not pay for them.
-    """
-    check()
+    """Raises the ValueError or TypeError that the op states, or what ``check`` finds."""
     message = str(error)
+    stated = _validation.parse(message)
+    if stated is not None:
+        raise stated from None
     if isinstance(error, NotImplementedError) and "'CUDA'" in message and cuda_unavailable:
         raise NotImplementedError(
-            f"{_PREFIX}{op}: CUDA kernels are not available: {cuda_unavailable}"
+            f"srt::{op}: CUDA kernels are not available: {cuda_unavailable}"
         ) from error
-    if f"{_PREFIX}{op}: " in message and f"{_PREFIX}{op}: CUDA: " not in message:
-        raise ValueError(message[message.index(_PREFIX) :].splitlines()[0]) from None
+    check()
     raise error
+
+
+def _check_types(op: str, schema: Any, *args: object, **modes: object) -> None:
+    """Of arguments that the dispatcher has refused: no tensor, no two integers, no string."""
+    where = f"srt::{op}"
+    names = [argument.name for argument in schema.arguments]
+    given = {**dict(zip(names, args, strict=False)), **modes}
+    for argument in schema.arguments:
+        name, kind = argument.name, str(argument.type)
+        value = given.get(name, argument.default_value)
+        if kind == "Tensor" or (kind == "Optional[Tensor]" and value is not None):
+            check_tensor(where, name, value)
+        elif kind == "List[int]":
+            check_pair(where, name, value)
+        elif kind == "str":
+            check_string(where, name, value)
+
+
+def _call(name: str, op: Any, *args: Any, **modes: Any) -> Any:
+    """``op``, which raises ValueError or TypeError for wrong arguments, in the name of ``name``."""
+    if torch.compiler.is_compiling():
+        return op(*args, **modes)
+    try:
+        return op(*args, **modes)
+    except RuntimeError as error:
+        _explain(error, name, lambda: _check_types(name, op._schema, *args, **modes))
+
+
+def accumulate(op: str, *args: Any, **modes: Any) -> None:
+    """``torch.ops.srt.accumulate_*``, for srt_ext.streaming."""
+    _call(op, getattr(torch.ops.srt, op).default, *args, **modes)
+
+
+def check_views(op: str, *args: Any, stream: bool = False, **modes: Any) -> None:
+    """The rules for tokens, offsets, grid, patch, weights and modes of ``op``: nothing is made.
+
+    ``stream``: for a chunk of one, which may have no views.
+    """
+    _call(op, torch.ops.srt._check_views.default, op, *args, stream=stream, **modes)
 
 
 def shift(
     image: torch.Tensor,
     offsets: torch.Tensor,
     *,
-    padding: str = "reflect",
-    interpolation: str = "bilinear",
+    padding: Padding = "reflect",
+    interpolation: Interpolation = "bilinear",
 ) -> torch.Tensor:
     """Every translated view of a batch of images: ``view_v(y, x) = image(y - dy, x - dx)``.
 
@@ -66,31 +103,22 @@ def shift(
         tensor([[0.0000, 0.0000, 1.0000, 2.0000],
                 [0.0000, 0.5000, 1.5000, 2.5000]])
     """
-    if torch.compiler.is_compiling():
-        return cast(
-            torch.Tensor,
-            torch.ops.srt.shift(image, offsets, padding=padding, interpolation=interpolation),
-        )
-    try:
-        views: torch.Tensor = torch.ops.srt.shift(
-            image, offsets, padding=padding, interpolation=interpolation
-        )
-        return views
-    except RuntimeError as error:
-        _explain(error, "shift", lambda: check_shift(image, offsets, padding, interpolation))
+    op, modes = torch.ops.srt.shift.default, {"padding": padding, "interpolation": interpolation}
+    views: torch.Tensor = _call("shift", op, image, offsets, **modes)
+    return views
 
 
 def ensemble(
     tokens: torch.Tensor,
     offsets: torch.Tensor,
-    grid: Sequence[int],
-    patch: Sequence[int],
+    grid: Pair,
+    patch: Pair,
     weights: torch.Tensor | None = None,
     *,
-    reduce: str = "mean",
-    upsample: str = "bilinear",
-    border: str = "coverage",
-    stride: int | Sequence[int] = 1,
+    reduce: Reduce = "mean",
+    upsample: Upsample = "bilinear",
+    border: Border = "coverage",
+    stride: Stride = 1,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The tokens of all views, moved back into the frame of the image and aggregated.
@@ -138,42 +166,25 @@ def ensemble(
         >>> ensemble(tokens, torch.zeros(1, 2), grid=(1, 2), patch=(1, 4))[0, 0, 0]
         tensor([0.0000, 0.0000, 0.5000, 1.5000, 2.5000, 3.5000, 4.0000, 4.0000])
     """
-    modes: dict[str, Any] = {
-        "reduce": reduce,
-        "upsample": upsample,
-        "border": border,
-        "stride": stride,
-    }
-    op = torch.ops.srt.ensemble
-    if torch.compiler.is_compiling():
-        if out is None:
-            return cast(torch.Tensor, op(tokens, offsets, grid, patch, weights, **modes))
-        op.out(tokens, offsets, grid, patch, weights, **modes, out=out)
-        return out
-    try:
-        if out is None:
-            field: torch.Tensor = op(tokens, offsets, grid, patch, weights, **modes)
-            return field
-        op.out(tokens, offsets, grid, patch, weights, **modes, out=out)
-        return out
-    except RuntimeError as error:
-        _explain(
-            error,
-            "ensemble",
-            lambda: check_ensemble(tokens, offsets, grid, patch, weights, **modes, out=out),
-        )
+    args = (tokens, offsets, grid, patch, weights)
+    modes = {"reduce": reduce, "upsample": upsample, "border": border, "stride": stride}
+    if out is None:
+        field: torch.Tensor = _call("ensemble", torch.ops.srt.ensemble.default, *args, **modes)
+        return field
+    _call("ensemble", torch.ops.srt.ensemble.out, *args, **modes, out=out)
+    return out
 
 
 def ensemble_moments(
     tokens: torch.Tensor,
     offsets: torch.Tensor,
-    grid: Sequence[int],
-    patch: Sequence[int],
+    grid: Pair,
+    patch: Pair,
     weights: torch.Tensor | None = None,
     *,
-    upsample: str = "bilinear",
-    border: str = "coverage",
-    stride: int | Sequence[int] = 1,
+    upsample: Upsample = "bilinear",
+    border: Border = "coverage",
+    stride: Stride = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The mean over the views and their variance, from one reading of the tokens.
 
@@ -198,198 +209,117 @@ def ensemble_moments(
         >>> mean.item(), var.item()
         (2.0, 1.0)
     """
-    modes: dict[str, Any] = {"upsample": upsample, "border": border, "stride": stride}
-    op = torch.ops.srt.ensemble_moments
-    if torch.compiler.is_compiling():
-        return cast(
-            tuple[torch.Tensor, torch.Tensor], op(tokens, offsets, grid, patch, weights, **modes)
-        )
-    try:
-        mean, var = op(tokens, offsets, grid, patch, weights, **modes)
-        return mean, var
-    except RuntimeError as error:
-        name = "ensemble_moments"
-        _explain(
-            error,
-            name,
-            lambda: check_views(_PREFIX + name, tokens, offsets, grid, patch, weights, **modes),
-        )
+    args = (tokens, offsets, grid, patch, weights)
+    modes = {"upsample": upsample, "border": border, "stride": stride}
+    mean, var = _call("ensemble_moments", torch.ops.srt.ensemble_moments.default, *args, **modes)
+    return mean, var
 
 
-def accumulate(
+# ---- fake kernels -------------------------------------------------------------------------------
+# They know the rules that the shape of a result follows from. The ops check all, when they run.
+
+
+def field_shape(
     op: str,
-    state: dict[str, torch.Tensor],
     tokens: torch.Tensor,
     offsets: torch.Tensor,
-    grid: Sequence[int],
-    patch: Sequence[int],
-    *weights: torch.Tensor | None,
-    **modes: Any,
-) -> None:
-    """``torch.ops.srt.<op>`` with errors as the functions have them; for srt_ext.streaming."""
-    call = getattr(torch.ops.srt, op)
-    if torch.compiler.is_compiling():
-        call(*state.values(), tokens, offsets, grid, patch, *weights, **modes)
-        return
-    try:
-        call(*state.values(), tokens, offsets, grid, patch, *weights, **modes)
-    except RuntimeError as error:
+    grid: Pair,
+    patch: Pair,
+    weights: torch.Tensor | None = None,
+    *,
+    stride: Stride = 1,
+    **_modes: object,
+) -> list[int]:
+    """[B, C, H', W'] of the field that the op makes of these arguments."""
+    where = f"srt::{op}"
+    if tokens.dim() != 4:
+        rule = "tokens must have 4 dimensions, [V, B, N, C]"
+        raise wrong(ValueError, where, rule, list(tokens.shape))
+    _, batch, count, channels = tokens.shape
+    grid = check_pair(where, "grid", grid)
+    cells = check_cells(where, grid, patch, stride)
+    if grid[0] * grid[1] != count:
+        rule = f"grid must hold the N = {count} tokens of a view, without class or register tokens"
+        raise wrong(ValueError, where, rule, list(grid))
+    _check_meta(where, tokens, offsets=offsets, weights=weights)
+    return [batch, channels, *cells]
 
-        def check() -> None:
-            (weight,) = weights or (None,)
-            where = _PREFIX + op
-            shape = check_views(where, tokens, offsets, grid, patch, weight, **modes)
-            check_state(where, state, shape, tokens)
 
-        _explain(error, op, check)
+def _check_meta(where: str, given: torch.Tensor, **numbers: torch.Tensor | None) -> None:
+    """One tensor on the meta device is enough to get here, where results have no values."""
+    for name, values in numbers.items():
+        if values is not None and values.is_meta and not given.is_meta:
+            rule = f"{name} must be on the CPU or on the device of the input"
+            raise wrong(ValueError, where, rule, values.device)
 
 
-def _channels_last(shape: Sequence[int]) -> tuple[int, int, int, int]:
-    """The strides that the schema promises, also where a size is 0 or 1."""
-    _, channels, height, width = shape
-    return height * width * channels, 1, width * channels, channels
+def _new_field(op: str, tokens: torch.Tensor, *args: Any, **modes: Any) -> torch.Tensor:
+    _, channels, height, width = shape = field_shape(op, tokens, *args, **modes)
+    # As the schema promises, also where a size is 0 or 1: channels_last.
+    strides = (height * width * channels, 1, width * channels, channels)
+    return tokens.new_empty_strided(shape, strides)
 
 
 @torch.library.register_fake("srt::shift")
-def _(
-    image: torch.Tensor,
-    offsets: torch.Tensor,
-    *,
-    padding: str = "reflect",
-    interpolation: str = "bilinear",
-) -> torch.Tensor:
-    return image.new_empty(check_shift(image, offsets, padding, interpolation))
+def _(image: torch.Tensor, offsets: torch.Tensor, **modes: Any) -> torch.Tensor:
+    if image.dim() != 4:
+        rule = "image must have 4 dimensions, [B, C, H, W]"
+        raise wrong(ValueError, "srt::shift", rule, list(image.shape))
+    if offsets.dim() != 2:
+        rule = "offsets must be [V, 2] with V >= 1"
+        raise wrong(ValueError, "srt::shift", rule, list(offsets.shape))
+    _check_meta("srt::shift", image, offsets=offsets)
+    return image.new_empty([offsets.shape[0], *image.shape])
 
 
 @torch.library.register_fake("srt::ensemble")
-def _(
-    tokens: torch.Tensor,
-    offsets: torch.Tensor,
-    grid: Sequence[int],
-    patch: Sequence[int],
-    weights: torch.Tensor | None = None,
-    *,
-    reduce: str = "mean",
-    upsample: str = "bilinear",
-    border: str = "coverage",
-    stride: Sequence[int] = (1, 1),
-) -> torch.Tensor:
-    shape = check_ensemble(tokens, offsets, grid, patch, weights, reduce, upsample, border, stride)
-    return tokens.new_empty_strided(shape, _channels_last(shape))
-
-
-@torch.library.register_fake("srt::ensemble.out")
-def _(
-    tokens: torch.Tensor,
-    offsets: torch.Tensor,
-    grid: Sequence[int],
-    patch: Sequence[int],
-    weights: torch.Tensor | None = None,
-    *,
-    reduce: str = "mean",
-    upsample: str = "bilinear",
-    border: str = "coverage",
-    stride: Sequence[int] = (1, 1),
-    out: torch.Tensor,
-) -> None:
-    check_ensemble(tokens, offsets, grid, patch, weights, reduce, upsample, border, stride, out)
+def _(*args: Any, **modes: Any) -> torch.Tensor:
+    return _new_field("ensemble", *args, **modes)
 
 
 @torch.library.register_fake("srt::ensemble_moments")
-def _(
-    tokens: torch.Tensor,
-    offsets: torch.Tensor,
-    grid: Sequence[int],
-    patch: Sequence[int],
-    weights: torch.Tensor | None = None,
-    *,
-    upsample: str = "bilinear",
-    border: str = "coverage",
-    stride: Sequence[int] = (1, 1),
-) -> tuple[torch.Tensor, torch.Tensor]:
-    where = "srt::ensemble_moments"
-    shape = check_views(where, tokens, offsets, grid, patch, weights, upsample, border, stride)
-    strides = _channels_last(shape)
-    return tokens.new_empty_strided(shape, strides), tokens.new_empty_strided(shape, strides)
+def _(*args: Any, **modes: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    mean, var = (_new_field("ensemble_moments", *args, **modes) for _ in range(2))
+    return mean, var
+
+
+@torch.library.register_fake("srt::ensemble.out")
+def _(*args: Any, out: torch.Tensor, **modes: Any) -> None:
+    shape = field_shape("ensemble", *args, **modes)
+    if list(out.shape) != shape:
+        raise wrong(ValueError, "srt::ensemble", f"out must be {shape}", list(out.shape))
+
+
+def _fake_accumulate(op: str, parts: int) -> None:
+    """``parts``: tensors of the state, the first arguments."""
+
+    def fake(*args: Any, **modes: Any) -> None:
+        field_shape(op, *args[parts:], **modes)
+
+    torch.library.register_fake(f"srt::{op}", fake)
+
+
+_fake_accumulate("accumulate_mean_", 2)
+_fake_accumulate("accumulate_moments_", 3)
+_fake_accumulate("accumulate_median_", 2)
+
+
+@torch.library.register_fake("srt::_check_views")
+def _(*args: Any, **modes: Any) -> None:
+    field_shape(*args, **modes)
 
 
 @torch.library.register_fake("srt::_shift_backward")
-def _(
-    grad: torch.Tensor, offsets: torch.Tensor, *, padding: str, interpolation: str
-) -> torch.Tensor:
+def _(grad: torch.Tensor, offsets: torch.Tensor, **modes: Any) -> torch.Tensor:
     return grad.new_empty(grad.shape[1:])
 
 
-@torch.library.register_fake("srt::_ensemble_backward")
+@torch.library.register_fake("srt::_mean_backward")
 def _(
     grad: torch.Tensor,
-    grad_var: torch.Tensor | None,
-    tokens: torch.Tensor | None,
     offsets: torch.Tensor,
-    grid: Sequence[int],
-    patch: Sequence[int],
-    weights: torch.Tensor | None,
-    *,
-    reduce: str,
-    upsample: str,
-    border: str,
-    stride: Sequence[int],
+    grid: Pair,
+    *args: Any,
+    **modes: Any,
 ) -> torch.Tensor:
     return grad.new_empty(offsets.shape[0], grad.shape[0], grid[0] * grid[1], grad.shape[1])
-
-
-@torch.library.register_fake("srt::accumulate_mean_")
-def _(
-    mean: torch.Tensor,
-    weight: torch.Tensor,
-    tokens: torch.Tensor,
-    offsets: torch.Tensor,
-    grid: Sequence[int],
-    patch: Sequence[int],
-    weights: torch.Tensor | None = None,
-    *,
-    upsample: str = "bilinear",
-    border: str = "coverage",
-    stride: Sequence[int] = (1, 1),
-) -> None:
-    where = "srt::accumulate_mean_"
-    shape = check_views(where, tokens, offsets, grid, patch, weights, upsample, border, stride)
-    check_state(where, {"mean": mean, "weight": weight}, shape, tokens)
-
-
-@torch.library.register_fake("srt::accumulate_moments_")
-def _(
-    mean: torch.Tensor,
-    var: torch.Tensor,
-    weight: torch.Tensor,
-    tokens: torch.Tensor,
-    offsets: torch.Tensor,
-    grid: Sequence[int],
-    patch: Sequence[int],
-    weights: torch.Tensor | None = None,
-    *,
-    upsample: str = "bilinear",
-    border: str = "coverage",
-    stride: Sequence[int] = (1, 1),
-) -> None:
-    where = "srt::accumulate_moments_"
-    shape = check_views(where, tokens, offsets, grid, patch, weights, upsample, border, stride)
-    check_state(where, {"mean": mean, "var": var, "weight": weight}, shape, tokens)
-
-
-@torch.library.register_fake("srt::accumulate_median_")
-def _(
-    window: torch.Tensor,
-    count: torch.Tensor,
-    tokens: torch.Tensor,
-    offsets: torch.Tensor,
-    grid: Sequence[int],
-    patch: Sequence[int],
-    *,
-    upsample: str = "bilinear",
-    border: str = "coverage",
-    stride: Sequence[int] = (1, 1),
-) -> None:
-    where = "srt::accumulate_median_"
-    shape = check_views(where, tokens, offsets, grid, patch, None, upsample, border, stride)
-    check_state(where, {"window": window, "count": count}, shape, tokens)

@@ -1,91 +1,405 @@
 """Views that arrive one after the other: aggregated in memory that does not grow with their number.
 
 ``RunningMean``, ``RunningMoments`` and ``RunningMedian`` wrap ``torch.ops.srt.accumulate_*``, which
-take a chunk of views and a state of plain tensors that they read and write once.
+take a chunk of views and a state of plain tensors that they read and write once. What they do does
+not depend on the library of the arrays: ``srt_ext.numpy`` has the same classes over NumPy, which
+need no torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, Generic, NoReturn, TypeVar
 
-import torch
+from . import _library
+from ._validation import check_cells, check_pair, check_tensor, check_words
+from .options import Border, Pair, Stride, Upsample
 
-from ._streams import MeanStream, MedianStream, MomentsStream, Stream
-from .checks import FLOATING, check_pair, check_tensor, check_views
-from .ops import accumulate
+if _library.unavailable is None:
+    import torch
+
+    from . import ops
+
+A = TypeVar("A", bound=Any)  # an array of torch or NumPy
+N = TypeVar("N")  # numbers of the views, as the library takes them
+
+WINDOW_PLANES = 8  # of the state of a median: 7 values, and the place of the median
 
 
-class _Tensors(Stream[torch.Tensor]):
-    """A stream whose arrays are tensors."""
+def _channels_last(array: Any) -> Any:
+    """[..., C, H', W'] as [..., H', W', C]."""
+    return array.swapaxes(-3, -2).swapaxes(-2, -1)
 
-    _float32, _float64 = torch.float32, torch.float64
 
-    def update(
-        self, tokens: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None = None
+def _channels_first(array: Any) -> Any:
+    """[..., H', W', C] as [..., C, H', W']."""
+    return array.swapaxes(-2, -1).swapaxes(-3, -2)
+
+
+def _device(array: Any) -> object:
+    return getattr(array, "device", None)  # NumPy 1 has none
+
+
+class Stream(Generic[A, N]):
+    """A stream of views: its settings, its state, and what all of its kinds do alike."""
+
+    _arrays: Any  # what a library of arrays does in a way of its own: _Tensors, or NumPy's
+    _op: str  # adds a chunk to the state
+    _planes: dict[str, tuple[int, ...]]  # of the state [*planes, B, C, H', W'], by name
+    _seen: str  # the state [H', W'] that tells what each cell has got
+    _weighted = True
+
+    def __init__(
+        self,
+        grid: Pair,
+        patch: Pair,
+        *,
+        upsample: Upsample = "bilinear",
+        border: Border = "coverage",
+        stride: Stride = 1,
     ) -> None:
+        name = type(self).__name__
+        check_words(name, upsample=upsample, border=border)
+        self._cells = check_cells(name, grid, patch, stride)
+        self.grid, self.patch = check_pair(name, "grid", grid), check_pair(name, "patch", patch)
+        self.stride = check_pair(name, "stride", stride)
+        self.upsample, self.border = upsample, border
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets every view, and the sizes and dtype of the tokens."""
+        self.views = 0
+        self._state: dict[str, Any] = {}
+        self._dtype = self._arrays.float32  # of the tokens
+
+    def update(self, tokens: A, offsets: N, weights: N | None = None) -> None:
         """Adds views: tokens [V, B, N, C], offsets [V, 2], weights [V], as for ``ensemble``.
 
         Weights count against those of the other chunks: 0, or between 2^-500 and 2^500; a median
         takes none. No views (V = 0) only allocate the state. Raises as ``ensemble``; then nothing
         was added.
         """
-        self._update(tokens, offsets, weights)
+        if weights is not None and not self._weighted:
+            self._fail("weights must be None for a median", repr(weights))
+        self._arrays.check_array(f"srt::{self._op}", "tokens", tokens)
+        fresh, empty = not self._state, tokens.shape[:1] == (0,)
+        views = (tokens, offsets, self.grid, self.patch)
+        if fresh or empty:  # before anything is allocated
+            self._arrays.check_chunk(self._op, *views, weights, **self._modes)
+        if fresh:
+            self._allocate(tokens)
+        else:
+            self._check_goes_on(tokens)
+        if empty:
+            return
+        given = (*views, weights) if self._weighted else views
+        try:
+            self._arrays.accumulate(self._op, list(self._state.values()), *given, **self._modes)
+        except BaseException:
+            if fresh:
+                self.reset()
+            raise
+        self.views += tokens.shape[0]
 
-    def _pair(self, name: str, value: object) -> tuple[int, int]:
-        return check_pair(type(self).__name__, name, value)
+    @property
+    def _modes(self) -> dict[str, Any]:
+        return {"upsample": self.upsample, "border": self.border, "stride": self.stride}
 
-    def _check_array(self, where: str, name: str, value: object) -> None:
-        check_tensor(where, name, value)
+    def _settings(self) -> dict[str, Any]:
+        return {"grid": self.grid, "patch": self.patch, **self._modes}
 
-    def _check_chunk(self, where: str, tokens: torch.Tensor, offsets: Any, weights: Any) -> None:
-        place = (self.grid, self.patch)
-        check_views(where, tokens, offsets, *place, weights, **self._modes, least=0)
+    def _fail(self, rule: str, got: object, kind: type[Exception] = ValueError) -> NoReturn:
+        raise kind(f"{type(self).__name__}: {rule}; got {got}")
 
-    def _check_device(self, tokens: torch.Tensor) -> None:
-        device = self._state[self._seen].device
-        if tokens.device != device:
-            self._fail(f"tokens must stay on the device of the stream, {device}", tokens.device)
+    # ---- the state ------------------------------------------------------------------------------
 
-    def _check_devices(self, state: dict[str, torch.Tensor]) -> None:
-        devices = [tensor.device for tensor in state.values()]
+    def _sums(self, dtype: Any) -> Any:
+        """What sums over tokens of this dtype are kept in."""
+        return self._arrays.float64 if dtype == self._arrays.float64 else self._arrays.float32
+
+    def _shapes(self, batch: int, channels: int) -> dict[str, tuple[int, ...]]:
+        """Of the state, as it lies in memory: channels last."""
+        height, width = self._cells
+        planes = {
+            name: (*lead, batch, height, width, channels) for name, lead in self._planes.items()
+        }
+        return {**planes, self._seen: (height, width)}
+
+    def _allocate(self, tokens: Any) -> None:
+        self._dtype = tokens.dtype
+        with self._arrays.writing():
+            for name, shape in self._shapes(tokens.shape[1], tokens.shape[3]).items():
+                if name == self._seen:
+                    self._state[name] = self._arrays.zeros(shape, self._arrays.float64, tokens)
+                else:
+                    planes = self._arrays.zeros(shape, self._sums(tokens.dtype), tokens)
+                    self._state[name] = _channels_first(planes)
+
+    def _check_goes_on(self, tokens: Any) -> None:
+        """That tokens are of the place, dtype and size of those before."""
+        first = next(iter(self._state.values()))
+        device, given = _device(first), _device(tokens)
+        if given != device:
+            self._fail(f"tokens must stay on the device of the stream, {device}", given)
+        if tokens.dtype != self._dtype:
+            self._fail(f"tokens must keep their dtype, {self._dtype}", tokens.dtype, TypeError)
+        if tokens.ndim == 4:
+            size, new = list(first.shape[-4:-2]), [tokens.shape[1], tokens.shape[3]]
+            if new != size:
+                self._fail(f"tokens must keep their batch and channels, {size}", new)
+
+    def _check_seen(self) -> None:
+        if not self._state:
+            raise ValueError(f"{type(self).__name__}: no views were added")
+
+    def _result(self, name: str) -> A:
+        self._check_seen()
+        result: A = self._arrays.cast(self._state[name], self._dtype, copy=True)
+        return result
+
+    def _fields(self) -> tuple[A, ...]:
+        """The results, each [B, C, H', W'] in the dtype of the tokens, or the state itself.
+
+        For the last use of a stream: later updates may write to them.
+        """
+        self._check_seen()
+        return tuple(self._arrays.cast(self._state[name], self._dtype) for name in self._planes)
+
+    def _copied(self, name: str, array: Any) -> Any:
+        """A copy of a part of the state, as it was allocated, whatever its strides have become."""
+        if name == self._seen:
+            return self._arrays.dense(array)
+        return _channels_first(self._arrays.dense(_channels_last(array)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of everything: settings, number of views, state."""
+        state = {name: self._copied(name, array) for name, array in self._state.items()}
+        return {**self._settings(), "views": self.views, "dtype": self._dtype, "state": state}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on where :meth:`state_dict` was taken: the same result, bit for bit.
+
+        Tensors stay on the device that they lie on: ``torch.load(file, map_location=device)``.
+
+        Raises:
+            ValueError: it is of another kind of stream, has other settings, or is damaged. Then
+                this stream stays as it was.
+        """
+        if not isinstance(state_dict, dict):
+            self._fail("a state_dict must be a dict", type(state_dict).__name__)
+        missing = {*self._settings(), "views", "dtype", "state"} - set(state_dict)
+        if missing:
+            self._fail("a state_dict must have all of its keys", f"none of {sorted(missing)}")
+        settings = {
+            key: tuple(value) if isinstance(value, list | tuple) else value
+            for key, value in state_dict.items()
+            if key in self._settings()
+        }
+        if settings != self._settings():
+            self._fail(f"the state must have the settings {self._settings()}", settings)
+        views, dtype, state = (state_dict[key] for key in ("views", "dtype", "state"))
+        number = isinstance(views, int) and not isinstance(views, bool) and views >= 0
+        if not self._arrays.is_floating(dtype) or not number or not isinstance(state, dict):
+            self._fail(
+                "views, dtype and state must be a number, a floating dtype and arrays",
+                (views, dtype),
+            )
+        if views and not state:
+            self._fail("a stream that has seen views must have a state", f"{views} views and none")
+        loaded: dict[str, Any] = {}
+        if state:
+            self._check_state(state, dtype)
+            with self._arrays.writing():
+                names = (*self._planes, self._seen)
+                loaded = {name: self._copied(name, state[name]) for name in names}
+        self.views, self._dtype, self._state = views, dtype, loaded
+
+    def _check_state(self, state: dict[str, Any], dtype: Any) -> None:
+        """That these arrays are a state for tokens of this dtype."""
+
+        def text(shape: Sequence[int], dtype: object) -> str:
+            return f"{list(shape)} of {dtype}"
+
+        names = [*self._planes, self._seen]
+        if set(state) != set(names) or not all(map(self._arrays.is_array, state.values())):
+            self._fail(f"the state must have the arrays {names}", list(state))
+        devices = [_device(array) for array in state.values()]
         if len(set(devices)) > 1:
             self._fail("the state must lie on one device", [str(device) for device in devices])
+        first = state[names[0]]
+        if first.ndim < 4:
+            self._fail(f"{names[0]} must be [..., B, C, H', W']", list(first.shape))
+        for name, shape in self._shapes(first.shape[-4], first.shape[-3]).items():
+            array, expected = state[name], self._arrays.float64
+            if name != self._seen:
+                *lead, height, width, channels = shape
+                shape, expected = (*lead, channels, height, width), self._sums(dtype)
+            if tuple(array.shape) != shape or array.dtype != expected:
+                self._fail(
+                    f"{name} must be {text(shape, expected)}", text(array.shape, array.dtype)
+                )
 
-    def _accumulate(self, tokens: torch.Tensor, offsets: Any, *weights: Any) -> None:
-        place = (self.grid, self.patch)
-        accumulate(self._op, self._state, tokens, offsets, *place, *weights, **self._modes)
 
-    def _is_floating(self, dtype: object) -> bool:
-        return dtype in FLOATING
+class MeanStream(Stream[A, N]):
+    _op, _planes, _seen = "accumulate_mean_", {"mean": ()}, "weight"
 
-    def _is_array(self, value: object) -> bool:
+    def result(self) -> A:
+        """[B, C, H', W'] in the dtype of the tokens; 0 where no view counts.
+
+        Raises ValueError before the first update.
+        """
+        return self._result("mean")
+
+    def merge(self, other: MeanStream[A, N]) -> None:
+        """Adds all views of another stream with the same settings; associative up to rounding."""
+        self._check_same(other)
+        if not other._state:
+            return
+        if not self._state:
+            self.load_state_dict(other.state_dict())
+            return
+        with self._arrays.writing():
+            mine, theirs = self._state, other._state
+            total = mine["weight"] + theirs["weight"]
+            keep, share = (self._shares(s["weight"], total) for s in (mine, theirs))
+            self._state = {**self._joined(theirs, keep, share), "weight": total}
+            self.views += other.views
+
+    def _check_same(self, other: object) -> None:
+        name = type(self).__name__
+        if type(other) is not type(self):
+            raise TypeError(f"{name}: merge takes another {name}; got {type(other).__name__}")
+        if other._settings() != self._settings():
+            self._fail(f"both must have the same settings, {self._settings()}", other._settings())
+        if self._state and other._state:
+            mine, theirs = (
+                (s._dtype, *(tuple(array.shape) for array in s._state.values()))
+                for s in (self, other)
+            )
+            if mine != theirs:
+                self._fail(f"both must have tokens of one dtype and size, {mine}", theirs)
+
+    def _shares(self, part: Any, total: Any) -> Any:
+        """part / total [H', W'], 0 where both are; in the precision of the state."""
+        # 1e-300 is below every weight of a stream, which are 0 or at least 2^-500.
+        return self._arrays.cast(part / total.clip(1e-300), self._sums(self._dtype))
+
+    def _joined(self, other: dict[str, Any], keep: Any, share: Any) -> dict[str, Any]:
+        mean = share * other["mean"]
+        mean += keep * self._state["mean"]
+        return {"mean": mean}
+
+
+class MomentsStream(MeanStream[A, N]):
+    _op, _planes = "accumulate_moments_", {"mean": (), "var": ()}
+
+    def variance(self) -> A:
+        """[B, C, H', W'] in the dtype of the tokens; 0 where no view counts.
+
+        Raises ValueError before the first update.
+        """
+        return self._result("var")
+
+    def _joined(self, other: dict[str, Any], keep: Any, share: Any) -> dict[str, Any]:
+        # keep * share * apart^2, multiplied so that a cell that only one stream covers never
+        # computes 0 * inf.
+        apart = other["mean"] - self._state["mean"]
+        var = keep * apart
+        apart *= share
+        var *= apart
+        var += share * other["var"]
+        var += keep * self._state["var"]
+        return {**super()._joined(other, keep, share), "var": var}
+
+
+class MedianStream(Stream[A, N]):
+    _op, _planes, _seen = "accumulate_median_", {"window": (WINDOW_PLANES,)}, "count"
+    _weighted = False
+
+    def result(self) -> A:
+        """[B, C, H', W'] in the dtype of the tokens; 0 where no view counts.
+
+        Raises ValueError before the first update.
+        """
+        return self._fields()[0]
+
+    def _fields(self) -> tuple[A, ...]:
+        """As :meth:`result`."""
+        self._check_seen()
+        arrays = self._arrays
+        with arrays.writing():
+            *values, place = self._state["window"]
+            median = _channels_first(arrays.dense(_channels_last(values[0])))
+            for i, value in enumerate(values[1:], 1):
+                arrays.put(median, place >= i, value)
+            arrays.put(median, place != place, place)
+            empty = self._state["count"] == 0
+            arrays.put(median, empty, arrays.zeros((), median.dtype, median))
+            return (arrays.cast(median, self._dtype),)
+
+    def merge(self, other: MedianStream[A, N]) -> NoReturn:
+        """Raises: the windows of two streams do not tell the median of both."""
+        self._refuse("merge")
+
+    @staticmethod
+    def _refuse(what: str) -> NoReturn:
+        raise NotImplementedError(
+            f"RunningMedian: {what} is not defined: a window holds the 7 values around the median "
+            "of its own views, and the median of both streams may lie in neither. Give one stream "
+            "all views, or merge means"
+        )
+
+
+# ---- torch --------------------------------------------------------------------------------------
+
+
+class _Tensors:
+    """What a stream needs from torch; srt_ext.numpy has the same for NumPy."""
+
+    check_array = staticmethod(check_tensor)
+    if _library.unavailable is None:
+        float32, float64 = torch.float32, torch.float64
+
+    def is_array(self, value: object) -> bool:
         return isinstance(value, torch.Tensor)
 
-    def _zeros(self, shape: Sequence[int], dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
+    def is_floating(self, dtype: object) -> bool:
+        """Whether tokens may have this dtype."""
+        return dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+    def check_chunk(self, op: str, *views: Any, **modes: Any) -> None:
+        """The rules for a chunk of any number of views, before there is a state."""
+        ops.check_views(op, *views, stream=True, **modes)
+
+    def accumulate(self, op: str, state: Sequence[Any], *views: Any, **modes: Any) -> None:
+        """Adds a chunk to the state, or raises and adds nothing."""
+        ops.accumulate(op, *state, *views, **modes)
+
+    def zeros(self, shape: Sequence[int], dtype: Any, like: torch.Tensor) -> torch.Tensor:
+        """Dense, on the device of ``like``."""
         return torch.zeros(tuple(shape), dtype=dtype, device=like.device)
 
-    def _dense(self, array: torch.Tensor) -> torch.Tensor:
+    def dense(self, array: torch.Tensor) -> torch.Tensor:
+        """A copy, dense in the order of its dimensions."""
         return array.clone(memory_format=torch.contiguous_format)
 
-    def _cast(self, array: torch.Tensor, copy: bool) -> torch.Tensor:
-        return array.to(self._dtype, copy=copy)
+    def cast(self, array: torch.Tensor, dtype: Any, copy: bool = False) -> torch.Tensor:
+        return array.to(dtype, copy=copy)
 
-    def _ratio(self, part: torch.Tensor, total: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return torch.where(total > 0, part / total, 0).to(dtype)
-
-    def _put(self, target: torch.Tensor, where: torch.Tensor, value: torch.Tensor) -> None:
+    def put(self, target: torch.Tensor, where: torch.Tensor, value: torch.Tensor) -> None:
+        """Overwrites the elements of ``target`` that ``where`` names."""
         torch.where(where, value, target, out=target)
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def writing(self) -> Iterator[None]:
+        """While arrays of the state are made."""
         # Or the state could not be written outside of an inference mode in which it was made.
         with torch.inference_mode(False), torch.no_grad():
             yield
 
 
-class RunningMean(_Tensors, MeanStream[torch.Tensor]):
+class RunningMean(MeanStream["torch.Tensor", "torch.Tensor"]):
     """The mean of a stream of views: ``ensemble`` in chunks.
 
     State, whatever the number of views: the mean [B, C, H', W'] in float32 (float64 for float64
@@ -102,6 +416,8 @@ class RunningMean(_Tensors, MeanStream[torch.Tensor]):
         >>> running.result().flatten()
         tensor([3., 3.])
     """
+
+    _arrays = _Tensors()
 
     def all_reduce(self, group: Any = None) -> None:
         """Makes this the stream of the views of all processes of a ``torch.distributed`` group.
@@ -136,7 +452,7 @@ def _sum_over(tensor: torch.Tensor, group: Any) -> torch.Tensor:
     return dense if tensor.dim() == 2 else dense.movedim(-1, -3)
 
 
-class RunningMoments(RunningMean, MomentsStream[torch.Tensor]):
+class RunningMoments(RunningMean, MomentsStream["torch.Tensor", "torch.Tensor"]):
     """Mean and variance of a stream of views: ``ensemble_moments`` in chunks.
 
     State, whatever the number of views: mean and population variance [B, C, H', W'] and the weight
@@ -162,7 +478,7 @@ class RunningMoments(RunningMean, MomentsStream[torch.Tensor]):
         return {"mean": mean, "var": _sum_over(apart.add_(self._state["var"] * share), group)}
 
 
-class RunningMedian(_Tensors, MedianStream[torch.Tensor]):
+class RunningMedian(MedianStream["torch.Tensor", "torch.Tensor"]):
     """The lower median of a stream of views, approximately: ``reduce="median"`` in chunks.
 
     State, whatever the number of views: the 7 values around the median of each element, in order,
@@ -190,6 +506,8 @@ class RunningMedian(_Tensors, MedianStream[torch.Tensor]):
         >>> running.result().item()
         5.0
     """
+
+    _arrays = _Tensors()
 
     def all_reduce(self, group: Any = None) -> NoReturn:
         """Raises: the windows of several streams do not tell the median of all."""

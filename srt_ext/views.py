@@ -1,11 +1,12 @@
-"""Designs of views: which offsets a picture is shown under.
+"""Designs of views: the offsets under which a model sees an image.
 
-Every design is a tensor [V, 2] of (dy, dx) in pixels, float32, or one of those with weights
-(:class:`Weighted`). Its mean is 0, so that the field stays where it was.
+Every design is a float32 tensor [V, 2] of (dy, dx) in pixels, or that with weights
+(:class:`Weighted`), and has mean 0, so that features stay in place. Arguments that are no integers
+where these are needed raise a TypeError, those out of range a ValueError.
 
-Any real offsets are allowed. But a picture that is moved by part of a pixel is interpolated, which
-blurs it, and its tokens are those of a blurred picture: designs on whole pixels were the better
-ones in nearly every measurement (benchmarks/README.md). ``offsets.round()`` moves them there.
+Any real offsets are allowed. But a shift by part of a pixel interpolates the image, which blurs it:
+designs on whole pixels were the better ones in nearly every measurement (benchmarks/README.md).
+``offsets.round()`` moves them there.
 """
 
 from __future__ import annotations
@@ -17,16 +18,14 @@ from typing import NamedTuple
 
 import torch
 
-from ._rules import check_count
-from .checks import check_tensor
+from ._validation import check_count, check_tensor
 
-# More forwards than anybody waits for; a larger number is a slip of the keyboard.
-MAX_VIEWS = 2**16
-MAX_RADIUS = 2**20  # pixels: as far as an offset may go
+MAX_VIEWS = 2**16  # a larger number is a typing error
+MAX_RADIUS = 2**20  # pixels, the limit of the ops
 
 
 class Weighted(NamedTuple):
-    """Views that do not all count the same."""
+    """Views with weights."""
 
     offsets: torch.Tensor  # [V, 2], (dy, dx) in pixels, float32
     weights: torch.Tensor  # [V], float32, >= 0, with sum 1
@@ -44,12 +43,12 @@ def _check_views(where: str, n: int, least: int = 1, name: str = "n") -> None:
 
 
 def _axis(n: int, radius: float) -> torch.Tensor:
-    """[n], float64: evenly from -radius to radius, the two halves mirrored to the last bit."""
+    """[n], float64: evenly spaced from -radius to radius, exactly symmetric."""
     return (2 * torch.arange(n) - (n - 1)).double() * radius / max(1, n - 1)
 
 
 def _variance(radius: float) -> float:
-    """Of an axis of :func:`grid`, in pixels^2: the mean square of -radius, ..., radius."""
+    """The mean square of -radius, ..., radius, in pixels^2: one axis of :func:`grid`."""
     return radius * (radius + 1) / 3
 
 
@@ -62,9 +61,6 @@ def grid(radius: float, step: float = 1) -> torch.Tensor:
 
     Returns:
         [(2 * radius / step + 1)^2, 2], row by row.
-
-    Raises:
-        ValueError: another radius or step, or more than MAX_VIEWS views.
 
     Example:
         >>> grid(1).shape, grid(0.5)[0]
@@ -85,9 +81,9 @@ def grid(radius: float, step: float = 1) -> torch.Tensor:
 
 
 def paper(radius: int) -> torch.Tensor:
-    """The published design: the untouched picture, then the grid of whole pixels up to ``radius``.
+    """The published design: the identity, then the grid of whole pixels, which has it again.
 
-    The identity is thus counted twice. Source: Lao et al., ICML 2024.
+    Source: Lao et al., ICML 2024.
 
     Example:
         >>> paper(3).shape
@@ -97,17 +93,17 @@ def paper(radius: int) -> torch.Tensor:
 
 
 def _order(n: int, modulus: int, generator: int) -> torch.Tensor:
-    """[n], int64: which dx each dy gets, both counted from 0, by a rank-1 rule.
+    """[n], int64: the index of the dx for each dy, by a rank-1 rule.
 
-    Modulo n the rule is turned so that it is symmetric about the middle. Modulo n + 1 it is so by
-    itself; its point at the origin is left out.
+    Modulo n the rule is rotated to be symmetric about the middle. Modulo n + 1 it is symmetric; its
+    point at the origin is left out.
     """
     index = torch.arange(n)
     if modulus > n:
         return generator * (index + 1) % modulus - 1
     odd = generator % 2 == 1  # if not, n is odd: they have no common factor
-    turn = (generator - 1 if odd else generator - 1 + n) // 2
-    return (generator * index + turn) % n
+    rotation = (generator - 1 if odd else generator - 1 + n) // 2
+    return (generator * index + rotation) % n
 
 
 def _lattice(n: int) -> torch.Tensor:
@@ -131,10 +127,10 @@ def _lattice(n: int) -> torch.Tensor:
 def lattice(n: int, radius: float) -> torch.Tensor:
     """n views of which no two share a dy or a dx: a rank-1 lattice.
 
-    Both coordinates take the n values from -radius to radius, evenly spaced; which go together is
-    a multiplication modulo n or n + 1. Of all such rules this is the one whose closest two views
-    lie farthest apart; of several the one whose dy and dx correlate least, then the smallest. The
-    design is symmetric: with (dy, dx) there is (-dy, -dx). Two and three views lie on a diagonal.
+    Both coordinates take the n evenly spaced values from -radius to radius, paired by a
+    multiplication modulo n or n + 1: the one with the largest distance of the closest two views;
+    of several the one whose dy and dx correlate least. The design is symmetric: with (dy, dx) there
+    is (-dy, -dx). Two and three views lie on a diagonal.
 
     Args:
         n: views, >= 1. Of one view the offset is 0.
@@ -142,10 +138,6 @@ def lattice(n: int, radius: float) -> torch.Tensor:
 
     Returns:
         [n, 2], by dy.
-
-    Raises:
-        TypeError: n is no integer.
-        ValueError: n < 1 or > MAX_VIEWS; a radius < 0 or > 2^20.
 
     Source of the method: Sloan and Joe, Lattice Methods for Multiple Integration, 1994.
 
@@ -164,23 +156,18 @@ def lattice(n: int, radius: float) -> torch.Tensor:
 
 
 def sobol(n: int, radius: float, seed: int = 0) -> torch.Tensor:
-    """n views from a scrambled Sobol sequence over the square, brought to mean 0.
+    """n views from a scrambled Sobol sequence over the square, centred to mean 0.
 
-    Bringing them there moves them all by the same little, over the edge of the square perhaps.
-    They lie between the pixels; rounded to whole ones they are better than random views, and worse
-    than :func:`best`.
+    Centring may move some just beyond the square. They are not on whole pixels; rounded to whole
+    ones they are better than random views, and worse than :func:`best`.
 
     Args:
         n: views, >= 1. Powers of two spread best.
         radius: pixels, >= 0; half the side of the square.
-        seed: of the scrambling, >= 0: other numbers give other views.
+        seed: of the scrambling, >= 0 and < 2^63.
 
     Returns:
         [n, 2], in the order of the sequence, in which any first few spread over the square.
-
-    Raises:
-        TypeError: n or seed is no integer.
-        ValueError: n < 1 or > MAX_VIEWS; a radius < 0 or > 2^20; a seed < 0 or >= 2^63.
 
     Source of the method: Sobol', "On the distribution of points in a cube and the approximate
     evaluation of integrals", 1967.
@@ -199,22 +186,18 @@ def sobol(n: int, radius: float, seed: int = 0) -> torch.Tensor:
 
 
 def ring(n: int, radius: float) -> Weighted:
-    """The untouched picture and n - 1 views on a circle around it.
+    """The unshifted image and n - 1 views on a circle around it.
 
-    The weights are such that mean, variance and covariance of dy and dx are those of the whole
-    ``grid(radius)``: the circle has 2 (radius + 1) / (3 radius) of them, in equal parts. Under a
-    radius of 2 pixels it lies too near for that. :func:`best` has less error with as many views.
+    The weights give dy and dx the mean, variance and covariance of the whole ``grid(radius)``: the
+    circle has 2 (radius + 1) / (3 radius) of them, in equal parts, which a radius under 2 pixels
+    does not allow. :func:`best` has less error with as many views.
 
     Args:
         n: views, >= 4: fewer than three on a circle do not have the same variance along y and x.
         radius: pixels, >= 2; of the circle.
 
     Returns:
-        offsets [n, 2], the picture first, and weights [n].
-
-    Raises:
-        TypeError: n is no integer.
-        ValueError: n < 4 or > MAX_VIEWS; a radius < 2 or > 2^20.
+        offsets [n, 2], the unshifted image first, and weights [n].
 
     Example:
         >>> ring(5, 4).weights
@@ -231,10 +214,10 @@ def ring(n: int, radius: float) -> Weighted:
 
 
 def best(count: int, radius: int = 6) -> torch.Tensor:
-    """``count`` views that stand for the whole ``grid(radius)``, as well as we know how.
+    """``count`` views that approximate the whole ``grid(radius)``.
 
-    A :func:`lattice` that reaches so far that dy and dx have the variance of the whole grid, each
-    view moved to the nearest whole pixel.
+    A :func:`lattice` that is scaled to the variance of the whole grid, each view rounded to whole
+    pixels.
 
     Measured (benchmarks/README.md): of 20 photographs through a ViT-Ti/16, at three layers and
     radii from 2 to 8 pixels, it leaves 0.38 of what the whole grid changes with 4 views, 0.24 with
@@ -253,10 +236,6 @@ def best(count: int, radius: int = 6) -> torch.Tensor:
 
     Returns:
         [count, 2], without weights, so that a median can use it, too.
-
-    Raises:
-        TypeError: no integers.
-        ValueError: another count or radius.
 
     Example:
         >>> best(5)
@@ -281,16 +260,13 @@ def best(count: int, radius: int = 6) -> torch.Tensor:
 
 
 def spread(offsets: torch.Tensor) -> torch.Tensor:
-    """The same views in an order in which any few that follow each other spread over all of them.
+    """The same views in an order whose parts all spread over the design.
 
     Steps of the golden ratio through the list, for :class:`srt_ext.RunningMedian`, whose error
     grows where the views drift.
 
     Args:
-        offsets: [V, 2], (dy, dx) in pixels, in any order that drifts, such as that of a grid.
-
-    Raises:
-        TypeError: no tensor.
+        offsets: [V, 2], (dy, dx) in pixels, in an order that drifts, such as that of a grid.
 
     Example:
         >>> spread(grid(1))[:3]
@@ -306,7 +282,7 @@ def spread(offsets: torch.Tensor) -> torch.Tensor:
     return offsets[torch.arange(count) * step % max(1, count)]
 
 
-# The numbers after each name, and how many of them must be there.
+# Name: function, types of its arguments, number of those required.
 _DESIGNS: dict[str, tuple[Callable[..., torch.Tensor | Weighted], tuple[type, ...], int]] = {
     "grid": (grid, (float, float), 1),
     "paper": (paper, (int,), 1),
@@ -323,12 +299,12 @@ _FORMS = (
 
 
 def parse(text: str) -> torch.Tensor | Weighted:
-    """A design from words: its name and its arguments, ``grid:3``, ``lattice:7:2.5``, ``best:9``.
+    """A design from its name and its arguments.
 
     Args:
-        text: ``grid:RADIUS``, ``grid:RADIUS:STEP``, ``paper:RADIUS``, ``lattice:N:RADIUS``,
-            ``sobol:N:RADIUS``, ``sobol:N:RADIUS:SEED``, ``ring:N:RADIUS``, ``best:N`` or
-            ``best:N:RADIUS``. Decimals are allowed where the function takes them.
+        text: ``grid:RADIUS[:STEP]``, ``paper:RADIUS``, ``lattice:N:RADIUS``,
+            ``sobol:N:RADIUS[:SEED]``, ``ring:N:RADIUS`` or ``best:N[:RADIUS]``. Decimals are
+            allowed where the function takes them.
 
     Raises:
         ValueError: anything else.
@@ -359,7 +335,7 @@ def resolve(
 
     Args:
         views: offsets [V, 2], (dy, dx) in pixels; a pair of them and of weights [V] or None, such
-            as :class:`Weighted`; words for :func:`parse`; or a number of views, for :func:`best`.
+            as :class:`Weighted`; a string for :func:`parse`; or a number of views for :func:`best`.
 
     Returns:
         offsets [V, 2], and weights [V] or None if all views count the same.

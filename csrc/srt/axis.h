@@ -30,7 +30,7 @@ struct Axis {
 // moved. An axis has at most kMaxPixels, so positions fit 32 bits.
 template <class Tap>
 SRT_HD int32_t visit_axis_cell(const Axis& axis, double offset, int64_t cell, Tap&& tap) {
-  // A non-finite offset covers nothing. CUDA meets it: there nobody looks at the values before.
+  // A non-finite offset covers nothing. On CUDA values are not validated.
   if (!(std::fabs(offset) <= static_cast<double>(kMaxOffset))) return 0;
   const double extent = static_cast<double>(axis.pixels());
   const double patch = static_cast<double>(axis.patch);

@@ -27,21 +27,21 @@ struct EnsembleArgs {
   int64_t out_strides[4];  // in elements; no two elements share a place
   void* variance;          // as `out`; of moments only
   // Null for one call over all views. Otherwise the tokens are the next chunk of a stream: `out`
-  // and `variance` are its state so far, in float32 (float64 for float64 tokens), and `seen` is the
-  // weight that each cell has got, for the median the number of views. Where `seen` is 0 the state
-  // is not read. The state of a median is kWindowPlanes planes as `out`, `plane_stride` apart.
-  double* seen;  // [h*Ph/sh, w*Pw/sw], dense
+  // and `variance` are its state so far, in float32 (float64 for float64 tokens), and this is the
+  // total weight of each cell, for the median the number of views: the call adds to it. Where it
+  // is 0 the state is not read. The state of a median is kWindowPlanes planes as `out`,
+  // `plane_stride` apart.
+  double* total_weight;  // [h*Ph/sh, w*Pw/sw], dense
   int64_t plane_stride;
 };
 
 // Throws std::bad_alloc before anything is written.
 void ensemble_cpu(const EnsembleArgs& args, const Parallel& parallel);
 
-// The gradient of the tokens, [V, B, h*w, C], dense, of the dtype of tokens: 0 for views of weight
-// 0. `args` is the call that it belongs to, with `out` and `variance` the gradients of what that
-// writes, only read, channels dense; no stream. A mean does not read the tokens, which may be null.
-// The gradient of a median goes to the first of the views, sorted by dx, that is its value.
-// Throws std::bad_alloc before anything is written.
-void ensemble_backward_cpu(const EnsembleArgs& args, void* grad_tokens, const Parallel& parallel);
+// The gradient of the tokens of a mean, [V, B, h*w, C], dense, of the dtype of tokens: 0 for views
+// of weight 0. `args` is the call that it belongs to, with `out` the gradient of what that writes,
+// only read, channels dense; no stream. The tokens are not read and may be null. Throws
+// std::bad_alloc before anything is written.
+void mean_backward_cpu(const EnsembleArgs& args, void* grad_tokens, const Parallel& parallel);
 
 }  // namespace srt

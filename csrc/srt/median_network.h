@@ -11,8 +11,8 @@
 namespace srt {
 
 // Networks exist for these numbers of values; others are filled up with infinities of both signs.
-constexpr int kNetworkSizes[] = {4, 9, 16, 25, 36, 50, 64};
-constexpr int kLargestNetwork = 64;
+constexpr int kNetworkSizes[] = {4, 9, 16, 25, 36, 50};
+constexpr int kLargestNetwork = 50;
 
 // value[low] becomes the smaller one of the two and value[high] the larger one, where it is needed.
 struct Comparator {
@@ -22,7 +22,7 @@ struct Comparator {
 
 template <int N>
 struct MedianNetwork {
-  static constexpr int kMost = N * 12;  // enough for N = 64: 543
+  static constexpr int kMost = N * 12;  // comparators, more than there are
   Comparator at[kMost]{};
   size_t count = 0;
 

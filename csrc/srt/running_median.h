@@ -35,11 +35,11 @@ struct WindowStep {
   Acc move;   // 0 or 1: how far its rank moves now
   Acc above;  // values that were in the window or above it, less the window, if none was below it
 
-  explicit SRT_HD WindowStep(double seen) {
-    const double before = seen > 0 ? std::floor((seen - 1) / 2) : 0;
+  explicit SRT_HD WindowStep(double count) {
+    const double before = count > 0 ? std::floor((count - 1) / 2) : 0;
     rank = static_cast<Acc>(before);
-    move = static_cast<Acc>(std::floor(seen / 2) - before);
-    above = static_cast<Acc>(seen - kWindow);
+    move = static_cast<Acc>(std::floor(count / 2) - before);
+    above = static_cast<Acc>(count - kWindow);
   }
 };
 

@@ -2,6 +2,7 @@
 // injects.
 #pragma once
 #include <cstdint>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #define SRT_HD __host__ __device__
@@ -35,6 +36,36 @@ template <>
 struct AccumulatorOf<double> {
   using type = double;
 };
+
+// Calls body(T{}) with the element type T of `dtype`.
+template <class Body>
+auto dispatch_dtype(DType dtype, Body&& body) {
+  switch (dtype) {
+    case DType::f16:
+      return body(Half{});
+    case DType::bf16:
+      return body(BFloat16{});
+    case DType::f64:
+      return body(double{});
+    case DType::u8:
+      return body(uint8_t{});
+    case DType::f32:
+      break;
+  }
+  return body(float{});
+}
+// For what is floating: tokens, and everything that has a gradient.
+template <class Body>
+auto dispatch_floating(DType dtype, Body&& body) {
+  return dispatch_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
+    if constexpr (std::is_same<T, uint8_t>::value) {
+      return body(float{});  // never: validation refuses it
+    } else {
+      return body(element);
+    }
+  });
+}
 
 SRT_HD constexpr int64_t div_up(int64_t n, int64_t size) { return (n + size - 1) / size; }
 

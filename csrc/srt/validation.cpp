@@ -2,17 +2,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <iterator>
 #include <utility>
 
-#include "ensemble.h"
-
 namespace srt {
 namespace {
-
-[[noreturn]] void fail(const char* op, const std::string& rule, const std::string& got) {
-  throw Error("srt::" + std::string(op) + ": " + rule + "; got " + got);
-}
 
 // The number as Python prints it, as far as %g does.
 std::string format_number(double value) {
@@ -68,75 +63,66 @@ Mode parse(const char* op, const char* name, std::string_view word,
   return static_cast<Mode>(found - std::begin(words));
 }
 
-}  // namespace
-
-std::string format_shape(const std::vector<int64_t>& shape) {
-  std::string text = "[";
-  for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
-  return text + "]";
-}
-
-Field check_ensemble(const char* op, const std::vector<int64_t>& tokens,
-                     const std::vector<int64_t>& offsets, const std::vector<int64_t>& grid,
-                     const std::vector<int64_t>& patch, const std::vector<int64_t>* weights,
-                     const std::vector<int64_t>& stride, int64_t element_size, int64_t least) {
-  if (tokens.size() != 4)
-    fail(op, "tokens must have 4 dimensions, [V, B, N, C]", format_shape(tokens));
-  if (tokens[0] < least) fail(op, "tokens must hold at least one view", format_shape(tokens));
-  if (offsets.size() != 2 || offsets[0] != tokens[0] || offsets[1] != 2)
-    fail(op, "offsets must be [V, 2] with V = " + std::to_string(tokens[0]), format_shape(offsets));
-  if (weights && (weights->size() != 1 || (*weights)[0] != tokens[0]))
-    fail(op, "weights must be [V] with V = " + std::to_string(tokens[0]), format_shape(*weights));
-  check_pair(op, "grid", grid);
-  check_pair(op, "patch", patch);
-  check_pair(op, "stride", stride);
-  Field field{};
-  for (int i = 0; i < 2; ++i) {
-    if (grid[i] > kMaxPixels / patch[i])
-      fail(op, "grid * patch must be at most 2^24 pixels on each axis",
-           format_shape(grid) + " * " + format_shape(patch));
-    const int64_t pixels = grid[i] * patch[i];
-    if (pixels % stride[i] != 0)
-      fail(op,
-           "stride must divide grid * patch = " +
-               format_shape({grid[0] * patch[0], grid[1] * patch[1]}),
-           format_shape(stride));
-    field.grid[i] = grid[i];
-    field.patch[i] = patch[i];
-    field.stride[i] = stride[i];
-    field.cells[i] = pixels / stride[i];
+std::vector<double> read_numbers(const ArrayView& array) {
+  int64_t count = 1;
+  for (const int64_t size : array.shape) count *= size;
+  std::vector<double> numbers(static_cast<size_t>(count));
+  const bool f32 = array.dtype == "float32";
+  for (size_t i = 0; i < numbers.size(); ++i) {
+    int64_t rest = static_cast<int64_t>(i), at = 0;
+    for (size_t d = array.shape.size(); d-- > 0; rest /= array.shape[d])
+      at += rest % array.shape[d] * array.strides[d];
+    numbers[i] = f32 ? static_cast<double>(static_cast<const float*>(array.data)[at])
+                     : static_cast<const double*>(array.data)[at];
   }
-  if (grid[0] * grid[1] != tokens[2])
-    fail(op,
-         "grid must hold the N = " + std::to_string(tokens[2]) +
-             " tokens of a view, without class or register tokens",
-         format_shape(grid));
-  if (product_overflows({tokens[1], tokens[3], field.cells[0], field.cells[1], element_size}))
-    fail(op, "the output must have fewer than 2^63 bytes",
-         format_shape({tokens[1], tokens[3], field.cells[0], field.cells[1]}));
-  return field;
+  return numbers;
 }
 
-void check_shift(const std::vector<int64_t>& image, const std::vector<int64_t>& offsets,
-                 int64_t element_size) {
-  const char* op = "shift";
-  if (image.size() != 4)
-    fail(op, "image must have 4 dimensions, [B, C, H, W]", format_shape(image));
-  if (image[2] > kMaxPixels || image[3] > kMaxPixels)
-    fail(op, "image must have at most 2^24 pixels on each axis", format_shape(image));
-  if (offsets.size() != 2 || offsets[0] < 1 || offsets[1] != 2)
-    fail(op, "offsets must be [V, 2] with V >= 1", format_shape(offsets));
-  if (product_overflows({offsets[0], image[0], image[1], image[2], image[3], element_size}))
-    fail(op, "the output must have fewer than 2^63 bytes",
-         format_shape({offsets[0], image[0], image[1], image[2], image[3]}));
+// Offsets or weights, whose shape has been checked: read into `values` and its data, or null where
+// they lie on a device.
+const double* take_numbers(const char* op, const char* name, const ArrayView& numbers,
+                           const ArrayView& input, std::vector<double>* values) {
+  const std::string subject = name;
+  const bool host = numbers.device == "cpu";
+  if (!host && numbers.device != input.device)
+    fail(op, subject + " must be on the CPU or on the device of the input", numbers.device);
+  if (numbers.dtype != "float32" && numbers.dtype != "float64")
+    fail(op, subject + " must be float32 or float64", numbers.dtype, Error::Kind::type);
+  if (!host) return nullptr;
+  *values = read_numbers(numbers);
+  return values->data();
 }
 
-void check_dense(const char* op, const ArrayView& tokens) {
-  if (tokens.strides[3] != 1 && tokens.shape[3] > 1)
-    fail(op, "tokens must be dense in the last dimension",
-         "stride " + std::to_string(tokens.strides[3]));
+void check_offsets(const char* op, const std::vector<double>& offsets) {
+  for (size_t i = 0; i < offsets.size(); ++i) {
+    // Written so that NaN fails.
+    if (!(std::fabs(offsets[i]) <= static_cast<double>(kMaxOffset)))
+      fail(op, "offsets must be finite and at most 2^20 pixels in size",
+           format_number(offsets[i]) + " at [" + std::to_string(i / 2) + ", " +
+               std::to_string(i % 2) + "]");
+  }
 }
 
+void check_weights(const char* op, const std::vector<double>& weights, bool stream) {
+  const auto got = [&](size_t i) {
+    return format_number(weights[i]) + " at [" + std::to_string(i) + "]";
+  };
+  double largest = 0;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    if (!(weights[i] >= 0) || std::isinf(weights[i]))
+      fail(op, "weights must be finite and >= 0", got(i));
+    if (stream && weights[i] != 0 && !(weights[i] >= 0x1p-500 && weights[i] <= 0x1p500))
+      fail(op, "weights must be 0 or between 2^-500 and 2^500", got(i));
+    largest = std::max(largest, weights[i]);
+  }
+  // Smaller ones would vanish beside the others in float32, but still count as coverage.
+  for (size_t i = 0; i < weights.size(); ++i) {
+    if (weights[i] != 0 && weights[i] < largest * 0x1p-80)
+      fail(op, "weights must be 0 or at least 2^-80 of the largest", got(i));
+  }
+}
+
+// Of this shape, with a place for each element, and none of them of the tokens.
 void check_written(const char* op, const char* name, const ArrayView& written,
                    const std::vector<int64_t>& shape, const ArrayView& tokens) {
   const std::string subject = name;
@@ -162,84 +148,214 @@ void check_written(const char* op, const char* name, const ArrayView& written,
     fail(op, subject + " must not share memory with tokens", "a view of the same memory");
 }
 
-void check_state(const char* op, const ArrayView& field, const ArrayView* variance,
-                 const ArrayView& seen, Reduce reduce, const std::vector<int64_t>& shape,
-                 const ArrayView& tokens) {
-  const bool median = reduce == Reduce::median;
-  const char* const name = median ? "window" : "mean";
-  const char* const seen_name = median ? "count" : "weight";
-  std::vector<int64_t> planes = shape;
-  if (median) planes.insert(planes.begin(), kWindowPlanes);
-  check_written(op, name, field, planes, tokens);
-  check_written(op, seen_name, seen, {shape[2], shape[3]}, tokens);
-  // Dense in the order of its dimensions; a size of 1 steps nowhere.
-  if ((shape[3] > 1 && seen.strides[1] != 1) || (shape[2] > 1 && seen.strides[0] != shape[3]))
-    fail(op, std::string(seen_name) + " must be contiguous", format_strides(seen));
-  std::vector<std::pair<const char*, const ArrayView*>> state{{name, &field}};
-  if (variance) {
-    check_written(op, "var", *variance, shape, tokens);
-    for (size_t d = 0; d < 4; ++d) {
-      if (shape[d] > 1 && variance->strides[d] != field.strides[d])
-        fail(op, "var must have the strides of mean", format_strides(*variance));
-    }
-    state.emplace_back("var", variance);
+}  // namespace
+
+void fail(const char* op, const std::string& rule, const std::string& got, Error::Kind kind) {
+  throw Error("srt::" + std::string(op) + ": " + rule + "; got " + got, kind);
+}
+
+std::string format_shape(const std::vector<int64_t>& shape) {
+  std::string text = "[";
+  for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
+  return text + "]";
+}
+
+DType check_dtype(const char* op, const char* name, const ArrayView& array, bool allow_uint8) {
+  static constexpr struct {
+    std::string_view name;
+    int64_t bytes;
+    DType dtype;
+  } kTypes[] = {{"float32", 4, DType::f32},
+                {"float16", 2, DType::f16},
+                {"bfloat16", 2, DType::bf16},
+                {"float64", 8, DType::f64},
+                {"uint8", 1, DType::u8}};
+  for (const auto& type : kTypes) {
+    if (array.dtype == type.name && array.element_size == type.bytes &&
+        (allow_uint8 || type.dtype != DType::u8))
+      return type.dtype;
   }
-  state.emplace_back(seen_name, &seen);
+  fail(op,
+       std::string(name) + " must be float32, float16, bfloat16 or float64" +
+           (allow_uint8 ? ", or uint8" : ""),
+       array.dtype, Error::Kind::type);
+}
+
+void check_placed(const char* op, const char* name, const ArrayView& array,
+                  const std::string& dtype, const std::string& dtype_rule,
+                  const ArrayView& tokens) {
+  const std::string subject = name;
+  if (array.dtype != dtype)
+    fail(op, subject + " must " + dtype_rule, array.dtype, Error::Kind::type);
+  if (array.device != tokens.device)
+    fail(op, subject + " must be on the device of tokens", array.device);
+}
+
+Reduce parse_reduce(std::string_view word) {
+  return parse<Reduce>("ensemble", "reduce", word, {"mean", "median"});
+}
+
+std::vector<int64_t> check_ensemble(const char* op, const std::vector<int64_t>& tokens,
+                                    const std::vector<int64_t>& offsets,
+                                    const std::vector<int64_t>& grid,
+                                    const std::vector<int64_t>& patch,
+                                    const std::vector<int64_t>* weights,
+                                    const std::vector<int64_t>& stride, int64_t element_size,
+                                    int64_t least) {
+  if (tokens.size() != 4)
+    fail(op, "tokens must have 4 dimensions, [V, B, N, C]", format_shape(tokens));
+  if (tokens[0] < least) fail(op, "tokens must hold at least one view", format_shape(tokens));
+  if (offsets.size() != 2 || offsets[0] != tokens[0] || offsets[1] != 2)
+    fail(op, "offsets must be [V, 2] with V = " + std::to_string(tokens[0]), format_shape(offsets));
+  if (weights && (weights->size() != 1 || (*weights)[0] != tokens[0]))
+    fail(op, "weights must be [V] with V = " + std::to_string(tokens[0]), format_shape(*weights));
+  check_pair(op, "grid", grid);
+  check_pair(op, "patch", patch);
+  check_pair(op, "stride", stride);
+  std::vector<int64_t> cells;
+  for (int i = 0; i < 2; ++i) {
+    if (grid[i] > kMaxPixels / patch[i])
+      fail(op, "grid * patch must be at most 2^24 pixels on each axis",
+           format_shape(grid) + " * " + format_shape(patch));
+    const int64_t pixels = grid[i] * patch[i];
+    if (pixels % stride[i] != 0)
+      fail(op,
+           "stride must divide grid * patch = " +
+               format_shape({grid[0] * patch[0], grid[1] * patch[1]}),
+           format_shape(stride));
+    cells.push_back(pixels / stride[i]);
+  }
+  if (grid[0] * grid[1] != tokens[2])
+    fail(op,
+         "grid must hold the N = " + std::to_string(tokens[2]) +
+             " tokens of a view, without class or register tokens",
+         format_shape(grid));
+  if (product_overflows({tokens[1], tokens[3], cells[0], cells[1], element_size}))
+    fail(op, "the output must have fewer than 2^63 bytes",
+         format_shape({tokens[1], tokens[3], cells[0], cells[1]}));
+  return cells;
+}
+
+CheckedEnsemble::CheckedEnsemble(const char* name, const EnsembleInputs& given, Reduce reduce,
+                                 bool stream, int64_t least)
+    : op(name), tokens(given.tokens) {
+  args.reduce = reduce;
+  args.dtype = check_dtype(op, "tokens", tokens, /*allow_uint8=*/false);
+  if (reduce == Reduce::median && given.weights)
+    fail(op, "weights must be None where reduce is 'median'", "weights");
+  const std::vector<int64_t>& shape = tokens.shape;
+  const std::vector<int64_t> cells = check_ensemble(
+      op, shape, given.offsets.shape, given.grid, given.patch,
+      given.weights ? &given.weights->shape : nullptr, given.stride, tokens.element_size, least);
+  if (tokens.strides[3] != 1 && shape[3] > 1)
+    fail(op, "tokens must be dense in the last dimension",
+         "stride " + std::to_string(tokens.strides[3]));
+  args.upsample = parse<Upsample>(op, "upsample", given.upsample, {"nearest", "bilinear"});
+  args.border = parse<Border>(op, "border", given.border, {"coverage", "zeros", "clamp"});
+  args.offsets = take_numbers(op, "offsets", given.offsets, tokens, &offsets_);
+  check_offsets(op, offsets_);
+  if (given.weights) {
+    args.weights = take_numbers(op, "weights", *given.weights, tokens, &weights_);
+    check_weights(op, weights_, stream);
+  }
+  args.tokens = tokens.data;
+  args.views = shape[0];
+  args.batch = shape[1];
+  args.channels = shape[3];
+  std::copy_n(tokens.strides.begin(), 3, args.token_strides);
+  std::copy_n(given.grid.begin(), 2, args.grid);
+  std::copy_n(given.patch.begin(), 2, args.patch);
+  std::copy_n(given.stride.begin(), 2, args.stride);
+  out_shape = {shape[1], shape[3], cells[0], cells[1]};
+  out_strides = {cells[0] * cells[1] * shape[3], 1, cells[1] * shape[3], shape[3]};
+}
+
+void CheckedEnsemble::set_result(void* out, void* variance) {
+  args.out = out;
+  args.variance = variance;
+  std::copy_n(out_strides.begin(), 4, args.out_strides);
+}
+
+void CheckedEnsemble::set_out(const ArrayView& out) {
+  check_placed(op, "out", out, tokens.dtype, "have the dtype of tokens, " + tokens.dtype, tokens);
+  check_written(op, "out", out, out_shape, tokens);
+  args.out = const_cast<void*>(out.data);
+  std::copy_n(out.strides.begin(), 4, args.out_strides);
+}
+
+std::vector<const char*> CheckedEnsemble::state_names() const {
+  if (args.reduce == Reduce::median) return {"window", "count"};
+  if (args.reduce == Reduce::moments) return {"mean", "var", "weight"};
+  return {"mean", "weight"};
+}
+
+void CheckedEnsemble::set_state(const std::vector<ArrayView>& state) {
+  const bool median = args.reduce == Reduce::median, f64 = args.dtype == DType::f64;
+  const std::string dtype = f64 ? "float64" : "float32";
+  const std::vector<const char*> names = state_names();
+  const std::vector<int64_t> cells{out_shape[2], out_shape[3]};
+  std::vector<int64_t> planes = out_shape;
+  if (median) planes.insert(planes.begin(), kWindowPlanes);
+
+  const ArrayView &field = state.front(), &totals = state.back();
+  for (size_t i = 0; i < state.size(); ++i) {
+    if (&state[i] == &totals) {
+      check_placed(op, names[i], totals, "float64", "be float64", tokens);
+      check_written(op, names[i], totals, cells, tokens);
+    } else {
+      check_placed(op, names[i], state[i], dtype, "be " + dtype + (f64 ? ", as tokens are" : ""),
+                   tokens);
+      check_written(op, names[i], state[i], planes, tokens);
+    }
+  }
+  // Dense in the order of its dimensions; a size of 1 steps nowhere.
+  if ((cells[1] > 1 && totals.strides[1] != 1) || (cells[0] > 1 && totals.strides[0] != cells[1]))
+    fail(op, std::string(names.back()) + " must be contiguous", format_strides(totals));
+  if (args.reduce == Reduce::moments) {
+    for (size_t d = 0; d < 4; ++d) {
+      if (out_shape[d] > 1 && state[1].strides[d] != field.strides[d])
+        fail(op, "var must have the strides of mean", format_strides(state[1]));
+    }
+    args.variance = const_cast<void*>(state[1].data);
+  }
   for (size_t i = 0; i < state.size(); ++i) {
     for (size_t j = 0; j < i; ++j) {
-      if (share_memory(*state[i].second, *state[j].second))
-        fail(op, std::string(state[j].first) + " and " + state[i].first + " must not share memory",
+      if (share_memory(state[i], state[j]))
+        fail(op, std::string(names[j]) + " and " + names[i] + " must not share memory",
              "views of the same memory");
     }
   }
+  args.out = const_cast<void*>(field.data);
+  std::copy_n(field.strides.begin() + (median ? 1 : 0), 4, args.out_strides);
+  if (median) args.plane_stride = field.strides[0];
+  args.total_weight = static_cast<double*>(const_cast<void*>(totals.data));
 }
 
-Reduce parse_reduce(std::string_view word, bool weighted) {
-  const Reduce reduce = parse<Reduce>("ensemble", "reduce", word, {"mean", "median"});
-  if (reduce == Reduce::median && weighted)
-    fail("ensemble", "weights must be None where reduce is 'median'", "weights");
-  return reduce;
-}
-Upsample parse_upsample(const char* op, std::string_view word) {
-  return parse<Upsample>(op, "upsample", word, {"nearest", "bilinear"});
-}
-Border parse_border(const char* op, std::string_view word) {
-  return parse<Border>(op, "border", word, {"coverage", "zeros", "clamp"});
-}
-Padding parse_padding(std::string_view word) {
-  return parse<Padding>("shift", "padding", word, {"zeros", "border", "reflect", "circular"});
-}
-Interpolation parse_interpolation(std::string_view word) {
-  return parse<Interpolation>("shift", "interpolation", word, {"nearest", "bilinear", "bicubic"});
-}
-
-void check_offsets(const char* op, const double* offsets, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    // Written so that NaN fails.
-    if (!(std::fabs(offsets[i]) <= static_cast<double>(kMaxOffset)))
-      fail(op, "offsets must be finite and at most 2^20 pixels in size",
-           format_number(offsets[i]) + " at [" + std::to_string(i / 2) + ", " +
-               std::to_string(i % 2) + "]");
-  }
-}
-
-void check_weights(const char* op, const double* weights, int64_t count, bool stream) {
-  const auto got = [&](int64_t i) {
-    return format_number(weights[i]) + " at [" + std::to_string(i) + "]";
-  };
-  double largest = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    if (!(weights[i] >= 0) || std::isinf(weights[i]))
-      fail(op, "weights must be finite and >= 0", got(i));
-    if (stream && weights[i] != 0 && !(weights[i] >= 0x1p-500 && weights[i] <= 0x1p500))
-      fail(op, "weights must be 0 or between 2^-500 and 2^500", got(i));
-    largest = std::max(largest, weights[i]);
-  }
-  // Smaller ones would vanish beside the others in float32, but still count as coverage.
-  for (int64_t i = 0; i < count; ++i) {
-    if (weights[i] != 0 && weights[i] < largest * 0x1p-80)
-      fail(op, "weights must be 0 or at least 2^-80 of the largest", got(i));
-  }
+CheckedShift::CheckedShift(const char* op, const char* name, const ArrayView& image,
+                           const ArrayView& offsets, std::string_view padding,
+                           std::string_view interpolation, bool allow_uint8) {
+  args.dtype = check_dtype(op, name, image, allow_uint8);
+  const std::vector<int64_t>& shape = image.shape;
+  if (shape.size() != 4)
+    fail(op, std::string(name) + " must have 4 dimensions, [B, C, H, W]", format_shape(shape));
+  if (shape[2] > kMaxPixels || shape[3] > kMaxPixels)
+    fail(op, std::string(name) + " must have at most 2^24 pixels on each axis",
+         format_shape(shape));
+  if (offsets.shape.size() != 2 || offsets.shape[0] < 1 || offsets.shape[1] != 2)
+    fail(op, "offsets must be [V, 2] with V >= 1", format_shape(offsets.shape));
+  out_shape = {offsets.shape[0], shape[0], shape[1], shape[2], shape[3]};
+  if (product_overflows(
+          {offsets.shape[0], shape[0], shape[1], shape[2], shape[3], image.element_size}))
+    fail(op, "the output must have fewer than 2^63 bytes", format_shape(out_shape));
+  args.padding = parse<Padding>(op, "padding", padding, {"zeros", "border", "reflect", "circular"});
+  args.interpolation =
+      parse<Interpolation>(op, "interpolation", interpolation, {"nearest", "bilinear", "bicubic"});
+  args.offsets = take_numbers(op, "offsets", offsets, image, &offsets_);
+  check_offsets(op, offsets_);
+  args.planes = shape[0] * shape[1];
+  args.height = shape[2];
+  args.width = shape[3];
+  args.views = out_shape[0];
 }
 
 }  // namespace srt

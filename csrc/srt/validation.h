@@ -1,67 +1,117 @@
-// The rules for arguments, for every binding. Each throws srt::Error with the rule and the value
-// received; the words are the same as in srt_ext/checks.py.
+// The rules for arguments, for every binding. Each throws srt::Error.
 #pragma once
 #include <cstdint>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "ensemble.h"
+#include "shift.h"
 #include "types.h"
 
 namespace srt {
 
+// A wrong argument: "srt::<op>: <rule>; got <value>". For a wrong type, what() begins with
+// "TypeError: ": torch's dispatcher passes on the message of an exception and no more.
 struct Error : std::runtime_error {
-  using std::runtime_error::runtime_error;
+  enum class Kind { value, type };
+  explicit Error(const std::string& text, Kind kind = Kind::value)
+      : std::runtime_error((kind == Kind::type ? "TypeError: " : "") + text), kind(kind) {}
+
+  // what() without the kind.
+  const char* text() const { return what() + (kind == Kind::type ? sizeof("TypeError: ") - 1 : 0); }
+
+  const Kind kind;
 };
 
-// Sizes of the field that ensemble makes.
-struct Field {
-  int64_t grid[2], patch[2], stride[2];  // (y, x)
-  int64_t cells[2];                      // H', W'
-};
-
-// tokens [V, B, N, C]; the lists have whatever length the caller passed. `op` names the operator in
-// messages. `least`: views.
-Field check_ensemble(const char* op, const std::vector<int64_t>& tokens,
-                     const std::vector<int64_t>& offsets, const std::vector<int64_t>& grid,
-                     const std::vector<int64_t>& patch, const std::vector<int64_t>* weights,
-                     const std::vector<int64_t>& stride, int64_t element_size, int64_t least = 1);
-// image [B, C, H, W], offsets [V, 2].
-void check_shift(const std::vector<int64_t>& image, const std::vector<int64_t>& offsets,
-                 int64_t element_size);
-
-// For ensemble: the mean, or the median, which takes no weights.
-Reduce parse_reduce(std::string_view word, bool weighted);
-Upsample parse_upsample(const char* op, std::string_view word);
-Border parse_border(const char* op, std::string_view word);
-Padding parse_padding(std::string_view word);
-Interpolation parse_interpolation(std::string_view word);
+[[noreturn]] void fail(const char* op, const std::string& rule, const std::string& got,
+                       Error::Kind kind = Error::Kind::value);
+std::string format_shape(const std::vector<int64_t>& shape);
 
 // An array, as a binding was given it.
 struct ArrayView {
-  const void* data;  // the first element, in the order of the dimensions
+  const void* data;  // the first element, in the order of the dimensions; an op may write to it
   std::vector<int64_t> shape;
   std::vector<int64_t> strides;  // in elements, of either sign
   int64_t element_size;
+  std::string dtype;           // as torch and NumPy name it: "float32"
+  std::string device = "cpu";  // as torch names it
 };
 
-// tokens [V, B, N, C]: the rule for their strides.
-void check_dense(const char* op, const ArrayView& tokens);
-// What an op writes to: of this shape, a place for each element, and none of them of the tokens.
-void check_written(const char* op, const char* name, const ArrayView& written,
-                   const std::vector<int64_t>& shape, const ArrayView& tokens);
-// The state of a stream for a field of this shape, [B, C, H', W']: mean and, for moments, var of
-// the same strides, or for a median window [kWindowPlanes, B, C, H', W']; seen [H', W'].
-void check_state(const char* op, const ArrayView& field, const ArrayView* variance,
-                 const ArrayView& seen, Reduce reduce, const std::vector<int64_t>& shape,
-                 const ArrayView& tokens);
+// float32, float16, bfloat16, float64, and uint8 where `allow_uint8`.
+DType check_dtype(const char* op, const char* name, const ArrayView& array, bool allow_uint8);
 
-// By value, for arguments on the host.
-void check_offsets(const char* op, const double* offsets, int64_t count);
-// Of one call only the ratios matter; those of a stream are added up over its chunks.
-void check_weights(const char* op, const double* weights, int64_t count, bool stream);
+// What an op is given to write to: of this dtype, on the device of the tokens. `dtype_rule` is how
+// the message goes on after "must".
+void check_placed(const char* op, const char* name, const ArrayView& array,
+                  const std::string& dtype, const std::string& dtype_rule, const ArrayView& tokens);
 
-std::string format_shape(const std::vector<int64_t>& shape);
+Reduce parse_reduce(std::string_view word);  // mean or median, of ensemble
+
+// What ensemble, ensemble_moments and accumulate_* are given alike. The lists have whatever length
+// the caller passed.
+struct EnsembleInputs {
+  ArrayView tokens;                  // [V, B, N, C]
+  ArrayView offsets;                 // [V, 2]
+  std::optional<ArrayView> weights;  // [V]
+  const std::vector<int64_t>&grid, &patch, &stride;
+  std::string_view upsample, border;
+};
+
+// One such call, after the rules. It owns what `args` points to, except the arrays. Where offsets
+// or weights lie on a device, nobody looks at their values, and the pointer in `args` is null.
+struct CheckedEnsemble {
+  const char* op;
+  ArrayView tokens;
+  EnsembleArgs args{};
+  std::vector<int64_t> out_shape;    // [B, C, H', W']
+  std::vector<int64_t> out_strides;  // of a new result, in elements: channels last
+
+  // `op` names the operator in messages. A `stream` adds up the weights of its chunks; of one call
+  // only their ratios matter. `least`: views.
+  CheckedEnsemble(const char* op, const EnsembleInputs& given, Reduce reduce, bool stream = false,
+                  int64_t least = 1);
+  CheckedEnsemble(const CheckedEnsemble&) = delete;
+  CheckedEnsemble& operator=(const CheckedEnsemble&) = delete;
+
+  // New memory of out_shape and out_strides; `variance` of moments only.
+  void set_result(void* out, void* variance = nullptr);
+  // Memory of the caller, of any strides.
+  void set_out(const ArrayView& out);
+  // The state of a stream, in the order of state_names(): mean [B, C, H', W'] and, of moments, var
+  // of the same strides, or of a median window [kWindowPlanes, B, C, H', W']; last what each cell
+  // has got, [H', W'] in float64.
+  void set_state(const std::vector<ArrayView>& state);
+  std::vector<const char*> state_names() const;
+
+ private:
+  std::vector<double> offsets_, weights_;
+};
+
+// One call of shift or of its gradient, after the rules. The caller sets args.image and args.out.
+struct CheckedShift {
+  ShiftArgs args{};
+  std::vector<int64_t> out_shape;  // [V, B, C, H, W]
+
+  // image [B, C, H, W], called `name` in messages; offsets [V, 2].
+  CheckedShift(const char* op, const char* name, const ArrayView& image, const ArrayView& offsets,
+               std::string_view padding, std::string_view interpolation, bool allow_uint8);
+  CheckedShift(const CheckedShift&) = delete;
+  CheckedShift& operator=(const CheckedShift&) = delete;
+
+ private:
+  std::vector<double> offsets_;  // as in CheckedEnsemble
+};
+
+// Rules for shapes: the cells [H', W'] of the field that tokens [V, B, N, C] become.
+std::vector<int64_t> check_ensemble(const char* op, const std::vector<int64_t>& tokens,
+                                    const std::vector<int64_t>& offsets,
+                                    const std::vector<int64_t>& grid,
+                                    const std::vector<int64_t>& patch,
+                                    const std::vector<int64_t>* weights,
+                                    const std::vector<int64_t>& stride, int64_t element_size,
+                                    int64_t least = 1);
 
 }  // namespace srt

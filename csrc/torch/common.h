@@ -28,25 +28,10 @@ using torch::stable::Tensor;
 
 std::vector<int64_t> shape_of(const Tensor& tensor);
 ArrayView view_of(const Tensor& tensor);
+ArrayView written_view_of(const Tensor& tensor);
 
-// "float32" and the like, for messages.
-std::string dtype_name(ScalarType dtype);
-
-// float32, float16, bfloat16, float64, and uint8 where `allow_uint8`.
-DType element_type(const char* op, const char* name, const Tensor& tensor, bool allow_uint8);
-
-bool same_device(const Tensor& a, const Tensor& b);
-
-// Offsets or weights. On the host they are read, in C order, to be checked by value; on the device
-// nobody looks at them.
-struct Numbers {
-  std::vector<double> host;
-  std::optional<Tensor> device;  // dense, float32 or float64
-};
-
-// `tensor` must be float32 or float64 and lie on the CPU or on the device of `input`. The caller
-// has checked its shape.
-Numbers view_numbers(const char* op, const char* name, const Tensor& tensor, const Tensor& input);
+// Offsets or weights that lie on a device, made dense there: float32 or float64, [V, 2] or [V].
+std::optional<Tensor> on_device(const std::optional<Tensor>& numbers);
 
 // torch's intra-op threads.
 Parallel torch_parallel();

@@ -24,7 +24,7 @@ Tensor shift_backward(const Tensor& grad, const Tensor& offsets, const std::stri
 
 void run(EnsembleCall& call) { ensemble_cpu(call.args, torch_parallel()); }
 void run_backward(EnsembleCall& call, const Tensor& grad_tokens) {
-  ensemble_backward_cpu(call.args, grad_tokens.mutable_data_ptr(), torch_parallel());
+  mean_backward_cpu(call.args, grad_tokens.mutable_data_ptr(), torch_parallel());
 }
 
 using Ops = EnsembleOps<&run, &run_backward>;

@@ -16,10 +16,11 @@ CUstream_st* current_stream(const Tensor& tensor) {
   return static_cast<CUstream_st*>(stream);
 }
 
-ViewNumbers pointers(const Numbers& numbers) {
-  if (!numbers.device) return {numbers.host.data(), nullptr, DType::f64};
-  const bool f64 = numbers.device->scalar_type() == ScalarType::Double;
-  return {nullptr, numbers.device->const_data_ptr(), f64 ? DType::f64 : DType::f32};
+// Of the host, or of the device if they lie there.
+ViewArray pointers(const double* host, const std::optional<Tensor>& device) {
+  if (!device) return {host, nullptr, DType::f64};
+  const bool f64 = device->scalar_type() == ScalarType::Double;
+  return {nullptr, device->const_data_ptr(), f64 ? DType::f64 : DType::f32};
 }
 
 // Freed on return and reused in the order of the stream, as torch's own temporaries are.
@@ -34,8 +35,8 @@ Tensor shift(const Tensor& image, const Tensor& offsets, const std::string& padd
   const Tensor out = call.new_out();
   call.args.out = out.mutable_data_ptr();
   const Tensor workspace = new_workspace(shift_cuda_workspace(call.args), image);
-  shift_cuda(call.args, pointers(call.offsets), workspace.mutable_data_ptr(),
-             current_stream(image));
+  shift_cuda(call.args, pointers(call.args.offsets, call.device_offsets),
+             workspace.mutable_data_ptr(), current_stream(image));
   return out;
 }
 
@@ -45,29 +46,30 @@ Tensor shift_backward(const Tensor& grad, const Tensor& offsets, const std::stri
   const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
   const Tensor grad_image = call.new_grad_image();
   const Tensor workspace = new_workspace(shift_backward_cuda_workspace(call.args), grad);
-  shift_backward_cuda(call.args, pointers(call.offsets), grad_image.mutable_data_ptr(),
-                      workspace.mutable_data_ptr(), current_stream(grad));
+  shift_backward_cuda(call.args, pointers(call.args.offsets, call.device_offsets),
+                      grad_image.mutable_data_ptr(), workspace.mutable_data_ptr(),
+                      current_stream(grad));
   return grad_image;
 }
 
 void run(EnsembleCall& call) {
-  const torch::stable::accelerator::DeviceGuard guard(call.tokens.get_device_index());
-  const ViewNumbers offsets = pointers(call.offsets);
-  const ViewNumbers weights = call.weights ? pointers(*call.weights) : ViewNumbers{};
+  const torch::stable::accelerator::DeviceGuard guard(call.input.get_device_index());
+  const ViewArray offsets = pointers(call.args.offsets, call.device_offsets);
+  const ViewArray weights = pointers(call.args.weights, call.device_weights);
   const Tensor workspace =
-      new_workspace(ensemble_cuda_workspace(call.args, offsets, weights), call.tokens);
+      new_workspace(ensemble_cuda_workspace(call.args, offsets, weights), call.input);
   ensemble_cuda(call.op, call.args, offsets, weights, workspace.mutable_data_ptr(),
-                current_stream(call.tokens));
+                current_stream(call.input));
 }
 
 void run_backward(EnsembleCall& call, const Tensor& grad_tokens) {
   const torch::stable::accelerator::DeviceGuard guard(grad_tokens.get_device_index());
-  const ViewNumbers offsets = pointers(call.offsets);
-  const ViewNumbers weights = call.weights ? pointers(*call.weights) : ViewNumbers{};
+  const ViewArray offsets = pointers(call.args.offsets, call.device_offsets);
+  const ViewArray weights = pointers(call.args.weights, call.device_weights);
   const Tensor workspace =
-      new_workspace(ensemble_backward_cuda_workspace(call.args, offsets, weights), grad_tokens);
-  ensemble_backward_cuda(call.op, call.args, offsets, weights, grad_tokens.mutable_data_ptr(),
-                         workspace.mutable_data_ptr(), current_stream(grad_tokens));
+      new_workspace(mean_backward_cuda_workspace(call.args, offsets, weights), grad_tokens);
+  mean_backward_cuda(call.op, call.args, offsets, weights, grad_tokens.mutable_data_ptr(),
+                     workspace.mutable_data_ptr(), current_stream(grad_tokens));
 }
 
 using Ops = EnsembleOps<&run, &run_backward>;

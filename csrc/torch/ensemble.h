@@ -1,10 +1,9 @@
-// The arguments of ensemble, ensemble_moments and accumulate_*, checked; for every backend.
+// The arguments of ensemble, ensemble_moments and accumulate_*, for every backend.
 #pragma once
 #include <optional>
 #include <string>
 #include <vector>
 
-#include "../srt/ensemble.h"
 #include "common.h"
 
 namespace srt::glue {
@@ -17,36 +16,21 @@ struct ViewArguments {
   const std::optional<Tensor>& weights;
   const std::string &upsample, &border;
   const std::vector<int64_t>& stride;
+
+  EnsembleInputs inputs() const;
 };
 
-// Owns what `args` points to, except tokens and what is written. args.offsets and args.weights are
-// null where the numbers lie on the device.
-struct EnsembleCall {
-  const char* op;
-  const Tensor& tokens;
-  Numbers offsets;
-  std::optional<Numbers> weights;
-  EnsembleArgs args{};
-  std::vector<int64_t> out_shape;
+struct EnsembleCall : CheckedEnsemble {
+  const Tensor& input;  // tokens
+  std::optional<Tensor> device_offsets, device_weights;
 
-  // `stream`: the state is set by set_state.
-  EnsembleCall(const char* op, const ViewArguments& given, Reduce reduce, bool stream = false);
+  EnsembleCall(const char* op, const ViewArguments& given, Reduce reduce, bool stream = false,
+               int64_t least = 1);
 
   // A result as the schema promises it: channels_last.
   Tensor new_out() const;
-  // Refuses what ensemble.out cannot write to.
-  void check_out(const Tensor& out) const;
-  void set_out(const Tensor& out);
-  void set_variance(const Tensor& variance);
-  // Gradients [B, C, H', W'] of what the call writes; the tensors returned must outlive it.
-  std::vector<Tensor> set_gradients(const Tensor& grad, const std::optional<Tensor>& grad_var);
-  // The state of a stream: mean [B, C, H', W'] and, for moments, var of the same strides, or for a
-  // median window [kWindowPlanes, B, C, H', W']; seen [H', W'].
-  void set_state(const Tensor& field, const Tensor* variance, const Tensor& seen);
-
- private:
-  void check_placed(const char* name, const Tensor& tensor, ScalarType dtype,
-                    const std::string& dtype_rule) const;
+  // The gradient [B, C, H', W'] of what the call writes; the tensor returned must outlive it.
+  Tensor set_gradient(const Tensor& grad);
 };
 
 // The tokens' gradient [V, B, N, C] that belongs to the gradient [B, C, H', W'] of a field: dense,

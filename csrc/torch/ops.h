@@ -18,9 +18,9 @@ struct EnsembleOps {
                          const List& patch, const Weights& weights, const Word& reduce,
                          const Word& upsample, const Word& border, const List& stride) {
     EnsembleCall call("ensemble", {tokens, offsets, grid, patch, weights, upsample, border, stride},
-                      parse_reduce(reduce, weights.has_value()));
+                      parse_reduce(reduce));
     const Tensor out = call.new_out();
-    call.set_out(out);
+    call.set_result(out.mutable_data_ptr());
     run(call);
     return out;
   }
@@ -30,9 +30,8 @@ struct EnsembleOps {
                            const Word& upsample, const Word& border, const List& stride,
                            const Tensor& out) {
     EnsembleCall call("ensemble", {tokens, offsets, grid, patch, weights, upsample, border, stride},
-                      parse_reduce(reduce, weights.has_value()));
-    call.check_out(out);
-    call.set_out(out);
+                      parse_reduce(reduce));
+    call.set_out(written_view_of(out));
     run(call);
   }
 
@@ -44,29 +43,20 @@ struct EnsembleOps {
                       {tokens, offsets, grid, patch, weights, upsample, border, stride},
                       Reduce::moments);
     const Tensor mean = call.new_out(), variance = call.new_out();
-    call.set_out(mean);
-    call.set_variance(variance);
+    call.set_result(mean.mutable_data_ptr(), variance.mutable_data_ptr());
     run(call);
     return {mean, variance};
   }
 
-  // Of a mean, which needs no tokens: where they are missing, their gradient stands for them.
-  static Tensor backward(const Tensor& grad, const std::optional<Tensor>& grad_var,
-                         const std::optional<Tensor>& tokens, const Tensor& offsets,
-                         const List& grid, const List& patch, const Weights& weights,
-                         const Word& reduce, const Word& upsample, const Word& border,
-                         const List& stride) {
-    const char* const op = "_ensemble_backward";
-    const Reduce kind =
-        reduce == "moments" ? Reduce::moments : parse_reduce(reduce, weights.has_value());
-    if (kind != Reduce::mean && !tokens)
-      throw Error("srt::_ensemble_backward: tokens must be given, except for a mean; got none");
+  // The tokens are not read: their gradient stands for them.
+  static Tensor mean_backward(const Tensor& grad, const Tensor& offsets, const List& grid,
+                              const List& patch, const Weights& weights, const Word& upsample,
+                              const Word& border, const List& stride) {
+    const char* const op = "_mean_backward";
     const Tensor grad_tokens = new_grad_tokens(op, grad, offsets, grid, patch, stride);
-    EnsembleCall call(
-        op,
-        {tokens ? *tokens : grad_tokens, offsets, grid, patch, weights, upsample, border, stride},
-        kind);
-    const std::vector<Tensor> gradients = call.set_gradients(grad, grad_var);
+    EnsembleCall call(op, {grad_tokens, offsets, grid, patch, weights, upsample, border, stride},
+                      Reduce::mean);
+    const Tensor dense = call.set_gradient(grad);
     run_backward(call, grad_tokens);
     return grad_tokens;
   }
@@ -78,7 +68,7 @@ struct EnsembleOps {
     EnsembleCall call("accumulate_mean_",
                       {tokens, offsets, grid, patch, weights, upsample, border, stride},
                       Reduce::mean, /*stream=*/true);
-    call.set_state(mean, nullptr, weight);
+    call.set_state({written_view_of(mean), written_view_of(weight)});
     run(call);
   }
 
@@ -89,7 +79,7 @@ struct EnsembleOps {
     EnsembleCall call("accumulate_moments_",
                       {tokens, offsets, grid, patch, weights, upsample, border, stride},
                       Reduce::moments, /*stream=*/true);
-    call.set_state(mean, &variance, weight);
+    call.set_state({written_view_of(mean), written_view_of(variance), written_view_of(weight)});
     run(call);
   }
 
@@ -99,8 +89,16 @@ struct EnsembleOps {
     EnsembleCall call("accumulate_median_",
                       {tokens, offsets, grid, patch, std::nullopt, upsample, border, stride},
                       Reduce::median, /*stream=*/true);
-    call.set_state(window, nullptr, count);
+    call.set_state({written_view_of(window), written_view_of(count)});
     run(call);
+  }
+
+  // The rules alone, before anything is allocated. Of a `stream`: a chunk, which may have no views.
+  static void check_views(const Word& op, const Tensor& tokens, const Tensor& offsets,
+                          const List& grid, const List& patch, const Weights& weights, bool stream,
+                          const Word& upsample, const Word& border, const List& stride) {
+    EnsembleCall(op.c_str(), {tokens, offsets, grid, patch, weights, upsample, border, stride},
+                 Reduce::mean, stream, stream ? 0 : 1);
   }
 };
 
@@ -110,7 +108,8 @@ struct EnsembleOps {
   m.impl("ensemble", TORCH_BOX(&Ops::ensemble));                      \
   m.impl("ensemble.out", TORCH_BOX(&Ops::ensemble_out));              \
   m.impl("ensemble_moments", TORCH_BOX(&Ops::moments));               \
-  m.impl("_ensemble_backward", TORCH_BOX(&Ops::backward));            \
+  m.impl("_mean_backward", TORCH_BOX(&Ops::mean_backward));           \
   m.impl("accumulate_mean_", TORCH_BOX(&Ops::accumulate_mean));       \
   m.impl("accumulate_moments_", TORCH_BOX(&Ops::accumulate_moments)); \
-  m.impl("accumulate_median_", TORCH_BOX(&Ops::accumulate_median))
+  m.impl("accumulate_median_", TORCH_BOX(&Ops::accumulate_median));   \
+  m.impl("_check_views", TORCH_BOX(&Ops::check_views))

@@ -38,13 +38,15 @@ STABLE_TORCH_LIBRARY(srt, m) {
         ", Tensor? weights=None, *, " SRT_MODES ") -> ()");
   m.def("accumulate_median_(Tensor(a!) window, Tensor(b!) count, " SRT_VIEWS ", *, " SRT_MODES
         ") -> ()");
-  // Gradients, for srt_ext/_autograd.py. Of a mean no tokens are needed, grad_var is of moments.
+  // Gradients, for srt_ext/_autograd.py.
   m.def(
       "_shift_backward(Tensor grad, Tensor offsets, *, str padding, str interpolation) -> Tensor");
   m.def(
-      "_ensemble_backward(Tensor grad, Tensor? grad_var, Tensor? tokens, Tensor offsets, "
-      "int[2] grid, int[2] patch, Tensor? weights, *, str reduce, str upsample, str border, "
-      "int[2] stride) -> Tensor");
+      "_mean_backward(Tensor grad, Tensor offsets, int[2] grid, int[2] patch, Tensor? weights, *, "
+      "str upsample, str border, int[2] stride) -> Tensor");
+  // For srt_ext/streaming.py and srt_ext/dlpack.py.
+  m.def("_check_views(str op, " SRT_VIEWS ", Tensor? weights=None, *, bool stream, " SRT_MODES
+        ") -> ()");
   m.def("_cpu_kernels() -> str");
   m.def("_available_cpu_kernels() -> str");
   m.def("_force_cpu_kernels(str name) -> ()");

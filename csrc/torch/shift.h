@@ -1,20 +1,15 @@
-// The arguments of shift, checked; for every backend.
+// The arguments of shift and of its gradient, for every backend.
 #pragma once
 #include <string>
 #include <vector>
 
-#include "../srt/shift.h"
 #include "common.h"
 
 namespace srt::glue {
 
-// Owns what `args` points to, except what is written. args.offsets is null where they lie on the
-// device.
-struct ShiftCall {
-  Numbers offsets;
+struct ShiftCall : CheckedShift {
   Tensor image;  // dense
-  ShiftArgs args{};
-  std::vector<int64_t> out_shape;
+  std::optional<Tensor> device_offsets;
 
   ShiftCall(const Tensor& image, const Tensor& offsets, const std::string& padding,
             const std::string& interpolation);
@@ -22,11 +17,9 @@ struct ShiftCall {
   Tensor new_out() const;
 };
 
-// The same, for its gradient [V, B, C, H, W].
-struct ShiftBackwardCall {
-  Numbers offsets;
-  Tensor grad;  // dense
-  ShiftArgs args{};
+struct ShiftBackwardCall : CheckedShift {
+  Tensor grad;  // [V, B, C, H, W], dense
+  std::optional<Tensor> device_offsets;
 
   ShiftBackwardCall(const Tensor& grad, const Tensor& offsets, const std::string& padding,
                     const std::string& interpolation);

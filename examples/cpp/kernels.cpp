@@ -1,12 +1,12 @@
 // The kernels without torch: tokens of shifted views in plain buffers, aggregated on own threads.
 #include <srt/validation.h>
-#include <srt/ensemble.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <exception>
+#include <optional>
 #include <thread>
 #include <vector>
 
@@ -48,36 +48,22 @@ int run() {
           tokens.push_back(static_cast<float>(static_cast<double>(c + 1) * value));
         }
 
-  // The kernels trust their arguments; these functions are the rules for them and throw srt::Error.
-  const srt::Field field =
-      srt::check_ensemble("ensemble", {views, batch, tokens_per_view, channels}, {views, 2}, grid,
-                          patch, /*weights=*/nullptr, stride, sizeof(float));
-  srt::check_offsets("ensemble", offsets.data(), static_cast<int64_t>(offsets.size()));
-  const int64_t height = field.cells[0], width = field.cells[1];
-
+  // The kernels trust their arguments; this applies the rules for them and throws srt::Error.
+  const srt::ArrayView token_view{
+      tokens.data(),
+      {views, batch, tokens_per_view, channels},
+      {batch * tokens_per_view * channels, tokens_per_view * channels, channels, 1},
+      sizeof(float),
+      "float32"};
+  const srt::ArrayView offset_view{offsets.data(), {views, 2}, {2, 1}, sizeof(double), "float64"};
+  srt::CheckedEnsemble call("ensemble",
+                            {token_view, offset_view, /*weights=*/std::nullopt, grid, patch, stride,
+                             "bilinear", "coverage"},
+                            srt::Reduce::mean);
+  const int64_t height = call.out_shape[2], width = call.out_shape[3];
   std::vector<float> out(static_cast<size_t>(batch * height * width * channels));  // [B, H, W, C]
-  srt::EnsembleArgs args{};
-  args.reduce = srt::Reduce::mean;
-  args.dtype = srt::DType::f32;
-  args.tokens = tokens.data();
-  args.views = views;
-  args.batch = batch;
-  args.channels = channels;
-  args.token_strides[0] = batch * tokens_per_view * channels;
-  args.token_strides[1] = tokens_per_view * channels;
-  args.token_strides[2] = channels;
-  args.offsets = offsets.data();
-  std::copy_n(field.grid, 2, args.grid);
-  std::copy_n(field.patch, 2, args.patch);
-  std::copy_n(field.stride, 2, args.stride);
-  args.upsample = srt::Upsample::bilinear;
-  args.border = srt::Border::coverage;
-  args.out = out.data();
-  args.out_strides[0] = height * width * channels;  // of B, C, H', W'
-  args.out_strides[1] = 1;
-  args.out_strides[2] = width * channels;
-  args.out_strides[3] = channels;
-  srt::ensemble_cpu(args, {kThreads, &run_on_threads});
+  call.set_result(out.data());
+  srt::ensemble_cpu(call.args, {kThreads, &run_on_threads});
 
   // Away from the border: there, beyond the centre of the last token, every view is constant.
   const int64_t margin = patch[0] / 2 + 4;

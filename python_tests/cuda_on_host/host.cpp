@@ -31,9 +31,9 @@ EXPORT HostDevice* device() { return &host_device; }
 // Calls `gap` with what lies between the pieces of each workspace.
 EXPORT void watch_workspace(void (*gap)(void*, int64_t)) { srt::workspace_gap = gap; }
 
-// Without a workspace: only tells its size.
-EXPORT const char* ensemble(const srt::EnsembleArgs* args, const srt::ViewNumbers* offsets,
-                            const srt::ViewNumbers* weights, void* workspace, int64_t* bytes) {
+// Without a workspace: returns its size.
+EXPORT const char* ensemble(const srt::EnsembleArgs* args, const srt::ViewArray* offsets,
+                            const srt::ViewArray* weights, void* workspace, int64_t* bytes) {
   return guarded([&] {
     if (workspace) {
       srt::ensemble_cuda("ensemble", *args, *offsets, *weights, workspace, host_device.stream);
@@ -43,23 +43,21 @@ EXPORT const char* ensemble(const srt::EnsembleArgs* args, const srt::ViewNumber
   });
 }
 
-EXPORT const char* ensemble_backward(void* grad_tokens, const srt::EnsembleArgs* args,
-                                     const srt::ViewNumbers* offsets,
-                                     const srt::ViewNumbers* weights, void* workspace,
-                                     int64_t* bytes) {
+EXPORT const char* mean_backward(void* grad_tokens, const srt::EnsembleArgs* args,
+                                 const srt::ViewArray* offsets, const srt::ViewArray* weights,
+                                 void* workspace, int64_t* bytes) {
   return guarded([&] {
     if (workspace) {
-      srt::ensemble_backward_cuda("_ensemble_backward", *args, *offsets, *weights, grad_tokens,
-                                  workspace, host_device.stream);
+      srt::mean_backward_cuda("_mean_backward", *args, *offsets, *weights, grad_tokens, workspace,
+                              host_device.stream);
     } else {
-      *bytes = srt::ensemble_backward_cuda_workspace(*args, *offsets, *weights);
+      *bytes = srt::mean_backward_cuda_workspace(*args, *offsets, *weights);
     }
   });
 }
 
 EXPORT const char* shift_backward(void* grad_image, const srt::ShiftArgs* args,
-                                  const srt::ViewNumbers* offsets, void* workspace,
-                                  int64_t* bytes) {
+                                  const srt::ViewArray* offsets, void* workspace, int64_t* bytes) {
   return guarded([&] {
     if (workspace) {
       srt::shift_backward_cuda(*args, *offsets, grad_image, workspace, host_device.stream);
@@ -69,8 +67,8 @@ EXPORT const char* shift_backward(void* grad_image, const srt::ShiftArgs* args,
   });
 }
 
-EXPORT const char* shift(const srt::ShiftArgs* args, const srt::ViewNumbers* offsets,
-                         void* workspace, int64_t* bytes) {
+EXPORT const char* shift(const srt::ShiftArgs* args, const srt::ViewArray* offsets, void* workspace,
+                         int64_t* bytes) {
   return guarded([&] {
     if (workspace) {
       srt::shift_cuda(*args, *offsets, workspace, host_device.stream);

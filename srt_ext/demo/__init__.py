@@ -1,1 +1,1 @@
-"""What needs no download: a small ViT, and scenes whose labels are exactly known to show it."""
+"""A small ViT, and generated scenes with exact labels: nothing is downloaded."""

@@ -1,4 +1,4 @@
-"""The small ViT on scenes whose labels are known: its plain tokens against SRT."""
+"""The small ViT on scenes with exact labels: its plain tokens against SRT."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import numpy as np
 import torch
 from scipy.ndimage import maximum_filter, minimum_filter
 
-from ..visualize import Comparison, Panel, Shades, Tokens, enlarge
+from ..viz import Comparison, Panel, Tokens, color_map, enlarge
 from .scenes import BOX, CLASSES, Scene, scene
 
 if TYPE_CHECKING:
-    from ..pictures import Network
+    from ..cli.common import Network
 
 SIDE = 112  # pixels of a scene: the largest that the model was trained on
-REACH = 4  # pixels: half a patch
+OUTLINE_RADIUS = 4  # pixels: half a patch
 HELD_OUT = 2_000_000  # seeds from here on were neither trained on nor looked at in training
 PHOTO = Path(__file__).with_name("astronaut.jpg")
-WAYS = ("plain tokens", "tokens, bilinear", "SRT mean", "SRT median")
+METHODS = ("plain tokens", "tokens, bilinear", "SRT mean", "SRT median")
 
 
-class Answer(NamedTuple):
-    """What the model's head says of a picture."""
+class Prediction(NamedTuple):
+    """The output of the model's head for an image."""
 
     labels: np.ndarray  # [H, W] int64, of CLASSES
     segments: np.ndarray  # [H, W] int64, of background, floor and solids of all kinds
@@ -32,16 +32,16 @@ class Answer(NamedTuple):
 
 
 class Score(NamedTuple):
-    """Of all pixels of all scenes. IoU: intersection over union, the mean of what is in them."""
+    """Over all pixels of all scenes. IoU: the mean over the classes in them."""
 
     segments: float  # IoU of background, floor and solids
-    outlines: float  # the same within REACH pixels of where they meet
+    outlines: float  # the same within OUTLINE_RADIUS pixels of where they meet
     kinds: float  # IoU of CLASSES
     nearness: float  # root of the mean squared error, 1 / metres
 
 
-def telling(seed: int) -> int:
-    """The first seed from this one on whose scene has all of CLASSES, each on a fiftieth of it."""
+def first_complete_seed(seed: int) -> int:
+    """The first seed >= ``seed`` whose scene has each of CLASSES on at least 2 % of its pixels."""
     while True:
         counts = np.bincount(scene(seed, SIDE, SIDE).labels.ravel(), minlength=len(CLASSES))
         if counts.min() * 50 >= SIDE * SIDE:
@@ -49,28 +49,24 @@ def telling(seed: int) -> int:
         seed += 1
 
 
-def _truth(made: Scene) -> Answer:
+def _truth(made: Scene) -> Prediction:
     labels = made.labels.astype(np.int64)
-    return Answer(labels, np.minimum(labels, BOX), made.nearness)
+    return Prediction(labels, np.minimum(labels, BOX), made.nearness)
 
 
-def _iou(truth: np.ndarray, said: np.ndarray) -> float:
+def _iou(truth: np.ndarray, predicted: np.ndarray) -> float:
     from sklearn.metrics import jaccard_score
 
-    there = np.unique(truth)
-    return float(jaccard_score(truth.ravel(), said.ravel(), labels=there, average="macro"))
+    present = np.unique(truth)
+    return float(jaccard_score(truth.ravel(), predicted.ravel(), labels=present, average="macro"))
 
 
-def _silent(_done: int) -> None:
-    pass
-
-
-class Judge:
-    """Applies the head of the small ViT to fields of its features.
+class Evaluation:
+    """Scores the head of the small ViT on fields of its features.
 
     Args:
         network: the small ViT.
-        views: words for :func:`srt_ext.views.parse`.
+        views: a string for :func:`srt_ext.views.parse`.
     """
 
     def __init__(self, network: Network, views: str) -> None:
@@ -78,66 +74,67 @@ class Judge:
         self._comparison = Comparison(network.backbone, views)
 
     @torch.no_grad()
-    def answers(self, pixels: np.ndarray) -> list[Answer]:
-        """Of pixels [H, W, 3] uint8, one for each of :data:`WAYS`."""
-        (tokens,) = self._comparison.tokens(self.network.image(pixels), _silent)
-        return [self._answer(tokens, way, pixels.shape[:2]) for way in WAYS]
+    def predict(self, pixels: np.ndarray) -> list[Prediction]:
+        """pixels [H, W, 3] uint8 -> a prediction for each of :data:`METHODS`."""
+        (tokens,) = self._comparison.tokens(self.network.image(pixels))
+        return [self._predict(tokens, method, pixels.shape[:2]) for method in METHODS]
 
-    def _answer(self, tokens: Tokens, way: str, size: tuple[int, ...]) -> Answer:
+    def _predict(self, tokens: Tokens, method: str, size: tuple[int, ...]) -> Prediction:
         height, width = size
-        if way == WAYS[0]:
+        if method == METHODS[0]:
             field = tokens.map
         else:
-            field = self._comparison.field(tokens, way.split()[-1], (height, width))
-        # The head is linear, so of a mean it is the mean of what it says of the views.
+            field = self._comparison.field(tokens, method.split()[-1], (height, width))
+        # The head is linear: on a mean it gives the mean of its outputs for the views.
         found = self.network.model.head(field[0].permute(1, 2, 0)).numpy()
-        if way == WAYS[0]:
+        if method == METHODS[0]:
             found = enlarge(found, tokens.patch, (height, width))
         logits = torch.from_numpy(found[..., :-1])
         solid = logits[..., BOX:].logsumexp(2, keepdim=True)
         segments = torch.cat([logits[..., :BOX], solid], 2).argmax(2)
-        return Answer(logits.argmax(2).numpy(), segments.numpy(), found[..., -1])
+        return Prediction(logits.argmax(2).numpy(), segments.numpy(), found[..., -1])
 
     def scores(
-        self, scenes: Iterable[Scene], progress: Callable[[int], object] = _silent
+        self, scenes: Iterable[Scene], progress: Callable[[int], object] | None = None
     ) -> dict[str, Score]:
-        """Of each of :data:`WAYS`; ``progress`` is told the scenes done."""
+        """Of each of :data:`METHODS`; ``progress`` is called with the number of scenes done."""
         from sklearn.metrics import root_mean_squared_error
 
-        truth: list[Answer] = []
-        found: list[list[Answer]] = []
+        truth: list[Prediction] = []
+        found: list[list[Prediction]] = []
         for done, made in enumerate(scenes, 1):
             truth.append(_truth(made))
-            found.append(self.answers(made.pixels))
-            progress(done)
+            found.append(self.predict(made.pixels))
+            if progress is not None:
+                progress(done)
         labels, segments, nearness = (np.stack(part) for part in zip(*truth, strict=True))
-        spread = (1, 2 * REACH + 1, 2 * REACH + 1)
+        spread = (1, 2 * OUTLINE_RADIUS + 1, 2 * OUTLINE_RADIUS + 1)
         outlines = maximum_filter(segments, spread) != minimum_filter(segments, spread)
         scores = {}
-        for way, answers in zip(WAYS, zip(*found, strict=True), strict=True):
-            said, parts, near = (np.stack(part) for part in zip(*answers, strict=True))
-            scores[way] = Score(
+        for method, predictions in zip(METHODS, zip(*found, strict=True), strict=True):
+            predicted, parts, near = (np.stack(part) for part in zip(*predictions, strict=True))
+            scores[method] = Score(
                 _iou(segments, parts),
                 _iou(segments[outlines], parts[outlines]),
-                _iou(labels, said),
+                _iou(labels, predicted),
                 float(root_mean_squared_error(nearness.ravel(), near.ravel())),
             )
         return scores
 
     def rows(self, made: Scene, photo: np.ndarray) -> list[tuple[str, list[Panel]]]:
-        """A drawing: each row begins with what is shown or true, then come :data:`WAYS`.
+        """The rows of a figure, each of which begins with the input or the exact labels.
 
         Args:
             made: square.
             photo: [H, H, 3] uint8.
         """
-        shades = Shades(0, float(made.nearness.max()), "magma")
+        near_colors = color_map(0, float(made.nearness.max()), "magma")
         segments, depth = [], []
-        for title, answer in zip(
-            ("exact", *WAYS), [_truth(made), *self.answers(made.pixels)], strict=True
+        for title, prediction in zip(
+            ("exact", *METHODS), [_truth(made), *self.predict(made.pixels)], strict=True
         ):
-            segments.append(Panel(title, _COLOURS[answer.labels]))
-            depth.append(Panel(title, shades(torch.from_numpy(answer.nearness))))
+            segments.append(Panel(title, _CLASS_COLORS[prediction.labels]))
+            depth.append(Panel(title, near_colors.to_rgba(prediction.nearness)[..., :3]))
         return [
             ("features", self._features(made.pixels)),
             ("segments", segments),
@@ -146,13 +143,12 @@ class Judge:
         ]
 
     def _features(self, pixels: np.ndarray) -> list[Panel]:
-        """In a basis of their own."""
         comparison = Comparison(self.network.backbone, self.views)
-        return comparison(self.network.image(pixels), pixels, _silent)[0]
+        return comparison(self.network.image(pixels), pixels)[0]
 
 
-# One colour for each of CLASSES: dark, grey, and four that also differ in lightness.
-_COLOURS = np.array(
+# For each of CLASSES: dark, grey, and four that also differ in lightness.
+_CLASS_COLORS = np.array(
     [
         [0.13, 0.13, 0.17],
         [0.60, 0.60, 0.60],

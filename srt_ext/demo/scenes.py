@@ -20,7 +20,7 @@ FAR = 1e6  # metres: no hit
 
 
 class Scene(NamedTuple):
-    """A picture and what is true of it."""
+    """An image and its exact labels."""
 
     pixels: np.ndarray  # [H, W, 3] uint8
     labels: np.ndarray  # [H, W] uint8, of CLASSES

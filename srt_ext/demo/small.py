@@ -1,4 +1,4 @@
-"""The small ViT that comes with the package: MODEL_CARD.md tells what it is and is not."""
+"""The small ViT that comes with the package. MODEL_CARD.md describes it."""
 
 from __future__ import annotations
 

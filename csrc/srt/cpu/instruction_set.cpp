@@ -1,7 +1,10 @@
 // Compiled once for each instruction set; SRT_ISA names it (CMakeLists.txt has the flags).
+#include "dispatch.h"
 #include "mean-inl.h"
 #include "mean_backward-inl.h"
 #include "per_view-inl.h"
+#include "shift-inl.h"
+#include "shift_backward-inl.h"
 
 namespace srt::cpu {
 
@@ -10,22 +13,19 @@ namespace srt::cpu {
 
 namespace {
 template <class T, class Acc = typename AccumulatorOf<T>::type>
-constexpr EnsembleKernels<Acc> kEnsemble = {mean<T, T>,
-                                            mean<T, Acc>,
-                                            reduce_values<T, Median<T, Acc>>,
-                                            reduce_values<T, Moments<T, Acc>>,
-                                            reduce_values<T, StreamMedian<Acc>>,
-                                            reduce_values<T, StreamMoments<Acc>>,
-                                            mean_backward<T, Acc>,
-                                            values_backward<T, MedianBackward<Acc>>,
-                                            values_backward<T, MomentsBackward<Acc>>};
+constexpr KernelsOf<T> kKernels = {mean<T, T>,
+                                   mean<T, Acc>,
+                                   reduce_values<T, Median<T, Acc>>,
+                                   reduce_values<T, Moments<T, Acc>>,
+                                   reduce_values<T, StreamMedian<Acc>>,
+                                   reduce_values<T, StreamMoments<Acc>>,
+                                   mean_backward<T, Acc>,
+                                   shift<T>,
+                                   shift_backward<T>};
 }  // namespace
 
-const Kernels SRT_ISA = {SRT_STRING(SRT_ISA),   kBlockBytes,          kMaxTile,
-                         kEnsemble<float>,      kEnsemble<Half>,      kEnsemble<BFloat16>,
-                         kEnsemble<double>,     shift<float>,         shift<Half>,
-                         shift<BFloat16>,       shift<double>,        shift<uint8_t>,
-                         shift_backward<float>, shift_backward<Half>, shift_backward<BFloat16>,
-                         shift_backward<double>};
+const Kernels SRT_ISA = {kKernels<float>,  kKernels<Half>,   kKernels<BFloat16>,
+                         kKernels<double>, {shift<uint8_t>}, SRT_STRING(SRT_ISA),
+                         kBlockBytes,      kMaxTile};
 
 }  // namespace srt::cpu

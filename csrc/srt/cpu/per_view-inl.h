@@ -1,8 +1,8 @@
-// The reductions that need the value of every view in a cell. Like mean-inl.h, which it extends, it
-// is compiled once for each instruction set; the same rule holds: all of it has internal linkage.
+// The inner loops of the reductions that need the value of every view in a cell
+// (vector_blocks-inl.h has the rules for this file).
 #pragma once
 #include "../running_median.h"
-#include "mean-inl.h"
+#include "vector_blocks-inl.h"
 
 namespace srt::cpu {
 namespace {
@@ -30,10 +30,10 @@ struct CellValues {
 
 // Calls cell(offset in the output, number of the cell) for each cell of a run.
 template <class Acc, class Cell>
-void for_cells(const ValuePlan<Acc>& plan, const CellRun& run, Cell&& cell) {
+void for_cells(const PerViewPlan<Acc>& plan, const CellRun& run, Cell&& cell) {
   for (int64_t y = run.y; y < run.y_end; ++y)
     for (int64_t x = run.x; x < run.x_end; ++x)
-      cell(run.at + y * plan.out_strides[2] + x * plan.out_strides[3], y * plan.columns + x);
+      cell(run.at + y * plan.out_strides[2] + x * plan.out_strides[3], y * plan.width + x);
 }
 
 // ---- the median ---------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ Vec<Acc> median_of(Acc* value, int64_t count, bool finite) {
 
 template <class Out, class Acc>
 struct Median {
-  static void reduce(const ValuePlan<Acc>& plan, const CellRun& run,
+  static void reduce(const PerViewPlan<Acc>& plan, const CellRun& run,
                      const CellValues<Acc>& values) {
     constexpr int lanes = kLanes<Acc>;
     Vec<Acc> result[kValueVectors] = {};
@@ -140,19 +140,19 @@ struct Median {
 
 template <class Acc>
 struct StreamMedian {
-  static void reduce(const ValuePlan<Acc>& plan, const CellRun& run,
+  static void reduce(const PerViewPlan<Acc>& plan, const CellRun& run,
                      const CellValues<Acc>& values) {
     constexpr int lanes = kLanes<Acc>, block = kValueVectors * lanes;
     const int64_t count = values.count, stride = plan.out_strides[1];
     if (count == 0) return;
     for_cells(plan, run, [&](int64_t at, int64_t cell) {
-      const double seen = plan.seen[cell];
+      const double before = plan.total_weight[cell];  // views
       for (int64_t i = 0; i < count; ++i)
-        values.step[i] = WindowStep<Acc>(seen + static_cast<double>(i));
+        values.step[i] = WindowStep<Acc>(before + static_cast<double>(i));
       Acc* const state = static_cast<Acc*>(plan.out) + at;
       Vec<Acc> planes[kWindowPlanes][kValueVectors] = {};
       for (int i = 0; i < kWindowPlanes; ++i) {
-        if (seen > 0) {
+        if (before > 0) {
           load_block(state + i * plan.plane_stride, stride, run.n, planes[i]);
         } else if (i < kWindow) {
           for (int v = 0; v < kValueVectors; ++v) planes[i][v] += kInfinity<Acc>;
@@ -205,7 +205,7 @@ void moments_of(const CellValues<Acc>& values, Vec<Acc> (&mean)[kValueVectors],
 
 template <class Out, class Acc>
 struct Moments {
-  static void reduce(const ValuePlan<Acc>& plan, const CellRun& run,
+  static void reduce(const PerViewPlan<Acc>& plan, const CellRun& run,
                      const CellValues<Acc>& values) {
     Vec<Acc> mean[kValueVectors] = {}, variance[kValueVectors] = {};
     moments_of(values, mean, variance);
@@ -219,7 +219,7 @@ struct Moments {
 // The state and a chunk are joined as two samples are (Chan, Golub and LeVeque 1979).
 template <class Acc>
 struct StreamMoments {
-  static void reduce(const ValuePlan<Acc>& plan, const CellRun& run,
+  static void reduce(const PerViewPlan<Acc>& plan, const CellRun& run,
                      const CellValues<Acc>& values) {
     if (values.count == 0) return;
     Vec<Acc> mean[kValueVectors], variance[kValueVectors];
@@ -228,9 +228,9 @@ struct StreamMoments {
     for_cells(plan, run, [&](int64_t at, int64_t cell) {
       Acc* const state[] = {static_cast<Acc*>(plan.out) + at,
                             static_cast<Acc*>(plan.variance) + at};
-      const double seen = plan.seen[cell], chunk = plan.scale * values.total;
-      const Acc keep = static_cast<Acc>(seen / (seen + chunk));
-      const Acc added = static_cast<Acc>(chunk / (seen + chunk));
+      const double before = plan.total_weight[cell], chunk = plan.scale * values.total;
+      const Acc keep = static_cast<Acc>(before / (before + chunk));
+      const Acc added = static_cast<Acc>(chunk / (before + chunk));
       if (added == 0) return;  // too little to show
       if (keep == 0) {
         store_block(state[0], stride, run.n, mean);
@@ -256,24 +256,12 @@ struct StreamMoments {
 
 // ---- the values ---------------------------------------------------------------------------------
 
-// sums[j] = the sum over the inputs of weight * their token j, for n channels; zeros up to a whole
-// block.
-template <class T, class Acc>
-void combine_rows(const T* tokens, const int64_t* at, const Acc* weight, int64_t count,
-                  int64_t tokens_x, int64_t stride_n, int64_t n, int64_t chunk, Acc* sums) {
-  constexpr int64_t block = kBlockBytes / sizeof(Acc);
-  for (int64_t j = 0; j < tokens_x; ++j) {
-    for (int64_t c = 0; c < n; c += block) {
-      Vec<Acc> sum[1][kVectors];
-      sum_inputs<1, kVectors>(tokens + j * stride_n + c, at, 1, weight, count, n - c, sum);
-      store_block(sums + j * chunk + c, 1, block, sum[0]);
-    }
-  }
-}
+// What does not depend on the reduction is not inlined: it is compiled once for all of them.
 
 // buffer[i] = the value of view i for one block of channels from `c` on; whether all are finite.
 template <class Acc>
-bool gather(const ViewValue<Acc>* values, int64_t count, int64_t chunk, int64_t c, Acc* buffer) {
+__attribute__((noinline)) bool gather(const ViewValue<Acc>* values, int64_t count, int64_t chunk,
+                                      int64_t c, Acc* buffer) {
   constexpr int lanes = kLanes<Acc>;
   constexpr int64_t block = kValueVectors * lanes;
   Vec<Acc> check = {};
@@ -294,12 +282,11 @@ bool gather(const ViewValue<Acc>* values, int64_t count, int64_t chunk, int64_t 
   return no_nan(check);
 }
 
-// Where in a worker's scratch the parts of a ValuePlan lie.
+// Where in a worker's scratch the parts of a PerViewPlan lie.
 template <class Acc>
-struct ValueScratch {
+struct PerViewScratch {
   Acc* sums;
-  int64_t* row_at;
-  Acc* row_weights;
+  int64_t* at;
   int64_t* row_of;
   ViewValue<Acc>* values;
   double* weights;
@@ -307,10 +294,9 @@ struct ValueScratch {
   WindowStep<Acc>* steps;
   Acc* buffer;
 
-  ValueScratch(const ValuePlan<Acc>& plan, char* base)
+  PerViewScratch(const PerViewPlan<Acc>& plan, char* base)
       : sums(reinterpret_cast<Acc*>(base + plan.scratch.sums)),
-        row_at(reinterpret_cast<int64_t*>(base + plan.scratch.row_at)),
-        row_weights(reinterpret_cast<Acc*>(base + plan.scratch.row_weights)),
+        at(reinterpret_cast<int64_t*>(base + plan.scratch.at)),
         row_of(reinterpret_cast<int64_t*>(base + plan.scratch.row_of)),
         values(reinterpret_cast<ViewValue<Acc>*>(base + plan.scratch.values)),
         weights(reinterpret_cast<double*>(base + plan.scratch.weights)),
@@ -319,42 +305,52 @@ struct ValueScratch {
         buffer(reinterpret_cast<Acc*>(base + plan.scratch.buffer)) {}
 };
 
-// The combined token rows of every view that counts in output row y, for n channels from `tokens`
-// on. Returns how many there are.
+// The token rows that each view reads in output row y, summed, for n channels from `tokens` on:
+// sums [views that count, tokens_x, chunk], with zeros up to a whole block.
 template <class T, class Acc>
-int64_t combine_views(const ValuePlan<Acc>& plan, int64_t y, const T* tokens, int64_t n,
-                      const ValueScratch<Acc>& scratch) {
+__attribute__((noinline)) void combine_views(const PerViewPlan<Acc>& plan, int64_t y,
+                                             const T* tokens, int64_t n,
+                                             const PerViewScratch<Acc>& scratch) {
+  constexpr int64_t block = kBlockBytes / sizeof(Acc);
+  const int64_t stride_n = plan.token_strides[2];
+  Acc* sums = scratch.sums;
   int64_t rows = 0;
   for (int64_t i = 0; i < plan.view_count; ++i) {
     const auto& view = plan.views[i];
+    const int64_t slot = view.dy * plan.height + y, count = plan.y.taps[slot];
     scratch.row_of[i] = -1;
-    if (!(plan.y.count[view.dy * plan.rows + y] > 0)) continue;
-    const int64_t row_count = exact_inputs(plan.y, view.dy, y, view.index * plan.token_strides[0],
-                                           plan.tokens_x * plan.token_strides[2], Acc{1},
-                                           scratch.row_at, scratch.row_weights);
-    combine_rows(tokens, scratch.row_at, scratch.row_weights, row_count, plan.tokens_x,
-                 plan.token_strides[2], n, plan.chunk,
-                 scratch.sums + rows * plan.tokens_x * plan.chunk);
+    if (!(plan.y.count[slot] > 0)) continue;
     scratch.row_of[i] = rows++;
+    for (int64_t k = 0; k < count; ++k)
+      scratch.at[k] =
+          view.index * plan.token_strides[0] + (plan.y.first[slot] + k) * plan.tokens_x * stride_n;
+    for (int64_t j = 0; j < plan.tokens_x; ++j, sums += plan.chunk) {
+      for (int64_t c = 0; c < n; c += block) {
+        Vec<Acc> sum[1][kVectors];
+        sum_inputs<1, true>(tokens + j * stride_n + c, scratch.at, 1,
+                            plan.y.weight + slot * plan.y.max_taps, 1, count, n - c, sum);
+        store_block(sums + c, 1, block, sum[0]);
+      }
+    }
   }
-  return rows;
 }
 
 // The views that count in a cell, after combine_views of its row.
 template <class Acc>
-CellValues<Acc> views_of_cell(const ValuePlan<Acc>& plan, int64_t y, int64_t x,
-                              const ValueScratch<Acc>& scratch) {
+__attribute__((noinline)) CellValues<Acc> views_of_cell(const PerViewPlan<Acc>& plan, int64_t y,
+                                                        int64_t x,
+                                                        const PerViewScratch<Acc>& scratch) {
   CellValues<Acc> cell{scratch.buffer, scratch.shares, scratch.steps, 0, 0, true};
   for (int64_t k = 0; k < plan.view_count; ++k) {
     const int64_t i = plan.order ? plan.order[k] : k;
     const auto& view = plan.views[i];
-    const int64_t slot = view.group * plan.columns + x;
+    const int64_t slot = view.group * plan.width + x;
     if (scratch.row_of[i] < 0 || !(plan.x.count[slot] > 0)) continue;
     const int64_t token = scratch.row_of[i] * plan.tokens_x + plan.x.first[slot];
     scratch.values[cell.count] = {scratch.sums + token * plan.chunk,
                                   plan.x.weight + slot * plan.x.max_taps, plan.x.taps[slot]};
     const double weight = static_cast<double>(view.weight) * plan.x.count[slot] *
-                          plan.y.count[view.dy * plan.rows + y];
+                          plan.y.count[view.dy * plan.height + y];
     scratch.weights[cell.count++] = weight;
     cell.total += weight;
   }
@@ -364,30 +360,29 @@ CellValues<Acc> views_of_cell(const ValuePlan<Acc>& plan, int64_t y, int64_t x,
 }
 
 template <class T, class Reduction, class Acc>
-void reduce_values(const ValuePlan<Acc>& plan, int64_t begin, int64_t end, void* base) {
+void reduce_values(const PerViewPlan<Acc>& plan, int64_t begin, int64_t end, void* base) {
   constexpr int64_t block = kValueVectors * kLanes<Acc>;
-  const ValueScratch<Acc> scratch(plan, static_cast<char*>(base));
+  const PerViewScratch<Acc> scratch(plan, static_cast<char*>(base));
   const int64_t chunks = (plan.channels + plan.chunk - 1) / plan.chunk;
-  const int64_t bands = (plan.rows + plan.band - 1) / plan.band;
+  const int64_t bands = (plan.height + plan.band - 1) / plan.band;
 
   for (int64_t task = begin; task < end; ++task) {
     const int64_t c = task % chunks * plan.chunk;
     const int64_t band = task / chunks % bands;
     const int64_t b = task / chunks / bands;
-    const int64_t n = plan.channels - c < plan.chunk ? plan.channels - c : plan.chunk;
+    const int64_t n = least(plan.channels - c, plan.chunk);
     const T* tokens = static_cast<const T*>(plan.tokens) + b * plan.token_strides[1] + c;
-    const int64_t band_end =
-        (band + 1) * plan.band < plan.rows ? (band + 1) * plan.band : plan.rows;
+    const int64_t band_end = least((band + 1) * plan.band, plan.height);
 
     CellRun run{};
     for (run.y = band * plan.band; run.y < band_end; run.y = run.y_end) {
-      run.y_end = plan.end_y[run.y] < band_end ? plan.end_y[run.y] : band_end;
+      run.y_end = least(plan.end_y[run.y], band_end);
       combine_views(plan, run.y, tokens, n, scratch);
-      for (run.x = 0; run.x < plan.columns; run.x = run.x_end) {
+      for (run.x = 0; run.x < plan.width; run.x = run.x_end) {
         run.x_end = plan.end_x[run.x];
         CellValues<Acc> cell = views_of_cell(plan, run.y, run.x, scratch);
         for (int64_t from = 0; from < n; from += block) {
-          run.n = n - from < block ? n - from : block;
+          run.n = least(n - from, block);
           run.at = b * plan.out_strides[0] + (c + from) * plan.out_strides[1];
           cell.finite = gather(scratch.values, cell.count, plan.chunk, from, scratch.buffer);
           Reduction::reduce(plan, run, cell);

@@ -1,223 +1,167 @@
-// What a call takes before its kernels run: the views sorted, the tables of the axes, the sizes of
-// tasks and of their scratch. For ensemble and its backward.
+// What the kernels of one call need: plain structs, filled by the callers (mean.cpp, per_view.cpp,
+// shift.cpp, ...) and read by the code that is compiled for each instruction set (*-inl.h).
 #pragma once
-#if defined(__linux__)
-#include <unistd.h>
-#endif
-
-#include <algorithm>
 #include <cstdint>
-#include <vector>
 
 #include "../axis.h"
-#include "../ensemble.h"
-#include "dispatch.h"
-#include "workspace.h"
+#include "../running_median.h"
+#include "../shift.h"
+#include "../types.h"
 
 namespace srt::cpu {
 
-// For the sums of a task: what stays in the second-level cache beside the tokens and the output.
-inline int64_t sums_bytes() {
-  static const int64_t bytes = [] {
-#if defined(_SC_LEVEL2_CACHE_SIZE)
-    const int64_t cache = sysconf(_SC_LEVEL2_CACHE_SIZE);
-    if (cache > 0) return cache / 4 * 3;
-#endif
-    return int64_t{768 * 1024};
-  }();
-  return bytes;
-}
-
-// Of the channels of a cell, read or written in one piece: pieces of a few cache lines, a whole
-// cell apart, cost more than what taller tiles save.
-constexpr int64_t kPieceBytes = 1024;
-
-// What it costs to load a vector in multiply-adds: of tokens, and of sums in the cache.
-constexpr int64_t kLoadTokens = 6, kLoadSums = 1;
-
-// Owns the table of one axis for its distinct offsets.
+// What the kernels of ensemble share. A task is one image, one band of output rows and one chunk of
+// channels. Views are sorted by dx; those that share a dx form a group, which shares a row of the x
+// table.
 template <class Acc>
-struct AxisTableStorage {
-  std::vector<int32_t> first, taps;
-  std::vector<Acc> weight;
-  std::vector<double> count;
-
-  // `divide`: the weights by the counted pixels of their cell.
-  AxisTable<Acc> fill(const Axis& axis, const std::vector<double>& offsets, bool divide) {
-    const int64_t cells = axis.cells();
-    const size_t slots = offsets.size() * static_cast<size_t>(cells);
-    first.resize(slots);
-    taps.resize(slots);
-    weight.resize(slots * static_cast<size_t>(axis.max_taps()));
-    count.resize(slots);
-    const AxisTable<Acc> table{first.data(), taps.data(), weight.data(),
-                               count.data(), cells,       axis.max_taps()};
-    for (size_t d = 0; d < offsets.size(); ++d)
-      for (int64_t cell = 0; cell < cells; ++cell)
-        fill_axis_cell(axis, offsets[d], static_cast<int64_t>(d), cell, table);
-    for (size_t slot = 0; divide && slot < slots; ++slot) {
-      Acc* const cell = table.weight + static_cast<int64_t>(slot) * table.max_taps;
-      for (int32_t k = 0; k < taps[slot]; ++k) cell[k] /= static_cast<Acc>(count[slot]);
-    }
-    return table;
-  }
-
-  // For each cell, the first one after it that differs in some view.
-  std::vector<int32_t> ends(const AxisTable<Acc>& table, int64_t offsets) const {
-    std::vector<int32_t> end(static_cast<size_t>(table.cells));
-    const auto same = [&](int64_t a, int64_t b) {
-      for (int64_t d = 0; d < offsets; ++d) {
-        const int64_t i = d * table.cells + a, j = d * table.cells + b;
-        const Acc* const weight = table.weight;
-        if (table.count[i] != table.count[j] || table.taps[i] != table.taps[j] ||
-            (table.taps[i] > 0 && table.first[i] != table.first[j]) ||
-            !std::equal(weight + i * table.max_taps, weight + i * table.max_taps + table.taps[i],
-                        weight + j * table.max_taps))
-          return false;
-      }
-      return true;
-    };
-    for (int64_t cell = table.cells; cell-- > 0;) {
-      const bool joins = cell + 1 < table.cells && same(cell, cell + 1);
-      end[static_cast<size_t>(cell)] =
-          joins ? end[static_cast<size_t>(cell) + 1] : static_cast<int32_t>(cell + 1);
-    }
-    return end;
-  }
+struct ViewsPlan {
+  struct View {
+    int64_t index;  // in tokens
+    int64_t dy;     // its row of the y table
+    int64_t group;  // its row of the x table
+    Acc weight;     // > 0, at most 1
+  };
+  const void* tokens;        // [V, B, h*w, C]
+  int64_t token_strides[3];  // of V, B and h*w, in elements
+  int64_t batch, channels;
+  int64_t height, width;       // output cells, H' and W'
+  int64_t tokens_y, tokens_x;  // h and w
+  AxisTable<Acc> y;            // [distinct dy, height]
+  AxisTable<Acc> x;            // [groups, width]
+  int64_t offsets_y, groups;   // distinct dy, distinct dx
+  const int64_t* group_begin;  // [groups + 1], into views
+  const View* views;           // [view_count] the views of weight > 0
+  int64_t view_count;
+  int64_t band;            // output rows of a task
+  int64_t chunk;           // channels of a task, whole blocks
+  void* out;               // [B, C, H', W']
+  int64_t out_strides[4];  // in elements
+  // Of a stream; null for one call over all views (ensemble.h).
+  const double* total_weight;  // [H', W']
+  double scale;                // of the weights of the views, in units of `total_weight`
 };
 
-// The distinct values, ascending: a grid of n x n views needs n tables an axis, not n * n.
-inline std::vector<double> distinct(std::vector<double> values) {
-  std::sort(values.begin(), values.end());
-  values.erase(std::unique(values.begin(), values.end()), values.end());
-  return values;
-}
-
-inline int64_t position(const std::vector<double>& sorted, double value) {
-  return std::lower_bound(sorted.begin(), sorted.end(), value) - sorted.begin();
-}
-
-// Sorts the views and fills the tables of a plan; owns what it points to.
+// An axis as products of small matrices: `tile` outputs that follow each other read the same few
+// inputs, each with a weight for every one of them, so an input is loaded once for all. Where an
+// output does not read an input the weight is 0, which only finite inputs forgive: with others each
+// output is summed by itself, without the weights of 0.
 template <class Acc>
-struct Views {
-  std::vector<double> dy, dx;
-  std::vector<typename ViewsPlan<Acc>::View> views;
-  std::vector<int64_t> group_begin;
-  AxisTableStorage<Acc> y, x;
-
-  // `divide`: the weights of the tables by the counted pixels.
-  Views(const EnsembleArgs& args, bool divide, ViewsPlan<Acc>& plan) {
-    // Only ratios of weights matter: scaled to at most 1, their sums overflow in no type.
-    double scale = 1;
-    if (args.weights) scale = *std::max_element(args.weights, args.weights + args.views);
-    std::vector<int64_t> counted;
-    for (int64_t v = 0; v < args.views; ++v) {
-      if (args.weights && args.weights[v] == 0) continue;
-      counted.push_back(v);
-      dy.push_back(args.offsets[2 * v]);
-      dx.push_back(args.offsets[2 * v + 1]);
-    }
-    dy = distinct(dy);
-    dx = distinct(dx);
-    std::stable_sort(counted.begin(), counted.end(), [&](int64_t a, int64_t b) {
-      return args.offsets[2 * a + 1] < args.offsets[2 * b + 1];
-    });
-    group_begin.assign(dx.size() + 1, 0);
-    for (const int64_t v : counted) {
-      const int64_t group = position(dx, args.offsets[2 * v + 1]);
-      views.push_back({v, position(dy, args.offsets[2 * v]), group,
-                       static_cast<Acc>(args.weights ? args.weights[v] / scale : 1)});
-      ++group_begin[static_cast<size_t>(group) + 1];
-    }
-    for (size_t g = 0; g < dx.size(); ++g) group_begin[g + 1] += group_begin[g];
-
-    const Axis axis_y{args.grid[0], args.patch[0], args.stride[0], args.upsample, args.border};
-    const Axis axis_x{args.grid[1], args.patch[1], args.stride[1], args.upsample, args.border};
-    plan.tokens = args.tokens;
-    std::copy_n(args.token_strides, 3, plan.token_strides);
-    plan.batch = args.batch;
-    plan.channels = args.channels;
-    plan.rows = axis_y.cells();
-    plan.columns = axis_x.cells();
-    plan.tokens_x = args.grid[1];
-    plan.y = y.fill(axis_y, dy, divide);
-    plan.x = x.fill(axis_x, dx, divide);
-    plan.groups = static_cast<int64_t>(dx.size());
-    plan.group_begin = group_begin.data();
-    plan.views = views.data();
-    plan.view_count = static_cast<int64_t>(views.size());
-    plan.out = args.out;
-    std::copy_n(args.out_strides, 4, plan.out_strides);
-    plan.seen = args.seen;
-    plan.scale = args.seen ? scale : 1;
-  }
-
-  int64_t largest_group() const {
-    int64_t largest = 0;
-    for (size_t g = 0; g < dx.size(); ++g)
-      largest = std::max(largest, group_begin[g + 1] - group_begin[g]);
-    return largest;
-  }
+struct TileTable {
+  int64_t tile;          // outputs
+  int64_t tiles;         // of a set; the last one may have fewer outputs
+  const int64_t* begin;  // [sets * tiles + 1], into the inputs
+  const int64_t* input;  // [inputs] their positions
+  const Acc* weight;     // [inputs, tile]
 };
 
-// Channels, in whole blocks, of which `bytes` each fit the cache.
-inline int64_t fitting_channels(int64_t channels, int64_t block, int64_t bytes) {
-  const int64_t blocks = div_up(channels, block);
-  const int64_t fit = std::clamp<int64_t>(sums_bytes() / (bytes * block), 1, blocks);
-  return div_up(blocks, div_up(blocks, fit)) * block;  // parts of equal size
-}
-
-// Byte offsets of arrays that follow each other.
-struct Layout {
-  int64_t bytes = 0;
-  template <class T>
-  int64_t place(int64_t n) {
-    const int64_t begin = bytes;
-    bytes += align_up(n * static_cast<int64_t>(sizeof(T)));
-    return begin;
-  }
+// The weighted mean: for each group of views, their rows are summed once for a tile of output rows;
+// then one filter along each row. Both are products with a TileTable.
+template <class Acc>
+struct MeanPlan : ViewsPlan<Acc> {
+  TileTable<Acc> tile_y;  // output rows that read token rows; a set for each distinct dy
+  TileTable<Acc> tile_x;  // cells that read [groups, tokens_x]; one set
+  int64_t pass;           // channels whose sums fit the cache, whole blocks
+  struct Scratch {        // byte offsets into a worker's scratch
+    int64_t sums;         // Acc [tile_y, groups, tokens_x, pass]
+    int64_t at;           // int64: the inputs of a tile, in elements
+    int64_t weights;      // Acc: theirs
+    int64_t count;        // double [width]
+    int64_t inverse;      // Acc [tile_y, width]
+    int64_t keep;         // Acc [tile_y, width]
+  };
+  Scratch scratch;
 };
 
-// Multiply-adds in all; below about a hundred microseconds of them a second thread costs more than
-// it brings.
-inline int64_t workers_for(double work, const Parallel& parallel) {
-  return work < 2e6 ? 1 : parallel.threads;
-}
-
-// The scratch of a ValuePlan whose sizes are set.
+// Reductions that need the value of every view in a cell: the median, the moments. The weights of
+// the tables are divided by the counted pixels of the cell.
 template <class Acc>
-void place_values(ValuePlan<Acc>& plan, Layout& layout, int64_t block_bytes) {
-  const int64_t counted = plan.view_count;
-  plan.scratch.sums = layout.place<Acc>(counted * plan.tokens_x * plan.chunk);
-  plan.scratch.row_at = layout.place<int64_t>(plan.y.max_taps);
-  plan.scratch.row_weights = layout.place<Acc>(plan.y.max_taps);
-  plan.scratch.row_of = layout.place<int64_t>(counted);
-  plan.scratch.values = layout.place<ViewValue<Acc>>(counted);
-  plan.scratch.weights = layout.place<double>(counted);
-  plan.scratch.shares = layout.place<Acc>(counted);
-  plan.scratch.steps = layout.place<WindowStep<Acc>>(counted);
-  plan.scratch.buffer =
-      layout.place<char>(std::max<int64_t>(counted, kLargestNetwork) * block_bytes);
-}
+struct PerViewPlan : ViewsPlan<Acc> {
+  // The first cell after those that equal this one in every view: [height] and [width].
+  const int32_t *end_y, *end_x;
+  const int64_t* order;  // [view_count] in which the values stand; null for that of the views
+  void* variance;        // as out
+  int64_t plane_stride;
+  struct Scratch {
+    int64_t sums;     // Acc [V, tokens_x, chunk]: the combined rows of each view
+    int64_t at;       // int64: the token rows that one view combines, in elements
+    int64_t row_of;   // int64 [V]: the combined row of a view, or -1
+    int64_t values;   // ViewValue [V]
+    int64_t weights;  // double [V]: of the values
+    int64_t shares;   // Acc [V]: of their total
+    int64_t steps;    // WindowStep [V]
+    int64_t buffer;   // Acc [max(V, kLargestNetwork), block]: what a cell selects from
+  };
+  Scratch scratch;
+};
 
-// The weight that each cell gets: [H', W'], in units of plan.scale; with `count_views` the number
-// of views.
+// What the scratch of a PerViewPlan holds.
 template <class Acc>
-std::vector<double> cell_weights(const ViewsPlan<Acc>& plan, bool count_views) {
-  const auto part = [&](double pixels) { return count_views && pixels > 0 ? 1.0 : pixels; };
-  std::vector<double> total(static_cast<size_t>(plan.rows * plan.columns));
-  for (int64_t y = 0; y < plan.rows; ++y) {
-    double* const row = total.data() + y * plan.columns;
-    for (int64_t g = 0; g < plan.groups; ++g) {
-      double weight = 0;
-      for (int64_t i = plan.group_begin[g]; i < plan.group_begin[g + 1]; ++i)
-        weight += static_cast<double>(plan.views[i].weight) *
-                  part(plan.y.count[plan.views[i].dy * plan.rows + y]);
-      for (int64_t x = 0; x < plan.columns; ++x)
-        row[x] += plan.scale * weight * part(plan.x.count[g * plan.columns + x]);
-    }
-  }
-  return total;
-}
+struct ViewValue {
+  const Acc* sums;    // [taps, chunk]
+  const Acc* weight;  // [taps]
+  int64_t taps;
+};
+
+// The gradient of the tokens of a mean: the filters of MeanPlan transposed, in the other order. For
+// each distinct dy the gradient rows that read a token row are summed, then, for each view, the
+// cells of that. A task is one image, one row of tokens and one chunk of channels. `out` is the
+// gradient of the mean.
+template <class Acc>
+struct MeanBackwardPlan : ViewsPlan<Acc> {
+  // Outputs are offsets, inputs the cells that read a token; a set for each token.
+  TileTable<Acc> tile_y, tile_x;
+  // Views of one dy whose groups lie in one tile of x. Those of dy number d are
+  // [tile_views_begin[d], tile_views_begin[d + 1]).
+  struct TileViews {
+    int64_t tile, begin, end;  // into by_dy
+  };
+  const typename ViewsPlan<Acc>::View* by_dy;  // sorted by dy, then by group
+  const TileViews* tile_views;
+  const int64_t* tile_views_begin;  // [distinct dy + 1]
+  const Acc* inverse;               // [H', W']: 1 / the weight of a cell, or 0
+  // A row of tokens is made in segments; cells [begin, end) read them.
+  struct CellSpan {
+    int64_t begin, end;
+  };
+  int64_t segment, segments;  // tokens, and how many there are
+  const CellSpan* spans;      // [segments]
+  int64_t longest_span;       // cells
+  int64_t pass;               // channels whose sums fit the cache, whole blocks
+  void* grad_tokens;          // [V, B, h*w, C], dense
+  struct Scratch {
+    int64_t sums;     // Acc [tile of y, longest_span, pass]
+    int64_t at;       // int64: the inputs of a tile
+    int64_t weights;  // Acc: theirs
+  };
+  Scratch scratch;
+};
+
+// A task is an output row, counted over views and planes; scratch: Acc [width + 3 + 64].
+struct ShiftPlan {
+  struct View {
+    ShiftTaps y, x;
+    // Positions that need no padding: there source_x[m] is x.first + m.
+    int64_t inner_begin, inner_end;
+  };
+  const void* image;  // [planes, height, width]
+  int64_t planes, height, width;
+  const View* views;        // [V]
+  const int64_t* source_y;  // [V, height + 3] source row at y.first + m, -1 for zeros
+  const int64_t* source_x;  // [V, width + 3]
+  void* out;                // [V, planes, height, width]
+};
+
+// The gradient of the image; `out` is that of the views. A task is an image row, counted over
+// planes; scratch: Acc [3 * (width + 128)].
+struct ShiftBackwardPlan : ShiftPlan {
+  struct Read {
+    int64_t row;    // of the gradient of the view
+    double weight;  // not 0
+  };
+  int64_t view_count;
+  const int64_t* read_begin;  // [V * height + 1], into reads: those of each image row
+  const Read* reads;
+  void* grad_image;  // [planes, height, width]
+};
 
 }  // namespace srt::cpu

@@ -1,13 +1,10 @@
 #include "populate.h"
 
 #if defined(__linux__)
-#include <glob.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <fstream>
-#include <string>
 
 namespace srt {
 namespace {
@@ -20,29 +17,10 @@ constexpr int kPopulateWrite = 23;
 // What a thread gets at a time.
 constexpr int64_t kPart = int64_t{2} << 20;
 
-// Whether this is a virtual machine that gives free memory back to its host, which it does in huge
-// pages and within seconds (free page reporting: VIRTIO_BALLOON_F_REPORTING). To get one again then
-// takes far longer than its small pages. With glob: of std::filesystem the linker takes torch's
-// copy.
-bool host_takes_free_pages() {
-  constexpr size_t reporting = 5;  // of the features, in their order
-  bool takes = false;
-  glob_t found{};
-  glob("/sys/bus/virtio/drivers/virtio_balloon/*/features", 0, nullptr, &found);
-  for (size_t i = 0; i < found.gl_pathc; ++i) {
-    std::string features;
-    std::ifstream(found.gl_pathv[i]) >> features;
-    takes = takes || (features.size() > reporting && features[reporting] == '1');
-  }
-  globfree(&found);
-  return takes;
-}
-
 }  // namespace
 
 void fault_in(void* data, int64_t bytes, const Parallel& parallel) {
   if (bytes < kFreshBytes) return;
-  static const bool huge = !host_takes_free_pages();
   static const int64_t page = sysconf(_SC_PAGESIZE);
   struct Range {
     char *begin, *end;
@@ -51,7 +29,6 @@ void fault_in(void* data, int64_t bytes, const Parallel& parallel) {
   Range range{reinterpret_cast<char*>(reinterpret_cast<intptr_t>(data) / page * page),
               start + bytes / page * page};
   const int64_t size = range.end - range.begin;
-  if (huge) madvise(range.begin, static_cast<size_t>(size), MADV_HUGEPAGE);
   const auto populate = [](int64_t i, int64_t stop, void* context) {
     const Range& whole = *static_cast<const Range*>(context);
     for (; i < stop; ++i) {

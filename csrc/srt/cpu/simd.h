@@ -1,6 +1,5 @@
 // Vectors as wide as the instruction set that compiles this file, and their loads and stores for
-// every element type. Included only by mean-inl.h, which says why all of it is in an anonymous
-// namespace.
+// every element type. vector_blocks-inl.h says why all of it is in an anonymous namespace.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -126,12 +125,13 @@ inline uint16_t float_to_half(float value) {
   const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
   return static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
 }
-inline Vec<float> load(const Half* p) {
+// Not inlined: long, and called wherever tokens are read.
+__attribute__((noinline)) inline Vec<float> load(const Half* p) {
   Vec<float> v;
   for (int i = 0; i < kLanes<float>; ++i) v[i] = half_to_float(p[i].bits);
   return v;
 }
-inline void store(Half* p, Vec<float> v) {
+__attribute__((noinline)) inline void store(Half* p, Vec<float> v) {
   for (int i = 0; i < kLanes<float>; ++i) p[i].bits = float_to_half(v[i]);
 }
 #endif

@@ -1,5 +1,9 @@
 // Memory of the workers of one call, and the split of its tasks between them.
 #pragma once
+#if defined(__linux__)
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
@@ -13,6 +17,42 @@ namespace srt::cpu {
 
 constexpr int64_t kAlign = 64;
 inline int64_t align_up(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
+
+// For the sums of a task: what stays in the second-level cache beside the tokens and the output.
+inline int64_t sums_bytes() {
+  static const int64_t bytes = [] {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    const int64_t cache = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    if (cache > 0) return cache / 4 * 3;
+#endif
+    return int64_t{768 * 1024};
+  }();
+  return bytes;
+}
+
+// Channels, in whole blocks, of which `bytes` each fit the cache.
+inline int64_t fitting_channels(int64_t channels, int64_t block, int64_t bytes) {
+  const int64_t blocks = div_up(channels, block);
+  const int64_t fit = std::clamp<int64_t>(sums_bytes() / (bytes * block), 1, blocks);
+  return div_up(blocks, div_up(blocks, fit)) * block;  // parts of equal size
+}
+
+// Byte offsets of arrays that follow each other.
+struct Layout {
+  int64_t bytes = 0;
+  template <class T>
+  int64_t place(int64_t n) {
+    const int64_t begin = bytes;
+    bytes += align_up(n * static_cast<int64_t>(sizeof(T)));
+    return begin;
+  }
+};
+
+// Multiply-adds in all; below about a hundred microseconds of them a second thread costs more than
+// it brings.
+inline int64_t workers_for(double work, const Parallel& parallel) {
+  return work < 2e6 ? 1 : parallel.threads;
+}
 
 // Splits `tasks` evenly over at most `workers` workers with `scratch_bytes` each. All memory is
 // taken here, before the parallel region: a body that runs in it must not throw.

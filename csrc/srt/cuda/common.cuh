@@ -1,5 +1,5 @@
-// What the CUDA kernels share: element types as they are loaded and stored, the numbers of the
-// views, and checked launches.
+// What the CUDA kernels share: element types as they are loaded and stored, offsets and weights,
+// checked launches, and the views as the kernels of ensemble read them.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -10,6 +10,8 @@
 #include <cstring>
 #include <string>
 
+#include "../axis.h"
+#include "../ensemble.h"
 #include "../types.h"
 #include "../validation.h"
 #include "cuda.h"
@@ -137,17 +139,17 @@ __device__ inline void store(T* to, const T& value, bool keep) {
   }
 }
 
-// ---- numbers of the views -----------------------------------------------------------------------
+// ---- offsets and weights ------------------------------------------------------------------------
 
-// Numbers of the host travel in the parameters of a kernel, which hold 4 KB. A copy from pageable
+// Those on the host travel in the parameters of a kernel, which hold 4 KB. A copy from pageable
 // memory could wait for the stream, and a graph that captured it would read the memory of the host
 // again at each replay.
-constexpr int64_t kInlineNumbers = 480;
-struct InlineNumbers {
-  double at[kInlineNumbers];
+constexpr int64_t kInlineDoubles = 480;
+struct InlineArrays {
+  double at[kInlineDoubles];
 };
 
-struct DeviceNumbers {
+struct DeviceArray {
   const void* data;  // null: look in the parameters
   bool f64;
 
@@ -156,10 +158,6 @@ struct DeviceNumbers {
                : static_cast<double>(static_cast<const float*>(data)[i]);
   }
 };
-
-inline DeviceNumbers device_numbers(const ViewNumbers& numbers) {
-  return {numbers.device, numbers.dtype == DType::f64};
-}
 
 // ---- launches -----------------------------------------------------------------------------------
 
@@ -210,21 +208,45 @@ void launch(const char* op, void (*kernel)(Parameters...), int64_t blocks, CUstr
   for (int64_t work = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; work < (n); \
        work += static_cast<int64_t>(gridDim.x) * kThreads)
 
-static __global__ void __launch_bounds__(kThreads)
-    upload_kernel(const __grid_constant__ InlineNumbers numbers, int64_t n, double* to) {
-  SRT_FOR_THREAD(i, n) { to[i] = numbers.at[i]; }
+// The sum of `own` over the threads before this one; adds that of all threads to `total`. For a
+// whole block.
+__device__ inline int32_t exclusive_sum(int32_t own, int32_t& total) {
+  __shared__ int32_t values[kThreads];
+  const int thread = static_cast<int>(threadIdx.x);
+  values[thread] = own;
+  __syncthreads();
+  int32_t before = 0, all = 0;
+  for (int i = 0; i < kThreads; ++i) {
+    if (i < thread) before += values[i];
+    all += values[i];
+  }
+  __syncthreads();
+  total += all;
+  return before;
 }
 
-// Too many for the parameters of one kernel: one launch for every kInlineNumbers of them.
-inline DeviceNumbers upload(const char* op, const double* host, int64_t n, double* to,
-                            CUstream_st* stream) {
-  for (int64_t i = 0; i < n; i += kInlineNumbers) {
-    const int64_t part = std::min(n - i, kInlineNumbers);
-    InlineNumbers numbers;
-    std::copy_n(host + i, part, numbers.at);
-    launch(op, upload_kernel, div_up(part, kThreads), stream, numbers, part, to + i);
+static __global__ void __launch_bounds__(kThreads)
+    upload_kernel(const __grid_constant__ InlineArrays parameters, int64_t n, double* to) {
+  SRT_FOR_THREAD(i, n) { to[i] = parameters.at[i]; }
+}
+
+// Makes an array of the views available to kernels: n doubles of the host go into the parameters,
+// from `at` on, if `fits`, otherwise to `device`, kInlineDoubles a launch.
+inline DeviceArray place_array(const char* op, const ViewArray& array, int64_t n, bool fits,
+                               InlineArrays& parameters, int64_t at, double* device,
+                               CUstream_st* stream) {
+  if (!array.host) return {array.device, array.dtype == DType::f64};
+  if (fits) {
+    std::copy_n(array.host, n, parameters.at + at);
+    return {nullptr, true};
   }
-  return {to, true};
+  for (int64_t i = 0; i < n; i += kInlineDoubles) {
+    const int64_t part = std::min(n - i, kInlineDoubles);
+    InlineArrays own;
+    std::copy_n(array.host + i, part, own.at);
+    launch(op, upload_kernel, div_up(part, kThreads), stream, own, part, device + i);
+  }
+  return {device, true};
 }
 
 // Gives out aligned pieces of a workspace; counts only, if there is none.
@@ -249,5 +271,122 @@ class Workspace {
   char* base_;
   int64_t bytes_ = 0;
 };
+
+// ---- the views of ensemble ----------------------------------------------------------------------
+
+struct View {
+  double dy, dx;  // pixels; NaN for a view that covers nothing
+  double weight;  // at most 1
+  int64_t index;  // in tokens
+};
+
+struct RawViews {
+  DeviceArray offsets, weights;  // [V, 2] and [V]; null: in the parameters, weights behind offsets
+  int64_t views;
+  bool weighted;
+  bool stream = false;  // weights count against those of other chunks, and have limits
+
+  __device__ View operator()(const InlineArrays& parameters, int64_t v) const {
+    View view{};
+    view.index = v;
+    view.dy = offsets.data ? offsets[2 * v] : parameters.at[2 * v];
+    view.dx = offsets.data ? offsets[2 * v + 1] : parameters.at[2 * v + 1];
+    view.weight = 1;
+    if (weighted) {
+      const int64_t at = offsets.data ? v : 2 * views + v;
+      view.weight = weights.data ? weights[v] : parameters.at[at];
+      if (stream && !(view.weight >= 0x1p-500 && view.weight <= 0x1p500)) view.weight = 0;
+    }
+    return view;
+  }
+};
+
+// The rules that the host enforces with errors. Only ratios of weights matter: they become at
+// most 1.
+__device__ inline View counted_view(View view, double largest) {
+  view.weight /= largest;
+  const double limit = static_cast<double>(kMaxOffset);
+  if (!(fabs(view.dy) <= limit && fabs(view.dx) <= limit && view.weight >= 0x1p-80 &&
+        view.weight <= 1)) {
+    view.weight = 0;
+    view.dy = view.dx = nan("");
+  }
+  return view;
+}
+
+static __global__ void __launch_bounds__(kThreads)
+    sort_views_kernel(const __grid_constant__ RawViews raw,
+                      const __grid_constant__ InlineArrays parameters, View* sorted, double* scale,
+                      uint8_t* breaks, int64_t cells) {
+  SRT_FOR_THREAD(cell, cells) breaks[cell] = 0;
+  SRT_FOR_THREAD(v, raw.views) {
+    double largest = 0;
+    for (int64_t u = 0; u < raw.views; ++u) {
+      const double weight = raw(parameters, u).weight;
+      if (weight > largest && isfinite(weight)) largest = weight;
+    }
+    if (scale && v == 0) *scale = largest;
+    const View own = counted_view(raw(parameters, v), largest);
+    int64_t rank = 0;
+    for (int64_t u = 0; u < raw.views; ++u) {
+      const double dx = counted_view(raw(parameters, u), largest).dx;
+      const bool tie = u < v && (dx == own.dx || (isnan(dx) && isnan(own.dx)));
+      if (dx < own.dx || tie || (isnan(own.dx) && !isnan(dx))) ++rank;
+    }
+    sorted[rank] = own;
+  }
+}
+
+// One call of ensemble or of its gradient. Without a workspace only its size is asked for.
+struct Call {
+  const char* op;
+  const EnsembleArgs& args;
+  const ViewArray &offsets, &weights;
+  void* workspace;
+  CUstream_st* stream;
+
+  Axis axis(int i) const {
+    return {args.grid[i], args.patch[i], args.stride[i], args.upsample, args.border};
+  }
+  // Elements of all tokens, and of a field.
+  int64_t token_elements() const {
+    return args.views * args.batch * args.grid[0] * args.grid[1] * args.channels;
+  }
+  int64_t field_elements() const {
+    return args.batch * args.channels * axis(0).cells() * axis(1).cells();
+  }
+};
+
+// What does not fit the parameters is uploaded to a piece of the workspace.
+inline RawViews raw_views(const Call& call, Workspace& workspace, InlineArrays& parameters) {
+  const ViewArray &offsets = call.offsets, &weights = call.weights;
+  const int64_t views = call.args.views;
+  const bool weighted = weights.host || weights.device;
+  const bool fits = (weighted ? 3 : 2) * views <= kInlineDoubles;
+  double* const new_offsets = offsets.host && !fits ? workspace.take<double>(2 * views) : nullptr;
+  double* const new_weights = weights.host && !fits ? workspace.take<double>(views) : nullptr;
+  parameters = {};
+  RawViews raw{};
+  raw.views = views;
+  raw.weighted = weighted;
+  if (!call.workspace) return raw;
+  raw.offsets =
+      place_array(call.op, offsets, 2 * views, fits, parameters, 0, new_offsets, call.stream);
+  raw.weights = place_array(call.op, weights, views, fits, parameters, offsets.host ? 2 * views : 0,
+                            new_weights, call.stream);
+  return raw;
+}
+
+// Sorts by counting, for each view, those before it. Views that cover nothing come last. Stores the
+// largest weight in `scale` unless it is null. Sets `cells` breaks to 0: they are found next.
+inline void sort_views(const Call& call, const RawViews& raw, const InlineArrays& parameters,
+                       View* sorted, double* scale, uint8_t* breaks, int64_t cells) {
+  launch(call.op, sort_views_kernel, div_up(std::max(raw.views, cells), kThreads), call.stream, raw,
+         parameters, sorted, scale, breaks, cells);
+}
+
+// per_view.cu: the reductions that need the value of every view. With no workspace: returns how
+// large it must be.
+int64_t reduce_values(const Call& call);
 
 }  // namespace srt::cuda

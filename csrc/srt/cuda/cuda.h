@@ -11,11 +11,11 @@ struct CUstream_st;  // cudaStream_t is a pointer to it
 
 namespace srt {
 
-// Numbers of the views, dense: in the memory of the host, where they have been checked, or on the
-// device, where nobody has looked at them. A view whose device values the host would refuse (an
+// The offsets or the weights of the views, dense: in the memory of the host, where they have been
+// checked, or on the device, unchecked. A view whose device values the host would refuse (an
 // offset or a weight that is not finite, an offset beyond 2^20 px, a weight that is negative or
 // below 2^-80 of the largest) covers nothing.
-struct ViewNumbers {
+struct ViewArray {
   const double* host;  // read before the call returns; null where `device` is given
   const void* device;
   DType dtype;  // of `device`: f32 or f64
@@ -28,32 +28,32 @@ inline void (*workspace_gap)(void* gap, int64_t bytes) = nullptr;
 
 // Bytes of device memory, aligned to 256, that ensemble_cuda needs besides its arguments, all of
 // which must be set; free to reuse in stream order.
-int64_t ensemble_cuda_workspace(const EnsembleArgs& args, const ViewNumbers& offsets,
-                                const ViewNumbers& weights);
+int64_t ensemble_cuda_workspace(const EnsembleArgs& args, const ViewArray& offsets,
+                                const ViewArray& weights);
 
 // offsets [V, 2] (dy, dx), pixels; weights [V] or both pointers null for ones. The pointers to
 // offsets and weights in `args` are not read. f32, f16, bf16 and f64. `op` names the operator in
 // messages.
-void ensemble_cuda(const char* op, const EnsembleArgs& args, const ViewNumbers& offsets,
-                   const ViewNumbers& weights, void* workspace, CUstream_st* stream);
+void ensemble_cuda(const char* op, const EnsembleArgs& args, const ViewArray& offsets,
+                   const ViewArray& weights, void* workspace, CUstream_st* stream);
 
-// As ensemble_backward_cpu.
-int64_t ensemble_backward_cuda_workspace(const EnsembleArgs& args, const ViewNumbers& offsets,
-                                         const ViewNumbers& weights);
-void ensemble_backward_cuda(const char* op, const EnsembleArgs& args, const ViewNumbers& offsets,
-                            const ViewNumbers& weights, void* grad_tokens, void* workspace,
-                            CUstream_st* stream);
+// As mean_backward_cpu.
+int64_t mean_backward_cuda_workspace(const EnsembleArgs& args, const ViewArray& offsets,
+                                     const ViewArray& weights);
+void mean_backward_cuda(const char* op, const EnsembleArgs& args, const ViewArray& offsets,
+                        const ViewArray& weights, void* grad_tokens, void* workspace,
+                        CUstream_st* stream);
 
 int64_t shift_cuda_workspace(const ShiftArgs& args);
 
 // offsets [V, 2] (dy, dx), pixels; the pointer in `args` is not read. Every dtype. A view that
 // covers nothing is 0.
-void shift_cuda(const ShiftArgs& args, const ViewNumbers& offsets, void* workspace,
+void shift_cuda(const ShiftArgs& args, const ViewArray& offsets, void* workspace,
                 CUstream_st* stream);
 
 // As shift_backward_cpu.
 int64_t shift_backward_cuda_workspace(const ShiftArgs& args);
-void shift_backward_cuda(const ShiftArgs& args, const ViewNumbers& offsets, void* grad_image,
+void shift_backward_cuda(const ShiftArgs& args, const ViewArray& offsets, void* grad_image,
                          void* workspace, CUstream_st* stream);
 
 }  // namespace srt

@@ -6,7 +6,7 @@
 
 #include "../axis.h"
 #include "../ensemble.h"
-#include "views.cuh"
+#include "common.cuh"
 
 namespace srt::cuda {
 namespace {
@@ -165,7 +165,6 @@ __device__ inline int64_t end_of_run(const uint8_t* breaks, int64_t cell, int64_
 // A block an axis, a thread a segment.
 __global__ void __launch_bounds__(kThreads)
     list_runs(const __grid_constant__ AxisPlan y, const __grid_constant__ AxisPlan x) {
-  __shared__ int32_t counts[kThreads];
   const int thread = static_cast<int>(threadIdx.x);
   SRT_FOR_BLOCK(axis, 2) {
     const AxisPlan& plan = axis == 0 ? y : x;
@@ -174,19 +173,13 @@ __global__ void __launch_bounds__(kThreads)
       const int64_t begin = from + thread * kSegment, end = min(begin + kSegment, plan.cells);
       int32_t count = 0;
       for (int64_t cell = begin; cell < end; cell = end_of_run(plan.breaks, cell, end) + 1) ++count;
-      counts[thread] = count;
-      __syncthreads();
       int32_t place = total;
-      for (int i = 0; i < kThreads; ++i) {
-        if (i < thread) place += counts[i];
-        total += counts[i];
-      }
+      place += exclusive_sum(count, total);
       for (int64_t cell = begin; cell < end; ++place) {
         const int64_t last = end_of_run(plan.breaks, cell, end);
         plan.runs[place] = {static_cast<int32_t>(cell), static_cast<int32_t>(last)};
         cell = last + 1;
       }
-      __syncthreads();
     }
     if (thread == 0) *plan.total = total;
   }
@@ -372,9 +365,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // ---- the mean -----------------------------------------------------------------------------------
 
-// A run as those who write it read it.
+// A run, for the threads that write it.
 template <class Acc>
-struct alignas(kVectorBytes) Stretch {
+struct alignas(kVectorBytes) WrittenRun {
   int64_t at;      // its first row; or its first cell, in bytes of a row of the output
   int32_t length;  // from its first to its last one
   Acc inverse;     // 1 / length, 0 for a length of 0
@@ -417,7 +410,7 @@ struct Shared {
   alignas(kVectorBytes) Acc weights[2][Tile::columns][Tile::cells];
 
   // The runs of the tile; beyond the last one they begin at INT32_MAX and are shorter than 0.
-  Stretch<Acc> rows[Tile::rows / 2], cells[Tile::cells / 2];
+  WrittenRun<Acc> rows[Tile::rows / 2], cells[Tile::cells / 2];
   // Where the tile lies. Read from here whenever it is needed: kept in registers all the while it
   // would cost the sums theirs.
   int64_t tile;     // the next one
@@ -736,10 +729,10 @@ __global__ void __launch_bounds__(kThreads, kResident)
             near += kWords * Tile::lanes;
             far += kWords * Tile::lanes;
           };
-          const Stretch<Acc>* run = shared.cells + pass * (Tile::pass_cells / 2);
+          const WrittenRun<Acc>* run = shared.cells + pass * (Tile::pass_cells / 2);
 #pragma unroll 1
           for (int i = 0; i < Tile::pass_cells / 2; ++i, ++run) {
-            const Stretch<Acc> cells = *run;
+            const WrittenRun<Acc> cells = *run;
             if (cells.length < 0) break;
             Acc left[kVec], right[kVec];
             next_end(left);
@@ -790,10 +783,10 @@ bool vectors_fit(const EnsembleArgs& args, int64_t element_size) {
 }
 
 template <class T, bool kSmall>
-MeanPlan<typename AccumulatorOf<T>::type> make_plan(const char* op, const EnsembleArgs& args,
-                                                    Workspace& workspace) {
+MeanPlan<typename AccumulatorOf<T>::type> make_plan(const Call& call, Workspace& workspace) {
   using Tile = cuda::Tile<T, kSmall>;
   using Acc = typename Tile::Acc;
+  const EnsembleArgs& args = call.args;
   MeanPlan<Acc> plan{};
   plan.tokens = args.tokens;
   std::copy_n(args.token_strides, 3, plan.token_strides);
@@ -802,8 +795,8 @@ MeanPlan<typename AccumulatorOf<T>::type> make_plan(const char* op, const Ensemb
   plan.views = args.views;
   plan.batch = args.batch;
   plan.channels = args.channels;
-  plan.y.axis = {args.grid[0], args.patch[0], args.stride[0], args.upsample, args.border};
-  plan.x.axis = {args.grid[1], args.patch[1], args.stride[1], args.upsample, args.border};
+  plan.y.axis = call.axis(0);
+  plan.x.axis = call.axis(1);
   // In float64 the rounding of the weights at the ends of a run, which grows with the position,
   // would show in the cells between them.
   plan.y.interpolated = plan.x.interpolated = sizeof(Acc) < sizeof(double);
@@ -811,19 +804,19 @@ MeanPlan<typename AccumulatorOf<T>::type> make_plan(const char* op, const Ensemb
   plan.x.cells = plan.x.axis.cells();
   // n ends of runs span n cells, or with runs that are as long as a token n / 2 tokens more; and
   // interpolation and rounding add one at each end.
-  const auto window = [](const Axis& axis, int64_t n) {
+  const auto max_tokens = [](const Axis& axis, int64_t n) {
     const int64_t inside = axis.stride == 1 ? div_up(n, 2) : 0;
     return std::min(axis.tokens, (n * axis.stride - 1) / axis.patch + 3 + inside);
   };
   const int64_t rows = plan.y.cells, cells = plan.x.cells;
   const int64_t max_runs_y = div_up(rows, 2), max_runs_x = div_up(cells, 2);
   plan.row_blocks = div_up(2 * max_runs_y, Tile::rows) * Tile::quarters;
-  plan.max_pairs = div_up(window(plan.y.axis, Tile::combined), kPair);
+  plan.max_pairs = div_up(max_tokens(plan.y.axis, Tile::combined), kPair);
   plan.tile_cells = Tile::cells;
   plan.tile_columns = Tile::columns;
   plan.cell_groups = Tile::cell_groups;
   plan.x_tiles = div_up(2 * max_runs_x, Tile::cells);
-  plan.max_rounds = div_up(args.views * window(plan.x.axis, Tile::cells), Tile::columns);
+  plan.max_rounds = div_up(args.views * max_tokens(plan.x.axis, Tile::cells), Tile::columns);
   plan.max_columns = plan.max_rounds * Tile::columns;
   if (plan.max_columns > INT32_MAX)
     throw Error("srt::ensemble: on CUDA views * (tokens of " + std::to_string(Tile::cells) +
@@ -852,33 +845,30 @@ MeanPlan<typename AccumulatorOf<T>::type> make_plan(const char* op, const Ensemb
   plan.row_bytes = args.out_strides[2] * plan.element_bytes;
   plan.cell_bytes = args.out_strides[3] * plan.element_bytes;
   constexpr int64_t kSize = sizeof(T);
-  plan.keep = fits_l2(op, kSize * token_elements(args), kSize * field_elements(args));
+  plan.keep = fits_l2(call.op, kSize * call.token_elements(), kSize * call.field_elements());
   return plan;
 }
 
 template <class T, bool kSmall, bool kVector>
-int64_t mean(const char* op, const EnsembleArgs& args, const ViewNumbers& offsets,
-             const ViewNumbers& weights, void* base, CUstream_st* stream) {
+int64_t mean(const Call& call) {
   using Tile = cuda::Tile<T, kSmall>;
   using Acc = typename Tile::Acc;
-  Workspace workspace(base);
-  const auto plan = make_plan<T, kSmall>(op, args, workspace);
-  const int64_t views = args.views;
-  InlineNumbers numbers;
-  const RawViews raw = raw_views(op, offsets, weights, views, workspace, numbers, stream);
-  if (!base) return workspace.bytes();
+  Workspace workspace(call.workspace);
+  const auto plan = make_plan<T, kSmall>(call, workspace);
+  InlineArrays parameters;
+  const RawViews raw = raw_views(call, workspace, parameters);
+  if (!call.workspace) return workspace.bytes();
 
   const int64_t rows = plan.y.cells, cells = plan.x.cells;
-  launch(op, sort_views, div_up(std::max(views, rows + cells), kThreads), stream, raw, numbers,
-         plan.sorted, nullptr, plan.y.breaks, rows + cells);
-  launch(op, find_breaks, div_up(views * (rows + cells), kThreads), stream, plan.y, plan.x,
-         plan.sorted, views);
-  launch(op, list_runs, 2, stream, plan.y, plan.x);
-  launch(op, fill_tables<Tile::combined, Acc>,
+  sort_views(call, raw, parameters, plan.sorted, nullptr, plan.y.breaks, rows + cells);
+  launch(call.op, find_breaks, div_up(plan.views * (rows + cells), kThreads), call.stream, plan.y,
+         plan.x, plan.sorted, plan.views);
+  launch(call.op, list_runs, 2, call.stream, plan.y, plan.x);
+  launch(call.op, fill_tables<Tile::combined, Acc>,
          plan.x_tiles + plan.row_blocks +
              div_up(plan.row_blocks * Tile::combined / kInverseRows * plan.x_tiles * Tile::cells,
                     kThreads),
-         stream, plan);
+         call.stream, plan);
   const int64_t tiles = plan.batch * div_up(2 * div_up(rows, 2), Tile::rows) * plan.x_tiles *
                         div_up(plan.channels, Tile::channels);
   constexpr Keep kKeep = kSmall ? Keep::by_plan : Keep::no;
@@ -886,59 +876,45 @@ int64_t mean(const char* op, const EnsembleArgs& args, const ViewNumbers& offset
   if constexpr (!kSmall) {
     if (plan.keep) kernel = mean_kernel<T, kSmall, kVector, Keep::yes>;
   }
-  launch(op, kernel, std::min(tiles, kResident * std::max<int64_t>(1, processors(op))), stream,
-         plan);
+  launch(call.op, kernel, std::min(tiles, kResident * std::max<int64_t>(1, processors(call.op))),
+         call.stream, plan);
   return workspace.bytes();
 }
 
-// Large tiles read each token less often; they pay where there are enough of them. Where the
-// offsets lie on the device nobody knows how many runs there are: as many as on a grid, a break a
-// token for each row of the grid.
+// Large tiles read each token less often; they pay where there are enough of them. For offsets on
+// the device the number of runs is unknown: as many as on a grid, a break a token for each row of
+// the grid.
 template <class T>
-bool fills_device(const char* op, const EnsembleArgs& args) {
+bool fills_device(const Call& call) {
   using Tile = cuda::Tile<T, false>;
-  const auto ends = [&](int axis) {
+  const EnsembleArgs& args = call.args;
+  const auto ends = [&](int i) {
+    const Axis axis = call.axis(i);
     const double breaks = std::ceil(std::sqrt(static_cast<double>(args.views)));
-    const int64_t a_token = div_up(args.patch[axis], args.stride[axis]);
-    const int64_t cells = args.grid[axis] * args.patch[axis] / args.stride[axis];
-    return std::min(cells, args.grid[axis] * std::min(a_token, 2 * static_cast<int64_t>(breaks)));
+    const int64_t a_token = div_up(axis.patch, axis.stride);
+    return std::min(axis.cells(),
+                    axis.tokens * std::min(a_token, 2 * static_cast<int64_t>(breaks)));
   };
   return args.batch * div_up(ends(0), Tile::rows) * div_up(ends(1), Tile::cells) *
              div_up(args.channels, Tile::channels) >=
-         kResident * processors(op);
+         kResident * processors(call.op);
 }
 
 template <class T>
-int64_t choose_mean(const char* op, const EnsembleArgs& args, const ViewNumbers& offsets,
-                    const ViewNumbers& weights, void* base, CUstream_st* stream) {
-  if (!vectors_fit(args, sizeof(T)))
-    return mean<T, true, false>(op, args, offsets, weights, base, stream);
+int64_t choose_mean(const Call& call) {
+  if (!vectors_fit(call.args, sizeof(T))) return mean<T, true, false>(call);
   if constexpr (sizeof(T) < sizeof(double)) {
-    if (fills_device<T>(op, args))
-      return mean<T, false, true>(op, args, offsets, weights, base, stream);
+    if (fills_device<T>(call)) return mean<T, false, true>(call);
   }
-  return mean<T, true, true>(op, args, offsets, weights, base, stream);
+  return mean<T, true, true>(call);
 }
 
-// With no workspace: tells how large it must be.
-int64_t run(const char* op, const EnsembleArgs& args, const ViewNumbers& offsets,
-            const ViewNumbers& weights, void* base, CUstream_st* stream) {
-  if (args.reduce != Reduce::mean || args.seen)
-    return reduce_values(op, args, offsets, weights, base, stream);
+int64_t ensemble(const Call& call) {
+  const EnsembleArgs& args = call.args;
+  if (args.reduce != Reduce::mean || args.total_weight) return reduce_values(call);
   if (args.batch == 0 || args.channels == 0) return 0;
-  switch (args.dtype) {
-    case DType::f32:
-      return choose_mean<float>(op, args, offsets, weights, base, stream);
-    case DType::f16:
-      return choose_mean<Half>(op, args, offsets, weights, base, stream);
-    case DType::bf16:
-      return choose_mean<BFloat16>(op, args, offsets, weights, base, stream);
-    case DType::f64:
-      return choose_mean<double>(op, args, offsets, weights, base, stream);
-    case DType::u8:
-      break;  // tokens are floating
-  }
-  return 0;
+  return dispatch_floating(args.dtype,
+                           [&](auto element) { return choose_mean<decltype(element)>(call); });
 }
 
 }  // namespace
@@ -946,14 +922,14 @@ int64_t run(const char* op, const EnsembleArgs& args, const ViewNumbers& offsets
 
 namespace srt {
 
-int64_t ensemble_cuda_workspace(const EnsembleArgs& args, const ViewNumbers& offsets,
-                                const ViewNumbers& weights) {
-  return cuda::run("ensemble", args, offsets, weights, nullptr, nullptr);
+int64_t ensemble_cuda_workspace(const EnsembleArgs& args, const ViewArray& offsets,
+                                const ViewArray& weights) {
+  return cuda::ensemble({"ensemble", args, offsets, weights, nullptr, nullptr});
 }
 
-void ensemble_cuda(const char* op, const EnsembleArgs& args, const ViewNumbers& offsets,
-                   const ViewNumbers& weights, void* workspace, CUstream_st* stream) {
-  cuda::run(op, args, offsets, weights, workspace, stream);
+void ensemble_cuda(const char* op, const EnsembleArgs& args, const ViewArray& offsets,
+                   const ViewArray& weights, void* workspace, CUstream_st* stream) {
+  cuda::ensemble({op, args, offsets, weights, workspace, stream});
 }
 
 }  // namespace srt

@@ -1,14 +1,136 @@
-// The gradient of the mean on the device: with the tables turned around, each token gathers the
-// gradients of the cells that read it. As the mean it is separable: cells of a row are summed once
-// for all views that share a dx, then rows of these sums for each view. Nothing ever comes back to
-// the host.
+// The gradient of the mean on the device: with transposed tables, each token gathers the
+// gradients of the cells that read it. Like the mean it is separable: cells of a row are summed
+// once for all views that share a dx, then rows of these sums for each view. Nothing ever comes
+// back to the host.
 #include <type_traits>
 
+#include "../axis.h"
 #include "../ensemble.h"
-#include "adjoint.cuh"
+#include "common.cuh"
 
 namespace srt::cuda {
 namespace {
+
+// ---- the tables ---------------------------------------------------------------------------------
+
+// What each view reads along both axes, the cells that read a token, and what the weights of a cell
+// are divided by. Made on the device, wherever the offsets and the weights lie.
+
+// Views are handled in entries, which share a dx, and entries in parts: so many at a time. The
+// views of a grid of 7 x 7 offsets are one part.
+constexpr int kEntries = 7;
+
+// The cells that read a token in a part, and cells between them; none if `end` is 0.
+struct CellSpan {
+  int32_t begin, end;
+};
+
+template <class Acc>
+struct BackwardAxis {
+  Axis axis;
+  AxisTable<Acc> table;  // of the views, in their order
+  CellSpan* span;        // [parts, tokens]
+};
+
+template <class Acc>
+struct BackwardTables {
+  int64_t views;
+  int64_t slots;      // views of an entry, at most
+  int64_t parts;      // at most
+  View* sorted;       // [V] by dx
+  int32_t* begin;     // [V + 1], of each entry among the views; V behind the last one
+  int32_t* entry_of;  // [V]
+  int32_t* entries;
+  BackwardAxis<Acc> y, x;
+  Acc* inverse;  // [H', W'] 1 / total weight, 0 where no view counts
+};
+
+template <class Acc>
+__device__ Acc weight_of(const AxisTable<Acc>& table, int64_t slot, int64_t token) {
+  const int64_t tap = token - table.first[slot];
+  return tap >= 0 && tap < table.taps[slot] ? table.weight[slot * table.max_taps + tap] : 0;
+}
+
+// Empty spans, by all blocks; entries, by the first one.
+template <class Acc>
+__global__ void __launch_bounds__(kThreads)
+    list_entries(const __grid_constant__ BackwardTables<Acc> plan) {
+  const int64_t spans = plan.parts * (plan.y.axis.tokens + plan.x.axis.tokens);
+  SRT_FOR_THREAD(i, spans) plan.y.span[i] = {INT32_MAX, 0};  // those of x lie behind
+  if (blockIdx.x != 0) return;
+  const int thread = static_cast<int>(threadIdx.x);
+  const auto same = [&](int64_t u, int64_t v) {
+    const double a = plan.sorted[u].dx, b = plan.sorted[v].dx;
+    return a == b || (isnan(a) && isnan(b));  // NaN: views that cover nothing
+  };
+  int32_t total = 0;
+  for (int64_t from = 0; from < plan.views; from += kThreads) {
+    const int64_t v = from + thread;
+    bool begin = false;
+    if (v < plan.views) {
+      int64_t leader = v;
+      while (leader > 0 && same(leader - 1, v)) --leader;
+      begin = (v - leader) % plan.slots == 0;
+    }
+    int32_t place = total;
+    place += exclusive_sum(begin, total);
+    if (begin) plan.begin[place] = static_cast<int32_t>(v);
+    if (v < plan.views) plan.entry_of[v] = begin ? place : place - 1;
+  }
+  if (thread == 0) {
+    plan.begin[total] = static_cast<int32_t>(plan.views);
+    *plan.entries = total;
+  }
+}
+
+template <class Acc>
+__global__ void __launch_bounds__(kThreads)
+    fill_axes(const __grid_constant__ BackwardTables<Acc> plan) {
+  const int64_t rows = plan.y.table.cells, cells = plan.x.table.cells;
+  SRT_FOR_THREAD(i, plan.views * (rows + cells)) {
+    const int64_t v = i / (rows + cells), own = i % (rows + cells);
+    const bool vertical = own < rows;
+    const BackwardAxis<Acc>& axis = vertical ? plan.y : plan.x;
+    const int32_t cell = static_cast<int32_t>(vertical ? own : own - rows);
+    fill_axis_cell(axis.axis, vertical ? plan.sorted[v].dy : plan.sorted[v].dx, v, cell,
+                   axis.table);
+    const int64_t slot = v * axis.table.cells + cell;
+    CellSpan* const spans = axis.span + plan.entry_of[v] / kEntries * axis.axis.tokens;
+    for (int32_t k = 0; k < axis.table.taps[slot]; ++k) {
+      if (axis.table.weight[slot * axis.table.max_taps + k] == 0) continue;
+      CellSpan& own_span = spans[axis.table.first[slot] + k];
+      atomicMin(&own_span.begin, cell);
+      atomicMax(&own_span.end, cell + 1);
+    }
+  }
+}
+
+// Rows of a thread: each count of a column is read once for them.
+constexpr int kRowsOfInverse = 8;
+
+template <class Acc>
+__global__ void __launch_bounds__(kThreads)
+    fill_inverse_of_cells(const __grid_constant__ BackwardTables<Acc> plan) {
+  const int64_t rows = plan.y.table.cells, cells = plan.x.table.cells;
+  SRT_FOR_THREAD(i, div_up(rows, kRowsOfInverse) * cells) {
+    const int64_t x = i % cells, y = i / cells * kRowsOfInverse;
+    double total[kRowsOfInverse] = {};
+    for (int64_t v = 0; v < plan.views; ++v) {
+      // As it stands in the sums, in their type.
+      const double weight = static_cast<double>(static_cast<Acc>(plan.sorted[v].weight));
+      const double count = weight * plan.x.table.count[v * cells + x];
+#pragma unroll
+      for (int r = 0; r < kRowsOfInverse; ++r)
+        if (y + r < rows) total[r] += count * plan.y.table.count[v * rows + y + r];
+    }
+#pragma unroll
+    for (int r = 0; r < kRowsOfInverse; ++r)
+      if (y + r < rows)
+        plan.inverse[(y + r) * cells + x] = total[r] > 0 ? static_cast<Acc>(1 / total[r]) : 0;
+  }
+}
+
+// ---- the gradient -------------------------------------------------------------------------------
 
 // Blocks of the gradient that a processor holds at a time.
 constexpr int kBackwardResident = 2;
@@ -38,7 +160,7 @@ struct GradTile {
 
 template <class Acc>
 struct GradPlan {
-  Adjoint<Acc> tables;
+  BackwardTables<Acc> tables;
   const void* grad;         // [B, C, H', W'], of the mean
   int64_t grad_strides[4];  // in elements
   int64_t batch, channels;
@@ -66,8 +188,8 @@ struct GradShared {
   int channels;    // from c0 on; 0 beyond the last task
   int token;       // the column
   int begin, end;  // token rows
-  Window column;
-  const Window* rows;           // [h] of the part
+  CellSpan column;
+  const CellSpan* rows;         // [h] of the part
   int32_t entry[kEntries + 1];  // of the part: where each begins among the views
   bool single;                  // one view an entry
   int staged;                   // the first of the cells whose column weights are there
@@ -86,7 +208,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardResident)
   static_assert(sizeof(GradShared<T>) <= 48 * 1024);
   __shared__ GradShared<T> shared;
 
-  const Adjoint<Acc>& tables = plan.tables;
+  const BackwardTables<Acc>& tables = plan.tables;
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % Tile::lanes;
   const int quarter = thread / Tile::lanes % Tile::quarters;
@@ -131,8 +253,8 @@ __global__ void __launch_bounds__(kThreads, kBackwardResident)
       shared.begin = static_cast<int>(segment * plan.segment);
       // Of an odd number of columns the last one has no neighbour.
       shared.end = j < w ? static_cast<int>(min((segment + 1) * plan.segment, h)) : shared.begin;
-      shared.column = j < w ? tables.x.window[part * w + j] : Window{0, 0};
-      shared.rows = tables.y.window + part * h;
+      shared.column = j < w ? tables.x.span[part * w + j] : CellSpan{0, 0};
+      shared.rows = tables.y.span + part * h;
       for (int e = 0; e <= kEntries; ++e)
         shared.entry[e] = tables.begin[min(part * kEntries + e, entries)];
       const int64_t own = min(entries - part * kEntries, int64_t{kEntries});
@@ -143,7 +265,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardResident)
     __syncthreads();
     if (shared.channels == 0) return;
 
-    const auto window = [&](int row) { return load(shared.rows + row); };
+    const auto span_of = [&](int row) { return load(shared.rows + row); };
     Acc total[kSlots][kVec] = {};
     const auto write_row = [&](int row) {
       if (place != row % kOpen || entry >= kEntries) return;
@@ -176,17 +298,17 @@ __global__ void __launch_bounds__(kThreads, kBackwardResident)
     // Cells from row y on go by; token rows i to `next` are open.
     int i = shared.begin, next = i, y = 0;
     for (;;) {
-      for (; i < next && window(i).end <= y; ++i) write_row(i);
+      for (; i < next && span_of(i).end <= y; ++i) write_row(i);
       if (i == next) {
         if (next == shared.end) break;
-        if (window(next).end > 0) y = window(next).begin;
+        if (span_of(next).end > 0) y = span_of(next).begin;
       }
       // A row whose first cells have gone by waits until all others are done.
       for (; next < shared.end && next - i < kOpen; ++next) {
-        const Window own = window(next);
+        const CellSpan own = span_of(next);
         if (own.end > 0 && (own.begin < y || own.begin >= y + kRows)) break;
       }
-      if (window(i).end <= y) continue;  // nothing reads it
+      if (span_of(i).end <= y) continue;  // nothing reads it
 
 #pragma unroll 1
       for (int n = thread; n < kEntries * kSlots * kRows; n += kThreads) {
@@ -217,7 +339,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardResident)
         const T* const row =
             shared.grad + own_y * plan.grad_strides[2] + lane * kVec * plan.grad_strides[1];
         const Acc* const inverses = tables.inverse + own_y * cells;
-        const Window own = shared.column;
+        const CellSpan own = shared.column;
         for (int x0 = own.begin; x0 < own.end; x0 += Tile::batch) {
           if (shared.staged != x0) {
             __syncthreads();
@@ -308,7 +430,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardResident)
         constexpr bool kExact = decltype(exact)::value;
         const int token = i + ((place - i) & (kOpen - 1));
         if (entry >= kEntries || token >= next) return;
-        const Window own = window(token);
+        const CellSpan own = span_of(token);
         const int begin = max(own.begin - y, 0), end = min(own.end - y, kRows);
 #pragma unroll 2
         for (int row = begin; row < end; ++row) {
@@ -345,6 +467,46 @@ __global__ void __launch_bounds__(kThreads, kBackwardResident)
 
 // ---- on the host --------------------------------------------------------------------------------
 
+template <class Acc>
+BackwardTables<Acc> make_tables(const Call& call, int64_t slots, Workspace& workspace) {
+  const EnsembleArgs& args = call.args;
+  BackwardTables<Acc> plan{};
+  plan.views = args.views;
+  plan.slots = slots;
+  plan.parts = div_up(args.views, kEntries);
+  plan.sorted = workspace.take<View>(args.views);
+  plan.begin = workspace.take<int32_t>(args.views + 1);
+  plan.entry_of = workspace.take<int32_t>(args.views);
+  plan.entries = workspace.take<int32_t>(1);
+  BackwardAxis<Acc>* const axes[2] = {&plan.y, &plan.x};
+  for (int i = 0; i < 2; ++i) {
+    axes[i]->axis = call.axis(i);
+    AxisTable<Acc>& table = axes[i]->table;
+    table.cells = axes[i]->axis.cells();
+    table.max_taps = axes[i]->axis.max_taps();
+    table.first = workspace.take<int32_t>(args.views * table.cells);
+    table.taps = workspace.take<int32_t>(args.views * table.cells);
+    table.weight = workspace.take<Acc>(args.views * table.cells * table.max_taps);
+    table.count = workspace.take<double>(args.views * table.cells);
+  }
+  plan.y.span = workspace.take<CellSpan>(plan.parts * (args.grid[0] + args.grid[1]));
+  plan.x.span = plan.y.span + plan.parts * args.grid[0];
+  plan.inverse = workspace.take<Acc>(plan.y.table.cells * plan.x.table.cells);
+  return plan;
+}
+
+template <class Acc>
+void fill_tables(const Call& call, const BackwardTables<Acc>& plan, const RawViews& raw,
+                 const InlineArrays& parameters) {
+  const int64_t rows = plan.y.table.cells, cells = plan.x.table.cells;
+  const int64_t spans = plan.parts * (plan.y.axis.tokens + plan.x.axis.tokens);
+  sort_views(call, raw, parameters, plan.sorted, nullptr, nullptr, 0);
+  launch(call.op, list_entries<Acc>, div_up(spans, kThreads), call.stream, plan);
+  launch(call.op, fill_axes<Acc>, div_up(plan.views * (rows + cells), kThreads), call.stream, plan);
+  launch(call.op, fill_inverse_of_cells<Acc>,
+         div_up(div_up(rows, kRowsOfInverse) * cells, kThreads), call.stream, plan);
+}
+
 // Token rows of a block. Shorter segments give more blocks to share out; each reads a token and a
 // half more than it writes.
 int64_t choose_segment(int64_t rows, int64_t columns_of_blocks, int64_t resident) {
@@ -363,17 +525,16 @@ int64_t choose_segment(int64_t rows, int64_t columns_of_blocks, int64_t resident
 }
 
 template <class T>
-int64_t mean_backward(const char* op, const EnsembleArgs& args, const ViewNumbers& offsets,
-                      const ViewNumbers& weights, void* grad_tokens, void* base,
-                      CUstream_st* stream) {
+int64_t mean_backward(const Call& call, void* grad_tokens) {
+  const EnsembleArgs& args = call.args;
   using Tile = GradTile<T>;
   using Acc = typename Tile::Acc;
-  Workspace workspace(base);
+  Workspace workspace(call.workspace);
   GradPlan<Acc> plan{};
-  plan.tables = make_adjoint<Acc>(args, Tile::slots, workspace);
-  InlineNumbers numbers;
-  const RawViews raw = raw_views(op, offsets, weights, args.views, workspace, numbers, stream);
-  if (!base) return workspace.bytes();
+  plan.tables = make_tables<Acc>(call, Tile::slots, workspace);
+  InlineArrays parameters;
+  const RawViews raw = raw_views(call, workspace, parameters);
+  if (!call.workspace) return workspace.bytes();
 
   plan.grad = args.out;
   std::copy_n(args.out_strides, 4, plan.grad_strides);
@@ -381,9 +542,9 @@ int64_t mean_backward(const char* op, const EnsembleArgs& args, const ViewNumber
   plan.channels = args.channels;
   plan.out = grad_tokens;
   constexpr int64_t kSize = sizeof(T);
-  plan.keep = fits_l2(op, kSize * field_elements(args), kSize * token_elements(args));
-  const int64_t resident = kBackwardResident * std::max<int64_t>(1, processors(op));
-  // Where the offsets lie on the device nobody knows how many entries there are: as on a grid.
+  plan.keep = fits_l2(call.op, kSize * call.field_elements(), kSize * call.token_elements());
+  const int64_t resident = kBackwardResident * std::max<int64_t>(1, processors(call.op));
+  // For offsets on the device the number of entries is unknown: as many as on a grid.
   const int64_t parts = div_up(div_up(args.views, Tile::slots), kEntries);
   const int64_t columns =
       args.batch * parts * 2 * div_up(args.grid[1], 2) * div_up(args.channels, Tile::channels);
@@ -397,36 +558,22 @@ int64_t mean_backward(const char* op, const EnsembleArgs& args, const ViewNumber
   const bool vector = aligned(args.out) && aligned(grad_tokens) && fits(args.channels) &&
                       args.out_strides[1] == 1 && (args.batch == 1 || fits(args.out_strides[0])) &&
                       fits(args.out_strides[2]) && fits(args.out_strides[3]);
-  fill_tables_of(op, plan.tables, raw, numbers, stream);
+  fill_tables(call, plan.tables, raw, parameters);
   const int64_t tasks = columns / parts * plan.tables.parts * plan.segments;
-  launch(op, vector ? mean_backward_kernel<T, true> : mean_backward_kernel<T, false>,
-         std::min(tasks, resident), stream, plan);
+  launch(call.op, vector ? mean_backward_kernel<T, true> : mean_backward_kernel<T, false>,
+         std::min(tasks, resident), call.stream, plan);
   return workspace.bytes();
 }
 
-// With no workspace: tells how large it must be.
-int64_t run_backward(const char* op, const EnsembleArgs& args, const ViewNumbers& offsets,
-                     const ViewNumbers& weights, void* grad_tokens, void* base,
-                     CUstream_st* stream) {
+int64_t dispatch(const Call& call, void* grad_tokens) {
+  const EnsembleArgs& args = call.args;
   if (args.batch == 0 || args.channels == 0) return 0;
   if (args.views > INT32_MAX - kThreads)
-    throw Error("srt::" + std::string(op) + ": on CUDA there must be fewer than 2^31 views; got " +
-                std::to_string(args.views));
-  if (args.reduce != Reduce::mean)
-    return values_backward(op, args, offsets, weights, grad_tokens, base, stream);
-  switch (args.dtype) {
-    case DType::f32:
-      return mean_backward<float>(op, args, offsets, weights, grad_tokens, base, stream);
-    case DType::f16:
-      return mean_backward<Half>(op, args, offsets, weights, grad_tokens, base, stream);
-    case DType::bf16:
-      return mean_backward<BFloat16>(op, args, offsets, weights, grad_tokens, base, stream);
-    case DType::f64:
-      return mean_backward<double>(op, args, offsets, weights, grad_tokens, base, stream);
-    case DType::u8:
-      break;  // tokens are floating
-  }
-  return 0;
+    throw Error("srt::" + std::string(call.op) +
+                ": on CUDA there must be fewer than 2^31 views; got " + std::to_string(args.views));
+  return dispatch_floating(args.dtype, [&](auto element) {
+    return mean_backward<decltype(element)>(call, grad_tokens);
+  });
 }
 
 }  // namespace
@@ -434,15 +581,15 @@ int64_t run_backward(const char* op, const EnsembleArgs& args, const ViewNumbers
 
 namespace srt {
 
-int64_t ensemble_backward_cuda_workspace(const EnsembleArgs& args, const ViewNumbers& offsets,
-                                         const ViewNumbers& weights) {
-  return cuda::run_backward("ensemble", args, offsets, weights, nullptr, nullptr, nullptr);
+int64_t mean_backward_cuda_workspace(const EnsembleArgs& args, const ViewArray& offsets,
+                                     const ViewArray& weights) {
+  return cuda::dispatch({"_mean_backward", args, offsets, weights, nullptr, nullptr}, nullptr);
 }
 
-void ensemble_backward_cuda(const char* op, const EnsembleArgs& args, const ViewNumbers& offsets,
-                            const ViewNumbers& weights, void* grad_tokens, void* workspace,
-                            CUstream_st* stream) {
-  cuda::run_backward(op, args, offsets, weights, grad_tokens, workspace, stream);
+void mean_backward_cuda(const char* op, const EnsembleArgs& args, const ViewArray& offsets,
+                        const ViewArray& weights, void* grad_tokens, void* workspace,
+                        CUstream_st* stream) {
+  cuda::dispatch({op, args, offsets, weights, workspace, stream}, grad_tokens);
 }
 
 }  // namespace srt

@@ -8,7 +8,7 @@
 
 #include "../axis.h"
 #include "../running_median.h"
-#include "views.cuh"
+#include "common.cuh"
 
 namespace srt::cuda {
 namespace {
@@ -36,7 +36,7 @@ struct ReadsPlan {
 };
 
 template <class Acc>
-struct ValuePlan {
+struct PerViewPlan {
   const void* tokens;        // [V, B, h*w, C]
   int64_t token_strides[3];  // of V, B and h*w, in elements
   int64_t views, batch, channels;
@@ -56,11 +56,9 @@ struct ValuePlan {
   void* variance;          // as out
   // Of a stream (ensemble.h).
   int64_t plane_stride;
-  double* seen;         // [H', W']
-  const double* scale;  // of the weights, in units of `seen`
+  double* total_weight;  // [H', W']
+  double* scale;         // of the weights, in units of `total_weight`
   bool counts_views;
-  // For the gradient: a median is not written, but which of the sorted views it is (views.cuh).
-  bool tells_view;
   bool keep;  // out and variance, or the state, in L2
 };
 
@@ -85,7 +83,7 @@ __device__ void fill_reads(const ReadsPlan<Acc>& plan, double offset, int64_t ce
 
 template <class Acc>
 __global__ void __launch_bounds__(kThreads)
-    fill_reads_kernel(const __grid_constant__ ValuePlan<Acc> plan) {
+    fill_reads_kernel(const __grid_constant__ PerViewPlan<Acc> plan) {
   const int64_t rows = plan.y.cells, cells = plan.x.cells;
   SRT_FOR_THREAD(i, plan.views * (rows + cells)) {
     const int64_t v = i % plan.views, cell = i / plan.views;
@@ -111,7 +109,7 @@ __device__ bool equals_the_one_before(const ReadsPlan<Acc>& plan, int64_t slot, 
 
 template <class Acc>
 __global__ void __launch_bounds__(kThreads)
-    find_changes(const __grid_constant__ ValuePlan<Acc> plan) {
+    find_changes(const __grid_constant__ PerViewPlan<Acc> plan) {
   const int64_t rows = plan.y.cells, cells = plan.x.cells;
   SRT_FOR_THREAD(i, plan.views * (rows + cells)) {
     const int64_t cell = i / plan.views;
@@ -156,9 +154,8 @@ struct Stage {
   Source source[kViews];
   Acc rows[kFixed + kViews * kColumns][kWarpThreads];
   Share share[Reduction::kWeighted ? kRuns<Acc> : 1][kViews];
-  int32_t counted[kRuns<Acc>];  // views that count, of those staged
-  uint16_t order[Reduction::kTellsView ? kRuns<Acc> : 1][kViews];  // which they are, of all
-  double weight[kRuns<Acc>];                                       // of all views so far
+  int32_t counted[kRuns<Acc>];    // views that count, of those staged
+  double weight[kRuns<Acc>];      // of all views so far
   int64_t image, y, y_end;        // of the tile; rows y to y_end are alike
   int32_t begin[kRuns<Acc> + 1];  // cells
   int32_t runs;
@@ -176,7 +173,7 @@ template <class T, class Reduction>
 struct Cell {
   using Acc = typename AccumulatorOf<T>::type;
   using Stage = cuda::Stage<T, Reduction>;
-  const ValuePlan<Acc>& plan;
+  const PerViewPlan<Acc>& plan;
   Stage& stage;
   int64_t channel;  // of a lane beyond the last channel there is none
   int run;          // beyond the last one: a warp that only helps to stage
@@ -224,7 +221,7 @@ struct Cell {
       const int64_t v = first + k;
       const Reads<Acc> ry = plan.y.reads[stage.y * plan.views + v];
       const Reads<Acc> rx = plan.x.reads[stage.begin[run] * plan.views + v];
-      // The first token that the tile reads. A cell that is not covered says 0.
+      // The first token that the tile reads. 0 for a cell that is not covered.
       int32_t from = 0;
       if (plan.linear)
         from = min(plan.x.reads[stage.begin[0] * plan.views + v].first,
@@ -253,8 +250,6 @@ struct Cell {
 #pragma unroll 1
     for (int k = 0; k < views; ++k) {
       if (stage.blend[own][k].at[0] == Stage::kAbsent) continue;
-      if constexpr (Reduction::kTellsView)
-        stage.order[own][counted] = static_cast<uint16_t>(first + k);
       if (counted != k) {
         stage.blend[own][counted] = stage.blend[own][k];
         if constexpr (Reduction::kWeighted) stage.share[own][counted] = stage.share[own][k];
@@ -325,8 +320,8 @@ struct Cell {
     return fma(blend.weight[0], row(blend.at[0]), blend.weight[1] * row(blend.at[1]));
   }
 
-  // Calls visit(value, share, k) for each view that counts, in the place k. All threads of the
-  // block call it equally often: more than kViews are staged in turns.
+  // Calls visit(value, share) for each view that counts. All threads of the block call it equally
+  // often: more than kViews are staged in turns.
   template <class Visit>
   __device__ void each_value(Visit&& visit) const {
     for (int64_t first = 0; first < plan.views; first += Stage::kViews) {
@@ -339,7 +334,7 @@ struct Cell {
       const int counted = run < stage.runs ? stage.counted[run] : 0;
 #pragma unroll 4
       for (int k = 0; k < counted; ++k)
-        visit(value(k), stage.share[Reduction::kWeighted ? run : 0][k], k);
+        visit(value(k), stage.share[Reduction::kWeighted ? run : 0][k]);
     }
   }
 
@@ -357,16 +352,6 @@ struct Cell {
     const T element = from_acc<T>(value);
     each_cell([&](int64_t at, int64_t) { store(static_cast<T*>(to) + at, element, plan.keep); });
   }
-
-  // The first view that has the value of the median, which is one of theirs.
-  __device__ void write_view(Acc median) const {
-    uint16_t view = kNoView;
-    each_value([&](Acc own, auto, int k) {
-      const bool hit = own == median || (own != own && median != median);
-      if (hit && view == kNoView) view = stage.order[run][k];
-    });
-    each_cell([&](int64_t at, int64_t) { static_cast<uint16_t*>(plan.out)[at] = view; });
-  }
 };
 
 // ---- reductions ---------------------------------------------------------------------------------
@@ -379,9 +364,8 @@ template <class T>
 struct Common {
   static constexpr int kViews = 50;
   static constexpr int kBlocks = sizeof(T) == 8 ? 2 : 3;
-  static constexpr bool kWeighted = false;   // whether it asks for shares
-  static constexpr bool kTellsView = false;  // whether it can
-  static constexpr bool kCopies = true;      // whether all cells of a run get the same
+  static constexpr bool kWeighted = false;  // whether it asks for shares
+  static constexpr bool kCopies = true;     // whether all cells of a run get the same
   template <class Stage>
   static __device__ void prepare(Stage&, int, bool) {}
 };
@@ -415,7 +399,6 @@ template <class T, int N>
 struct NetworkMedian : Common<T> {
   using Acc = typename AccumulatorOf<T>::type;
   static constexpr int kViews = N;
-  static constexpr bool kTellsView = true;
   static constexpr int kBlocks = N * sizeof(Acc) <= 100 ? 3 : N * sizeof(Acc) <= 256 ? 2 : 1;
 
   // Behind the views that count infinities of both signs, in turn, which leaves the
@@ -436,11 +419,7 @@ struct NetworkMedian : Common<T> {
 #pragma unroll
     for (int k = 0; k < N; ++k) value[k] = cell.value(k);
     const Acc median = MedianOf<N, NanOrder, Acc>::lower(value);
-    if (cell.plan.tells_view) {
-      cell.write_view(median);
-    } else {
-      cell.write(cell.plan.out, cell.stage.counted[cell.run] > 0 ? median : Acc{0});
-    }
+    cell.write(cell.plan.out, cell.stage.counted[cell.run] > 0 ? median : Acc{0});
   }
 };
 
@@ -450,7 +429,6 @@ template <class T>
 struct CountingMedian : Common<T> {
   using Acc = typename AccumulatorOf<T>::type;
   using Key = typename std::conditional<sizeof(Acc) == 8, int64_t, int32_t>::type;
-  static constexpr bool kTellsView = true;
   static constexpr int kBits = 8 * sizeof(Key);
   static constexpr Key kTop = Key{1} << (kBits - 2);  // the highest bit but the sign
 
@@ -461,13 +439,13 @@ struct CountingMedian : Common<T> {
   static __device__ void reduce(const Cell& cell) {
     int64_t count = 0;
     Acc poison = 0;
-    cell.each_value([&](Acc value, auto, int) {
+    cell.each_value([&](Acc value, auto) {
       ++count;
       if (value != value) poison = value;
     });
     const auto reach = [&](Key key) {  // whether no more than half of the keys are below it
       int64_t below = 0;
-      cell.each_value([&](Acc value, auto, int) {
+      cell.each_value([&](Acc value, auto) {
         Key bits;
         memcpy(&bits, &value, sizeof(bits));
         below += flip(bits) < key;
@@ -482,11 +460,7 @@ struct CountingMedian : Common<T> {
     Acc median;
     memcpy(&median, &key, sizeof(median));
     if (count == 0 || poison != poison) median = poison;
-    if (cell.plan.tells_view) {
-      cell.write_view(median);
-    } else {
-      cell.write(cell.plan.out, median);
-    }
+    cell.write(cell.plan.out, median);
   }
 };
 
@@ -501,7 +475,7 @@ struct Sample {
   template <class Cell>
   explicit __device__ Sample(const Cell& cell) {
     Acc first = NAN, distance = 0, sum = 0, squares = 0;
-    cell.each_value([&](Acc value, auto share, int) {
+    cell.each_value([&](Acc value, auto share) {
       if (first != first) first = value;
       sum += share.weight * value;
       const Acc own = value - first, apart = own - distance;
@@ -516,66 +490,47 @@ struct Sample {
   }
 };
 
+// Mean and variance; in a stream, of the state and the chunk.
 template <class T>
-struct Weighted : Common<T> {
+struct Moments : Common<T> {
+  using Acc = typename AccumulatorOf<T>::type;
   static constexpr bool kWeighted = true;
+
   template <class Stage>
   static __device__ void prepare(Stage& stage, int run, bool first) {
     double weight = first ? 0 : stage.weight[run];
 #pragma unroll 1
     for (int k = 0; k < stage.counted[run]; ++k) {
       weight += stage.share[run][k].weight;
-      stage.share[run][k].part =
-          static_cast<typename Stage::Acc>(stage.share[run][k].weight / weight);
+      stage.share[run][k].part = static_cast<Acc>(stage.share[run][k].weight / weight);
     }
     stage.weight[run] = weight;
   }
-};
 
-template <class T>
-struct Moments : Weighted<T> {
   template <class Cell>
   static __device__ void reduce(const Cell& cell) {
     const Sample<T> sample(cell);
-    cell.write(cell.plan.out, sample.mean);
-    cell.write(cell.plan.variance, sample.variance);
+    if (cell.plan.total_weight) {
+      join(cell, sample);
+    } else {
+      cell.write(cell.plan.out, sample.mean);
+      cell.write(cell.plan.variance, sample.variance);
+    }
   }
-};
 
-// For the gradient of the moments, in the type of the sums. Where one view counts, its distance
-// from the mean must be 0.
-template <class T>
-struct GradientMean : Weighted<T> {
-  using Acc = typename AccumulatorOf<T>::type;
+  // The state and a chunk are joined as two samples are (Chan, Golub and LeVeque 1979). The stream
+  // of a mean has no variance.
   template <class Cell>
-  static __device__ void reduce(const Cell& cell) {
-    Acc first = NAN, sum = 0;
-    cell.each_value([&](Acc value, auto share, int) {
-      if (first != first) first = value;
-      sum += share.weight * (value - first);
-    });
-    if (cell.run >= cell.stage.runs) return;
-    const double weight = cell.stage.weight[cell.run];
-    const Acc mean = weight > 0 ? first + sum / static_cast<Acc>(weight) : 0;
-    cell.each_cell([&](int64_t at, int64_t) { static_cast<Acc*>(cell.plan.out)[at] = mean; });
-  }
-};
-
-// The state and a chunk are joined as two samples are (Chan, Golub and LeVeque 1979).
-template <class T, bool kVariance>
-struct StreamSample : Weighted<T> {
-  using Acc = typename AccumulatorOf<T>::type;
-  template <class Cell>
-  static __device__ void reduce(const Cell& cell) {
-    const ValuePlan<Acc>& plan = cell.plan;
-    const Sample<T> sample(cell);
+  static __device__ void join(const Cell& cell, const Sample<T>& sample) {
+    const PerViewPlan<Acc>& plan = cell.plan;
     const double chunk = *plan.scale * sample.weight;
     cell.each_cell([&](int64_t at, int64_t number) {
-      const double seen = plan.seen[number], total = seen + chunk;
+      const double before = plan.total_weight[number], total = before + chunk;
       Acc* const mean = static_cast<Acc*>(plan.out) + at;
+      Acc* const variance = static_cast<Acc*>(plan.variance) + at;
       const double share = total > 0 ? 1 / total : 0;
-      const Acc keep = static_cast<Acc>(seen * share), added = static_cast<Acc>(chunk * share);
-      // Where nothing was seen the state is not read.
+      const Acc keep = static_cast<Acc>(before * share), added = static_cast<Acc>(chunk * share);
+      // A cell that has no weight yet has no state.
       Acc joined = sample.mean, spread = sample.variance;
       if (keep != 0) {
         const Acc old = *mean, apart = sample.mean - old;
@@ -587,15 +542,14 @@ struct StreamSample : Weighted<T> {
         } else {
           joined = keep * old + added * sample.mean;
         }
-        if (kVariance) {
-          const Acc before = static_cast<const Acc*>(plan.variance)[at];
+        if (plan.variance) {
           spread = added == 0
-                       ? before
-                       : keep * before + added * sample.variance + keep * added * apart * apart;
+                       ? *variance
+                       : keep * *variance + added * sample.variance + keep * added * apart * apart;
         }
       }
       store(mean, joined, plan.keep);
-      if (kVariance) store(static_cast<Acc*>(plan.variance) + at, spread, plan.keep);
+      if (plan.variance) store(variance, spread, plan.keep);
     });
   }
 };
@@ -606,22 +560,22 @@ struct StreamMedian : Common<T> {
   static constexpr bool kCopies = false;  // every cell has a state of its own
   template <class Cell>
   static __device__ void reduce(const Cell& cell) {
-    const ValuePlan<Acc>& plan = cell.plan;
-    double seen = 0;
+    const PerViewPlan<Acc>& plan = cell.plan;
+    double count = 0;  // views so far
     Acc window[kWindow], place = 0;
 #pragma unroll
     for (int i = 0; i < kWindow; ++i) window[i] = static_cast<Acc>(INFINITY);
     cell.each_cell([&](int64_t at, int64_t number) {
       const Acc* const state = static_cast<const Acc*>(plan.out) + at;
-      seen = plan.seen[number];
-      if (!(seen > 0)) return;
+      count = plan.total_weight[number];
+      if (!(count > 0)) return;
 #pragma unroll
       for (int i = 0; i < kWindow; ++i) window[i] = state[i * plan.plane_stride];
       place = state[kWindow * plan.plane_stride];
     });
-    cell.each_value([&](Acc value, auto, int) {
-      add_to_window(window, place, value, WindowStep<Acc>(seen));
-      seen += 1;
+    cell.each_value([&](Acc value, auto) {
+      add_to_window(window, place, value, WindowStep<Acc>(count));
+      count += 1;
     });
     cell.each_cell([&](int64_t at, int64_t) {
       Acc* const state = static_cast<Acc*>(plan.out) + at;
@@ -634,7 +588,7 @@ struct StreamMedian : Common<T> {
 
 template <class T, class Reduction>
 __global__ void __launch_bounds__(kThreads, Reduction::kBlocks)
-    values_kernel(const __grid_constant__ ValuePlan<typename AccumulatorOf<T>::type> plan) {
+    values_kernel(const __grid_constant__ PerViewPlan<typename AccumulatorOf<T>::type> plan) {
   using Acc = typename AccumulatorOf<T>::type;
   using Stage = cuda::Stage<T, Reduction>;
   __shared__ Stage stage;
@@ -670,10 +624,10 @@ __global__ void __launch_bounds__(kThreads, Reduction::kBlocks)
   }
 }
 
-// What the chunk adds to what each cell has got; the kernel above has read it.
+// What the chunk adds to the total weight of each cell; the kernel above has read it.
 template <class Acc>
 __global__ void __launch_bounds__(kThreads)
-    add_to_seen(const __grid_constant__ ValuePlan<Acc> plan) {
+    add_weights(const __grid_constant__ PerViewPlan<Acc> plan) {
   SRT_FOR_THREAD(i, plan.y.cells * plan.x.cells) {
     double total = 0;
     for (int64_t v = 0; v < plan.views; ++v) {
@@ -681,72 +635,52 @@ __global__ void __launch_bounds__(kThreads)
       const double count = count_y * plan.x.reads[i % plan.x.cells * plan.views + v].count;
       total += plan.counts_views ? (count > 0 ? 1 : 0) : plan.ordered[v].weight * count;
     }
-    plan.seen[i] += plan.counts_views ? total : *plan.scale * total;
+    plan.total_weight[i] += plan.counts_views ? total : *plan.scale * total;
   }
 }
 
 // ---- on the host --------------------------------------------------------------------------------
 
 template <class T>
-using Kernel = void (*)(ValuePlan<typename AccumulatorOf<T>::type>);
-
-template <class T>
-Kernel<T> median_kernel(int64_t views) {
-  // Fewer sizes than on the CPU: each is a kernel for every dtype and architecture.
-  if (views <= 9) return values_kernel<T, NetworkMedian<T, 9>>;
-  if (views <= 25) return values_kernel<T, NetworkMedian<T, 25>>;
-  if (views <= 50) return values_kernel<T, NetworkMedian<T, 50>>;
-  if constexpr (sizeof(T) < sizeof(double)) {  // 64 doubles do not fit into the registers
-    if (views <= 64) return values_kernel<T, NetworkMedian<T, 64>>;
-  }
-  return values_kernel<T, CountingMedian<T>>;
-}
+using Kernel = void (*)(PerViewPlan<typename AccumulatorOf<T>::type>);
 
 template <class T>
 Kernel<T> choose_kernel(const EnsembleArgs& args) {
-  switch (args.reduce) {
-    case Reduce::median:
-      return args.seen ? values_kernel<T, StreamMedian<T>> : median_kernel<T>(args.views);
-    case Reduce::moments:
-      return args.seen ? values_kernel<T, StreamSample<T, true>> : values_kernel<T, Moments<T>>;
-    case Reduce::mean:
-      return args.seen ? values_kernel<T, StreamSample<T, false>>
-                       : values_kernel<T, GradientMean<T>>;
-  }
-  return nullptr;
+  if (args.reduce != Reduce::median) return values_kernel<T, Moments<T>>;
+  if (args.total_weight) return values_kernel<T, StreamMedian<T>>;
+  // Fewer sizes than on the CPU: each is a kernel for every dtype and architecture.
+  if (args.views <= 9) return values_kernel<T, NetworkMedian<T, 9>>;
+  if (args.views <= 25) return values_kernel<T, NetworkMedian<T, 25>>;
+  if (args.views <= 50) return values_kernel<T, NetworkMedian<T, 50>>;
+  return values_kernel<T, CountingMedian<T>>;
 }
 
-template <class T>
-int64_t reduce_as(const char* op, const EnsembleArgs& args, const ViewNumbers& offsets,
-                  const ViewNumbers& weights, void* base, CUstream_st* stream, bool for_gradient) {
-  using Acc = typename AccumulatorOf<T>::type;
-  Workspace workspace(base);
-  ValuePlan<Acc> plan{};
-  plan.tells_view = for_gradient && args.reduce == Reduce::median;
+template <class T, class Acc = typename AccumulatorOf<T>::type>
+PerViewPlan<Acc> make_plan(const Call& call, Workspace& workspace) {
+  const EnsembleArgs& args = call.args;
+  const bool stream = args.total_weight != nullptr, median = args.reduce == Reduce::median;
+  PerViewPlan<Acc> plan{};
   plan.tokens = args.tokens;
   std::copy_n(args.token_strides, 3, plan.token_strides);
   plan.views = args.views;
   plan.batch = args.batch;
   plan.channels = args.channels;
-  plan.ordered = workspace.take<View>(args.views);
-  plan.spread = args.seen && args.reduce == Reduce::median ? spread_step(args.views) : 1;
-  plan.y.axis = {args.grid[0], args.patch[0], args.stride[0], args.upsample, args.border};
-  plan.x.axis = {args.grid[1], args.patch[1], args.stride[1], args.upsample, args.border};
+  plan.spread = stream && median ? spread_step(args.views) : 1;
   plan.y.step = args.grid[1] * args.token_strides[2];
   plan.x.step = args.token_strides[2];
+  plan.ordered = workspace.take<View>(args.views);
   plan.sorted = workspace.take<View>(args.views);
-  double* const scale = workspace.take<double>(1);
-  for (ReadsPlan<Acc>* axis : {&plan.y, &plan.x}) {
-    axis->cells = axis->axis.cells();
-    axis->max_taps = axis->axis.max_taps();
+  plan.scale = workspace.take<double>(1);
+  ReadsPlan<Acc>* const axes[2] = {&plan.y, &plan.x};
+  for (int i = 0; i < 2; ++i) {
+    axes[i]->axis = call.axis(i);
+    axes[i]->cells = axes[i]->axis.cells();
+    axes[i]->max_taps = axes[i]->axis.max_taps();
+    axes[i]->reads = workspace.take<Reads<Acc>>(axes[i]->cells * args.views);
+    axes[i]->weight = workspace.take<Acc>(axes[i]->cells * args.views * axes[i]->max_taps);
   }
-  const int64_t rows = plan.y.cells, cells = plan.x.cells;
-  plan.y.breaks = workspace.take<uint8_t>(rows + cells);
-  plan.x.breaks = plan.y.breaks + rows;
-  for (ReadsPlan<Acc>* axis : {&plan.y, &plan.x}) {
-    axis->reads = workspace.take<Reads<Acc>>(axis->cells * args.views);
-    axis->weight = workspace.take<Acc>(axis->cells * args.views * axis->max_taps);
-  }
+  plan.y.breaks = workspace.take<uint8_t>(plan.y.cells + plan.x.cells);
+  plan.x.breaks = plan.y.breaks + plan.y.cells;
   plan.linear = args.stride[0] == 1 && args.stride[1] == 1;
   plan.tile = plan.linear ? std::min<int64_t>(args.patch[1], kRuns<Acc>) : kColumns;
   plan.columns = static_cast<int>(
@@ -757,55 +691,49 @@ int64_t reduce_as(const char* op, const EnsembleArgs& args, const ViewNumbers& o
                         static_cast<int64_t>(sizeof(T));
   plan.out = args.out;
   std::copy_n(args.out_strides, 4, plan.out_strides);
-  plan.variance = args.variance;
+  plan.variance = args.reduce == Reduce::moments ? args.variance : nullptr;
   plan.plane_stride = args.plane_stride;
-  plan.seen = args.seen;
-  plan.scale = scale;
-  plan.counts_views = args.reduce == Reduce::median;
-  const int64_t planes = args.reduce == Reduce::moments               ? 2
-                         : args.reduce == Reduce::median && args.seen ? kWindowPlanes
-                                                                      : 1;
-  constexpr int64_t kSize = sizeof(T);
-  const int64_t element = args.seen ? sizeof(Acc) : sizeof(T);
-  plan.keep = fits_l2(op, kSize * token_elements(args), element * planes * field_elements(args));
-  InlineNumbers numbers;
-  RawViews raw = raw_views(op, offsets, weights, args.views, workspace, numbers, stream);
-  raw.stream = args.seen != nullptr;
-  if (!base) return workspace.bytes();
+  plan.total_weight = args.total_weight;
+  plan.counts_views = median;
+  const int64_t planes = plan.variance ? 2 : stream && median ? kWindowPlanes : 1;
+  const int64_t element = stream ? sizeof(Acc) : sizeof(T);
+  plan.keep = fits_l2(call.op, static_cast<int64_t>(sizeof(T)) * call.token_elements(),
+                      element * planes * call.field_elements());
+  return plan;
+}
 
-  launch(op, sort_views, div_up(std::max(args.views, rows + cells), kThreads), stream, raw, numbers,
-         plan.sorted, scale, plan.y.breaks, rows + cells);
-  launch(op, fill_reads_kernel<Acc>, div_up(args.views * (rows + cells), kThreads), stream, plan);
-  launch(op, find_changes<Acc>, div_up(args.views * (rows + cells), kThreads), stream, plan);
+template <class T, class Acc = typename AccumulatorOf<T>::type>
+int64_t reduce_as(const Call& call) {
+  const EnsembleArgs& args = call.args;
+  Workspace workspace(call.workspace);
+  PerViewPlan<Acc> plan = make_plan<T>(call, workspace);
+  InlineArrays parameters;
+  RawViews raw = raw_views(call, workspace, parameters);
+  raw.stream = args.total_weight != nullptr;
+  if (!call.workspace) return workspace.bytes();
+
+  const int64_t rows = plan.y.cells, cells = plan.x.cells;
+  const int64_t reads = div_up(args.views * (rows + cells), kThreads);
+  sort_views(call, raw, parameters, plan.sorted, plan.scale, plan.y.breaks, rows + cells);
+  launch(call.op, fill_reads_kernel<Acc>, reads, call.stream, plan);
+  launch(call.op, find_changes<Acc>, reads, call.stream, plan);
   const int64_t tiles = args.batch * rows * div_up(cells, plan.tile);
   const int64_t groups = div_up(args.channels, kWarpThreads);
   if (tiles * groups > 0) {
     plan.groups = std::min(groups, div_up(tiles * groups, kEnoughBlocks));
-    launch(op, choose_kernel<T>(args), tiles * div_up(groups, plan.groups), stream, plan);
+    launch(call.op, choose_kernel<T>(args), tiles * div_up(groups, plan.groups), call.stream, plan);
   }
-  if (args.seen) launch(op, add_to_seen<Acc>, div_up(rows * cells, kThreads), stream, plan);
+  if (args.total_weight)
+    launch(call.op, add_weights<Acc>, div_up(rows * cells, kThreads), call.stream, plan);
   return workspace.bytes();
 }
 
 }  // namespace
 
-int64_t reduce_values(const char* op, const EnsembleArgs& args, const ViewNumbers& offsets,
-                      const ViewNumbers& weights, void* base, CUstream_st* stream,
-                      bool for_gradient) {
-  if (!args.seen && (args.batch == 0 || args.channels == 0)) return 0;
-  switch (args.dtype) {
-    case DType::f32:
-      return reduce_as<float>(op, args, offsets, weights, base, stream, for_gradient);
-    case DType::f16:
-      return reduce_as<Half>(op, args, offsets, weights, base, stream, for_gradient);
-    case DType::bf16:
-      return reduce_as<BFloat16>(op, args, offsets, weights, base, stream, for_gradient);
-    case DType::f64:
-      return reduce_as<double>(op, args, offsets, weights, base, stream, for_gradient);
-    case DType::u8:
-      break;  // tokens are floating
-  }
-  return 0;
+int64_t reduce_values(const Call& call) {
+  if (!call.args.total_weight && (call.args.batch == 0 || call.args.channels == 0)) return 0;
+  return dispatch_floating(call.args.dtype,
+                           [&](auto element) { return reduce_as<decltype(element)>(call); });
 }
 
 }  // namespace srt::cuda

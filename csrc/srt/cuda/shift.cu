@@ -21,7 +21,7 @@ struct ShiftPlan {
   const void* image;              // [planes, height, width]
   int64_t planes, height, width;  // pixels
   int64_t views;
-  DeviceNumbers offsets;  // [V, 2] (dy, dx), pixels
+  DeviceArray offsets;  // [V, 2] (dy, dx), pixels
   Padding padding;
   Interpolation interpolation;
   bool aligned;  // every row of `out` starts at a multiple of 16 bytes
@@ -40,7 +40,7 @@ struct Block {
 
 // Called by two threads, one for each axis.
 template <int kTaps, class T>
-__device__ void locate(const ShiftPlan& plan, const InlineNumbers& inline_offsets, int64_t index,
+__device__ void locate(const ShiftPlan& plan, const InlineArrays& inline_offsets, int64_t index,
                        int block_rows, int axis, Block<T>& block) {
   const int64_t tiles_y = div_up(plan.height, block_rows), tiles_x = div_up(plan.width, kColumns);
   const int64_t rows = index / tiles_x, layer = rows / tiles_y, view = layer / plan.planes;
@@ -238,7 +238,7 @@ __device__ void filter_line(const Acc* line, int taps, const Acc (&weight)[kTaps
 template <class T, int kTaps>
 __global__ void __launch_bounds__(kThreads, kResident)
     shift_kernel(const __grid_constant__ ShiftPlan plan,
-                 const __grid_constant__ InlineNumbers inline_offsets) {
+                 const __grid_constant__ InlineArrays inline_offsets) {
   using Acc = typename AccumulatorOf<T>::type;
   constexpr int kBlockRows = kWarps * kRows<Acc>;
   alignas(kVectorBytes) __shared__ Acc lines[kWarps][kRows<Acc>][kLine];
@@ -277,17 +277,17 @@ __global__ void __launch_bounds__(kThreads, kResident)
 namespace srt {
 
 int64_t shift_cuda_workspace(const ShiftArgs& args) {
-  return 2 * args.views <= cuda::kInlineNumbers
+  return 2 * args.views <= cuda::kInlineDoubles
              ? 0
              : 2 * args.views * static_cast<int64_t>(sizeof(double));
 }
 
-void shift_cuda(const ShiftArgs& args, const ViewNumbers& offsets, void* workspace,
+void shift_cuda(const ShiftArgs& args, const ViewArray& offsets, void* workspace,
                 CUstream_st* stream) {
   using namespace cuda;
   if (args.planes == 0 || args.height == 0 || args.width == 0) return;
   check_image("shift", args.height, args.width);
-  const auto run = [&](auto element) {
+  dispatch_dtype(args.dtype, [&](auto element) {
     using T = decltype(element);
     constexpr int64_t kSize = sizeof(T);
     const int64_t image_bytes = kSize * args.planes * args.height * args.width;
@@ -296,38 +296,22 @@ void shift_cuda(const ShiftArgs& args, const ViewNumbers& offsets, void* workspa
                    args.height,
                    args.width,
                    args.views,
-                   device_numbers(offsets),
+                   {},
                    args.padding,
                    args.interpolation,
                    args.width * kSize % kVectorBytes == 0 &&
                        reinterpret_cast<uintptr_t>(args.out) % kVectorBytes == 0,
                    fits_l2("shift", image_bytes, args.views * image_bytes),
                    args.out};
-    InlineNumbers inline_offsets{};
-    if (offsets.host && 2 * args.views <= kInlineNumbers) {
-      std::copy_n(offsets.host, 2 * args.views, inline_offsets.at);
-    } else if (offsets.host) {
-      plan.offsets =
-          upload("shift", offsets.host, 2 * args.views, static_cast<double*>(workspace), stream);
-    }
+    InlineArrays inline_offsets{};
+    plan.offsets = place_array("shift", offsets, 2 * args.views, 2 * args.views <= kInlineDoubles,
+                               inline_offsets, 0, static_cast<double*>(workspace), stream);
     constexpr int64_t kBlockRows = kWarps * kRows<typename AccumulatorOf<T>::type>;
     const int64_t tiles = div_up(args.height, kBlockRows) * div_up(args.width, kColumns);
     const bool cubic = args.interpolation == Interpolation::bicubic;
     launch("shift", cubic ? shift_kernel<T, 4> : shift_kernel<T, 2>,
            args.views * args.planes * tiles, stream, plan, inline_offsets);
-  };
-  switch (args.dtype) {
-    case DType::f32:
-      return run(float{});
-    case DType::f16:
-      return run(Half{});
-    case DType::bf16:
-      return run(BFloat16{});
-    case DType::f64:
-      return run(double{});
-    case DType::u8:
-      return run(uint8_t{});
-  }
+  });
 }
 
 }  // namespace srt

@@ -20,7 +20,7 @@ struct ImageGradPlan {
   const void* grad;               // [V, planes, height, width]
   int64_t planes, height, width;  // pixels
   int64_t views;
-  DeviceNumbers offsets;  // [V, 2] (dy, dx), pixels
+  DeviceArray offsets;  // [V, 2] (dy, dx), pixels
   Padding padding;
   Interpolation interpolation;
   void* out;  // [planes, height, width]
@@ -159,7 +159,7 @@ __device__ Acc sum_padded_rows(const ImageGradPlan& plan, const T* grad,
 template <class T>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : kImageResident)
     shift_backward_kernel(const __grid_constant__ ImageGradPlan plan,
-                          const __grid_constant__ InlineNumbers inline_offsets) {
+                          const __grid_constant__ InlineArrays inline_offsets) {
   using Acc = typename AccumulatorOf<T>::type;
   __shared__ AxisTaps<Acc> axes[kViewsStaged][2];
   __shared__ Acc shares[kShareWarps][kImageRows][kWarpThreads];
@@ -246,7 +246,7 @@ namespace srt {
 
 int64_t shift_backward_cuda_workspace(const ShiftArgs& args) { return shift_cuda_workspace(args); }
 
-void shift_backward_cuda(const ShiftArgs& args, const ViewNumbers& offsets, void* grad_image,
+void shift_backward_cuda(const ShiftArgs& args, const ViewArray& offsets, void* grad_image,
                          void* workspace, CUstream_st* stream) {
   using namespace cuda;
   const char* const op = "_shift_backward";
@@ -255,31 +255,17 @@ void shift_backward_cuda(const ShiftArgs& args, const ViewNumbers& offsets, void
     throw Error("srt::" + std::string(op) + ": on CUDA there must be fewer than 2^31 views; got " +
                 std::to_string(args.views));
   check_image(op, args.height, args.width);
-  ImageGradPlan plan{args.out,     args.planes,        args.height,
-                     args.width,   args.views,         device_numbers(offsets),
-                     args.padding, args.interpolation, grad_image};
-  InlineNumbers inline_offsets{};
-  if (offsets.host && 2 * args.views <= kInlineNumbers) {
-    std::copy_n(offsets.host, 2 * args.views, inline_offsets.at);
-  } else if (offsets.host) {
-    plan.offsets =
-        upload(op, offsets.host, 2 * args.views, static_cast<double*>(workspace), stream);
-  }
+  ImageGradPlan plan{args.out, args.planes,  args.height,        args.width, args.views,
+                     {},       args.padding, args.interpolation, grad_image};
+  InlineArrays inline_offsets{};
+  plan.offsets = place_array(op, offsets, 2 * args.views, 2 * args.views <= kInlineDoubles,
+                             inline_offsets, 0, static_cast<double*>(workspace), stream);
   const int64_t tiles =
       args.planes * div_up(args.height, kImageRows) * div_up(args.width, kWarpThreads);
   const int64_t blocks = std::min(tiles, kImageResident * std::max<int64_t>(1, processors(op)));
-  switch (args.dtype) {
-    case DType::f32:
-      return launch(op, shift_backward_kernel<float>, blocks, stream, plan, inline_offsets);
-    case DType::f16:
-      return launch(op, shift_backward_kernel<Half>, blocks, stream, plan, inline_offsets);
-    case DType::bf16:
-      return launch(op, shift_backward_kernel<BFloat16>, blocks, stream, plan, inline_offsets);
-    case DType::f64:
-      return launch(op, shift_backward_kernel<double>, blocks, stream, plan, inline_offsets);
-    case DType::u8:
-      break;  // has no gradient
-  }
+  dispatch_floating(args.dtype, [&](auto element) {
+    launch(op, shift_backward_kernel<decltype(element)>, blocks, stream, plan, inline_offsets);
+  });
 }
 
 }  // namespace srt

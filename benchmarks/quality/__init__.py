@@ -1,1 +1,0 @@
-"""``python -m benchmarks.quality``: does SRT help on real labels, at what cost?"""

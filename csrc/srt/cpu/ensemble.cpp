@@ -1,0 +1,33 @@
+#include "../ensemble.h"
+
+#include <vector>
+
+#include "views.h"
+
+namespace srt {
+namespace {
+
+// What a chunk adds to the total weight of each cell of a stream: [H', W']. For a median, to its
+// number of views.
+std::vector<double> chunk_weights(const EnsembleArgs& args) {
+  cpu::ViewsPlan<double> plan{};
+  const cpu::Views<double> views(args, /*divide=*/false, plan);
+  return cpu::cell_weights(plan, args.reduce == Reduce::median);
+}
+
+}  // namespace
+
+void ensemble_cpu(const EnsembleArgs& args, const Parallel& parallel) {
+  std::vector<double> added;
+  if (args.total_weight) added = chunk_weights(args);
+  if (args.batch > 0 && args.channels > 0) {
+    if (args.reduce == Reduce::mean) {
+      cpu::mean(args, parallel);
+    } else {
+      cpu::reduce_values(args, parallel);
+    }
+  }
+  for (size_t cell = 0; cell < added.size(); ++cell) args.total_weight[cell] += added[cell];
+}
+
+}  // namespace srt

@@ -1,0 +1,78 @@
+#include <algorithm>
+#include <vector>
+
+#include "../ensemble.h"
+#include "../running_median.h"
+#include "dispatch.h"
+#include "views.h"
+
+namespace srt::cpu {
+namespace {
+
+template <class T>
+auto choose_kernel(const EnsembleArgs& args) {
+  const KernelsOf<T>& own = kernels().of<T>();
+  if (args.reduce == Reduce::median) return args.total_weight ? own.stream_median : own.median;
+  return args.total_weight ? own.stream_moments : own.moments;
+}
+
+template <class Acc>
+int64_t place_scratch(int64_t block_bytes, PerViewPlan<Acc>& plan) {
+  const int64_t counted = plan.view_count;
+  Layout layout;
+  plan.scratch.sums = layout.place<Acc>(counted * plan.tokens_x * plan.chunk);
+  plan.scratch.at = layout.place<int64_t>(plan.y.max_taps);
+  plan.scratch.row_of = layout.place<int64_t>(counted);
+  plan.scratch.values = layout.place<ViewValue<Acc>>(counted);
+  plan.scratch.weights = layout.place<double>(counted);
+  plan.scratch.shares = layout.place<Acc>(counted);
+  plan.scratch.steps = layout.place<WindowStep<Acc>>(counted);
+  plan.scratch.buffer =
+      layout.place<char>(std::max<int64_t>(counted, kLargestNetwork) * block_bytes);
+  return layout.bytes;
+}
+
+template <class T, class Acc = typename AccumulatorOf<T>::type>
+void reduce_values_of(const EnsembleArgs& args, const Parallel& parallel) {
+  PerViewPlan<Acc> plan{};
+  const Views<Acc> views(args, /*divide=*/true, plan);
+  const std::vector<int32_t> end_y = views.y.ends(plan.y, plan.offsets_y);
+  const std::vector<int32_t> end_x = views.x.ends(plan.x, plan.groups);
+  plan.end_y = end_y.data();
+  plan.end_x = end_x.data();
+  plan.variance = args.variance;
+  plan.plane_stride = args.plane_stride;
+  const int64_t counted = plan.view_count;
+  std::vector<int64_t> order;
+  if (args.total_weight && args.reduce == Reduce::median) {
+    const int64_t step = spread_step(counted);
+    for (int64_t k = 0, at = 0; k < counted; ++k, at = (at + step) % counted) order.push_back(at);
+    plan.order = order.data();
+  }
+  // A band is as tall as a token: its rows read the same tokens. It gets lower, and chunks
+  // narrower, where a thread would be without work.
+  const int64_t block = kernels().block_bytes / static_cast<int64_t>(sizeof(Acc));
+  const int64_t sums = counted * plan.tokens_x * static_cast<int64_t>(sizeof(Acc));
+  plan.band = std::max<int64_t>(1, args.patch[0] / args.stride[0]);
+  plan.chunk = fitting_channels(plan.channels, block, std::max<int64_t>(1, sums));
+  const auto count_tasks = [&] {
+    return plan.batch * div_up(plan.height, plan.band) * div_up(plan.channels, plan.chunk);
+  };
+  while (plan.band > 1 && count_tasks() < 4 * parallel.threads) plan.band /= 2;
+  split_channels(block, parallel.threads, plan.chunk, count_tasks);
+  const int64_t scratch_bytes = place_scratch(kernels().block_bytes, plan);
+  const double work = static_cast<double>(plan.batch) *
+                      static_cast<double>(args.channels * plan.height) *
+                      static_cast<double>(counted * plan.width * (plan.x.max_taps + 8));
+  run_tasks(plan, choose_kernel<T>(args), count_tasks(), workers_for(work, parallel), scratch_bytes,
+            parallel);
+}
+
+}  // namespace
+
+void reduce_values(const EnsembleArgs& args, const Parallel& parallel) {
+  dispatch_floating(args.dtype,
+                    [&](auto element) { reduce_values_of<decltype(element)>(args, parallel); });
+}
+
+}  // namespace srt::cpu

@@ -1,0 +1,126 @@
+// Blocks of channels in registers: loads, stores and weighted sums.
+//
+// instruction_set.cpp compiles this header, and the other ones that end in -inl.h, once for each
+// instruction set, with other flags. Everything in them, and everything they call, has internal
+// linkage: a template or inline function with one name in all the objects would be merged by the
+// linker, and the copy it kept could hold instructions that the processor lacks. So no std::
+// templates and no functions of other headers; plan.h has plain structs.
+#pragma once
+#include "plan.h"
+#include "simd.h"
+
+namespace srt::cpu {
+namespace {
+
+// Four vectors of channels at a time: independent sums enough to hide the latency of an add, with
+// registers left on every instruction set.
+constexpr int kVectors = 4;
+constexpr int64_t kBlockBytes = kVectors * kVectorBytes;
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Loops over vectors that stay in registers are unrolled, and what they are passed to is inlined:
+// an index that is not constant would put the array into memory.
+template <int N, class T, class V>
+SRT_INLINE void store_block(T* to, int64_t stride, int64_t n, const V (&value)[N]) {
+  constexpr int lanes = kLanes<typename AccumulatorOf<T>::type>;
+  if (n >= N * lanes && stride == 1) {
+#pragma GCC unroll 4
+    for (int v = 0; v < N; ++v) store(to + v * lanes, value[v]);
+    return;
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < N; ++v) {
+    if (v * lanes >= n) break;
+    store_part(to + v * lanes * stride, stride, least(n - v * lanes, lanes), value[v]);
+  }
+}
+
+template <int N, class T, class V>
+SRT_INLINE void load_block(const T* from, int64_t stride, int64_t n, V (&value)[N]) {
+  constexpr int lanes = kLanes<typename AccumulatorOf<T>::type>;
+#pragma GCC unroll 4
+  for (int v = 0; v < N; ++v) {
+    if (v * lanes >= n) break;
+    value[v] = load_part(from + v * lanes * stride, stride, least(n - v * lanes, lanes));
+  }
+}
+
+// The sums of a tile of X outputs that stay in registers, by V vectors of channels.
+#if defined(__AVX512F__)
+constexpr int kMaxTile = 8, kTileSums = 16;
+#else
+constexpr int kMaxTile = 4, kTileSums = 8;
+#endif
+template <int X>
+constexpr int kTileVectors = kTileSums / X < kVectors ? kTileSums / X : kVectors;
+
+// Calls body(the outputs of a tile, as a type).
+template <int X>
+struct TileSize {
+  static constexpr int value = X;
+};
+template <class Body>
+SRT_INLINE auto with_tile(int64_t tile, Body&& body) {
+  if constexpr (kMaxTile >= 8) {
+    if (tile == 8) return body(TileSize<8>{});
+  }
+  if (tile == 4) return body(TileSize<4>{});
+  if (tile == 2) return body(TileSize<2>{});
+  return body(TileSize<1>{});
+}
+
+// sum[i] = the sum over k < count of weight[k * pitch + i] * the n channels from at[k] * scale on;
+// 0 in lanes past n. `kExact`, of one output: without the inputs of weight 0, which may be not
+// finite.
+template <int X, bool kExact, int V, class T, class Acc>
+SRT_INLINE void sum_inputs(const T* from, const int64_t* at, int64_t scale, const Acc* weight,
+                           int64_t pitch, int64_t count, int64_t n, Vec<Acc> (&sum)[X][V]) {
+  static_assert(!kExact || X == 1);
+  constexpr int lanes = kLanes<Acc>;
+#pragma GCC unroll 8
+  for (int i = 0; i < X; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sum[i][v] = Vec<Acc>{};
+  }
+  for (int64_t k = 0; k < count; ++k) {
+    if (kExact && weight[k * pitch] == 0) continue;
+    const T* const p = from + at[k] * scale;
+    Vec<Acc> in[V];
+    if (n >= V * lanes) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) in[v] = load(p + v * lanes);
+    } else {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) in[v] = Vec<Acc>{};
+      load_block(p, 1, n, in);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < X; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sum[i][v] += weight[k * pitch + i] * in[v];
+    }
+  }
+  // A weight of 0 turns -0, which a product can round to, into 0: so does this where there is none.
+#pragma GCC unroll 8
+  for (int i = 0; i < X; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sum[i][v] += Acc{0};
+  }
+}
+
+// Stores the sums of each output, `row` apart. Adds 0 to `check`, or NaN where one is not finite.
+template <int X, int V, class Acc>
+SRT_INLINE void store_sums(Acc* to, int64_t row, const Vec<Acc> (&sum)[X][V], Vec<Acc>& check) {
+#pragma GCC unroll 8
+  for (int i = 0; i < X; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      store(to + i * row + v * kLanes<Acc>, sum[i][v]);
+      check += sum[i][v] * Acc{0};  // Inf * 0 is NaN
+    }
+  }
+}
+
+}  // namespace
+}  // namespace srt::cpu

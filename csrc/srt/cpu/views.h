@@ -1,0 +1,236 @@
+// What the calls of ensemble and of its gradient begin with: the views sorted and the tables of
+// their axes, owned.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "../axis.h"
+#include "../ensemble.h"
+#include "plan.h"
+#include "workspace.h"
+
+namespace srt::cpu {
+
+// Of the channels of a cell, read or written in one piece: pieces of a few cache lines, a whole
+// cell apart, cost more than what taller tiles save.
+constexpr int64_t kPieceBytes = 1024;
+
+// What it costs to load a vector in multiply-adds: of tokens, and of sums in the cache.
+constexpr int64_t kLoadTokens = 6, kLoadSums = 1;
+
+// Owns the table of one axis for its distinct offsets.
+template <class Acc>
+struct AxisTableStorage {
+  std::vector<int32_t> first, taps;
+  std::vector<Acc> weight;
+  std::vector<double> count;
+
+  // `divide`: the weights by the counted pixels of their cell.
+  AxisTable<Acc> fill(const Axis& axis, const std::vector<double>& offsets, bool divide) {
+    const int64_t cells = axis.cells();
+    const size_t slots = offsets.size() * static_cast<size_t>(cells);
+    first.resize(slots);
+    taps.resize(slots);
+    weight.resize(slots * static_cast<size_t>(axis.max_taps()));
+    count.resize(slots);
+    const AxisTable<Acc> table{first.data(), taps.data(), weight.data(),
+                               count.data(), cells,       axis.max_taps()};
+    for (size_t d = 0; d < offsets.size(); ++d)
+      for (int64_t cell = 0; cell < cells; ++cell)
+        fill_axis_cell(axis, offsets[d], static_cast<int64_t>(d), cell, table);
+    for (size_t slot = 0; divide && slot < slots; ++slot) {
+      Acc* const cell = table.weight + static_cast<int64_t>(slot) * table.max_taps;
+      for (int32_t k = 0; k < taps[slot]; ++k) cell[k] /= static_cast<Acc>(count[slot]);
+    }
+    return table;
+  }
+
+  // For each cell, the first one after it that differs in some view.
+  std::vector<int32_t> ends(const AxisTable<Acc>& table, int64_t offsets) const {
+    std::vector<int32_t> end(static_cast<size_t>(table.cells));
+    const auto same = [&](int64_t a, int64_t b) {
+      for (int64_t d = 0; d < offsets; ++d) {
+        const int64_t i = d * table.cells + a, j = d * table.cells + b;
+        const Acc* const weight = table.weight;
+        if (table.count[i] != table.count[j] || table.taps[i] != table.taps[j] ||
+            (table.taps[i] > 0 && table.first[i] != table.first[j]) ||
+            !std::equal(weight + i * table.max_taps, weight + i * table.max_taps + table.taps[i],
+                        weight + j * table.max_taps))
+          return false;
+      }
+      return true;
+    };
+    for (int64_t cell = table.cells; cell-- > 0;) {
+      const bool joins = cell + 1 < table.cells && same(cell, cell + 1);
+      end[static_cast<size_t>(cell)] =
+          joins ? end[static_cast<size_t>(cell) + 1] : static_cast<int32_t>(cell + 1);
+    }
+    return end;
+  }
+};
+
+// The distinct values, ascending: a grid of n x n views needs n tables an axis, not n * n.
+inline std::vector<double> distinct(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  values.erase(std::unique(values.begin(), values.end()), values.end());
+  return values;
+}
+
+inline int64_t position(const std::vector<double>& sorted, double value) {
+  return std::lower_bound(sorted.begin(), sorted.end(), value) - sorted.begin();
+}
+
+// Sorts the views and fills the tables of a plan; owns what it points to.
+template <class Acc>
+struct Views {
+  std::vector<double> dy, dx;
+  std::vector<typename ViewsPlan<Acc>::View> views;
+  std::vector<int64_t> group_begin;
+  AxisTableStorage<Acc> y, x;
+
+  // `divide`: the weights of the tables by the counted pixels.
+  Views(const EnsembleArgs& args, bool divide, ViewsPlan<Acc>& plan) {
+    // Only ratios of weights matter: scaled to at most 1, their sums overflow in no type.
+    double scale = 1;
+    if (args.weights) scale = *std::max_element(args.weights, args.weights + args.views);
+    std::vector<int64_t> counted;
+    for (int64_t v = 0; v < args.views; ++v) {
+      if (args.weights && args.weights[v] == 0) continue;
+      counted.push_back(v);
+      dy.push_back(args.offsets[2 * v]);
+      dx.push_back(args.offsets[2 * v + 1]);
+    }
+    dy = distinct(dy);
+    dx = distinct(dx);
+    std::stable_sort(counted.begin(), counted.end(), [&](int64_t a, int64_t b) {
+      return args.offsets[2 * a + 1] < args.offsets[2 * b + 1];
+    });
+    group_begin.assign(dx.size() + 1, 0);
+    for (const int64_t v : counted) {
+      const int64_t group = position(dx, args.offsets[2 * v + 1]);
+      views.push_back({v, position(dy, args.offsets[2 * v]), group,
+                       static_cast<Acc>(args.weights ? args.weights[v] / scale : 1)});
+      ++group_begin[static_cast<size_t>(group) + 1];
+    }
+    for (size_t g = 0; g < dx.size(); ++g) group_begin[g + 1] += group_begin[g];
+
+    const Axis axis_y{args.grid[0], args.patch[0], args.stride[0], args.upsample, args.border};
+    const Axis axis_x{args.grid[1], args.patch[1], args.stride[1], args.upsample, args.border};
+    plan.tokens = args.tokens;
+    std::copy_n(args.token_strides, 3, plan.token_strides);
+    plan.batch = args.batch;
+    plan.channels = args.channels;
+    plan.height = axis_y.cells();
+    plan.width = axis_x.cells();
+    plan.tokens_y = args.grid[0];
+    plan.tokens_x = args.grid[1];
+    plan.y = y.fill(axis_y, dy, divide);
+    plan.x = x.fill(axis_x, dx, divide);
+    plan.offsets_y = static_cast<int64_t>(dy.size());
+    plan.groups = static_cast<int64_t>(dx.size());
+    plan.group_begin = group_begin.data();
+    plan.views = views.data();
+    plan.view_count = static_cast<int64_t>(views.size());
+    plan.out = args.out;
+    std::copy_n(args.out_strides, 4, plan.out_strides);
+    plan.total_weight = args.total_weight;
+    plan.scale = args.total_weight ? scale : 1;
+  }
+
+  int64_t largest_group() const {
+    int64_t largest = 0;
+    for (size_t g = 0; g < dx.size(); ++g)
+      largest = std::max(largest, group_begin[g + 1] - group_begin[g]);
+    return largest;
+  }
+};
+
+// The weight with which the cell at `slot` of a table reads a token.
+template <class Acc>
+Acc weight_of(const AxisTable<Acc>& table, int64_t slot, int64_t token) {
+  const int64_t tap = token - table.first[slot];
+  return tap >= 0 && tap < table.taps[slot] ? table.weight[slot * table.max_taps + tap] : 0;
+}
+
+// Owns a TileTable: add() what each tile reads, then close() it.
+template <class Acc>
+struct TileStorage {
+  std::vector<int64_t> begin{0}, input;
+  std::vector<Acc> weight;
+
+  // Inputs [first, end), of which those are kept that any of `tile` outputs reads: with
+  // weight_at(input, output). They stand at `base` and beyond.
+  template <class WeightAt>
+  void add(int64_t first, int64_t end, int64_t base, int64_t tile, WeightAt&& weight_at) {
+    for (int64_t i = first; i < end; ++i) {
+      bool any = false;
+      for (int64_t k = 0; k < tile; ++k) {
+        weight.push_back(weight_at(i, k));
+        any = any || weight.back() != 0;
+      }
+      if (any) {
+        input.push_back(base + i);
+      } else {
+        weight.resize(weight.size() - static_cast<size_t>(tile));
+      }
+    }
+  }
+  void close() { begin.push_back(static_cast<int64_t>(input.size())); }
+
+  TileTable<Acc> table(int64_t tile, int64_t outputs) const {
+    return {tile, div_up(outputs, tile), begin.data(), input.data(), weight.data()};
+  }
+  // Inputs of one tile, at most.
+  int64_t largest() const {
+    int64_t most = 0;
+    for (size_t i = 1; i < begin.size(); ++i) most = std::max(most, begin[i] - begin[i - 1]);
+    return most;
+  }
+};
+
+// The power of two, at most `largest`, whose tiles take the least work(tile).
+template <class Work>
+int64_t best_tile(int64_t largest, int64_t outputs, Work&& work) {
+  int64_t best = 1, least = INT64_MAX;
+  for (int64_t tile = 1; tile <= largest && tile < 2 * outputs; tile *= 2) {
+    const int64_t own = work(tile);
+    if (own >= least) continue;
+    least = own;
+    best = tile;
+  }
+  return best;
+}
+
+// Halves the chunks of channels until there are tasks enough for all threads.
+template <class Count>
+void split_channels(int64_t block, int64_t threads, int64_t& chunk, Count&& count_tasks) {
+  while (chunk > block && count_tasks() < 4 * threads) chunk = div_up(chunk / block, 2) * block;
+}
+
+// The weight that each cell gets: [H', W'], in units of plan.scale; with `count_views` the number
+// of views.
+template <class Acc>
+std::vector<double> cell_weights(const ViewsPlan<Acc>& plan, bool count_views) {
+  const auto part = [&](double pixels) { return count_views && pixels > 0 ? 1.0 : pixels; };
+  std::vector<double> total(static_cast<size_t>(plan.height * plan.width));
+  for (int64_t y = 0; y < plan.height; ++y) {
+    double* const row = total.data() + y * plan.width;
+    for (int64_t g = 0; g < plan.groups; ++g) {
+      double weight = 0;
+      for (int64_t i = plan.group_begin[g]; i < plan.group_begin[g + 1]; ++i)
+        weight += static_cast<double>(plan.views[i].weight) *
+                  part(plan.y.count[plan.views[i].dy * plan.height + y]);
+      for (int64_t x = 0; x < plan.width; ++x)
+        row[x] += plan.scale * weight * part(plan.x.count[g * plan.width + x]);
+    }
+  }
+  return total;
+}
+
+// The two halves of ensemble_cpu (mean.cpp and per_view.cpp), for a batch and channels that are not
+// empty.
+void mean(const EnsembleArgs& args, const Parallel& parallel);
+void reduce_values(const EnsembleArgs& args, const Parallel& parallel);
+
+}  // namespace srt::cpu

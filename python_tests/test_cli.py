@@ -1,0 +1,469 @@
+"""``srt-ext`` as a user meets it: figures, features, the default model, and errors."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("timm")
+pytest.importorskip("typer")
+
+import timm
+from cli import SMALL, run, small_weights
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from skimage import data
+
+from srt_ext import SRT, hub, views, viz
+from srt_ext.cli import common
+from srt_ext.cli.images import open_image
+from srt_ext.demo.small import load_small
+from srt_ext.viz import Panel
+
+ROOT = Path(__file__).parents[1]
+REAL = ROOT.parent / "shared/weights/vit_tiny_patch16_224.augreg_in21k_ft_in1k.fp16.safetensors"
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Options for a small model with random weights."""
+    path = small_weights(tmp_path_factory.mktemp("weights") / "small.safetensors")
+    return ("--model", SMALL, "--weights", str(path))
+
+
+FAST = ("--views", "grid:1", "--stride", "4", "--size", "64")
+
+
+def crops(count: int) -> list[np.ndarray]:
+    """Different parts of a photograph, 48 x 64 pixels."""
+    photo = data.chelsea()
+    return [photo[40 * i : 40 * i + 48, 60 * i : 60 * i + 64] for i in range(count)]
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    Image.fromarray(crops(1)[0]).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[list[list[Panel]]]:
+    """The rows of every figure that is drawn."""
+    kept, draw = [], viz.draw
+
+    def keep(rows: Any, names: Any) -> Any:
+        kept.append(rows)
+        return draw(rows, names)
+
+    monkeypatch.setattr(viz, "draw", keep)
+    return kept
+
+
+def normalised(path: Path, mean: Any, std: Any) -> torch.Tensor:
+    """[1, 3, H, W] of an image at most 64 pixels long."""
+    image = Image.open(path)
+    image.thumbnail((64, 64), Image.Resampling.LANCZOS)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+    mean, std = (torch.tensor(v)[:, None, None] for v in (mean, std))
+    return ((pixels - mean) / std)[None]
+
+
+# ---- show ---------------------------------------------------------------------------------------
+
+
+def test_show_writes_a_figure_with_a_row_for_each_layer(
+    photo: Path, model: Any, tmp_path: Path, drawn: Any
+) -> None:
+    sizes = []
+    for layers in ([], ["--layer", 0, "--layer", -1]):
+        output = tmp_path / "out.png"
+        code, text = run("show", photo, "-o", output, *model, *FAST, *layers)
+        assert code == 0, text
+        for part in ("picture 64 x 48, 9 views", "model", "SRT", f"wrote {output}"):
+            assert part in text
+        figure = np.asarray(Image.open(output).convert("RGB"))
+        assert figure.std() > 20
+        sizes.append(figure.shape)
+    assert sizes[0][1] > 5 * sizes[0][0] * 0.9  # five panels side by side
+    assert sizes[1][0] == pytest.approx(2 * sizes[0][0], abs=2)
+    (last,), (zeroth, also_last) = drawn
+    for a, b in zip(last, also_last, strict=True):
+        assert (a.rgb == b.rgb).all()
+    assert (zeroth[1].rgb != last[1].rgb).any()
+
+
+def test_show_noise_adds_a_grey_panel(photo: Path, model: Any, tmp_path: Path, drawn: Any) -> None:
+    code, text = run("show", photo, "-o", tmp_path / "out.png", *FAST, *model, "--noise")
+    assert code == 0, text
+    ((*_, noise),) = drawn[0]
+    assert len(drawn[0][0]) == 6
+    assert noise.rgb.std() > 0.1
+    np.testing.assert_allclose(noise.rgb, noise.rgb[:, :, :1].repeat(3, 2), atol=1e-6)
+
+
+def test_query_is_in_pixels_of_the_original(model: Any, tmp_path: Path, drawn: Any) -> None:
+    """The model sees a smaller image."""
+    pixels = np.zeros((320, 480, 3), np.uint8)
+    pixels[:] = np.random.default_rng(0).integers(0, 60, pixels.shape)
+    pixels[240:320, 360:480] += 180
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    options = ("-o", tmp_path / "out.png", *model, *FAST, "--size", 96, "--layer", 0)
+    code, text = run("show", tmp_path / "photo.png", "--query", "420,300", *options)
+    assert code == 0, text
+    ((row,),) = drawn
+    assert row[0].point == pytest.approx((84.1, 60.1))
+    plain, srt = row[5:]
+    for panel, cell in ((plain, (slice(48, 64), slice(80, 96))), (srt, (slice(60, 64), 84))):
+        assert panel.rgb.shape == (64, 96, 3)
+        light = panel.rgb.sum(2)
+        assert (light[cell] == light.max()).all()  # itself: 1
+        inside, outside = light[52:, 76:], light[:40, :64]
+        assert inside.min() > outside.max()
+
+
+# ---- show, of a video ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def frames(tmp_path: Path) -> Path:
+    """The first and the last are the same; their numbers are not in the order of their names."""
+    path = tmp_path / "frames"
+    path.mkdir()
+    a, b, c = crops(3)
+    for name, pixels in {"f1": a, "f2": b, "f10": c, "f11": a}.items():
+        Image.fromarray(pixels).save(path / f"{name}.png")
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp"])
+def test_a_video_is_an_animation_in_one_basis(
+    frames: Path, model: Any, tmp_path: Path, suffix: str, drawn: Any
+) -> None:
+    output = tmp_path / f"out{suffix}"
+    code, text = run("show", frames, "-o", output, *model, *FAST, "--fps", 5, "--query", "5,5")
+    assert code == 0, text
+    assert "4 frames, 0 left out" in text
+    with Image.open(output) as video:
+        assert video.n_frames == 4
+        video.seek(1)
+        assert np.asarray(video.convert("RGB")).std() > 20
+        assert video.info["duration"] == 200
+    for (row,), pixels in zip(drawn, (*crops(3), crops(1)[0]), strict=True):
+        np.testing.assert_array_equal(np.rint(row[0].rgb * 255), pixels)
+    assert (drawn[0][0][3].rgb == drawn[3][0][3].rgb).all()
+
+
+def test_a_video_as_frames_leaves_out_what_does_not_fit(
+    frames: Path, model: Any, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    code, text = run("show", frames, "-o", output, *model, *FAST)
+    assert code == 0, text
+    names = [f"0000{i}.png" for i in range(4)]
+    assert sorted(path.name for path in output.iterdir()) == names
+    first, *middle, last = (np.asarray(Image.open(output / name)) for name in names)
+    assert (first == last).all()
+    assert all((first != other).any() for other in middle)
+    (frames / "f2.png").write_bytes((frames / "f2.png").read_bytes()[:500])
+    Image.new("RGB", (40, 40)).save(frames / "f3.png")
+    code, text = run("show", frames, "-o", tmp_path / "other", *model, *FAST)
+    assert code == 1
+    assert "f2.png is no readable picture" in text
+    assert "f3.png is 40 x 40; left out" in text
+    assert "3 frames, 2 left out" in text
+    assert len(list((tmp_path / "other").iterdir())) == 3
+
+
+# ---- features of an image -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_features_are_those_of_srt(photo: Path, model: Any, tmp_path: Path, suffix: str) -> None:
+    output = tmp_path / f"out{suffix}"
+    code, text = run("features", photo, "-o", output, *model, *FAST)
+    assert code == 0, text
+    if suffix == ".npz":
+        tensors = {k: torch.from_numpy(v) for k, v in np.load(output).items()}
+    else:
+        tensors = load_file(output)
+        with safe_open(output, "pt") as file:
+            assert file.metadata()["views"] == "grid:1"
+    vit, config = hub.load_timm(SMALL, Path(model[-1]))
+    expected = SRT(vit, views.grid(1), stride=4)(normalised(photo, config["mean"], config["std"]))
+    torch.testing.assert_close(tensors["field"], expected.field[0])
+    assert expected.prefix is not None
+    torch.testing.assert_close(tensors["prefix"], expected.prefix[0])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL.exists(), reason="the real weights are not here")
+def test_real_weights_separate_the_astronaut_from_the_wall(tmp_path: Path) -> None:
+    """Suit is closer to suit than to the background."""
+    photo, output = tmp_path / "astronaut.png", tmp_path / "field.npz"
+    Image.fromarray(data.astronaut()).save(photo)
+    real = ("--model", REAL.name.removesuffix(".fp16.safetensors"), "--weights", REAL)
+    code, text = run("features", photo, "-o", output, *real, "--views", "grid:1")
+    assert code == 0, text
+    field = torch.nn.functional.normalize(torch.from_numpy(np.load(output)["field"]), dim=0)
+    suit, other_sleeve, wall = field[:, 330, 60], field[:, 270, 262], field[:, 60, 290]
+    assert suit @ other_sleeve > suit @ wall + 0.3  # 0.87 and 0.27
+
+
+def test_16_bits_keep_their_shades_and_transparent_pixels_are_white(tmp_path: Path) -> None:
+    shades = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+    Image.fromarray(shades).save(tmp_path / "deep.png")
+    deep = np.asarray(open_image(tmp_path / "deep.png"))
+    assert (deep == (shades // 257)[:, :, None]).all()
+    Image.new("RGBA", (4, 4), (200, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert (np.asarray(open_image(tmp_path / "clear.png")) == 255).all()
+
+
+# ---- errors -------------------------------------------------------------------------------------
+
+NAMED = ("--model", SMALL)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.jpg"], "missing.jpg does not exist"),
+        (["no[/b]picture[red].png"], "no[/b]picture[red].png does not exist"),
+        (["broken.jpg"], "no readable picture"),
+        (["large.png"], "no readable picture"),
+        (["dot.png", "MODEL"], "fewer than 3 tokens"),
+        (["float.tif", "MODEL"], "is no picture of 8 or 16 bits"),
+        (["PHOTO", "--model", "vit_nonsense"], "timm has no model 'vit_nonsense'"),
+        (["PHOTO", *NAMED, "--weights", "missing.safetensors"], "missing.safetensors is no file"),
+        (["PHOTO", *NAMED, "--weights", "."], "is no file"),
+        (["PHOTO", *NAMED, "--weights", "broken.jpg"], "no readable safetensors file"),
+        (["PHOTO", "MODEL", "--model", SMALL + ".x"], "timm cannot make"),
+        (["PHOTO", "MODEL", "--model", "vit_tiny_patch16_224"], "do not fit vit_tiny_patch16_224:"),
+        (
+            ["PHOTO", "MODEL", "--model", "vit_tiny_patch16_224"],
+            "cls_token must be [1, 1, 192], is",
+        ),
+        (["PHOTO", "MODEL", "--model", "test_resnet"], "more). Name the model that they are of wi"),
+        (["PHOTO", "--views", "ring"], "views must be"),
+        (["PHOTO", "MODEL", "--layer", "6"], "layers must be in -6 ... 5; got 6"),
+        (["PHOTO", "MODEL", "--stride", "5"], "stride must divide"),
+        (["PHOTO", "-o", "out.xyz"], "must end in"),
+        (["PHOTO", "-o", "out.gif"], "must end in .png"),
+        (["PHOTO", "-o", "nowhere/out.png"], "does not exist"),
+        (["PHOTO", "-o", "folder.png"], "folder.png cannot be written"),
+        *(
+            (["PHOTO", f"--query={query}"], "--query must")
+            for query in ("64,0", "0,48", "-1,3", "1.5,3", "3", "1,2,3", "a,b")
+        ),
+        (["frames", "-o", "out.png"], "--output must end in .gif or .webp"),
+        (["frames", "-o", "nowhere/out.gif"], "does not exist"),
+        (["frames", "-o", "frames"], "must be a new folder, or an empty one"),
+        (["frames", "--query", "64,0"], "--query must lie in the picture"),
+        (["folder.png", "-o", "out.gif"], "folder.png has no pictures"),
+    ],
+)
+def test_an_error_is_one_line_and_nothing_is_written(
+    arguments: list[str],
+    message: str,
+    photo: Path,
+    frames: Path,
+    model: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("broken.jpg").write_bytes(b"\xff\xd8\xff no picture")
+    Path("folder.png").mkdir()
+    Image.new("RGB", (3, 3)).save("dot.png")
+    Image.new("F", (20, 20)).save("float.tif")
+    Image.new("RGB", (100, 100)).save("large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
+    before = sorted(tmp_path.rglob("*"))
+    options = {"PHOTO": [str(photo)], "MODEL": model, "WEIGHTS": model[2:]}
+    code, text = run("show", *(x for a in arguments for x in options.get(a, [a])))
+    assert code == 1
+    assert text.count("error: ") == 1
+    assert message in text
+    assert "Traceback" not in text
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+# ---- the default model --------------------------------------------------------------------------
+
+
+class Hub:
+    """A cache, and the requests to the client of the hub."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.answers = False
+        self.asked: list[str] = []
+
+    def head(self, url: str, timeout: float) -> None:
+        self.asked.append(url)
+        if not self.answers:
+            raise ConnectionError("no network")
+
+    def keep(self, name: str, state: dict[str, torch.Tensor]) -> None:
+        """Pretrained weights, as the client leaves them."""
+        path = self.folder / f"models--timm--{name}"
+        for part, content in (("refs/main", "abc"), ("snapshots/abc/config.json", "{}")):
+            (path / part).parent.mkdir(parents=True)
+            (path / part).write_text(content)
+        save_file(state, path / "snapshots/abc/model.safetensors")
+
+
+@pytest.fixture
+def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """An empty one, without a network."""
+    made = Hub(tmp_path / "hub")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(made.folder))
+    monkeypatch.setattr("huggingface_hub.get_session", lambda: made)
+    return made
+
+
+def test_without_a_network_the_default_is_the_small_model(
+    photo: Path, fake_hub: Hub, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.safetensors"
+    code, text = run("features", photo, "-o", output, *FAST)
+    assert code == 0, text
+    note = f"note: the weights of {common.DEFAULT_MODEL} cannot be had (not in the hub's cache"
+    assert text.count(note) == 1
+    assert "using the small ViT that comes with srt_ext; --model or --weights" in text
+    assert len(fake_hub.asked) == 1
+    with safe_open(output, "pt") as file:
+        assert file.metadata()["model"] == "small"
+
+
+@pytest.mark.slow
+def test_the_fallback_is_one_line_of_stderr(photo: Path, tmp_path: Path) -> None:
+    """Neither warnings nor retries of the hub's client."""
+    options = ("features", photo, "-o", tmp_path / "out.safetensors", "--views", "grid:1")
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path), "PYTHONWARNINGS": "ignore"}
+    result = subprocess.run(
+        [sys.executable, "-m", "srt_ext", *map(str, options)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **offline},
+        cwd=ROOT,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith(f"note: the weights of {common.DEFAULT_MODEL} cannot be had ")
+
+
+@pytest.mark.parametrize("tag", ["", ".r160_in1k", ".nonsense"])
+def test_a_named_model_is_never_replaced(
+    photo: Path, fake_hub: Hub, tmp_path: Path, tag: str
+) -> None:
+    output = tmp_path / "out.npz"
+    code, text = run("features", photo, "-o", output, "--model", SMALL + tag)
+    assert code == 1
+    assert text.count("\n") == 1
+    assert text.startswith(f"error: the pretrained weights of {SMALL + tag} cannot be had: ")
+    assert ("tag (nonsense)" if tag == ".nonsense" else "does not answer: Conn") in text
+    assert "--weights" in text
+    assert not output.exists()
+
+
+def test_the_default_is_a_dinov2_from_the_cache(photo: Path, fake_hub: Hub, tmp_path: Path) -> None:
+    vit = timm.create_model(common.DEFAULT_MODEL, dynamic_img_size=True).eval()
+    fake_hub.keep(common.DEFAULT_MODEL, vit.state_dict())
+    output = tmp_path / "out.safetensors"
+    code, text = run("features", photo, "-o", output, "--views", "grid:1", "--size", 64)
+    assert code == 0, text
+    assert "note" not in text
+    assert fake_hub.asked == []
+    with safe_open(output, "pt") as file:
+        assert file.metadata()["model"] == common.DEFAULT_MODEL
+    image = normalised(photo, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    expected = SRT(vit, views.grid(1))(image)
+    assert expected.field.shape[1:] == (384, 48, 64)  # of 4 x 5 patches of 14 pixels
+    torch.testing.assert_close(load_file(output)["field"], expected.field[0])
+
+
+def test_the_hub_is_asked_once(fake_hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """timm is called only if the hub answers, and its errors are reported."""
+    name, made = f"{SMALL}.r160_in1k", timm.create_model
+    tried: list[Any] = []
+
+    def create_model(*arguments: Any, **settings: Any) -> Any:
+        tried.append(arguments)
+        if settings == {"dynamic_img_size": True} and arguments == (name, True):
+            raise OSError("no such file there")
+        return made(*arguments, **settings)
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    with pytest.raises(hub.PretrainedError, match="does not answer: ConnectionError"):
+        hub.load_timm(name)
+    assert (len(fake_hub.asked), len(tried)) == (1, 0)
+    fake_hub.answers = True
+    with pytest.raises(hub.PretrainedError, match="OSError: no such file there"):
+        hub.load_timm(name)
+    assert (len(fake_hub.asked), len(tried)) == (2, 1)
+
+    state = made(name).state_dict()
+    fake_hub.keep(name, state)
+    loaded = hub.load_timm(name)[0].state_dict()
+    assert all(tensor.equal(loaded[key]) for key, tensor in state.items())
+    assert len(fake_hub.asked) == 2
+
+
+def test_the_small_model_by_name(photo: Path, fake_hub: Hub, tmp_path: Path) -> None:
+    vit, config = load_small()
+    more = {k: v + 1 for k, v in vit.state_dict().items()}
+    save_file(more, tmp_path / "more.safetensors")
+    image = normalised(photo, config["mean"], config["std"])
+    for options in ((), ("--weights", tmp_path / "more.safetensors")):
+        output = tmp_path / "out.npz"
+        code, text = run("features", photo, "-o", output, *FAST, "--model", "small", *options)
+        assert code == 0, text
+        assert "note" not in text
+        if options:
+            vit.load_state_dict(more)
+        expected = SRT(vit, views.grid(1), stride=4)(image).field[0]
+        torch.testing.assert_close(torch.from_numpy(np.load(output)["field"]), expected)
+    assert fake_hub.asked == []
+
+
+# ---- info, start --------------------------------------------------------------------------------
+
+
+def test_info_tells_backends_and_whether_the_default_model_is_cached(fake_hub: Hub) -> None:
+    code, text = run("info")
+    assert code == 0
+    for word in ("srt_ext", "torch", "CPU", "CUDA", torch.ops.srt._cpu_kernels(), "timm"):
+        assert word in text
+    assert re.search(r"srt_ext.numpy +(not available: |\w+ \(of .*\), \d+ threads)", text)
+    assert re.search(rf"default model +{common.DEFAULT_MODEL}: not in the hub's", text)
+    fake_hub.keep(common.DEFAULT_MODEL, {})
+    assert re.search(rf"default model +{common.DEFAULT_MODEL}: in the hub's", run("info")[1])
+    assert fake_hub.asked == []
+
+
+def test_help_lists_the_commands() -> None:
+    assert all(name in run("--help")[1] for name in ("demo", "show", "features", "info"))
+
+
+@pytest.mark.slow
+def test_the_module_runs_without_typer_and_torch_to_say_what_is_missing() -> None:
+    script = (
+        "import sys; sys.modules['typer'] = sys.modules['torch'] = None\n"
+        "from srt_ext.__main__ import main; main()"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT
+    )
+    assert result.returncode == 1
+    assert "the command needs packages that are not installed" in result.stderr
+    assert "no ops: torch is not installed" in result.stderr
+    assert re.search("srt_ext.numpy is (not )?available", result.stderr)

@@ -1,0 +1,311 @@
+"""The CUDA sources, executed on the CPU (backends.CudaOnHost): what no result shows on a GPU.
+
+That faults are found, launches, grids smaller than the work, the L2 cache; and the ops over it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from ctypes import byref, c_int64, c_void_p
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from backends import (
+    ROOT,
+    SOURCES,
+    STUB,
+    CudaOnHost,
+    EnsembleArgs,
+    Numbers,
+    compiled,
+    host_library,
+    linked,
+    objects,
+)
+from oracle import check_containment, check_sample, check_shift_sample
+from oracle import ensemble as oracle
+from samples import DTYPES, poison, sample_ensembles, sample_shifts
+
+ENSEMBLES = sample_ensembles()
+SHIFTS = sample_shifts()
+REDUCES = ("mean", "median", "moments")
+each_reduce = pytest.mark.parametrize("reduce", REDUCES)
+ALL_DTYPES = (*DTYPES, torch.uint8)
+Call = Callable[[], torch.Tensor]
+
+
+@pytest.fixture
+def cuda() -> Iterator[CudaOnHost]:
+    kernels = CudaOnHost(host_library())
+    yield kernels
+    kernels.reset()
+
+
+# ---- faults -------------------------------------------------------------------------------------
+
+
+def check_mean(cuda: CudaOnHost) -> None:
+    case = replace(ENSEMBLES["real"], channels=40)
+    cuda.tiles("large")
+    check_sample(case, torch.float32, cuda.ensemble(case, case.tokens()))
+    tokens = poison(case.tokens(), 1)
+    check_containment(partial(cuda.ensemble, case), tokens, oracle(case, tokens))
+
+
+def check_shift(cuda: CudaOnHost) -> None:
+    case = replace(SHIFTS["real"], size=(9, 32))
+    check_shift_sample(case, torch.float32, cuda.shift(case, case.image()))
+
+
+@pytest.mark.slow
+def test_the_stub_sees_what_it_should(tmp_path: Path) -> None:
+    """The checks of the tests must find each of the faults below, and nothing without one."""
+    faults: dict[str, tuple[str, str, str]] = {
+        "a missing barrier": ("mean.cu", "if (__syncthreads_or(!finite))", "if (!finite)"),
+        "a write beyond": (
+            "mean.cu",
+            "cell = row + cells.at",
+            "cell = row + plan.cell_bytes + cells.at",
+        ),
+        "a row that is not written": ("mean.cu", "place > last) break", "place >= last) break"),
+        "a run across a break": ("mean.cu", "if (breaks) plan", "if (breaks && cell % 7) plan"),
+        "a weight of 0 that is multiplied": (
+            "mean.cu",
+            "kExact && weight.at[x] == 0",
+            "kExact && false",
+        ),
+        "a token that is not finite": ("mean.cu", "return isfinite(check)", "return true"),
+        "ends that are not finite": (
+            "mean.cu",
+            "if (!kFinite && !isfinite(slope))",
+            "if (false)",
+        ),
+        "a piece of the workspace that is too small": (
+            "mean.cu",
+            "workspace.take<double>(args.views * rows)",
+            "workspace.take<double>(args.views * rows - 1)",
+        ),
+        "a line that is too short": ("shift.cu", "at < columns + taps_x - 1", "at < columns"),
+        "a missing barrier of a warp": (
+            "shift.cu",
+            "block.taps[0], own);\n      __syncwarp();",
+            "block.taps[0], own);",
+        ),
+        "none": ("mean.cu", "if (breaks) plan", "if (breaks) plan"),
+    }
+    checks = {"mean.cu": check_mean, "shift.cu": check_shift}
+    rest = objects()
+
+    def broken(fault: str) -> Path:
+        """The library with that fault."""
+        folder = tmp_path / fault.replace(" ", "_")
+        shutil.copytree(SOURCES, folder)
+        name, good, bad = faults[fault]
+        source = folder / "cuda" / name
+        text = source.read_text()
+        assert text.count(good) == 1, fault
+        source.write_text(text.replace(good, bad))
+        own = {name: compiled(source, folder / "broken.o", "-O0")}
+        return linked((rest | own).values(), folder / "broken.so")
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for fault, library in zip(faults, pool.map(broken, faults), strict=True):
+            with nullcontext() if fault == "none" else pytest.raises(AssertionError):
+                checks[faults[fault][0]](CudaOnHost(ctypes.CDLL(str(library))))
+
+
+# ---- launches -----------------------------------------------------------------------------------
+
+
+def calls(cuda: CudaOnHost) -> dict[str, Call]:
+    """One call of every kernel, with more views than the parameters of a kernel hold."""
+    plain = replace(ENSEMBLES["weights"], channels=72, batch=1)
+    case = replace(plain, offsets=plain.offsets * 40, weights=(1.0,) * 200)
+    shift = replace(SHIFTS["real"], offsets=SHIFTS["real"].offsets * 60, size=(20, 70))
+    tokens, grad, views = case.tokens(), torch.randn(case.shape), torch.randn(shift.shape)
+    few = replace(case, offsets=plain.offsets * 9)  # beyond 64 views it takes long
+    return {
+        "mean": partial(cuda.ensemble, case, tokens),
+        "median": partial(cuda.ensemble, few, tokens[:45], reduce="median"),
+        "moments": partial(cuda.ensemble, case, tokens, reduce="moments"),
+        "mean_backward": partial(cuda.mean_backward, case, grad),
+        "shift": partial(cuda.shift, shift, shift.image()),
+        "shift_backward": partial(cuda.shift_backward, shift, views),
+    }
+
+
+CALLS = (*REDUCES, "mean_backward", "shift", "shift_backward")
+each_call = pytest.mark.parametrize("name", CALLS)
+
+
+def test_number_of_launches(cuda: CudaOnHost) -> None:
+    for name, few, many in (("grid", 5, 0), ("weights", 5, 2)):
+        case = ENSEMBLES[name]
+        cuda.ensemble(case, case.tokens())
+        assert cuda.gpu.launches == few
+        if many:  # offsets and weights go up first
+            calls(cuda)["mean"]()
+            assert cuda.gpu.launches == few + many
+    calls(cuda)["shift"]()
+    assert cuda.gpu.launches == 3
+
+
+@each_call
+def test_every_launch_is_checked(name: str, cuda: CudaOnHost) -> None:
+    call = calls(cuda)[name]
+    call()
+    launches = cuda.gpu.launches
+    assert launches > 2
+    for failing in range(launches):
+        cuda.gpu.failing_launch = failing
+        with pytest.raises(RuntimeError, match=r"srt::\w+: CUDA: unspecified launch failure"):
+            call()
+        assert cuda.gpu.launches == failing + 1
+    cuda.gpu.failing_launch = launches
+    call()
+    assert cuda.gpu.launches == launches
+
+
+@pytest.mark.parametrize(
+    ("name", "tiles"), [*((name, "large") for name in CALLS), ("mean", "small")]
+)
+def test_a_grid_that_is_smaller_than_the_work(name: str, tiles: str, cuda: CudaOnHost) -> None:
+    cuda.tiles(tiles)
+    call = calls(cuda)[name]
+    expected = call().clone()
+    for max_grid in (1, 3):
+        cuda.gpu.max_grid = max_grid
+        assert torch.equal(call(), expected)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@each_reduce
+@pytest.mark.parametrize("shape", [(9, 0, 15, 4), (9, 1, 15, 0)])
+def test_nothing_to_do(
+    shape: tuple[int, ...], reduce: str, backward: bool, cuda: CudaOnHost
+) -> None:
+    args = EnsembleArgs(reduce=REDUCES.index(reduce), views=9, batch=shape[1], channels=shape[3])
+    function = cuda.library.ensemble
+    if backward:
+        function = partial(cuda.library.mean_backward, None)
+    numbers, size = byref(Numbers(None, "host").struct), c_int64(-1)
+    cuda.gpu.launches = 0
+    for workspace in (None, c_void_p(1)):
+        assert not function(byref(args), numbers, numbers, workspace, byref(size))
+    assert size.value == 0
+    assert cuda.gpu.launches == 0
+
+
+# ---- memory -------------------------------------------------------------------------------------
+
+
+@each_reduce
+def test_what_fits_l2_stays_there(reduce: str, cuda: CudaOnHost) -> None:
+    case = ENSEMBLES["grid"]
+    planes = 2 if reduce == "moments" else 1
+    size = planes * math.prod(case.shape) * torch.float32.itemsize + case.tokens().nbytes
+    fields = []
+    for l2_bytes in (size, size - 1):
+        cuda.gpu.l2_bytes = l2_bytes
+        fields.append(cuda.ensemble(case, case.tokens(), reduce=reduce).clone())
+        assert (cuda.gpu.evict_first == 0) == (l2_bytes == size)
+    assert torch.equal(*fields)
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+def test_views_that_fit_l2_stay_there(dtype: torch.dtype, cuda: CudaOnHost) -> None:
+    case = SHIFTS["real"]
+    image = case.image(dtype)
+    size = (len(case.offsets) + 1) * image.nbytes
+    views = []
+    for l2_bytes in (size, size - 1):
+        cuda.gpu.l2_bytes = l2_bytes
+        views.append(cuda.shift(case, image).clone())
+        assert (cuda.gpu.evict_first == 0) == (l2_bytes == size)
+    assert torch.equal(*views)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "padded", "steps"])
+def test_moments_into_any_strides(layout: str, cuda: CudaOnHost) -> None:
+    """The op has no out= for moments."""
+    case = ENSEMBLES["stride"]
+    expected = cuda.ensemble(case, case.tokens(), reduce="moments")
+    assert torch.equal(
+        cuda.ensemble(case, case.tokens(), reduce="moments", layout=layout), expected
+    )
+
+
+# ---- the ops ------------------------------------------------------------------------------------
+
+OPS = """
+import ctypes, sys
+import pytest, torch
+import srt_ext
+from backends import HostDevice
+
+torch.ops.load_library(sys.argv[1])  # in the place of the CPU kernels
+library = ctypes.CDLL(sys.argv[1])
+library.device.restype = ctypes.POINTER(HostDevice)
+gpu = library.device().contents
+gpu.stream = 0x5EED
+
+def launches():
+    count, gpu.launches = gpu.launches, 0
+    return count
+
+tokens, offsets = torch.ones(2, 1, 6, 16), torch.zeros(2, 2)
+args = (tokens, offsets, (2, 3), (4, 4))
+for call, count in (
+    (lambda: srt_ext.ensemble(*args), 5),
+    (lambda: srt_ext.ensemble(*args, reduce="median"), 4),
+    (lambda: srt_ext.ensemble_moments(*args), 4),
+    (lambda: srt_ext.shift(torch.ones(1, 1, 4, 4), offsets), 1),
+):
+    launches()
+    call()
+    assert launches() == count
+for wrong in ({"out": tokens}, {"weights": torch.ones(3)}, {"upsample": "cubic"}):
+    with pytest.raises(ValueError):
+        srt_ext.ensemble(*args, **wrong)
+assert launches() == 0
+for ensemble in (torch.ops.srt.ensemble, srt_ext.ensemble):
+    gpu.failing_launch = 2
+    launches()
+    with pytest.raises(RuntimeError, match="srt::ensemble: CUDA: unspecified launch failure"):
+        ensemble(*args)
+gpu.failing_launch = -1
+tests = "cpu-baseline or strides or dtype_and_stride or no_pixels"
+assert pytest.main(["-q", "-p", "no:cacheprovider", "-k", tests, *sys.argv[2:]]) == 0
+assert library.live_guards() == 0
+"""
+
+
+@pytest.mark.slow
+def test_ops(tmp_path: Path) -> None:
+    """The glue, through the dispatcher; every tensor counts as one on the device."""
+    torch_path = Path(torch.__file__).parent
+    kernels = [path for name, path in objects().items() if name != "host.cpp"]
+    flags = ("-O1", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000")
+    glue = compiled(STUB / "glue.cpp", tmp_path / "glue.o", *flags, f"-isystem{torch_path}/include")
+    link = ("-Wl,-Bsymbolic", "-L", f"{torch_path}/lib", "-ltorch_cpu")
+    library = linked([glue, *kernels], tmp_path / "ops.so", *link)
+    names = ("mean", "median", "moments", "shift", "stream_kernels", "kernel_gradients")
+    tests = [str(ROOT / "python_tests" / f"test_{name}.py") for name in names]
+    result = subprocess.run(
+        [sys.executable, "-c", OPS, str(library), *tests],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "python_tests")))},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr

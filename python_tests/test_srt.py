@@ -1,0 +1,310 @@
+"""SRT around small exact models: its fields are those of the oracle, however views come."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from peak import needs_proc, peak_of
+
+import srt_ext
+from srt_ext import SRT, reference, views
+from srt_ext import srt as srt_module
+
+PATCH = (8, 4)
+
+
+def pooled(images: torch.Tensor) -> torch.Tensor:
+    """A model whose tokens are patch means: images [B, 3, H, W] -> [B, h * w, 3]."""
+    return F.avg_pool2d(images, PATCH).flatten(2).transpose(1, 2)
+
+
+def with_prefix(images: torch.Tensor) -> torch.Tensor:
+    """Two prefix tokens, the mean of the image and ones, before the patches."""
+    mean = images.mean((2, 3))[:, None]
+    return torch.cat([mean, torch.ones_like(mean), pooled(images)], 1)
+
+
+def expected_field(
+    model: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, srt: SRT
+) -> torch.Tensor:
+    """From the oracle, in float64 and without batches: images of whole patches."""
+    shifted = reference.shift(images, srt.views).float()
+    tokens = torch.stack([model(view) for view in shifted])[:, :, srt.backbone.prefix or 0 :]
+    grid = (images.shape[2] // PATCH[0], images.shape[3] // PATCH[1])
+    return reference.ensemble(
+        tokens, srt.views, grid, PATCH, border=srt.border, stride=srt.stride
+    ).float()
+
+
+@pytest.mark.parametrize(
+    ("stride", "view_batch", "border"),
+    [
+        (1, 49, "coverage"),  # all at once
+        (1, 4, "zeros"),  # batches, one ensemble
+        (PATCH, 4, "coverage"),  # token scale: parts of one batch
+        (PATCH, 4, "clamp"),
+        ((2, 2), 3, "zeros"),  # parts of several batches, the last one short
+        ((40, 20), 1, "coverage"),  # one cell
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_views_in_batches_equal_the_oracle(
+    stride: Any, view_batch: int, border: str, streaming: bool
+) -> None:
+    images = torch.randn(2, 3, 40, 20, generator=torch.Generator().manual_seed(0))
+    offsets = torch.cat([views.grid(3), torch.tensor([[0.4, -1.7], [21.0, 3.0]])])
+    settings: dict[str, Any] = {"stride": stride, "view_batch": view_batch, "border": border}
+    srt = SRT(with_prefix, offsets, patch=PATCH, prefix=2, streaming=streaming, **settings)
+    field, prefix = srt(images)
+    torch.testing.assert_close(field, expected_field(with_prefix, images, srt))
+    means = srt_ext.shift(images, srt.views).mean((0, 3, 4))
+    torch.testing.assert_close(prefix, torch.stack([means, torch.ones_like(means)], 1))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_tokens_are_those_of_the_model_for_each_view(weighted: bool) -> None:
+    """Batches of equal size, in the order of the views, dense, and without gradients."""
+    conv = torch.nn.Conv2d(3, 6, PATCH, stride=PATCH)  # a map: its tokens are not dense
+    offsets = views.grid(1)
+    weights = torch.arange(9.0) if weighted else None
+    images = torch.randn(2, 3, 37, 20)
+    srt = SRT(conv, (offsets, weights), patch=PATCH, view_batch=4)  # type: ignore[arg-type]
+    batches = list(srt.tokens(images))
+    assert [len(batch.offsets) for batch in batches] == [3, 3, 3]
+    assert torch.equal(torch.cat([batch.offsets for batch in batches]), offsets)
+    if weighted:
+        assert torch.equal(torch.cat([batch.weights for batch in batches]), weights)
+    else:
+        assert all(batch.weights is None for batch in batches)
+    shifted = srt_ext.shift(F.pad(images, (0, 0, 0, 3), mode="replicate"), offsets)
+    expected = conv(shifted.flatten(0, 1)).flatten(2).transpose(1, 2).unflatten(0, (9, 2))
+    torch.testing.assert_close(torch.cat([b.layers[0].tokens for b in batches]), expected)
+    for batch in batches:
+        (layer,) = batch.layers
+        assert (layer.grid, layer.patch, layer.prefix) == ((5, 5), PATCH, None)
+        assert layer.tokens.stride(3) == 1
+        assert not layer.tokens.requires_grad
+    with pytest.raises(ValueError, match="images must be"):
+        srt.tokens(torch.zeros(3, 8, 8))  # before the first batch is requested
+
+
+def test_tokens_of_several_layers_have_their_own_patch_and_prefix() -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 4, stride=4), torch.nn.AvgPool2d(2))
+    srt = SRT(model, views.grid(0), layers=["0", "1"], patch=4)
+    with pytest.warns(UserWarning, match="taken for NCHW"):
+        (batch,) = srt.tokens(torch.zeros(2, 3, 16, 24))
+    assert [layer.tokens.shape for layer in batch.layers] == [(1, 2, 24, 4), (1, 2, 6, 4)]
+    assert [layer.patch for layer in batch.layers] == [(4, 4), (8, 8)]
+
+
+def test_a_cell_that_no_view_covers_is_zero() -> None:
+    settings: dict[str, Any] = {"stride": PATCH, "view_batch": 1, "patch": PATCH}
+    field = SRT(pooled, torch.full((5, 2), 30.0), **settings)(torch.ones(1, 3, 40, 20)).field
+    assert torch.equal(field, torch.zeros(1, 3, 5, 5))
+    field = SRT(pooled, torch.tensor([[8.0, 0.0]] * 5), **settings)(torch.ones(1, 3, 40, 20)).field
+    torch.testing.assert_close(field[:, :, :4], torch.ones(1, 3, 4, 5))
+    assert torch.equal(field[:, :, 4:], torch.zeros(1, 3, 1, 5))
+
+
+@pytest.mark.parametrize(("height", "width"), [(37, 19), (1, 1), (33, 20)])
+@pytest.mark.parametrize("stride", [1, (2, 4), PATCH])
+def test_any_size_is_padded_and_cropped_back(height: int, width: int, stride: Any) -> None:
+    images = torch.randn(1, 3, height, width)
+    whole = F.pad(images, (0, -width % PATCH[1], 0, -height % PATCH[0]), mode="replicate")
+    srt = SRT(pooled, "grid:1", stride=stride, patch=PATCH)
+    field = srt(images).field
+    sh, sw = srt.stride
+    assert field.shape[2:] == (-(-height // sh), -(-width // sw))
+    assert torch.equal(field, srt(whole).field[:, :, : field.shape[2], : field.shape[3]])
+
+
+@pytest.mark.parametrize("reduce", ["mean", "median"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_tokens_held_do_not_grow_with_the_views(
+    reduce: str, streaming: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At token scale, or streaming, those of one batch of views, however many views there are."""
+    held: list[int] = []
+    kinds = srt_module._RUNNING
+
+    class Spy(kinds[reduce]):  # type: ignore[misc]
+        def update(self, tokens: torch.Tensor, *others: torch.Tensor | None) -> None:
+            held.append(tokens.untyped_storage().nbytes())
+            super().update(tokens, *others)
+
+    monkeypatch.setitem(kinds, reduce, Spy)
+    for radius in (1, 4):
+        settings: dict[str, Any] = {"stride": PATCH, "view_batch": 3, "patch": PATCH}
+        srt = SRT(pooled, views.grid(radius), reduce=reduce, streaming=streaming, **settings)
+        srt(torch.randn(1, 3, 40, 20))
+    if reduce == "median" and not streaming:
+        assert not held  # an exact median holds all
+    else:
+        assert max(held) == 3 * 25 * 3 * 4  # views * tokens * channels * bytes
+
+
+def test_median_and_moments_are_those_of_the_ops() -> None:
+    images = torch.randn(1, 3, 40, 20)
+    offsets = views.grid(2)
+    tokens = torch.stack([pooled(view) for view in srt_ext.shift(images, offsets)])
+    args = (tokens, offsets, (5, 5), PATCH)
+    srt = SRT(pooled, offsets, patch=PATCH, reduce="median")
+    assert torch.equal(srt(images).field, srt_ext.ensemble(*args, reduce="median"))
+    mean, var = srt_ext.ensemble_moments(*args)
+    moments = srt.moments(images)
+    assert torch.equal(moments.mean, mean)
+    assert torch.equal(moments.var, var)
+    assert moments.prefix is None
+    streamed = SRT(pooled, offsets, patch=PATCH, streaming=True).moments(images)
+    torch.testing.assert_close(streamed, moments)
+
+
+def test_a_streamed_median_is_close() -> None:
+    """Views in raster order would drift: SRT spreads them."""
+    images = torch.randn(1, 3, 40, 20)
+    fields = [
+        SRT(pooled, "grid:3", patch=PATCH, reduce="median", streaming=s, view_batch=4)(images).field
+        for s in (False, True)
+    ]
+    spread = SRT(pooled, "grid:3", patch=PATCH).moments(images).var.sqrt().mean()
+    assert (fields[0] - fields[1]).abs().mean() < 0.02 * spread
+
+
+MEMORY = """
+from srt_ext import SRT, views
+
+def model(images):  # 4096 channels for a grid of 8 x 8
+    return images[:, :1, ::8, ::8].flatten(2).transpose(1, 2).expand(-1, -1, 4096)
+
+def field(radius):
+    return SRT(model, views.grid(radius), stride=2, view_batch=2, patch=8)(image).field
+
+image = torch.ones(1, 3, 64, 64)
+field(0)
+"""
+
+
+@needs_proc
+@pytest.mark.slow
+@pytest.mark.parametrize("radius", [4, 8])
+def test_memory_is_two_outputs_and_a_batch(radius: int) -> None:
+    """The tokens of 81 views are 5 times the output, those of 289 views 18 times."""
+    right = "((result - 1).abs() < 1e-5).all()"
+    taken, output = peak_of(MEMORY, f"field({radius})", right)
+    assert 2 * output <= taken < 2.25 * output
+
+
+def test_progress_counts_views() -> None:
+    done: list[int] = []
+    SRT(pooled, "grid:1", view_batch=4, patch=PATCH)(torch.zeros(1, 3, 8, 8), done.append)
+    assert done == [3, 6, 9]  # three batches of one size
+
+
+@pytest.mark.parametrize(("stride", "view_batch"), [(1, 49), (PATCH, 2)])
+def test_half_precision_tokens_keep_their_dtype(stride: Any, view_batch: int) -> None:
+    images = torch.randn(1, 3, 40, 20)
+    settings: dict[str, Any] = {"stride": stride, "view_batch": view_batch, "patch": PATCH}
+    field = SRT(lambda x: pooled(x).bfloat16(), "grid:2", **settings)(images).field
+    assert field.dtype == torch.bfloat16
+    exact = SRT(pooled, "grid:2", **settings)(images).field
+    torch.testing.assert_close(field.float(), exact, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"patch": None}, ValueError, "patch must be given"),
+        ({"patch": 0}, ValueError, "patch must be two integers >= 1"),
+        ({"patch": "8"}, TypeError, "patch must be two integers >= 1"),
+        ({"prefix": -1}, ValueError, "prefix must be an integer >= 0; got -1"),
+        ({"prefix": 1.0}, TypeError, "prefix must be an integer >= 0; got 1.0"),
+        ({"stride": (2,)}, ValueError, "stride must be two integers >= 1"),
+        ({"stride": 2.0}, TypeError, "stride must be two integers >= 1, .*; got 2.0"),
+        ({"view_batch": 0}, ValueError, "view_batch must be an integer >= 1; got 0"),
+        ({"view_batch": 2.5}, TypeError, "view_batch must be an integer >= 1; got 2.5"),
+        ({"border": "mirror"}, ValueError, "border must be one of .*; got 'mirror'"),
+        ({"border": None}, TypeError, "border must be a string"),
+        ({"padding": "mirror"}, ValueError, "padding must be one of"),
+        # Views are checked before the model runs; test_views.py has the rest.
+        ({"views": "ring:3"}, ValueError, "views must be"),
+        ({"views": [[0, 0]]}, TypeError, "views must be a torch.Tensor, .*; got list"),
+        ({"views": torch.zeros(2, 2).int()}, TypeError, "offsets must be float32 or float64"),
+        ({"views": torch.tensor([[0.0, torch.nan]])}, ValueError, "offsets must be finite"),
+        ({"views": torch.tensor([[0.0, 2.0**21]])}, ValueError, "must be finite and at most"),
+        (
+            {"views": (torch.zeros(2, 2), torch.tensor([1.0, -1.0]))},
+            ValueError,
+            "weights must be finite and",
+        ),
+        (
+            {"views": (torch.zeros(2, 2), torch.zeros(2))},
+            ValueError,
+            r"not all be 0; got \[0.0, 0.0\]",
+        ),
+    ],
+)
+def test_wrong_settings_are_refused(
+    arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        SRT(pooled, **{"patch": PATCH, **arguments})
+
+
+def test_wrong_inputs_are_refused() -> None:
+    srt = SRT(pooled, patch=PATCH)
+    with pytest.raises(ValueError, match="images must be"):
+        srt(torch.zeros(3, 8, 8))
+    with pytest.raises(ValueError, match="must have pixels"):
+        srt(torch.zeros(1, 3, 0, 8))
+    with pytest.raises(ValueError, match="stride must divide"):
+        SRT(pooled, stride=3, patch=PATCH)(torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ValueError, match="the model must return tokens"):
+        SRT(with_prefix, patch=PATCH, prefix=1)(torch.zeros(1, 3, 8, 8))
+    with pytest.raises(TypeError, match="callable"):
+        SRT(3, patch=PATCH)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"images must be a torch.Tensor; got list"):
+        srt([[0.0]])
+
+
+def test_views_that_do_not_count_reach_nothing() -> None:
+    def fails_to_the_right(images: torch.Tensor) -> torch.Tensor:
+        tokens = with_prefix(images)
+        tokens[images[:, 0, 0, 0] == 0] = torch.inf
+        return tokens
+
+    design = (torch.tensor([[0.0, 0.0], [0.0, 1.0]]), torch.tensor([2.0, 0.0]))
+    srt = SRT(fails_to_the_right, design, patch=PATCH, prefix=2, padding="zeros")
+    field, prefix = srt(torch.ones(1, 3, 16, 8))
+    assert torch.equal(field, torch.ones(1, 3, 16, 8))
+    assert torch.equal(prefix, torch.ones(1, 2, 3))
+
+
+class Pooled(torch.nn.Module):
+    """With a parameter, to be cast."""
+
+    def __init__(self, channels: int = 3) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(channels))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return pooled(images)[..., :1] * self.scale
+
+
+def test_srt_is_a_module_that_can_be_copied_and_cast() -> None:
+    """And its model may be replaced."""
+    srt = SRT(Pooled(), views.grid(1) + 0.3, patch=PATCH)
+    twin = copy.deepcopy(srt).double()
+    assert {p.dtype for p in twin.parameters()} == {torch.float64}
+    assert {p.dtype for p in srt.parameters()} == {torch.float32}
+    assert torch.equal(twin.views, srt.views)
+    images = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(
+        twin(images.double()).field.float(), srt(images).field, atol=1e-4, rtol=1e-4
+    )
+    srt.model = Pooled(channels=5)
+    assert srt(images).field.shape == (1, 5, 32, 32)

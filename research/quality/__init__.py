@@ -1,0 +1,1 @@
+"""``python -m research.quality``: does SRT help on real labels, at what cost?"""

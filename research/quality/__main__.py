@@ -1,0 +1,202 @@
+"""``python -m research.quality --data DIR --weights FILE``: quality against cost.
+
+``DIR`` holds ``davis``, ``camvid`` and ``nyu``, each in the data set's own layout; what is absent
+is left out. Writes research/results/quality.json, and quality.md and quality.svg beside it;
+without ``--data`` the latter two again from the JSON. What the JSON has is not measured again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from benchmarks.common import MODEL, load, machine, save
+from research import RESULTS
+from research.quality import data as sets
+from research.quality import davis, probes, report
+from research.quality.fields import Fields, Network, seconds
+from research.quality.settings import Setting, settings
+
+Row = dict[str, Any]
+Scores = dict[str, float]
+
+
+class Extent(str, Enum):
+    quick = "quick"
+    main = "main"
+    study = "study"
+
+
+class Table:
+    """The rows of the JSON. A row is known by all that it says, but for its scores."""
+
+    def __init__(self, path: Path, facts: Row) -> None:
+        self.path = path
+        self.results: Row = load(path) if path.is_file() else {"rows": []}
+        self.results["machine"] = facts
+
+    @staticmethod
+    def key(row: Row) -> tuple[tuple[str, Any], ...]:
+        return tuple(sorted((name, value) for name, value in row.items() if name != "scores"))
+
+    def missing(self, wanted: list[Setting], about: Row) -> list[Setting]:
+        done = {self.key(row) for row in self.results["rows"]}
+        return [s for s in wanted if self.key({**about, **s.row()}) not in done]
+
+    def add(self, found: list[Setting], about: Row, scores: list[Scores]) -> None:
+        """Saved whole or not at all, so that a run that is ended leaves what it had."""
+        for setting, score in zip(found, scores, strict=True):
+            rounded = {name: round(value, 5) for name, value in score.items()}
+            self.results["rows"].append({**about, **setting.row(), "scores": rounded})
+        draft = self.path.with_suffix(".part")
+        save(self.results, draft)
+        os.replace(draft, self.path)
+
+
+@contextmanager
+def bar(what: str, total: int) -> Iterator[Callable[[], None]]:
+    """A progress bar, as a function that says that one more is done."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Progress(*columns) as shown:
+        task = shown.add_task(what, total=total)
+        yield lambda: shown.advance(task)
+
+
+def run_davis(
+    table: Table,
+    network: Network,
+    wanted: list[Setting],
+    folder: Path,
+    protocol: davis.Protocol,
+    limit: int,
+) -> None:
+    sequences = sets.davis_sequences(folder)
+    for name in sequences[:limit] if limit else sequences:
+        about = {"task": "davis", "item": name, "protocol": protocol.words(), "model": network.name}
+        if missing := table.missing(wanted, about):
+            frames = len(sets.davis_frames(folder, name, protocol.frames))
+            with bar(f"DAVIS {name}, {len(missing)} settings", frames) as progress:
+                scores = davis.run(network, missing, folder, name, protocol, progress)
+            table.add(missing, about, scores)
+
+
+def run_probe(
+    table: Table,
+    network: Network,
+    wanted: list[Setting],
+    name: str,
+    protocol: probes.Protocol,
+    load_part: Callable[[str], list[sets.Picture]],
+) -> None:
+    about = {"task": name, "item": "", "protocol": protocol.words(), "model": network.name}
+    missing = table.missing(wanted, about)
+    if not missing:
+        return
+    train, test = load_part("train"), load_part("test")
+    measure = probes.segmentation if name == "camvid" else probes.depth
+    if name == "camvid":  # whose plain head is wanted, too
+        layers = {s.layer for s in missing}
+        missing += [
+            s for s in wanted if s.family == "plain" and s.layer in layers and s not in missing
+        ]
+    with bar(f"{name}, {len(missing)} settings", len(train) + len(test or train)) as progress:
+        scores = measure(network, missing, train, test, protocol, progress)
+    new = table.missing(missing, about)
+    table.add(new, about, [scores[missing.index(s)] for s in new])
+
+
+def run_costs(table: Table, network: Network, wanted: list[Setting], height: int) -> None:
+    """Of one picture, 16 : 9: medians of three readings, of all settings in turn."""
+    pixels = sets.resized(
+        torch.zeros(360, 640, 3, dtype=torch.uint8).numpy(), height, network.patch
+    )
+    shape = f"{pixels.shape[0]} x {pixels.shape[1]}"
+    words = f"{height or 'full'} pixels high"  # as in the protocols whose cost it is
+    about = {"task": "cost", "item": shape, "protocol": words, "model": network.name}
+    missing = table.missing(wanted, about)
+    missing = [s for s in missing if not (s.unit or s.centre)]  # which SRT does not do by itself
+    if not missing:
+        return
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(256, pixels.shape, dtype=torch.uint8, generator=generator).numpy()
+    Fields(network, missing[:1]).of(noise)
+    readings: list[list[float]] = [[] for _ in missing]
+    with bar("cost", 3 * len(missing)) as progress:
+        for turn in range(3):
+            for setting, taken in zip(missing, readings, strict=True):
+                taken.append(seconds(network, setting, noise, check=turn == 0))
+                progress()
+    table.add(missing, about, [{"seconds": median(taken)} for taken in readings])
+
+
+def main(
+    data: Annotated[Path | None, typer.Option(help="Holds davis, camvid, nyu.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="A .safetensors state dict.")] = None,
+    model: Annotated[str, typer.Option(help="A model of timm.")] = MODEL,
+    layers: Annotated[list[int], typer.Option("--layer", help="From 0; repeat.")] = [7, 11],  # noqa: B006
+    extent: Annotated[Extent, typer.Option(help="Which settings.")] = Extent.main,
+    tasks: Annotated[str, typer.Option(help="Of davis,camvid,depth.")] = "davis,camvid,depth",
+    height: Annotated[int, typer.Option(help="Pixels of pictures; 0: their own.")] = 0,
+    sequences: Annotated[int, typer.Option(help="Of DAVIS; 0: all.")] = 0,
+    frames: Annotated[int, typer.Option(help="Scored in each sequence; 0: all.")] = 0,
+    pictures: Annotated[int, typer.Option(help="To train and to test on, each; 0: all.")] = 0,
+    points: Annotated[int, typer.Option(help="Pixels of each that a head learns from.")] = 400,
+    device: str = "cpu",
+    output: Path = RESULTS / "quality.json",
+) -> None:
+    """Measures what the JSON lacks, writes it, the tables and the plot."""
+    if data is not None:
+        torch.manual_seed(0)
+        names = tasks.split(",")
+        if unknown := set(names) - {"davis", "camvid", "depth"}:
+            raise typer.BadParameter(f"--tasks must be of davis, camvid, depth; got {unknown}")
+        network = Network(model, weights, layers, device)
+        wanted = settings(layers, network.patch, extent.value)
+        table = Table(output, machine())
+        run_costs(table, network, [s for s in wanted if s.family != "labels"], height)
+        # A field of a quarter patch has nothing for a linear head, which is enlarged anyway.
+        coarse = [s for s in wanted if s.stride >= network.patch // 2 and s.family != "labels"]
+        if "davis" in names and (data / "davis").is_dir():
+            protocol = davis.Protocol(height, frames)
+            run_davis(table, network, wanted, data / "davis", protocol, sequences)
+        head = probes.Protocol(height, pictures, pictures, points)
+
+        def camvid(part: str) -> list[sets.Picture]:
+            return sets.camvid(data / "camvid", part, pictures, height, network.patch)
+
+        def nyu(part: str) -> list[sets.Picture]:
+            return sets.nyu(data / "nyu", part, pictures, height, network.patch)
+
+        def motorcycle(part: str) -> list[sets.Picture]:
+            return sets.motorcycle(height, network.patch) if part == "train" else []
+
+        if "camvid" in names and (data / "camvid").is_dir():
+            run_probe(table, network, coarse, "camvid", head, camvid)
+        if "depth" in names:
+            whole = probes.Protocol(height, 0, 0, 5 * points)
+            run_probe(table, network, coarse, "motorcycle", whole, motorcycle)
+            if (data / "nyu").is_dir():
+                run_probe(table, network, coarse, "nyu", head, nyu)
+    results = load(output)
+    text = report.document(results)
+    output.with_suffix(".md").write_text(text)
+    report.plot(results, output.with_suffix(".svg"))
+    print(text)
+
+
+if __name__ == "__main__":
+    typer.run(main)

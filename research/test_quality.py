@@ -1,0 +1,334 @@
+"""The benchmark of quality: its measures on cases made by hand, and its bookkeeping."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("typer")
+pytest.importorskip("timm")
+pytest.importorskip("sklearn")
+pytest.importorskip("skimage")
+
+from benchmarks.common import load
+from research import RESULTS
+from research.quality import __main__ as command
+from research.quality import data, davis, metrics, probes, report
+from research.quality.fields import Fields, Network, read, seconds, unit
+from research.quality.settings import Setting, settings
+
+# ---- measures -----------------------------------------------------------------------------------
+
+
+def square(size: int, y: int, x: int, side: int) -> np.ndarray:
+    mask = np.zeros((size, size), dtype=bool)
+    mask[y : y + side, x : x + side] = True
+    return mask
+
+
+def test_region_is_intersection_over_union() -> None:
+    truth = square(32, 8, 8, 8)
+    assert metrics.region(truth, truth) == 1
+    assert metrics.region(square(32, 8, 12, 8), truth) == pytest.approx(32 / 96)
+    assert metrics.region(np.zeros_like(truth), np.zeros_like(truth)) == 1
+
+
+def test_boundary_forgives_what_is_within_the_tolerance() -> None:
+    truth = square(100, 30, 30, 40)  # 0.008 of the diagonal of 141 pixels, rounded up: 2
+    assert metrics.boundary(truth, truth) == 1
+    assert metrics.boundary(square(100, 32, 30, 40), truth) == 1
+    assert metrics.boundary(square(100, 50, 50, 40), truth) < 0.2
+    assert metrics.boundary(np.zeros_like(truth), truth) == 0
+    empty = np.zeros_like(truth)
+    assert metrics.boundary(empty, empty) == 1
+
+
+def test_matches_are_those_of_dilation_by_a_disk() -> None:
+    from scipy.ndimage import binary_dilation
+    from skimage.morphology import disk
+
+    generator = np.random.default_rng(0)
+    lines, truth = generator.random((2, 40, 40)) > 0.98
+    for radius in (1, 3):
+        near = [binary_dilation(of, disk(radius)) for of in (truth, lines)]
+        expected = ((lines & near[0]).sum(), lines.sum(), (truth & near[1]).sum(), truth.sum())
+        assert metrics.matched(lines, truth, radius) == expected
+
+
+def test_mean_iou_leaves_void_out() -> None:
+    truth = np.array([[0, 0, 1, 11], [1, 1, 2, 11]])
+    labels = np.array([[0, 1, 1, 0], [1, 1, 2, 2]])
+    counts = metrics.confusion(labels, truth, 11)
+    assert counts.sum() == 6
+    assert metrics.mean_iou(counts) == pytest.approx((1 / 2 + 3 / 4 + 1) / 3)
+
+
+def test_edges_of_a_step_lie_on_it() -> None:
+    field = torch.zeros(2, 16, 16)
+    field[0, :, :8], field[1, :, 8:] = 1, 1
+    truth = np.zeros((64, 64), dtype=bool)
+    truth[:, 31] = True
+    strength = probes.edge_strength(field, (64, 64))
+    assert metrics.best_f(metrics.edge_counts(strength, truth, [0.05, 0.1], 0.03)) > 0.9
+    assert metrics.best_f(metrics.edge_counts(strength, truth.T, [0.05, 0.1], 0.03)) < 0.3
+
+
+def test_errors_of_depth() -> None:
+    truth = np.array([1.0, 2.0, 4.0])
+    assert metrics.depth_errors(truth, truth) == {"rmse": 0, "abs_rel": 0, "delta": 1}
+    errors = metrics.depth_errors(truth * [1, 1, 2], truth)
+    assert errors["rmse"] == pytest.approx(4 / 3**0.5)
+    assert errors["delta"] == pytest.approx(2 / 3)
+
+
+# ---- propagation --------------------------------------------------------------------------------
+
+
+def propagate_slowly(
+    target: torch.Tensor,
+    sources: list[torch.Tensor],
+    labels: list[torch.Tensor],
+    reach: int,
+    k: int,
+    temperature: float,
+) -> torch.Tensor:
+    """As :func:`davis.propagate`, cell by cell."""
+    _, h, w = target.shape
+    found = torch.zeros_like(labels[0])
+    for y in range(h):
+        for x in range(w):
+            near = [
+                (float(target[:, y, x] @ source[:, j, i]), label[:, j, i])
+                for source, label in zip(sources, labels, strict=True)
+                for j in range(max(0, y - reach), min(h, y + reach + 1))
+                for i in range(max(0, x - reach), min(w, x + reach + 1))
+            ]
+            near = sorted(near, key=lambda pair: -pair[0])[:k]
+            shares = torch.tensor([value for value, _ in near]).div(temperature).softmax(0)
+            found[:, y, x] = sum(s * label for s, (_, label) in zip(shares, near, strict=True))
+    return found
+
+
+def test_propagation_is_that_of_each_cell_by_itself() -> None:
+    generator = torch.Generator().manual_seed(0)
+    frames = [unit(torch.randn(6, 17, 25, generator=generator)) for _ in range(3)]
+    labels = [torch.rand(3, 17, 25, generator=generator) for _ in range(2)]
+    arguments: Any = (frames[0], frames[1:], labels, 3, 4, 0.1)
+    torch.testing.assert_close(davis.propagate(*arguments), propagate_slowly(*arguments))
+
+
+def test_propagation_onto_itself_keeps_the_labels() -> None:
+    frame = unit(torch.randn(64, 20, 30, generator=torch.Generator().manual_seed(0)))
+    labels = torch.rand(2, 20, 30)
+    torch.testing.assert_close(davis.propagate(frame, [frame], [labels], 4, 1, 0.1), labels)
+
+
+def test_propagation_follows_a_shift_within_its_reach() -> None:
+    frame = unit(torch.randn(64, 20, 30, generator=torch.Generator().manual_seed(0)))
+    labels = torch.rand(2, 20, 30)
+    moved = frame.roll((2, -3), (1, 2))
+    found = davis.propagate(moved, [frame], [labels], 3, 1, 0.1)
+    torch.testing.assert_close(found[:, 2:, :-3], labels.roll((2, -3), (1, 2))[:, 2:, :-3])
+    assert not torch.allclose(davis.propagate(moved, [frame], [labels], 2, 1, 0.1), found)
+
+
+def test_labels_themselves_are_the_bound_of_a_grid(network: Network, davis_folder: Path) -> None:
+    wanted = [
+        Setting("labels", "grid:0", 1, stride, upsample="nearest")
+        for stride in (network.patch, network.patch // 4)
+    ]
+    (coarse, fine) = davis.run(
+        network, wanted, davis_folder, "one", davis.Protocol(0, 0), lambda: None
+    )
+    assert coarse["J"] < fine["J"]
+    assert fine["J"] > 0.95  # the square lies on whole cells; its corners are cut
+
+
+def test_labels_are_shares_of_cells() -> None:
+    labels = np.zeros((8, 8), dtype=np.int64)
+    labels[:, :3] = 255
+    shares = davis.one_hot(labels, [255], torch.Size([2, 2]))
+    assert shares[1].tolist() == [[0.75, 0], [0.75, 0]]
+    assert torch.equal(shares.sum(0), torch.ones(2, 2))
+
+
+# ---- fields and heads ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Network:
+    """A ViT-Ti/16 of two blocks without training."""
+    import timm
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_file(timm.create_model("test_vit").state_dict(), path)
+    return Network("test_vit", path, [0, 1], "cpu")
+
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+
+
+def test_fields_are_those_of_srt(network: Network) -> None:
+    chosen = settings([0, 1], network.patch, "main")
+    assert len(set(chosen)) == len(chosen)
+    for setting in {(s.family, s.reduce, s.stride): s for s in chosen}.values():
+        assert seconds(network, setting, PIXELS)  # compares them
+
+
+def test_the_middle_of_a_cell_is_the_token(network: Network) -> None:
+    """One view, bilinear: read in the middle, it is the token; the mean over the cell is not."""
+    ways = [
+        Setting("plain", "grid:0", 1, network.patch, upsample="nearest"),
+        Setting("study", "grid:0", 1, network.patch, centre=True),
+        Setting("study", "grid:0", 1, network.patch),
+    ]
+    plain, centre, blurred = Fields(network, ways).of(PIXELS)
+    # Four pixels half a pixel from the middle: nearly there.
+    assert (centre - plain).norm() < 0.2 * (blurred - plain).norm()
+
+
+def test_read_is_what_lies_there() -> None:
+    field = torch.arange(12.0).reshape(1, 3, 4)
+    points = torch.tensor([[0.5 / 3, 0.5 / 4], [2.5 / 3, 1.5 / 4], [0.5 / 3, 1 / 4]])
+    assert read(field, points)[:, 0].tolist() == pytest.approx([0, 9, 0.5], abs=1e-5)
+
+
+def test_a_head_that_can_see_the_class_finds_it(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fields that are the truth itself give mIoU 1, and disparity without an error."""
+    pictures = []
+    for seed in range(3):
+        truth = np.random.default_rng(seed).integers(0, 3, (4, 4)).repeat(12, 0).repeat(16, 1)
+        pictures.append(data.Picture(str(seed), PIXELS, truth))
+    shown = iter([*pictures, *pictures] * 2)
+
+    def of(self: Fields, pixels: np.ndarray) -> list[torch.Tensor]:
+        truth = torch.from_numpy(next(shown).truth)
+        return [torch.stack([truth == i for i in range(3)]).float()]
+
+    monkeypatch.setattr(Fields, "of", of)
+    plain = [Setting("plain", "grid:0", 1, network.patch)]
+    protocol = probes.Protocol(0, 0, 0, 500)
+    arguments: Any = (network, plain, pictures, pictures, protocol, lambda: None)
+    (scores,) = probes.segmentation(*arguments)
+    assert scores["miou"] == scores["miou_plain_head"] == 1
+    deep = [picture._replace(truth=picture.truth + 1.0) for picture in pictures]
+    (errors,) = probes.depth(network, plain, deep, [], protocol, lambda: None)
+    assert errors["rmse"] < 0.01
+
+
+# ---- data sets and resumption -------------------------------------------------------------------
+
+
+def write(path: Path, array: np.ndarray) -> None:
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+
+
+@pytest.fixture
+def davis_folder(tmp_path: Path) -> Path:
+    """Two sequences of four frames, a square that moves."""
+    folder = tmp_path / "davis"
+    generator = np.random.default_rng(0)
+    for name in ("one", "two"):
+        ground = generator.integers(0, 100, (48, 64, 3), dtype=np.uint8)
+        for i in range(4):
+            frame, mask = ground.copy(), np.zeros((48, 64), dtype=np.uint8)
+            frame[16:32, 8 + 4 * i : 24 + 4 * i], mask[16:32, 8 + 4 * i : 24 + 4 * i] = 250, 255
+            write(folder / f"JPEGImages/480p/{name}/{i:05d}.jpg", frame)
+            write(folder / f"Annotations/480p/{name}/{i:05d}.png", mask)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("two\none\n", ["two", "one"]),
+        ("/JPEGImages/480p/two/00000.jpg /Annotations/480p/two/00000.png\n" * 2, ["two"]),
+        (None, ["one", "two"]),
+    ],
+)
+def test_sequences_of_davis(davis_folder: Path, text: str | None, names: list[str]) -> None:
+    if text is not None:
+        listed = davis_folder / "ImageSets/480p/val.txt"
+        listed.parent.mkdir(parents=True)
+        listed.write_text(text)
+    assert data.davis_sequences(davis_folder) == names
+    # The first is given, the last is not scored.
+    assert [f.stem for f, _ in data.davis_frames(davis_folder, "one", 0)] == [
+        f"{i:05d}" for i in range(3)
+    ]
+    assert len(data.davis_frames(davis_folder, "one", 1)) == 2
+
+
+def test_a_palette_is_read_by_its_indices(tmp_path: Path) -> None:
+    from PIL import Image
+
+    labels = np.arange(4, dtype=np.uint8).reshape(2, 2)
+    picture = Image.fromarray(labels)
+    picture.putpalette([200] * 768)
+    picture.save(tmp_path / "labels.png")
+    assert np.array_equal(data.labels_of(tmp_path / "labels.png"), labels)
+
+
+def test_what_is_finished_is_not_made_again(
+    network: Network, davis_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = settings([1], network.patch, "quick")
+    protocol = davis.Protocol(0, 0)
+    path = tmp_path / "quality.json"
+    real, asked = davis.run, []
+
+    def run(network: Network, settings: list[Setting], folder: Path, name: str, *rest: Any) -> Any:
+        if len(asked) == 1 and not path.with_suffix(".ended").exists():
+            path.with_suffix(".ended").touch()
+            raise KeyboardInterrupt
+        asked.append((name, len(settings)))
+        return real(network, settings, folder, name, *rest)
+
+    monkeypatch.setattr(davis, "run", run)
+
+    def attempt(wanted: list[Setting], protocol: davis.Protocol) -> None:
+        table = command.Table(path, command.machine())
+        command.run_davis(table, network, wanted, davis_folder, protocol, 0)
+
+    with pytest.raises(KeyboardInterrupt):
+        attempt(wanted, protocol)
+    attempt(wanted, protocol)
+    assert asked == [("one", len(wanted)), ("two", len(wanted))]
+    attempt([*wanted, Setting("ours", "best:4:3", 1, network.patch)], protocol)
+    assert asked[2:] == [("one", 1), ("two", 1)]  # the new one alone
+    attempt(wanted, davis.Protocol(0, 0, k=3))  # settings of the protocol are part of the key
+    assert asked[4:] == [("one", len(wanted)), ("two", len(wanted))]
+    rows = load(path)["rows"]
+    assert len(rows) == 4 * len(wanted) + 2
+    assert all(0 <= row["scores"]["J"] <= 1 for row in rows)
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("quality*.json")), ids=lambda path: path.stem)
+def test_tables_are_those_of_the_committed_results(path: Path) -> None:
+    assert report.document(load(path)) == path.with_suffix(".md").read_text()
+
+
+def test_means_are_over_what_all_settings_have() -> None:
+    """A run that was ended: the second sequence has only one of two settings."""
+    plain = Setting("plain", "grid:0", 1, 16, upsample="nearest")
+    ours = Setting("ours", "best:4:3", 1, 16)
+    about = {"task": "davis", "protocol": "short", "model": "a model"}
+    rows = [
+        {**about, "item": item, **setting.row(), "scores": {"J": score, "F": score}}
+        for item, setting, score in (("a", plain, 0.5), ("a", ours, 0.6), ("b", plain, 0.1))
+    ]
+    (run,) = report.runs({"rows": rows})
+    text = report.table({"rows": rows}, run, 1)
+    assert "| plain tokens | 16 | 1 | - | 0.500 | 0.500 |  |" in text
+    assert "| `best:4:3` | 16 | 4 | - | **0.600** | **0.600** | +0.100, 1 of 1 |" in text

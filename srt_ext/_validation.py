@@ -1,0 +1,87 @@
+"""Checks in Python: of what torch's dispatcher refuses before C++ runs, and of settings.
+
+The rules for the arguments of the ops are those of csrc/srt/validation.cpp. No torch here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from operator import index
+from typing import get_args
+
+from .options import OPTIONS
+
+Wrong = type[ValueError] | type[TypeError]
+
+
+def wrong(kind: Wrong, where: str, rule: str, got: object) -> ValueError | TypeError:
+    """The error of an argument that breaks a rule; to be raised."""
+    return kind(f"{where}: {rule}; got {got}")
+
+
+def parse(message: str) -> ValueError | TypeError | None:
+    """The error that srt::Error states in the message of a RuntimeError; to be raised."""
+    found = re.search(r"(TypeError: )?(srt::\w+: (?!CUDA: ).*)", message)
+    return found and (TypeError if found[1] else ValueError)(found[2])
+
+
+def check_tensor(where: str, name: str, value: object) -> None:
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        raise wrong(TypeError, where, f"{name} must be a torch.Tensor", type(value).__name__)
+
+
+def check_string(where: str, name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise wrong(TypeError, where, f"{name} must be a string", type(value).__name__)
+
+
+def check_words(where: str, **words: object) -> None:
+    """``words``: options by the names of their arguments."""
+    for name, word in words.items():
+        check_string(where, name, word)
+        options = get_args(OPTIONS[name])
+        if word not in options:
+            rule = f"{name} must be one of " + ", ".join(f"'{option}'" for option in options)
+            raise wrong(ValueError, where, rule, f"'{word}'")
+
+
+def _index(value: object) -> int:
+    if isinstance(value, bool):
+        raise TypeError
+    return index(value)  # type: ignore[arg-type]
+
+
+def check_pair(where: str, name: str, value: object) -> tuple[int, int]:
+    """(y, x); one integer stands for both."""
+    rule = f"{name} must be two integers >= 1, (y, x)"
+    try:
+        pair = list(map(_index, value if isinstance(value, Sequence) else (value, value)))
+    except TypeError:
+        raise wrong(TypeError, where, rule, repr(value)) from None
+    if len(pair) != 2 or min(pair) < 1:
+        raise wrong(ValueError, where, rule, pair)
+    if max(pair) >= 2**63:
+        raise wrong(ValueError, where, f"{name} must be below 2^63", pair)
+    return pair[0], pair[1]
+
+
+def check_cells(where: str, grid: object, patch: object, stride: object) -> tuple[int, int]:
+    """(H', W') of the field that has these settings."""
+    names = {"grid": grid, "patch": patch, "stride": stride}
+    grid, patch, stride = (check_pair(where, name, value) for name, value in names.items())
+    pixels = [g * p for g, p in zip(grid, patch, strict=True)]
+    if any(n % s for n, s in zip(pixels, stride, strict=True)):
+        raise wrong(ValueError, where, f"stride must divide grid * patch = {pixels}", list(stride))
+    return pixels[0] // stride[0], pixels[1] // stride[1]
+
+
+def check_count(where: str, name: str, value: object, least: int) -> int:
+    rule = f"{name} must be an integer >= {least}"
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise wrong(TypeError, where, rule, repr(value))
+    if value < least:
+        raise wrong(ValueError, where, rule, value)
+    return value

@@ -1,0 +1,98 @@
+"""How SRT reads a model: one module for each interface through which libraries expose features.
+
+None of them changes the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .base import Backbone, CallableBackbone, Features, Layer, Model, TimedBackbone, unwrap
+from .dino import DinoBackbone
+from .hooks import HookBackbone, force_eager
+from .timm import TimmBackbone
+from .transformers import TransformersBackbone, is_transformers
+
+__all__ = [
+    "Backbone",
+    "Features",
+    "HookBackbone",
+    "Layer",
+    "Model",
+    "TimedBackbone",
+    "describe",
+    "force_eager",
+]
+
+
+def describe(
+    model: Model | Backbone,
+    layers: Layer | Sequence[Layer] | None = None,
+    *,
+    norm: bool = True,
+    patch: int | tuple[int, int] | None = None,
+    prefix: int | None = None,
+) -> Backbone:
+    """The :class:`Backbone` of a model. Arguments as of :class:`srt_ext.SRT`.
+
+    Raises:
+        TypeError: ``model`` is not callable, or ``layers`` are neither indices nor names.
+        ValueError: layers that the model does not have; a patch size or a number of prefix tokens
+            that is neither given nor found, or that contradicts the model's.
+    """
+    if isinstance(model, Backbone):
+        settings = {"layers": layers, "patch": patch, "prefix": prefix}
+        given = {name: value for name, value in settings.items() if value is not None}
+        if given or not norm:
+            raise ValueError(
+                "SRT: layers, inject, norm, patch and prefix must be left out for a Backbone, "
+                f"which has its own; got {given or 'norm=False'}"
+            )
+        return model
+    if not callable(model):
+        raise TypeError(f"SRT: model must be callable; got {type(model).__name__}")
+    backbone = _backbone_of(model, _as_list(layers), norm, patch, prefix)
+    backbone.returns_list = not (layers is None or isinstance(layers, (int, str)))
+    return backbone
+
+
+def _backbone_of(
+    model: Model, layers: list[Layer], norm: bool, patch: Any, prefix: Any
+) -> Backbone:
+    indices = [layer for layer in layers if isinstance(layer, int)]
+    names = [layer for layer in layers if isinstance(layer, str)]
+    if names:
+        if indices:
+            raise TypeError(f"SRT: layers must be all indices or all names; got {layers!r}")
+        return HookBackbone(model, names, patch, prefix)
+    inner, settings = unwrap(model), (indices or [-1], norm, patch, prefix)
+    if hasattr(inner, "forward_intermediates") and hasattr(inner, "feature_info"):
+        return TimmBackbone(model, *settings)
+    if is_transformers(inner):
+        return TransformersBackbone(model, *settings)
+    if hasattr(inner, "get_intermediate_layers"):
+        return DinoBackbone(model, *settings)
+    rule = (
+        "for a model that is neither of timm nor of transformers, without get_intermediate_layers"
+    )
+    if layers:
+        raise ValueError(
+            f"SRT: layers must be names of modules, with patch, {rule}; got {layers!r}"
+        )
+    if patch is None:
+        raise ValueError(f"SRT: patch must be given {rule}; got None with {type(model).__name__}")
+    return CallableBackbone(model, patch, prefix)
+
+
+def _as_list(layers: Layer | Sequence[Layer] | None) -> list[Layer]:
+    if layers is None:
+        return []
+    several = [layers] if isinstance(layers, (int, str)) else layers
+    if not isinstance(several, Sequence) or not all(
+        isinstance(layer, (int, str)) and not isinstance(layer, bool) for layer in several
+    ):
+        raise TypeError(f"SRT: layers must be indices or names of modules; got {layers!r}")
+    if not several:
+        raise ValueError("SRT: layers must name at least one; got none")
+    return list(several)

@@ -1,0 +1,242 @@
+"""What SRT needs of a model: the tokens of some layers, and the grid they lie on."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from .._validation import check_count, check_pair
+
+Layer = int | str
+Model = Callable[..., Any]
+
+
+def unwrap(model: Any) -> Any:
+    """The original of a model that torch.compile returned; any other model itself."""
+    return getattr(model, "_orig_mod", model)
+
+
+class Features(NamedTuple):
+    """The tokens of one layer, for a batch of images."""
+
+    tokens: torch.Tensor  # [B, h * w, C], in row order
+    grid: tuple[int, int]  # (h, w)
+    prefix: torch.Tensor | None  # [B, K, C], class and register tokens
+
+
+class Backbone(ABC):
+    """A frozen model as SRT sees it. :func:`srt_ext.backbones.describe` finds the one for a model.
+
+    Attributes:
+        model: the model that is read.
+        patch: (Ph, Pw), pixels per token at the coarsest requested layer; image sides must be
+            multiples of it.
+        modules: names of the modules whose outputs the layers are; empty if unknown.
+        prefix: number of class and register tokens; None if only the shapes can tell.
+        returns_list: a list of layers was requested, not a single one.
+    """
+
+    prefix: int | None = None
+    returns_list = False
+
+    def __init__(self, model: Model, patch: object, modules: Sequence[str] = ()) -> None:
+        self.model = model
+        self.patch = check_pair("SRT", "patch", patch)
+        self.modules = tuple(modules)
+        self._compiled: Callable[[torch.Tensor], list[Features]] | None = None
+
+    def features(self, images: torch.Tensor) -> list[Features]:
+        """images [B, 3, H, W], whole patches -> the features of each layer, in requested order."""
+        compiler = getattr(self.model, "dynamo_ctx", None)  # the settings of torch.compile(model)
+        if compiler is not None and self._compiled is None:
+            self._compiled = compiler(self._features)
+        return (self._compiled or self._features)(images)
+
+    @property
+    def inner(self) -> Any:
+        return unwrap(self.model)
+
+    @abstractmethod
+    def _features(self, images: torch.Tensor) -> list[Features]: ...
+
+    def __getstate__(self) -> dict[str, Any]:  # a copy compiles its own
+        return {**self.__dict__, "_compiled": None}
+
+
+class CallableBackbone(Backbone):
+    """What the model returns when it is called: tokens, a map, or a pyramid of maps."""
+
+    def __init__(self, model: Model, patch: object, prefix: object):
+        super().__init__(model, patch)
+        self.prefix = None if prefix is None else check_count("SRT", "prefix", prefix, 0)
+
+    def features(self, images: torch.Tensor) -> list[Features]:
+        return self._features(images)
+
+    def _features(self, images: torch.Tensor) -> list[Features]:
+        output = self.model(images)
+        if isinstance(output, (list, tuple)) and len(output) > 1:  # a pyramid, as timm's
+            grid = grid_of(images, self.patch)
+            shapes = [getattr(part, "shape", ()) for part in output]
+            fits = [s[2:] == grid or s[1:3] == grid for s in shapes]
+            if sum(fits) != 1:
+                raise ValueError(
+                    f"SRT: of the outputs of the model one must lie on a grid of {list(grid)}; got "
+                    f"{[list(shape) for shape in shapes]}. Is patch right?"
+                )
+            output = output[fits.index(True)]
+        return [parse_output(output, images, self.patch, self.prefix)[0]]
+
+
+class TimedBackbone(Backbone):
+    """Another backbone, and the seconds that it took; on a GPU only those of the host."""
+
+    def __init__(self, other: Backbone) -> None:
+        super().__init__(other.model, other.patch, other.modules)
+        self.other, self.returns_list, self.seconds = other, other.returns_list, 0.0
+
+    def features(self, images: torch.Tensor) -> list[Features]:
+        return self._features(images)
+
+    def _features(self, images: torch.Tensor) -> list[Features]:
+        start = time.perf_counter()
+        features = self.other.features(images)
+        self.seconds += time.perf_counter() - start
+        return features
+
+
+# ---- layouts ------------------------------------------------------------------------------------
+
+
+def grid_of(images: torch.Tensor, patch: tuple[int, int]) -> tuple[int, int]:
+    return images.shape[2] // patch[0], images.shape[3] // patch[1]
+
+
+def from_map(tokens: torch.Tensor) -> Features:
+    """[B, C, h, w] -> Features; the tokens are a view."""
+    return Features(tokens.flatten(2).transpose(1, 2), (tokens.shape[2], tokens.shape[3]), None)
+
+
+def split_prefix(tokens: torch.Tensor, grid: tuple[int, int], prefix: int | None) -> Features:
+    """[B, K + h * w, C] -> Features. Warns if K is inferred from the shape."""
+    count = grid[0] * grid[1]
+    extra = tokens.shape[1] - count
+    if extra < 0 or (prefix is not None and extra != prefix):
+        raise ValueError(
+            f"SRT: the model must return tokens [B, {'K' if prefix is None else prefix} + {count}, "
+            f"C] for its patches, a grid of {list(grid)}; got {list(tokens.shape)}. Are patch and "
+            "prefix right?"
+        )
+    if extra and prefix is None:
+        warnings.warn(
+            f"SRT: of {tokens.shape[1]} tokens for a grid of {list(grid)} the first {extra} are "
+            f"taken for class or register tokens. Say prefix={extra} if that is right; if not, "
+            "patch is wrong, or the tokens are not those of a picture",
+            stacklevel=2,
+        )
+    return Features(tokens[:, extra:], grid, tokens[:, :extra] if extra else None)
+
+
+def parse_output(
+    output: object, images: torch.Tensor, patch: tuple[int, int], prefix: int | None
+) -> tuple[Features, str]:
+    """The features in a module's output, and its layout: NLC, NCHW or NHWC.
+
+    The pitch of a map may differ from ``patch`` by a factor, and a map may fit both layouts: the
+    choice is a warning.
+    """
+    output = getattr(output, "last_hidden_state", output)  # of transformers
+    if isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    if not isinstance(output, torch.Tensor) or output.dim() not in (3, 4):
+        got = list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        raise ValueError(
+            f"SRT: the model must return tokens [B, K + N, C] or a map; got {got}. "
+            "A layer, by name, may be a module that does"
+        )
+    if len(output) != len(images):  # windows of an image, or tokens before the batch
+        raise ValueError(
+            f"SRT: the model must return one row of tokens, or one map, for each of {len(images)} "
+            f"pictures; got {list(output.shape)}"
+        )
+    if output.dim() == 3:
+        return split_prefix(output, grid_of(images, patch), prefix), "NLC"
+    layout = _map_layout(output, images, patch)
+    return from_map(output if layout == "NCHW" else output.permute(0, 3, 1, 2)), layout
+
+
+def _map_layout(features: torch.Tensor, images: torch.Tensor, patch: tuple[int, int]) -> str:
+    """``NCHW`` or ``NHWC``, by the shape of features, a map [B, ., ., .]."""
+    height, width = images.shape[2:]
+    fits = {}
+    for layout, (h, w) in {"NCHW": features.shape[2:], "NHWC": features.shape[1:3]}.items():
+        if h and w and height % h == 0 and width % w == 0:
+            pitch = (height // h, width // w)
+            if pitch[0] * patch[1] == pitch[1] * patch[0]:  # patches of the same shape
+                fits[layout] = pitch
+    exact = [layout for layout, pitch in fits.items() if pitch == patch] or list(fits)
+    if not exact:
+        raise ValueError(
+            f"SRT: the map of the model must lie on a grid of {list(grid_of(images, patch))}, NCHW "
+            f"or NHWC; got {list(features.shape)}. Is patch right?"
+        )
+    layout = exact[0]
+    if len(exact) > 1 or fits[layout] != patch:
+        warnings.warn(
+            f"SRT: a map of {list(features.shape)} for pictures of {[height, width]} is taken "
+            f"for {layout} with a patch of {list(fits[layout])}",
+            stacklevel=3,
+        )
+    return layout
+
+
+# ---- settings that the model knows --------------------------------------------------------------
+
+
+def normalize_indices(layers: list[int], count: int) -> list[int]:
+    """Layer indices >= 0."""
+    for layer in layers:
+        if not -count <= layer < count:
+            raise ValueError(f"SRT: layers must be in {-count} ... {count - 1}; got {layer}")
+    return [layer % count for layer in layers]
+
+
+def int_or_pair(value: Any) -> Any:
+    """A size as ``check_pair`` takes it: configurations hold lists."""
+    return value if isinstance(value, int) else tuple(value)
+
+
+def resolve_patch(given: object, declared: Any) -> Any:
+    """The declared patch size; one that is given must not contradict it."""
+    if given is not None and check_pair("SRT", "patch", given) != check_pair(
+        "SRT", "patch", int_or_pair(declared)
+    ):
+        raise ValueError(f"SRT: patch must be that of the model, {declared}; got {given}")
+    return declared
+
+
+def resolve_prefix(given: object, declared: int | None) -> int | None:
+    """The declared number of prefix tokens, or the given one if the model declares none."""
+    if given is None:
+        return declared
+    count = check_count("SRT", "prefix", given, 0)
+    if declared not in (None, count):
+        raise ValueError(f"SRT: prefix must be that of the model, {declared}; got {given}")
+    return count
+
+
+def declared_patch(model: Any) -> Any:
+    """The patch size among the attributes of a model."""
+    for place in (model, getattr(model, "patch_embed", None), getattr(model, "config", None)):
+        patch = getattr(place, "patch_size", None)
+        if patch is not None:
+            return int_or_pair(patch)
+    raise ValueError(
+        "SRT: patch must be given where the model does not tell it; "
+        f"got None with {type(model).__name__}"
+    )

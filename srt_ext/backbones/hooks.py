@@ -1,0 +1,199 @@
+"""Modules by name, in any model, by forward hooks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import Any
+
+import torch
+
+from .._validation import check_count
+from .base import Backbone, Features, Model, declared_patch, parse_output, unwrap
+from .timm import image_size_errors, patch_sides
+from .transformers import (
+    accepts,
+    any_size_arguments,
+    declared_prefix,
+    is_transformers,
+    mask_arguments,
+)
+
+
+class _StopForward(Exception):  # noqa: N818
+    """Ends a forward as soon as every requested module has run."""
+
+
+class HookBackbone(Backbone):
+    """The outputs of named modules. The hooks are removed after each forward."""
+
+    def __init__(self, model: Model, layers: list[str], patch: object, prefix: object):
+        inner = unwrap(model)
+        known = dict(inner.named_modules()) if isinstance(inner, torch.nn.Module) else {}
+        for name in layers:
+            if name not in known or name == "":
+                rule = f"layers must be indices, or names of modules of {type(inner).__name__}"
+                near = [n for n in known if n.endswith(".0")][:3]
+                hint = f" (such as {', '.join(near)})" if near else ""
+                raise ValueError(f"SRT: {rule}{hint}; got {name!r}")
+        if is_transformers(inner) and accepts(inner, "input_ids"):
+            raise ValueError(
+                "SRT: model must run on pictures alone for inject and for layers by name, as the "
+                f"vision_model of CLIP does; got {type(inner).__name__}"
+            )
+        if hasattr(inner, "reroll"):
+            raise ValueError(
+                "SRT: layers must be indices, and inject must be left out, for Hiera, whose "
+                f"modules have tokens in an order of their own; got {layers}"
+            )
+        if patch is None:
+            reductions = {i["module"]: i["reduction"] for i in getattr(inner, "feature_info", [])}
+            patch = reductions.get(layers[0]) if len(layers) == 1 else None
+            patch = declared_patch(inner) if patch is None else patch_sides(inner, patch)
+        if prefix is None:
+            prefix = declared_prefix(inner)
+        self.prefix = None if prefix is None else check_count("SRT", "prefix", prefix, 0)
+        self.arguments = any_size_arguments(inner)
+        super().__init__(model, patch, layers)
+
+    @classmethod
+    def from_backbone(cls, backbone: Backbone) -> HookBackbone:
+        """The same layers, by the names of their modules."""
+        if isinstance(backbone, cls):
+            return backbone
+        if not backbone.modules:
+            if hasattr(backbone.inner, "reroll"):
+                raise ValueError(
+                    "SRT: inject must be left out for Hiera, whose modules have tokens in an order "
+                    "of their own; got an index"
+                )
+            raise ValueError(
+                "SRT: inject must be the name of a module whose tokens lie in row order, with "
+                f"patch, for {type(backbone.inner).__name__}; got an index"
+            )
+        return cls(backbone.model, list(backbone.modules), backbone.patch, backbone.prefix)
+
+    def features(self, images: torch.Tensor) -> list[Features]:
+        return self._features(images)  # not compiled: compiled code does not call new hooks
+
+    def _features(self, images: torch.Tensor) -> list[Features]:
+        found: dict[str, Features] = {}
+
+        def keep(name: str, output: object) -> None:
+            if name not in found:
+                found[name] = parse_output(output, images, self.patch, self.prefix)[0]
+            if len(found) == len(set(self.modules)):
+                raise _StopForward
+
+        with suppress(_StopForward), self._hooks(keep):
+            self._forward(images)
+        missing = sorted(set(self.modules) - set(found))
+        if missing:
+            raise ValueError(
+                f"SRT: the model must call its layers in its forward; it left out {missing}"
+            )
+        return [found[name] for name in self.modules]
+
+    def _forward(self, images: torch.Tensor) -> Any:
+        of_timm = hasattr(self.inner, "forward_intermediates")
+        with image_size_errors(images) if of_timm else nullcontext():
+            order = mask_arguments(self.inner, images, self.patch)
+            return self.inner(images, **self.arguments, **order)
+
+    @contextmanager
+    def _hooks(self, hook: Callable[[str, object], object]) -> Iterator[None]:
+        """Calls ``hook`` with the name and output of each module; it may return another output.
+
+        In this thread alone: another thread may run the same model meanwhile.
+        """
+        thread = threading.get_ident()
+
+        def call(name: str, output: object) -> object:
+            return hook(name, output) if threading.get_ident() == thread else None
+
+        with force_eager(self.model):
+            handles = []
+            try:
+                for name in set(self.modules):
+                    module = self.inner.get_submodule(name)
+                    handles.append(
+                        module.register_forward_hook(lambda _m, _i, out, name=name: call(name, out))
+                    )
+                yield
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+    def forward_with(
+        self, images: torch.Tensor, replace: Callable[[Features], tuple[torch.Tensor, Any]]
+    ) -> Any:
+        """What the model returns for images [B, 3, H, W] with other features at its one layer.
+
+        ``replace`` takes the original features and returns tokens [B, h * w, C] and prefix
+        [B, K, C] or None in their place.
+        """
+        replaced = False
+
+        def hook(_name: str, output: Any) -> Any:
+            nonlocal replaced
+            if replaced:
+                raise ValueError(
+                    "SRT: the model must call its layer once in its forward; it called "
+                    f"{self.modules[0]} again"
+                )
+            replaced = True
+            features, layout = parse_output(output, images, self.patch, self.prefix)
+            tokens, prefix = replace(features)
+            if layout == "NLC":
+                new = tokens if prefix is None else torch.cat([prefix, tokens], 1)
+            else:
+                new = tokens.unflatten(1, features.grid)
+                new = new if layout == "NHWC" else new.permute(0, 3, 1, 2)
+            if isinstance(output, torch.Tensor):
+                return new
+            if type(output) in (tuple, list):
+                return type(output)([new, *output[1:]])
+            raise ValueError(
+                "SRT: inject must name a module that returns a tensor, or a tuple or list that "
+                f"starts with one; {self.modules[0]} returns {type(output).__name__}"
+            )
+
+        with self._hooks(hook):
+            result = self._forward(images)
+        if not replaced:
+            raise ValueError(
+                f"SRT: the model must call its layer in its forward; it left out {self.modules[0]}"
+            )
+        return result
+
+
+def force_eager(model: Any) -> AbstractContextManager[Any]:
+    """Runs compiled models eagerly: compiled code does not call new hooks."""
+    compiled = hasattr(model, "dynamo_ctx") or getattr(model, "_compiled_call_impl", None)
+    return _eager_stance.enter() if compiled else nullcontext()
+
+
+class _EagerStance:
+    """torch's stance is per process: the first thread in sets it, the last one out resets it."""
+
+    def __init__(self) -> None:
+        self.lock, self.threads = threading.Lock(), 0
+        self.stance: Any = None
+
+    @contextmanager
+    def enter(self) -> Iterator[None]:
+        with self.lock:
+            if self.threads == 0:
+                self.stance = torch.compiler.set_stance("force_eager")
+            self.threads += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.threads -= 1
+                if self.threads == 0:
+                    self.stance.__exit__(None, None, None)
+
+
+_eager_stance = _EagerStance()

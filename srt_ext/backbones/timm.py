@@ -1,0 +1,92 @@
+"""Models of timm, by ``forward_intermediates``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from .base import (
+    Backbone,
+    Features,
+    Model,
+    from_map,
+    grid_of,
+    normalize_indices,
+    resolve_patch,
+    resolve_prefix,
+    split_prefix,
+    unwrap,
+)
+
+
+class TimmBackbone(Backbone):
+    """Layers are blocks, or stages of hierarchical models."""
+
+    def __init__(self, model: Model, layers: list[int], norm: bool, patch: object, prefix: object):
+        inner = unwrap(model)
+        info = list(inner.feature_info)
+        self.indices = normalize_indices(layers, len(info))
+        parameters = inspect.signature(inner.forward_intermediates).parameters
+        self.returns_tokens = "return_prefix_tokens" in parameters  # not maps
+        declared = patch_sides(inner, max(info[i]["reduction"] for i in self.indices))
+        self.prefix = getattr(inner, "num_prefix_tokens", 0) if self.returns_tokens else 0
+        # timm refuses norm=True for models without one (Hiera).
+        self.norm = norm and (hasattr(inner, "norm") or hasattr(inner, "neck"))
+        names = [info[i]["module"] for i in self.indices]
+        super().__init__(model, resolve_patch(patch, declared), names)
+        resolve_prefix(prefix, self.prefix)
+        # Hiera's modules permute the tokens; some models declare modules that do not exist.
+        if hasattr(inner, "reroll") or not set(names) <= {n for n, _ in inner.named_modules() if n}:
+            self.modules = ()
+
+    def features(self, images: torch.Tensor) -> list[Features]:
+        with image_size_errors(images):
+            return super().features(images)
+
+    def _features(self, images: torch.Tensor) -> list[Features]:
+        wanted = sorted(set(self.indices))
+        layout: dict[str, Any] = {"output_fmt": "NCHW"}
+        if self.returns_tokens:
+            layout = {"output_fmt": "NLC", "return_prefix_tokens": bool(self.prefix)}
+        outputs = self.inner.forward_intermediates(
+            images,
+            indices=wanted,
+            norm=self.norm,
+            stop_early=True,
+            intermediates_only=True,
+            **layout,
+        )
+        features = []
+        for output in outputs:
+            if not self.returns_tokens:
+                features.append(from_map(output))
+                continue
+            tokens, prefix = output if isinstance(output, (tuple, list)) else (output, None)
+            split = split_prefix(tokens, grid_of(images, self.patch), 0)
+            features.append(split._replace(prefix=prefix))
+        return [features[wanted.index(i)] for i in self.indices]
+
+
+@contextmanager
+def image_size_errors(images: torch.Tensor) -> Iterator[None]:
+    """Explains how to change the image size, where a model of timm refuses it."""
+    try:
+        yield
+    except AssertionError as error:
+        raise ValueError(
+            f"SRT: the model must take pictures of {list(images.shape[2:])}, whole patches; it "
+            f"says: {str(error).rstrip('.')}. timm's create_model(..., dynamic_img_size=True) or "
+            "model.set_input_size(...) change what it takes, where it can"
+        ) from error
+
+
+def patch_sides(model: Any, reduction: Any) -> Any:
+    """(Ph, Pw) where ``reduction``, one number, is the longer side of the patch embedding's."""
+    embed: Any = getattr(model, "patch_embed", None)
+    if hasattr(embed, "feat_ratio") and embed.feat_ratio() == reduction:
+        return tuple(embed.feat_ratio(as_scalar=False))
+    return reduction

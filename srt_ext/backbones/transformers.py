@@ -1,0 +1,140 @@
+"""Models of transformers, by ``output_hidden_states``."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+from .base import (
+    Backbone,
+    Features,
+    Model,
+    from_map,
+    grid_of,
+    int_or_pair,
+    normalize_indices,
+    parse_output,
+    resolve_patch,
+    resolve_prefix,
+    unwrap,
+)
+
+_NORMS = ("layernorm", "norm", "rms_norm", "post_layernorm")
+_PREFIX_PARAMETERS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
+
+
+class TransformersBackbone(Backbone):
+    """Layers are those of the encoder."""
+
+    def __init__(self, model: Model, layers: list[int], norm: bool, patch: object, prefix: object):
+        encoder = vision_encoder(unwrap(model))
+        config = encoder.config
+        depth: Any = getattr(config, "num_hidden_layers", None)
+        modules = dict(encoder.named_modules())
+        blocks = next(
+            (
+                name
+                for name, module in modules.items()
+                if isinstance(module, torch.nn.ModuleList) and len(module) == depth
+            ),
+            None,
+        )
+        # Stages (Swin, ConvNeXt) have pitches, layouts and norms of their own.
+        if not blocks or not hasattr(config, "patch_size") or hasattr(config, "depths"):
+            raise ValueError(
+                f"SRT: layers must be names of modules, with patch, for {type(encoder).__name__}: "
+                "it has no list of num_hidden_layers layers whose tokens are all of one size; "
+                f"got {layers}"
+            )
+        self.indices = normalize_indices(layers, depth)
+        self.last = depth - 1
+        # It may lie below the vision model: `vision_model.post_layernorm`.
+        self.norm = next(
+            (
+                name
+                for name in modules
+                if norm and not name.startswith(blocks + ".") and name.rpartition(".")[2] in _NORMS
+            ),
+            "",
+        )
+        self.neck = norm and any(name.rpartition(".")[2] == "neck" for name in modules)
+        declared = declared_prefix(encoder)
+        self.arguments = {"output_hidden_states": True, **any_size_arguments(encoder)}
+        path = next((n for n, m in unwrap(model).named_modules() if m is encoder), "")
+        names = [".".join(filter(None, (path, blocks, str(i)))) for i in self.indices]
+        super().__init__(model, resolve_patch(patch, int_or_pair(config.patch_size)), names)
+        self.prefix = resolve_prefix(prefix, declared)
+
+    def _features(self, images: torch.Tensor) -> list[Features]:
+        encoder = vision_encoder(self.inner)
+        order = mask_arguments(encoder, images, self.patch)
+        output = encoder(pixel_values=images, **self.arguments, **order)
+        features = []
+        for i in self.indices:
+            tokens = output.hidden_states[i + 1]  # the first is that of the patch embedding
+            if self.neck and i == self.last:
+                features.append(from_map(output.last_hidden_state))
+                continue
+            if self.norm:
+                tokens = encoder.get_submodule(self.norm)(tokens)
+            # SAM's are NHWC.
+            features.append(parse_output(tokens, images, self.patch, self.prefix)[0])
+        return features
+
+
+def is_transformers(model: object) -> bool:
+    return any(base.__module__.startswith("transformers.") for base in type(model).__mro__)
+
+
+def vision_encoder(model: Any) -> Any:
+    """The part of a model of transformers that turns an image into tokens, without its head."""
+    encoder = model.base_model
+    if not accepts(encoder, "pixel_values"):  # DINOv3: the layers alone
+        encoder = model
+    for tower, other in (
+        ("vision_model", "text_model"),
+        ("vision_model", "classifier"),
+        ("vision_encoder", "mask_decoder"),
+    ):
+        if hasattr(encoder, tower) and hasattr(encoder, other):
+            return getattr(encoder, tower)
+    return encoder
+
+
+def accepts(model: Any, argument: str) -> bool:
+    return argument in inspect.signature(model.forward).parameters
+
+
+def any_size_arguments(model: Any) -> dict[str, Any]:
+    """Arguments of ``forward`` that allow images of any size, where there are any."""
+    name = "interpolate_pos_encoding"
+    return {name: True} if accepts(model, name) else {}
+
+
+def mask_arguments(model: Any, images: torch.Tensor, patch: tuple[int, int]) -> dict[str, Any]:
+    """Arguments of ``forward`` that keep ViTMAE from shuffling its patches."""
+    ratio = getattr(getattr(model, "config", None), "mask_ratio", None)
+    if ratio is None or not accepts(model, "noise"):
+        return {}
+    if ratio:
+        raise ValueError(
+            "SRT: mask_ratio of the model's configuration must be 0, or it leaves patches out; "
+            f"got {ratio}"
+        )
+    height, width = grid_of(images, patch)
+    return {"noise": torch.arange(height * width, device=images.device).expand(len(images), -1)}
+
+
+def declared_prefix(model: Any) -> int | None:
+    """The number of prefix tokens that a model declares, to be checked against its tokens."""
+    if not is_transformers(model):
+        count = getattr(model, "num_prefix_tokens", None)  # timm's
+        return count if isinstance(count, int) else None
+    counts = [  # not the query of a pooling head
+        parameter.shape[-2] if parameter.dim() > 1 else 1
+        for name, parameter in vision_encoder(model).named_parameters()
+        if name.rpartition(".")[2] in _PREFIX_PARAMETERS and "embed" in name.rpartition(".")[0]
+    ]
+    return sum(counts) if counts else None

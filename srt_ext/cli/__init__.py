@@ -1,0 +1,15 @@
+"""The command: ``srt-ext demo``, ``show``, ``features`` and ``info``."""
+
+import typer
+
+from . import demo, features, info, show
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Dense features from frozen Vision Transformers (SRT), by fast kernels.",
+)
+app.command("show")(show.command)
+app.command("features")(features.command)
+app.command("demo")(demo.command)
+app.command("info")(info.command)

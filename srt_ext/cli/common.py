@@ -1,0 +1,204 @@
+"""What the commands share: options, messages, and the model."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from .._library import unavailable
+
+if TYPE_CHECKING:
+    import torch
+
+# Of timm. The small model of srt_ext.demo replaces it where its weights are not available.
+DEFAULT_MODEL = "vit_small_patch14_dinov2.lvd142m"
+FIGURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp")
+
+console = Console()
+
+ModelName = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="A model of timm; or small, which comes with srt_ext and needs no network. Without it "
+        "a DINOv2 ViT-S/14, or small where the weights of that cannot be had.",
+    ),
+]
+Weights = Annotated[
+    Path | None,
+    typer.Option(
+        help="A .safetensors state dict of the model; without it the pretrained weights are taken."
+    ),
+]
+Views = Annotated[
+    str,
+    typer.Option(
+        help="grid:RADIUS[:STEP], paper:RADIUS, lattice:N:RADIUS, sobol:N:RADIUS[:SEED], "
+        "ring:N:RADIUS or best:N[:RADIUS]; radius and step in pixels, N views."
+    ),
+]
+Stride = Annotated[int, typer.Option(min=1, help="Pixels per output cell; 1 is pixel scale.")]
+Size = Annotated[
+    int, typer.Option(min=0, help="Longer side to which a larger picture is reduced; 0 keeps it.")
+]
+ViewBatch = Annotated[int, typer.Option(min=1, help="Views in one forward of the model.")]
+
+
+# ---- messages -----------------------------------------------------------------------------------
+
+
+def _diagnose(level: str, color: str, message: str) -> None:
+    text = Text.assemble((f"{level}: ", color), message)  # no markup: a name may hold brackets
+    Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+
+
+def note(message: str) -> None:
+    _diagnose("note", "yellow", message)
+
+
+def error(message: str) -> None:
+    _diagnose("error", "red", message)
+
+
+def fatal(message: str) -> typer.Exit:
+    """Prints an error; the result is to be raised."""
+    error(message)
+    return typer.Exit(1)
+
+
+def echo(*lines: str) -> None:
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Reports what a user can correct in one line, without a traceback."""
+    if unavailable is not None:
+        raise fatal(unavailable)
+    try:
+        from ..hub import ModelError
+        from .folder import FolderError
+
+        yield
+    except (ValueError, OSError, ModelError, FolderError) as reason:
+        raise fatal(str(reason)) from None
+    except ImportError as reason:
+        raise fatal(f"{reason}; pip install 'srt_ext[models]' has all that is needed") from None
+
+
+@contextmanager
+def progress_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A function that shows how many are done."""
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=console,
+    ) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda done: progress.update(task, completed=done)
+
+
+def timing(model: float, total: float) -> str:
+    """Seconds of the model and of SRT, whose sum is ``total``."""
+    share = 100 * (total - model) / max(total, 1e-9)
+    return f"model {model:.2f} s, SRT {total - model:.3f} s ({share:.1f} %)"
+
+
+# ---- checks before hours of work ----------------------------------------------------------------
+
+
+def count_views(views: str, weights: Path | None) -> int:
+    """The number of views. Checks what can be checked before a model is loaded."""
+    from ..views import resolve
+
+    if weights is not None and not weights.is_file():
+        raise fatal(f"{weights} is no file")
+    return len(resolve(views)[0])
+
+
+def check_output(path: Path, suffixes: tuple[str, ...]) -> None:
+    if path.suffix.lower() not in suffixes:
+        raise fatal(f"--output must end in {' or '.join(suffixes)}; got {path}")
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise fatal(f"the folder {folder} does not exist")
+    if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise fatal(f"{path} cannot be written")
+
+
+# ---- the model ----------------------------------------------------------------------------------
+
+
+class Network:
+    """A frozen model, and images as it wants them.
+
+    Args:
+        name, weights: as for :func:`srt_ext.hub.load_timm`.
+        layers: as for :func:`srt_ext.backbones.describe`.
+
+    Attributes:
+        backbone: with the seconds that the model has taken.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+        ValueError: layers that it does not have.
+    """
+
+    def __init__(self, name: str, weights: Path | None, layers: int | list[int] | None) -> None:
+        import torch
+
+        from ..backbones import TimedBackbone, describe
+        from ..hub import load_timm
+
+        self.name = name
+        self.model, config = load_timm(name, weights)
+        self.backbone = TimedBackbone(describe(self.model, layers))
+        self._mean, self._std = (torch.tensor(config[k])[:, None, None] for k in ("mean", "std"))
+
+    def image(self, pixels: np.ndarray) -> torch.Tensor:
+        """pixels [H, W, 3] uint8 -> [1, 3, H, W] float32, normalised."""
+        import torch
+
+        return (torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255 - self._mean) / self._std
+
+    def digest(self) -> str:
+        """A hash of the weights, wherever they came from."""
+        sha256 = hashlib.sha256()
+        for name, tensor in self.model.state_dict().items():
+            sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            sha256.update(tensor.numpy().tobytes())
+        return sha256.hexdigest()[:16]
+
+
+def load_network(
+    model: str | None, weights: Path | None, layers: int | list[int] | None
+) -> Network:
+    """The named model; by default DEFAULT_MODEL, or, with a note, the small one without a network.
+
+    A named model is never replaced.
+    """
+    from ..hub import SMALL, PretrainedError
+
+    try:
+        return Network(DEFAULT_MODEL if model is None else model, weights, layers)
+    except PretrainedError as reason:
+        if model is not None:
+            raise
+        note(
+            f"the weights of {DEFAULT_MODEL} cannot be had ({reason.reason}): using the small ViT "
+            "that comes with srt_ext; --model or --weights choose another"
+        )
+    return Network(SMALL, None, layers)

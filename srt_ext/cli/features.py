@@ -1,0 +1,152 @@
+"""``srt-ext features``: the fields of an image or of a folder, in files."""
+
+from __future__ import annotations
+
+import time
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import typer
+
+from .. import __version__
+from . import common
+from .images import find_images, open_image, to_pixels
+
+if TYPE_CHECKING:
+    from .folder import Folder
+
+
+class DType(str, Enum):
+    """Of features in a file."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+def command(
+    photo: Annotated[
+        Path,
+        typer.Argument(
+            help="A picture, of any kind that Pillow reads; or a folder of pictures and of such "
+            "folders."
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="A .npz or .safetensors file. Of a folder: a folder of .safetensors files.",
+        ),
+    ],
+    model: common.ModelName = None,
+    weights: common.Weights = None,
+    views: common.Views = "best:16",
+    stride: common.Stride = 1,
+    size: common.Size = 448,
+    view_batch: common.ViewBatch = 8,
+    layer: Annotated[
+        int | None,
+        typer.Option(help="The block or stage, from 0, or from the end; or else the last."),
+    ] = None,
+    dtype: Annotated[DType, typer.Option(help="Of what is written.")] = DType.float32,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes that decode the pictures of a folder; 0: none.")
+    ] = 2,
+) -> None:
+    """Writes the SRT field of photographs: `field` [C, H', W'] and `prefix` [K, C].
+
+    Of FOLDER/a/b.jpg: OUTPUT/a/b.jpg.safetensors. The same command again goes on where it was
+    stopped: what is finished is skipped. Files with other settings are an error, not a mixture.
+    """
+    many = photo.is_dir()
+    if not many:
+        common.check_output(output, (".npz", ".safetensors"))
+        if output.suffix.lower() == ".npz" and dtype is DType.bfloat16:
+            raise common.fatal(f"--dtype bfloat16 does not exist in .npz files; got {output}")
+    elif output.suffix.lower() in (".npz", ".safetensors") or output.is_file():
+        raise common.fatal(f"--output must be a folder for the pictures of a folder; got {output}")
+    with common.user_errors():
+        import torch
+
+        from ..srt import SRT
+        from .folder import Folder, lock_folder, to_tensors
+
+        count = common.count_views(views, weights)
+        if many:
+            inside = None if output.resolve() == photo.resolve() else output
+            paths = find_images(photo, nested=True, without=inside)
+        else:
+            pixels = to_pixels(open_image(photo), size)
+        network = common.load_network(model, weights, layer)
+        srt = SRT(network.backbone, views, stride=stride, view_batch=view_batch)
+        torch_dtype: torch.dtype = getattr(torch, dtype.value)
+        settings = {
+            "srt_ext": __version__,
+            "model": network.name,
+            "weights": network.digest(),
+            "views": views,
+            "stride": str(stride),
+            "size": str(size),
+            "layer": "last" if layer is None else str(layer),
+            "dtype": dtype.value,
+        }
+        if many:
+            with lock_folder(output):
+                folder = Folder(photo, paths, output, settings)
+                write_folder(folder, network, srt, size=size, dtype=torch_dtype, workers=workers)
+            return
+        with common.progress_bar("views", count) as progress:
+            start = time.perf_counter()
+            result = srt(network.image(pixels), progress)
+            seconds = time.perf_counter() - start
+        tensors = to_tensors(result, torch_dtype)
+        write_one(tensors, output, {**settings, "photo": photo.name})
+    height, width = pixels.shape[:2]
+    shape = " x ".join(str(n) for n in tensors["field"].shape)
+    common.echo(
+        f"picture {width} x {height}, {count} views, field {shape}",
+        common.timing(network.backbone.seconds, seconds),
+        f"wrote {output}",
+    )
+
+
+def write_one(tensors: dict[str, Any], output: Path, metadata: dict[str, str]) -> None:
+    if output.suffix.lower() == ".npz":
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        with output.open("wb") as file:  # savez would add its own suffix to .NPZ
+            np.savez(file, **arrays)
+    else:
+        from .folder import save
+
+        save(tensors, output, metadata)
+
+
+def write_folder(folder: Folder, network: common.Network, srt: Any, **settings: Any) -> None:
+    """With a progress bar, and a summary however it ends."""
+    summary = folder.summary
+    try:
+        with common.progress_bar("pictures", summary.found) as progress:
+
+            def update() -> None:
+                progress(summary.there + summary.written + summary.failed)
+
+            update()
+            folder.run(network, srt, on_error=common.error, progress=update, **settings)
+    except KeyboardInterrupt:
+        common.error("interrupted; the same command goes on")
+        raise typer.Exit(130) from None
+    finally:
+        changed = f" ({summary.changed} had changed since)" if summary.changed else ""
+        common.echo(
+            f"{summary.found} pictures: {summary.written} written{changed}, "
+            f"{summary.there} were there, {summary.failed} failed",
+            f"{summary.bytes / 1e9:.2f} GB in {summary.seconds:.1f} s, "
+            f"{network.backbone.seconds:.1f} s of them in the model",
+            f"wrote to {folder.out}",
+        )
+    if summary.failed:
+        raise typer.Exit(1)

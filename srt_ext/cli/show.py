@@ -1,0 +1,165 @@
+"""``srt-ext show``: an image or a video, its tokens and SRT's fields."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import common
+from .images import ImageError, find_images, open_image, to_pixels
+
+if TYPE_CHECKING:
+    from ..viz import Comparison
+
+
+def command(
+    photo: Annotated[
+        Path,
+        typer.Argument(
+            help="A picture, of any kind that Pillow reads; or a folder: the frames of a video, by "
+            "the numbers in their names."
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="The picture to write (srt.png). Of a video: a .gif or .webp (srt.gif), or, for a "
+            "long one, a new folder of frames.",
+            show_default=False,
+        ),
+    ] = None,
+    model: common.ModelName = None,
+    weights: common.Weights = None,
+    views: common.Views = "best:16",
+    stride: common.Stride = 1,
+    size: common.Size = 448,
+    view_batch: common.ViewBatch = 8,
+    layer: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="A block or stage, from 0, or from the end; or else the last. Again for more: "
+            "a row each.",
+            show_default=False,
+        ),
+    ] = None,
+    noise: Annotated[
+        bool, typer.Option("--noise", help="Also draw how far the views differ: the noise map.")
+    ] = False,
+    query: Annotated[
+        str | None,
+        typer.Option(
+            help="x,y in pixels of the picture: also draw the cosine similarity to the features "
+            "there (of a video: in the first frame)."
+        ),
+    ] = None,
+    fps: Annotated[float, typer.Option(min=0.1, max=50, help="Frames a second of a video.")] = 10,
+) -> None:
+    """Draws a photograph, its plain tokens, the same upsampled, and SRT's mean and median.
+
+    All in one PCA basis, a row for each layer. Of a video the basis is that of the first frame. The
+    tokens of all views are held in memory.
+    """
+    video = photo.is_dir()
+    if output is None:
+        output = Path("srt.gif" if video else "srt.png")
+    if not video:
+        common.check_output(output, common.FIGURE_SUFFIXES)
+    elif output.suffix:
+        common.check_output(output, (".gif", ".webp"))
+    with common.user_errors():
+        from ..viz import Comparison, draw
+
+        count = common.count_views(views, weights)
+        paths = find_images(photo) if video else [photo]
+        first = open_image(paths[0])
+        point = None if query is None else parse_query(query, first.size)
+        if video and not output.suffix:
+            make_frame_folder(output)
+        network = common.load_network(model, weights, layer or [-1])
+        comparison = Comparison(
+            network.backbone,
+            views,
+            stride=stride,
+            view_batch=view_batch,
+            noise=noise,
+            query=point,
+        )
+        names = [f"layer {index}" for index in layer or [-1]]
+        if video:
+            draw_video(paths, comparison, network, names, output, size, fps)
+            return
+        pixels = to_pixels(first, size)
+        with common.progress_bar("views", count) as progress:
+            rows = comparison(network.image(pixels), pixels, progress)
+        draw(rows, names).savefig(output, dpi=150)
+    height, width = pixels.shape[:2]
+    common.echo(
+        f"picture {width} x {height}, {count} views",
+        common.timing(network.backbone.seconds, comparison.srt_seconds),
+        f"wrote {output}",
+    )
+
+
+def parse_query(text: str, size: tuple[int, int]) -> tuple[float, float]:
+    """``x,y`` in an image of (width, height) -> the middle of the pixel, as fractions of both."""
+    match = re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*", text)
+    if match is None:
+        raise common.fatal(f"--query must be x,y in whole pixels, such as 120,80; got {text}")
+    x, y = int(match[1]), int(match[2])
+    if x >= size[0] or y >= size[1]:
+        rule = f"x from 0 to {size[0] - 1}, y from 0 to {size[1] - 1}"
+        raise common.fatal(f"--query must lie in the picture, {rule}; got {text}")
+    return (x + 0.5) / size[0], (y + 0.5) / size[1]
+
+
+def make_frame_folder(path: Path) -> None:
+    """Empty: frames of an earlier, longer video would be taken for the end of this one."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise common.fatal(f"{path} must be a new folder, or an empty one")
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def draw_video(
+    paths: list[Path],
+    comparison: Comparison,
+    network: common.Network,
+    names: list[str],
+    output: Path,
+    size: int,
+    fps: float,
+) -> None:
+    """A frame for each image. Unreadable ones, and those of another size, are skipped."""
+    from ..viz import draw, render, write_frames
+
+    failed = 0
+
+    def frames() -> Iterator[Any]:
+        nonlocal failed
+        first_size = None
+        with common.progress_bar("frames", len(paths)) as progress:
+            for i, path in enumerate(paths):
+                try:
+                    image = open_image(path)
+                    first_size = first_size or image.size
+                    if image.size != first_size:
+                        rule = "frames must be of one size, {} x {}".format(*first_size)
+                        raise ImageError("{}; {} is {} x {}".format(rule, path, *image.size))
+                except ImageError as reason:
+                    common.error(f"{reason}; left out")
+                    failed += 1
+                else:
+                    pixels = to_pixels(image, size)
+                    rows = comparison(network.image(pixels), pixels)
+                    yield render(draw(rows, names))
+                progress(i + 1)
+
+    written = write_frames(frames(), output, fps)
+    common.echo(f"{written} frames, {failed} left out", f"wrote {output}")
+    if failed:
+        raise typer.Exit(1)

@@ -1,0 +1,24 @@
+"""The options that functions, streams and :class:`srt_ext.SRT` share. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
+Reduce: TypeAlias = Literal["mean", "median"]
+Upsample: TypeAlias = Literal["nearest", "bilinear"]
+Border: TypeAlias = Literal["coverage", "zeros", "clamp"]
+Padding: TypeAlias = Literal["zeros", "border", "reflect", "circular"]
+Interpolation: TypeAlias = Literal["nearest", "bilinear", "bicubic"]
+
+Pair: TypeAlias = Sequence[int]  # (y, x)
+Stride: TypeAlias = int | Pair  # one integer stands for both
+
+# The words of each option, by the name of its argument.
+OPTIONS = {
+    "reduce": Reduce,
+    "upsample": Upsample,
+    "border": Border,
+    "padding": Padding,
+    "interpolation": Interpolation,
+}

@@ -1,0 +1,366 @@
+"""Drawings of features: PCA colors, color maps, and SRT beside plain tokens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ._memory import free_bytes
+from .backbones import Backbone
+from .ops import ensemble, ensemble_moments
+from .srt import SRT, ViewTokens
+from .views import resolve
+
+if TYPE_CHECKING:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.figure import Figure
+
+
+class PCAColors:
+    """Features to RGB by the first three principal components of those it is fitted to.
+
+    Args:
+        features: [1, C, h, w], any dtype. Basis and range are the same for every later call, so
+            that colors can be compared.
+    """
+
+    def __init__(self, features: torch.Tensor) -> None:
+        from sklearn.decomposition import PCA
+
+        rows = _rows(features)
+        self._pca = PCA(n_components=3, svd_solver="full").fit(rows)
+        self._low, self._high = np.percentile(self._pca.transform(rows), [2, 98], axis=0)
+
+    def __call__(self, features: torch.Tensor) -> np.ndarray:
+        """features [1, C, h, w] -> RGB [h, w, 3] in 0 .. 1."""
+        projected = self._pca.transform(_rows(features))
+        scaled = (projected - self._low) / np.maximum(self._high - self._low, 1e-12)
+        rgb: np.ndarray = np.clip(scaled, 0, 1).reshape(*features.shape[-2:], 3)
+        return rgb.astype(np.float32)
+
+
+def _rows(features: torch.Tensor) -> np.ndarray:
+    """[1, C, h, w] -> [h * w, C], float32."""
+    return features[0].permute(1, 2, 0).flatten(0, 1).float().cpu().numpy()
+
+
+def color_map(low: float, high: float, name: str) -> ScalarMappable:
+    """A color map of matplotlib from ``low`` to ``high``; values beyond are clipped."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    return ScalarMappable(Normalize(low, high, clip=True), name)
+
+
+def cosine_map(features: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    """features [1, C, h, w], vector [C] -> cosine similarity [h, w]."""
+    return torch.cosine_similarity(features[0], vector[:, None, None], dim=0)
+
+
+def enlarge(image: np.ndarray, cell: tuple[int, int], size: tuple[int, ...]) -> np.ndarray:
+    """[h, w, C] with cells of (y, x) pixels -> [H, W, C], cropped to ``size``."""
+    return image.repeat(cell[0], 0).repeat(cell[1], 1)[: size[0], : size[1]]
+
+
+class Tokens(NamedTuple):
+    """The tokens of one layer for an image and its views."""
+
+    plain: torch.Tensor  # [1, 1, N, C], N = h * w, of the unshifted image
+    views: torch.Tensor  # [V, 1, N, C]
+    grid: tuple[int, int]  # (h, w)
+    patch: tuple[int, int]  # (y, x), pixels
+
+    @property
+    def map(self) -> torch.Tensor:
+        """The plain tokens, [1, C, h, w]."""
+        return self.plain[0].transpose(1, 2).reshape(1, -1, *self.grid)
+
+
+class Panel(NamedTuple):
+    """One image of a figure."""
+
+    title: str
+    rgb: np.ndarray  # [H, W, 3] in 0 .. 1
+    point: tuple[float, float] | None = None  # (x, y), pixels, to be marked
+
+
+class _LayerStyle:
+    """What the first image fixes for one layer, so that images can be compared."""
+
+    noise: ScalarMappable | None = None
+    similarity: ScalarMappable | None = None
+
+    def __init__(self, tokens: Tokens) -> None:
+        if tokens.grid[0] * tokens.grid[1] < 3:
+            raise ValueError("the picture has fewer than 3 tokens: no colours can be made of them")
+        self.colors = PCAColors(tokens.map)
+        self.query: list[torch.Tensor] = []  # [C] of the plain tokens, [C] of the mean
+
+
+class Comparison:
+    """Draws an image's plain tokens beside SRT's fields, for each layer of a model.
+
+    Colors, ranges and the features of the queried point are those of the first image for all that
+    follow: they can be compared.
+
+    Memory: the tokens of all views at all layers, from one pass over the views, and one field (two
+    with ``noise``) and its colors at a time.
+
+    Args:
+        backbone: of a list of layers.
+        views: a string for :func:`srt_ext.views.parse`.
+        stride: pixels per cell of the fields.
+        view_batch: views in one forward of the model.
+        noise: also draw the noise map.
+        query: (x, y) as fractions of width and height: also draw the cosine similarity to the
+            features there.
+
+    Attributes:
+        srt_seconds: of the last image, for shifting, the model and the mean (and the noise).
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        views: str,
+        *,
+        stride: int = 1,
+        view_batch: int = 8,
+        noise: bool = False,
+        query: tuple[float, float] | None = None,
+    ) -> None:
+        self.offsets, self.weights = resolve(views)
+        with_plain = torch.cat([torch.zeros(1, 2), self.offsets])
+        self.srt = SRT(backbone, with_plain, view_batch=view_batch)
+        self.stride, self.noise, self.query = stride, noise, query
+        self.srt_seconds = 0.0
+        self._styles: list[_LayerStyle] = []
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: torch.Tensor,
+        pixels: np.ndarray,
+        progress: Callable[[int], object] | None = None,
+    ) -> list[list[Panel]]:
+        """The panels of each layer.
+
+        Args:
+            image: [1, 3, H, W], normalised as the model wants it.
+            pixels: [H, W, 3] uint8, the same image to look at.
+            progress: called with the number of views done.
+
+        Raises:
+            ValueError: an image of fewer than 3 tokens, a stride that does not divide it, or more
+                tokens than there is memory for.
+        """
+        start = time.perf_counter()
+        layers = self.tokens(image, progress)
+        self.srt_seconds = time.perf_counter() - start
+        first = not self._styles
+        if first:
+            self._styles = [_LayerStyle(tokens) for tokens in layers]
+        return [
+            self._row(tokens, style, pixels, first)
+            for tokens, style in zip(layers, self._styles, strict=True)
+        ]
+
+    def tokens(
+        self, image: torch.Tensor, progress: Callable[[int], object] | None = None
+    ) -> list[Tokens]:
+        """The tokens of image [1, 3, H, W] and its views at each layer."""
+        kept: list[torch.Tensor] = []
+        done, total = 0, len(self.srt.views)
+        for batch in self.srt.tokens(image):
+            if not kept:
+                self._check_memory(batch, image.device)
+                kept = [
+                    layer.tokens.new_empty(total, *layer.tokens.shape[1:]) for layer in batch.layers
+                ]
+                layouts = [(layer.grid, layer.patch) for layer in batch.layers]
+            for tokens, layer in zip(kept, batch.layers, strict=True):
+                tokens[done : done + len(batch.offsets)] = layer.tokens
+            done += len(batch.offsets)
+            if progress is not None:
+                progress(done - 1)  # without the unshifted image, which is the first
+        return [
+            Tokens(tokens[:1], tokens[1:], *layout)
+            for tokens, layout in zip(kept, layouts, strict=True)
+        ]
+
+    def _check_memory(self, batch: ViewTokens, device: torch.device) -> None:
+        views, first = len(self.srt.views), batch.layers[0]
+        pixels = first.tokens.shape[2] * first.patch[0] * first.patch[1]
+        channels = [layer.tokens.shape[3] for layer in batch.layers]
+        tokens = sum(views * layer.tokens[0].nbytes for layer in batch.layers)
+        fields = (3 if self.noise else 2) * 4 * (pixels // self.stride**2) * max(channels)
+        free = free_bytes(device)
+        if tokens + fields > free:
+            raise ValueError(
+                f"{(tokens + fields) / 2**30:.1f} GiB are needed for the tokens of {views} views "
+                f"at {len(channels)} layers and for a field, {free / 2**30:.1f} are free: take a "
+                "smaller --size, a larger --stride, fewer --views"
+            )
+
+    def field(self, tokens: Tokens, reduce: str, size: tuple[int, ...]) -> torch.Tensor:
+        """[1, C, ceil(H / s), ceil(W / s)] of an image of (H, W) pixels.
+
+        ``reduce``: ``mean``, ``median`` (unweighted) or ``bilinear``, the upsampled plain tokens.
+        """
+        views, weights = (tokens.views, self.offsets), self.weights
+        if reduce == "bilinear":
+            views = (tokens.plain, torch.zeros(1, 2))
+        if reduce != "mean":
+            weights = None
+        field = ensemble(
+            *views,
+            tokens.grid,
+            tokens.patch,
+            weights,
+            reduce="median" if reduce == "median" else "mean",
+            stride=self.stride,
+        )
+        return self._cropped(field, size)
+
+    def moments(self, tokens: Tokens, size: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mean, as :meth:`field`, and the noise map [H', W'], the norm of the deviations."""
+        args = (tokens.views, self.offsets, tokens.grid, tokens.patch, self.weights)
+        mean, var = ensemble_moments(*args, stride=self.stride)
+        return self._cropped(mean, size), self._cropped(var, size)[0].float().sum(0).sqrt()
+
+    def _cropped(self, field: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
+        return field[:, :, : -(-size[0] // self.stride), : -(-size[1] // self.stride)]
+
+    def _row(
+        self, tokens: Tokens, style: _LayerStyle, pixels: np.ndarray, first: bool
+    ) -> list[Panel]:
+        size, cell, noise = pixels.shape[:2], (self.stride, self.stride), None
+        start = time.perf_counter()
+        if self.noise:
+            mean, noise = self.moments(tokens, size)
+        else:
+            mean = self.field(tokens, "mean", size)
+        self.srt_seconds += time.perf_counter() - start
+
+        more, point = [], None
+        if noise is not None:
+            values = noise.numpy()
+            low, high = np.percentile(values, [2, 98])
+            style.noise = style.noise or color_map(low, high, "gray")
+            rgb = style.noise.to_rgba(values)[..., :3]
+            more.append(Panel("noise: spread of the views", enlarge(rgb, cell, size)))
+        if self.query is not None:
+            if first:  # in later images the point may have moved
+                point = (self.query[0] * size[1], self.query[1] * size[0])
+            more += self._similarity(tokens, mean, style, point, size)
+
+        def colors(field: torch.Tensor) -> np.ndarray:
+            return enlarge(style.colors(field), cell, size)
+
+        unweighted = "" if self.weights is None else ", unweighted"
+        srt = Panel(f"SRT mean, {len(self.offsets)} views", colors(mean))
+        del mean  # before the next field is made
+        plain = enlarge(style.colors(tokens.map), tokens.patch, size)
+        return [
+            Panel("input", pixels.astype(np.float32) / 255, point),
+            Panel("plain tokens", plain),
+            Panel("tokens, bilinear", colors(self.field(tokens, "bilinear", size))),
+            srt,
+            Panel(f"SRT median{unweighted}", colors(self.field(tokens, "median", size))),
+            *more,
+        ]
+
+    def _similarity(
+        self,
+        tokens: Tokens,
+        mean: torch.Tensor,
+        style: _LayerStyle,
+        point: tuple[float, float] | None,
+        size: tuple[int, ...],
+    ) -> list[Panel]:
+        """The cosine similarity of tokens and mean to the point of the first image."""
+        fields = {"tokens": (tokens.map, tokens.patch), "SRT": (mean, (self.stride, self.stride))}
+        if not style.query:
+            assert point is not None
+            style.query = [
+                field[0, :, int(point[1]) // cell[0], int(point[0]) // cell[1]].clone()
+                for field, cell in fields.values()
+            ]
+        maps = [
+            cosine_map(field, vector).numpy()
+            for (field, _), vector in zip(fields.values(), style.query, strict=True)
+        ]
+        if style.similarity is None:  # one range for both
+            style.similarity = color_map(min(np.percentile(m, 2) for m in maps), 1.0, "inferno")
+        to_rgba, low = style.similarity.to_rgba, style.similarity.norm.vmin
+        return [
+            Panel(
+                f"cosine to the point, {name}: {low:.2f} ... 1",
+                enlarge(to_rgba(values)[..., :3], cell, size),
+                point,
+            )
+            for (name, (_, cell)), values in zip(fields.items(), maps, strict=True)
+        ]
+
+
+def draw(rows: Sequence[Sequence[Panel]], names: Sequence[str]) -> Figure:
+    """A figure of rows of panels of one size, with the names of the rows if there are several."""
+    from matplotlib.figure import Figure
+
+    height, width = rows[0][0].rgb.shape[:2]
+    inch = 4.0
+    figure = Figure(
+        figsize=(inch * len(rows[0]), len(rows) * (inch * height / width + 0.4)),
+        layout="constrained",
+    )
+    grid = figure.subplots(len(rows), len(rows[0]), squeeze=False)
+    for line, panels, name in zip(grid, rows, names, strict=True):
+        for axes, panel in zip(line, panels, strict=True):
+            axes.imshow(panel.rgb, interpolation="nearest")
+            axes.set(title=panel.title, xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+            if panel.point is not None:
+                for colour, edge in (("black", 3.0), ("white", 1.2)):
+                    x, y = panel.point
+                    axes.plot(x - 0.5, y - 0.5, "+", ms=14, mew=edge, color=colour)
+        if len(rows) > 1:
+            line[0].set_ylabel(name, fontsize="large")
+    return figure
+
+
+def render(figure: Figure) -> Any:
+    """A frame of a video: an image of Pillow, 288 pixels a panel."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    figure.set_dpi(72)
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def write_frames(frames: Iterable[Any], output: Path, fps: float) -> int:
+    """Writes images of Pillow and returns their number.
+
+    Args:
+        frames: of one size.
+        output: .gif or .webp, an animation, which is held in memory until the last frame; or a
+            folder: 00000.png and so on, each as it comes.
+        fps: frames a second, of an animation.
+    """
+    if not output.suffix:
+        count = 0
+        for count, frame in enumerate(frames, 1):
+            frame.save(output / f"{count - 1:05}.png")
+        return count
+    kept = list(frames)
+    if kept:
+        kept[0].save(
+            output, save_all=True, append_images=kept[1:], duration=round(1000 / fps), loop=0
+        )
+    return len(kept)
