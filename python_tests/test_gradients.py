@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from bounds import EnsembleBounds, ShiftBounds
+from backends import CPU, each_device
+from bounds import EnsembleBounds
 from budget import assert_within_budget, assert_within_rounding
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,11 +20,9 @@ from samples import (
     INTERPOLATIONS,
     PADDINGS,
     Ensemble,
-    Shift,
     ensembles,
     sample_ensembles,
     sample_shifts,
-    shifts,
 )
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
@@ -33,17 +32,8 @@ from srt_ext import reference
 ENSEMBLES = sample_ensembles()
 SHIFTS = sample_shifts()
 REDUCES = ("mean", "moments", "median")
-each_ensemble = pytest.mark.parametrize("case", ENSEMBLES.values(), ids=ENSEMBLES.keys())
-each_shift = pytest.mark.parametrize("case", SHIFTS.values(), ids=SHIFTS.keys())
 each_reduce = pytest.mark.parametrize("reduce", REDUCES)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-KERNELS = tuple(torch.ops.srt._available_cpu_kernels().split(","))
-IMAGES = SHIFTS | {
-    f"{padding}-{interpolation}": Shift((7, 37), padding=padding, interpolation=interpolation)
-    for padding, interpolation in product(PADDINGS, INTERPOLATIONS)
-}
 
 Function = Callable[..., Any]
 
@@ -56,15 +46,9 @@ def pairwise(first: Sequence[Any], second: Sequence[Any], *others: Sequence[Any]
     ]
 
 
-def field_of(
-    module: Any, reduce: str, case: Ensemble, *, values: str | None = None, **more: Any
-) -> Function:
-    """The field as a function of its tokens (and weights); all of it in one tensor.
-
-    ``values``: the device of offsets and weights.
-    """
+def field_of(module: Any, reduce: str, case: Ensemble, **more: Any) -> Function:
+    """The field as a function of its tokens (and weights); all of it in one tensor."""
     (_, offsets, grid, patch, weights), modes = case.call(torch.empty(0))
-    offsets, weights = offsets.to(values), weights if weights is None else weights.to(values)
 
     def field(tokens: torch.Tensor, weights: torch.Tensor | None = weights) -> torch.Tensor:
         if reduce == "moments":
@@ -112,76 +96,44 @@ def oracle(case: Ensemble, reduce: str, of: torch.dtype, dtype: torch.dtype) -> 
     return gradient(field, *(t.to(dtype) for t in problem(case, reduce, of)))
 
 
-def check_tokens_gradient(case: Ensemble, reduce: str, dtype: torch.dtype) -> None:
-    """Of a fixed sample."""
+def check_rounding(case: Ensemble, reduce: str, dtype: torch.dtype) -> None:
+    """By forward error bounds; of a median where no rounding makes another view the median."""
     tokens, grad = problem(case, reduce, dtype)
-    actual = gradient(field_of(srt_ext, reduce, case), tokens, grad)
-    assert actual.dtype == dtype
-    if dtype == torch.float64:
-        check_rounding(case, reduce, dtype, field_of(srt_ext, reduce, case))
-    else:
-        truth = oracle(case, reduce, dtype, torch.float64)
-        assert_within_budget(actual, truth, oracle(case, reduce, dtype, torch.float32).to(dtype))
-
-
-def gradient_bound(
-    case: Ensemble, reduce: str, tokens: torch.Tensor, grad: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``grad``, for a median 0 where roundings may choose another view; and the bound."""
+    bounds = EnsembleBounds(case.fit(reduce), tokens)
     if reduce == "median":
-        case = replace(case, weights=None)
-    bounds = EnsembleBounds(case, tokens)
-    if reduce == "mean":
-        return grad, bounds.mean_gradient(grad)
-    if reduce == "moments":
-        return grad, bounds.moments_gradient(*grad)
-    grad = torch.where(bounds.clear(), grad, 0)
-    return grad, bounds.median_gradient(grad)
-
-
-def check_rounding(
-    case: Ensemble, reduce: str, dtype: torch.dtype, field: Function, device: str = "cpu"
-) -> None:
-    tokens, grad = problem(case, reduce, dtype)
-    grad, bound = gradient_bound(case, reduce, tokens, grad)
+        grad = torch.where(bounds.clear(), grad, 0)
+    bound = getattr(bounds, f"{reduce}_gradient")(*(grad if reduce == "moments" else [grad]))
     truth = gradient(field_of(reference, reduce, case), tokens.double(), grad.double())
-    actual = gradient(field, tokens.to(device), grad.to(device)).cpu()
+    actual = gradient(field_of(srt_ext, reduce, case), tokens, grad)
     assert actual.dtype == dtype
     assert_within_rounding(actual, truth, bound)
 
 
 @pytest.mark.parametrize(
     ("name", "dtype", "reduce", "cpu_kernels"),
-    pairwise(tuple(ENSEMBLES), DTYPES, REDUCES, KERNELS),
+    pairwise(tuple(ENSEMBLES), DTYPES, REDUCES, CPU),
     indirect=["cpu_kernels"],
 )
 def test_gradient_of_tokens(name: str, dtype: torch.dtype, reduce: str, cpu_kernels: str) -> None:
     case = ENSEMBLES[name]
     if reduce == "median" and torch.finfo(dtype).bits == 16:
         case = replace(case, upsample="nearest", stride=(1, 1))  # interpolated values can tie
-    check_tokens_gradient(case, reduce, dtype)
+    if dtype == torch.float64:
+        check_rounding(case, reduce, dtype)
+        return
+    actual = gradient(field_of(srt_ext, reduce, case), *problem(case, reduce, dtype))
+    assert actual.dtype == dtype
+    truth, same = (oracle(case, reduce, dtype, t) for t in (torch.float64, torch.float32))
+    assert_within_budget(actual, truth, same.to(dtype))
 
 
 @given(ensembles(), st.sampled_from(REDUCES), st.sampled_from((torch.float32, torch.bfloat16)))
 def test_gradient_of_tokens_of_any_call(case: Ensemble, reduce: str, dtype: torch.dtype) -> None:
     dtype = torch.float32 if reduce == "median" else dtype
-    check_rounding(case, reduce, dtype, field_of(srt_ext, reduce, case))
+    check_rounding(case, reduce, dtype)
 
 
-def test_gradient_of_many_views() -> None:
-    """Against the field itself, which is linear: the oracle would take a minute."""
-    offsets = tuple((y * 0.75 - 4, x - 5.0) for y in range(11) for x in range(0, 11, 2))
-    case = Ensemble((4, 43), (5, 24), offsets=offsets, channels=131, batch=1)
-    field, tokens = field_of(srt_ext, "mean", case), case.tokens(torch.float64)
-    for seed in range(3):
-        grad = torch.randn(case.shape, generator=torch.Generator().manual_seed(seed)).double()
-        grad[grad.abs() < seed] = 0
-        expected = (field(tokens) * grad).sum()
-        actual = (tokens * gradient(field, tokens, grad)).sum()
-        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-6)
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+@each_device
 @pytest.mark.parametrize("upsample", ["nearest", "bilinear"])
 @each_dtype
 def test_gradients_of_a_median_sum_to_the_cotangent(
@@ -270,53 +222,6 @@ def test_gradient_of_the_weight_of_a_view_that_covers_nothing(reduce: str) -> No
     torch.testing.assert_close(actual, truth, rtol=1e-9, atol=1e-9)
 
 
-def image_problem(
-    case: Shift, dtype: torch.dtype
-) -> tuple[tuple[Any, ...], torch.Tensor, torch.Tensor]:
-    """Image, offsets, modes, a gradient of the views; the oracle's, in float64 and float32."""
-    image = case.image(dtype)
-    (_, offsets), modes = case.call(image)
-    generator = torch.Generator().manual_seed(1)
-    grad = torch.randn(len(offsets), *image.shape, generator=generator).to(dtype)
-
-    def truth(dtype: torch.dtype) -> torch.Tensor:
-        views = lambda image: reference.shift(image, offsets, **modes, dtype=dtype)  # noqa: E731
-        return gradient(views, image.to(dtype), grad.to(dtype))
-
-    return (image, offsets, modes, grad), truth(torch.float64), truth(torch.float32)
-
-
-def check_image_rounding(
-    case: Shift, dtype: torch.dtype, device: str = "cpu", values: str = "cpu"
-) -> None:
-    (image, offsets, modes, grad), truth, _ = image_problem(case, dtype)
-    views = lambda i: srt_ext.shift(i, offsets.to(values), **modes)  # noqa: E731
-    actual = gradient(views, image.to(device), grad.to(device)).cpu()
-    assert_within_rounding(actual, truth, ShiftBounds(case, dtype).gradient(grad))
-
-
-def check_image_gradient(case: Shift, dtype: torch.dtype) -> None:
-    """Of a fixed sample."""
-    if dtype == torch.float64:
-        check_image_rounding(case, dtype)
-    else:
-        (image, offsets, modes, grad), truth, same = image_problem(case, dtype)
-        actual = gradient(lambda i: srt_ext.shift(i, offsets, **modes), image, grad)
-        assert_within_budget(actual, truth, same.to(dtype))
-
-
-@pytest.mark.parametrize(
-    ("name", "dtype"), [(name, DTYPES[i % 4]) for i, name in enumerate(IMAGES)]
-)
-def test_gradient_of_an_image(name: str, dtype: torch.dtype) -> None:
-    check_image_gradient(IMAGES[name], dtype)
-
-
-@given(shifts())
-def test_gradient_of_an_image_of_any_call(case: Shift) -> None:
-    check_image_rounding(case, torch.float32)
-
-
 @each_reduce
 def test_any_strides_of_a_gradient(reduce: str) -> None:
     case = ENSEMBLES["grid"]
@@ -334,14 +239,12 @@ def test_any_strides_of_a_gradient(reduce: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "reduce", "value"),
-    pairwise(("grid", "real", "weights", "stride", "beyond"), REDUCES, (torch.nan, torch.inf)),
+    pairwise(("grid", "real", "weights", "stride", "beyond"), REDUCES[1:], (torch.nan, torch.inf)),
 )
 def test_a_non_finite_gradient_reaches_what_it_touches(
     name: str, reduce: str, value: float
 ) -> None:
     case = replace(ENSEMBLES[name], batch=1, channels=3)
-    if reduce == "median":
-        case = replace(case, weights=None)
     tokens, field = case.tokens(torch.float64), field_of(srt_ext, reduce, case)
     cell = (..., 0, 1, -1, -1)
     grad = torch.zeros(field(tokens).shape, dtype=torch.float64)
@@ -359,18 +262,14 @@ def test_a_non_finite_gradient_reaches_what_it_touches(
 def test_a_gradient_does_not_depend_on_threads(reduce: str, threads: Callable[[int], None]) -> None:
     case = Ensemble((7, 9), (8, 8), channels=165)
     tokens, field = case.tokens(), field_of(srt_ext, reduce, case)
-    image, (_, offsets) = torch.randn(2, 3, 65, 127), Shift().call(torch.empty(0))[0]
+    image, offsets = torch.randn(2, 3, 65, 127), torch.randn(5, 2)
+    grad = torch.linspace(-3, 2, field(tokens).numel()).reshape(field(tokens).shape)
+    views = torch.linspace(-3, 2, 5 * image.numel()).reshape(5, *image.shape)
     results = []
     for count in (1, 2, 5):
         threads(count)
-        grads = torch.linspace(-3, 2, field(tokens).numel()).reshape(field(tokens).shape)
-        views = torch.linspace(-3, 2, 5 * image.numel()).reshape(5, *image.shape)
-        results.append(
-            (
-                gradient(field, tokens, grads),
-                gradient(lambda i: srt_ext.shift(i, offsets), image, views),
-            )
-        )
+        of_image = gradient(lambda i: srt_ext.shift(i, offsets), image, views)
+        results.append((gradient(field, tokens, grad), of_image))
     for more in results[1:]:
         assert all(map(torch.equal, results[0], more))
 

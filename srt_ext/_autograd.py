@@ -135,7 +135,8 @@ def _median_views(views: _Views, tokens: torch.Tensor) -> Iterator[tuple[_Views,
 
 # ---- derivatives composed of other ops -----------------------------------------------------------
 
-# ``place``: offsets, grid, patch, weights or None.
+# The backward functions get the gradient of a mean or median, that of a variance or None, tokens
+# and ``place``: offsets, grid, patch, weights or None.
 
 
 def _median_backward(
@@ -415,15 +416,11 @@ class _MeanBackward(_Function):
 
     @classmethod
     def gradients(cls, ctx: Any, args: list[Any], grads: Sequence[Any]) -> tuple[Any, ...]:
-        return (cls.views(ctx, args).ensemble(grads[0]),)
+        return (_Views(ctx.modes, *args[1:]).ensemble(grads[0]),)
 
     @classmethod
     def tangents(cls, ctx: Any, args: list[Any], tangents: Sequence[Any]) -> Any:
-        return cls.views(ctx, args).mean_backward(tangents[0])
-
-    @classmethod
-    def views(cls, ctx: Any, args: list[Any]) -> _Views:
-        return _Views(ctx.modes, *args[1:])
+        return _Views(ctx.modes, *args[1:]).mean_backward(tangents[0])
 
 
 # ---- registration --------------------------------------------------------------------------------
