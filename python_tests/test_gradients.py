@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 from backends import CPU, each_device
 from bounds import EnsembleBounds
 from budget import assert_within_budget, assert_within_rounding
@@ -570,7 +571,9 @@ def test_compiled_forward_and_backward(backend: str) -> None:
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     expected = with_gradients(model, model_inputs())
-    actual = with_gradients(compiled, model_inputs())
+    # The key of a cached graph does not contain the derivatives of custom ops.
+    with torch._inductor.config.patch(force_disable_caches=True):
+        actual = with_gradients(compiled, model_inputs())
     assert len(actual) == 4
     torch.testing.assert_close(actual, expected)
     torch.compiler.reset()
