@@ -104,7 +104,7 @@ def test_uint8_rounds_half_to_even_and_saturates(width: int, backend: Backend) -
 # ---- offsets ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("views", [240, 241, 700])
+@pytest.mark.parametrize("views", [240, 241, pytest.param(700, marks=pytest.mark.slow)])
 def test_many_views(views: int, backend: Backend) -> None:
     """More numbers than the parameters of a kernel hold."""
     case = Shift((5, 8), random_views(views), value_dtype=torch.float64)
