@@ -224,7 +224,7 @@ class ShiftArgs(Structure):
     )
 
 
-class ViewNumbers(Structure):
+class ViewArray(Structure):
     _fields_ = (("host", POINTER(c_double)), ("device", c_void_p), ("dtype", c_int32))
 
 
@@ -278,7 +278,7 @@ class Numbers:
     """Offsets or weights: float64 on the host, or "on the device" as they are."""
 
     def __init__(self, values: torch.Tensor | None, place: str) -> None:
-        self.struct = ViewNumbers()
+        self.struct = ViewArray()
         if values is None:
             return
         if place == "host":
