@@ -220,7 +220,9 @@ def states(case: Ensemble, device: str = "cpu") -> dict[str, list[torch.Tensor]]
 STREAMS = tuple(states(Ensemble()))
 
 
-@pytest.mark.parametrize("name", ["weights", "stride", "one_token"])
+@pytest.mark.parametrize(
+    "name", ["weights", "stride", pytest.param("one_token", marks=pytest.mark.slow)]
+)
 @each_place
 def test_opcheck(device: str, name: str, place: str) -> None:
     """Every op, on several samples."""

@@ -1,6 +1,6 @@
 // The CUDA ops themselves, over kernels that run on the CPU: registered for CPU tensors in the
 // place of the CPU kernels, and every tensor counts as one on the device. Loaded by
-// test_cuda_on_host.py in a process of its own.
+// test_host_shim.py in a process of its own.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>

@@ -1,4 +1,4 @@
-// The entry points of the CUDA sources, called from test_cuda_on_host.py, in a library with what
+// The entry points of the CUDA sources, called from backends.py, in a library with what
 // g++ makes of the sources. Every function returns null, or what went wrong.
 #include <cuda_runtime.h>
 
