@@ -121,7 +121,7 @@ void filter_rows(const MeanPlan<Acc>& plan, int64_t rows, int64_t n, Out* out, c
 // For output row y, row r of its band: what the sums of a cell are multiplied by, and what is there
 // already in a stream.
 template <class Acc>
-void fill_inverse(const MeanPlan<Acc>& plan, int64_t y, int64_t r, char* base) {
+SRT_INLINE void fill_inverse(const MeanPlan<Acc>& plan, int64_t y, int64_t r, char* base) {
   double* const count = reinterpret_cast<double*>(base + plan.scratch.count);
   Acc* const inverse = reinterpret_cast<Acc*>(base + plan.scratch.inverse) + r * plan.width;
   Acc* const keep = reinterpret_cast<Acc*>(base + plan.scratch.keep) + r * plan.width;
