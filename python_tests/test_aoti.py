@@ -32,6 +32,7 @@ class Fields(torch.nn.Module):
         return mean, median, average, variance, running, weight
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 def test_package_gives_what_eager_gives(tmp_path: Path) -> None:
     def arguments(batch: int) -> tuple[torch.Tensor, ...]:

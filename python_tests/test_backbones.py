@@ -678,7 +678,7 @@ def test_half_precision_and_autocast() -> None:
     assert_close_in_bfloat16(field, expected)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_gpu(dtype: torch.dtype) -> None:
     model = timm_model("ViT")

@@ -529,7 +529,7 @@ def test_inputs_are_kept_until_the_gpu_has_read_them(monkeypatch: pytest.MonkeyP
 
 # ---- on a GPU -----------------------------------------------------------------------------------
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+needs_gpu = pytest.mark.cuda
 SLEEP = 400_000_000  # clock cycles: some tenths of a second
 
 

@@ -174,12 +174,9 @@ benchmark() { # EXTENT SECONDS
     --extent "$extent" --seconds $(($2 < left ? $2 : left)) --rounds 20 --results "$output" \
     --commit "$commit"
 }
-arrays=python_tests/test_dlpack.py
 # Of these files, what is marked cuda.
 tests=(python_tests/test_{cuda,mean,median,moments,shift,kernel_gradients,stream_kernels,library}.py
-  python_tests/test_backbones.py::test_on_a_gpu $arrays::test_cupy $arrays::test_jax_on_a_gpu
-  $arrays::test_streams_wait_for_each_other $arrays::test_offsets_and_weights_on_a_gpu
-  $arrays::test_memory_of_inputs_is_kept_while_it_is_read)
+  python_tests/test_{backbones,dlpack}.py)
 pytest() { # NAME SECONDS WORKERS ARGUMENT...
   local workers=$3
   [ -z "$dry" ] || set -- "$@" --collect-only
@@ -232,7 +229,7 @@ if [ "$run" = first ]; then
     --commit "$commit"
   nsight_compute 40
   pytest "value tests" 60 "$((cores < 12 ? cores : 12))" -m "cuda and not serial" "${tests[@]}"
-  pytest "graphs, streams, waits, compile" 45 0 -m serial "${tests[@]}"
+  pytest "graphs, streams, waits, compile" 45 0 -m "cuda and serial" "${tests[@]}"
   sanitize memcheck 40
 else
   [ ${#failed_before[@]} -eq 0 ] || pytest "what failed before" 30 0 -m "" "${failed_before[@]}"
