@@ -582,7 +582,20 @@ def measure_streams(bench: Bench, case: Field, dtype: torch.dtype, upsample: str
 
 
 def measure_gradients(bench: Bench, case: Field, dtype: torch.dtype, upsample: str) -> None:
-    """What a backward costs, beside its forward."""
+    """The backward of a mean, which has kernels, beside its forward."""
+    _measure_gradients(bench, case, dtype, upsample, ["mean"])
+
+
+def measure_recomputed_gradients(
+    bench: Bench, case: Field, dtype: torch.dtype, upsample: str
+) -> None:
+    """The backward of median and moments, which are recomputed view by view."""
+    _measure_gradients(bench, case, dtype, upsample, ["median", "moments"])
+
+
+def _measure_gradients(
+    bench: Bench, case: Field, dtype: torch.dtype, upsample: str, ops: list[str]
+) -> None:
     sample = Sample(case, dtype, upsample, bench.clock.device)
     tokens, place, modes = sample.tokens, sample.place, sample.modes
     grad = torch.randn_like(sample.out)
@@ -601,7 +614,7 @@ def measure_gradients(bench: Bench, case: Field, dtype: torch.dtype, upsample: s
         same = gradient(lambda t: srt_ext.ensemble(t, *place, **modes), tokens, grad)
         return Peer(gradient(lambda t: function(t, *tables), tokens, grad), same=same)
 
-    for op in ("mean", "median", "moments"):
+    for op in ops:
         if op == "median" and torch.finfo(dtype).bits == 16:
             continue  # of views that are alike each may be the median: it cannot be compared
         kind = {} if op == "moments" else {"reduce": op}
@@ -880,6 +893,7 @@ def _rest(sizes: Sizes) -> list[Step]:
         *_each(measure_streams, [small], half, **bilinear),
         *_each(measure_streams, [small], **nearest),
         *_each(measure_gradients, [small], **nearest),
+        *_each(measure_recomputed_gradients, [small_default], (torch.float32,), **bilinear),
     ]
 
 
@@ -938,6 +952,12 @@ def _on_cpu() -> list[Step]:
     return [
         *_steps(token_scale, [], torch.float32, [measure_mean]),
         *_steps([main], [], torch.float32, [measure_streams]),
+        *_each(
+            measure_recomputed_gradients,
+            [by_views(main, DEFAULT)],
+            (torch.float32,),
+            upsample="bilinear",
+        ),
         *_steps([alone], [whole], torch.bfloat16),
         *_steps([alone], [whole], torch.float16),
         *_steps([alone], [whole], torch.float64),
