@@ -65,12 +65,12 @@ int64_t largest_tile(const MeanPlan<Acc>& plan, int64_t block, int64_t row_bytes
 template <class Acc>
 int64_t place_scratch(int64_t inputs, MeanPlan<Acc>& plan) {
   Layout layout;
-  plan.scratch.sums = layout.place<Acc>(plan.band * plan.groups * plan.tokens_x * plan.pass);
-  plan.scratch.at = layout.place<int64_t>(inputs);
-  plan.scratch.weights = layout.place<Acc>(inputs * plan.band);
-  plan.scratch.count = layout.place<double>(plan.width);
-  plan.scratch.inverse = layout.place<Acc>(plan.band * plan.width);
-  plan.scratch.keep = layout.place<Acc>(plan.total_weight ? plan.band * plan.width : 0);
+  layout.place(plan.scratch.sums, plan.band * plan.groups * plan.tokens_x * plan.pass);
+  layout.place(plan.scratch.at, inputs);
+  layout.place(plan.scratch.weights, inputs * plan.band);
+  layout.place(plan.scratch.count, plan.width);
+  layout.place(plan.scratch.inverse, plan.band * plan.width);
+  layout.place(plan.scratch.keep, plan.total_weight ? plan.band * plan.width : 0);
   return layout.bytes;
 }
 

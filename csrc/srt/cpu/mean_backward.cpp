@@ -185,9 +185,9 @@ void mean_backward(const EnsembleArgs& args, void* grad_tokens, const Parallel& 
 
   const int64_t inputs = std::max(y.largest(), x.largest());
   Layout layout;
-  plan.scratch.sums = layout.place<Acc>(tile_y * plan.longest_span * plan.pass);
-  plan.scratch.at = layout.place<int64_t>(inputs);
-  plan.scratch.weights = layout.place<Acc>(inputs * tile_y);
+  layout.place(plan.scratch.sums, tile_y * plan.longest_span * plan.pass);
+  layout.place(plan.scratch.at, inputs);
+  layout.place(plan.scratch.weights, inputs * tile_y);
   const double work =
       static_cast<double>(plan.batch) * static_cast<double>(args.channels) *
       (static_cast<double>(plan.width) * static_cast<double>(y.weight.size()) +

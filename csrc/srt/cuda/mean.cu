@@ -85,12 +85,9 @@ struct AxisPlan {
 };
 
 template <class Acc>
-struct MeanPlan {
-  const void* tokens;        // [V, B, h*w, C]
-  int64_t token_strides[3];  // of V, B and h*w, in elements
-  int64_t row_step;          // from a row of tokens to the next, in elements
+struct MeanPlan : FieldPlan {
+  int64_t row_step;  // from a row of tokens to the next, in elements
   int64_t element_bytes;
-  int64_t views, batch, channels;
   View* sorted;  // [V] by dx
   AxisPlan y, x;
   // The vertical table. The views that share a dx have one list of inputs for every block of rows,
@@ -106,11 +103,8 @@ struct MeanPlan {
   // [x_tiles, max_rounds, cell_groups] which of the columns that are combined at a time have a
   // weight that is not 0 in a group of cells; the first one is the highest bit.
   uint32_t* column_mask;
-  Acc* inverse;            // [ends of rows, ends of cells] 1 / total weight, 0 where no view counts
-  void* out;               // [B, C, H', W']
-  int64_t out_strides[4];  // in elements
+  Acc* inverse;  // [ends of rows, ends of cells] 1 / total weight, 0 where no view counts
   int64_t row_bytes, cell_bytes;  // from a row of out, or a cell, to the next
-  bool keep;                      // out in L2
 };
 
 // ---- runs ---------------------------------------------------------------------------------------
@@ -782,19 +776,37 @@ bool vectors_fit(const EnsembleArgs& args, int64_t element_size) {
          fits(0, args.out_strides[3]);
 }
 
+template <class Tile, class Acc = typename Tile::Acc>
+void place_tables(const EnsembleArgs& args, Workspace& workspace, MeanPlan<Acc>& plan) {
+  const int64_t rows = plan.y.cells, cells = plan.x.cells;
+  plan.sorted = workspace.take<View>(args.views);
+  plan.y.breaks = workspace.take<uint8_t>(rows + cells);
+  plan.x.breaks = plan.y.breaks + rows;
+  plan.y.runs = workspace.take<Run>(div_up(rows, 2));
+  plan.x.runs = workspace.take<Run>(div_up(cells, 2));
+  plan.y.total = workspace.take<int32_t>(1);
+  plan.x.total = workspace.take<int32_t>(1);
+  plan.y.count = workspace.take<double>(args.views * rows);
+  plan.x.count = workspace.take<double>(args.views * cells);
+  plan.row_span = workspace.take<RowSpan>(args.views * plan.row_blocks);
+  plan.inputs =
+      workspace.take<Inputs<Acc, Tile::combined>>(args.views * plan.row_blocks * plan.max_pairs);
+  plan.column_total = workspace.take<int32_t>(plan.x_tiles);
+  plan.column = workspace.take<Column>(plan.x_tiles * plan.max_columns);
+  plan.column_weight = workspace.take<Acc>(plan.x_tiles * plan.max_columns * Tile::cells);
+  plan.column_mask = workspace.take<uint32_t>(plan.x_tiles * plan.max_rounds * Tile::cell_groups);
+  plan.inverse = workspace.take<Acc>(plan.row_blocks * Tile::combined * plan.x_tiles * Tile::cells);
+}
+
 template <class T, bool kSmall>
 MeanPlan<typename AccumulatorOf<T>::type> make_plan(const Call& call, Workspace& workspace) {
   using Tile = cuda::Tile<T, kSmall>;
   using Acc = typename Tile::Acc;
   const EnsembleArgs& args = call.args;
   MeanPlan<Acc> plan{};
-  plan.tokens = args.tokens;
-  std::copy_n(args.token_strides, 3, plan.token_strides);
+  call.set_field(plan, sizeof(T), sizeof(T));
   plan.row_step = args.grid[1] * args.token_strides[2];
   plan.element_bytes = sizeof(T);
-  plan.views = args.views;
-  plan.batch = args.batch;
-  plan.channels = args.channels;
   plan.y.axis = call.axis(0);
   plan.x.axis = call.axis(1);
   // In float64 the rounding of the weights at the ends of a run, which grows with the position,
@@ -808,44 +820,21 @@ MeanPlan<typename AccumulatorOf<T>::type> make_plan(const Call& call, Workspace&
     const int64_t inside = axis.stride == 1 ? div_up(n, 2) : 0;
     return std::min(axis.tokens, (n * axis.stride - 1) / axis.patch + 3 + inside);
   };
-  const int64_t rows = plan.y.cells, cells = plan.x.cells;
-  const int64_t max_runs_y = div_up(rows, 2), max_runs_x = div_up(cells, 2);
-  plan.row_blocks = div_up(2 * max_runs_y, Tile::rows) * Tile::quarters;
+  plan.row_blocks = div_up(2 * div_up(plan.y.cells, 2), Tile::rows) * Tile::quarters;
   plan.max_pairs = div_up(max_tokens(plan.y.axis, Tile::combined), kPair);
   plan.tile_cells = Tile::cells;
   plan.tile_columns = Tile::columns;
   plan.cell_groups = Tile::cell_groups;
-  plan.x_tiles = div_up(2 * max_runs_x, Tile::cells);
+  plan.x_tiles = div_up(2 * div_up(plan.x.cells, 2), Tile::cells);
   plan.max_rounds = div_up(args.views * max_tokens(plan.x.axis, Tile::cells), Tile::columns);
   plan.max_columns = plan.max_rounds * Tile::columns;
   if (plan.max_columns > INT32_MAX)
     throw Error("srt::ensemble: on CUDA views * (tokens of " + std::to_string(Tile::cells) +
                 " output cells of a row) must be below 2^31; got " +
                 std::to_string(plan.max_columns));
-
-  plan.sorted = workspace.take<View>(args.views);
-  plan.y.breaks = workspace.take<uint8_t>(rows + cells);
-  plan.x.breaks = plan.y.breaks + rows;
-  plan.y.runs = workspace.take<Run>(max_runs_y);
-  plan.x.runs = workspace.take<Run>(max_runs_x);
-  plan.y.total = workspace.take<int32_t>(1);
-  plan.x.total = workspace.take<int32_t>(1);
-  plan.y.count = workspace.take<double>(args.views * rows);
-  plan.x.count = workspace.take<double>(args.views * cells);
-  plan.row_span = workspace.take<RowSpan>(args.views * plan.row_blocks);
-  plan.inputs =
-      workspace.take<Inputs<Acc, Tile::combined>>(args.views * plan.row_blocks * plan.max_pairs);
-  plan.column_total = workspace.take<int32_t>(plan.x_tiles);
-  plan.column = workspace.take<Column>(plan.x_tiles * plan.max_columns);
-  plan.column_weight = workspace.take<Acc>(plan.x_tiles * plan.max_columns * Tile::cells);
-  plan.column_mask = workspace.take<uint32_t>(plan.x_tiles * plan.max_rounds * Tile::cell_groups);
-  plan.inverse = workspace.take<Acc>(plan.row_blocks * Tile::combined * plan.x_tiles * Tile::cells);
-  plan.out = args.out;
-  std::copy_n(args.out_strides, 4, plan.out_strides);
+  place_tables<Tile>(args, workspace, plan);
   plan.row_bytes = args.out_strides[2] * plan.element_bytes;
   plan.cell_bytes = args.out_strides[3] * plan.element_bytes;
-  constexpr int64_t kSize = sizeof(T);
-  plan.keep = fits_l2(call.op, kSize * call.token_elements(), kSize * call.field_elements());
   return plan;
 }
 

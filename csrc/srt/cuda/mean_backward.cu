@@ -568,9 +568,7 @@ int64_t mean_backward(const Call& call, void* grad_tokens) {
 int64_t dispatch(const Call& call, void* grad_tokens) {
   const EnsembleArgs& args = call.args;
   if (args.batch == 0 || args.channels == 0) return 0;
-  if (args.views > INT32_MAX - kThreads)
-    throw Error("srt::" + std::string(call.op) +
-                ": on CUDA there must be fewer than 2^31 views; got " + std::to_string(args.views));
+  check_views(call.op, args.views);
   return dispatch_floating(args.dtype, [&](auto element) {
     return mean_backward<decltype(element)>(call, grad_tokens);
   });
