@@ -319,6 +319,8 @@ __attribute__((noinline)) CellValues<Acc> views_of_cell(const PerViewPlan<Acc>& 
                                                         int64_t x, char* base) {
   const auto& scratch = plan.scratch;
   const int64_t* const row_of = in(base, scratch.row_of);
+  const Acc* const sums = in(base, scratch.sums);
+  ViewValue<Acc>* const values = in(base, scratch.values);
   double* const weights = in(base, scratch.weights);
   Acc* const shares = in(base, scratch.shares);
   CellValues<Acc> cell{in(base, scratch.buffer), shares, in(base, scratch.steps), 0, 0, true};
@@ -328,9 +330,8 @@ __attribute__((noinline)) CellValues<Acc> views_of_cell(const PerViewPlan<Acc>& 
     const int64_t slot = view.group * plan.width + x;
     if (row_of[i] < 0 || !(plan.x.count[slot] > 0)) continue;
     const int64_t token = row_of[i] * plan.tokens_x + plan.x.first[slot];
-    in(base, scratch.values)[cell.count] = {in(base, scratch.sums) + token * plan.chunk,
-                                            plan.x.weight + slot * plan.x.max_taps,
-                                            plan.x.taps[slot]};
+    values[cell.count] = {sums + token * plan.chunk, plan.x.weight + slot * plan.x.max_taps,
+                          plan.x.taps[slot]};
     const double weight = static_cast<double>(view.weight) * plan.x.count[slot] *
                           plan.y.count[view.dy * plan.height + y];
     weights[cell.count++] = weight;

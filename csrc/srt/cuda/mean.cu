@@ -109,7 +109,7 @@ struct MeanPlan : FieldPlan {
 
 // ---- runs ---------------------------------------------------------------------------------------
 
-// Cells that runs are looked for in, by one thread.
+// One thread looks for runs in this many cells.
 constexpr int64_t kSegment = 64;
 
 struct CellReads {
@@ -390,7 +390,7 @@ __device__ Acc between(Acc first, Acc last, Acc t) {
   return fma(t, slope, first);
 }
 
-// Of a block.
+// The shared memory of a block.
 template <class T, bool kSmall>
 struct Shared {
   using Tile = cuda::Tile<T, kSmall>;
@@ -405,8 +405,8 @@ struct Shared {
 
   // The runs of the tile; beyond the last one they begin at INT32_MAX and are shorter than 0.
   WrittenRun<Acc> rows[Tile::rows / 2], cells[Tile::cells / 2];
-  // Where the tile lies. Read from here whenever it is needed: kept in registers all the while it
-  // would cost the sums theirs.
+  // The tile. It is read from shared memory whenever it is needed: in registers it would displace
+  // the sums.
   int64_t tile;     // the next one
   const T* tokens;  // channel c0 of image b
   T* out;
@@ -647,7 +647,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
       }
     }
 
-    // Scale the ends. What is added turns -0, which depends on the weights of 0, into 0.
+    // Scale the ends. Adding 0 turns -0 into 0: which of them a sum of nothing is depends on the
+    // weights of 0 that were skipped.
     Acc size = 0;
     if (filters) {
 #pragma unroll
@@ -814,8 +815,8 @@ MeanPlan<typename AccumulatorOf<T>::type> make_plan(const Call& call, Workspace&
   plan.y.interpolated = plan.x.interpolated = sizeof(Acc) < sizeof(double);
   plan.y.cells = plan.y.axis.cells();
   plan.x.cells = plan.x.axis.cells();
-  // n ends of runs span n cells, or with runs that are as long as a token n / 2 tokens more; and
-  // interpolation and rounding add one at each end.
+  // The n ends of n / 2 runs span n cells. Runs as long as a token span up to n / 2 tokens more,
+  // and interpolation and rounding add one token at each end.
   const auto max_tokens = [](const Axis& axis, int64_t n) {
     const int64_t inside = axis.stride == 1 ? div_up(n, 2) : 0;
     return std::min(axis.tokens, (n * axis.stride - 1) / axis.patch + 3 + inside);

@@ -38,12 +38,12 @@ struct ReadsPlan {
 template <class Acc>
 struct PerViewPlan : FieldPlan {
   View* sorted;    // [V] by dx
-  int64_t spread;  // in which steps it goes through them
-  View* ordered;   // [V], as it does
+  int64_t spread;  // the step between views that are taken one after the other
+  View* ordered;   // [V] in the order in which they are taken
   ReadsPlan<Acc> y, x;
   bool linear;  // a cell is a pixel: of at most two taps along each axis
-  // Then a tile reads these tokens of a view, two rows: in bytes from the first. Of columns there
-  // may be fewer than room, and the last is read again.
+  // If `linear`, a tile reads these tokens of a view, two rows of them: bytes from the first token.
+  // Where there are fewer columns than kColumns, the last one is read again.
   int columns;
   int64_t near[2][kColumns];
   int64_t tile;    // cells of a block
