@@ -10,10 +10,12 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <iterator>
 #include <limits>
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../csrc/srt/cuda/cuda.h"
@@ -88,26 +90,22 @@ class Buffer {
   void* base_ = nullptr;
 };
 
-// What lies between the pieces of the workspace of a call (cuda.h).
-struct Gap {
-  void* at;
-  int64_t bytes;
-};
-std::vector<Gap> gaps;
+// What lies between the pieces of the workspace of a call (cuda.h), and its bytes.
+std::vector<std::pair<void*, int64_t>> gaps;
 constexpr char kPoison = 0x5a;
 
 void poison_gap(void* at, int64_t bytes) {
   CHECK(cudaMemsetAsync(at, kPoison, bytes, stream));
-  gaps.push_back({at, bytes});
+  gaps.emplace_back(at, bytes);
 }
 
 // Waits for a call, whose workspace still exists.
 void check_gaps() {
   CHECK(cudaStreamSynchronize(stream));
-  for (const Gap& gap : gaps) {
-    std::vector<char> content(gap.bytes);
-    CHECK(cudaMemcpy(content.data(), gap.at, gap.bytes, cudaMemcpyDeviceToHost));
-    if (std::count(content.begin(), content.end(), kPoison) != gap.bytes)
+  for (const auto& [at, bytes] : gaps) {
+    std::vector<char> content(bytes);
+    CHECK(cudaMemcpy(content.data(), at, bytes, cudaMemcpyDeviceToHost));
+    if (std::count(content.begin(), content.end(), kPoison) != bytes)
       throw std::runtime_error("written between two pieces of the workspace");
   }
   gaps.clear();
@@ -125,18 +123,12 @@ std::vector<char> bytes_of(const std::vector<double>& values) {
 
 struct Placed {
   Buffer device;
-  ViewArray array{};
+  ViewArray array;
 
   Placed(const std::vector<double>& values, Where where)
-      : device(where == Where::host         ? std::vector<char>{}
-               : where == Where::device_f32 ? bytes_of<float>(values)
-                                            : bytes_of<double>(values)) {
-    if (values.empty()) return;
-    if (where == Where::host) {
-      array.host = values.data();
-    } else {
-      array = {nullptr, device.data(), where == Where::device_f32 ? DType::f32 : DType::f64};
-    }
+      : device(where == Where::device_f32 ? bytes_of<float>(values) : bytes_of<double>(values)),
+        array{nullptr, device.data(), where == Where::device_f32 ? DType::f32 : DType::f64} {
+    if (where == Where::host && !values.empty()) array = {values.data(), nullptr, DType::f64};
   }
 };
 
@@ -155,156 +147,132 @@ void check_twice(const Type& type, int64_t skip, const std::vector<bool>& exists
   }
   for (size_t i = 0; i < results[0].size(); ++i) {
     const char first = results[0][i], second = results[1][i];
-    const bool right =
-        exists[i / type.size] ? first == second : first == poisons[0] && second == poisons[1];
-    if (!right)
-      throw std::runtime_error("byte " + std::to_string(i) +
-                               (exists[i / type.size] ? " differs between two runs"
-                                                      : " was written between the elements"));
+    const bool element = exists[i / type.size];
+    if (element ? first != second : first != poisons[0] || second != poisons[1])
+      throw std::runtime_error(
+          "byte " + std::to_string(i) +
+          (element ? " differs between two runs" : " was written between the elements"));
   }
 }
 
 // ---- ensemble -----------------------------------------------------------------------------------
 
-struct Ensemble {
-  int64_t grid[2] = {3, 5}, patch[2] = {4, 6}, stride[2] = {1, 1};
-  int64_t batch = 2, channels = 19;
+struct Ensemble : EnsembleArgs {
   int64_t gap = 0;                 // elements between the channels of one token and of the next
   int64_t skip = 0, out_skip = 0;  // elements from an aligned address to the first
   bool padded = false, nchw = false;
-  Upsample upsample = Upsample::bilinear;
-  Border border = Border::coverage;
   Where where = Where::host;
-  std::vector<double> offsets = {-3, -2, -3, 0, -3, 2, 0, -2, 0, 0, 0, 2, 3, -2, 3, 0, 3, 2};
-  std::vector<double> weights;
+  std::vector<double> offset_list = {-3, -2, -3, 0, -3, 2, 0, -2, 0, 0, 0, 2, 3, -2, 3, 0, 3, 2};
+  std::vector<double> weight_list;
+
+  Ensemble() : EnsembleArgs{} {
+    grid[0] = 3, grid[1] = 5, patch[0] = 4, patch[1] = 6, stride[0] = stride[1] = 1;
+    batch = 2, channels = 19;
+    upsample = Upsample::bilinear;
+  }
+  int64_t height() const { return grid[0] * patch[0] / stride[0]; }
+  int64_t width() const { return grid[1] * patch[1] / stride[1]; }
+
+  void set_layout() {
+    const int64_t tokens = grid[0] * grid[1], pitch = channels + gap;
+    const int64_t cell = channels + (padded ? 3 : 0), row = width() * cell + (padded ? 5 : 0);
+    const int64_t of_tokens[3] = {batch * tokens * pitch, tokens * pitch, pitch};
+    const int64_t last[4] = {height() * row, 1, row, cell};
+    const int64_t first[4] = {channels * height() * width(), height() * width(), width(), 1};
+    views = static_cast<int64_t>(offset_list.size()) / 2;
+    std::copy_n(of_tokens, 3, token_strides);
+    std::copy_n(nchw ? first : last, 4, out_strides);
+    plane_stride = batch * out_strides[0] + 16;
+  }
+
+  // The elements of [planes, B, C, H', W'].
+  std::vector<bool> elements(int64_t planes) const {
+    std::vector<bool> exists;
+    if (batch * channels == 0) return exists;
+    exists.resize((planes - 1) * plane_stride + batch * out_strides[0]);
+    for (int64_t i = 0; i < planes * batch * channels * height() * width(); ++i) {
+      const int64_t x = i % width(), y = i / width() % height(), plane = i / width() / height();
+      exists[plane / channels / batch * plane_stride + plane / channels % batch * out_strides[0] +
+             plane % channels * out_strides[1] + y * out_strides[2] + x * out_strides[3]] = true;
+    }
+    return exists;
+  }
 };
 
-EnsembleArgs arguments(const Ensemble& e, const Type& type, Reduce reduce) {
-  const int64_t tokens = e.grid[0] * e.grid[1], pitch = e.channels + e.gap;
-  const int64_t height = e.grid[0] * e.patch[0] / e.stride[0];
-  const int64_t width = e.grid[1] * e.patch[1] / e.stride[1];
-  EnsembleArgs args{};
-  args.reduce = reduce;
-  args.dtype = type.dtype;
-  args.views = static_cast<int64_t>(e.offsets.size()) / 2;
-  args.batch = e.batch;
-  args.channels = e.channels;
-  const int64_t token_strides[3] = {e.batch * tokens * pitch, tokens * pitch, pitch};
-  std::copy_n(token_strides, 3, args.token_strides);
-  std::copy_n(e.grid, 2, args.grid);
-  std::copy_n(e.patch, 2, args.patch);
-  std::copy_n(e.stride, 2, args.stride);
-  args.upsample = e.upsample;
-  args.border = e.border;
-  const int64_t cell = e.channels + (e.padded ? 3 : 0), row = width * cell + (e.padded ? 5 : 0);
-  const int64_t last[4] = {height * row, 1, row, cell};
-  const int64_t first[4] = {e.channels * height * width, height * width, width, 1};
-  std::copy_n(e.nchw ? first : last, 4, args.out_strides);
-  args.plane_stride = e.batch * args.out_strides[0] + 16;
-  return args;
-}
-
-// What is called: a reduction, as a stream or not, or the gradient of the mean.
+// What is called: a reduction, as a stream or not, or the gradient of the mean. `planes`: that it
+// writes, or reads.
 struct Kind {
   const char* name;
   Reduce reduce;
+  int64_t planes;
   bool streams, gradient;
 };
-constexpr Kind kKinds[] = {{"mean", Reduce::mean, false, false},
-                           {"median", Reduce::median, false, false},
-                           {"moments", Reduce::moments, false, false},
-                           {"stream of a mean", Reduce::mean, true, false},
-                           {"stream of a median", Reduce::median, true, false},
-                           {"stream of moments", Reduce::moments, true, false},
-                           {"gradient of a mean", Reduce::mean, false, true}};
+constexpr Kind kKinds[] = {{"mean", Reduce::mean, 1, false, false},
+                           {"median", Reduce::median, 1, false, false},
+                           {"moments", Reduce::moments, 2, false, false},
+                           {"stream of a mean", Reduce::mean, 1, true, false},
+                           {"stream of a median", Reduce::median, kWindowPlanes, true, false},
+                           {"stream of moments", Reduce::moments, 2, true, false},
+                           {"gradient of a mean", Reduce::mean, 1, false, true}};
 
-// The elements of [planes, B, C, H', W'].
-std::vector<bool> elements_of(const EnsembleArgs& args, int64_t planes) {
-  const int64_t height = args.grid[0] * args.patch[0] / args.stride[0];
-  const int64_t width = args.grid[1] * args.patch[1] / args.stride[1];
-  const int64_t* const strides = args.out_strides;
-  std::vector<bool> exists;
-  if (args.batch * args.channels == 0) return exists;
-  exists.resize((planes - 1) * args.plane_stride + args.batch * strides[0]);
-  for (int64_t p = 0; p < planes; ++p)
-    for (int64_t b = 0; b < args.batch; ++b)
-      for (int64_t c = 0; c < args.channels; ++c)
-        for (int64_t y = 0; y < height; ++y)
-          for (int64_t x = 0; x < width; ++x)
-            exists[p * args.plane_stride + b * strides[0] + c * strides[1] + y * strides[2] +
-                   x * strides[3]] = true;
-  return exists;
-}
-
-void run(const Ensemble& e, const Kind& kind, const Type& type) {
-  EnsembleArgs args = arguments(e, type, kind.reduce);
-  const Placed offsets(e.offsets, e.where), weights(e.weights, e.where);
-  const int64_t planes = kind.reduce == Reduce::moments                  ? 2
-                         : kind.reduce == Reduce::median && kind.streams ? kWindowPlanes
-                                                                         : 1;
-  const std::vector<bool> field = elements_of(args, planes);
-  if (kind.gradient) {
-    const Buffer grad(random_bytes(static_cast<int64_t>(field.size()) * type.size),
-                      e.skip * type.size);
-    args.out = grad.data();
-    const std::vector<bool> tokens(args.views * e.batch * e.grid[0] * e.grid[1] * e.channels, true);
-    check_twice(type, e.out_skip, tokens, [&](char* out) {
-      const Buffer space(mean_backward_cuda_workspace(args, offsets.array, weights.array));
-      mean_backward_cuda("sanitize", args, offsets.array, weights.array, out, space.data(), stream);
-      check_gaps();
-    });
-    return;
-  }
-  const int64_t tokens = std::max<int64_t>(0, args.views * args.token_strides[0] - e.gap);
-  const Buffer device_tokens(random_bytes(tokens * type.size), e.skip * type.size);
-  args.tokens = device_tokens.data();
+void run(Ensemble e, const Kind& kind, const Type& type) {
+  e.reduce = kind.reduce;
+  e.dtype = type.dtype;
+  e.set_layout();
+  const Placed offsets(e.offset_list, e.where), weights(e.weight_list, e.where);
+  const std::vector<bool> field = e.elements(kind.planes);
+  const int64_t tokens = e.views * e.batch * e.grid[0] * e.grid[1];
+  const int64_t read = kind.gradient ? static_cast<int64_t>(field.size())
+                                     : std::max<int64_t>(0, tokens * (e.channels + e.gap) - e.gap);
+  const Buffer input(random_bytes(read * type.size), e.skip * type.size);
+  e.tokens = e.out = input.data();
   const Type& out_type = kind.streams ? kTypes[type.dtype == DType::f64 ? 3 : 0] : type;
-  const std::vector<char> zeros(8 * e.grid[0] * e.patch[0] * e.grid[1] * e.patch[1] /
-                                (e.stride[0] * e.stride[1]));
-  check_twice(out_type, e.out_skip, field, [&](char* out) {
-    const Buffer total_weight(zeros);
-    if (kind.streams) args.total_weight = reinterpret_cast<double*>(total_weight.data());
-    args.out = out;
-    args.variance = out + args.plane_stride * out_type.size;
-    const Buffer space(ensemble_cuda_workspace(args, offsets.array, weights.array));
-    ensemble_cuda("sanitize", args, offsets.array, weights.array, space.data(), stream);
+  const std::vector<bool> written =
+      kind.gradient ? std::vector<bool>(tokens * e.channels, true) : field;
+  check_twice(out_type, e.out_skip, written, [&](char* out) {
+    if (kind.gradient) {
+      const Buffer space(mean_backward_cuda_workspace(e, offsets.array, weights.array));
+      mean_backward_cuda("sanitize", e, offsets.array, weights.array, out, space.data(), stream);
+      return check_gaps();
+    }
+    const Buffer total_weight(std::vector<char>(8 * e.height() * e.width()));
+    if (kind.streams) e.total_weight = reinterpret_cast<double*>(total_weight.data());
+    e.out = out;
+    e.variance = out + e.plane_stride * out_type.size;
+    const Buffer space(ensemble_cuda_workspace(e, offsets.array, weights.array));
+    ensemble_cuda("sanitize", e, offsets.array, weights.array, space.data(), stream);
     check_gaps();
   });
 }
 
 // ---- shift --------------------------------------------------------------------------------------
 
-struct Shift {
-  int64_t planes = 3, height = 9, width = 21;
+struct Shift : ShiftArgs {
   int64_t skip = 0, out_skip = 0;
-  Padding padding = Padding::reflect;
-  Interpolation interpolation = Interpolation::bilinear;
   Where where = Where::host;
-  std::vector<double> offsets = {0, 0, 0.25, -0.625, -3.3, 7.1, 2, -3, 2.5, 4, -40.5, 100.25};
+  std::vector<double> offset_list = {0, 0, 0.25, -0.625, -3.3, 7.1, 2, -3, 2.5, 4, -40.5, 100.25};
+
+  Shift() : ShiftArgs{} {
+    planes = 3, height = 9, width = 21;
+    padding = Padding::reflect, interpolation = Interpolation::bilinear;
+  }
 };
 
-void run(const Shift& s, bool gradient, const Type& type) {
-  const Placed offsets(s.offsets, s.where);
-  ShiftArgs args{};
-  args.dtype = type.dtype;
-  args.planes = s.planes;
-  args.height = s.height;
-  args.width = s.width;
-  args.views = static_cast<int64_t>(s.offsets.size()) / 2;
-  args.padding = s.padding;
-  args.interpolation = s.interpolation;
-  const int64_t image = s.planes * s.height * s.width, views = args.views * image;
+void run(Shift s, bool gradient, const Type& type) {
+  const Placed offsets(s.offset_list, s.where);
+  s.dtype = type.dtype;
+  s.views = static_cast<int64_t>(s.offset_list.size()) / 2;
+  const int64_t image = s.planes * s.height * s.width, views = s.views * image;
   const Buffer input(random_bytes((gradient ? views : image) * type.size), s.skip * type.size);
-  args.image = input.data();
-  args.out = input.data();
+  s.image = s.out = input.data();
   const std::vector<bool> all(gradient ? image : views, true);
   check_twice(type, s.out_skip, all, [&](char* out) {
-    const Buffer space(shift_cuda_workspace(args));
+    const Buffer space(shift_cuda_workspace(s));
     if (gradient) {
-      shift_backward_cuda(args, offsets.array, out, space.data(), stream);
+      shift_backward_cuda(s, offsets.array, out, space.data(), stream);
     } else {
-      args.out = out;
-      shift_cuda(args, offsets.array, space.data(), stream);
+      s.out = out;
+      shift_cuda(s, offsets.array, space.data(), stream);
     }
     check_gaps();
   });
@@ -323,17 +291,19 @@ std::vector<double> many(int64_t views) {
   return offsets;
 }
 
+constexpr int64_t kManyChannels = 2112;
+
 using E = Ensemble;
 using S = Shift;
 constexpr void (*kEnsembles[])(E&) = {
     [](E&) {},
     [](E& e) { e.upsample = Upsample::nearest, e.border = Border::clamp; },
-    [](E& e) { e.border = Border::zeros, e.offsets = kReal; },
-    [](E& e) { e.border = Border::clamp, e.offsets = {12, 0, 0.5, -30, 0x1p20, -0x1p20}; },
+    [](E& e) { e.border = Border::zeros, e.offset_list = kReal; },
+    [](E& e) { e.border = Border::clamp, e.offset_list = {12, 0, 0.5, -30, 0x1p20, -0x1p20}; },
     [](E& e) { e.stride[0] = 4, e.stride[1] = 6, e.upsample = Upsample::nearest; },
-    [](E& e) { e.stride[0] = 6, e.stride[1] = 10, e.offsets = kReal, e.padded = true; },
+    [](E& e) { e.stride[0] = 6, e.stride[1] = 10, e.offset_list = kReal, e.padded = true; },
     [](E& e) { e.stride[0] = 12, e.stride[1] = 30, e.border = Border::zeros; },
-    [](E& e) { e.patch[0] = e.patch[1] = 1, e.stride[0] = 3, e.offsets = kReal; },
+    [](E& e) { e.patch[0] = e.patch[1] = 1, e.stride[0] = 3, e.offset_list = kReal; },
     [](E& e) { e.grid[0] = e.grid[1] = 1, e.channels = 1, e.batch = 1; },
     [](E& e) { e.channels = 64, e.skip = 1; },
     [](E& e) { e.channels = 32, e.out_skip = 1; },
@@ -341,29 +311,28 @@ constexpr void (*kEnsembles[])(E&) = {
     [](E& e) { e.channels = 151, e.batch = 1, e.padded = true; },
     [](E& e) { e.channels = 520, e.batch = 1, e.patch[0] = 2, e.patch[1] = 3; },
     [](E& e) { e.channels = 32, e.nchw = true; },
-    [](E& e) { e.offsets = kReal, e.where = Where::device_f32; },
-    [](E& e) { e.offsets = kRefused, e.where = Where::device_f64; },
-    [](E& e) { e.offsets = many(25), e.channels = 40; },
-    [](E& e) { e.offsets = many(50), e.channels = 8, e.where = Where::device_f64; },
+    [](E& e) { e.offset_list = kReal, e.where = Where::device_f32; },
+    [](E& e) { e.offset_list = kRefused, e.where = Where::device_f64; },
+    [](E& e) { e.offset_list = many(25), e.channels = 40; },
+    [](E& e) { e.offset_list = many(50), e.channels = 8, e.where = Where::device_f64; },
     // More than the parameters of a kernel hold.
-    [](E& e) { e.offsets = many(301), e.batch = 1, e.channels = 9; },
+    [](E& e) { e.offset_list = many(301), e.batch = 1, e.channels = 9; },
     [](E& e) { e.batch = 0; },
     [](E& e) { e.channels = 0; },
-};
-// Not of a median, which takes no weights.
-constexpr void (*kWeighted[])(E&) = {
-    [](E& e) { e.offsets = kReal, e.weights = {1, 0, 2.5, 1e-3, 7}, e.where = Where::device_f32; },
-    [](E& e) { e.offsets = many(301), e.batch = 1, e.weights.assign(301, 0.5); },
     [](E& e) {
-      e.offsets = kReal, e.weights = {kNaN, -1, 2, 0x1p-90, kInf}, e.where = Where::device_f64;
+      e.offset_list = kReal, e.weight_list = {1, 0, 2.5, 1e-3, 7};
+      e.where = Where::device_f32;
     },
-};
-// 330 tiles of 16 rows, 32 cells and 32 float32 channels, or as many of their like: enough for the
-// mean's kernels with large tiles on a GPU of 165 processors.
-constexpr void (*kLarge[])(E&) = {
-    [](E& e) { e.batch = 5, e.channels = 2112; },
-    [](E& e) { e.batch = 5, e.channels = 2112, e.stride[0] = 2, e.offsets = kReal; },
-    [](E& e) { e.batch = 5, e.channels = 2112, e.upsample = Upsample::nearest; },
+    [](E& e) { e.offset_list = many(301), e.batch = 1, e.weight_list.assign(301, 0.5); },
+    [](E& e) {
+      e.offset_list = kReal, e.weight_list = {kNaN, -1, 2, 0x1p-90, kInf};
+      e.where = Where::device_f64;
+    },
+    // 330 tiles of 16 rows, 32 cells and 32 float32 channels, or as many of their like: enough for
+    // the mean's kernels with large tiles on a GPU of 165 processors.
+    [](E& e) { e.batch = 5, e.channels = kManyChannels; },
+    [](E& e) { e.batch = 5, e.channels = kManyChannels, e.stride[0] = 2, e.offset_list = kReal; },
+    [](E& e) { e.batch = 5, e.channels = kManyChannels, e.upsample = Upsample::nearest; },
 };
 constexpr void (*kShifts[])(S&) = {
     [](S& s) { s.width = 16, s.where = Where::device_f32; },
@@ -374,8 +343,8 @@ constexpr void (*kShifts[])(S&) = {
     [](S& s) { s.width = s.height = 1; },
     [](S& s) { s.width = 1, s.height = 40; },
     [](S& s) { s.planes = 0; },
-    [](S& s) { s.offsets = many(301), s.planes = 1, s.height = 2; },
-    [](S& s) { s.offsets = kRefused, s.where = Where::device_f64; },
+    [](S& s) { s.offset_list = many(301), s.planes = 1, s.height = 2; },
+    [](S& s) { s.offset_list = kRefused, s.where = Where::device_f64; },
 };
 
 struct Checks {
@@ -397,38 +366,31 @@ struct Checks {
     }
   }
 
-  template <size_t N>
-  void ensembles(const Kind& kind, int first, void (*const (&changes)[N])(E&)) {
-    for (size_t i = 0; i < N; ++i) {
+  void ensembles(const Kind& kind) {
+    for (size_t i = 0; i < std::size(kEnsembles); ++i) {
       E e;
-      changes[i](e);
+      kEnsembles[i](e);
+      if (kind.reduce == Reduce::median && !e.weight_list.empty()) continue;  // takes none
+      if (e.channels == kManyChannels && &kind != kKinds) continue;
       if (kind.gradient) e.nchw = false;  // channels are dense
-      each_type(kFloating, kind.name, first + static_cast<int>(i),
+      each_type(kFloating, kind.name, static_cast<int>(i),
                 [&](const Type& type) { run(e, kind, type); });
     }
   }
 
   void shifts(bool gradient) {
-    std::vector<S> cases;
-    for (int mode = 0; mode < 12; ++mode) {
-      cases.emplace_back();
-      cases.back().padding = static_cast<Padding>(mode / 3);
-      cases.back().interpolation = static_cast<Interpolation>(mode % 3);
+    constexpr int kModes = 12;  // padding x interpolation, then the cases
+    for (int i = 0; i < kModes + static_cast<int>(std::size(kShifts)); ++i) {
+      S s;
+      if (i < kModes) {
+        s.padding = static_cast<Padding>(i / 3);
+        s.interpolation = static_cast<Interpolation>(i % 3);
+      } else {
+        kShifts[i - kModes](s);
+      }
+      each_type(gradient ? kFloating : kFloating + 1, gradient ? "gradient of shift" : "shift", i,
+                [&](const Type& type) { run(s, gradient, type); });
     }
-    for (const auto change : kShifts) change(cases.emplace_back());
-    for (size_t i = 0; i < cases.size(); ++i)
-      each_type(gradient ? kFloating : kFloating + 1, gradient ? "gradient of shift" : "shift",
-                static_cast<int>(i), [&](const Type& type) { run(cases[i], gradient, type); });
-  }
-
-  void all() {
-    for (const Kind& kind : kKinds) {
-      ensembles(kind, 0, kEnsembles);
-      if (kind.reduce != Reduce::median) ensembles(kind, 100, kWeighted);
-    }
-    ensembles(kKinds[0], 200, kLarge);
-    shifts(false);
-    shifts(true);
   }
 };
 
@@ -447,7 +409,9 @@ int main(int argc, char** argv) {
     CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
     if (option == "--probe") return 0;
     Checks checks{option == "--reduced"};
-    checks.all();
+    for (const Kind& kind : kKinds) checks.ensembles(kind);
+    checks.shifts(false);
+    checks.shifts(true);
     CHECK(cudaDeviceSynchronize());
     CHECK(cudaStreamDestroy(stream));
     std::printf("%d of %d calls failed\n", checks.failures, checks.calls);

@@ -24,9 +24,9 @@ bool product_overflows(std::initializer_list<int64_t> sizes) {
   return false;
 }
 
-void check_pair(const char* op, const char* name, const std::vector<int64_t>& pair) {
+void check_pair(const char* op, const std::string& name, const std::vector<int64_t>& pair) {
   if (pair.size() != 2 || pair[0] < 1 || pair[1] < 1)
-    fail(op, std::string(name) + " must be two integers >= 1, (y, x)", format_shape(pair));
+    fail(op, name + " must be two integers >= 1, (y, x)", format_shape(pair));
 }
 
 std::string format_strides(const ArrayView& array) {
@@ -52,11 +52,11 @@ bool share_memory(const ArrayView& a, const ArrayView& b) {
 }
 
 template <class Mode, size_t N>
-Mode parse(const char* op, const char* name, std::string_view word,
+Mode parse(const char* op, const std::string& name, std::string_view word,
            const std::string_view (&words)[N]) {
   const auto found = std::find(std::begin(words), std::end(words), word);
   if (found == std::end(words)) {
-    std::string rule = std::string(name) + " must be one of ";
+    std::string rule = name + " must be one of ";
     for (size_t i = 0; i < N; ++i) rule += (i ? ", '" : "'") + std::string(words[i]) + "'";
     fail(op, rule, "'" + std::string(word) + "'");
   }
@@ -80,14 +80,13 @@ std::vector<double> read_numbers(const ArrayView& array) {
 
 // Offsets or weights, whose shape has been checked: read into `values` and its data, or null where
 // they lie on a device.
-const double* take_numbers(const char* op, const char* name, const ArrayView& numbers,
+const double* take_numbers(const char* op, const std::string& name, const ArrayView& numbers,
                            const ArrayView& input, std::vector<double>* values) {
-  const std::string subject = name;
   const bool host = numbers.device == "cpu";
   if (!host && numbers.device != input.device)
-    fail(op, subject + " must be on the CPU or on the device of the input", numbers.device);
+    fail(op, name + " must be on the CPU or on the device of the input", numbers.device);
   if (numbers.dtype != "float32" && numbers.dtype != "float64")
-    fail(op, subject + " must be float32 or float64", numbers.dtype, Error::Kind::type);
+    fail(op, name + " must be float32 or float64", numbers.dtype, Error::Kind::type);
   if (!host) return nullptr;
   *values = read_numbers(numbers);
   return values->data();
@@ -123,11 +122,10 @@ void check_weights(const char* op, const std::vector<double>& weights, bool stre
 }
 
 // Of this shape, with a place for each element, and none of them of the tokens.
-void check_written(const char* op, const char* name, const ArrayView& written,
+void check_written(const char* op, const std::string& name, const ArrayView& written,
                    const std::vector<int64_t>& shape, const ArrayView& tokens) {
-  const std::string subject = name;
   if (written.shape != shape)
-    fail(op, subject + " must be " + format_shape(shape), format_shape(written.shape));
+    fail(op, name + " must be " + format_shape(shape), format_shape(written.shape));
   if (std::find(shape.begin(), shape.end(), 0) != shape.end()) return;
   // Sufficient, and true of every view that slicing forwards and permuting make.
   std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
@@ -138,77 +136,28 @@ void check_written(const char* op, const char* name, const ArrayView& written,
   for (const auto& [stride, size] : dims) {
     if (stride < span)
       fail(op,
-           subject +
+           name +
                " must not overlap itself (each stride must step over what the smaller ones "
                "span)",
            format_strides(written));
     span += (size - 1) * stride;
   }
   if (share_memory(written, tokens))
-    fail(op, subject + " must not share memory with tokens", "a view of the same memory");
+    fail(op, name + " must not share memory with tokens", "a view of the same memory");
 }
 
-}  // namespace
-
-void fail(const char* op, const std::string& rule, const std::string& got, Error::Kind kind) {
-  throw Error("srt::" + std::string(op) + ": " + rule + "; got " + got, kind);
-}
-
-std::string format_shape(const std::vector<int64_t>& shape) {
-  std::string text = "[";
-  for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
-  return text + "]";
-}
-
-DType check_dtype(const char* op, const char* name, const ArrayView& array, bool allow_uint8) {
-  static constexpr struct {
-    std::string_view name;
-    int64_t bytes;
-    DType dtype;
-  } kTypes[] = {{"float32", 4, DType::f32},
-                {"float16", 2, DType::f16},
-                {"bfloat16", 2, DType::bf16},
-                {"float64", 8, DType::f64},
-                {"uint8", 1, DType::u8}};
-  for (const auto& type : kTypes) {
-    if (array.dtype == type.name && array.element_size == type.bytes &&
-        (allow_uint8 || type.dtype != DType::u8))
-      return type.dtype;
-  }
-  fail(op,
-       std::string(name) + " must be float32, float16, bfloat16 or float64" +
-           (allow_uint8 ? ", or uint8" : ""),
-       array.dtype, Error::Kind::type);
-}
-
-void check_placed(const char* op, const char* name, const ArrayView& array,
-                  const std::string& dtype, const std::string& dtype_rule,
-                  const ArrayView& tokens) {
-  const std::string subject = name;
-  if (array.dtype != dtype)
-    fail(op, subject + " must " + dtype_rule, array.dtype, Error::Kind::type);
-  if (array.device != tokens.device)
-    fail(op, subject + " must be on the device of tokens", array.device);
-}
-
-Reduce parse_reduce(std::string_view word) {
-  return parse<Reduce>("ensemble", "reduce", word, {"mean", "median"});
-}
-
-std::vector<int64_t> check_ensemble(const char* op, const std::vector<int64_t>& tokens,
-                                    const std::vector<int64_t>& offsets,
-                                    const std::vector<int64_t>& grid,
-                                    const std::vector<int64_t>& patch,
-                                    const std::vector<int64_t>* weights,
-                                    const std::vector<int64_t>& stride, int64_t element_size,
-                                    int64_t least) {
+// Rules for shapes: the cells [H', W'] of the field that the tokens become.
+std::vector<int64_t> check_shapes(const char* op, const EnsembleInputs& given, int64_t least) {
+  const std::vector<int64_t>&tokens = given.tokens.shape, &offsets = given.offsets.shape;
+  const std::vector<int64_t>&grid = given.grid, &patch = given.patch, &stride = given.stride;
   if (tokens.size() != 4)
     fail(op, "tokens must have 4 dimensions, [V, B, N, C]", format_shape(tokens));
   if (tokens[0] < least) fail(op, "tokens must hold at least one view", format_shape(tokens));
   if (offsets.size() != 2 || offsets[0] != tokens[0] || offsets[1] != 2)
     fail(op, "offsets must be [V, 2] with V = " + std::to_string(tokens[0]), format_shape(offsets));
-  if (weights && (weights->size() != 1 || (*weights)[0] != tokens[0]))
-    fail(op, "weights must be [V] with V = " + std::to_string(tokens[0]), format_shape(*weights));
+  if (given.weights && given.weights->shape != std::vector<int64_t>{tokens[0]})
+    fail(op, "weights must be [V] with V = " + std::to_string(tokens[0]),
+         format_shape(given.weights->shape));
   check_pair(op, "grid", grid);
   check_pair(op, "patch", patch);
   check_pair(op, "stride", stride);
@@ -230,10 +179,55 @@ std::vector<int64_t> check_ensemble(const char* op, const std::vector<int64_t>& 
          "grid must hold the N = " + std::to_string(tokens[2]) +
              " tokens of a view, without class or register tokens",
          format_shape(grid));
-  if (product_overflows({tokens[1], tokens[3], cells[0], cells[1], element_size}))
+  if (product_overflows({tokens[1], tokens[3], cells[0], cells[1], given.tokens.element_size}))
     fail(op, "the output must have fewer than 2^63 bytes",
          format_shape({tokens[1], tokens[3], cells[0], cells[1]}));
   return cells;
+}
+
+}  // namespace
+
+void fail(const char* op, const std::string& rule, const std::string& got, Error::Kind kind) {
+  throw Error("srt::" + std::string(op) + ": " + rule + "; got " + got, kind);
+}
+
+std::string format_shape(const std::vector<int64_t>& shape) {
+  std::string text = "[";
+  for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
+  return text + "]";
+}
+
+DType check_dtype(const char* op, const std::string& name, const ArrayView& array,
+                  bool allow_uint8) {
+  static constexpr struct {
+    std::string_view name;
+    int64_t bytes;
+    DType dtype;
+  } kTypes[] = {{"float32", 4, DType::f32},
+                {"float16", 2, DType::f16},
+                {"bfloat16", 2, DType::bf16},
+                {"float64", 8, DType::f64},
+                {"uint8", 1, DType::u8}};
+  for (const auto& type : kTypes) {
+    if (array.dtype == type.name && array.element_size == type.bytes &&
+        (allow_uint8 || type.dtype != DType::u8))
+      return type.dtype;
+  }
+  fail(op,
+       name + " must be float32, float16, bfloat16 or float64" + (allow_uint8 ? ", or uint8" : ""),
+       array.dtype, Error::Kind::type);
+}
+
+void check_placed(const char* op, const std::string& name, const ArrayView& array,
+                  const std::string& dtype, const std::string& dtype_rule,
+                  const ArrayView& tokens) {
+  if (array.dtype != dtype) fail(op, name + " must " + dtype_rule, array.dtype, Error::Kind::type);
+  if (array.device != tokens.device)
+    fail(op, name + " must be on the device of tokens", array.device);
+}
+
+Reduce parse_reduce(std::string_view word) {
+  return parse<Reduce>("ensemble", "reduce", word, {"mean", "median"});
 }
 
 CheckedEnsemble::CheckedEnsemble(const char* name, const EnsembleInputs& given, Reduce reduce,
@@ -244,9 +238,7 @@ CheckedEnsemble::CheckedEnsemble(const char* name, const EnsembleInputs& given, 
   if (reduce == Reduce::median && given.weights)
     fail(op, "weights must be None where reduce is 'median'", "weights");
   const std::vector<int64_t>& shape = tokens.shape;
-  const std::vector<int64_t> cells = check_ensemble(
-      op, shape, given.offsets.shape, given.grid, given.patch,
-      given.weights ? &given.weights->shape : nullptr, given.stride, tokens.element_size, least);
+  const std::vector<int64_t> cells = check_shapes(op, given, least);
   if (tokens.strides[3] != 1 && shape[3] > 1)
     fail(op, "tokens must be dense in the last dimension",
          "stride " + std::to_string(tokens.strides[3]));
@@ -299,13 +291,14 @@ void CheckedEnsemble::set_state(const std::vector<ArrayView>& state) {
 
   const ArrayView &field = state.front(), &totals = state.back();
   for (size_t i = 0; i < state.size(); ++i) {
-    if (&state[i] == &totals) {
-      check_placed(op, names[i], totals, "float64", "be float64", tokens);
-      check_written(op, names[i], totals, cells, tokens);
-    } else {
-      check_placed(op, names[i], state[i], dtype, "be " + dtype + (f64 ? ", as tokens are" : ""),
-                   tokens);
-      check_written(op, names[i], state[i], planes, tokens);
+    const bool total = i + 1 == state.size();
+    check_placed(op, names[i], state[i], total ? "float64" : dtype,
+                 total ? "be float64" : "be " + dtype + (f64 ? ", as tokens are" : ""), tokens);
+    check_written(op, names[i], state[i], total ? cells : planes, tokens);
+    for (size_t j = 0; j < i; ++j) {
+      if (share_memory(state[i], state[j]))
+        fail(op, std::string(names[j]) + " and " + names[i] + " must not share memory",
+             "views of the same memory");
     }
   }
   // Dense in the order of its dimensions; a size of 1 steps nowhere.
@@ -318,29 +311,21 @@ void CheckedEnsemble::set_state(const std::vector<ArrayView>& state) {
     }
     args.variance = const_cast<void*>(state[1].data);
   }
-  for (size_t i = 0; i < state.size(); ++i) {
-    for (size_t j = 0; j < i; ++j) {
-      if (share_memory(state[i], state[j]))
-        fail(op, std::string(names[j]) + " and " + names[i] + " must not share memory",
-             "views of the same memory");
-    }
-  }
   args.out = const_cast<void*>(field.data);
   std::copy_n(field.strides.begin() + (median ? 1 : 0), 4, args.out_strides);
   if (median) args.plane_stride = field.strides[0];
   args.total_weight = static_cast<double*>(const_cast<void*>(totals.data));
 }
 
-CheckedShift::CheckedShift(const char* op, const char* name, const ArrayView& image,
+CheckedShift::CheckedShift(const char* op, const std::string& name, const ArrayView& image,
                            const ArrayView& offsets, std::string_view padding,
                            std::string_view interpolation, bool allow_uint8) {
   args.dtype = check_dtype(op, name, image, allow_uint8);
   const std::vector<int64_t>& shape = image.shape;
   if (shape.size() != 4)
-    fail(op, std::string(name) + " must have 4 dimensions, [B, C, H, W]", format_shape(shape));
+    fail(op, name + " must have 4 dimensions, [B, C, H, W]", format_shape(shape));
   if (shape[2] > kMaxPixels || shape[3] > kMaxPixels)
-    fail(op, std::string(name) + " must have at most 2^24 pixels on each axis",
-         format_shape(shape));
+    fail(op, name + " must have at most 2^24 pixels on each axis", format_shape(shape));
   if (offsets.shape.size() != 2 || offsets.shape[0] < 1 || offsets.shape[1] != 2)
     fail(op, "offsets must be [V, 2] with V >= 1", format_shape(offsets.shape));
   out_shape = {offsets.shape[0], shape[0], shape[1], shape[2], shape[3]};

@@ -41,11 +41,12 @@ struct ArrayView {
 };
 
 // float32, float16, bfloat16, float64, and uint8 where `allow_uint8`.
-DType check_dtype(const char* op, const char* name, const ArrayView& array, bool allow_uint8);
+DType check_dtype(const char* op, const std::string& name, const ArrayView& array,
+                  bool allow_uint8);
 
 // What an op is given to write to: of this dtype, on the device of the tokens. `dtype_rule` is how
 // the message goes on after "must".
-void check_placed(const char* op, const char* name, const ArrayView& array,
+void check_placed(const char* op, const std::string& name, const ArrayView& array,
                   const std::string& dtype, const std::string& dtype_rule, const ArrayView& tokens);
 
 Reduce parse_reduce(std::string_view word);  // mean or median, of ensemble
@@ -96,22 +97,14 @@ struct CheckedShift {
   std::vector<int64_t> out_shape;  // [V, B, C, H, W]
 
   // image [B, C, H, W], called `name` in messages; offsets [V, 2].
-  CheckedShift(const char* op, const char* name, const ArrayView& image, const ArrayView& offsets,
-               std::string_view padding, std::string_view interpolation, bool allow_uint8);
+  CheckedShift(const char* op, const std::string& name, const ArrayView& image,
+               const ArrayView& offsets, std::string_view padding, std::string_view interpolation,
+               bool allow_uint8);
   CheckedShift(const CheckedShift&) = delete;
   CheckedShift& operator=(const CheckedShift&) = delete;
 
  private:
   std::vector<double> offsets_;  // as in CheckedEnsemble
 };
-
-// Rules for shapes: the cells [H', W'] of the field that tokens [V, B, N, C] become.
-std::vector<int64_t> check_ensemble(const char* op, const std::vector<int64_t>& tokens,
-                                    const std::vector<int64_t>& offsets,
-                                    const std::vector<int64_t>& grid,
-                                    const std::vector<int64_t>& patch,
-                                    const std::vector<int64_t>* weights,
-                                    const std::vector<int64_t>& stride, int64_t element_size,
-                                    int64_t least = 1);
 
 }  // namespace srt

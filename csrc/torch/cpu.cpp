@@ -1,39 +1,21 @@
 // The ops on the CPU.
 #include "ops.h"
-#include "shift.h"
 
 namespace srt::glue {
 namespace {
 
-Tensor shift(const Tensor& image, const Tensor& offsets, const std::string& padding,
-             const std::string& interpolation) {
-  ShiftCall call(image, offsets, padding, interpolation);
-  const Tensor out = call.new_out();
-  call.args.out = out.mutable_data_ptr();
-  shift_cpu(call.args, torch_parallel());
-  return out;
-}
-
-Tensor shift_backward(const Tensor& grad, const Tensor& offsets, const std::string& padding,
-                      const std::string& interpolation) {
-  ShiftBackwardCall call(grad, offsets, padding, interpolation);
-  const Tensor grad_image = call.new_grad_image();
-  shift_backward_cpu(call.args, grad_image.mutable_data_ptr(), torch_parallel());
-  return grad_image;
-}
-
-void run(EnsembleCall& call) { ensemble_cpu(call.args, torch_parallel()); }
-void run_backward(EnsembleCall& call, const Tensor& grad_tokens) {
-  mean_backward_cpu(call.args, grad_tokens.mutable_data_ptr(), torch_parallel());
-}
-
-using Ops = EnsembleOps<&run, &run_backward>;
+struct Cpu {
+  static void shift(ShiftCall& call) { shift_cpu(call.args, torch_parallel()); }
+  static void shift_backward(ShiftCall& call, void* grad_image) {
+    shift_backward_cpu(call.args, grad_image, torch_parallel());
+  }
+  static void ensemble(EnsembleCall& call) { ensemble_cpu(call.args, torch_parallel()); }
+  static void mean_backward(EnsembleCall& call, void* grad_tokens) {
+    mean_backward_cpu(call.args, grad_tokens, torch_parallel());
+  }
+};
 
 }  // namespace
 }  // namespace srt::glue
 
-STABLE_TORCH_LIBRARY_IMPL(srt, CPU, m) {
-  m.impl("shift", TORCH_BOX(&srt::glue::shift));
-  m.impl("_shift_backward", TORCH_BOX(&srt::glue::shift_backward));
-  SRT_IMPLEMENT_ENSEMBLE(m, srt::glue::Ops);
-}
+STABLE_TORCH_LIBRARY_IMPL(srt, CPU, m) { SRT_IMPLEMENT_OPS(m, srt::glue::Ops<srt::glue::Cpu>); }

@@ -5,10 +5,11 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include "ops.h"
-#include "shift.h"
 
 namespace srt::glue {
 namespace {
+
+using torch::stable::accelerator::DeviceGuard;
 
 CUstream_st* current_stream(const Tensor& tensor) {
   void* stream = nullptr;
@@ -28,57 +29,43 @@ Tensor new_workspace(int64_t bytes, const Tensor& like) {
   return empty({bytes}, ScalarType::Byte, like);
 }
 
-Tensor shift(const Tensor& image, const Tensor& offsets, const std::string& padding,
-             const std::string& interpolation) {
-  ShiftCall call(image, offsets, padding, interpolation);
-  const torch::stable::accelerator::DeviceGuard guard(image.get_device_index());
-  const Tensor out = call.new_out();
-  call.args.out = out.mutable_data_ptr();
-  const Tensor workspace = new_workspace(shift_cuda_workspace(call.args), image);
-  shift_cuda(call.args, pointers(call.args.offsets, call.device_offsets),
-             workspace.mutable_data_ptr(), current_stream(image));
-  return out;
-}
+struct Cuda {
+  static void shift(ShiftCall& call) {
+    const DeviceGuard guard(call.input.get_device_index());
+    const Tensor workspace = new_workspace(shift_cuda_workspace(call.args), call.input);
+    shift_cuda(call.args, pointers(call.args.offsets, call.device_offsets),
+               workspace.mutable_data_ptr(), current_stream(call.input));
+  }
 
-Tensor shift_backward(const Tensor& grad, const Tensor& offsets, const std::string& padding,
-                      const std::string& interpolation) {
-  ShiftBackwardCall call(grad, offsets, padding, interpolation);
-  const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
-  const Tensor grad_image = call.new_grad_image();
-  const Tensor workspace = new_workspace(shift_backward_cuda_workspace(call.args), grad);
-  shift_backward_cuda(call.args, pointers(call.args.offsets, call.device_offsets),
-                      grad_image.mutable_data_ptr(), workspace.mutable_data_ptr(),
-                      current_stream(grad));
-  return grad_image;
-}
+  static void shift_backward(ShiftCall& call, void* grad_image) {
+    const DeviceGuard guard(call.input.get_device_index());
+    const Tensor workspace = new_workspace(shift_backward_cuda_workspace(call.args), call.input);
+    shift_backward_cuda(call.args, pointers(call.args.offsets, call.device_offsets), grad_image,
+                        workspace.mutable_data_ptr(), current_stream(call.input));
+  }
 
-void run(EnsembleCall& call) {
-  const torch::stable::accelerator::DeviceGuard guard(call.input.get_device_index());
-  const ViewArray offsets = pointers(call.args.offsets, call.device_offsets);
-  const ViewArray weights = pointers(call.args.weights, call.device_weights);
-  const Tensor workspace =
-      new_workspace(ensemble_cuda_workspace(call.args, offsets, weights), call.input);
-  ensemble_cuda(call.op, call.args, offsets, weights, workspace.mutable_data_ptr(),
-                current_stream(call.input));
-}
+  static void ensemble(EnsembleCall& call) {
+    const DeviceGuard guard(call.input.get_device_index());
+    const ViewArray offsets = pointers(call.args.offsets, call.device_offsets);
+    const ViewArray weights = pointers(call.args.weights, call.device_weights);
+    const Tensor workspace =
+        new_workspace(ensemble_cuda_workspace(call.args, offsets, weights), call.input);
+    ensemble_cuda(call.op, call.args, offsets, weights, workspace.mutable_data_ptr(),
+                  current_stream(call.input));
+  }
 
-void run_backward(EnsembleCall& call, const Tensor& grad_tokens) {
-  const torch::stable::accelerator::DeviceGuard guard(grad_tokens.get_device_index());
-  const ViewArray offsets = pointers(call.args.offsets, call.device_offsets);
-  const ViewArray weights = pointers(call.args.weights, call.device_weights);
-  const Tensor workspace =
-      new_workspace(mean_backward_cuda_workspace(call.args, offsets, weights), grad_tokens);
-  mean_backward_cuda(call.op, call.args, offsets, weights, grad_tokens.mutable_data_ptr(),
-                     workspace.mutable_data_ptr(), current_stream(grad_tokens));
-}
-
-using Ops = EnsembleOps<&run, &run_backward>;
+  static void mean_backward(EnsembleCall& call, void* grad_tokens) {
+    const DeviceGuard guard(call.input.get_device_index());
+    const ViewArray offsets = pointers(call.args.offsets, call.device_offsets);
+    const ViewArray weights = pointers(call.args.weights, call.device_weights);
+    const Tensor workspace =
+        new_workspace(mean_backward_cuda_workspace(call.args, offsets, weights), call.input);
+    mean_backward_cuda(call.op, call.args, offsets, weights, grad_tokens,
+                       workspace.mutable_data_ptr(), current_stream(call.input));
+  }
+};
 
 }  // namespace
 }  // namespace srt::glue
 
-STABLE_TORCH_LIBRARY_IMPL(srt, CUDA, m) {
-  m.impl("shift", TORCH_BOX(&srt::glue::shift));
-  m.impl("_shift_backward", TORCH_BOX(&srt::glue::shift_backward));
-  SRT_IMPLEMENT_ENSEMBLE(m, srt::glue::Ops);
-}
+STABLE_TORCH_LIBRARY_IMPL(srt, CUDA, m) { SRT_IMPLEMENT_OPS(m, srt::glue::Ops<srt::glue::Cuda>); }

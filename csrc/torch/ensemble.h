@@ -8,35 +8,34 @@
 
 namespace srt::glue {
 
-// Which tokens, and where they belong: what all of these ops take.
+// Where the tokens belong: what all of these ops take.
 struct ViewArguments {
-  const Tensor& tokens;
   const Tensor& offsets;
   const std::vector<int64_t>&grid, &patch;
   const std::optional<Tensor>& weights;
   const std::string &upsample, &border;
   const std::vector<int64_t>& stride;
-
-  EnsembleInputs inputs() const;
 };
 
 struct EnsembleCall : CheckedEnsemble {
-  const Tensor& input;  // tokens
+  const Tensor& input;  // tokens, or the gradient of what the call writes
   std::optional<Tensor> device_offsets, device_weights;
 
-  EnsembleCall(const char* op, const ViewArguments& given, Reduce reduce, bool stream = false,
-               int64_t least = 1);
+  EnsembleCall(const char* op, const Tensor& tokens, const ViewArguments& given, Reduce reduce,
+               bool stream = false, int64_t least = 1);
+  // The gradient of a mean; `grad` [B, C, H', W'] belongs to its output.
+  EnsembleCall(const char* op, const Tensor& grad, const ViewArguments& given);
 
   // A result as the schema promises it: channels_last.
   Tensor new_out() const;
-  // The gradient [B, C, H', W'] of what the call writes; the tensor returned must outlive it.
-  Tensor set_gradient(const Tensor& grad);
-};
+  // The tokens' gradient, [V, B, N, C]: dense, to be written.
+  Tensor new_grad_tokens() const;
+  // `input` is the gradient that is read; the tensor returned must outlive it.
+  Tensor set_gradient();
 
-// The tokens' gradient [V, B, N, C] that belongs to the gradient [B, C, H', W'] of a field: dense,
-// to be written.
-Tensor new_grad_tokens(const char* op, const Tensor& grad, const Tensor& offsets,
-                       const std::vector<int64_t>& grid, const std::vector<int64_t>& patch,
-                       const std::vector<int64_t>& stride);
+ private:
+  EnsembleCall(const char* op, const Tensor& input, const ArrayView& tokens,
+               const ViewArguments& given, Reduce reduce, bool stream, int64_t least);
+};
 
 }  // namespace srt::glue

@@ -1,110 +1,111 @@
-// The ops of ensemble, for a backend that runs an EnsembleCall: with the current device and stream,
-// without waiting.
+// The ops, for a Backend that runs their checked calls: with the current device and stream, without
+// waiting.
 #pragma once
 #include <tuple>
 
 #include "ensemble.h"
+#include "shift.h"
 
 namespace srt::glue {
 
-template <void (*run)(EnsembleCall& call),
-          void (*run_backward)(EnsembleCall& call, const Tensor& grad_tokens)>
-struct EnsembleOps {
+// Parameters that the schemas of ensemble share (schemas.cpp), and an EnsembleCall of them.
+#define SRT_TOKENS const Tensor &tokens, const Tensor &offsets, const List &grid, const List &patch
+#define SRT_WEIGHTS const std::optional<Tensor>& weights
+#define SRT_MODES const Word &upsample, const Word &border, const List &stride
+#define SRT_CALL(op, weights, ...)                                                         \
+  EnsembleCall call(op, tokens, {offsets, grid, patch, weights, upsample, border, stride}, \
+                    __VA_ARGS__)
+
+template <class Backend>
+struct Ops {
   using List = std::vector<int64_t>;
   using Word = std::string;
-  using Weights = std::optional<Tensor>;
 
-  static Tensor ensemble(const Tensor& tokens, const Tensor& offsets, const List& grid,
-                         const List& patch, const Weights& weights, const Word& reduce,
-                         const Word& upsample, const Word& border, const List& stride) {
-    EnsembleCall call("ensemble", {tokens, offsets, grid, patch, weights, upsample, border, stride},
-                      parse_reduce(reduce));
-    const Tensor out = call.new_out();
-    call.set_result(out.mutable_data_ptr());
-    run(call);
+  static Tensor shift(const Tensor& image, const Tensor& offsets, const Word& padding,
+                      const Word& interpolation) {
+    ShiftCall call(image, offsets, padding, interpolation, /*backward=*/false);
+    const Tensor out = call.new_result();
+    call.args.out = out.mutable_data_ptr();
+    Backend::shift(call);
     return out;
   }
 
-  static void ensemble_out(const Tensor& tokens, const Tensor& offsets, const List& grid,
-                           const List& patch, const Weights& weights, const Word& reduce,
-                           const Word& upsample, const Word& border, const List& stride,
-                           const Tensor& out) {
-    EnsembleCall call("ensemble", {tokens, offsets, grid, patch, weights, upsample, border, stride},
-                      parse_reduce(reduce));
-    call.set_out(written_view_of(out));
-    run(call);
+  static Tensor shift_backward(const Tensor& grad, const Tensor& offsets, const Word& padding,
+                               const Word& interpolation) {
+    ShiftCall call(grad, offsets, padding, interpolation, /*backward=*/true);
+    const Tensor grad_image = call.new_result();
+    Backend::shift_backward(call, grad_image.mutable_data_ptr());
+    return grad_image;
   }
 
-  static std::tuple<Tensor, Tensor> moments(const Tensor& tokens, const Tensor& offsets,
-                                            const List& grid, const List& patch,
-                                            const Weights& weights, const Word& upsample,
-                                            const Word& border, const List& stride) {
-    EnsembleCall call("ensemble_moments",
-                      {tokens, offsets, grid, patch, weights, upsample, border, stride},
-                      Reduce::moments);
+  static Tensor ensemble(SRT_TOKENS, SRT_WEIGHTS, const Word& reduce, SRT_MODES) {
+    SRT_CALL("ensemble", weights, parse_reduce(reduce));
+    const Tensor out = call.new_out();
+    call.set_result(out.mutable_data_ptr());
+    Backend::ensemble(call);
+    return out;
+  }
+
+  static void ensemble_out(SRT_TOKENS, SRT_WEIGHTS, const Word& reduce, SRT_MODES,
+                           const Tensor& out) {
+    SRT_CALL("ensemble", weights, parse_reduce(reduce));
+    call.set_out(written_view_of(out));
+    Backend::ensemble(call);
+  }
+
+  static std::tuple<Tensor, Tensor> moments(SRT_TOKENS, SRT_WEIGHTS, SRT_MODES) {
+    SRT_CALL("ensemble_moments", weights, Reduce::moments);
     const Tensor mean = call.new_out(), variance = call.new_out();
     call.set_result(mean.mutable_data_ptr(), variance.mutable_data_ptr());
-    run(call);
+    Backend::ensemble(call);
     return {mean, variance};
   }
 
-  // The tokens are not read: their gradient stands for them.
   static Tensor mean_backward(const Tensor& grad, const Tensor& offsets, const List& grid,
-                              const List& patch, const Weights& weights, const Word& upsample,
-                              const Word& border, const List& stride) {
-    const char* const op = "_mean_backward";
-    const Tensor grad_tokens = new_grad_tokens(op, grad, offsets, grid, patch, stride);
-    EnsembleCall call(op, {grad_tokens, offsets, grid, patch, weights, upsample, border, stride},
-                      Reduce::mean);
-    const Tensor dense = call.set_gradient(grad);
-    run_backward(call, grad_tokens);
+                              const List& patch, SRT_WEIGHTS, SRT_MODES) {
+    EnsembleCall call("_mean_backward", grad,
+                      {offsets, grid, patch, weights, upsample, border, stride});
+    const Tensor dense = call.set_gradient(), grad_tokens = call.new_grad_tokens();
+    Backend::mean_backward(call, grad_tokens.mutable_data_ptr());
     return grad_tokens;
   }
 
-  static void accumulate_mean(const Tensor& mean, const Tensor& weight, const Tensor& tokens,
-                              const Tensor& offsets, const List& grid, const List& patch,
-                              const Weights& weights, const Word& upsample, const Word& border,
-                              const List& stride) {
-    EnsembleCall call("accumulate_mean_",
-                      {tokens, offsets, grid, patch, weights, upsample, border, stride},
-                      Reduce::mean, /*stream=*/true);
+  static void accumulate_mean(const Tensor& mean, const Tensor& weight, SRT_TOKENS, SRT_WEIGHTS,
+                              SRT_MODES) {
+    SRT_CALL("accumulate_mean_", weights, Reduce::mean, /*stream=*/true);
     call.set_state({written_view_of(mean), written_view_of(weight)});
-    run(call);
+    Backend::ensemble(call);
   }
 
   static void accumulate_moments(const Tensor& mean, const Tensor& variance, const Tensor& weight,
-                                 const Tensor& tokens, const Tensor& offsets, const List& grid,
-                                 const List& patch, const Weights& weights, const Word& upsample,
-                                 const Word& border, const List& stride) {
-    EnsembleCall call("accumulate_moments_",
-                      {tokens, offsets, grid, patch, weights, upsample, border, stride},
-                      Reduce::moments, /*stream=*/true);
+                                 SRT_TOKENS, SRT_WEIGHTS, SRT_MODES) {
+    SRT_CALL("accumulate_moments_", weights, Reduce::moments, /*stream=*/true);
     call.set_state({written_view_of(mean), written_view_of(variance), written_view_of(weight)});
-    run(call);
+    Backend::ensemble(call);
   }
 
-  static void accumulate_median(const Tensor& window, const Tensor& count, const Tensor& tokens,
-                                const Tensor& offsets, const List& grid, const List& patch,
-                                const Word& upsample, const Word& border, const List& stride) {
-    EnsembleCall call("accumulate_median_",
-                      {tokens, offsets, grid, patch, std::nullopt, upsample, border, stride},
-                      Reduce::median, /*stream=*/true);
+  static void accumulate_median(const Tensor& window, const Tensor& count, SRT_TOKENS, SRT_MODES) {
+    SRT_CALL("accumulate_median_", std::nullopt, Reduce::median, /*stream=*/true);
     call.set_state({written_view_of(window), written_view_of(count)});
-    run(call);
+    Backend::ensemble(call);
   }
 
   // The rules alone, before anything is allocated. Of a `stream`: a chunk, which may have no views.
-  static void check_views(const Word& op, const Tensor& tokens, const Tensor& offsets,
-                          const List& grid, const List& patch, const Weights& weights, bool stream,
-                          const Word& upsample, const Word& border, const List& stride) {
-    EnsembleCall(op.c_str(), {tokens, offsets, grid, patch, weights, upsample, border, stride},
-                 Reduce::mean, stream, stream ? 0 : 1);
+  static void check_views(const Word& op, SRT_TOKENS, SRT_WEIGHTS, bool stream, SRT_MODES) {
+    SRT_CALL(op.c_str(), weights, Reduce::mean, stream, stream ? 0 : 1);
   }
 };
 
+#undef SRT_TOKENS
+#undef SRT_WEIGHTS
+#undef SRT_MODES
+#undef SRT_CALL
+
 }  // namespace srt::glue
 
-#define SRT_IMPLEMENT_ENSEMBLE(m, Ops)                                \
+#define SRT_IMPLEMENT_OPS(m, Ops)                                     \
+  m.impl("shift", TORCH_BOX(&Ops::shift));                            \
+  m.impl("_shift_backward", TORCH_BOX(&Ops::shift_backward));         \
   m.impl("ensemble", TORCH_BOX(&Ops::ensemble));                      \
   m.impl("ensemble.out", TORCH_BOX(&Ops::ensemble_out));              \
   m.impl("ensemble_moments", TORCH_BOX(&Ops::moments));               \

@@ -3,13 +3,11 @@
 namespace srt::glue {
 namespace {
 
-Tensor dense(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
-// One view of a gradient [V, B, C, H, W].
-ArrayView image_of(const char* op, const Tensor& grad, const Tensor& offsets) {
-  ArrayView view = view_of(grad);
+// The image, or one view of a gradient [V, B, C, H, W].
+ArrayView image_of(const Tensor& given, const Tensor& offsets, bool backward) {
+  ArrayView view = view_of(given);
+  if (!backward) return view;
+  const char* const op = "_shift_backward";
   if (view.shape.size() != 5)
     fail(op, "grad must have 5 dimensions, [V, B, C, H, W]", format_shape(view.shape));
   if (offsets.dim() > 0 && offsets.size(0) != view.shape[0])
@@ -24,27 +22,20 @@ ArrayView image_of(const char* op, const Tensor& grad, const Tensor& offsets) {
 
 // One image is small beside its views: a strided one is made dense first.
 ShiftCall::ShiftCall(const Tensor& given, const Tensor& offsets, const std::string& padding,
-                     const std::string& interpolation)
-    : CheckedShift("shift", "image", view_of(given), view_of(offsets), padding, interpolation,
-                   /*allow_uint8=*/true),
-      image(dense(given)),
+                     const std::string& interpolation, bool is_backward)
+    : CheckedShift(is_backward ? "_shift_backward" : "shift", is_backward ? "grad" : "image",
+                   image_of(given, offsets, is_backward), view_of(offsets), padding, interpolation,
+                   /*allow_uint8=*/!is_backward),
+      input(given.is_contiguous() ? given : torch::stable::contiguous(given)),
+      backward(is_backward),
       device_offsets(on_device(offsets)) {
-  args.image = image.const_data_ptr();
+  args.image = input.const_data_ptr();
+  if (backward) args.out = const_cast<void*>(args.image);
 }
 
-Tensor ShiftCall::new_out() const { return empty(out_shape, image.scalar_type(), image); }
-
-ShiftBackwardCall::ShiftBackwardCall(const Tensor& given, const Tensor& offsets,
-                                     const std::string& padding, const std::string& interpolation)
-    : CheckedShift("_shift_backward", "grad", image_of("_shift_backward", given, offsets),
-                   view_of(offsets), padding, interpolation, /*allow_uint8=*/false),
-      grad(dense(given)),
-      device_offsets(on_device(offsets)) {
-  args.out = const_cast<void*>(grad.const_data_ptr());
-}
-
-Tensor ShiftBackwardCall::new_grad_image() const {
-  return empty({out_shape.begin() + 1, out_shape.end()}, grad.scalar_type(), grad);
+Tensor ShiftCall::new_result() const {
+  return empty({out_shape.begin() + (backward ? 1 : 0), out_shape.end()}, input.scalar_type(),
+               input);
 }
 
 }  // namespace srt::glue

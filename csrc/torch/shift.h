@@ -8,23 +8,15 @@
 namespace srt::glue {
 
 struct ShiftCall : CheckedShift {
-  Tensor image;  // dense
+  Tensor input;  // the image [B, C, H, W], or the gradient [V, B, C, H, W] of its views; dense
+  bool backward;
   std::optional<Tensor> device_offsets;
 
-  ShiftCall(const Tensor& image, const Tensor& offsets, const std::string& padding,
-            const std::string& interpolation);
+  ShiftCall(const Tensor& given, const Tensor& offsets, const std::string& padding,
+            const std::string& interpolation, bool backward);
 
-  Tensor new_out() const;
-};
-
-struct ShiftBackwardCall : CheckedShift {
-  Tensor grad;  // [V, B, C, H, W], dense
-  std::optional<Tensor> device_offsets;
-
-  ShiftBackwardCall(const Tensor& grad, const Tensor& offsets, const std::string& padding,
-                    const std::string& interpolation);
-
-  Tensor new_grad_image() const;
+  // The views, or the gradient of the image.
+  Tensor new_result() const;
 };
 
 }  // namespace srt::glue

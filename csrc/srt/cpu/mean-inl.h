@@ -15,10 +15,10 @@ bool combine_rows(const MeanPlan<Acc>& plan, int64_t tile, int64_t first, const 
   const int64_t pitch = kExact ? table.tile : X;
   constexpr int V = kTileVectors<X>;
   constexpr int64_t block = V * kLanes<Acc>, whole = kBlockBytes / sizeof(Acc);
-  int64_t* const at = reinterpret_cast<int64_t*>(base + plan.scratch.at);
-  Acc* const weights = reinterpret_cast<Acc*>(base + plan.scratch.weights);
+  int64_t* const at = in(base, plan.scratch.at);
+  Acc* const weights = in(base, plan.scratch.weights);
   const int64_t row = plan.groups * plan.tokens_x * plan.pass;
-  Acc* const sums = reinterpret_cast<Acc*>(base + plan.scratch.sums) + first * row;
+  Acc* const sums = in(base, plan.scratch.sums) + first * row;
   const int64_t stride_n = plan.token_strides[2];
   const int64_t padded = (n + whole - 1) / whole * whole;
   Vec<Acc> check = {};
@@ -81,10 +81,10 @@ void filter_rows(const MeanPlan<Acc>& plan, int64_t rows, int64_t n, Out* out, c
   const int64_t pitch = kExact ? table.tile : X;
   constexpr int V = kTileVectors<X>;
   constexpr int64_t block = V * kLanes<Acc>;
-  const Acc* const inverses = reinterpret_cast<const Acc*>(base + plan.scratch.inverse);
-  const Acc* const keeps = reinterpret_cast<const Acc*>(base + plan.scratch.keep);
+  const Acc* const inverses = in(base, plan.scratch.inverse);
+  const Acc* const keeps = in(base, plan.scratch.keep);
   const int64_t stride_c = plan.out_strides[1], stride_x = plan.out_strides[3];
-  const Acc* from = reinterpret_cast<const Acc*>(base + plan.scratch.sums);
+  const Acc* from = in(base, plan.scratch.sums);
   for (int64_t r = 0; r < rows; ++r, from += plan.groups * plan.tokens_x * plan.pass) {
     for (int64_t x = 0; x < plan.width; x += X) {
       const int64_t first = table.begin[x / pitch], count = table.begin[x / pitch + 1] - first;
@@ -121,10 +121,10 @@ void filter_rows(const MeanPlan<Acc>& plan, int64_t rows, int64_t n, Out* out, c
 // For output row y, row r of its band: what the sums of a cell are multiplied by, and what is there
 // already in a stream.
 template <class Acc>
-SRT_INLINE void fill_inverse(const MeanPlan<Acc>& plan, int64_t y, int64_t r, char* base) {
-  double* const count = reinterpret_cast<double*>(base + plan.scratch.count);
-  Acc* const inverse = reinterpret_cast<Acc*>(base + plan.scratch.inverse) + r * plan.width;
-  Acc* const keep = reinterpret_cast<Acc*>(base + plan.scratch.keep) + r * plan.width;
+void fill_inverse(const MeanPlan<Acc>& plan, int64_t y, int64_t r, char* base) {
+  double* const count = in(base, plan.scratch.count);
+  Acc* const inverse = in(base, plan.scratch.inverse) + r * plan.width;
+  Acc* const keep = in(base, plan.scratch.keep) + r * plan.width;
   for (int64_t x = 0; x < plan.width; ++x) count[x] = 0;
   for (int64_t g = 0; g < plan.groups; ++g) {
     double count_y = 0;

@@ -22,22 +22,6 @@ std::pair<int32_t, int32_t> tokens_of(const AxisTable<Acc>& table, int64_t d, in
   return {std::min(first, end), end};
 }
 
-// The tile of a table, at most `largest` cells, that takes the least work. `load`: what it costs to
-// load a vector, in multiply-adds.
-template <class Acc>
-int64_t choose_tile(const AxisTable<Acc>& table, int64_t offsets, int64_t largest, int64_t load) {
-  return best_tile(largest, table.cells, [&](int64_t tile) {
-    int64_t inputs = 0;
-    for (int64_t d = 0; d < offsets; ++d) {
-      for (int64_t cell = 0; cell < table.cells; cell += tile) {
-        const auto [first, end] = tokens_of(table, d, cell, tile);
-        inputs += end - first;
-      }
-    }
-    return inputs * (tile + load);
-  });
-}
-
 template <class Acc>
 void add_tile(const AxisTable<Acc>& table, int64_t d, int64_t cell, int64_t tile, int64_t base,
               TileStorage<Acc>& tiles) {
@@ -65,12 +49,12 @@ int64_t largest_tile(const MeanPlan<Acc>& plan, int64_t block, int64_t row_bytes
 template <class Acc>
 int64_t place_scratch(int64_t inputs, MeanPlan<Acc>& plan) {
   Layout layout;
-  plan.scratch.sums = layout.place<Acc>(plan.band * plan.groups * plan.tokens_x * plan.pass);
-  plan.scratch.at = layout.place<int64_t>(inputs);
-  plan.scratch.weights = layout.place<Acc>(inputs * plan.band);
-  plan.scratch.count = layout.place<double>(plan.width);
-  plan.scratch.inverse = layout.place<Acc>(plan.band * plan.width);
-  plan.scratch.keep = layout.place<Acc>(plan.total_weight ? plan.band * plan.width : 0);
+  layout.place(plan.scratch.sums, plan.band * plan.groups * plan.tokens_x * plan.pass);
+  layout.place(plan.scratch.at, inputs);
+  layout.place(plan.scratch.weights, inputs * plan.band);
+  layout.place(plan.scratch.count, plan.width);
+  layout.place(plan.scratch.inverse, plan.band * plan.width);
+  layout.place(plan.scratch.keep, plan.total_weight ? plan.band * plan.width : 0);
   return layout.bytes;
 }
 
@@ -83,8 +67,13 @@ void mean_of(const EnsembleArgs& args, const Parallel& parallel) {
   // With all weights 0 there is no group.
   const int64_t row_bytes =
       std::max<int64_t>(1, plan.groups) * plan.tokens_x * static_cast<int64_t>(sizeof(Acc));
-  plan.band = choose_tile(plan.y, plan.offsets_y,
-                          largest_tile(plan, block, row_bytes, parallel.threads), kLoadTokens);
+  const auto tokens_in = [](const AxisTable<Acc>& table) {
+    return
+        [table](int64_t d, int64_t cell, int64_t tile) { return tokens_of(table, d, cell, tile); };
+  };
+  plan.band = choose_tile(plan.offsets_y, plan.height,
+                          largest_tile(plan, block, row_bytes, parallel.threads), kLoadTokens,
+                          tokens_in(plan.y), once);
   TileStorage<Acc> y, x;
   for (int64_t d = 0; d < plan.offsets_y; ++d) {
     for (int64_t cell = 0; cell < plan.height; cell += plan.band) {
@@ -92,7 +81,8 @@ void mean_of(const EnsembleArgs& args, const Parallel& parallel) {
       y.close();
     }
   }
-  const int64_t tile_x = choose_tile(plan.x, plan.groups, isa.max_tile, kLoadSums);
+  const int64_t tile_x =
+      choose_tile(plan.groups, plan.width, isa.max_tile, kLoadSums, tokens_in(plan.x), once);
   for (int64_t cell = 0; cell < plan.width; cell += tile_x) {
     for (int64_t g = 0; g < plan.groups; ++g)
       add_tile(plan.x, g, cell, tile_x, g * plan.tokens_x, x);

@@ -17,10 +17,10 @@ bool sum_rows(const MeanBackwardPlan<Acc>& plan, int64_t i, int64_t tile, int64_
   const int64_t pitch = kExact ? table.tile : X;
   constexpr int V = kTileVectors<X>;
   constexpr int64_t block = V * kLanes<Acc>, whole = kBlockBytes / sizeof(Acc);
-  int64_t* const at = reinterpret_cast<int64_t*>(base + plan.scratch.at);
-  Acc* const weights = reinterpret_cast<Acc*>(base + plan.scratch.weights);
+  int64_t* const at = in(base, plan.scratch.at);
+  Acc* const weights = in(base, plan.scratch.weights);
   const int64_t row = plan.longest_span * plan.pass;
-  Acc* const sums = reinterpret_cast<Acc*>(base + plan.scratch.sums) + first * row;
+  Acc* const sums = in(base, plan.scratch.sums) + first * row;
   const int64_t slot = i * table.tiles + tile;
   const int64_t padded = (n + whole - 1) / whole * whole;
   Vec<Acc> check = {};
@@ -57,7 +57,7 @@ void sum_cells(const MeanBackwardPlan<Acc>& plan,
   const int64_t pitch = kExact ? table.tile : X;
   constexpr int V = kTileVectors<X>, lanes = kLanes<Acc>;
   constexpr int64_t block = V * lanes;
-  int64_t* const at = reinterpret_cast<int64_t*>(base + plan.scratch.at);
+  int64_t* const at = in(base, plan.scratch.at);
   const int64_t view_stride = plan.batch * plan.tokens_y * plan.tokens_x * plan.channels;
   const int64_t slot = j * table.tiles + own.tile, first = table.begin[slot];
   const int64_t count = table.begin[slot + 1] - first;
@@ -105,7 +105,7 @@ void segment_backward(const MeanBackwardPlan<Acc>& plan, int64_t i, int64_t j, i
     });
     for (int64_t d = 0; !finite && d < offsets; ++d)
       sum_rows<1, true>(plan, i, t, d, span, grad, n, base);
-    const Acc* sums = reinterpret_cast<const Acc*>(base + plan.scratch.sums);
+    const Acc* sums = in(base, plan.scratch.sums);
     for (int64_t d = t * tile_y; d < t * tile_y + offsets; ++d, sums += row) {
       for (int64_t r = plan.tile_views_begin[d]; r < plan.tile_views_begin[d + 1]; ++r) {
         for (int64_t token = j; token < j_end; ++token) {

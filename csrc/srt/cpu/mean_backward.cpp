@@ -46,22 +46,11 @@ struct TransposedAxis {
     return {std::min(from, to), to};
   }
 
-  // The tile of offsets that takes the least work. `load`: what it costs to load a vector, in
-  // multiply-adds; uses(tile, d): how often the tile from d on is used.
-  template <class Uses>
-  int64_t choose_tile(int64_t largest, int64_t load, Uses&& uses) const {
-    return best_tile(largest, offsets, [&](int64_t tile) {
-      int64_t work = 0;
-      for (int64_t d = 0; d < offsets; d += tile) {
-        int64_t inputs = 0;
-        for (int64_t token = 0; token < tokens; ++token) {
-          const auto [from, to] = cells(token, token + 1, d, d + tile);
-          inputs += to - from;
-        }
-        work += inputs * (tile + load) * uses(tile, d);
-      }
-      return work;
-    });
+  // The cells that read a token for a tile of offsets, from d on.
+  auto cells_in() const {
+    return [this](int64_t token, int64_t d, int64_t tile) {
+      return cells(token, token + 1, d, d + tile);
+    };
   }
 
   // A set of tiles for each token.
@@ -93,7 +82,7 @@ struct ViewsByDy {
                      [](const auto& a, const auto& b) { return a.dy < b.dy; });
   }
   // How often sums over a tile of groups are taken: for each dy that has views in it.
-  int64_t uses(int64_t tile, int64_t group) const {
+  int64_t uses(int64_t group, int64_t tile) const {
     int64_t count = 0, last = -1;
     for (const auto& view : views) {
       if (view.group / tile != group / tile || view.dy == last) continue;
@@ -161,10 +150,11 @@ void mean_backward(const EnsembleArgs& args, void* grad_tokens, const Parallel& 
   const TransposedAxis<Acc> transposed_y(plan.y, plan.offsets_y, plan.tokens_y);
   const TransposedAxis<Acc> transposed_x(plan.x, plan.groups, plan.tokens_x);
   ViewsByDy<Acc> by_dy(views.views);
-  const int64_t tile_y = transposed_y.choose_tile(isa.max_tile, kLoadTokens,
-                                                  [](int64_t, int64_t) { return int64_t{1}; });
-  const int64_t tile_x = transposed_x.choose_tile(
-      isa.max_tile, kLoadSums, [&](int64_t tile, int64_t d) { return by_dy.uses(tile, d); });
+  const int64_t tile_y = choose_tile(plan.tokens_y, plan.offsets_y, isa.max_tile, kLoadTokens,
+                                     transposed_y.cells_in(), once);
+  const int64_t tile_x =
+      choose_tile(plan.tokens_x, plan.groups, isa.max_tile, kLoadSums, transposed_x.cells_in(),
+                  [&](int64_t group, int64_t tile) { return by_dy.uses(group, tile); });
   by_dy.split(plan.offsets_y, tile_x);
   const TileStorage<Acc> y = transposed_y.tiles(tile_y), x = transposed_x.tiles(tile_x);
   plan.tile_y = y.table(tile_y, plan.offsets_y);
@@ -185,9 +175,9 @@ void mean_backward(const EnsembleArgs& args, void* grad_tokens, const Parallel& 
 
   const int64_t inputs = std::max(y.largest(), x.largest());
   Layout layout;
-  plan.scratch.sums = layout.place<Acc>(tile_y * plan.longest_span * plan.pass);
-  plan.scratch.at = layout.place<int64_t>(inputs);
-  plan.scratch.weights = layout.place<Acc>(inputs * tile_y);
+  layout.place(plan.scratch.sums, tile_y * plan.longest_span * plan.pass);
+  layout.place(plan.scratch.at, inputs);
+  layout.place(plan.scratch.weights, inputs * tile_y);
   const double work =
       static_cast<double>(plan.batch) * static_cast<double>(args.channels) *
       (static_cast<double>(plan.width) * static_cast<double>(y.weight.size()) +

@@ -282,52 +282,30 @@ __attribute__((noinline)) bool gather(const ViewValue<Acc>* values, int64_t coun
   return no_nan(check);
 }
 
-// Where in a worker's scratch the parts of a PerViewPlan lie.
-template <class Acc>
-struct PerViewScratch {
-  Acc* sums;
-  int64_t* at;
-  int64_t* row_of;
-  ViewValue<Acc>* values;
-  double* weights;
-  Acc* shares;
-  WindowStep<Acc>* steps;
-  Acc* buffer;
-
-  PerViewScratch(const PerViewPlan<Acc>& plan, char* base)
-      : sums(reinterpret_cast<Acc*>(base + plan.scratch.sums)),
-        at(reinterpret_cast<int64_t*>(base + plan.scratch.at)),
-        row_of(reinterpret_cast<int64_t*>(base + plan.scratch.row_of)),
-        values(reinterpret_cast<ViewValue<Acc>*>(base + plan.scratch.values)),
-        weights(reinterpret_cast<double*>(base + plan.scratch.weights)),
-        shares(reinterpret_cast<Acc*>(base + plan.scratch.shares)),
-        steps(reinterpret_cast<WindowStep<Acc>*>(base + plan.scratch.steps)),
-        buffer(reinterpret_cast<Acc*>(base + plan.scratch.buffer)) {}
-};
-
 // The token rows that each view reads in output row y, summed, for n channels from `tokens` on:
 // sums [views that count, tokens_x, chunk], with zeros up to a whole block.
 template <class T, class Acc>
 __attribute__((noinline)) void combine_views(const PerViewPlan<Acc>& plan, int64_t y,
-                                             const T* tokens, int64_t n,
-                                             const PerViewScratch<Acc>& scratch) {
+                                             const T* tokens, int64_t n, char* base) {
   constexpr int64_t block = kBlockBytes / sizeof(Acc);
   const int64_t stride_n = plan.token_strides[2];
-  Acc* sums = scratch.sums;
+  Acc* sums = in(base, plan.scratch.sums);
+  int64_t* const at = in(base, plan.scratch.at);
+  int64_t* const row_of = in(base, plan.scratch.row_of);
   int64_t rows = 0;
   for (int64_t i = 0; i < plan.view_count; ++i) {
     const auto& view = plan.views[i];
     const int64_t slot = view.dy * plan.height + y, count = plan.y.taps[slot];
-    scratch.row_of[i] = -1;
+    row_of[i] = -1;
     if (!(plan.y.count[slot] > 0)) continue;
-    scratch.row_of[i] = rows++;
+    row_of[i] = rows++;
     for (int64_t k = 0; k < count; ++k)
-      scratch.at[k] =
+      at[k] =
           view.index * plan.token_strides[0] + (plan.y.first[slot] + k) * plan.tokens_x * stride_n;
     for (int64_t j = 0; j < plan.tokens_x; ++j, sums += plan.chunk) {
       for (int64_t c = 0; c < n; c += block) {
         Vec<Acc> sum[1][kVectors];
-        sum_inputs<1, true>(tokens + j * stride_n + c, scratch.at, 1,
+        sum_inputs<1, true>(tokens + j * stride_n + c, at, 1,
                             plan.y.weight + slot * plan.y.max_taps, 1, count, n - c, sum);
         store_block(sums + c, 1, block, sum[0]);
       }
@@ -338,31 +316,35 @@ __attribute__((noinline)) void combine_views(const PerViewPlan<Acc>& plan, int64
 // The views that count in a cell, after combine_views of its row.
 template <class Acc>
 __attribute__((noinline)) CellValues<Acc> views_of_cell(const PerViewPlan<Acc>& plan, int64_t y,
-                                                        int64_t x,
-                                                        const PerViewScratch<Acc>& scratch) {
-  CellValues<Acc> cell{scratch.buffer, scratch.shares, scratch.steps, 0, 0, true};
+                                                        int64_t x, char* base) {
+  const auto& scratch = plan.scratch;
+  const int64_t* const row_of = in(base, scratch.row_of);
+  const Acc* const sums = in(base, scratch.sums);
+  ViewValue<Acc>* const values = in(base, scratch.values);
+  double* const weights = in(base, scratch.weights);
+  Acc* const shares = in(base, scratch.shares);
+  CellValues<Acc> cell{in(base, scratch.buffer), shares, in(base, scratch.steps), 0, 0, true};
   for (int64_t k = 0; k < plan.view_count; ++k) {
     const int64_t i = plan.order ? plan.order[k] : k;
     const auto& view = plan.views[i];
     const int64_t slot = view.group * plan.width + x;
-    if (scratch.row_of[i] < 0 || !(plan.x.count[slot] > 0)) continue;
-    const int64_t token = scratch.row_of[i] * plan.tokens_x + plan.x.first[slot];
-    scratch.values[cell.count] = {scratch.sums + token * plan.chunk,
-                                  plan.x.weight + slot * plan.x.max_taps, plan.x.taps[slot]};
+    if (row_of[i] < 0 || !(plan.x.count[slot] > 0)) continue;
+    const int64_t token = row_of[i] * plan.tokens_x + plan.x.first[slot];
+    values[cell.count] = {sums + token * plan.chunk, plan.x.weight + slot * plan.x.max_taps,
+                          plan.x.taps[slot]};
     const double weight = static_cast<double>(view.weight) * plan.x.count[slot] *
                           plan.y.count[view.dy * plan.height + y];
-    scratch.weights[cell.count++] = weight;
+    weights[cell.count++] = weight;
     cell.total += weight;
   }
-  for (int64_t i = 0; i < cell.count; ++i)
-    scratch.shares[i] = static_cast<Acc>(scratch.weights[i] / cell.total);
+  for (int64_t i = 0; i < cell.count; ++i) shares[i] = static_cast<Acc>(weights[i] / cell.total);
   return cell;
 }
 
 template <class T, class Reduction, class Acc>
-void reduce_values(const PerViewPlan<Acc>& plan, int64_t begin, int64_t end, void* base) {
+void reduce_values(const PerViewPlan<Acc>& plan, int64_t begin, int64_t end, void* scratch) {
   constexpr int64_t block = kValueVectors * kLanes<Acc>;
-  const PerViewScratch<Acc> scratch(plan, static_cast<char*>(base));
+  char* const base = static_cast<char*>(scratch);
   const int64_t chunks = (plan.channels + plan.chunk - 1) / plan.chunk;
   const int64_t bands = (plan.height + plan.band - 1) / plan.band;
 
@@ -377,14 +359,15 @@ void reduce_values(const PerViewPlan<Acc>& plan, int64_t begin, int64_t end, voi
     CellRun run{};
     for (run.y = band * plan.band; run.y < band_end; run.y = run.y_end) {
       run.y_end = least(plan.end_y[run.y], band_end);
-      combine_views(plan, run.y, tokens, n, scratch);
+      combine_views(plan, run.y, tokens, n, base);
       for (run.x = 0; run.x < plan.width; run.x = run.x_end) {
         run.x_end = plan.end_x[run.x];
-        CellValues<Acc> cell = views_of_cell(plan, run.y, run.x, scratch);
+        CellValues<Acc> cell = views_of_cell(plan, run.y, run.x, base);
         for (int64_t from = 0; from < n; from += block) {
           run.n = least(n - from, block);
           run.at = b * plan.out_strides[0] + (c + from) * plan.out_strides[1];
-          cell.finite = gather(scratch.values, cell.count, plan.chunk, from, scratch.buffer);
+          cell.finite =
+              gather(in(base, plan.scratch.values), cell.count, plan.chunk, from, cell.value);
           Reduction::reduce(plan, run, cell);
         }
       }

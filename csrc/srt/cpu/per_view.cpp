@@ -17,18 +17,17 @@ auto choose_kernel(const EnsembleArgs& args) {
 }
 
 template <class Acc>
-int64_t place_scratch(int64_t block_bytes, PerViewPlan<Acc>& plan) {
+int64_t place_scratch(int64_t block, PerViewPlan<Acc>& plan) {
   const int64_t counted = plan.view_count;
   Layout layout;
-  plan.scratch.sums = layout.place<Acc>(counted * plan.tokens_x * plan.chunk);
-  plan.scratch.at = layout.place<int64_t>(plan.y.max_taps);
-  plan.scratch.row_of = layout.place<int64_t>(counted);
-  plan.scratch.values = layout.place<ViewValue<Acc>>(counted);
-  plan.scratch.weights = layout.place<double>(counted);
-  plan.scratch.shares = layout.place<Acc>(counted);
-  plan.scratch.steps = layout.place<WindowStep<Acc>>(counted);
-  plan.scratch.buffer =
-      layout.place<char>(std::max<int64_t>(counted, kLargestNetwork) * block_bytes);
+  layout.place(plan.scratch.sums, counted * plan.tokens_x * plan.chunk);
+  layout.place(plan.scratch.at, plan.y.max_taps);
+  layout.place(plan.scratch.row_of, counted);
+  layout.place(plan.scratch.values, counted);
+  layout.place(plan.scratch.weights, counted);
+  layout.place(plan.scratch.shares, counted);
+  layout.place(plan.scratch.steps, counted);
+  layout.place(plan.scratch.buffer, std::max<int64_t>(counted, kLargestNetwork) * block);
   return layout.bytes;
 }
 
@@ -60,7 +59,7 @@ void reduce_values_of(const EnsembleArgs& args, const Parallel& parallel) {
   };
   while (plan.band > 1 && count_tasks() < 4 * parallel.threads) plan.band /= 2;
   split_channels(block, parallel.threads, plan.chunk, count_tasks);
-  const int64_t scratch_bytes = place_scratch(kernels().block_bytes, plan);
+  const int64_t scratch_bytes = place_scratch(block, plan);
   const double work = static_cast<double>(plan.batch) *
                       static_cast<double>(args.channels * plan.height) *
                       static_cast<double>(counted * plan.width * (plan.x.max_taps + 8));

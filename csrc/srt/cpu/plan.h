@@ -10,6 +10,12 @@
 
 namespace srt::cpu {
 
+// An array in the scratch of a worker.
+template <class T>
+struct ScratchArray {
+  int64_t offset;  // bytes
+};
+
 // What the kernels of ensemble share. A task is one image, one band of output rows and one chunk of
 // channels. Views are sorted by dx; those that share a dx form a group, which shares a row of the x
 // table.
@@ -61,15 +67,22 @@ struct MeanPlan : ViewsPlan<Acc> {
   TileTable<Acc> tile_y;  // output rows that read token rows; a set for each distinct dy
   TileTable<Acc> tile_x;  // cells that read [groups, tokens_x]; one set
   int64_t pass;           // channels whose sums fit the cache, whole blocks
-  struct Scratch {        // byte offsets into a worker's scratch
-    int64_t sums;         // Acc [tile_y, groups, tokens_x, pass]
-    int64_t at;           // int64: the inputs of a tile, in elements
-    int64_t weights;      // Acc: theirs
-    int64_t count;        // double [width]
-    int64_t inverse;      // Acc [tile_y, width]
-    int64_t keep;         // Acc [tile_y, width]
+  struct Scratch {
+    ScratchArray<Acc> sums;           // [tile_y, groups, tokens_x, pass]
+    ScratchArray<int64_t> at;         // the inputs of a tile, in elements
+    ScratchArray<Acc> weights;        // theirs
+    ScratchArray<double> count;       // [width]
+    ScratchArray<Acc> inverse, keep;  // [tile_y, width]
   };
   Scratch scratch;
+};
+
+// What the scratch of a PerViewPlan holds.
+template <class Acc>
+struct ViewValue {
+  const Acc* sums;    // [taps, chunk]
+  const Acc* weight;  // [taps]
+  int64_t taps;
 };
 
 // Reductions that need the value of every view in a cell: the median, the moments. The weights of
@@ -82,24 +95,16 @@ struct PerViewPlan : ViewsPlan<Acc> {
   void* variance;        // as out
   int64_t plane_stride;
   struct Scratch {
-    int64_t sums;     // Acc [V, tokens_x, chunk]: the combined rows of each view
-    int64_t at;       // int64: the token rows that one view combines, in elements
-    int64_t row_of;   // int64 [V]: the combined row of a view, or -1
-    int64_t values;   // ViewValue [V]
-    int64_t weights;  // double [V]: of the values
-    int64_t shares;   // Acc [V]: of their total
-    int64_t steps;    // WindowStep [V]
-    int64_t buffer;   // Acc [max(V, kLargestNetwork), block]: what a cell selects from
+    ScratchArray<Acc> sums;               // [V, tokens_x, chunk] the combined rows of each view
+    ScratchArray<int64_t> at;             // the token rows that one view combines, in elements
+    ScratchArray<int64_t> row_of;         // [V] the combined row of a view, or -1
+    ScratchArray<ViewValue<Acc>> values;  // [V]
+    ScratchArray<double> weights;         // [V] of the values
+    ScratchArray<Acc> shares;             // [V] of their total
+    ScratchArray<WindowStep<Acc>> steps;  // [V]
+    ScratchArray<Acc> buffer;  // [max(V, kLargestNetwork), block] what a cell selects from
   };
   Scratch scratch;
-};
-
-// What the scratch of a PerViewPlan holds.
-template <class Acc>
-struct ViewValue {
-  const Acc* sums;    // [taps, chunk]
-  const Acc* weight;  // [taps]
-  int64_t taps;
 };
 
 // The gradient of the tokens of a mean: the filters of MeanPlan transposed, in the other order. For
@@ -129,9 +134,9 @@ struct MeanBackwardPlan : ViewsPlan<Acc> {
   int64_t pass;               // channels whose sums fit the cache, whole blocks
   void* grad_tokens;          // [V, B, h*w, C], dense
   struct Scratch {
-    int64_t sums;     // Acc [tile of y, longest_span, pass]
-    int64_t at;       // int64: the inputs of a tile
-    int64_t weights;  // Acc: theirs
+    ScratchArray<Acc> sums;     // [tile of y, longest_span, pass]
+    ScratchArray<int64_t> at;   // the inputs of a tile
+    ScratchArray<Acc> weights;  // theirs
   };
   Scratch scratch;
 };

@@ -19,6 +19,12 @@ constexpr int64_t kBlockBytes = kVectors * kVectorBytes;
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// An array in the scratch that begins at `base`.
+template <class T>
+inline T* in(char* base, const ScratchArray<T>& array) {
+  return reinterpret_cast<T*>(base + array.offset);
+}
+
 // Loops over vectors that stay in registers are unrolled, and what they are passed to is inlined:
 // an index that is not constant would put the array into memory.
 template <int N, class T, class V>

@@ -12,8 +12,8 @@
 
 namespace srt::cpu {
 
-// Of the channels of a cell, read or written in one piece: pieces of a few cache lines, a whole
-// cell apart, cost more than what taller tiles save.
+// The channels of a cell are read or written at least this many bytes at a time: pieces of a few
+// cache lines, a whole cell apart, cost more than taller tiles save.
 constexpr int64_t kPieceBytes = 1024;
 
 // What it costs to load a vector in multiply-adds: of tokens, and of sums in the cache.
@@ -159,8 +159,8 @@ struct TileStorage {
   std::vector<int64_t> begin{0}, input;
   std::vector<Acc> weight;
 
-  // Inputs [first, end), of which those are kept that any of `tile` outputs reads: with
-  // weight_at(input, output). They stand at `base` and beyond.
+  // Adds those of the inputs [first, end) that any of `tile` outputs reads with a weight_at(input,
+  // output) that is not 0. Their positions begin at `base`.
   template <class WeightAt>
   void add(int64_t first, int64_t end, int64_t base, int64_t tile, WeightAt&& weight_at) {
     for (int64_t i = first; i < end; ++i) {
@@ -189,18 +189,30 @@ struct TileStorage {
   }
 };
 
-// The power of two, at most `largest`, whose tiles take the least work(tile).
-template <class Work>
-int64_t best_tile(int64_t largest, int64_t outputs, Work&& work) {
+// The tile of a TileTable, a power of two and at most `largest` outputs, that takes the least work.
+// `load`: what it costs to load a vector, in multiply-adds. range(set, output, tile): the inputs
+// [first, end) of the tile from this output on; uses(output, tile): how often these tiles are used.
+template <class Range, class Uses>
+int64_t choose_tile(int64_t sets, int64_t outputs, int64_t largest, int64_t load, Range&& range,
+                    Uses&& uses) {
   int64_t best = 1, least = INT64_MAX;
   for (int64_t tile = 1; tile <= largest && tile < 2 * outputs; tile *= 2) {
-    const int64_t own = work(tile);
-    if (own >= least) continue;
-    least = own;
+    int64_t work = 0;
+    for (int64_t output = 0; output < outputs; output += tile) {
+      int64_t inputs = 0;
+      for (int64_t set = 0; set < sets; ++set) {
+        const auto [first, end] = range(set, output, tile);
+        inputs += end - first;
+      }
+      work += inputs * (tile + load) * uses(output, tile);
+    }
+    if (work >= least) continue;
+    least = work;
     best = tile;
   }
   return best;
 }
+inline int64_t once(int64_t, int64_t) { return 1; }
 
 // Halves the chunks of channels until there are tasks enough for all threads.
 template <class Count>

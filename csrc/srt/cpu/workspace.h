@@ -37,14 +37,13 @@ inline int64_t fitting_channels(int64_t channels, int64_t block, int64_t bytes) 
   return div_up(blocks, div_up(blocks, fit)) * block;  // parts of equal size
 }
 
-// Byte offsets of arrays that follow each other.
+// Places arrays one behind the other.
 struct Layout {
   int64_t bytes = 0;
   template <class T>
-  int64_t place(int64_t n) {
-    const int64_t begin = bytes;
+  void place(ScratchArray<T>& array, int64_t n) {
+    array.offset = bytes;
     bytes += align_up(n * static_cast<int64_t>(sizeof(T)));
-    return begin;
   }
 };
 

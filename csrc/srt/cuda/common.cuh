@@ -9,9 +9,11 @@
 #include <cstdint>
 #include <cstring>
 #include <string>
+#include <type_traits>
 
 #include "../axis.h"
 #include "../ensemble.h"
+#include "../shift.h"
 #include "../types.h"
 #include "../validation.h"
 #include "cuda.h"
@@ -78,34 +80,19 @@ __device__ inline uint8_t from_acc<uint8_t>(float value) {
 }
 
 template <int kBytes>
-struct WordOf;
-template <>
-struct WordOf<1> {
-  using type = unsigned char;
-};
-template <>
-struct WordOf<2> {
-  using type = unsigned short;
-};
-template <>
-struct WordOf<4> {
-  using type = unsigned int;
-};
-template <>
-struct WordOf<8> {
-  using type = unsigned long long;
-};
-template <>
-struct WordOf<16> {
-  using type = uint4;
-};
+using WordOf = std::conditional_t<
+    kBytes == 1, unsigned char,
+    std::conditional_t<
+        kBytes == 2, unsigned short,
+        std::conditional_t<kBytes == 4, unsigned int,
+                           std::conditional_t<kBytes == 8, unsigned long long, uint4>>>>;
 
 // Reads what no thread of this kernel writes, in as few instructions as its alignment allows; left
 // to itself the compiler may split a pack.
 template <class T>
 __device__ inline T load(const T* from) {
   constexpr int kBytes = sizeof(T) < kVectorBytes ? sizeof(T) : kVectorBytes;
-  using Word = typename WordOf<kBytes>::type;
+  using Word = WordOf<kBytes>;
   Word word[sizeof(T) / kBytes];
 #pragma unroll
   for (size_t i = 0; i < sizeof(T) / kBytes; ++i)
@@ -129,7 +116,7 @@ __device__ inline void store_word(Word* to, Word word) {
 // the tokens, which are read again.
 template <class T>
 __device__ inline void store(T* to, const T& value, bool keep) {
-  using Word = typename WordOf<sizeof(T)>::type;
+  using Word = WordOf<sizeof(T)>;
   Word word;
   memcpy(&word, &value, sizeof(word));
   if (keep) {
@@ -175,13 +162,11 @@ inline int64_t attribute(const char* op, cudaDeviceAttr name) {
 
 inline int64_t processors(const char* op) { return attribute(op, cudaDevAttrMultiProcessorCount); }
 
-// The kernels of shift keep positions of an axis, padding included, in 32 bits.
-inline void check_image(const char* op, int64_t height, int64_t width) {
-  constexpr int64_t kMostPixels = int64_t{1} << 28;
-  if (height > kMostPixels || width > kMostPixels)
-    throw Error("srt::" + std::string(op) + ": on CUDA height and width must be at most " +
-                std::to_string(kMostPixels) + "; got " + std::to_string(height) + " x " +
-                std::to_string(width));
+// Some kernels count views in 32 bits, a block's worth of them beyond the last.
+inline void check_views(const char* op, int64_t views) {
+  if (views > INT32_MAX - kThreads)
+    throw Error("srt::" + std::string(op) + ": on CUDA there must be fewer than 2^31 views; got " +
+                std::to_string(views));
 }
 
 // Whether what a kernel reads and its result fit L2 together.
@@ -272,6 +257,44 @@ class Workspace {
   int64_t bytes_ = 0;
 };
 
+// ---- shift --------------------------------------------------------------------------------------
+
+// Shift and its gradient.
+struct ShiftPlan {
+  const void* from;               // the planes that are read
+  int64_t planes, height, width;  // pixels
+  int64_t views;
+  DeviceArray offsets;  // [V, 2] (dy, dx), pixels
+  Padding padding;
+  Interpolation interpolation;
+  bool aligned;  // every row of `out` starts at a multiple of 16 bytes
+  bool keep;     // out in L2
+  void* out;
+
+  // Of offset number i; none for a view that covers nothing.
+  __device__ ShiftTaps taps(const InlineArrays& inline_offsets, int64_t i, Interpolation of) const {
+    const double offset = offsets.data ? offsets[i] : inline_offsets.at[i];
+    const bool counts = fabs(offset) <= static_cast<double>(kMaxOffset);
+    return counts ? shift_taps(offset, of) : ShiftTaps{};
+  }
+};
+
+inline ShiftPlan make_shift_plan(const char* op, const ShiftArgs& args, const ViewArray& offsets,
+                                 void* workspace, CUstream_st* stream,
+                                 InlineArrays& inline_offsets) {
+  // Positions of an axis, padding included, are kept in 32 bits.
+  constexpr int64_t kMostPixels = int64_t{1} << 28;
+  if (args.height > kMostPixels || args.width > kMostPixels)
+    throw Error("srt::" + std::string(op) + ": on CUDA height and width must be at most " +
+                std::to_string(kMostPixels) + "; got " + std::to_string(args.height) + " x " +
+                std::to_string(args.width));
+  ShiftPlan plan{args.image,   args.planes,        args.height, args.width, args.views, {},
+                 args.padding, args.interpolation, false,       false,      args.out};
+  plan.offsets = place_array(op, offsets, 2 * args.views, 2 * args.views <= kInlineDoubles,
+                             inline_offsets, 0, static_cast<double*>(workspace), stream);
+  return plan;
+}
+
 // ---- the views of ensemble ----------------------------------------------------------------------
 
 struct View {
@@ -337,6 +360,16 @@ static __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// What the kernels of ensemble read and write.
+struct FieldPlan {
+  const void* tokens;        // [V, B, h*w, C]
+  int64_t token_strides[3];  // of V, B and h*w, in elements
+  int64_t views, batch, channels;
+  void* out;               // [B, C, H', W']
+  int64_t out_strides[4];  // in elements
+  bool keep;               // everything that is written, in L2
+};
+
 // One call of ensemble or of its gradient. Without a workspace only its size is asked for.
 struct Call {
   const char* op;
@@ -354,6 +387,17 @@ struct Call {
   }
   int64_t field_elements() const {
     return args.batch * args.channels * axis(0).cells() * axis(1).cells();
+  }
+  // `cell_bytes`: of all that is written for an element of the field.
+  void set_field(FieldPlan& plan, int64_t token_bytes, int64_t cell_bytes) const {
+    plan.tokens = args.tokens;
+    std::copy_n(args.token_strides, 3, plan.token_strides);
+    plan.views = args.views;
+    plan.batch = args.batch;
+    plan.channels = args.channels;
+    plan.out = args.out;
+    std::copy_n(args.out_strides, 4, plan.out_strides);
+    plan.keep = fits_l2(op, token_bytes * token_elements(), cell_bytes * field_elements());
   }
 };
 

@@ -85,12 +85,9 @@ struct AxisPlan {
 };
 
 template <class Acc>
-struct MeanPlan {
-  const void* tokens;        // [V, B, h*w, C]
-  int64_t token_strides[3];  // of V, B and h*w, in elements
-  int64_t row_step;          // from a row of tokens to the next, in elements
+struct MeanPlan : FieldPlan {
+  int64_t row_step;  // from a row of tokens to the next, in elements
   int64_t element_bytes;
-  int64_t views, batch, channels;
   View* sorted;  // [V] by dx
   AxisPlan y, x;
   // The vertical table. The views that share a dx have one list of inputs for every block of rows,
@@ -106,16 +103,13 @@ struct MeanPlan {
   // [x_tiles, max_rounds, cell_groups] which of the columns that are combined at a time have a
   // weight that is not 0 in a group of cells; the first one is the highest bit.
   uint32_t* column_mask;
-  Acc* inverse;            // [ends of rows, ends of cells] 1 / total weight, 0 where no view counts
-  void* out;               // [B, C, H', W']
-  int64_t out_strides[4];  // in elements
+  Acc* inverse;  // [ends of rows, ends of cells] 1 / total weight, 0 where no view counts
   int64_t row_bytes, cell_bytes;  // from a row of out, or a cell, to the next
-  bool keep;                      // out in L2
 };
 
 // ---- runs ---------------------------------------------------------------------------------------
 
-// Cells that runs are looked for in, by one thread.
+// One thread looks for runs in this many cells.
 constexpr int64_t kSegment = 64;
 
 struct CellReads {
@@ -396,7 +390,7 @@ __device__ Acc between(Acc first, Acc last, Acc t) {
   return fma(t, slope, first);
 }
 
-// Of a block.
+// The shared memory of a block.
 template <class T, bool kSmall>
 struct Shared {
   using Tile = cuda::Tile<T, kSmall>;
@@ -411,8 +405,8 @@ struct Shared {
 
   // The runs of the tile; beyond the last one they begin at INT32_MAX and are shorter than 0.
   WrittenRun<Acc> rows[Tile::rows / 2], cells[Tile::cells / 2];
-  // Where the tile lies. Read from here whenever it is needed: kept in registers all the while it
-  // would cost the sums theirs.
+  // The tile. It is read from shared memory whenever it is needed: in registers it would displace
+  // the sums.
   int64_t tile;     // the next one
   const T* tokens;  // channel c0 of image b
   T* out;
@@ -653,7 +647,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
       }
     }
 
-    // Scale the ends. What is added turns -0, which depends on the weights of 0, into 0.
+    // Scale the ends. Adding 0 turns -0 into 0: which of them a sum of nothing is depends on the
+    // weights of 0 that were skipped.
     Acc size = 0;
     if (filters) {
 #pragma unroll
@@ -782,52 +777,14 @@ bool vectors_fit(const EnsembleArgs& args, int64_t element_size) {
          fits(0, args.out_strides[3]);
 }
 
-template <class T, bool kSmall>
-MeanPlan<typename AccumulatorOf<T>::type> make_plan(const Call& call, Workspace& workspace) {
-  using Tile = cuda::Tile<T, kSmall>;
-  using Acc = typename Tile::Acc;
-  const EnsembleArgs& args = call.args;
-  MeanPlan<Acc> plan{};
-  plan.tokens = args.tokens;
-  std::copy_n(args.token_strides, 3, plan.token_strides);
-  plan.row_step = args.grid[1] * args.token_strides[2];
-  plan.element_bytes = sizeof(T);
-  plan.views = args.views;
-  plan.batch = args.batch;
-  plan.channels = args.channels;
-  plan.y.axis = call.axis(0);
-  plan.x.axis = call.axis(1);
-  // In float64 the rounding of the weights at the ends of a run, which grows with the position,
-  // would show in the cells between them.
-  plan.y.interpolated = plan.x.interpolated = sizeof(Acc) < sizeof(double);
-  plan.y.cells = plan.y.axis.cells();
-  plan.x.cells = plan.x.axis.cells();
-  // n ends of runs span n cells, or with runs that are as long as a token n / 2 tokens more; and
-  // interpolation and rounding add one at each end.
-  const auto max_tokens = [](const Axis& axis, int64_t n) {
-    const int64_t inside = axis.stride == 1 ? div_up(n, 2) : 0;
-    return std::min(axis.tokens, (n * axis.stride - 1) / axis.patch + 3 + inside);
-  };
+template <class Tile, class Acc = typename Tile::Acc>
+void place_tables(const EnsembleArgs& args, Workspace& workspace, MeanPlan<Acc>& plan) {
   const int64_t rows = plan.y.cells, cells = plan.x.cells;
-  const int64_t max_runs_y = div_up(rows, 2), max_runs_x = div_up(cells, 2);
-  plan.row_blocks = div_up(2 * max_runs_y, Tile::rows) * Tile::quarters;
-  plan.max_pairs = div_up(max_tokens(plan.y.axis, Tile::combined), kPair);
-  plan.tile_cells = Tile::cells;
-  plan.tile_columns = Tile::columns;
-  plan.cell_groups = Tile::cell_groups;
-  plan.x_tiles = div_up(2 * max_runs_x, Tile::cells);
-  plan.max_rounds = div_up(args.views * max_tokens(plan.x.axis, Tile::cells), Tile::columns);
-  plan.max_columns = plan.max_rounds * Tile::columns;
-  if (plan.max_columns > INT32_MAX)
-    throw Error("srt::ensemble: on CUDA views * (tokens of " + std::to_string(Tile::cells) +
-                " output cells of a row) must be below 2^31; got " +
-                std::to_string(plan.max_columns));
-
   plan.sorted = workspace.take<View>(args.views);
   plan.y.breaks = workspace.take<uint8_t>(rows + cells);
   plan.x.breaks = plan.y.breaks + rows;
-  plan.y.runs = workspace.take<Run>(max_runs_y);
-  plan.x.runs = workspace.take<Run>(max_runs_x);
+  plan.y.runs = workspace.take<Run>(div_up(rows, 2));
+  plan.x.runs = workspace.take<Run>(div_up(cells, 2));
   plan.y.total = workspace.take<int32_t>(1);
   plan.x.total = workspace.take<int32_t>(1);
   plan.y.count = workspace.take<double>(args.views * rows);
@@ -840,12 +797,45 @@ MeanPlan<typename AccumulatorOf<T>::type> make_plan(const Call& call, Workspace&
   plan.column_weight = workspace.take<Acc>(plan.x_tiles * plan.max_columns * Tile::cells);
   plan.column_mask = workspace.take<uint32_t>(plan.x_tiles * plan.max_rounds * Tile::cell_groups);
   plan.inverse = workspace.take<Acc>(plan.row_blocks * Tile::combined * plan.x_tiles * Tile::cells);
-  plan.out = args.out;
-  std::copy_n(args.out_strides, 4, plan.out_strides);
+}
+
+template <class T, bool kSmall>
+MeanPlan<typename AccumulatorOf<T>::type> make_plan(const Call& call, Workspace& workspace) {
+  using Tile = cuda::Tile<T, kSmall>;
+  using Acc = typename Tile::Acc;
+  const EnsembleArgs& args = call.args;
+  MeanPlan<Acc> plan{};
+  call.set_field(plan, sizeof(T), sizeof(T));
+  plan.row_step = args.grid[1] * args.token_strides[2];
+  plan.element_bytes = sizeof(T);
+  plan.y.axis = call.axis(0);
+  plan.x.axis = call.axis(1);
+  // In float64 the rounding of the weights at the ends of a run, which grows with the position,
+  // would show in the cells between them.
+  plan.y.interpolated = plan.x.interpolated = sizeof(Acc) < sizeof(double);
+  plan.y.cells = plan.y.axis.cells();
+  plan.x.cells = plan.x.axis.cells();
+  // The n ends of n / 2 runs span n cells. Runs as long as a token span up to n / 2 tokens more,
+  // and interpolation and rounding add one token at each end.
+  const auto max_tokens = [](const Axis& axis, int64_t n) {
+    const int64_t inside = axis.stride == 1 ? div_up(n, 2) : 0;
+    return std::min(axis.tokens, (n * axis.stride - 1) / axis.patch + 3 + inside);
+  };
+  plan.row_blocks = div_up(2 * div_up(plan.y.cells, 2), Tile::rows) * Tile::quarters;
+  plan.max_pairs = div_up(max_tokens(plan.y.axis, Tile::combined), kPair);
+  plan.tile_cells = Tile::cells;
+  plan.tile_columns = Tile::columns;
+  plan.cell_groups = Tile::cell_groups;
+  plan.x_tiles = div_up(2 * div_up(plan.x.cells, 2), Tile::cells);
+  plan.max_rounds = div_up(args.views * max_tokens(plan.x.axis, Tile::cells), Tile::columns);
+  plan.max_columns = plan.max_rounds * Tile::columns;
+  if (plan.max_columns > INT32_MAX)
+    throw Error("srt::ensemble: on CUDA views * (tokens of " + std::to_string(Tile::cells) +
+                " output cells of a row) must be below 2^31; got " +
+                std::to_string(plan.max_columns));
+  place_tables<Tile>(args, workspace, plan);
   plan.row_bytes = args.out_strides[2] * plan.element_bytes;
   plan.cell_bytes = args.out_strides[3] * plan.element_bytes;
-  constexpr int64_t kSize = sizeof(T);
-  plan.keep = fits_l2(call.op, kSize * call.token_elements(), kSize * call.field_elements());
   return plan;
 }
 

@@ -154,7 +154,7 @@ struct GradTile {
   static constexpr int slots = sizeof(Acc) == 8 ? 4 : 7;  // views of an entry
   static constexpr int batch =
       sizeof(Acc) == 8 ? 56 : 112;  // cells of a row, whose weights are kept
-  // Of them, loaded before the first one is used.
+  // Cells that are loaded before the first of them is used.
   static constexpr int ahead = sizeof(Acc) == 8 ? 2 : 4;
 };
 
@@ -169,7 +169,7 @@ struct GradPlan {
   bool keep;                  // out in L2
 };
 
-// Of a block.
+// The shared memory of a block.
 template <class T>
 struct GradShared {
   using Tile = GradTile<T>;
@@ -180,8 +180,8 @@ struct GradShared {
   Pack<Acc, padded> row_weight[Tile::open][Tile::rows][kEntries];  // of the views of an entry
   Pack<Acc, kEntries + 1> column_weight[Tile::batch];              // of the entries
 
-  // What the block makes. Read from here whenever it is needed: kept in registers all the while it
-  // would cost the sums theirs.
+  // The task of the block. It is read from shared memory whenever it is needed: in registers it
+  // would displace the sums.
   int64_t task;    // the next one
   const T* grad;   // channel c0 of image b
   T* out;          // the same, of the token column in view 0
@@ -568,9 +568,7 @@ int64_t mean_backward(const Call& call, void* grad_tokens) {
 int64_t dispatch(const Call& call, void* grad_tokens) {
   const EnsembleArgs& args = call.args;
   if (args.batch == 0 || args.channels == 0) return 0;
-  if (args.views > INT32_MAX - kThreads)
-    throw Error("srt::" + std::string(call.op) +
-                ": on CUDA there must be fewer than 2^31 views; got " + std::to_string(args.views));
+  check_views(call.op, args.views);
   return dispatch_floating(args.dtype, [&](auto element) {
     return mean_backward<decltype(element)>(call, grad_tokens);
   });

@@ -36,30 +36,24 @@ struct ReadsPlan {
 };
 
 template <class Acc>
-struct PerViewPlan {
-  const void* tokens;        // [V, B, h*w, C]
-  int64_t token_strides[3];  // of V, B and h*w, in elements
-  int64_t views, batch, channels;
+struct PerViewPlan : FieldPlan {
   View* sorted;    // [V] by dx
-  int64_t spread;  // in which steps it goes through them
-  View* ordered;   // [V], as it does
+  int64_t spread;  // the step between views that are taken one after the other
+  View* ordered;   // [V] in the order in which they are taken
   ReadsPlan<Acc> y, x;
   bool linear;  // a cell is a pixel: of at most two taps along each axis
-  // Then a tile reads these tokens of a view, two rows: in bytes from the first. Of columns there
-  // may be fewer than room, and the last is read again.
+  // If `linear`, a tile reads these tokens of a view, two rows of them: bytes from the first token.
+  // Where there are fewer columns than kColumns, the last one is read again.
   int columns;
   int64_t near[2][kColumns];
-  int64_t tile;            // cells of a block
-  int64_t groups;          // of 32 channels, that a block makes one after the other
-  void* out;               // [B, C, H', W']
-  int64_t out_strides[4];  // in elements
-  void* variance;          // as out
+  int64_t tile;    // cells of a block
+  int64_t groups;  // of 32 channels, that a block makes one after the other
+  void* variance;  // as out
   // Of a stream (ensemble.h).
   int64_t plane_stride;
   double* total_weight;  // [H', W']
   double* scale;         // of the weights, in units of `total_weight`
   bool counts_views;
-  bool keep;  // out and variance, or the state, in L2
 };
 
 // ---- the tables ---------------------------------------------------------------------------------
@@ -660,11 +654,10 @@ PerViewPlan<Acc> make_plan(const Call& call, Workspace& workspace) {
   const EnsembleArgs& args = call.args;
   const bool stream = args.total_weight != nullptr, median = args.reduce == Reduce::median;
   PerViewPlan<Acc> plan{};
-  plan.tokens = args.tokens;
-  std::copy_n(args.token_strides, 3, plan.token_strides);
-  plan.views = args.views;
-  plan.batch = args.batch;
-  plan.channels = args.channels;
+  const int64_t planes = args.reduce == Reduce::moments && args.variance ? 2
+                         : stream && median                              ? kWindowPlanes
+                                                                         : 1;
+  call.set_field(plan, sizeof(T), planes * (stream ? sizeof(Acc) : sizeof(T)));
   plan.spread = stream && median ? spread_step(args.views) : 1;
   plan.y.step = args.grid[1] * args.token_strides[2];
   plan.x.step = args.token_strides[2];
@@ -689,16 +682,10 @@ PerViewPlan<Acc> make_plan(const Call& call, Workspace& workspace) {
     for (int j = 0; j < kColumns; ++j)
       plan.near[i][j] = (i * plan.y.step + std::min(j, plan.columns - 1) * plan.x.step) *
                         static_cast<int64_t>(sizeof(T));
-  plan.out = args.out;
-  std::copy_n(args.out_strides, 4, plan.out_strides);
   plan.variance = args.reduce == Reduce::moments ? args.variance : nullptr;
   plan.plane_stride = args.plane_stride;
   plan.total_weight = args.total_weight;
   plan.counts_views = median;
-  const int64_t planes = plan.variance ? 2 : stream && median ? kWindowPlanes : 1;
-  const int64_t element = stream ? sizeof(Acc) : sizeof(T);
-  plan.keep = fits_l2(call.op, static_cast<int64_t>(sizeof(T)) * call.token_elements(),
-                      element * planes * call.field_elements());
   return plan;
 }
 

@@ -17,18 +17,6 @@ template <class Acc>
 constexpr int kRows = sizeof(Acc) == sizeof(double) ? 2 : 4;
 constexpr int kResident = 2;  // blocks that a processor holds at a time
 
-struct ShiftPlan {
-  const void* image;              // [planes, height, width]
-  int64_t planes, height, width;  // pixels
-  int64_t views;
-  DeviceArray offsets;  // [V, 2] (dy, dx), pixels
-  Padding padding;
-  Interpolation interpolation;
-  bool aligned;  // every row of `out` starts at a multiple of 16 bytes
-  bool keep;     // out in L2
-  void* out;     // [V, planes, height, width]
-};
-
 // State shared by the warps of a block. Their strips are stacked vertically.
 template <class T>
 struct Block {
@@ -44,18 +32,15 @@ __device__ void locate(const ShiftPlan& plan, const InlineArrays& inline_offsets
                        int block_rows, int axis, Block<T>& block) {
   const int64_t tiles_y = div_up(plan.height, block_rows), tiles_x = div_up(plan.width, kColumns);
   const int64_t rows = index / tiles_x, layer = rows / tiles_y, view = layer / plan.planes;
-  const int64_t i = 2 * view + axis;
-  const double offset = plan.offsets.data ? plan.offsets[i] : inline_offsets.at[i];
   // So the compiler leaves the cubic weights out of the kernel that does not need them.
   const Interpolation interpolation = kTaps == 4 ? Interpolation::bicubic
                                       : plan.interpolation == Interpolation::nearest
                                           ? Interpolation::nearest
                                           : Interpolation::bilinear;
-  const bool counts = fabs(offset) <= static_cast<double>(kMaxOffset);
-  block.taps[axis] = counts ? shift_taps(offset, interpolation) : ShiftTaps{};
+  block.taps[axis] = plan.taps(inline_offsets, 2 * view + axis, interpolation);
   if (axis != 0) return;
   const int64_t plane = plan.height * plan.width;
-  block.image = static_cast<const T*>(plan.image) + (layer - view * plan.planes) * plane;
+  block.image = static_cast<const T*>(plan.from) + (layer - view * plan.planes) * plane;
   block.out = static_cast<T*>(plan.out) + layer * plane;
   block.y = static_cast<int32_t>(rows - layer * tiles_y) * block_rows;
   block.x = static_cast<int32_t>(index - rows * tiles_x) * kColumns;
@@ -286,26 +271,15 @@ void shift_cuda(const ShiftArgs& args, const ViewArray& offsets, void* workspace
                 CUstream_st* stream) {
   using namespace cuda;
   if (args.planes == 0 || args.height == 0 || args.width == 0) return;
-  check_image("shift", args.height, args.width);
+  InlineArrays inline_offsets{};
+  ShiftPlan plan = make_shift_plan("shift", args, offsets, workspace, stream, inline_offsets);
   dispatch_dtype(args.dtype, [&](auto element) {
     using T = decltype(element);
     constexpr int64_t kSize = sizeof(T);
     const int64_t image_bytes = kSize * args.planes * args.height * args.width;
-    ShiftPlan plan{args.image,
-                   args.planes,
-                   args.height,
-                   args.width,
-                   args.views,
-                   {},
-                   args.padding,
-                   args.interpolation,
-                   args.width * kSize % kVectorBytes == 0 &&
-                       reinterpret_cast<uintptr_t>(args.out) % kVectorBytes == 0,
-                   fits_l2("shift", image_bytes, args.views * image_bytes),
-                   args.out};
-    InlineArrays inline_offsets{};
-    plan.offsets = place_array("shift", offsets, 2 * args.views, 2 * args.views <= kInlineDoubles,
-                               inline_offsets, 0, static_cast<double*>(workspace), stream);
+    plan.aligned = args.width * kSize % kVectorBytes == 0 &&
+                   reinterpret_cast<uintptr_t>(args.out) % kVectorBytes == 0;
+    plan.keep = fits_l2("shift", image_bytes, args.views * image_bytes);
     constexpr int64_t kBlockRows = kWarps * kRows<typename AccumulatorOf<T>::type>;
     const int64_t tiles = div_up(args.height, kBlockRows) * div_up(args.width, kColumns);
     const bool cubic = args.interpolation == Interpolation::bicubic;

@@ -16,16 +16,6 @@ constexpr int kViewsStaged = kThreads / 2;
 constexpr int kMostTaps = 4;
 constexpr int kImageResident = 3;  // blocks that a processor holds at a time
 
-struct ImageGradPlan {
-  const void* grad;               // [V, planes, height, width]
-  int64_t planes, height, width;  // pixels
-  int64_t views;
-  DeviceArray offsets;  // [V, 2] (dy, dx), pixels
-  Padding padding;
-  Interpolation interpolation;
-  void* out;  // [planes, height, width]
-};
-
 // One axis of one view, as ShiftTaps.
 template <class Acc>
 struct AxisTaps {
@@ -94,7 +84,7 @@ __device__ inline Positions positions_of(int i, int n, Padding padding, int begi
 // Calls visit(value) for each position of a column: what it gets of N output rows, from `row` on.
 // Rows that are not there give nothing.
 template <int N, class T, class Acc, class Visit>
-__device__ void each_position(const ImageGradPlan& plan, const T* grad, const AxisTaps<Acc>& taps,
+__device__ void each_position(const ShiftPlan& plan, const T* grad, const AxisTaps<Acc>& taps,
                               int x, int row, Visit&& visit) {
   const int height = static_cast<int>(plan.height), width = static_cast<int>(plan.width);
   positions_of(x, width, plan.padding, taps.first, taps.last(width)).each([&](int p) {
@@ -117,7 +107,7 @@ __device__ void each_position(const ImageGradPlan& plan, const T* grad, const Ax
 
 // Adds to `share` what one view gives to N pixels of column x, from row y on, at their own rows.
 template <int kTaps, int N, class T, class Acc>
-__device__ void add_own_rows(const ImageGradPlan& plan, const T* grad, const AxisTaps<Acc>& taps_y,
+__device__ void add_own_rows(const ShiftPlan& plan, const T* grad, const AxisTaps<Acc>& taps_y,
                              const AxisTaps<Acc>& taps_x, int y, int x, Acc* share) {
   // Row y gets output row y - first - k by tap k.
   constexpr int kReads = N + kTaps - 1;
@@ -136,9 +126,8 @@ __device__ void add_own_rows(const ImageGradPlan& plan, const T* grad, const Axi
 
 // What one view gives to the pixel (y, x) at the rows where it stands in the padding.
 template <class T, class Acc>
-__device__ Acc sum_padded_rows(const ImageGradPlan& plan, const T* grad,
-                               const AxisTaps<Acc>& taps_y, const AxisTaps<Acc>& taps_x, int y,
-                               int x) {
+__device__ Acc sum_padded_rows(const ShiftPlan& plan, const T* grad, const AxisTaps<Acc>& taps_y,
+                               const AxisTaps<Acc>& taps_x, int y, int x) {
   const int height = static_cast<int>(plan.height);
   Acc sum = 0;
   positions_of(y, height, plan.padding, taps_y.first, taps_y.last(height)).each([&](int p) {
@@ -158,7 +147,7 @@ __device__ Acc sum_padded_rows(const ImageGradPlan& plan, const T* grad,
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : kImageResident)
-    shift_backward_kernel(const __grid_constant__ ImageGradPlan plan,
+    shift_backward_kernel(const __grid_constant__ ShiftPlan plan,
                           const __grid_constant__ InlineArrays inline_offsets) {
   using Acc = typename AccumulatorOf<T>::type;
   __shared__ AxisTaps<Acc> axes[kViewsStaged][2];
@@ -183,11 +172,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : kImageResident)
       if (!staged) {
         __syncthreads();
         if (static_cast<int>(threadIdx.x) < 2 * views) {
-          const int64_t i = int64_t{2} * v0 + threadIdx.x;
-          const double offset = plan.offsets.data ? plan.offsets[i] : inline_offsets.at[i];
-          ShiftTaps taps{};
-          if (fabs(offset) <= static_cast<double>(kMaxOffset))
-            taps = shift_taps(offset, plan.interpolation);
+          const ShiftTaps taps =
+              plan.taps(inline_offsets, int64_t{2} * v0 + threadIdx.x, plan.interpolation);
           AxisTaps<Acc>& own = axes[threadIdx.x / 2][threadIdx.x % 2];
           own.first = static_cast<int32_t>(taps.first);
           own.taps = taps.taps;
@@ -203,7 +189,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : kImageResident)
         for (int v = warp; v < views; v += kShareWarps) {
           if (axes[v][0].taps == 0 || axes[v][1].taps == 0 || x >= width) continue;
           add(axes[v][0], axes[v][1],
-              static_cast<const T*>(plan.grad) +
+              static_cast<const T*>(plan.from) +
                   ((v0 + v) * plan.planes + plane) * (plan.height * plan.width));
         }
       };
@@ -251,15 +237,11 @@ void shift_backward_cuda(const ShiftArgs& args, const ViewArray& offsets, void* 
   using namespace cuda;
   const char* const op = "_shift_backward";
   if (args.planes == 0 || args.height == 0 || args.width == 0) return;
-  if (args.views > INT32_MAX - kViewsStaged)
-    throw Error("srt::" + std::string(op) + ": on CUDA there must be fewer than 2^31 views; got " +
-                std::to_string(args.views));
-  check_image(op, args.height, args.width);
-  ImageGradPlan plan{args.out, args.planes,  args.height,        args.width, args.views,
-                     {},       args.padding, args.interpolation, grad_image};
+  check_views(op, args.views);
   InlineArrays inline_offsets{};
-  plan.offsets = place_array(op, offsets, 2 * args.views, 2 * args.views <= kInlineDoubles,
-                             inline_offsets, 0, static_cast<double*>(workspace), stream);
+  ShiftPlan plan = make_shift_plan(op, args, offsets, workspace, stream, inline_offsets);
+  plan.from = args.out;
+  plan.out = grad_image;
   const int64_t tiles =
       args.planes * div_up(args.height, kImageRows) * div_up(args.width, kWarpThreads);
   const int64_t blocks = std::min(tiles, kImageResident * std::max<int64_t>(1, processors(op)));
