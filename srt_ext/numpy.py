@@ -226,7 +226,7 @@ def ensemble_moments(
 class _Arrays:
     """As ``_Tensors`` in srt_ext.streaming, for NumPy."""
 
-    check_array = staticmethod(_check_array)
+    check_array, moveaxis = staticmethod(_check_array), staticmethod(np.moveaxis)
     float32, float64 = np.dtype(np.float32), np.dtype(np.float64)
 
     def is_array(self, value: object) -> bool:
@@ -243,7 +243,7 @@ class _Arrays:
         _numpy.accumulate(op, state, _views(f"srt::{op}", *views, **modes))
 
     def zeros(self, shape: Sequence[int], dtype: Any, like: NDArray[Any]) -> NDArray[Any]:
-        return np.zeros(shape, dtype)
+        return np.broadcast_to(np.zeros((), dtype), shape)
 
     def dense(self, array: NDArray[Any]) -> NDArray[Any]:
         return np.array(array, order="C", subok=False)
