@@ -124,10 +124,9 @@ def shift(
     """As :func:`srt_ext.shift`: every translated view of a batch of images.
 
     Args:
-        image: [B, C, H, W], float32, float16, bfloat16, float64 or uint8. One that is not dense
-            and aligned is copied first.
-        offsets: [V, 2], (dy, dx) in pixels; an array of float32 or float64, or sequences.
-        padding, interpolation: as for :func:`srt_ext.shift`.
+        image: as there. One that is not dense and aligned is copied first.
+        offsets: as there, an array of float32 or float64, or sequences.
+        padding, interpolation: as there.
 
     Returns:
         [V, B, C, H, W], dense, of the dtype of ``image``.
@@ -160,15 +159,11 @@ def ensemble(
     """As :func:`srt_ext.ensemble`: the tokens of all views in the frame of the image, aggregated.
 
     Args:
-        tokens: [V, B, N, C], float32, float16, bfloat16 or float64. Read in place, read-only or
-            not: the last dimension is dense; other strides are free, also negative ones, in whole
+        tokens: as there, read in place, read-only or not; strides may be negative, and are whole
             elements.
-        offsets: [V, 2], (dy, dx) in pixels; an array of float32 or float64, or sequences.
-        grid, patch: (h, w) tokens, (Ph, Pw) pixels from token to token.
-        weights: [V], as ``offsets``; None for equal weights.
-        reduce, upsample, border, stride: as for :func:`srt_ext.ensemble`.
-        out: [B, C, H / sh, W / sw] of the dtype of ``tokens``, written in place; any positive
-            strides that step over what the smaller ones span; channels last is the fast order.
+        offsets, weights: as there, arrays of float32 or float64, or sequences.
+        grid, patch, reduce, upsample, border, stride: as there.
+        out: as there, of positive strides.
 
     Returns:
         [B, C, H / sh, W / sw] of the dtype of ``tokens``, which lies in memory as [B, H / sh,
