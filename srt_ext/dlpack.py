@@ -274,24 +274,13 @@ def ensemble_moments(
 ) -> tuple[Array, Array]:
     """As :func:`srt_ext.ensemble_moments`, for arrays of any framework.
 
-    Args:
-        tokens, offsets, grid, patch, weights, upsample, border, stride: as for :func:`ensemble`.
-
-    Returns:
-        (mean, var), each as the result of :func:`ensemble`. For JAX both are copied once, to
-        be contiguous.
-
-    Example:
-        >>> tokens = np.array([1, 3], dtype=np.float32).reshape(2, 1, 1, 1)  # two views of a token
-        >>> mean, var = ensemble_moments(tokens, [[0, 0], [0, 0]], grid=(1, 1), patch=(1, 1))
-        >>> mean.item(), var.item()
-        (2.0, 1.0)
+    Arguments and both results are those of :func:`ensemble`. For JAX both are copied once, to be
+    contiguous.
     """
     op = "ensemble_moments"
     framework = _Framework(op, "tokens", tokens)
     tensors = _view_tensors(op, tokens, offsets, weights)
-    mean, var = ops.ensemble_moments(
-        *tensors[:2], grid, patch, tensors[2], upsample=upsample, border=border, stride=stride
-    )
+    modes: dict[str, Any] = {"upsample": upsample, "border": border, "stride": stride}
+    mean, var = ops.ensemble_moments(*tensors[:2], grid, patch, tensors[2], **modes)
     _hold(tensors, (tokens, offsets, weights))
     return cast(Array, framework.from_tensor(mean)), cast(Array, framework.from_tensor(var))

@@ -41,7 +41,8 @@ class PCAColors:
         """features [1, C, h, w] -> RGB [h, w, 3] in 0 .. 1."""
         shifted = self._pca.transform(_rows(features)) - self._low
         scaled = np.clip(shifted / np.maximum(self._high - self._low, 1e-12), 0, 1)
-        return scaled.reshape(*features.shape[-2:], 3).astype(np.float32)
+        rgb: np.ndarray = scaled.reshape(*features.shape[-2:], 3)
+        return rgb.astype(np.float32)
 
 
 def _rows(features: torch.Tensor) -> np.ndarray:

@@ -74,19 +74,12 @@ def find_images(folder: Path, *, nested: bool = False, without: Path | None = No
         raise ImageError(f"{error.filename} cannot be read: {error.strerror}")
 
     found: list[Path] = []
+    skipped = without and without.resolve()
     for parent, folders, names in os.walk(folder, onerror=fail):
-        folders[:] = [
-            name
-            for name in folders
-            if nested
-            and not name.startswith(".")
-            and (without is None or Path(parent, name).resolve() != without.resolve())
-        ]
-        found += [
-            Path(parent, name)
-            for name in names
-            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
-        ]
+        folders[:] = [f for f in folders if nested and Path(parent, f).resolve() != skipped]
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths = [Path(parent, name) for name in names if not name.startswith(".")]
+        found += [path for path in paths if path.suffix.lower() in SUFFIXES]
     if not found:
         raise ImageError(f"{folder} has no pictures ({', '.join(SUFFIXES)})")
     return sorted(found, key=_natural_key)
