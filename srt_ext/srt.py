@@ -281,10 +281,9 @@ class SRT(torch.nn.Module):
         later = 0  # bytes of the fields and of the held tokens
         for layer in layers:
             _, batch, count, channels = layer.tokens.shape
-            cells = padded.shape[2] * padded.shape[3] // (self.stride[0] * self.stride[1])
-            cells = count if self._injects else cells
-            size = max(4, layer.tokens.element_size())
-            later += batch * channels * (planes * cells + held * count) * size
+            cells = padded[0, 0].numel() // (self.stride[0] * self.stride[1])
+            elements = planes * (count if self._injects else cells) + held * count
+            later += batch * channels * elements * max(4, layer.tokens.element_size())
         free = (free_bytes(padded.device) - later) // 2
         return max(1, min(free // max(1, peak), 64 if padded.is_cuda else 8))
 
@@ -294,11 +293,10 @@ class SRT(torch.nn.Module):
         _warn_if_training(self.model)
         if images.dim() != 4:
             raise ValueError(f"SRT: images must be [B, 3, H, W]; got {list(images.shape)}")
-        *_, height, width = images.shape
-        patch_y, patch_x = self.backbone.patch
-        if height == 0 or width == 0:
+        patch = self.backbone.patch
+        if 0 in images.shape[2:]:
             raise ValueError(f"SRT: images must have pixels; got {list(images.shape)}")
-        below, right = -height % patch_y, -width % patch_x
+        below, right = (-side % p for side, p in zip(images.shape[2:], patch, strict=True))
         return F.pad(images, (0, right, 0, below), mode="replicate") if below or right else images
 
     def _aggregate(
@@ -378,15 +376,13 @@ class SRT(torch.nn.Module):
 def _warn_if_training(model: object) -> None:
     """Warns of a model in training mode, if that changes its features."""
     modules = model.modules() if isinstance(model, torch.nn.Module) else ()
-    if any(
-        module.training
-        and (
-            isinstance(module, _BatchNorm)
-            or (isinstance(module, _DropoutNd) and module.p > 0)
-            or (getattr(module, "drop_prob", None) or 0) > 0  # stochastic depth
-        )
-        for module in modules
-    ):
+
+    def changes(module: torch.nn.Module) -> bool:
+        drops = module.p if isinstance(module, _DropoutNd) else 0
+        drops = drops or getattr(module, "drop_prob", None) or 0  # stochastic depth
+        return module.training and (isinstance(module, _BatchNorm) or drops > 0)
+
+    if any(map(changes, modules)):
         warnings.warn(
             "SRT: the model is in training mode: dropout disturbs the views, and they change the "
             "statistics of its norms. Call model.eval() first",

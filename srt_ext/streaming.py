@@ -106,10 +106,8 @@ class Stream(Generic[A, N]):
 
     def _layout(self, batch: int, channels: int, dtype: Any) -> dict[str, tuple[Any, Any]]:
         """Shape and dtype of each array of the state, for tokens of this dtype."""
-        double = self._arrays.float64
-        shape, sums = (batch, channels, *self._cells), self._arrays.float32
-        if dtype == double:
-            sums = double
+        double, shape = self._arrays.float64, (batch, channels, *self._cells)
+        sums = double if dtype == double else self._arrays.float32
         planes = {name: ((*lead, *shape), sums) for name, lead in self._planes.items()}
         return {**planes, self._seen: (self._cells, double)}
 
@@ -128,10 +126,9 @@ class Stream(Generic[A, N]):
             self._fail(f"tokens must stay on the device of the stream, {device}", given)
         if tokens.dtype != self._dtype:
             self._fail(f"tokens must keep their dtype, {self._dtype}", tokens.dtype, TypeError)
-        if tokens.ndim == 4:
-            size, new = list(first.shape[-4:-2]), [tokens.shape[1], tokens.shape[3]]
-            if new != size:
-                self._fail(f"tokens must keep their batch and channels, {size}", new)
+        size, new = list(first.shape[-4:-2]), list(tokens.shape[1::2])
+        if new != size and tokens.ndim == 4:
+            self._fail(f"tokens must keep their batch and channels, {size}", new)
 
     def _check_seen(self) -> None:
         if not self._state:
@@ -173,23 +170,19 @@ class Stream(Generic[A, N]):
         """
         if not isinstance(state_dict, dict):
             self._fail("a state_dict must be a dict", type(state_dict).__name__)
-        missing = {*self._settings(), "views", "dtype", "state"} - set(state_dict)
+        own, values = self._settings(), ("views", "dtype", "state")
+        missing = {*own, *values} - set(state_dict)
         if missing:
             self._fail("a state_dict must have all of its keys", f"none of {sorted(missing)}")
-        settings = {
-            key: tuple(value) if isinstance(value, list | tuple) else value
-            for key, value in state_dict.items()
-            if key in self._settings()
-        }
-        if settings != self._settings():
-            self._fail(f"the state must have the settings {self._settings()}", settings)
-        views, dtype, state = (state_dict[key] for key in ("views", "dtype", "state"))
+        settings = {key: state_dict[key] for key in own}
+        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+        if settings != own:
+            self._fail(f"the state must have the settings {own}", settings)
+        views, dtype, state = (state_dict[key] for key in values)
         number = isinstance(views, int) and not isinstance(views, bool) and views >= 0
         if not self._arrays.is_floating(dtype) or not number or not isinstance(state, dict):
-            self._fail(
-                "views, dtype and state must be a number, a floating dtype and arrays",
-                (views, dtype),
-            )
+            rule = "views, dtype and state must be a number, a floating dtype and arrays"
+            self._fail(rule, (views, dtype))
         if views and not state:
             self._fail("a stream that has seen views must have a state", f"{views} views and none")
         loaded: dict[str, Any] = {}
@@ -249,13 +242,12 @@ class MeanStream(Stream[A, N]):
             raise TypeError(f"{name}: merge takes another {name}; got {type(other).__name__}")
         if other._settings() != self._settings():
             self._fail(f"both must have the same settings, {self._settings()}", other._settings())
-        if self._state and other._state:
-            mine, theirs = (
-                (s._dtype, *(tuple(array.shape) for array in s._state.values()))
-                for s in (self, other)
-            )
-            if mine != theirs:
-                self._fail(f"both must have tokens of one dtype and size, {mine}", theirs)
+        mine, theirs = (
+            (stream._dtype, *(tuple(array.shape) for array in stream._state.values()))
+            for stream in (self, other)
+        )
+        if self._state and other._state and mine != theirs:
+            self._fail(f"both must have tokens of one dtype and size, {mine}", theirs)
 
     def _shares(self, part: Any, total: Any) -> Any:
         """part / total [H', W'], 0 where both are; in the precision of the state."""

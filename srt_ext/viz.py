@@ -25,9 +25,8 @@ if TYPE_CHECKING:
 class PCAColors:
     """Features to RGB by the first three principal components of those it is fitted to.
 
-    Args:
-        features: [1, C, h, w], any dtype. Basis and range are the same for every later call, so
-            that colors can be compared.
+    Both [1, C, h, w], any dtype. Basis and range are the same for every later call, so that colors
+    can be compared.
     """
 
     def __init__(self, features: torch.Tensor) -> None:
@@ -150,14 +149,10 @@ class Comparison:
     ) -> list[list[Panel]]:
         """The panels of each layer.
 
-        Args:
-            image: [1, 3, H, W], normalised as the model wants it.
-            pixels: [H, W, 3] uint8, the same image to look at.
-            progress: called with the number of views done.
-
-        Raises:
-            ValueError: an image of fewer than 3 tokens, a stride that does not divide it, or more
-                tokens than there is memory for.
+        ``image`` [1, 3, H, W] is normalised as the model wants it, ``pixels`` [H, W, 3] uint8 is
+        the same to look at; ``progress`` is called with the number of views done. Raises ValueError
+        for an image of fewer than 3 tokens, a stride that does not divide it, or more tokens than
+        there is memory for.
         """
         start = time.perf_counter()
         layers = self.tokens(image, progress)
@@ -186,16 +181,15 @@ class Comparison:
         return kept
 
     def _check_memory(self, batch: ViewTokens, device: torch.device) -> None:
-        views, first = len(self.srt.views), batch.layers[0]
-        pixels = first.tokens.shape[2] * first.patch[0] * first.patch[1]
-        channels = [layer.tokens.shape[3] for layer in batch.layers]
-        tokens = sum(views * layer.tokens[0].nbytes for layer in batch.layers)
-        fields = (3 if self.noise else 2) * 4 * (pixels // self.stride**2) * max(channels)
-        free = free_bytes(device)
-        if tokens + fields > free:
+        views, layers, free = len(self.srt.views), batch.layers, free_bytes(device)
+        pixels = layers[0].tokens.shape[2] * layers[0].patch[0] * layers[0].patch[1]
+        channels = max(layer.tokens.shape[3] for layer in layers)
+        needed = sum(views * layer.tokens[0].nbytes for layer in layers)
+        needed += (3 if self.noise else 2) * 4 * (pixels // self.stride**2) * channels
+        if needed > free:
             raise ValueError(
-                f"{(tokens + fields) / 2**30:.1f} GiB are needed for the tokens of {views} views "
-                f"at {len(channels)} layers and for a field, {free / 2**30:.1f} are free: take a "
+                f"{needed / 2**30:.1f} GiB are needed for the tokens of {views} views "
+                f"at {len(layers)} layers and for a field, {free / 2**30:.1f} are free: take a "
                 "smaller --size, a larger --stride, fewer --views"
             )
 
@@ -314,13 +308,10 @@ def render(figure: Figure) -> Any:
 
 
 def write_frames(frames: Iterable[Any], output: Path, fps: float) -> int:
-    """Writes images of Pillow and returns their number.
+    """Writes images of Pillow, of one size, and returns their number.
 
-    Args:
-        frames: of one size.
-        output: .gif or .webp, an animation, which is held in memory until the last frame; or a
-            folder: 00000.png and so on, each as it comes.
-        fps: frames a second, of an animation.
+    To a .gif or .webp, an animation of ``fps`` frames a second, which is held in memory until the
+    last frame; or to a folder: 00000.png and so on, each as it comes.
     """
     if not output.suffix:
         count = 0

@@ -73,7 +73,7 @@ class CallableBackbone(Backbone):
 
     def __init__(self, model: Model, patch: object, prefix: object):
         super().__init__(model, patch)
-        self.prefix = None if prefix is None else check_count("SRT", "prefix", prefix, 0)
+        self.prefix = resolve_prefix(prefix, None)
 
     def features(self, images: torch.Tensor) -> list[Features]:
         return self._features(images)

@@ -6,7 +6,6 @@ import inspect
 
 import torch
 
-from .._validation import check_count
 from . import base
 from .base import Backbone, Features, Model
 
@@ -24,7 +23,7 @@ class DinoBackbone(Backbone):
                 "SRT: norm must be True for a model whose get_intermediate_layers always "
                 "normalises; got False"
             )
-        self.prefix = None if prefix is None else check_count("SRT", "prefix", prefix, 0)
+        self.prefix = base.resolve_prefix(prefix, None)
         names = [f"blocks.{i}" for i in self.indices] if len(inner.blocks) == count else []
         super().__init__(model, base.resolve_patch(patch, base.declared_patch(inner)), names)
 

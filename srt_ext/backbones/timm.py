@@ -42,16 +42,9 @@ class TimmBackbone(Backbone):
         layout: dict[str, Any] = {"output_fmt": "NCHW"}
         if self.returns_tokens:
             layout = {"output_fmt": "NLC", "return_prefix_tokens": bool(self.prefix)}
-        outputs = self.inner.forward_intermediates(
-            images,
-            indices=wanted,
-            norm=self.norm,
-            stop_early=True,
-            intermediates_only=True,
-            **layout,
-        )
-        features = []
-        for output in outputs:
+        layout |= {"stop_early": True, "intermediates_only": True}
+        forward, features = self.inner.forward_intermediates, []
+        for output in forward(images, indices=wanted, norm=self.norm, **layout):
             if not self.returns_tokens:
                 features.append(base.from_map(output))
                 continue

@@ -22,14 +22,8 @@ class TransformersBackbone(Backbone):
         config = encoder.config
         depth: Any = getattr(config, "num_hidden_layers", None)
         modules = dict(encoder.named_modules())
-        blocks = next(
-            (
-                name
-                for name, module in modules.items()
-                if isinstance(module, torch.nn.ModuleList) and len(module) == depth
-            ),
-            None,
-        )
+        lists = {n: m for n, m in modules.items() if isinstance(m, torch.nn.ModuleList)}
+        blocks = next((name for name, module in lists.items() if len(module) == depth), None)
         # Stages (Swin, ConvNeXt) have pitches, layouts and norms of their own.
         if not blocks or not hasattr(config, "patch_size") or hasattr(config, "depths"):
             raise ValueError(
@@ -40,15 +34,9 @@ class TransformersBackbone(Backbone):
         self.indices = base.normalize_indices(layers, depth)
         self.last = depth - 1
         # It may lie below the vision model: `vision_model.post_layernorm`.
-        self.norm = next(
-            (
-                name
-                for name in modules
-                if norm and not name.startswith(blocks + ".") and name.rpartition(".")[2] in _NORMS
-            ),
-            "",
-        )
-        self.neck = norm and any(name.rpartition(".")[2] == "neck" for name in modules)
+        outside = [n for n in modules if norm and not n.startswith(blocks + ".")]
+        self.norm = next((n for n in outside if n.rpartition(".")[2] in _NORMS), "")
+        self.neck = norm and any(n.rpartition(".")[2] == "neck" for n in modules)
         self.arguments = {"output_hidden_states": True, **any_size_arguments(encoder)}
         path = next((n for n, m in base.unwrap(model).named_modules() if m is encoder), "")
         names = [".".join(filter(None, (path, blocks, str(i)))) for i in self.indices]
@@ -121,9 +109,9 @@ def declared_prefix(model: Any) -> int | None:
     if not is_transformers(model):
         count = getattr(model, "num_prefix_tokens", None)  # timm's
         return count if isinstance(count, int) else None
-    counts = [  # not the query of a pooling head
-        parameter.shape[-2] if parameter.dim() > 1 else 1
-        for name, parameter in vision_encoder(model).named_parameters()
-        if name.rpartition(".")[2] in _PREFIX_PARAMETERS and "embed" in name.rpartition(".")[0]
-    ]
-    return sum(counts) if counts else None
+    count = 0
+    for name, parameter in vision_encoder(model).named_parameters():
+        place, _, last = name.rpartition(".")
+        if last in _PREFIX_PARAMETERS and "embed" in place:  # not the query of a pooling head
+            count += parameter.shape[-2] if parameter.dim() > 1 else 1
+    return count or None

@@ -6,7 +6,7 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,7 @@ class FolderError(RuntimeError):
 
 
 def to_tensors(output: SRTOutput, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """``field`` [C, H', W'] and ``prefix`` [K, C] of one image, dense.
-
-    Raises:
-        ValueError: a value out of the range of ``dtype``.
-    """
+    """``field`` [C, H', W'] and ``prefix`` [K, C] of an image, dense, in the range of ``dtype``."""
     tensors = {}
     for name, tensor in output._asdict().items():
         if tensor is None:
@@ -81,35 +77,26 @@ def _load(dataset: _Pixels, workers: int) -> Iterator[Any]:
 
 @contextmanager
 def lock_folder(out: Path) -> Iterator[None]:
-    """Makes the folder, and locks it until the last process with the handle ends.
-
-    Raises:
-        FolderError: it cannot be made, or another run is writing to it.
-    """
+    """Makes the folder, and locks it until the last process with the handle ends."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         handle = os.open(out, os.O_RDONLY)
     except OSError as error:
         raise FolderError(f"{out} cannot be written: {error.strerror}") from None
+    deadline = time.monotonic() + LOCK_TIMEOUT
     try:
-        deadline = time.monotonic() + LOCK_TIMEOUT
-        while not _try_lock(handle):
-            if time.monotonic() > deadline:
-                raise FolderError(f"another run is writing to {out}")
-            time.sleep(0.1)
+        with suppress(OSError):  # a file system without locks
+            while True:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise FolderError(f"another run is writing to {out}") from None
+                    time.sleep(0.1)
         yield
     finally:
         os.close(handle)
-
-
-def _try_lock(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass  # a file system without locks
-    return True
 
 
 def write_folder(
@@ -129,18 +116,12 @@ def write_folder(
     holds its settings as metadata. Finished ones are skipped; if any in ``out`` has other settings,
     nothing is done. Images that fail are reported and skipped.
 
-    Args:
-        folder, images: as :func:`srt_ext.cli.images.find_images` finds them.
-        out: a folder; it may be ``folder``, or lie in it.
-        settings: everything that the features depend on.
-        size, dtype, workers: as the options.
-
-    Raises:
-        FolderError: ``out`` has features of other settings or cannot be written, a worker died.
-        typer.Exit: images failed, or it was interrupted.
+    ``out`` may be ``folder``, or lie in it. ``settings``: everything that the features depend on.
+    Raises a FolderError if ``out`` has features of other settings or cannot be written, or a worker
+    died; typer.Exit if images failed, or it was interrupted.
     """
     targets = {out / f"{path.relative_to(folder)}.safetensors": path for path in images}
-    finished = _finished(out, set(targets), settings)
+    finished = _finished(out, targets, settings)
     todo: list[tuple[Path, Path, dict[str, str]]] = []  # image, target, metadata
     for target, path in targets.items():
         source = {"photo": path.relative_to(folder).as_posix(), **_file_version(path)}
@@ -182,9 +163,7 @@ def write_folder(
         raise typer.Exit(1)
 
 
-def _finished(
-    out: Path, targets: set[Path], settings: dict[str, str]
-) -> dict[Path, dict[str, str]]:
+def _finished(out: Path, targets: Any, settings: dict[str, str]) -> dict[Path, dict[str, str]]:
     """The metadata of the files in ``out``, none of which may have other settings."""
     found = {}
     for path in sorted(out.rglob("*.safetensors")):

@@ -63,12 +63,7 @@ def _iou(truth: np.ndarray, predicted: np.ndarray) -> float:
 
 
 class Evaluation:
-    """Scores the head of the small ViT on fields of its features.
-
-    Args:
-        network: the small ViT.
-        views: a string for :func:`srt_ext.views.parse`.
-    """
+    """Scores the head of the small ViT on fields of its features."""
 
     def __init__(self, network: Network, views: str) -> None:
         self.network, self.views = network, views
@@ -121,9 +116,7 @@ class Evaluation:
     def rows(self, made: Scene, photo: np.ndarray) -> list[tuple[str, list[Panel]]]:
         """The rows of a figure, each of which begins with the input or the exact labels.
 
-        Args:
-            made: square.
-            photo: [H, H, 3] uint8.
+        Both images are square; photo: [H, H, 3] uint8.
         """
         near_colors = color_map(0, float(made.nearness.max()), "magma")
         segments, depth = [], []

@@ -36,12 +36,7 @@ class _Solid(NamedTuple):
 
 
 def scene(seed: int, height: int, width: int) -> Scene:
-    """The same seed and size give the same scene.
-
-    Args:
-        seed: 0 or more.
-        height, width: pixels.
-    """
+    """The same seed (>= 0) and size in pixels give the same scene."""
     random = np.random.default_rng(seed)
     eye, rays, forward = _camera(random, height, width)
     solids = [_solid(random) for _ in range(random.integers(4, 14))]
