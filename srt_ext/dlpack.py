@@ -141,13 +141,11 @@ class _Framework:
         self.takes_strides = bool(packages & {"cupy", "numpy", "torch"})
         if not _has_dlpack(array):
             raise _error(op, f"{name} must be an array with __dlpack__, without a mask", array)
-        if isinstance(array, (torch.Tensor, np.ndarray)):
-            return
         if hasattr(array, "__array_namespace__"):
             self.namespace = array.__array_namespace__()
         elif "cupy" in packages:  # before version 14
             self.namespace = sys.modules["cupy"]
-        else:
+        elif not isinstance(array, (torch.Tensor, np.ndarray)):
             rule = f"{name} must have __array_namespace__, which tells the way back"
             raise _error(op, rule, array)
 
@@ -166,14 +164,6 @@ class _Framework:
             return self.namespace.from_dlpack(tensor)
 
 
-def _output(op: str, out: Any) -> torch.Tensor:
-    """A tensor on the memory of ``out``."""
-    frozen = isinstance(out, np.ndarray) and not out.flags.writeable
-    if frozen or _packages(out) & {"jax", "jaxlib"}:
-        raise _error(op, "out must be an array that can be written to", out)
-    return _to_tensor(op, "out", out)
-
-
 def _view_tensors(op: str, tokens: Any, offsets: Any, weights: Any) -> tuple[Any, Any, Any]:
     scales = None if weights is None else _values(op, "weights", weights)
     return _to_tensor(op, "tokens", tokens), _values(op, "offsets", offsets), scales
@@ -188,19 +178,8 @@ def shift(
 ) -> Array:
     """As :func:`srt_ext.shift`, for arrays of any framework.
 
-    Args:
-        image: as there, any array with ``__dlpack__``.
-        offsets: as there, an array of any framework, or nested sequences of numbers.
-        padding, interpolation: as there.
-
-    Returns:
-        [V, B, C, H, W], dense, an array of the kind, dtype and device of ``image``.
-
-    Example:
-        >>> image = np.arange(4.0, dtype=np.float32).reshape(1, 1, 1, 4)
-        >>> shift(image, [[0, 1], [0, 0.5]], padding="border")[:, 0, 0, 0]
-        array([[0. , 0. , 1. , 2. ],
-               [0. , 0.5, 1.5, 2.5]], dtype=float32)
+    ``image`` is any array with ``__dlpack__``, ``offsets`` are an array of any framework, or nested
+    sequences of numbers. The result is an array of the kind, dtype and device of ``image``.
     """
     op = "shift"
     framework = _Framework(op, "image", image)
@@ -249,7 +228,10 @@ def ensemble(
     target = dense = None
     if out is not None:
         framework = _Framework(op, "out", out)
-        target = _output(op, out)
+        frozen = isinstance(out, np.ndarray) and not out.flags.writeable
+        if frozen or _packages(out) & {"jax", "jaxlib"}:
+            raise _error(op, "out must be an array that can be written to", out)
+        target = _to_tensor(op, "out", out)
     elif not framework.takes_strides:
         # The kernel writes another layout slower, but faster than a copy.
         shape = ops.field_shape(op, *call, stride=stride)

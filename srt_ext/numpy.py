@@ -110,19 +110,8 @@ def shift(
 ) -> NDArray[Any]:
     """As :func:`srt_ext.shift`: every translated view of a batch of images.
 
-    Args:
-        image: as there. One that is not dense and aligned is copied first.
-        offsets: as there, an array of float32 or float64, or sequences.
-        padding, interpolation: as there.
-
-    Returns:
-        [V, B, C, H, W], dense, of the dtype of ``image``.
-
-    Example:
-        >>> image = np.arange(4, dtype=np.float32).reshape(1, 1, 1, 4)
-        >>> shift(image, [(0, 1), (0, 0.5)], padding="border")[:, 0, 0, 0]
-        array([[0. , 0. , 1. , 2. ],
-               [0. , 0.5, 1.5, 2.5]], dtype=float32)
+    An ``image`` that is not dense and aligned is copied first. ``offsets`` are an array of float32
+    or float64, or sequences.
     """
     where = "srt::shift"
     _check_array(where, "image", image)

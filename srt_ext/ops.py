@@ -33,18 +33,16 @@ def _explain(error: RuntimeError, op: str, check: Callable[[], object]) -> NoRet
 
 def _check_types(op: str, schema: Any, *args: object, **modes: object) -> None:
     """Of arguments that the dispatcher has refused: no tensor, no two integers, no string."""
-    where = f"srt::{op}"
+    checks = {"Tensor": check_tensor, "List[int]": check_pair, "str": check_string}
     names = [argument.name for argument in schema.arguments]
     given = {**dict(zip(names, args, strict=False)), **modes}
     for argument in schema.arguments:
         name, kind = argument.name, str(argument.type)
         value = given.get(name, argument.default_value)
-        if kind == "Tensor" or (kind == "Optional[Tensor]" and value is not None):
-            check_tensor(where, name, value)
-        elif kind == "List[int]":
-            check_pair(where, name, value)
-        elif kind == "str":
-            check_string(where, name, value)
+        if kind == "Optional[Tensor]" and value is not None:
+            kind = "Tensor"
+        if kind in checks:
+            checks[kind](f"srt::{op}", name, value)
 
 
 def _call(name: str, op: Any, *args: Any, **modes: Any) -> Any:

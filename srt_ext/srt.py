@@ -459,7 +459,7 @@ class _Field:
         padded: torch.Tensor,  # [B, 3, H, W]
         first: LayerTokens,  # of the first batch
     ) -> None:
-        stride = first.patch if stride is None else stride
+        stride = stride or first.patch
         modes: dict[str, Any] = {"upsample": srt.upsample, "border": srt.border, "stride": stride}
         self.reduce, self.views = reduce, views
         self.running = _RUNNING[reduce](first.grid, first.patch, **modes)

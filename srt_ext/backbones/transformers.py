@@ -40,8 +40,7 @@ class TransformersBackbone(Backbone):
         self.arguments = {"output_hidden_states": True, **any_size_arguments(encoder)}
         path = next((n for n, m in base.unwrap(model).named_modules() if m is encoder), "")
         names = [".".join(filter(None, (path, blocks, str(i)))) for i in self.indices]
-        size = base.resolve_patch(patch, base.int_or_pair(config.patch_size))
-        super().__init__(model, size, names)
+        super().__init__(model, base.resolve_patch(patch, config.patch_size), names)
         self.prefix = base.resolve_prefix(prefix, declared_prefix(encoder))
 
     def _features(self, images: torch.Tensor) -> list[Features]:

@@ -79,7 +79,10 @@ def command(
         first = open_image(paths[0])
         point = None if query is None else parse_query(query, first.size)
         if video and not output.suffix:
-            make_frame_folder(output)
+            # Empty: frames of an earlier, longer video would be taken for the end of this one.
+            if output.exists() and (not output.is_dir() or any(output.iterdir())):
+                raise common.fatal(f"{output} must be a new folder, or an empty one")
+            output.mkdir(parents=True, exist_ok=True)
         network = common.load_network(model, weights, layer or [-1])
         settings: Any = {"stride": stride, "view_batch": view_batch, "noise": noise, "query": point}
         comparison = Comparison(network.backbone, views, **settings)
@@ -113,13 +116,6 @@ def parse_query(text: str, size: tuple[int, int]) -> tuple[float, float]:
         rule = f"x from 0 to {size[0] - 1}, y from 0 to {size[1] - 1}"
         raise common.fatal(f"--query must lie in the picture, {rule}; got {text}")
     return (x + 0.5) / size[0], (y + 0.5) / size[1]
-
-
-def make_frame_folder(path: Path) -> None:
-    """Empty: frames of an earlier, longer video would be taken for the end of this one."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise common.fatal(f"{path} must be a new folder, or an empty one")
-    path.mkdir(parents=True, exist_ok=True)
 
 
 def draw_frames(
