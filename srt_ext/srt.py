@@ -281,7 +281,7 @@ class SRT(torch.nn.Module):
         later = 0  # bytes of the fields and of the held tokens
         for layer in layers:
             _, batch, count, channels = layer.tokens.shape
-            cells = padded[0, 0].numel() // (self.stride[0] * self.stride[1])
+            cells = padded.shape[2] * padded.shape[3] // (self.stride[0] * self.stride[1])
             elements = planes * (count if self._injects else cells) + held * count
             later += batch * channels * elements * max(4, layer.tokens.element_size())
         free = (free_bytes(padded.device) - later) // 2

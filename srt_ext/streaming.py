@@ -134,6 +134,13 @@ class Stream(Generic[A, N]):
         if not self._state:
             raise ValueError(f"{type(self).__name__}: no views were added")
 
+    def result(self) -> A:
+        """[B, C, H', W'] in the dtype of the tokens; 0 where no view counts.
+
+        Raises ValueError before the first update.
+        """
+        return self._result(next(iter(self._planes)))
+
     def _result(self, name: str) -> A:
         self._check_seen()
         result: A = self._arrays.cast(self._state[name], self._dtype, copy=True)
@@ -214,13 +221,6 @@ class Stream(Generic[A, N]):
 class MeanStream(Stream[A, N]):
     _op, _planes, _seen = "accumulate_mean_", {"mean": ()}, "weight"
 
-    def result(self) -> A:
-        """[B, C, H', W'] in the dtype of the tokens; 0 where no view counts.
-
-        Raises ValueError before the first update.
-        """
-        return self._result("mean")
-
     def merge(self, other: MeanStream[A, N]) -> None:
         """Adds all views of another stream with the same settings; associative up to rounding."""
         self._check_same(other)
@@ -286,26 +286,22 @@ class MedianStream(Stream[A, N]):
     _op, _planes, _seen = "accumulate_median_", {"window": (WINDOW_PLANES,)}, "count"
     _weighted = False
 
-    def result(self) -> A:
-        """[B, C, H', W'] in the dtype of the tokens; 0 where no view counts.
-
-        Raises ValueError before the first update.
-        """
-        return self._fields()[0]
-
     def _fields(self) -> tuple[A, ...]:
-        """As :meth:`result`."""
+        return (self.result(),)
+
+    def _result(self, name: str) -> A:
         self._check_seen()
         arrays = self._arrays
         with arrays.writing():
-            *values, place = self._state["window"]
+            *values, place = self._state[name]
             median = self._copied(values[0])
             for i, value in enumerate(values[1:], 1):
                 arrays.put(median, place >= i, value)
             arrays.put(median, place != place, place)
             zero = arrays.zeros((), median.dtype, median)
             arrays.put(median, self._state["count"] == 0, zero)
-            return (arrays.cast(median, self._dtype),)
+            result: A = arrays.cast(median, self._dtype)
+            return result
 
     def merge(self, other: MedianStream[A, N]) -> NoReturn:
         """Raises: the windows of two streams do not tell the median of both."""
