@@ -27,14 +27,10 @@ class PretrainedError(ModelError):
 def load_timm(name: str, weights: Path | None = None) -> tuple[Any, dict[str, Any]]:
     """A model of timm in eval mode, for any image size if it can, and its data configuration.
 
-    Args:
-        name: a model name of timm, with or without its pretrained tag; or ``small``, the ViT that
-            comes with this package.
-        weights: a .safetensors state dict; None takes the pretrained weights.
-
-    Raises:
-        ModelError: unknown model, weights that do not fit, or (PretrainedError) no pretrained
-            weights within reach.
+    ``name`` is one of timm's, with or without its pretrained tag, or ``small``, the ViT that comes
+    with this package; ``weights`` a .safetensors state dict, or None for the pretrained weights.
+    Raises a ModelError for an unknown model, weights that do not fit, or (PretrainedError) no
+    pretrained weights within reach.
     """
     if name == SMALL:
         from .demo.small import load_small

@@ -110,17 +110,10 @@ class Comparison:
     Memory: the tokens of all views at all layers, from one pass over the views, and one field (two
     with ``noise``) and its colors at a time.
 
-    Args:
-        backbone: of a list of layers.
-        views: a string for :func:`srt_ext.views.parse`.
-        stride: pixels per cell of the fields.
-        view_batch: views in one forward of the model.
-        noise: also draw the noise map.
-        query: (x, y) as fractions of width and height: also draw the cosine similarity to the
-            features there.
-
-    Attributes:
-        srt_seconds: of the last image, for shifting, the model and the mean (and the noise).
+    ``backbone`` is that of a list of layers, ``views`` a string for :func:`srt_ext.views.parse`;
+    ``stride`` and ``view_batch`` as for SRT. ``noise``: also draw the noise map. ``query``, (x, y)
+    as fractions of width and height: also draw the cosine similarity to the features there.
+    ``srt_seconds``: of the last image, for shifting, the model and the mean (and the noise).
     """
 
     def __init__(
