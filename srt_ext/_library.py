@@ -18,17 +18,11 @@ def _load() -> str | None:
         return f"torch is installed but does not load: {error}"
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < MIN_TORCH:
         return f"torch >= 2.10 is required; found {torch.__version__}"
-    path = Path(__file__).with_name("_C.so")
-    if not path.exists():
-        return (
-            f"{path} does not exist: the package was not built, or this is its source folder and "
-            "hides the installed one. Run elsewhere, or install it here (pip install -e .)"
-        )
-    try:
-        torch.ops.load_library(path)
-    except OSError as error:
-        return f"{path} does not load: {error}"
-    return None
+    return _load_library(
+        "_C.so",
+        "the package was not built, or this is its source folder and hides the installed one. Run "
+        "elsewhere, or install it here (pip install -e .)",
+    )
 
 
 def _load_cuda() -> str | None:
@@ -39,12 +33,19 @@ def _load_cuda() -> str | None:
 
     if torch.version.cuda is None:
         return "torch was built without CUDA"
-    path = Path(__file__).with_name("_C_cuda.so")
+    return _load_library(
+        "_C_cuda.so",
+        "nvcc was not found when the package was built, or SRT_CUDA=0. Build it again with nvcc on "
+        "PATH; SRT_CUDA=1 pip install -v . tells what is missing",
+    )
+
+
+def _load_library(name: str, reason: str) -> str | None:
+    import torch
+
+    path = Path(__file__).with_name(name)
     if not path.exists():
-        return (
-            f"{path} does not exist: nvcc was not found when the package was built, or SRT_CUDA=0. "
-            "Build it again with nvcc on PATH; SRT_CUDA=1 pip install -v . tells what is missing"
-        )
+        return f"{path} does not exist: {reason}"
     try:
         torch.ops.load_library(path)
     except OSError as error:

@@ -14,6 +14,10 @@ from torch.utils._pytree import tree_leaves
 T = TypeVar("T")
 
 
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
 class _Live(TorchDispatchMode):
     """Counts the bytes of all storages that ops made and that are still held.
 
@@ -29,17 +33,11 @@ class _Live(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        given = {
-            id(leaf.untyped_storage())
-            for leaf in tree_leaves((args, kwargs))
-            if isinstance(leaf, torch.Tensor)
-        }
+        given = {id(storage) for storage in _storages((args, kwargs))}
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                storage = leaf.untyped_storage()
-                if id(storage) not in self._held and id(storage) not in given:
-                    self._add(storage)
+        for storage in _storages(result):
+            if id(storage) not in self._held and id(storage) not in given:
+                self._add(storage)
         self.peak = max(self.peak, self.now)
         return result
 

@@ -52,11 +52,8 @@ def _hold(tensors: Sequence[torch.Tensor | None], arrays: Sequence[object]) -> N
 
     Each call releases those of earlier calls that are done.
     """
-    foreign = [
-        tensor
-        for tensor, array in zip(tensors, arrays, strict=True)
-        if tensor is not None and tensor is not array and tensor.is_cuda
-    ]
+    pairs = zip(tensors, arrays, strict=True)
+    foreign = [t for t, array in pairs if t is not None and t is not array and t.is_cuda]
     if not foreign:
         return
     event = torch.cuda.Event()
@@ -144,13 +141,11 @@ class _Framework:
         self.takes_strides = bool(packages & {"cupy", "numpy", "torch"})
         if not _has_dlpack(array):
             raise _error(op, f"{name} must be an array with __dlpack__, without a mask", array)
-        if isinstance(array, (torch.Tensor, np.ndarray)):
-            return
         if hasattr(array, "__array_namespace__"):
             self.namespace = array.__array_namespace__()
         elif "cupy" in packages:  # before version 14
             self.namespace = sys.modules["cupy"]
-        else:
+        elif not isinstance(array, (torch.Tensor, np.ndarray)):
             rule = f"{name} must have __array_namespace__, which tells the way back"
             raise _error(op, rule, array)
 
@@ -169,23 +164,9 @@ class _Framework:
             return self.namespace.from_dlpack(tensor)
 
 
-def _output(op: str, out: Any) -> torch.Tensor:
-    """A tensor on the memory of ``out``."""
-    if _packages(out) & {"jax", "jaxlib"} or (
-        isinstance(out, np.ndarray) and not out.flags.writeable
-    ):
-        raise _error(op, "out must be an array that can be written to", out)
-    return _to_tensor(op, "out", out)
-
-
-def _view_tensors(
-    op: str, tokens: Any, offsets: Any, weights: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    return (
-        _to_tensor(op, "tokens", tokens),
-        _values(op, "offsets", offsets),
-        None if weights is None else _values(op, "weights", weights),
-    )
+def _view_tensors(op: str, tokens: Any, offsets: Any, weights: Any) -> tuple[Any, Any, Any]:
+    scales = None if weights is None else _values(op, "weights", weights)
+    return _to_tensor(op, "tokens", tokens), _values(op, "offsets", offsets), scales
 
 
 def shift(
@@ -197,21 +178,8 @@ def shift(
 ) -> Array:
     """As :func:`srt_ext.shift`, for arrays of any framework.
 
-    Args:
-        image: [B, C, H, W], any array with ``__dlpack__``; float32, float16, bfloat16, float64 or
-            uint8.
-        offsets: [V, 2], (dy, dx) in pixels; an array of any framework, float32 or float64, on the
-            CPU or on the device of ``image``, or nested sequences of numbers.
-        padding, interpolation: as for :func:`srt_ext.shift`.
-
-    Returns:
-        [V, B, C, H, W], dense, an array of the kind, dtype and device of ``image``.
-
-    Example:
-        >>> image = np.arange(4.0, dtype=np.float32).reshape(1, 1, 1, 4)
-        >>> shift(image, [[0, 1], [0, 0.5]], padding="border")[:, 0, 0, 0]
-        array([[0. , 0. , 1. , 2. ],
-               [0. , 0.5, 1.5, 2.5]], dtype=float32)
+    ``image`` is any array with ``__dlpack__``, ``offsets`` are an array of any framework, or nested
+    sequences of numbers. The result is an array of the kind, dtype and device of ``image``.
     """
     op = "shift"
     framework = _Framework(op, "image", image)
@@ -237,12 +205,9 @@ def ensemble(
     """As :func:`srt_ext.ensemble`, for arrays of any framework.
 
     Args:
-        tokens: [V, B, N, C], any array with ``__dlpack__``; float32, float16, bfloat16 or float64.
-            The last dimension is dense; other strides are free.
-        offsets: [V, 2], (dy, dx) in pixels; an array of any framework, float32 or float64, on the
-            CPU or on the device of ``tokens``, or nested sequences of numbers.
-        weights: [V], as ``offsets``, finite and >= 0; None for equal weights.
-        grid, patch, reduce, upsample, border, stride: as for :func:`srt_ext.ensemble`.
+        tokens: as there, any array with ``__dlpack__``.
+        offsets, weights: as there, arrays of any framework, or (nested) sequences of numbers.
+        grid, patch, reduce, upsample, border, stride: as there.
         out: [B, C, H / sh, W / sw], an array that can be written to (JAX's cannot).
 
     Returns:
@@ -259,28 +224,23 @@ def ensemble(
     framework = _Framework(op, "tokens", tokens)
     tensors = _view_tensors(op, tokens, offsets, weights)
     call = *tensors[:2], grid, patch, tensors[2]
-    modes: dict[str, Any] = {
-        "reduce": reduce,
-        "upsample": upsample,
-        "border": border,
-        "stride": stride,
-    }
+    modes: dict[str, Any] = {"upsample": upsample, "border": border, "stride": stride}
+    target = dense = None
     if out is not None:
         framework = _Framework(op, "out", out)
-        target = _output(op, out)
-        ops.ensemble(*call, **modes, out=target)
-        _hold((*tensors, target), (tokens, offsets, weights, out))
-        framework.from_tensor(target)  # the stream of ``out`` then waits for ours
-        return out
-    dense = None
-    if not framework.takes_strides:
+        frozen = isinstance(out, np.ndarray) and not out.flags.writeable
+        if frozen or _packages(out) & {"jax", "jaxlib"}:
+            raise _error(op, "out must be an array that can be written to", out)
+        target = _to_tensor(op, "out", out)
+    elif not framework.takes_strides:
         # The kernel writes another layout slower, but faster than a copy.
-        shape = ops.field_shape("ensemble", *call, stride=stride)
-        ops.check_views("ensemble", *call, upsample=upsample, border=border, stride=stride)
+        shape = ops.field_shape(op, *call, stride=stride)
+        ops.check_views(op, *call, **modes)
         dense = tensors[0].new_empty(shape)
-    field = ops.ensemble(*call, **modes, out=dense)
-    _hold(tensors, (tokens, offsets, weights))
-    return cast(Array, framework.from_tensor(field))
+    field = ops.ensemble(*call, reduce=reduce, **modes, out=dense if target is None else target)
+    _hold((*tensors, target), (tokens, offsets, weights, out))
+    result = framework.from_tensor(field)  # the stream of ``out`` then waits for ours
+    return cast(Array, result if out is None else out)
 
 
 def ensemble_moments(
@@ -296,24 +256,13 @@ def ensemble_moments(
 ) -> tuple[Array, Array]:
     """As :func:`srt_ext.ensemble_moments`, for arrays of any framework.
 
-    Args:
-        tokens, offsets, grid, patch, weights, upsample, border, stride: as for :func:`ensemble`.
-
-    Returns:
-        (mean, var), each as the result of :func:`ensemble`. For JAX both are copied once, to
-        be contiguous.
-
-    Example:
-        >>> tokens = np.array([1, 3], dtype=np.float32).reshape(2, 1, 1, 1)  # two views of a token
-        >>> mean, var = ensemble_moments(tokens, [[0, 0], [0, 0]], grid=(1, 1), patch=(1, 1))
-        >>> mean.item(), var.item()
-        (2.0, 1.0)
+    Arguments and both results are those of :func:`ensemble`. For JAX both are copied once, to be
+    contiguous.
     """
     op = "ensemble_moments"
     framework = _Framework(op, "tokens", tokens)
     tensors = _view_tensors(op, tokens, offsets, weights)
-    mean, var = ops.ensemble_moments(
-        *tensors[:2], grid, patch, tensors[2], upsample=upsample, border=border, stride=stride
-    )
+    modes: dict[str, Any] = {"upsample": upsample, "border": border, "stride": stride}
+    mean, var = ops.ensemble_moments(*tensors[:2], grid, patch, tensors[2], **modes)
     _hold(tensors, (tokens, offsets, weights))
     return cast(Array, framework.from_tensor(mean)), cast(Array, framework.from_tensor(var))

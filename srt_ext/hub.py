@@ -14,11 +14,7 @@ class ModelError(RuntimeError):
 
 
 class PretrainedError(ModelError):
-    """Pretrained weights that are not available.
-
-    Attributes:
-        reason: why, in a few words.
-    """
+    """Pretrained weights that are not available; ``reason`` says why, in a few words."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(
@@ -31,14 +27,10 @@ class PretrainedError(ModelError):
 def load_timm(name: str, weights: Path | None = None) -> tuple[Any, dict[str, Any]]:
     """A model of timm in eval mode, for any image size if it can, and its data configuration.
 
-    Args:
-        name: a model name of timm, with or without its pretrained tag; or ``small``, the ViT that
-            comes with this package.
-        weights: a .safetensors state dict; None takes the pretrained weights.
-
-    Raises:
-        ModelError: unknown model, weights that do not fit, or (PretrainedError) no pretrained
-            weights within reach.
+    ``name`` is one of timm's, with or without its pretrained tag, or ``small``, the ViT that comes
+    with this package; ``weights`` a .safetensors state dict, or None for the pretrained weights.
+    Raises a ModelError for an unknown model, weights that do not fit, or (PretrainedError) no
+    pretrained weights within reach.
     """
     if name == SMALL:
         from .demo.small import load_small
@@ -88,21 +80,18 @@ def cached_weights(name: str) -> str | None:
     repository, _, revision = config.hf_hub_id.partition("@")
     file = config.hf_hub_filename or "pytorch_model.bin"
     # In the order in which timm looks for them.
-    for choice in (file.replace("pytorch_model.bin", "model.safetensors"), file):
-        found = try_to_load_from_cache(repository, choice, revision=revision or None)
-        if isinstance(found, str):  # not None, nor the mark of a file that the hub does not have
-            return found
-    return None
+    choices = (file.replace("pytorch_model.bin", "model.safetensors"), file)
+    found = [try_to_load_from_cache(repository, c, revision=revision or None) for c in choices]
+    # Not None, nor the mark of a file that the hub does not have.
+    return next((path for path in found if isinstance(path, str)), None)
 
 
 def _weight_source(name: str) -> dict[str, Any]:
     """Arguments of ``timm.create_model`` for a cached file, without which the hub must answer.
 
     timm asks the hub even for cached files, and the hub's client retries for most of a minute when
-    there is no network. A single request with a short timeout replaces that.
-
-    Raises:
-        PretrainedError: the file is not cached, and the hub does not answer.
+    there is no network. A single request with a short timeout replaces that; a PretrainedError if
+    the file is not cached, and the hub does not answer.
     """
     import timm
     from huggingface_hub import constants, get_session
@@ -118,11 +107,8 @@ def _weight_source(name: str) -> dict[str, Any]:
     try:
         get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
     except Exception as error:  # whatever the transport raises, and HF_HUB_OFFLINE
-        raise PretrainedError(
-            name,
-            f"not in the hub's cache, and {constants.ENDPOINT} does not answer: "
-            f"{type(error).__name__}",
-        ) from error
+        reason = f"not in the hub's cache, and {constants.ENDPOINT} does not answer"
+        raise PretrainedError(name, f"{reason}: {type(error).__name__}") from error
     return {}
 
 

@@ -88,30 +88,17 @@ def _numbers(where: str, name: str, value: object) -> NDArray[np.float64]:
 
 
 def _views(
-    where: str,
-    tokens: object,
-    offsets: object,
-    grid: object,
-    patch: object,
-    weights: object = None,
-    *,
-    upsample: object,
-    border: object,
-    stride: object,
+    where: str, tokens: Any, offsets: Any, grid: Any, patch: Any, weights: Any = None, **modes: Any
 ) -> tuple[Any, ...]:
     """What a kernel takes, of the types that it takes."""
     _check_array(where, "tokens", tokens)
-    check_words(where, upsample=upsample, border=border)
-    return (
-        tokens,
-        _numbers(where, "offsets", offsets),
-        check_pair(where, "grid", grid),
-        check_pair(where, "patch", patch),
-        None if weights is None else _numbers(where, "weights", weights),
-        upsample,
-        border,
-        check_pair(where, "stride", stride),
-    )
+    stride = modes.pop("stride")
+    check_words(where, **modes)
+    offsets = _numbers(where, "offsets", offsets)
+    grid, patch = check_pair(where, "grid", grid), check_pair(where, "patch", patch)
+    weights = None if weights is None else _numbers(where, "weights", weights)
+    stride = check_pair(where, "stride", stride)
+    return (tokens, offsets, grid, patch, weights, modes["upsample"], modes["border"], stride)
 
 
 def shift(
@@ -123,20 +110,8 @@ def shift(
 ) -> NDArray[Any]:
     """As :func:`srt_ext.shift`: every translated view of a batch of images.
 
-    Args:
-        image: [B, C, H, W], float32, float16, bfloat16, float64 or uint8. One that is not dense
-            and aligned is copied first.
-        offsets: [V, 2], (dy, dx) in pixels; an array of float32 or float64, or sequences.
-        padding, interpolation: as for :func:`srt_ext.shift`.
-
-    Returns:
-        [V, B, C, H, W], dense, of the dtype of ``image``.
-
-    Example:
-        >>> image = np.arange(4, dtype=np.float32).reshape(1, 1, 1, 4)
-        >>> shift(image, [(0, 1), (0, 0.5)], padding="border")[:, 0, 0, 0]
-        array([[0. , 0. , 1. , 2. ],
-               [0. , 0.5, 1.5, 2.5]], dtype=float32)
+    An ``image`` that is not dense and aligned is copied first. ``offsets`` are an array of float32
+    or float64, or sequences.
     """
     where = "srt::shift"
     _check_array(where, "image", image)
@@ -160,15 +135,11 @@ def ensemble(
     """As :func:`srt_ext.ensemble`: the tokens of all views in the frame of the image, aggregated.
 
     Args:
-        tokens: [V, B, N, C], float32, float16, bfloat16 or float64. Read in place, read-only or
-            not: the last dimension is dense; other strides are free, also negative ones, in whole
+        tokens: as there, read in place, read-only or not; strides may be negative, and are whole
             elements.
-        offsets: [V, 2], (dy, dx) in pixels; an array of float32 or float64, or sequences.
-        grid, patch: (h, w) tokens, (Ph, Pw) pixels from token to token.
-        weights: [V], as ``offsets``; None for equal weights.
-        reduce, upsample, border, stride: as for :func:`srt_ext.ensemble`.
-        out: [B, C, H / sh, W / sw] of the dtype of ``tokens``, written in place; any positive
-            strides that step over what the smaller ones span; channels last is the fast order.
+        offsets, weights: as there, arrays of float32 or float64, or sequences.
+        grid, patch, reduce, upsample, border, stride: as there.
+        out: as there, of positive strides.
 
     Returns:
         [B, C, H / sh, W / sw] of the dtype of ``tokens``, which lies in memory as [B, H / sh,
@@ -206,27 +177,17 @@ def ensemble_moments(
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """As :func:`srt_ext.ensemble_moments`: the mean over the views and their variance.
 
-    Args:
-        tokens, offsets, grid, patch, weights, upsample, border, stride: as for :func:`ensemble`.
-
-    Returns:
-        (mean, var), each as the result of :func:`ensemble`.
-
-    Example:
-        >>> tokens = np.array([1, 3], dtype=np.float32).reshape(2, 1, 1, 1)  # two views of a token
-        >>> mean, var = ensemble_moments(tokens, [(0, 0), (0, 0)], grid=(1, 1), patch=(1, 1))
-        >>> mean.item(), var.item()
-        (2.0, 1.0)
+    Arguments and both results are those of :func:`ensemble`.
     """
-    where = "srt::ensemble_moments"
     modes: dict[str, Any] = {"upsample": upsample, "border": border, "stride": stride}
-    return _numpy.ensemble_moments(_views(where, tokens, offsets, grid, patch, weights, **modes))
+    views = ("srt::ensemble_moments", tokens, offsets, grid, patch, weights)
+    return _numpy.ensemble_moments(_views(*views, **modes))
 
 
 class _Arrays:
     """As ``_Tensors`` in srt_ext.streaming, for NumPy."""
 
-    check_array = staticmethod(_check_array)
+    check_array, moveaxis = staticmethod(_check_array), staticmethod(np.moveaxis)
     float32, float64 = np.dtype(np.float32), np.dtype(np.float64)
 
     def is_array(self, value: object) -> bool:
@@ -243,7 +204,7 @@ class _Arrays:
         _numpy.accumulate(op, state, _views(f"srt::{op}", *views, **modes))
 
     def zeros(self, shape: Sequence[int], dtype: Any, like: NDArray[Any]) -> NDArray[Any]:
-        return np.zeros(shape, dtype)
+        return np.broadcast_to(np.zeros((), dtype), shape)
 
     def dense(self, array: NDArray[Any]) -> NDArray[Any]:
         return np.array(array, order="C", subok=False)
@@ -262,10 +223,7 @@ class _Arrays:
 class RunningMean(streaming.MeanStream[NDArray[Any], Numbers]):
     """As :class:`srt_ext.RunningMean`: the mean of a stream of views.
 
-    State: mean [B, C, H', W'] in float32 (float64 for float64 tokens), weight [H', W'] in float64.
-
-    Args:
-        grid, patch, upsample, border, stride: as for :func:`ensemble`.
+    State: mean [B, C, H', W'], weight [H', W'].
 
     Example:
         >>> running = RunningMean(grid=(1, 2), patch=(1, 1))
@@ -282,16 +240,6 @@ class RunningMoments(RunningMean, streaming.MomentsStream[NDArray[Any], Numbers]
     """As :class:`srt_ext.RunningMoments`: mean and variance of a stream of views.
 
     State: mean and var [B, C, H', W'], weight [H', W'].
-
-    Args:
-        grid, patch, upsample, border, stride: as for :func:`ensemble`.
-
-    Example:
-        >>> running = RunningMoments(grid=(1, 1), patch=(1, 1))
-        >>> for value in (1, 3):
-        ...     running.update(np.full((1, 1, 1, 1), value, np.float32), [(0, 0)])
-        >>> running.result().item(), running.variance().item()
-        (2.0, 1.0)
     """
 
 
@@ -299,16 +247,6 @@ class RunningMedian(streaming.MedianStream[NDArray[Any], Numbers]):
     """As :class:`srt_ext.RunningMedian`: the lower median of a stream of views, approximately.
 
     State: window [8, B, C, H', W'], count [H', W'].
-
-    Args:
-        grid, patch, upsample, border, stride: as for :func:`ensemble`.
-
-    Example:
-        >>> running = RunningMedian(grid=(1, 1), patch=(1, 1))
-        >>> for value in (5, 1, 9):
-        ...     running.update(np.full((1, 1, 1, 1), value, np.float32), [(0, 0)])
-        >>> running.result().item()
-        5.0
     """
 
     _arrays = _Arrays()
@@ -335,10 +273,5 @@ def set_num_threads(n: int) -> None:
     _numpy.set_threads(n)
 
 
-def _cpus() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-set_num_threads(min(_cpus(), MAX_THREADS))
+_affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))  # not on macOS
+set_num_threads(min(len(_affinity(0)), MAX_THREADS))

@@ -6,7 +6,8 @@ Method: Lao et al., "Sub-token ViT Embedding via Stochastic Resonance Transforme
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any, NoReturn, cast
 
 import torch
 
@@ -32,18 +33,16 @@ def _explain(error: RuntimeError, op: str, check: Callable[[], object]) -> NoRet
 
 def _check_types(op: str, schema: Any, *args: object, **modes: object) -> None:
     """Of arguments that the dispatcher has refused: no tensor, no two integers, no string."""
-    where = f"srt::{op}"
+    checks = {"Tensor": check_tensor, "List[int]": check_pair, "str": check_string}
     names = [argument.name for argument in schema.arguments]
     given = {**dict(zip(names, args, strict=False)), **modes}
     for argument in schema.arguments:
         name, kind = argument.name, str(argument.type)
         value = given.get(name, argument.default_value)
-        if kind == "Tensor" or (kind == "Optional[Tensor]" and value is not None):
-            check_tensor(where, name, value)
-        elif kind == "List[int]":
-            check_pair(where, name, value)
-        elif kind == "str":
-            check_string(where, name, value)
+        if kind == "Optional[Tensor]" and value is not None:
+            kind = "Tensor"
+        if kind in checks:
+            checks[kind](f"srt::{op}", name, value)
 
 
 def _call(name: str, op: Any, *args: Any, **modes: Any) -> Any:
@@ -104,8 +103,7 @@ def shift(
                 [0.0000, 0.5000, 1.5000, 2.5000]])
     """
     op, modes = torch.ops.srt.shift.default, {"padding": padding, "interpolation": interpolation}
-    views: torch.Tensor = _call("shift", op, image, offsets, **modes)
-    return views
+    return cast(torch.Tensor, _call("shift", op, image, offsets, **modes))
 
 
 def ensemble(
@@ -168,10 +166,10 @@ def ensemble(
     """
     args = (tokens, offsets, grid, patch, weights)
     modes = {"reduce": reduce, "upsample": upsample, "border": border, "stride": stride}
+    op = torch.ops.srt.ensemble
     if out is None:
-        field: torch.Tensor = _call("ensemble", torch.ops.srt.ensemble.default, *args, **modes)
-        return field
-    _call("ensemble", torch.ops.srt.ensemble.out, *args, **modes, out=out)
+        return cast(torch.Tensor, _call("ensemble", op.default, *args, **modes))
+    _call("ensemble", op.out, *args, **modes, out=out)
     return out
 
 
@@ -232,9 +230,7 @@ def field_shape(
 ) -> list[int]:
     """[B, C, H', W'] of the field that the op makes of these arguments."""
     where = f"srt::{op}"
-    if tokens.dim() != 4:
-        rule = "tokens must have 4 dimensions, [V, B, N, C]"
-        raise wrong(ValueError, where, rule, list(tokens.shape))
+    _check_rank(where, "tokens", tokens, 4, "must have 4 dimensions, [V, B, N, C]")
     _, batch, count, channels = tokens.shape
     grid = check_pair(where, "grid", grid)
     cells = check_cells(where, grid, patch, stride)
@@ -243,6 +239,11 @@ def field_shape(
         raise wrong(ValueError, where, rule, list(grid))
     _check_meta(where, tokens, offsets=offsets, weights=weights)
     return [batch, channels, *cells]
+
+
+def _check_rank(where: str, name: str, tensor: torch.Tensor, rank: int, rule: str) -> None:
+    if tensor.dim() != rank:
+        raise wrong(ValueError, where, f"{name} {rule}", list(tensor.shape))
 
 
 def _check_meta(where: str, given: torch.Tensor, **numbers: torch.Tensor | None) -> None:
@@ -262,12 +263,8 @@ def _new_field(op: str, tokens: torch.Tensor, *args: Any, **modes: Any) -> torch
 
 @torch.library.register_fake("srt::shift")
 def _(image: torch.Tensor, offsets: torch.Tensor, **modes: Any) -> torch.Tensor:
-    if image.dim() != 4:
-        rule = "image must have 4 dimensions, [B, C, H, W]"
-        raise wrong(ValueError, "srt::shift", rule, list(image.shape))
-    if offsets.dim() != 2:
-        rule = "offsets must be [V, 2] with V >= 1"
-        raise wrong(ValueError, "srt::shift", rule, list(offsets.shape))
+    _check_rank("srt::shift", "image", image, 4, "must have 4 dimensions, [B, C, H, W]")
+    _check_rank("srt::shift", "offsets", offsets, 2, "must be [V, 2] with V >= 1")
     _check_meta("srt::shift", image, offsets=offsets)
     return image.new_empty([offsets.shape[0], *image.shape])
 
@@ -290,18 +287,14 @@ def _(*args: Any, out: torch.Tensor, **modes: Any) -> None:
         raise wrong(ValueError, "srt::ensemble", f"out must be {shape}", list(out.shape))
 
 
-def _fake_accumulate(op: str, parts: int) -> None:
+def _fake_accumulate(op: str, parts: int, *args: Any, **modes: Any) -> None:
     """``parts``: tensors of the state, the first arguments."""
-
-    def fake(*args: Any, **modes: Any) -> None:
-        field_shape(op, *args[parts:], **modes)
-
-    torch.library.register_fake(f"srt::{op}", fake)
+    field_shape(op, *args[parts:], **modes)
 
 
-_fake_accumulate("accumulate_mean_", 2)
-_fake_accumulate("accumulate_moments_", 3)
-_fake_accumulate("accumulate_median_", 2)
+for _op, _parts in {"mean": 2, "moments": 3, "median": 2}.items():
+    _name = f"accumulate_{_op}_"
+    torch.library.register_fake(f"srt::{_name}", partial(_fake_accumulate, _name, _parts))
 
 
 @torch.library.register_fake("srt::_check_views")
@@ -315,11 +308,5 @@ def _(grad: torch.Tensor, offsets: torch.Tensor, **modes: Any) -> torch.Tensor:
 
 
 @torch.library.register_fake("srt::_mean_backward")
-def _(
-    grad: torch.Tensor,
-    offsets: torch.Tensor,
-    grid: Pair,
-    *args: Any,
-    **modes: Any,
-) -> torch.Tensor:
+def _(grad: torch.Tensor, offsets: Any, grid: Pair, *args: Any, **modes: Any) -> torch.Tensor:
     return grad.new_empty(offsets.shape[0], grad.shape[0], grid[0] * grid[1], grad.shape[1])

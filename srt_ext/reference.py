@@ -123,7 +123,7 @@ def _view_sums(
     stride: int | Sequence[int],
     dtype: torch.dtype,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Of each view of weight > 0: the weight, sums over cells [B, C, H', W'], counts [H', W']."""
+    """Of each view: the weight, sums over cells [B, C, H', W'], counts [H', W']."""
     stride = (stride, stride) if isinstance(stride, int) else stride
     views, batch, _, channels = tokens.shape
     maps = tokens.to(dtype).reshape(views, batch, *grid, channels).permute(0, 1, 4, 2, 3)
@@ -131,10 +131,10 @@ def _view_sums(
     for view, (dy, dx), scale in zip(
         maps, offsets.double().tolist(), scales.to(dtype), strict=True
     ):
-        if scale == 0:
-            continue
         reads_y, seen_y, counted_y = _axis(dy, grid[0], patch[0], upsample, border)
         reads_x, seen_x, counted_x = _axis(dx, grid[1], patch[1], upsample, border)
+        if scale == 0:  # it is not read, and counts nowhere
+            view, counted_y = torch.zeros_like(view), torch.zeros_like(counted_y)
         pixels = torch.zeros((), dtype=dtype)
         for token_y, weight_y in reads_y:
             for token_x, weight_x in reads_x:
@@ -152,19 +152,6 @@ def _ratio(total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     return torch.where(count > 0, total / torch.where(count > 0, count, 1), 0)
 
 
-def _field(
-    tokens: torch.Tensor,
-    grid: Sequence[int],
-    patch: Sequence[int],
-    stride: int | Sequence[int],
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """Zeros [B, C, H', W']: what a field is where no view counts."""
-    stride = (stride, stride) if isinstance(stride, int) else stride
-    cells = (g * p // s for g, p, s in zip(grid, patch, stride, strict=True))
-    return torch.zeros(tokens.shape[1], tokens.shape[3], *cells, dtype=dtype)
-
-
 def ensemble(
     tokens: torch.Tensor,
     offsets: torch.Tensor,
@@ -179,10 +166,9 @@ def ensemble(
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
     """As :func:`srt_ext.ensemble`, computed and returned in ``dtype``: [B, C, H', W']."""
-    empty = _field(tokens, grid, patch, stride, dtype)
     sums = _view_sums(tokens, offsets, grid, patch, weights, upsample, border, stride, dtype)
     if reduce == "mean":
-        total, count = empty, torch.zeros((), dtype=dtype)
+        total = count = torch.zeros((), dtype=dtype)
         for scale, view_sum, view_count in sums:
             total = total + scale * view_sum
             count = count + scale * view_count
@@ -195,7 +181,7 @@ def ensemble(
     number = counts.sum(0, keepdim=True)
     median = ordered.gather(0, (number - 1).clamp(min=0) // 2)[0]
     median = torch.where((counts & stack.isnan()).any(0), torch.nan, median)
-    return torch.where(number[0] > 0, median, empty)
+    return torch.where(number[0] > 0, median, 0)
 
 
 def ensemble_moments(

@@ -154,15 +154,14 @@ class SRT(torch.nn.Module):
         if inject is not None:
             _check_inject(inject, layers, stride)
         self._injects = inject is not None
-        self._settings: dict[str, Any] = {"norm": norm, "patch": patch, "prefix": prefix}
-        self._settings["layers"] = inject if self._injects else layers
+        requested = inject if self._injects else layers
+        self._settings: Any = {"layers": requested, "norm": norm, "patch": patch, "prefix": prefix}
         self._is_fixed = isinstance(model, Backbone)
         self._backbone = self._describe(model)
         self.model = self._backbone.model  # a submodule if it is a module
         # On the CPU, and no buffers: .half() would round them.
         self.views, self.weights = _checked(*designs.resolve(views))
-        self.stride = check_pair("SRT", "stride", stride)
-        self.view_batch = view_batch
+        self.stride, self.view_batch = check_pair("SRT", "stride", stride), view_batch
         if view_batch != "auto":
             check_count("SRT", "view_batch", view_batch, 1)
         if upsample is None:
@@ -170,9 +169,8 @@ class SRT(torch.nn.Module):
         check_words("SRT", reduce=reduce, upsample=upsample, border=border)
         check_words("SRT", padding=padding, interpolation=interpolation)
         if reduce == "median" and self.weights is not None:
-            raise ValueError(
-                "SRT: views must have no weights where reduce is 'median'; got weights"
-            )
+            rule = "views must have no weights where reduce is 'median'"
+            raise ValueError(f"SRT: {rule}; got weights")
         self.reduce, self.streaming = reduce, streaming
         self.upsample, self.border = upsample, border
         self.padding, self.interpolation = padding, interpolation
@@ -201,11 +199,7 @@ class SRT(torch.nn.Module):
         """
         if self._injects:
             return self._inject(images, progress)
-        outputs = [
-            SRTOutput(field, prefix)
-            for (field,), prefix in self._aggregate(images, self.reduce, progress)
-        ]
-        return outputs if self.backbone.returns_list else outputs[0]
+        return self._aggregate(images, self.reduce, SRTOutput, progress)
 
     @torch.no_grad()
     def moments(self, images: torch.Tensor, progress: Progress | None = None) -> Any:
@@ -215,11 +209,7 @@ class SRT(torch.nn.Module):
         """
         if self._injects:
             raise ValueError("SRT: moments must be asked of layers, not of inject; got inject")
-        outputs = [
-            SRTMoments(mean, var, prefix)
-            for (mean, var), prefix in self._aggregate(images, "moments", progress)
-        ]
-        return outputs if self.backbone.returns_list else outputs[0]
+        return self._aggregate(images, "moments", SRTMoments, progress)
 
     def tokens(self, images: torch.Tensor) -> Iterator[ViewTokens]:
         """Runs the model on every view, in batches of views, and yields the tokens.
@@ -263,19 +253,11 @@ class SRT(torch.nn.Module):
         # Not on the generator: torch's wrapper of one would hold the last batch.
         @torch.no_grad()
         def batch(count: int) -> ViewTokens:
-            part = slice(done, done + count)
-            shifted = shift(
-                padded,
-                views.offsets[part],
-                padding=self.padding,
-                interpolation=self.interpolation,
-            )
-            layers = [
-                _layer_tokens(features, padded, len(shifted))
-                for features in self.backbone.features(shifted.flatten(0, 1))
-            ]
-            weights = None if views.weights is None else views.weights[part]
-            return ViewTokens(views.offsets[part], weights, layers)
+            part = views.take(slice(done, done + count))
+            modes: Any = {"padding": self.padding, "interpolation": self.interpolation}
+            shifted = shift(padded, part.offsets, **modes).flatten(0, 1)
+            found = self.backbone.features(shifted)
+            return ViewTokens(*part, [_layer_tokens(f, padded, len(part.offsets)) for f in found])
 
         if self.view_batch != "auto":
             step = _even(total, int(self.view_batch))
@@ -291,12 +273,7 @@ class SRT(torch.nn.Module):
             done += step
 
     def _fitting(
-        self,
-        peak: int,
-        layers: list[LayerTokens],
-        padded: torch.Tensor,
-        total: int,
-        reduce: str | None,
+        self, peak: int, layers: list[LayerTokens], padded: torch.Tensor, total: int, reduce: Any
     ) -> int:
         """The number of views in one forward, if the first one took ``peak`` bytes."""
         held = total if reduce == "median" and not self.streaming else 0  # views
@@ -305,9 +282,8 @@ class SRT(torch.nn.Module):
         for layer in layers:
             _, batch, count, channels = layer.tokens.shape
             cells = padded.shape[2] * padded.shape[3] // (self.stride[0] * self.stride[1])
-            cells = count if self._injects else cells
-            size = max(4, layer.tokens.element_size())
-            later += batch * channels * (planes * cells + held * count) * size
+            elements = planes * (count if self._injects else cells) + held * count
+            later += batch * channels * elements * max(4, layer.tokens.element_size())
         free = (free_bytes(padded.device) - later) // 2
         return max(1, min(free // max(1, peak), 64 if padded.is_cuda else 8))
 
@@ -317,17 +293,16 @@ class SRT(torch.nn.Module):
         _warn_if_training(self.model)
         if images.dim() != 4:
             raise ValueError(f"SRT: images must be [B, 3, H, W]; got {list(images.shape)}")
-        *_, height, width = images.shape
-        patch_y, patch_x = self.backbone.patch
-        if height == 0 or width == 0:
+        patch = self.backbone.patch
+        if 0 in images.shape[2:]:
             raise ValueError(f"SRT: images must have pixels; got {list(images.shape)}")
-        below, right = -height % patch_y, -width % patch_x
+        below, right = (-side % p for side, p in zip(images.shape[2:], patch, strict=True))
         return F.pad(images, (0, right, 0, below), mode="replicate") if below or right else images
 
     def _aggregate(
-        self, images: torch.Tensor, reduce: str, progress: Progress | None
-    ) -> list[tuple[tuple[torch.Tensor, ...], torch.Tensor | None]]:
-        """The fields of each layer, cropped to the image, and its mean prefix tokens."""
+        self, images: torch.Tensor, reduce: str, kind: Callable[..., Any], progress: Any
+    ) -> Any:
+        """``kind`` of the fields of each layer, cropped to the image, and mean prefix tokens."""
         padded, stride = self._pad(images), self.stride
         size = padded.shape[-2:]
         if size[0] % stride[0] or size[1] % stride[1]:
@@ -338,12 +313,12 @@ class SRT(torch.nn.Module):
         views = _Views(self.views, self.weights)
         if self.streaming and reduce == "median":
             views = _Views(designs.spread(self.views), None)
-        results = []
+        outputs = []
         height, width = (-(-images.shape[2 + i] // stride[i]) for i in range(2))
         for field in self._fields(padded, views, views, reduce, stride, progress):
             fields, prefix = field.result()
-            results.append((tuple(part[:, :, :height, :width] for part in fields), prefix))
-        return results
+            outputs.append(kind(*(part[:, :, :height, :width] for part in fields), prefix))
+        return outputs if self.backbone.returns_list else outputs[0]
 
     def _inject(self, images: torch.Tensor, progress: Progress | None) -> Any:
         """What the model returns for images [B, 3, H, W], padded, from the tokens of all views."""
@@ -387,10 +362,8 @@ class SRT(torch.nn.Module):
         fields: list[_Field] = []
         done = 0
         for batch in self._batches(padded, part, reduce):
-            if not fields:
-                fields = [
-                    _Field(self, reduce, views, stride, padded, layer) for layer in batch.layers
-                ]
+            settings = (self, reduce, views, stride, padded)
+            fields = fields or [_Field(*settings, layer) for layer in batch.layers]
             for field, layer in zip(fields, batch.layers, strict=True):
                 field.add(layer)
             done += len(batch.offsets)
@@ -403,15 +376,13 @@ class SRT(torch.nn.Module):
 def _warn_if_training(model: object) -> None:
     """Warns of a model in training mode, if that changes its features."""
     modules = model.modules() if isinstance(model, torch.nn.Module) else ()
-    if any(
-        module.training
-        and (
-            isinstance(module, _BatchNorm)
-            or (isinstance(module, _DropoutNd) and module.p > 0)
-            or (getattr(module, "drop_prob", None) or 0) > 0  # stochastic depth
-        )
-        for module in modules
-    ):
+
+    def changes(module: torch.nn.Module) -> bool:
+        drops = module.p if isinstance(module, _DropoutNd) else 0
+        drops = drops or getattr(module, "drop_prob", None) or 0  # stochastic depth
+        return module.training and (isinstance(module, _BatchNorm) or drops > 0)
+
+    if any(map(changes, modules)):
         warnings.warn(
             "SRT: the model is in training mode: dropout disturbs the views, and they change the "
             "statistics of its norms. Call model.eval() first",
@@ -443,9 +414,8 @@ def _check_inject(inject: object, layers: object, stride: object) -> None:
     if layers is not None:
         raise ValueError(f"SRT: layers must be None with inject; got {layers!r}")
     if stride != 1:
-        raise ValueError(
-            f"SRT: stride must be left out with inject: it is the tokens'; got {stride}"
-        )
+        rule = "stride must be left out with inject: it is the tokens'"
+        raise ValueError(f"SRT: {rule}; got {stride}")
 
 
 class _Views(NamedTuple):
@@ -489,15 +459,10 @@ class _Field:
         padded: torch.Tensor,  # [B, 3, H, W]
         first: LayerTokens,  # of the first batch
     ) -> None:
-        stride = first.patch if stride is None else stride
-        self.settings: dict[str, Any] = {
-            "upsample": srt.upsample,
-            "border": srt.border,
-            "stride": stride,
-        }
+        stride = stride or first.patch
+        modes: dict[str, Any] = {"upsample": srt.upsample, "border": srt.border, "stride": stride}
         self.reduce, self.views = reduce, views
-        self.grid, self.patch = first.grid, first.patch
-        self.running = _RUNNING[reduce](self.grid, self.patch, **self.settings)
+        self.running = _RUNNING[reduce](first.grid, first.patch, **modes)
         # The number of views whose tokens are held until they are aggregated: all for a median,
         # otherwise as many as have the tokens of one output, in whole batches.
         total, batch, count = len(views.offsets), first.tokens.shape[0], first.tokens.shape[2]
@@ -520,14 +485,13 @@ class _Field:
         if layer.prefix is not None:
             self._add_prefix(layer.prefix, first)
         last = first + views == len(self.views.offsets)
-        if views >= self.holds or (last and not self.waiting):
+        if self.waiting + views > self.holds:
             self._aggregate_held()
+        if views >= self.holds or (last and not self.waiting):
             self._aggregate(tokens)
             return
         if self.held is None:
             self.held = tokens.new_empty(self.holds, *tokens.shape[1:])
-        if self.waiting + views > self.holds:
-            self._aggregate_held()
         self.held[self.waiting : self.waiting + views] = tokens
         self.waiting += views
         if last or self.waiting == self.holds:
@@ -554,11 +518,12 @@ class _Field:
         if not self.at_once:
             self.running.update(tokens, *views)
             return
-        args = (tokens, views.offsets, self.grid, self.patch, views.weights)
+        running = self.running
+        args = (tokens, views.offsets, running.grid, running.patch, views.weights)
         if self.reduce == "moments":
-            self.fields = ensemble_moments(*args, **self.settings)
+            self.fields = ensemble_moments(*args, **running._modes)
         else:
-            self.fields = (ensemble(*args, **{"reduce": self.reduce, **self.settings}),)
+            self.fields = (ensemble(*args, **{**running._modes, "reduce": self.reduce}),)
 
     def result(self) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
         """The fields, each [B, C, H', W'], and the mean [B, K, C] of the prefix tokens."""

@@ -27,16 +27,6 @@ N = TypeVar("N")  # numbers of the views, as the library takes them
 WINDOW_PLANES = 8  # of the state of a median: 7 values, and the place of the median
 
 
-def _channels_last(array: Any) -> Any:
-    """[..., C, H', W'] as [..., H', W', C]."""
-    return array.swapaxes(-3, -2).swapaxes(-2, -1)
-
-
-def _channels_first(array: Any) -> Any:
-    """[..., H', W', C] as [..., C, H', W']."""
-    return array.swapaxes(-2, -1).swapaxes(-3, -2)
-
-
 def _device(array: Any) -> object:
     return getattr(array, "device", None)  # NumPy 1 has none
 
@@ -114,27 +104,19 @@ class Stream(Generic[A, N]):
 
     # ---- the state ------------------------------------------------------------------------------
 
-    def _sums(self, dtype: Any) -> Any:
-        """What sums over tokens of this dtype are kept in."""
-        return self._arrays.float64 if dtype == self._arrays.float64 else self._arrays.float32
-
-    def _shapes(self, batch: int, channels: int) -> dict[str, tuple[int, ...]]:
-        """Of the state, as it lies in memory: channels last."""
-        height, width = self._cells
-        planes = {
-            name: (*lead, batch, height, width, channels) for name, lead in self._planes.items()
-        }
-        return {**planes, self._seen: (height, width)}
+    def _layout(self, batch: int, channels: int, dtype: Any) -> dict[str, tuple[Any, Any]]:
+        """Shape and dtype of each array of the state, for tokens of this dtype."""
+        double, shape = self._arrays.float64, (batch, channels, *self._cells)
+        sums = double if dtype == double else self._arrays.float32
+        planes = {name: ((*lead, *shape), sums) for name, lead in self._planes.items()}
+        return {**planes, self._seen: (self._cells, double)}
 
     def _allocate(self, tokens: Any) -> None:
         self._dtype = tokens.dtype
+        layout = self._layout(tokens.shape[1], tokens.shape[3], tokens.dtype)
         with self._arrays.writing():
-            for name, shape in self._shapes(tokens.shape[1], tokens.shape[3]).items():
-                if name == self._seen:
-                    self._state[name] = self._arrays.zeros(shape, self._arrays.float64, tokens)
-                else:
-                    planes = self._arrays.zeros(shape, self._sums(tokens.dtype), tokens)
-                    self._state[name] = _channels_first(planes)
+            for name, (shape, dtype) in layout.items():
+                self._state[name] = self._copied(self._arrays.zeros(shape, dtype, tokens))
 
     def _check_goes_on(self, tokens: Any) -> None:
         """That tokens are of the place, dtype and size of those before."""
@@ -144,14 +126,20 @@ class Stream(Generic[A, N]):
             self._fail(f"tokens must stay on the device of the stream, {device}", given)
         if tokens.dtype != self._dtype:
             self._fail(f"tokens must keep their dtype, {self._dtype}", tokens.dtype, TypeError)
-        if tokens.ndim == 4:
-            size, new = list(first.shape[-4:-2]), [tokens.shape[1], tokens.shape[3]]
-            if new != size:
-                self._fail(f"tokens must keep their batch and channels, {size}", new)
+        size, new = list(first.shape[-4:-2]), list(tokens.shape[1::2])
+        if new != size and tokens.ndim == 4:
+            self._fail(f"tokens must keep their batch and channels, {size}", new)
 
     def _check_seen(self) -> None:
         if not self._state:
             raise ValueError(f"{type(self).__name__}: no views were added")
+
+    def result(self) -> A:
+        """[B, C, H', W'] in the dtype of the tokens; 0 where no view counts.
+
+        Raises ValueError before the first update.
+        """
+        return self._result(next(iter(self._planes)))
 
     def _result(self, name: str) -> A:
         self._check_seen()
@@ -166,15 +154,16 @@ class Stream(Generic[A, N]):
         self._check_seen()
         return tuple(self._arrays.cast(self._state[name], self._dtype) for name in self._planes)
 
-    def _copied(self, name: str, array: Any) -> Any:
-        """A copy of a part of the state, as it was allocated, whatever its strides have become."""
-        if name == self._seen:
-            return self._arrays.dense(array)
-        return _channels_first(self._arrays.dense(_channels_last(array)))
+    def _copied(self, array: Any) -> Any:
+        """A copy of a part of the state, dense in the order of memory, channels last."""
+        arrays = self._arrays
+        if array.ndim == 2:
+            return arrays.dense(array)
+        return arrays.moveaxis(arrays.dense(arrays.moveaxis(array, -3, -1)), -1, -3)
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of everything: settings, number of views, state."""
-        state = {name: self._copied(name, array) for name, array in self._state.items()}
+        state = {name: self._copied(array) for name, array in self._state.items()}
         return {**self._settings(), "views": self.views, "dtype": self._dtype, "state": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -188,23 +177,19 @@ class Stream(Generic[A, N]):
         """
         if not isinstance(state_dict, dict):
             self._fail("a state_dict must be a dict", type(state_dict).__name__)
-        missing = {*self._settings(), "views", "dtype", "state"} - set(state_dict)
+        own, values = self._settings(), ("views", "dtype", "state")
+        missing = {*own, *values} - set(state_dict)
         if missing:
             self._fail("a state_dict must have all of its keys", f"none of {sorted(missing)}")
-        settings = {
-            key: tuple(value) if isinstance(value, list | tuple) else value
-            for key, value in state_dict.items()
-            if key in self._settings()
-        }
-        if settings != self._settings():
-            self._fail(f"the state must have the settings {self._settings()}", settings)
-        views, dtype, state = (state_dict[key] for key in ("views", "dtype", "state"))
+        settings = {key: state_dict[key] for key in own}
+        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+        if settings != own:
+            self._fail(f"the state must have the settings {own}", settings)
+        views, dtype, state = (state_dict[key] for key in values)
         number = isinstance(views, int) and not isinstance(views, bool) and views >= 0
         if not self._arrays.is_floating(dtype) or not number or not isinstance(state, dict):
-            self._fail(
-                "views, dtype and state must be a number, a floating dtype and arrays",
-                (views, dtype),
-            )
+            rule = "views, dtype and state must be a number, a floating dtype and arrays"
+            self._fail(rule, (views, dtype))
         if views and not state:
             self._fail("a stream that has seen views must have a state", f"{views} views and none")
         loaded: dict[str, Any] = {}
@@ -212,15 +197,11 @@ class Stream(Generic[A, N]):
             self._check_state(state, dtype)
             with self._arrays.writing():
                 names = (*self._planes, self._seen)
-                loaded = {name: self._copied(name, state[name]) for name in names}
+                loaded = {name: self._copied(state[name]) for name in names}
         self.views, self._dtype, self._state = views, dtype, loaded
 
     def _check_state(self, state: dict[str, Any], dtype: Any) -> None:
         """That these arrays are a state for tokens of this dtype."""
-
-        def text(shape: Sequence[int], dtype: object) -> str:
-            return f"{list(shape)} of {dtype}"
-
         names = [*self._planes, self._seen]
         if set(state) != set(names) or not all(map(self._arrays.is_array, state.values())):
             self._fail(f"the state must have the arrays {names}", list(state))
@@ -230,26 +211,15 @@ class Stream(Generic[A, N]):
         first = state[names[0]]
         if first.ndim < 4:
             self._fail(f"{names[0]} must be [..., B, C, H', W']", list(first.shape))
-        for name, shape in self._shapes(first.shape[-4], first.shape[-3]).items():
-            array, expected = state[name], self._arrays.float64
-            if name != self._seen:
-                *lead, height, width, channels = shape
-                shape, expected = (*lead, channels, height, width), self._sums(dtype)
-            if tuple(array.shape) != shape or array.dtype != expected:
-                self._fail(
-                    f"{name} must be {text(shape, expected)}", text(array.shape, array.dtype)
-                )
+        for name, layout in self._layout(first.shape[-4], first.shape[-3], dtype).items():
+            got = tuple(state[name].shape), state[name].dtype
+            if got != layout:
+                rule, found = (f"{list(shape)} of {dtype}" for shape, dtype in (layout, got))
+                self._fail(f"{name} must be {rule}", found)
 
 
 class MeanStream(Stream[A, N]):
     _op, _planes, _seen = "accumulate_mean_", {"mean": ()}, "weight"
-
-    def result(self) -> A:
-        """[B, C, H', W'] in the dtype of the tokens; 0 where no view counts.
-
-        Raises ValueError before the first update.
-        """
-        return self._result("mean")
 
     def merge(self, other: MeanStream[A, N]) -> None:
         """Adds all views of another stream with the same settings; associative up to rounding."""
@@ -272,18 +242,17 @@ class MeanStream(Stream[A, N]):
             raise TypeError(f"{name}: merge takes another {name}; got {type(other).__name__}")
         if other._settings() != self._settings():
             self._fail(f"both must have the same settings, {self._settings()}", other._settings())
-        if self._state and other._state:
-            mine, theirs = (
-                (s._dtype, *(tuple(array.shape) for array in s._state.values()))
-                for s in (self, other)
-            )
-            if mine != theirs:
-                self._fail(f"both must have tokens of one dtype and size, {mine}", theirs)
+        mine, theirs = (
+            (stream._dtype, *(tuple(array.shape) for array in stream._state.values()))
+            for stream in (self, other)
+        )
+        if self._state and other._state and mine != theirs:
+            self._fail(f"both must have tokens of one dtype and size, {mine}", theirs)
 
     def _shares(self, part: Any, total: Any) -> Any:
         """part / total [H', W'], 0 where both are; in the precision of the state."""
         # 1e-300 is below every weight of a stream, which are 0 or at least 2^-500.
-        return self._arrays.cast(part / total.clip(1e-300), self._sums(self._dtype))
+        return self._arrays.cast(part / total.clip(1e-300), self._state["mean"].dtype)
 
     def _joined(self, other: dict[str, Any], keep: Any, share: Any) -> dict[str, Any]:
         mean = share * other["mean"]
@@ -317,26 +286,22 @@ class MedianStream(Stream[A, N]):
     _op, _planes, _seen = "accumulate_median_", {"window": (WINDOW_PLANES,)}, "count"
     _weighted = False
 
-    def result(self) -> A:
-        """[B, C, H', W'] in the dtype of the tokens; 0 where no view counts.
-
-        Raises ValueError before the first update.
-        """
-        return self._fields()[0]
-
     def _fields(self) -> tuple[A, ...]:
-        """As :meth:`result`."""
+        return (self.result(),)
+
+    def _result(self, name: str) -> A:
         self._check_seen()
         arrays = self._arrays
         with arrays.writing():
-            *values, place = self._state["window"]
-            median = _channels_first(arrays.dense(_channels_last(values[0])))
+            *values, place = self._state[name]
+            median = self._copied(values[0])
             for i, value in enumerate(values[1:], 1):
                 arrays.put(median, place >= i, value)
             arrays.put(median, place != place, place)
-            empty = self._state["count"] == 0
-            arrays.put(median, empty, arrays.zeros((), median.dtype, median))
-            return (arrays.cast(median, self._dtype),)
+            zero = arrays.zeros((), median.dtype, median)
+            arrays.put(median, self._state["count"] == 0, zero)
+            result: A = arrays.cast(median, self._dtype)
+            return result
 
     def merge(self, other: MedianStream[A, N]) -> NoReturn:
         """Raises: the windows of two streams do not tell the median of both."""
@@ -359,7 +324,7 @@ class _Tensors:
 
     check_array = staticmethod(check_tensor)
     if _library.unavailable is None:
-        float32, float64 = torch.float32, torch.float64
+        float32, float64, moveaxis = torch.float32, torch.float64, staticmethod(torch.moveaxis)
 
     def is_array(self, value: object) -> bool:
         return isinstance(value, torch.Tensor)
@@ -377,8 +342,8 @@ class _Tensors:
         ops.accumulate(op, *state, *views, **modes)
 
     def zeros(self, shape: Sequence[int], dtype: Any, like: torch.Tensor) -> torch.Tensor:
-        """Dense, on the device of ``like``."""
-        return torch.zeros(tuple(shape), dtype=dtype, device=like.device)
+        """One 0 in every place, on the device of ``like``."""
+        return torch.zeros((), dtype=dtype, device=like.device).expand(shape)
 
     def dense(self, array: torch.Tensor) -> torch.Tensor:
         """A copy, dense in the order of its dimensions."""
@@ -435,21 +400,20 @@ class RunningMean(MeanStream["torch.Tensor", "torch.Tensor"]):
                 f"dtype and size; got {[one[:4] for one in every]}"
             )
         with torch.inference_mode(False), torch.no_grad():
-            total = _sum_over(self._state["weight"], group)
+            total = self._sum_over(self._state["weight"], group)
             share = self._shares(self._state["weight"], total)
             self._state = {**self._reduced(share, group), "weight": total}
             self.views = sum(one[4] for one in every)
 
     def _reduced(self, share: torch.Tensor, group: Any) -> dict[str, torch.Tensor]:
-        return {"mean": _sum_over(self._state["mean"] * share, group)}
+        return {"mean": self._sum_over(self._state["mean"] * share, group)}
 
-
-def _sum_over(tensor: torch.Tensor, group: Any) -> torch.Tensor:
-    """The sum of the tensors of all processes, in the strides of this one."""
-    dense = tensor if tensor.dim() == 2 else tensor.movedim(-3, -1)  # as a state lies in memory
-    dense = dense.clone(memory_format=torch.contiguous_format)
-    torch.distributed.all_reduce(dense, group=group)
-    return dense if tensor.dim() == 2 else dense.movedim(-1, -3)
+    def _sum_over(self, tensor: torch.Tensor, group: Any) -> torch.Tensor:
+        """The sum of the tensors of all processes, in the strides of this one."""
+        total: torch.Tensor = self._copied(tensor)
+        dense = total if total.ndim == 2 else total.movedim(-3, -1)  # as a state lies in memory
+        torch.distributed.all_reduce(dense, group=group)
+        return total
 
 
 class RunningMoments(RunningMean, MomentsStream["torch.Tensor", "torch.Tensor"]):
@@ -475,7 +439,7 @@ class RunningMoments(RunningMean, MomentsStream["torch.Tensor", "torch.Tensor"])
     def _reduced(self, share: torch.Tensor, group: Any) -> dict[str, torch.Tensor]:
         mean = super()._reduced(share, group)["mean"]
         apart = (self._state["mean"] - mean).mul_(share.sqrt()).square_()
-        return {"mean": mean, "var": _sum_over(apart.add_(self._state["var"] * share), group)}
+        return {"mean": mean, "var": self._sum_over(apart.add_(self._state["var"] * share), group)}
 
 
 class RunningMedian(MedianStream["torch.Tensor", "torch.Tensor"]):

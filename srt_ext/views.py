@@ -69,13 +69,11 @@ def grid(radius: float, step: float = 1) -> torch.Tensor:
     _check_radius("grid", radius)
     if not 0 < step < math.inf:
         raise ValueError(f"views.grid: step must be > 0 pixels, and finite; got {step}")
-    steps = 2 * radius / step
+    steps, got = 2 * radius / step, f"radius {radius}, step {step}"
     if steps + 1 > MAX_VIEWS**0.5:
-        raise ValueError(f"views.grid: at most {MAX_VIEWS} views; got radius {radius}, step {step}")
+        raise ValueError(f"views.grid: at most {MAX_VIEWS} views; got {got}")
     if abs(steps - round(steps)) > 1e-6 * round(steps):
-        raise ValueError(
-            f"views.grid: step must divide 2 * radius; got radius {radius}, step {step}"
-        )
+        raise ValueError(f"views.grid: step must divide 2 * radius; got {got}")
     axis = _axis(round(steps) + 1, radius).float()
     return torch.cartesian_prod(axis, axis)
 
@@ -318,11 +316,11 @@ def parse(text: str) -> torch.Tensor | Weighted:
     if name in _DESIGNS:
         design, kinds, least = _DESIGNS[name]
         numbers = {int: "[0-9]+", float: r"[0-9]+(\.[0-9]+)?"}
-        if least <= len(words) <= len(kinds) and all(
-            re.fullmatch(numbers[kind], word) for kind, word in zip(kinds, words, strict=False)
-        ):
+        given = list(zip(kinds, words, strict=False))
+        fits = all(re.fullmatch(numbers[kind], word) for kind, word in given)
+        if fits and least <= len(words) <= len(kinds):
             try:
-                return design(*(kind(word) for kind, word in zip(kinds, words, strict=False)))
+                return design(*(kind(word) for kind, word in given))
             except ValueError as error:
                 reason = f" ({error})"
     raise ValueError(f"{_FORMS}; got {text!r}{reason}")
@@ -351,8 +349,7 @@ def resolve(
         views = parse(views)
     elif isinstance(views, int) and not isinstance(views, bool):
         views = best(views)
-    pair = views if isinstance(views, tuple) and len(views) == 2 else (views, None)
-    offsets, weights = pair
+    offsets, weights = views if isinstance(views, tuple) and len(views) == 2 else (views, None)
     if not isinstance(offsets, torch.Tensor):
         raise TypeError(
             "SRT: views must be a torch.Tensor, (offsets, weights), a string or an integer; "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ import torch
 from ._memory import free_bytes
 from .backbones import Backbone
 from .ops import ensemble, ensemble_moments
+from .options import Reduce
 from .srt import SRT, ViewTokens
 from .views import resolve
 
@@ -24,9 +25,8 @@ if TYPE_CHECKING:
 class PCAColors:
     """Features to RGB by the first three principal components of those it is fitted to.
 
-    Args:
-        features: [1, C, h, w], any dtype. Basis and range are the same for every later call, so
-            that colors can be compared.
+    Both [1, C, h, w], any dtype. Basis and range are the same for every later call, so that colors
+    can be compared.
     """
 
     def __init__(self, features: torch.Tensor) -> None:
@@ -38,9 +38,9 @@ class PCAColors:
 
     def __call__(self, features: torch.Tensor) -> np.ndarray:
         """features [1, C, h, w] -> RGB [h, w, 3] in 0 .. 1."""
-        projected = self._pca.transform(_rows(features))
-        scaled = (projected - self._low) / np.maximum(self._high - self._low, 1e-12)
-        rgb: np.ndarray = np.clip(scaled, 0, 1).reshape(*features.shape[-2:], 3)
+        shifted = self._pca.transform(_rows(features)) - self._low
+        scaled = np.clip(shifted / np.maximum(self._high - self._low, 1e-12), 0, 1)
+        rgb: np.ndarray = scaled.reshape(*features.shape[-2:], 3)
         return rgb.astype(np.float32)
 
 
@@ -70,15 +70,14 @@ def enlarge(image: np.ndarray, cell: tuple[int, int], size: tuple[int, ...]) -> 
 class Tokens(NamedTuple):
     """The tokens of one layer for an image and its views."""
 
-    plain: torch.Tensor  # [1, 1, N, C], N = h * w, of the unshifted image
-    views: torch.Tensor  # [V, 1, N, C]
+    all: torch.Tensor  # [1 + V, 1, N, C], N = h * w: first those of the unshifted image
     grid: tuple[int, int]  # (h, w)
     patch: tuple[int, int]  # (y, x), pixels
 
     @property
     def map(self) -> torch.Tensor:
         """The plain tokens, [1, C, h, w]."""
-        return self.plain[0].transpose(1, 2).reshape(1, -1, *self.grid)
+        return self.all[0].transpose(1, 2).reshape(1, -1, *self.grid)
 
 
 class Panel(NamedTuple):
@@ -111,17 +110,10 @@ class Comparison:
     Memory: the tokens of all views at all layers, from one pass over the views, and one field (two
     with ``noise``) and its colors at a time.
 
-    Args:
-        backbone: of a list of layers.
-        views: a string for :func:`srt_ext.views.parse`.
-        stride: pixels per cell of the fields.
-        view_batch: views in one forward of the model.
-        noise: also draw the noise map.
-        query: (x, y) as fractions of width and height: also draw the cosine similarity to the
-            features there.
-
-    Attributes:
-        srt_seconds: of the last image, for shifting, the model and the mean (and the noise).
+    ``backbone`` is that of a list of layers, ``views`` a string for :func:`srt_ext.views.parse`;
+    ``stride`` and ``view_batch`` as for SRT. ``noise``: also draw the noise map. ``query``, (x, y)
+    as fractions of width and height: also draw the cosine similarity to the features there.
+    ``srt_seconds``: of the last image, for shifting, the model and the mean (and the noise).
     """
 
     def __init__(
@@ -150,60 +142,47 @@ class Comparison:
     ) -> list[list[Panel]]:
         """The panels of each layer.
 
-        Args:
-            image: [1, 3, H, W], normalised as the model wants it.
-            pixels: [H, W, 3] uint8, the same image to look at.
-            progress: called with the number of views done.
-
-        Raises:
-            ValueError: an image of fewer than 3 tokens, a stride that does not divide it, or more
-                tokens than there is memory for.
+        ``image`` [1, 3, H, W] is normalised as the model wants it, ``pixels`` [H, W, 3] uint8 is
+        the same to look at; ``progress`` is called with the number of views done. Raises ValueError
+        for an image of fewer than 3 tokens, a stride that does not divide it, or more tokens than
+        there is memory for.
         """
         start = time.perf_counter()
         layers = self.tokens(image, progress)
         self.srt_seconds = time.perf_counter() - start
         first = not self._styles
-        if first:
-            self._styles = [_LayerStyle(tokens) for tokens in layers]
-        return [
-            self._row(tokens, style, pixels, first)
-            for tokens, style in zip(layers, self._styles, strict=True)
-        ]
+        self._styles = self._styles or [_LayerStyle(tokens) for tokens in layers]
+        rows = zip(layers, self._styles, strict=True)
+        return [self._row(tokens, style, pixels, first) for tokens, style in rows]
 
     def tokens(
         self, image: torch.Tensor, progress: Callable[[int], object] | None = None
     ) -> list[Tokens]:
         """The tokens of image [1, 3, H, W] and its views at each layer."""
-        kept: list[torch.Tensor] = []
+        kept: list[Tokens] = []
         done, total = 0, len(self.srt.views)
         for batch in self.srt.tokens(image):
             if not kept:
                 self._check_memory(batch, image.device)
-                kept = [
-                    layer.tokens.new_empty(total, *layer.tokens.shape[1:]) for layer in batch.layers
-                ]
-                layouts = [(layer.grid, layer.patch) for layer in batch.layers]
-            for tokens, layer in zip(kept, batch.layers, strict=True):
-                tokens[done : done + len(batch.offsets)] = layer.tokens
+                for tokens, grid, patch, _ in batch.layers:
+                    kept.append(Tokens(tokens.new_empty(total, *tokens.shape[1:]), grid, patch))
+            for layer, new in zip(kept, batch.layers, strict=True):
+                layer.all[done : done + len(batch.offsets)] = new.tokens
             done += len(batch.offsets)
             if progress is not None:
                 progress(done - 1)  # without the unshifted image, which is the first
-        return [
-            Tokens(tokens[:1], tokens[1:], *layout)
-            for tokens, layout in zip(kept, layouts, strict=True)
-        ]
+        return kept
 
     def _check_memory(self, batch: ViewTokens, device: torch.device) -> None:
-        views, first = len(self.srt.views), batch.layers[0]
-        pixels = first.tokens.shape[2] * first.patch[0] * first.patch[1]
-        channels = [layer.tokens.shape[3] for layer in batch.layers]
-        tokens = sum(views * layer.tokens[0].nbytes for layer in batch.layers)
-        fields = (3 if self.noise else 2) * 4 * (pixels // self.stride**2) * max(channels)
-        free = free_bytes(device)
-        if tokens + fields > free:
+        views, layers, free = len(self.srt.views), batch.layers, free_bytes(device)
+        pixels = layers[0].tokens.shape[2] * layers[0].patch[0] * layers[0].patch[1]
+        channels = max(layer.tokens.shape[3] for layer in layers)
+        needed = sum(views * layer.tokens[0].nbytes for layer in layers)
+        needed += (3 if self.noise else 2) * 4 * (pixels // self.stride**2) * channels
+        if needed > free:
             raise ValueError(
-                f"{(tokens + fields) / 2**30:.1f} GiB are needed for the tokens of {views} views "
-                f"at {len(channels)} layers and for a field, {free / 2**30:.1f} are free: take a "
+                f"{needed / 2**30:.1f} GiB are needed for the tokens of {views} views "
+                f"at {len(layers)} layers and for a field, {free / 2**30:.1f} are free: take a "
                 "smaller --size, a larger --stride, fewer --views"
             )
 
@@ -212,24 +191,15 @@ class Comparison:
 
         ``reduce``: ``mean``, ``median`` (unweighted) or ``bilinear``, the upsampled plain tokens.
         """
-        views, weights = (tokens.views, self.offsets), self.weights
+        views, kind = (tokens.all[1:], self.offsets), cast(Reduce, reduce)
         if reduce == "bilinear":
-            views = (tokens.plain, torch.zeros(1, 2))
-        if reduce != "mean":
-            weights = None
-        field = ensemble(
-            *views,
-            tokens.grid,
-            tokens.patch,
-            weights,
-            reduce="median" if reduce == "median" else "mean",
-            stride=self.stride,
-        )
-        return self._cropped(field, size)
+            views, kind = (tokens.all[:1], torch.zeros(1, 2)), "mean"
+        args = (*views, tokens.grid, tokens.patch, self.weights if reduce == "mean" else None)
+        return self._cropped(ensemble(*args, reduce=kind, stride=self.stride), size)
 
     def moments(self, tokens: Tokens, size: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         """The mean, as :meth:`field`, and the noise map [H', W'], the norm of the deviations."""
-        args = (tokens.views, self.offsets, tokens.grid, tokens.patch, self.weights)
+        args = (tokens.all[1:], self.offsets, tokens.grid, tokens.patch, self.weights)
         mean, var = ensemble_moments(*args, stride=self.stride)
         return self._cropped(mean, size), self._cropped(var, size)[0].float().sum(0).sqrt()
 
@@ -249,10 +219,9 @@ class Comparison:
 
         more, point = [], None
         if noise is not None:
-            values = noise.numpy()
-            low, high = np.percentile(values, [2, 98])
+            low, high = np.percentile(noise, [2, 98])
             style.noise = style.noise or color_map(low, high, "gray")
-            rgb = style.noise.to_rgba(values)[..., :3]
+            rgb = style.noise.to_rgba(noise.numpy())[..., :3]
             more.append(Panel("noise: spread of the views", enlarge(rgb, cell, size)))
         if self.query is not None:
             if first:  # in later images the point may have moved
@@ -276,36 +245,25 @@ class Comparison:
         ]
 
     def _similarity(
-        self,
-        tokens: Tokens,
-        mean: torch.Tensor,
-        style: _LayerStyle,
-        point: tuple[float, float] | None,
-        size: tuple[int, ...],
+        self, tokens: Tokens, mean: torch.Tensor, style: _LayerStyle, point: Any, size: Any
     ) -> list[Panel]:
         """The cosine similarity of tokens and mean to the point of the first image."""
-        fields = {"tokens": (tokens.map, tokens.patch), "SRT": (mean, (self.stride, self.stride))}
+        fields, cells = (tokens.map, mean), (tokens.patch, (self.stride, self.stride))
         if not style.query:
             assert point is not None
             style.query = [
                 field[0, :, int(point[1]) // cell[0], int(point[0]) // cell[1]].clone()
-                for field, cell in fields.values()
+                for field, cell in zip(fields, cells, strict=True)
             ]
-        maps = [
-            cosine_map(field, vector).numpy()
-            for (field, _), vector in zip(fields.values(), style.query, strict=True)
-        ]
+        maps = [cosine_map(*pair).numpy() for pair in zip(fields, style.query, strict=True)]
         if style.similarity is None:  # one range for both
             style.similarity = color_map(min(np.percentile(m, 2) for m in maps), 1.0, "inferno")
-        to_rgba, low = style.similarity.to_rgba, style.similarity.norm.vmin
-        return [
-            Panel(
-                f"cosine to the point, {name}: {low:.2f} ... 1",
-                enlarge(to_rgba(values)[..., :3], cell, size),
-                point,
-            )
-            for (name, (_, cell)), values in zip(fields.items(), maps, strict=True)
-        ]
+        panels = []
+        for name, values, cell in zip(("tokens", "SRT"), maps, cells, strict=True):
+            title = f"cosine to the point, {name}: {style.similarity.norm.vmin:.2f} ... 1"
+            rgb = style.similarity.to_rgba(values)[..., :3]
+            panels.append(Panel(title, enlarge(rgb, cell, size), point))
+        return panels
 
 
 def draw(rows: Sequence[Sequence[Panel]], names: Sequence[str]) -> Figure:
@@ -314,10 +272,8 @@ def draw(rows: Sequence[Sequence[Panel]], names: Sequence[str]) -> Figure:
 
     height, width = rows[0][0].rgb.shape[:2]
     inch = 4.0
-    figure = Figure(
-        figsize=(inch * len(rows[0]), len(rows) * (inch * height / width + 0.4)),
-        layout="constrained",
-    )
+    figsize = (inch * len(rows[0]), len(rows) * (inch * height / width + 0.4))
+    figure = Figure(figsize=figsize, layout="constrained")
     grid = figure.subplots(len(rows), len(rows[0]), squeeze=False)
     for line, panels, name in zip(grid, rows, names, strict=True):
         for axes, panel in zip(line, panels, strict=True):
@@ -345,13 +301,10 @@ def render(figure: Figure) -> Any:
 
 
 def write_frames(frames: Iterable[Any], output: Path, fps: float) -> int:
-    """Writes images of Pillow and returns their number.
+    """Writes images of Pillow, of one size, and returns their number.
 
-    Args:
-        frames: of one size.
-        output: .gif or .webp, an animation, which is held in memory until the last frame; or a
-            folder: 00000.png and so on, each as it comes.
-        fps: frames a second, of an animation.
+    To a .gif or .webp, an animation of ``fps`` frames a second, which is held in memory until the
+    last frame; or to a folder: 00000.png and so on, each as it comes.
     """
     if not output.suffix:
         count = 0
@@ -359,8 +312,7 @@ def write_frames(frames: Iterable[Any], output: Path, fps: float) -> int:
             frame.save(output / f"{count - 1:05}.png")
         return count
     kept = list(frames)
-    if kept:
-        kept[0].save(
-            output, save_all=True, append_images=kept[1:], duration=round(1000 / fps), loop=0
-        )
+    settings = {"append_images": kept[1:], "duration": round(1000 / fps), "loop": 0}
+    for first in kept[:1]:
+        first.save(output, save_all=True, **settings)
     return len(kept)

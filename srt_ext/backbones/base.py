@@ -73,7 +73,7 @@ class CallableBackbone(Backbone):
 
     def __init__(self, model: Model, patch: object, prefix: object):
         super().__init__(model, patch)
-        self.prefix = None if prefix is None else check_count("SRT", "prefix", prefix, 0)
+        self.prefix = resolve_prefix(prefix, None)
 
     def features(self, images: torch.Tensor) -> list[Features]:
         return self._features(images)
@@ -206,18 +206,12 @@ def normalize_indices(layers: list[int], count: int) -> list[int]:
     return [layer % count for layer in layers]
 
 
-def int_or_pair(value: Any) -> Any:
-    """A size as ``check_pair`` takes it: configurations hold lists."""
-    return value if isinstance(value, int) else tuple(value)
-
-
 def resolve_patch(given: object, declared: Any) -> Any:
     """The declared patch size; one that is given must not contradict it."""
-    if given is not None and check_pair("SRT", "patch", given) != check_pair(
-        "SRT", "patch", int_or_pair(declared)
-    ):
+    pair = check_pair("SRT", "patch", declared)
+    if given is not None and check_pair("SRT", "patch", given) != pair:
         raise ValueError(f"SRT: patch must be that of the model, {declared}; got {given}")
-    return declared
+    return pair
 
 
 def resolve_prefix(given: object, declared: int | None) -> int | None:
@@ -235,7 +229,7 @@ def declared_patch(model: Any) -> Any:
     for place in (model, getattr(model, "patch_embed", None), getattr(model, "config", None)):
         patch = getattr(place, "patch_size", None)
         if patch is not None:
-            return int_or_pair(patch)
+            return patch
     raise ValueError(
         "SRT: patch must be given where the model does not tell it; "
         f"got None with {type(model).__name__}"

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from functools import partial
 from typing import Any
 
 import torch
 
-from .._validation import check_count
-from .base import Backbone, Features, Model, declared_patch, parse_output, unwrap
+from . import transformers
+from .base import Backbone, Features, Model, declared_patch, parse_output, resolve_prefix, unwrap
 from .timm import image_size_errors, patch_sides
-from .transformers import (
-    accepts,
-    any_size_arguments,
-    declared_prefix,
-    is_transformers,
-    mask_arguments,
-)
 
 
 class _StopForward(Exception):  # noqa: N818
@@ -37,7 +31,7 @@ class HookBackbone(Backbone):
                 near = [n for n in known if n.endswith(".0")][:3]
                 hint = f" (such as {', '.join(near)})" if near else ""
                 raise ValueError(f"SRT: {rule}{hint}; got {name!r}")
-        if is_transformers(inner) and accepts(inner, "input_ids"):
+        if transformers.is_transformers(inner) and transformers.accepts(inner, "input_ids"):
             raise ValueError(
                 "SRT: model must run on pictures alone for inject and for layers by name, as the "
                 f"vision_model of CLIP does; got {type(inner).__name__}"
@@ -51,10 +45,9 @@ class HookBackbone(Backbone):
             reductions = {i["module"]: i["reduction"] for i in getattr(inner, "feature_info", [])}
             patch = reductions.get(layers[0]) if len(layers) == 1 else None
             patch = declared_patch(inner) if patch is None else patch_sides(inner, patch)
-        if prefix is None:
-            prefix = declared_prefix(inner)
-        self.prefix = None if prefix is None else check_count("SRT", "prefix", prefix, 0)
-        self.arguments = any_size_arguments(inner)
+        declared = transformers.declared_prefix(inner) if prefix is None else prefix
+        self.prefix = resolve_prefix(declared, None)
+        self.arguments = transformers.any_size_arguments(inner)
         super().__init__(model, patch, layers)
 
     @classmethod
@@ -98,7 +91,7 @@ class HookBackbone(Backbone):
     def _forward(self, images: torch.Tensor) -> Any:
         of_timm = hasattr(self.inner, "forward_intermediates")
         with image_size_errors(images) if of_timm else nullcontext():
-            order = mask_arguments(self.inner, images, self.patch)
+            order = transformers.mask_arguments(self.inner, images, self.patch)
             return self.inner(images, **self.arguments, **order)
 
     @contextmanager
@@ -109,21 +102,15 @@ class HookBackbone(Backbone):
         """
         thread = threading.get_ident()
 
-        def call(name: str, output: object) -> object:
+        def call(name: str, _module: object, _input: object, output: object) -> object:
             return hook(name, output) if threading.get_ident() == thread else None
 
-        with force_eager(self.model):
-            handles = []
-            try:
-                for name in set(self.modules):
-                    module = self.inner.get_submodule(name)
-                    handles.append(
-                        module.register_forward_hook(lambda _m, _i, out, name=name: call(name, out))
-                    )
-                yield
-            finally:
-                for handle in handles:
-                    handle.remove()
+        with force_eager(self.model), ExitStack() as handles:  # each removes its hook
+            for name in set(self.modules):
+                module = self.inner.get_submodule(name)
+                hooked = partial(call, name)
+                handles.enter_context(module.register_forward_hook(hooked))
+            yield
 
     def forward_with(
         self, images: torch.Tensor, replace: Callable[[Features], tuple[torch.Tensor, Any]]
@@ -171,7 +158,7 @@ class HookBackbone(Backbone):
 def force_eager(model: Any) -> AbstractContextManager[Any]:
     """Runs compiled models eagerly: compiled code does not call new hooks."""
     compiled = hasattr(model, "dynamo_ctx") or getattr(model, "_compiled_call_impl", None)
-    return _eager_stance.enter() if compiled else nullcontext()
+    return _eager_stance if compiled else nullcontext()
 
 
 class _EagerStance:
@@ -181,19 +168,17 @@ class _EagerStance:
         self.lock, self.threads = threading.Lock(), 0
         self.stance: Any = None
 
-    @contextmanager
-    def enter(self) -> Iterator[None]:
+    def __enter__(self) -> None:
         with self.lock:
             if self.threads == 0:
                 self.stance = torch.compiler.set_stance("force_eager")
             self.threads += 1
-        try:
-            yield
-        finally:
-            with self.lock:
-                self.threads -= 1
-                if self.threads == 0:
-                    self.stance.__exit__(None, None, None)
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.threads -= 1
+            if self.threads == 0:
+                self.stance.__exit__(None, None, None)
 
 
 _eager_stance = _EagerStance()

@@ -9,27 +9,17 @@ from typing import Any
 
 import torch
 
-from .base import (
-    Backbone,
-    Features,
-    Model,
-    from_map,
-    grid_of,
-    normalize_indices,
-    resolve_patch,
-    resolve_prefix,
-    split_prefix,
-    unwrap,
-)
+from . import base
+from .base import Backbone, Features, Model
 
 
 class TimmBackbone(Backbone):
     """Layers are blocks, or stages of hierarchical models."""
 
     def __init__(self, model: Model, layers: list[int], norm: bool, patch: object, prefix: object):
-        inner = unwrap(model)
+        inner = base.unwrap(model)
         info = list(inner.feature_info)
-        self.indices = normalize_indices(layers, len(info))
+        self.indices = base.normalize_indices(layers, len(info))
         parameters = inspect.signature(inner.forward_intermediates).parameters
         self.returns_tokens = "return_prefix_tokens" in parameters  # not maps
         declared = patch_sides(inner, max(info[i]["reduction"] for i in self.indices))
@@ -37,8 +27,8 @@ class TimmBackbone(Backbone):
         # timm refuses norm=True for models without one (Hiera).
         self.norm = norm and (hasattr(inner, "norm") or hasattr(inner, "neck"))
         names = [info[i]["module"] for i in self.indices]
-        super().__init__(model, resolve_patch(patch, declared), names)
-        resolve_prefix(prefix, self.prefix)
+        super().__init__(model, base.resolve_patch(patch, declared), names)
+        base.resolve_prefix(prefix, self.prefix)
         # Hiera's modules permute the tokens; some models declare modules that do not exist.
         if hasattr(inner, "reroll") or not set(names) <= {n for n, _ in inner.named_modules() if n}:
             self.modules = ()
@@ -52,21 +42,14 @@ class TimmBackbone(Backbone):
         layout: dict[str, Any] = {"output_fmt": "NCHW"}
         if self.returns_tokens:
             layout = {"output_fmt": "NLC", "return_prefix_tokens": bool(self.prefix)}
-        outputs = self.inner.forward_intermediates(
-            images,
-            indices=wanted,
-            norm=self.norm,
-            stop_early=True,
-            intermediates_only=True,
-            **layout,
-        )
-        features = []
-        for output in outputs:
+        layout |= {"stop_early": True, "intermediates_only": True}
+        forward, features = self.inner.forward_intermediates, []
+        for output in forward(images, indices=wanted, norm=self.norm, **layout):
             if not self.returns_tokens:
-                features.append(from_map(output))
+                features.append(base.from_map(output))
                 continue
             tokens, prefix = output if isinstance(output, (tuple, list)) else (output, None)
-            split = split_prefix(tokens, grid_of(images, self.patch), 0)
+            split = base.split_prefix(tokens, base.grid_of(images, self.patch), 0)
             features.append(split._replace(prefix=prefix))
         return [features[wanted.index(i)] for i in self.indices]
 

@@ -7,19 +7,8 @@ from typing import Any
 
 import torch
 
-from .base import (
-    Backbone,
-    Features,
-    Model,
-    from_map,
-    grid_of,
-    int_or_pair,
-    normalize_indices,
-    parse_output,
-    resolve_patch,
-    resolve_prefix,
-    unwrap,
-)
+from . import base
+from .base import Backbone, Features, Model
 
 _NORMS = ("layernorm", "norm", "rms_norm", "post_layernorm")
 _PREFIX_PARAMETERS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
@@ -29,18 +18,12 @@ class TransformersBackbone(Backbone):
     """Layers are those of the encoder."""
 
     def __init__(self, model: Model, layers: list[int], norm: bool, patch: object, prefix: object):
-        encoder = vision_encoder(unwrap(model))
+        encoder = vision_encoder(base.unwrap(model))
         config = encoder.config
         depth: Any = getattr(config, "num_hidden_layers", None)
         modules = dict(encoder.named_modules())
-        blocks = next(
-            (
-                name
-                for name, module in modules.items()
-                if isinstance(module, torch.nn.ModuleList) and len(module) == depth
-            ),
-            None,
-        )
+        lists = {n: m for n, m in modules.items() if isinstance(m, torch.nn.ModuleList)}
+        blocks = next((name for name, module in lists.items() if len(module) == depth), None)
         # Stages (Swin, ConvNeXt) have pitches, layouts and norms of their own.
         if not blocks or not hasattr(config, "patch_size") or hasattr(config, "depths"):
             raise ValueError(
@@ -48,24 +31,17 @@ class TransformersBackbone(Backbone):
                 "it has no list of num_hidden_layers layers whose tokens are all of one size; "
                 f"got {layers}"
             )
-        self.indices = normalize_indices(layers, depth)
+        self.indices = base.normalize_indices(layers, depth)
         self.last = depth - 1
         # It may lie below the vision model: `vision_model.post_layernorm`.
-        self.norm = next(
-            (
-                name
-                for name in modules
-                if norm and not name.startswith(blocks + ".") and name.rpartition(".")[2] in _NORMS
-            ),
-            "",
-        )
-        self.neck = norm and any(name.rpartition(".")[2] == "neck" for name in modules)
-        declared = declared_prefix(encoder)
+        outside = [n for n in modules if norm and not n.startswith(blocks + ".")]
+        self.norm = next((n for n in outside if n.rpartition(".")[2] in _NORMS), "")
+        self.neck = norm and any(n.rpartition(".")[2] == "neck" for n in modules)
         self.arguments = {"output_hidden_states": True, **any_size_arguments(encoder)}
-        path = next((n for n, m in unwrap(model).named_modules() if m is encoder), "")
+        path = next((n for n, m in base.unwrap(model).named_modules() if m is encoder), "")
         names = [".".join(filter(None, (path, blocks, str(i)))) for i in self.indices]
-        super().__init__(model, resolve_patch(patch, int_or_pair(config.patch_size)), names)
-        self.prefix = resolve_prefix(prefix, declared)
+        super().__init__(model, base.resolve_patch(patch, config.patch_size), names)
+        self.prefix = base.resolve_prefix(prefix, declared_prefix(encoder))
 
     def _features(self, images: torch.Tensor) -> list[Features]:
         encoder = vision_encoder(self.inner)
@@ -75,17 +51,17 @@ class TransformersBackbone(Backbone):
         for i in self.indices:
             tokens = output.hidden_states[i + 1]  # the first is that of the patch embedding
             if self.neck and i == self.last:
-                features.append(from_map(output.last_hidden_state))
+                features.append(base.from_map(output.last_hidden_state))
                 continue
             if self.norm:
                 tokens = encoder.get_submodule(self.norm)(tokens)
             # SAM's are NHWC.
-            features.append(parse_output(tokens, images, self.patch, self.prefix)[0])
+            features.append(base.parse_output(tokens, images, self.patch, self.prefix)[0])
         return features
 
 
 def is_transformers(model: object) -> bool:
-    return any(base.__module__.startswith("transformers.") for base in type(model).__mro__)
+    return any(kind.__module__.startswith("transformers.") for kind in type(model).__mro__)
 
 
 def vision_encoder(model: Any) -> Any:
@@ -123,7 +99,7 @@ def mask_arguments(model: Any, images: torch.Tensor, patch: tuple[int, int]) -> 
             "SRT: mask_ratio of the model's configuration must be 0, or it leaves patches out; "
             f"got {ratio}"
         )
-    height, width = grid_of(images, patch)
+    height, width = base.grid_of(images, patch)
     return {"noise": torch.arange(height * width, device=images.device).expand(len(images), -1)}
 
 
@@ -132,9 +108,9 @@ def declared_prefix(model: Any) -> int | None:
     if not is_transformers(model):
         count = getattr(model, "num_prefix_tokens", None)  # timm's
         return count if isinstance(count, int) else None
-    counts = [  # not the query of a pooling head
-        parameter.shape[-2] if parameter.dim() > 1 else 1
-        for name, parameter in vision_encoder(model).named_parameters()
-        if name.rpartition(".")[2] in _PREFIX_PARAMETERS and "embed" in name.rpartition(".")[0]
-    ]
-    return sum(counts) if counts else None
+    count = 0
+    for name, parameter in vision_encoder(model).named_parameters():
+        place, _, last = name.rpartition(".")
+        if last in _PREFIX_PARAMETERS and "embed" in place:  # not the query of a pooling head
+            count += parameter.shape[-2] if parameter.dim() > 1 else 1
+    return count or None

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -62,12 +63,8 @@ def _diagnose(level: str, color: str, message: str) -> None:
     Console(stderr=True).print(text, highlight=False, soft_wrap=True)
 
 
-def note(message: str) -> None:
-    _diagnose("note", "yellow", message)
-
-
-def error(message: str) -> None:
-    _diagnose("error", "red", message)
+note = partial(_diagnose, "note", "yellow")
+error = partial(_diagnose, "error", "red")
 
 
 def fatal(message: str) -> typer.Exit:
@@ -143,18 +140,10 @@ def check_output(path: Path, suffixes: tuple[str, ...]) -> None:
 
 
 class Network:
-    """A frozen model, and images as it wants them.
+    """A frozen model, and images as it wants them; ``backbone`` has the seconds that it took.
 
-    Args:
-        name, weights: as for :func:`srt_ext.hub.load_timm`.
-        layers: as for :func:`srt_ext.backbones.describe`.
-
-    Attributes:
-        backbone: with the seconds that the model has taken.
-
-    Raises:
-        ModelError: the model cannot be loaded.
-        ValueError: layers that it does not have.
+    Arguments and errors are those of :func:`srt_ext.hub.load_timm` and
+    :func:`srt_ext.backbones.describe`.
     """
 
     def __init__(self, name: str, weights: Path | None, layers: int | list[int] | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -13,9 +13,6 @@ import typer
 from .. import __version__
 from . import common
 from .images import find_images, open_image, to_pixels
-
-if TYPE_CHECKING:
-    from .folder import Folder
 
 
 class DType(str, Enum):
@@ -73,7 +70,7 @@ def command(
         import torch
 
         from ..srt import SRT
-        from .folder import Folder, lock_folder, to_tensors
+        from .folder import lock_folder, save, to_tensors, write_folder
 
         count = common.count_views(views, weights)
         if many:
@@ -83,7 +80,7 @@ def command(
             pixels = to_pixels(open_image(photo), size)
         network = common.load_network(model, weights, layer)
         srt = SRT(network.backbone, views, stride=stride, view_batch=view_batch)
-        torch_dtype: torch.dtype = getattr(torch, dtype.value)
+        torch_dtype = getattr(torch, dtype.value)
         settings = {
             "srt_ext": __version__,
             "model": network.name,
@@ -96,15 +93,20 @@ def command(
         }
         if many:
             with lock_folder(output):
-                folder = Folder(photo, paths, output, settings)
-                write_folder(folder, network, srt, size=size, dtype=torch_dtype, workers=workers)
+                options = (size, torch_dtype, workers)
+                write_folder(photo, paths, output, settings, network, srt, *options)
             return
         with common.progress_bar("views", count) as progress:
             start = time.perf_counter()
             result = srt(network.image(pixels), progress)
             seconds = time.perf_counter() - start
         tensors = to_tensors(result, torch_dtype)
-        write_one(tensors, output, {**settings, "photo": photo.name})
+        if output.suffix.lower() == ".npz":
+            arrays: Any = {name: tensor.numpy() for name, tensor in tensors.items()}
+            with output.open("wb") as file:  # savez would add its own suffix to .NPZ
+                np.savez(file, **arrays)
+        else:
+            save(tensors, output, {**settings, "photo": photo.name})
     height, width = pixels.shape[:2]
     shape = " x ".join(str(n) for n in tensors["field"].shape)
     common.echo(
@@ -112,41 +114,3 @@ def command(
         common.timing(network.backbone.seconds, seconds),
         f"wrote {output}",
     )
-
-
-def write_one(tensors: dict[str, Any], output: Path, metadata: dict[str, str]) -> None:
-    if output.suffix.lower() == ".npz":
-        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-        with output.open("wb") as file:  # savez would add its own suffix to .NPZ
-            np.savez(file, **arrays)
-    else:
-        from .folder import save
-
-        save(tensors, output, metadata)
-
-
-def write_folder(folder: Folder, network: common.Network, srt: Any, **settings: Any) -> None:
-    """With a progress bar, and a summary however it ends."""
-    summary = folder.summary
-    try:
-        with common.progress_bar("pictures", summary.found) as progress:
-
-            def update() -> None:
-                progress(summary.there + summary.written + summary.failed)
-
-            update()
-            folder.run(network, srt, on_error=common.error, progress=update, **settings)
-    except KeyboardInterrupt:
-        common.error("interrupted; the same command goes on")
-        raise typer.Exit(130) from None
-    finally:
-        changed = f" ({summary.changed} had changed since)" if summary.changed else ""
-        common.echo(
-            f"{summary.found} pictures: {summary.written} written{changed}, "
-            f"{summary.there} were there, {summary.failed} failed",
-            f"{summary.bytes / 1e9:.2f} GB in {summary.seconds:.1f} s, "
-            f"{network.backbone.seconds:.1f} s of them in the model",
-            f"wrote to {folder.out}",
-        )
-    if summary.failed:
-        raise typer.Exit(1)

@@ -5,35 +5,22 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 
 from ..srt import SRT, SRTOutput
-from .common import Network
+from . import common
 from .images import ImageError, open_image, to_pixels
 
 LOCK_TIMEOUT = 10.0  # seconds; the workers of a run that was killed outlive it by 5
-
-
-@dataclass
-class Summary:
-    """Counts of the images of a folder."""
-
-    found: int
-    there: int = 0  # finished by an earlier run
-    changed: int = 0  # finished by an earlier run, but the image has changed since
-    written: int = 0
-    failed: int = 0
-    bytes: int = 0  # written
-    seconds: float = 0.0
 
 
 class FolderError(RuntimeError):
@@ -41,11 +28,7 @@ class FolderError(RuntimeError):
 
 
 def to_tensors(output: SRTOutput, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """``field`` [C, H', W'] and ``prefix`` [K, C] of one image, dense.
-
-    Raises:
-        ValueError: a value out of the range of ``dtype``.
-    """
+    """``field`` [C, H', W'] and ``prefix`` [K, C] of an image, dense, in the range of ``dtype``."""
     tensors = {}
     for name, tensor in output._asdict().items():
         if tensor is None:
@@ -94,132 +77,115 @@ def _load(dataset: _Pixels, workers: int) -> Iterator[Any]:
 
 @contextmanager
 def lock_folder(out: Path) -> Iterator[None]:
-    """Makes the folder, and locks it until the last process with the handle ends.
-
-    Raises:
-        FolderError: it cannot be made, or another run is writing to it.
-    """
+    """Makes the folder, and locks it until the last process with the handle ends."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         handle = os.open(out, os.O_RDONLY)
     except OSError as error:
         raise FolderError(f"{out} cannot be written: {error.strerror}") from None
+    deadline = time.monotonic() + LOCK_TIMEOUT
     try:
-        deadline = time.monotonic() + LOCK_TIMEOUT
-        while not _try_lock(handle):
-            if time.monotonic() > deadline:
-                raise FolderError(f"another run is writing to {out}")
-            time.sleep(0.1)
+        with suppress(OSError):  # a file system without locks
+            while True:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise FolderError(f"another run is writing to {out}") from None
+                    time.sleep(0.1)
         yield
     finally:
         os.close(handle)
 
 
-def _try_lock(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass  # a file system without locks
-    return True
-
-
-class Folder:
-    """The images of a folder and its folders, and which of them are to be done.
+def write_folder(
+    folder: Path,
+    images: list[Path],
+    out: Path,
+    settings: dict[str, str],
+    network: common.Network,
+    srt: SRT,
+    size: int,
+    dtype: torch.dtype,
+    workers: int,
+) -> None:
+    """Writes the features of images in a folder, with a progress bar and, at its end, a summary.
 
     ``a/b.jpg`` becomes ``OUT/a/b.jpg.safetensors``, so that ``b.png`` has another name. Each file
     holds its settings as metadata. Finished ones are skipped; if any in ``out`` has other settings,
-    nothing is done.
+    nothing is done. Images that fail are reported and skipped.
 
-    Args:
-        folder, images: as :func:`srt_ext.cli.images.find_images` finds them.
-        out: a folder; it may be ``folder``, or lie in it.
-        settings: everything that the features depend on.
-
-    Attributes:
-        summary: valid at any time, also after an exception.
-
-    Raises:
-        FolderError: ``out`` has features of other settings.
+    ``out`` may be ``folder``, or lie in it. ``settings``: everything that the features depend on.
+    Raises a FolderError if ``out`` has features of other settings or cannot be written, or a worker
+    died; typer.Exit if images failed, or it was interrupted.
     """
-
-    def __init__(
-        self, folder: Path, images: list[Path], out: Path, settings: dict[str, str]
-    ) -> None:
-        self.out, self.settings = out, settings
-        self.summary = Summary(len(images))
-        targets = {out / f"{path.relative_to(folder)}.safetensors": path for path in images}
-        finished = self._finished(set(targets))
-        self._todo: list[tuple[Path, Path, dict[str, str]]] = []  # image, target, metadata
-        for target, path in targets.items():
-            source = {"photo": path.relative_to(folder).as_posix(), **_file_version(path)}
-            before = finished.get(target)
-            if before is not None and source.items() <= before.items():
-                self.summary.there += 1
-                continue
-            self.summary.changed += before is not None
-            self._todo.append((path, target, {**settings, **source}))
-
-    def _finished(self, targets: set[Path]) -> dict[Path, dict[str, str]]:
-        """The metadata of the files in ``out``, none of which may have other settings."""
-        found = {}
-        for path in sorted(self.out.rglob("*.safetensors")):
-            try:
-                with safe_open(path, "pt") as file:
-                    metadata = file.metadata() or {}
-            except (OSError, SafetensorError):
-                continue  # broken: made again if it is one of the targets
-            if path not in targets and "srt_ext" not in metadata:
-                continue  # not written by srt_ext
-            others = [
-                f"{key} {metadata.get(key, 'unknown')}, now {value}"
-                for key, value in self.settings.items()
-                if metadata.get(key) != value
-            ]
-            if others:
-                raise FolderError(
-                    f"{path} was made with other settings ({'; '.join(others)}): choose another "
-                    f"--output, or remove the features in {self.out}"
-                )
-            found[path] = metadata
-        return found
-
-    def run(
-        self,
-        network: Network,
-        srt: SRT,
-        *,
-        size: int,
-        dtype: torch.dtype,
-        workers: int,
-        on_error: Callable[[str], object],
-        progress: Callable[[], object],
-    ) -> None:
-        """Writes what is missing. Images that fail are reported to ``on_error`` and skipped.
-
-        Raises:
-            FolderError: ``out`` cannot be written, or a worker died.
-        """
-        start = time.perf_counter()
-        loaded = _load(_Pixels([path for path, _, _ in self._todo], size), workers)
-        try:
-            for (path, target, metadata), pixels in zip(self._todo, loaded, strict=True):
+    targets = {out / f"{path.relative_to(folder)}.safetensors": path for path in images}
+    finished = _finished(out, targets, settings)
+    todo: list[tuple[Path, Path, dict[str, str]]] = []  # image, target, metadata
+    for target, path in targets.items():
+        source = {"photo": path.relative_to(folder).as_posix(), **_file_version(path)}
+        if target not in finished or not source.items() <= finished[target].items():
+            todo.append((path, target, {**settings, **source}))
+    again = sum(target in finished for _, target, _ in todo)  # the image has changed since
+    there, failed, written = len(images) - len(todo), 0, []
+    start = time.perf_counter()
+    try:
+        loaded = _load(_Pixels([path for path, _, _ in todo], size), workers)
+        with common.progress_bar("pictures", len(images)) as progress:
+            progress(there)
+            for (path, target, metadata), pixels in zip(todo, loaded, strict=True):
                 try:
                     if isinstance(pixels, str):
                         raise ImageError(pixels)
                     tensors = to_tensors(srt(network.image(pixels.numpy())), dtype)
                 except (ValueError, RuntimeError, MemoryError) as error:
-                    self.summary.failed += 1
+                    failed += 1
                     # An ImageError names its file.
                     named = isinstance(error, ImageError)
-                    on_error(str(error) if named else f"{path}: {error}")
+                    common.error(str(error) if named else f"{path}: {error}")
                 else:
-                    self.summary.bytes += _write(target, tensors, metadata)
-                    self.summary.written += 1
-                progress()
-        finally:
-            self.summary.seconds += time.perf_counter() - start
+                    written.append(_write(target, tensors, metadata))
+                progress(there + failed + len(written))
+    except KeyboardInterrupt:
+        common.error("interrupted; the same command goes on")
+        raise typer.Exit(130) from None
+    finally:
+        changed = f" ({again} had changed since)" if again else ""
+        common.echo(
+            f"{len(images)} pictures: {len(written)} written{changed}, "
+            f"{there} were there, {failed} failed",
+            f"{sum(written) / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s, "
+            f"{network.backbone.seconds:.1f} s of them in the model",
+            f"wrote to {out}",
+        )
+    if failed:
+        raise typer.Exit(1)
+
+
+def _finished(out: Path, targets: Any, settings: dict[str, str]) -> dict[Path, dict[str, str]]:
+    """The metadata of the files in ``out``, none of which may have other settings."""
+    found = {}
+    for path in sorted(out.rglob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+        except (OSError, SafetensorError):
+            continue  # broken: made again if it is one of the targets
+        if path not in targets and "srt_ext" not in metadata:
+            continue  # not written by srt_ext
+        others = [
+            f"{key} {metadata.get(key, 'unknown')}, now {value}"
+            for key, value in settings.items()
+            if metadata.get(key) != value
+        ]
+        if others:
+            raise FolderError(
+                f"{path} was made with other settings ({'; '.join(others)}): choose another "
+                f"--output, or remove the features in {out}"
+            )
+        found[path] = metadata
+    return found
 
 
 def _file_version(path: Path) -> dict[str, str]:

@@ -21,10 +21,8 @@ class ImageError(ValueError):
 def open_image(path: Path) -> Any:
     """An RGB image of Pillow, upright.
 
-    Transparent pixels become white; 16 bits a channel are reduced to 8.
-
-    Raises:
-        ImageError: no such file, or none that Pillow reads to its end.
+    Transparent pixels become white; 16 bits a channel are reduced to 8. Raises an ImageError if
+    there is no such file, or none that Pillow reads to its end.
     """
     from PIL import Image, ImageOps
 
@@ -61,32 +59,20 @@ def to_pixels(image: Any, size: int) -> np.ndarray:
 def find_images(folder: Path, *, nested: bool = False, without: Path | None = None) -> list[Path]:
     """The images of a folder by their suffixes, 2.png before 10.png; hidden files are skipped.
 
-    Args:
-        folder: where to look.
-        nested: in its folders, too, but in no hidden one.
-        without: a folder in it that is skipped.
-
-    Raises:
-        ImageError: there is none, or a folder cannot be read.
+    ``nested``: in its folders, too, but in no hidden one, nor in ``without``. Raises an ImageError
+    if there is none, or a folder cannot be read.
     """
 
     def fail(error: OSError) -> None:  # os.walk would skip the folder silently
         raise ImageError(f"{error.filename} cannot be read: {error.strerror}")
 
     found: list[Path] = []
+    skipped = without and without.resolve()
     for parent, folders, names in os.walk(folder, onerror=fail):
-        folders[:] = [
-            name
-            for name in folders
-            if nested
-            and not name.startswith(".")
-            and (without is None or Path(parent, name).resolve() != without.resolve())
-        ]
-        found += [
-            Path(parent, name)
-            for name in names
-            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
-        ]
+        folders[:] = [f for f in folders if nested and Path(parent, f).resolve() != skipped]
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths = [Path(parent, name) for name in names if not name.startswith(".")]
+        found += [path for path in paths if path.suffix.lower() in SUFFIXES]
     if not found:
         raise ImageError(f"{folder} has no pictures ({', '.join(SUFFIXES)})")
     return sorted(found, key=_natural_key)

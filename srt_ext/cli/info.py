@@ -43,11 +43,10 @@ def _version(package: str) -> str:
 def _cpu() -> str:
     if unavailable is not None:
         return f"not available: {unavailable}"
-    import torch
+    from torch import get_num_threads, ops
 
-    ops = torch.ops.srt
-    kernels = f"{ops._cpu_kernels()} (of {ops._available_cpu_kernels()})"
-    return f"{kernels}, {torch.get_num_threads()} threads"
+    kernels = f"{ops.srt._cpu_kernels()} (of {ops.srt._available_cpu_kernels()})"
+    return f"{kernels}, {get_num_threads()} threads"
 
 
 def _cuda() -> str:

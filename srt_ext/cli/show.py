@@ -66,33 +66,33 @@ def command(
     tokens of all views are held in memory.
     """
     video = photo.is_dir()
-    if output is None:
-        output = Path("srt.gif" if video else "srt.png")
+    output = output or Path("srt.gif" if video else "srt.png")
     if not video:
         common.check_output(output, common.FIGURE_SUFFIXES)
     elif output.suffix:
         common.check_output(output, (".gif", ".webp"))
     with common.user_errors():
-        from ..viz import Comparison, draw
+        from ..viz import Comparison, draw, write_frames
 
         count = common.count_views(views, weights)
         paths = find_images(photo) if video else [photo]
         first = open_image(paths[0])
         point = None if query is None else parse_query(query, first.size)
         if video and not output.suffix:
-            make_frame_folder(output)
+            # Empty: frames of an earlier, longer video would be taken for the end of this one.
+            if output.exists() and (not output.is_dir() or any(output.iterdir())):
+                raise common.fatal(f"{output} must be a new folder, or an empty one")
+            output.mkdir(parents=True, exist_ok=True)
         network = common.load_network(model, weights, layer or [-1])
-        comparison = Comparison(
-            network.backbone,
-            views,
-            stride=stride,
-            view_batch=view_batch,
-            noise=noise,
-            query=point,
-        )
+        settings: Any = {"stride": stride, "view_batch": view_batch, "noise": noise, "query": point}
+        comparison = Comparison(network.backbone, views, **settings)
         names = [f"layer {index}" for index in layer or [-1]]
         if video:
-            draw_video(paths, comparison, network, names, output, size, fps)
+            frames = draw_frames(paths, comparison, network, names, size)
+            written = write_frames(frames, output, fps)
+            common.echo(f"{written} frames, {len(paths) - written} left out", f"wrote {output}")
+            if written < len(paths):
+                raise typer.Exit(1)
             return
         pixels = to_pixels(first, size)
         with common.progress_bar("views", count) as progress:
@@ -118,48 +118,25 @@ def parse_query(text: str, size: tuple[int, int]) -> tuple[float, float]:
     return (x + 0.5) / size[0], (y + 0.5) / size[1]
 
 
-def make_frame_folder(path: Path) -> None:
-    """Empty: frames of an earlier, longer video would be taken for the end of this one."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise common.fatal(f"{path} must be a new folder, or an empty one")
-    path.mkdir(parents=True, exist_ok=True)
-
-
-def draw_video(
-    paths: list[Path],
-    comparison: Comparison,
-    network: common.Network,
-    names: list[str],
-    output: Path,
-    size: int,
-    fps: float,
-) -> None:
+def draw_frames(
+    paths: list[Path], comparison: Comparison, network: common.Network, names: list[str], size: int
+) -> Iterator[Any]:
     """A frame for each image. Unreadable ones, and those of another size, are skipped."""
-    from ..viz import draw, render, write_frames
+    from ..viz import draw, render
 
-    failed = 0
-
-    def frames() -> Iterator[Any]:
-        nonlocal failed
-        first_size = None
-        with common.progress_bar("frames", len(paths)) as progress:
-            for i, path in enumerate(paths):
-                try:
-                    image = open_image(path)
-                    first_size = first_size or image.size
-                    if image.size != first_size:
-                        rule = "frames must be of one size, {} x {}".format(*first_size)
-                        raise ImageError("{}; {} is {} x {}".format(rule, path, *image.size))
-                except ImageError as reason:
-                    common.error(f"{reason}; left out")
-                    failed += 1
-                else:
-                    pixels = to_pixels(image, size)
-                    rows = comparison(network.image(pixels), pixels)
-                    yield render(draw(rows, names))
-                progress(i + 1)
-
-    written = write_frames(frames(), output, fps)
-    common.echo(f"{written} frames, {failed} left out", f"wrote {output}")
-    if failed:
-        raise typer.Exit(1)
+    first_size = None
+    with common.progress_bar("frames", len(paths)) as progress:
+        for i, path in enumerate(paths):
+            try:
+                image = open_image(path)
+                first_size = first_size or image.size
+                if image.size != first_size:
+                    rule = "frames must be of one size, {} x {}".format(*first_size)
+                    raise ImageError("{}; {} is {} x {}".format(rule, path, *image.size))
+            except ImageError as reason:
+                common.error(f"{reason}; left out")
+            else:
+                pixels = to_pixels(image, size)
+                rows = comparison(network.image(pixels), pixels)
+                yield render(draw(rows, names))
+            progress(i + 1)

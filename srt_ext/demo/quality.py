@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from matplotlib.colors import to_rgb
 from scipy.ndimage import maximum_filter, minimum_filter
 
 from ..viz import Comparison, Panel, Tokens, color_map, enlarge
@@ -62,12 +63,7 @@ def _iou(truth: np.ndarray, predicted: np.ndarray) -> float:
 
 
 class Evaluation:
-    """Scores the head of the small ViT on fields of its features.
-
-    Args:
-        network: the small ViT.
-        views: a string for :func:`srt_ext.views.parse`.
-    """
+    """Scores the head of the small ViT on fields of its features."""
 
     def __init__(self, network: Network, views: str) -> None:
         self.network, self.views = network, views
@@ -80,15 +76,12 @@ class Evaluation:
         return [self._predict(tokens, method, pixels.shape[:2]) for method in METHODS]
 
     def _predict(self, tokens: Tokens, method: str, size: tuple[int, ...]) -> Prediction:
-        height, width = size
-        if method == METHODS[0]:
-            field = tokens.map
-        else:
-            field = self._comparison.field(tokens, method.split()[-1], (height, width))
+        field, cell = tokens.map, tokens.patch
+        if method != METHODS[0]:
+            field, cell = self._comparison.field(tokens, method.split()[-1], size), (1, 1)
         # The head is linear: on a mean it gives the mean of its outputs for the views.
         found = self.network.model.head(field[0].permute(1, 2, 0)).numpy()
-        if method == METHODS[0]:
-            found = enlarge(found, tokens.patch, (height, width))
+        found = enlarge(found, cell, size)
         logits = torch.from_numpy(found[..., :-1])
         solid = logits[..., BOX:].logsumexp(2, keepdim=True)
         segments = torch.cat([logits[..., :BOX], solid], 2).argmax(2)
@@ -100,19 +93,18 @@ class Evaluation:
         """Of each of :data:`METHODS`; ``progress`` is called with the number of scenes done."""
         from sklearn.metrics import root_mean_squared_error
 
-        truth: list[Prediction] = []
-        found: list[list[Prediction]] = []
+        found: list[list[Prediction]] = []  # for each scene: the truth, then of each method
         for done, made in enumerate(scenes, 1):
-            truth.append(_truth(made))
-            found.append(self.predict(made.pixels))
+            found.append([_truth(made), *self.predict(made.pixels)])
             if progress is not None:
                 progress(done)
-        labels, segments, nearness = (np.stack(part) for part in zip(*truth, strict=True))
+        columns = zip(*found, strict=True)
+        stacked = ([np.stack(part) for part in zip(*column, strict=True)] for column in columns)
+        labels, segments, nearness = next(stacked)
         spread = (1, 2 * OUTLINE_RADIUS + 1, 2 * OUTLINE_RADIUS + 1)
         outlines = maximum_filter(segments, spread) != minimum_filter(segments, spread)
         scores = {}
-        for method, predictions in zip(METHODS, zip(*found, strict=True), strict=True):
-            predicted, parts, near = (np.stack(part) for part in zip(*predictions, strict=True))
+        for method, (predicted, parts, near) in zip(METHODS, stacked, strict=True):
             scores[method] = Score(
                 _iou(segments, parts),
                 _iou(segments[outlines], parts[outlines]),
@@ -124,38 +116,22 @@ class Evaluation:
     def rows(self, made: Scene, photo: np.ndarray) -> list[tuple[str, list[Panel]]]:
         """The rows of a figure, each of which begins with the input or the exact labels.
 
-        Args:
-            made: square.
-            photo: [H, H, 3] uint8.
+        Both images are square; photo: [H, H, 3] uint8.
         """
         near_colors = color_map(0, float(made.nearness.max()), "magma")
         segments, depth = [], []
-        for title, prediction in zip(
-            ("exact", *METHODS), [_truth(made), *self.predict(made.pixels)], strict=True
-        ):
+        predictions = [_truth(made), *self.predict(made.pixels)]
+        for title, prediction in zip(("exact", *METHODS), predictions, strict=True):
             segments.append(Panel(title, _CLASS_COLORS[prediction.labels]))
             depth.append(Panel(title, near_colors.to_rgba(prediction.nearness)[..., :3]))
-        return [
-            ("features", self._features(made.pixels)),
-            ("segments", segments),
-            ("nearness", depth),
-            ("features", self._features(photo)),
+        features = [
+            Comparison(self.network.backbone, self.views)(self.network.image(pixels), pixels)[0]
+            for pixels in (made.pixels, photo)
         ]
-
-    def _features(self, pixels: np.ndarray) -> list[Panel]:
-        comparison = Comparison(self.network.backbone, self.views)
-        return comparison(self.network.image(pixels), pixels)[0]
+        names = ("features", "segments", "nearness", "features")
+        return list(zip(names, (features[0], segments, depth, features[1]), strict=True))
 
 
 # For each of CLASSES: dark, grey, and four that also differ in lightness.
-_CLASS_COLORS = np.array(
-    [
-        [0.13, 0.13, 0.17],
-        [0.60, 0.60, 0.60],
-        [0.80, 0.25, 0.20],
-        [0.95, 0.85, 0.30],
-        [0.20, 0.40, 0.80],
-        [0.35, 0.70, 0.40],
-    ],
-    dtype=np.float32,
-)
+_COLORS = ("#21212b", "#999999", "#cc4033", "#f2d94d", "#3366cc", "#59b366")
+_CLASS_COLORS = np.array([to_rgb(color) for color in _COLORS], dtype=np.float32)

@@ -7,7 +7,7 @@ through its middle.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.ndimage import gaussian_filter
@@ -36,12 +36,7 @@ class _Solid(NamedTuple):
 
 
 def scene(seed: int, height: int, width: int) -> Scene:
-    """The same seed and size give the same scene.
-
-    Args:
-        seed: 0 or more.
-        height, width: pixels.
-    """
+    """The same seed (>= 0) and size in pixels give the same scene."""
     random = np.random.default_rng(seed)
     eye, rays, forward = _camera(random, height, width)
     solids = [_solid(random) for _ in range(random.integers(4, 14))]
@@ -52,13 +47,10 @@ def scene(seed: int, height: int, width: int) -> Scene:
     colours = _sky(random, rays, wall)
     light = _unit(np.array([random.normal(), random.uniform(0.4, 1.5), random.normal() - 0.4]))
 
-    down = rays[:, 1] < -1e-6
-    to_floor = np.full(len(rays), FAR)
-    to_floor[down] = -eye[1] / rays[down, 1]
+    to_floor = eye[1] / np.maximum(-rays[:, 1], 1e-6)
     hit = to_floor < 60
     distance[hit], labels[hit], normals[hit] = to_floor[hit], FLOOR, (0, 1, 0)
-    at = eye + rays[hit] * to_floor[hit, None]
-    colours[hit] = floor(at * (1, 0, 1))
+    colours[hit] = floor((eye + rays[hit] * to_floor[hit, None]) * (1, 0, 1))
     for solid in solids:
         reached = _reached(solid, eye[None], rays)
         if not len(reached):
@@ -99,14 +91,12 @@ def scene(seed: int, height: int, width: int) -> Scene:
     )
 
 
-def _dot(a: Vectors, b: Vectors) -> np.ndarray:
-    found: np.ndarray = np.einsum("...i,...i->...", a, b)  # sums over an axis of 3 are slow
-    return found
+def _dot(a: Vectors, b: Vectors) -> Any:
+    return np.einsum("...i,...i->...", a, b)  # sums over an axis of 3 are slow
 
 
-def _unit(vectors: Vectors) -> Vectors:
-    found: Vectors = vectors / np.sqrt(_dot(vectors, vectors))[..., None]
-    return found
+def _unit(vectors: Vectors) -> Any:
+    return vectors / np.sqrt(_dot(vectors, vectors))[..., None]
 
 
 def _turn(axis: int, angle: float) -> np.ndarray:
@@ -148,12 +138,10 @@ def _solid(random: np.random.Generator) -> _Solid:
     ahead = np.exp(random.uniform(np.log(1.5), np.log(8)))
     across = random.uniform(-0.75, 0.75) * ahead
     axes = turn[1] * radii  # what each axis adds to the height
-    if kind == BALL:
-        reach = np.linalg.norm(axes)
-    elif kind == BOX:
-        reach = np.abs(axes).sum()
-    else:  # of a cone on its tip more than needed: it floats a little
-        reach = np.abs(axes[1]) + np.hypot(axes[0], axes[2])
+    # Of a cone on its tip more than needed: it floats a little.
+    reach = np.abs(axes[1]) + np.hypot(axes[0], axes[2])
+    if kind in (BALL, BOX):
+        reach = np.linalg.norm(axes) if kind == BALL else np.abs(axes).sum()
     return _Solid(kind, np.array([across, reach, ahead]), turn, radii, _Material(random))
 
 
@@ -163,8 +151,7 @@ def _reached(solid: _Solid, origins: Vectors, rays: Vectors) -> np.ndarray:
     along = _dot(to_centre, rays)
     apart = _dot(to_centre, to_centre) - along**2
     radius2 = 3 * solid.radii.max() ** 2
-    found: np.ndarray = np.flatnonzero((apart < radius2) & (along > -np.sqrt(radius2)))
-    return found
+    return np.flatnonzero((apart < radius2) & (along > -np.sqrt(radius2)))
 
 
 def _intersect(solid: _Solid, origins: Vectors, rays: Vectors) -> tuple[np.ndarray, Vectors]:
@@ -249,34 +236,28 @@ class _Material:
         self.salt = int(random.integers(1 << 30))
         self.grain = random.uniform(0, 0.25)
 
-    def __call__(self, points: Vectors) -> Vectors:
+    def __call__(self, points: Vectors) -> Any:
         """points [M, 3] -> RGB [M, 3], linear."""
         p = (points @ self.turn + 31.7) * self.scale
         noise = _noise(p * 2.3, self.salt)
-        if self.pattern == 0:
-            share = np.zeros(len(p))
-        elif self.pattern == 1:
-            share = _dot(np.floor(p), np.ones(3)) % 2
-        elif self.pattern == 2:
-            share = (p[:, 0] % 2 < 1).astype(float)
-        elif self.pattern == 3:
-            share = (_dot(p % 1 - 0.5, p % 1 - 0.5) < 0.18).astype(float)
-        elif self.pattern == 4:
-            share = 0.5 + 0.5 * np.sin(np.hypot(p[:, 0], p[:, 2]) * 3 + noise * 2)
-        elif self.pattern == 5:
-            share = 0.6 * _noise(p * 0.7, self.salt + 1) + 0.4 * noise
-        else:
-            share = 0.5 + 0.5 * np.sin(p[:, 0] * 2 + 5 * _noise(p, self.salt + 2))
-        mixed = self.colours[0] + share[:, None] * (self.colours[1] - self.colours[0])
-        coloured: Vectors = mixed * (1 + self.grain * (noise[:, None] - 0.5) * 2)
-        return coloured
+        patterns = (
+            lambda: np.zeros(len(p)),
+            lambda: _dot(np.floor(p), np.ones(3)) % 2,
+            lambda: (p[:, 0] % 2 < 1).astype(float),
+            lambda: (_dot(p % 1 - 0.5, p % 1 - 0.5) < 0.18).astype(float),
+            lambda: 0.5 + 0.5 * np.sin(np.hypot(p[:, 0], p[:, 2]) * 3 + noise * 2),
+            lambda: 0.6 * _noise(p * 0.7, self.salt + 1) + 0.4 * noise,
+            lambda: 0.5 + 0.5 * np.sin(p[:, 0] * 2 + 5 * _noise(p, self.salt + 2)),
+        )
+        share = patterns[self.pattern]()[:, None]
+        mixed = self.colours[0] + share * (self.colours[1] - self.colours[0])
+        return mixed * (1 + self.grain * (noise[:, None] - 0.5) * 2)
 
 
-def _colours(random: np.random.Generator, count: int) -> np.ndarray:
+def _colours(random: np.random.Generator, count: int) -> Any:
     """[count, 3]: of all kinds, most of them dull."""
     grey = random.uniform(0.08, 0.95, (count, 1))
-    mixed: np.ndarray = grey + random.beta(1, 1.5) * (random.uniform(0.05, 1, (count, 3)) - grey)
-    return mixed
+    return grey + random.beta(1, 1.5) * (random.uniform(0.05, 1, (count, 3)) - grey)
 
 
 def _noise(points: Vectors, salt: int) -> np.ndarray:
@@ -289,9 +270,8 @@ def _noise(points: Vectors, salt: int) -> np.ndarray:
     for i in range(8):
         bits = i & 1, i >> 1 & 1, i >> 2
         x, y, z = (n + np.uint32(bit) for n, bit in zip(corner.T, bits, strict=True))
-        hashed = (
-            (x * np.uint32(374761393)) ^ (y * np.uint32(668265263)) ^ (z * np.uint32(2147483647))
-        )
+        hashed = (x * np.uint32(374761393)) ^ (y * np.uint32(668265263))
+        hashed = hashed ^ (z * np.uint32(2147483647))
         hashed = (hashed ^ np.uint32(salt)) * np.uint32(1274126177)
         hashed = (hashed ^ (hashed >> np.uint32(15))) * np.uint32(2246822519)
         hashed ^= hashed >> np.uint32(13)
@@ -300,22 +280,20 @@ def _noise(points: Vectors, salt: int) -> np.ndarray:
     return found
 
 
-def _sky(random: np.random.Generator, rays: Vectors, wall: _Material) -> Vectors:
+def _sky(random: np.random.Generator, rays: Vectors, wall: _Material) -> Any:
     """What is behind everything [M, 3]: a sky with clouds, or a far wall of some material."""
     if random.random() < 0.4:
         return wall(rays * (1.5, 1.5, 0) * 2)
     low, high = 0.3 + 0.7 * _colours(random, 2)
     share = np.clip(rays[:, 1:2] * 2 + 0.3, 0, 1)
     clouds = _noise(rays * (6, 14, 6), int(random.integers(1 << 30)))[:, None]
-    sky: Vectors = (low + share * (high - low)) * (1 + random.uniform(0, 0.5) * (clouds - 0.5))
-    return sky
+    return (low + share * (high - low)) * (1 + random.uniform(0, 0.5) * (clouds - 0.5))
 
 
 def _photographed(random: np.random.Generator, colours: np.ndarray) -> np.ndarray:
     """Linear RGB [H, W, 3] -> uint8: exposure, a lens that blurs a little, noise, gamma."""
-    blurred = gaussian_filter(
-        colours * random.uniform(0.8, 1.25), (*[random.uniform(0.4, 0.8)] * 2, 0)
-    )
+    exposed, blur = colours * random.uniform(0.8, 1.25), random.uniform(0.4, 0.8)
+    blurred = gaussian_filter(exposed, (blur, blur, 0))
     shown = np.clip(blurred, 0, 1) ** (1 / random.uniform(1.4, 2.4))
     shown += random.normal(0, random.uniform(0, 0.03), shown.shape)
     pixels: np.ndarray = np.rint(np.clip(shown, 0, 1) * 255).astype(np.uint8)
