@@ -21,7 +21,6 @@ from cli import SMALL, crops, run, small_weights
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from skimage import data
 
 from srt_ext import SRT, hub, views, viz
 from srt_ext.cli import common
@@ -30,7 +29,6 @@ from srt_ext.demo.small import load_small
 from srt_ext.viz import Panel
 
 ROOT = Path(__file__).parents[1]
-REAL = ROOT.parent / "shared/weights/vit_tiny_patch16_224.augreg_in21k_ft_in1k.fp16.safetensors"
 
 
 FAST = ("--views", "grid:1", "--stride", 4, "--size", 64)
@@ -108,25 +106,19 @@ def test_show_writes_a_figure_with_a_row_for_each_layer(
     assert (zeroth[1].rgb != last[1].rgb).any()
 
 
-def test_show_noise_adds_a_grey_panel(photo: Path, tmp_path: Path, drawn: Any) -> None:
-    show(photo, tmp_path / "out.png", "--noise")
-    ((*_, noise),) = drawn[0]
-    assert len(drawn[0][0]) == 6
-    assert noise.rgb.std() > 0.1
-    np.testing.assert_allclose(noise.rgb, noise.rgb[:, :, :1].repeat(3, 2), atol=1e-6)
-
-
-def test_query_is_in_pixels_of_the_original(tmp_path: Path, drawn: Any) -> None:
+def test_noise_is_grey_and_query_in_pixels_of_the_original(tmp_path: Path, drawn: Any) -> None:
     """The model sees a smaller image."""
     pixels = np.zeros((320, 480, 3), np.uint8)
     pixels[:] = np.random.default_rng(0).integers(0, 60, pixels.shape)
     pixels[240:320, 360:480] += 180
     photo, output = tmp_path / "photo.png", tmp_path / "out.png"
     Image.fromarray(pixels).save(photo)
-    show(photo, output, "--query", "420,300", "--size", 96, "--layer", 0)
+    show(photo, output, "--noise", "--query", "420,300", "--size", 96, "--layer", 0)
     ((row,),) = drawn
     assert row[0].point == pytest.approx((84.1, 60.1))
-    plain, srt = row[5:]
+    noise, plain, srt = row[5:]
+    assert noise.rgb.std() > 0.1
+    np.testing.assert_allclose(noise.rgb, noise.rgb[:, :, :1].repeat(3, 2), atol=1e-6)
     for panel, cell in ((plain, (slice(48, 64), slice(80, 96))), (srt, (slice(60, 64), 84))):
         assert panel.rgb.shape == (64, 96, 3)
         light = panel.rgb.sum(2)
@@ -197,19 +189,6 @@ def test_features_are_those_of_srt(photo: Path, tmp_path: Path, suffix: str) -> 
     torch.testing.assert_close(tensors["prefix"], expected.prefix[0])
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not REAL.exists(), reason="the real weights are not here")
-def test_real_weights_separate_the_astronaut_from_the_wall(tmp_path: Path) -> None:
-    """Suit is closer to suit than to the background."""
-    photo = tmp_path / "astronaut.png"
-    Image.fromarray(data.astronaut()).save(photo)
-    real = ("--model", REAL.name.removesuffix(".fp16.safetensors"), "--weights", REAL)
-    _, tensors = features(photo, tmp_path / "field.npz", *real, "--views", "grid:1")
-    field = torch.nn.functional.normalize(tensors["field"], dim=0)
-    suit, other_sleeve, wall = field[:, 330, 60], field[:, 270, 262], field[:, 60, 290]
-    assert suit @ other_sleeve > suit @ wall + 0.3  # 0.87 and 0.27
-
-
 def test_16_bits_keep_their_shades_and_transparent_pixels_are_white(tmp_path: Path) -> None:
     shades = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
     Image.fromarray(shades).save(tmp_path / "deep.png")
@@ -221,64 +200,63 @@ def test_16_bits_keep_their_shades_and_transparent_pixels_are_white(tmp_path: Pa
 
 # ---- errors -------------------------------------------------------------------------------------
 
-NAMED = ("--model", SMALL)
-
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("command", "message"),
     [
-        (["missing.jpg"], "missing.jpg does not exist"),
-        (["no[/b]picture[red].png"], "no[/b]picture[red].png does not exist"),
-        (["broken.jpg"], "no readable picture"),
-        (["large.png"], "no readable picture"),
-        (["dot.png", "MODEL"], "fewer than 3 tokens"),
-        (["float.tif", "MODEL"], "is no picture of 8 or 16 bits"),
-        (["PHOTO", "--model", "vit_nonsense"], "timm has no model 'vit_nonsense'"),
-        (["PHOTO", *NAMED, "--weights", "missing.safetensors"], "missing.safetensors is no file"),
-        (["PHOTO", *NAMED, "--weights", "."], "is no file"),
-        (["PHOTO", *NAMED, "--weights", "broken.jpg"], "no readable safetensors file"),
-        (["PHOTO", "MODEL", "--model", SMALL + ".x"], "timm cannot make"),
+        ("show missing.jpg", "missing.jpg does not exist"),
+        ("show no[/b]picture[red].png", "no[/b]picture[red].png does not exist"),
+        ("show broken.jpg", "no readable picture"),
+        ("show large.png", "no readable picture"),
+        ("show dot.png SMALL", "fewer than 3 tokens"),
+        ("show float.tif SMALL", "is no picture of 8 or 16 bits"),
+        ("show photo.png --model vit_nonsense", "timm has no model 'vit_nonsense'"),
+        ("show photo.png --weights missing.safetensors", "missing.safetensors is no file"),
+        ("show photo.png --weights .", "is no file"),
+        ("show photo.png SMALL --weights broken.jpg", "no readable safetensors file"),
+        ("show photo.png SMALL --model test_vit.x", "timm cannot make"),
+        ("show photo.png SMALL --model test_resnet", "do not fit test_resnet: "),
+        ("show photo.png SMALL --model test_resnet", "more). Name the model that they are of wi"),
         (
-            ["PHOTO", "MODEL", "--model", "vit_tiny_patch16_224"],
-            "cls_token must be [1, 1, 192], is",
+            "show photo.png SMALL --model vit_tiny_patch16_224",
+            " must be [1, 1, 192], is",
         ),
-        (["PHOTO", "MODEL", "--model", "test_resnet"], "more). Name the model that they are of wi"),
-        (["PHOTO", "--views", "ring"], "views must be"),
-        (["PHOTO", "MODEL", "--layer", "6"], "layers must be in -6 ... 5; got 6"),
-        (["PHOTO", "MODEL", "--stride", "5"], "stride must divide"),
-        (["PHOTO", "-o", "out.xyz"], "must end in"),
-        (["PHOTO", "-o", "out.gif"], "must end in .png"),
-        (["PHOTO", "-o", "nowhere/out.png"], "does not exist"),
-        (["PHOTO", "-o", "folder.png"], "folder.png cannot be written"),
+        ("show photo.png --views ring", "views must be"),
+        ("show photo.png SMALL --layer 6", "layers must be in -6 ... 5; got 6"),
+        ("show photo.png SMALL --stride 5", "stride must divide"),
+        ("show photo.png -o out.xyz", "must end in"),
+        ("show photo.png -o out.gif", "must end in .png"),
+        ("show photo.png -o nowhere/out.png", "does not exist"),
+        ("show photo.png -o folder.png", "folder.png cannot be written"),
         *(
-            (["PHOTO", f"--query={query}"], "--query must")
+            (f"show photo.png --query={query}", "--query must")
             for query in ("64,0", "0,48", "-1,3", "1.5,3", "3", "1,2,3", "a,b")
         ),
-        (["frames", "-o", "out.png"], "--output must end in .gif or .webp"),
-        (["frames", "-o", "nowhere/out.gif"], "does not exist"),
-        (["frames", "-o", "frames"], "must be a new folder, or an empty one"),
-        (["frames", "--query", "64,0"], "--query must lie in the picture"),
-        (["folder.png", "-o", "out.gif"], "folder.png has no pictures"),
+        ("show frames -o out.png", "--output must end in .gif or .webp"),
+        ("show frames -o nowhere/out.gif", "does not exist"),
+        ("show frames -o frames", "must be a new folder, or an empty one"),
+        ("show frames --query 64,0", "--query must lie in the picture"),
+        ("show folder.png -o out.gif", "folder.png has no pictures"),
+        ("features folder.png -o out", "folder.png has no pictures"),
+        ("features frames -o out.safetensors", "--output must be a folder"),
+        ("features frames -o photo.png", "--output must be a folder"),
+        ("features frames SMALL -o photo.png/out", "cannot be written"),
+        ("features photo.png -o out.npz --dtype bfloat16", "bfloat16 does not exist in .npz"),
     ],
 )
+@pytest.mark.usefixtures("photo", "frames")
 def test_an_error_is_one_line_and_nothing_is_written(
-    arguments: list[str],
-    message: str,
-    photo: Path,
-    frames: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    command: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("broken.jpg").write_bytes(b"\xff\xd8\xff no picture")
-    Path("folder.png").mkdir()
+    Path("folder.png/inner").mkdir(parents=True)
     Image.new("RGB", (3, 3)).save("dot.png")
     Image.new("F", (20, 20)).save("float.tif")
     Image.new("RGB", (100, 100)).save("large.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
     before = sorted(tmp_path.rglob("*"))
-    options = {"PHOTO": (photo,), "MODEL": model()}
-    text = run("show", *(x for a in arguments for x in options.get(a, (a,))), code=1)
+    text = run(*command.replace("SMALL", " ".join(map(str, model()))).split(), code=1)
     assert text.count("error: ") == 1
     assert message in text
     assert "Traceback" not in text

@@ -260,32 +260,6 @@ def test_a_worker_that_dies_ends_the_run(
     assert "0 written" in text
 
 
-@pytest.mark.parametrize(
-    ("photos", "out", "message"),
-    [
-        ("empty", "out", "empty has no pictures"),
-        ("full", "out.safetensors", "--output must be a folder"),
-        ("full", "file", "--output must be a folder"),
-        ("full", "file/out", "cannot be written"),
-        ("full/a.png", "out.npz", "bfloat16 does not exist in .npz"),
-    ],
-)
-def test_wrong_arguments_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, photos: str, out: str, message: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("empty/inner").mkdir(parents=True)
-    Path("full").mkdir()
-    Path("file").touch()
-    Image.new("RGB", (40, 40)).save("full/a.png")
-    before = made(tmp_path)
-    text = extract(Path(photos), Path(out), 1, dtype="bfloat16")
-    assert message in text
-    assert text.count("error: ") == 1
-    assert made(tmp_path) == before
-    assert not Path("out").exists()
-
-
 def test_values_beyond_float16_are_refused() -> None:
     output = SRTOutput(torch.tensor([1.0, -7e4]).reshape(1, 2, 1, 1), None)
     with pytest.raises(ValueError, match="field goes to 70000"):

@@ -40,19 +40,14 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """What the torch ops were given, and what they gave, as addresses."""
     seen = SimpleNamespace(given=[], made=[])
 
-    def spy(name: str) -> None:
-        op = getattr(ops, name)
-
-        def call(*args: Any, **modes: Any) -> Any:
-            result = op(*args, **modes)
-            seen.given = [a.data_ptr() for a in args if isinstance(a, torch.Tensor)]
-            seen.made = [r.data_ptr() for r in in_tuple(result)]
-            return result
-
-        monkeypatch.setattr(ops, name, call)
+    def spy(op: Callable[..., Any], *args: Any, **modes: Any) -> Any:
+        result = op(*args, **modes)
+        seen.given = [a.data_ptr() for a in args if isinstance(a, torch.Tensor)]
+        seen.made = [r.data_ptr() for r in in_tuple(result)]
+        return result
 
     for name in ("shift", "ensemble", "ensemble_moments"):
-        spy(name)
+        monkeypatch.setattr(ops, name, functools.partial(spy, getattr(ops, name)))
     return seen
 
 
@@ -376,35 +371,26 @@ def test_jax_out_is_refused(jax: ModuleType) -> None:
 # ---- import -------------------------------------------------------------------------------------
 
 LAZY = """
-import sys
-import srt_ext
 import srt_ext.dlpack
-assert srt_ext.dlpack.shift
 print({"jax", "cupy", "ml_dtypes", "typer", "timm", "matplotlib", "rich"} & set(sys.modules))
 """
-REASON = "srt_ext.dlpack is not available: torch is not installed"
 WITHOUT_TORCH = """
-import sys
 sys.modules["torch"] = None
-import importlib.util
-find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *rest: None if name == "torch" else find(name, *rest)
 import srt_ext
 for touch in (lambda: srt_ext.dlpack, lambda: __import__("srt_ext.dlpack")):
     try:
         touch()
     except ImportError as error:
-        print(error)
+        print(str(error).partition(":")[0])
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("script", "printed"), [(LAZY, "set()"), (WITHOUT_TORCH, REASON)])
-def test_import_needs_no_framework(script: str, printed: str) -> None:
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert all(line.startswith(printed) for line in result.stdout.splitlines())
-    assert result.stdout.count("\n") == (1 if script is LAZY else 2)
+def test_import_needs_no_framework() -> None:
+    refusal = "srt_ext.dlpack is not available\n"
+    for script, printed in ((LAZY, "set()\n"), (WITHOUT_TORCH, 2 * refusal)):
+        command = [sys.executable, "-c", "import sys\n" + script]
+        assert subprocess.run(command, capture_output=True, text=True).stdout == printed
 
 
 # ---- how long inputs are kept -------------------------------------------------------------------

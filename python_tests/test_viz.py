@@ -12,8 +12,7 @@ pytest.importorskip("timm")
 pytest.importorskip("typer")
 
 import timm
-from cli import SMALL, small_weights
-from skimage import data
+from cli import SMALL, crops, small_weights
 from torch.nn.functional import cosine_similarity
 
 from srt_ext import SRT, viz
@@ -22,16 +21,9 @@ from srt_ext.cli.common import Network
 from srt_ext.viz import Comparison, PCAColors, cosine_map
 
 
-@pytest.fixture(scope="session")
-def network(tmp_path_factory: pytest.TempPathFactory) -> Network:
-    weights = small_weights(tmp_path_factory.mktemp("weights") / "small.safetensors")
-    return Network(SMALL, weights, [2, -1])
-
-
-def crops(count: int, size: tuple[int, int] = (48, 64)) -> list[np.ndarray]:
-    """Different parts of a photograph."""
-    photo = data.chelsea()
-    return [photo[40 * i : 40 * i + size[0], 60 * i : 60 * i + size[1]] for i in range(count)]
+@pytest.fixture(scope="module")
+def network() -> Network:
+    return Network(SMALL, small_weights(), [2, -1])
 
 
 @pytest.mark.parametrize("views", ["grid:1.5:1", "ring:5:3"])  # one of them has weights
