@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -396,21 +397,8 @@ def test_import_needs_no_framework() -> None:
 # ---- how long inputs are kept -------------------------------------------------------------------
 
 
-class Event:
-    """Of a GPU that is done when the test says so."""
-
-    def __init__(self) -> None:
-        self.done = False
-
-    def record(self, stream: object) -> None:
-        assert stream == "current stream of cuda:1"
-
-    def query(self) -> bool:
-        return self.done
-
-
 def test_inputs_are_kept_until_the_gpu_has_read_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: Mock(query=Mock(return_value=False)))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda d: f"current stream of {d}")
     monkeypatch.setattr(dlpack, "_in_use", deque())
     first, second, third = (SimpleNamespace(is_cuda=True, device="cuda:1") for _ in range(3))
@@ -420,7 +408,9 @@ def test_inputs_are_kept_until_the_gpu_has_read_them(monkeypatch: pytest.MonkeyP
     assert [kept for _, kept in dlpack._in_use] == [[first]]
     dlpack._hold((second, third), ("cupy", "jax"))
     assert [kept for _, kept in dlpack._in_use] == [[first], [second, third]]
-    dlpack._in_use[0][0].done = True
+    event = dlpack._in_use[0][0]
+    event.record.assert_called_once_with("current stream of cuda:1")
+    event.query.return_value = True
     dlpack._hold((first,), ("cupy",))
     assert [kept for _, kept in dlpack._in_use] == [[second, third], [first]]
 

@@ -102,15 +102,6 @@ def test_tokens_of_several_layers_have_their_own_patch_and_prefix() -> None:
     assert [layer.patch for layer in batch.layers] == [(4, 4), (8, 8)]
 
 
-def test_a_cell_that_no_view_covers_is_zero() -> None:
-    settings: dict[str, Any] = {"stride": PATCH, "view_batch": 1, "patch": PATCH}
-    field = SRT(pooled, torch.full((5, 2), 30.0), **settings)(torch.ones(1, 3, 40, 20)).field
-    assert torch.equal(field, torch.zeros(1, 3, 5, 5))
-    field = SRT(pooled, torch.tensor([[8.0, 0.0]] * 5), **settings)(torch.ones(1, 3, 40, 20)).field
-    torch.testing.assert_close(field[:, :, :4], torch.ones(1, 3, 4, 5))
-    assert torch.equal(field[:, :, 4:], torch.zeros(1, 3, 1, 5))
-
-
 @pytest.mark.parametrize(("height", "width"), [(37, 19), (1, 1), (33, 20)])
 @pytest.mark.parametrize("stride", [1, (2, 4), PATCH])
 def test_any_size_is_padded_and_cropped_back(height: int, width: int, stride: Any) -> None:
@@ -199,12 +190,6 @@ def test_memory_is_two_outputs_and_a_batch(radius: int) -> None:
     assert 2 * output <= taken < 2.25 * output
 
 
-def test_progress_counts_views() -> None:
-    done: list[int] = []
-    SRT(pooled, "grid:1", view_batch=4, patch=PATCH)(torch.zeros(1, 3, 8, 8), done.append)
-    assert done == [3, 6, 9]  # three batches of one size
-
-
 @pytest.mark.parametrize(("stride", "view_batch"), [(1, 49), (PATCH, 2)])
 def test_half_precision_tokens_keep_their_dtype(stride: Any, view_batch: int) -> None:
     images = torch.randn(1, 3, 40, 20)
@@ -213,6 +198,9 @@ def test_half_precision_tokens_keep_their_dtype(stride: Any, view_batch: int) ->
     assert field.dtype == torch.bfloat16
     exact = SRT(pooled, "grid:2", **settings)(images).field
     torch.testing.assert_close(field.float(), exact, atol=2e-2, rtol=2e-2)
+
+
+ORIGIN = torch.zeros(2, 2)
 
 
 @pytest.mark.parametrize(
@@ -231,21 +219,12 @@ def test_half_precision_tokens_keep_their_dtype(stride: Any, view_batch: int) ->
         ({"border": None}, TypeError, "border must be a string"),
         ({"padding": "mirror"}, ValueError, "padding must be one of"),
         # Views are checked before the model runs; test_views.py has the rest.
-        ({"views": "ring:3"}, ValueError, "views must be"),
         ({"views": [[0, 0]]}, TypeError, "views must be a torch.Tensor, .*; got list"),
         ({"views": torch.zeros(2, 2).int()}, TypeError, "offsets must be float32 or float64"),
         ({"views": torch.tensor([[0.0, torch.nan]])}, ValueError, "offsets must be finite"),
         ({"views": torch.tensor([[0.0, 2.0**21]])}, ValueError, "must be finite and at most"),
-        (
-            {"views": (torch.zeros(2, 2), torch.tensor([1.0, -1.0]))},
-            ValueError,
-            "weights must be finite and",
-        ),
-        (
-            {"views": (torch.zeros(2, 2), torch.zeros(2))},
-            ValueError,
-            r"not all be 0; got \[0.0, 0.0\]",
-        ),
+        ({"views": (ORIGIN, torch.tensor([1.0, -1]))}, ValueError, "weights must be finite and"),
+        ({"views": (ORIGIN, torch.zeros(2))}, ValueError, r"not all be 0; got \[0.0, 0.0\]"),
     ],
 )
 def test_wrong_settings_are_refused(
@@ -256,19 +235,18 @@ def test_wrong_settings_are_refused(
 
 
 def test_wrong_inputs_are_refused() -> None:
-    srt = SRT(pooled, patch=PATCH)
-    with pytest.raises(ValueError, match="images must be"):
-        srt(torch.zeros(3, 8, 8))
-    with pytest.raises(ValueError, match="must have pixels"):
-        srt(torch.zeros(1, 3, 0, 8))
-    with pytest.raises(ValueError, match="stride must divide"):
-        SRT(pooled, stride=3, patch=PATCH)(torch.zeros(1, 3, 8, 8))
-    with pytest.raises(ValueError, match="the model must return tokens"):
-        SRT(with_prefix, patch=PATCH, prefix=1)(torch.zeros(1, 3, 8, 8))
+    for model, settings, images, message in (
+        (pooled, {}, torch.zeros(3, 8, 8), "images must be"),
+        (pooled, {}, torch.zeros(1, 3, 0, 8), "must have pixels"),
+        (pooled, {"stride": 3}, torch.zeros(1, 3, 8, 8), "stride must divide"),
+        (with_prefix, {"prefix": 1}, torch.zeros(1, 3, 8, 8), "the model must return tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SRT(model, patch=PATCH, **settings)(images)
     with pytest.raises(TypeError, match="callable"):
         SRT(3, patch=PATCH)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"images must be a torch.Tensor; got list"):
-        srt([[0.0]])
+        SRT(pooled, patch=PATCH)([[0.0]])
 
 
 def test_views_that_do_not_count_reach_nothing() -> None:
