@@ -12,12 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("timm")
-pytest.importorskip("typer")
-
-import timm
-from cli import SMALL, crops, run, small_weights
+from cli import SMALL, crops, run, small_weights, timm
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -29,8 +24,6 @@ from srt_ext.demo.small import load_small
 from srt_ext.viz import Panel
 
 ROOT = Path(__file__).parents[1]
-
-
 FAST = ("--views", "grid:1", "--stride", 4, "--size", 64)
 
 

@@ -8,13 +8,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("timm")
-pytest.importorskip("typer")
-
-import numpy as np
 from cli import SMALL, run, small_weights
 from PIL import Image
 from safetensors import safe_open

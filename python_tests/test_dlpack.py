@@ -184,27 +184,22 @@ def test_gradients_reach_tensors() -> None:
 # ---- offsets, weights, out ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "convert",
-    [
-        None,
-        lambda t: t,
-        lambda t: t.numpy(),
-        lambda t: t.double().numpy(),
-        lambda t: t.tolist(),
-        lambda t: [np.float64(x) if t.dim() == 1 else tuple(x) for x in t.tolist()],
-        lambda t: np.flip(np.ascontiguousarray(np.flip(t.numpy(), 0)), 0),  # strides below 0
-    ],
-    ids=["framework", "tensor", "ndarray", "float64", "lists", "tuples", "flipped"],
-)
-def test_offsets_and_weights_of_many_kinds(
-    framework: Framework, convert: Callable[..., Any] | None
-) -> None:
+CONVERSIONS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "tensor": lambda t: t,
+    "ndarray": lambda t: t.numpy(),
+    "float64": lambda t: t.double().numpy(),
+    "lists": lambda t: t.tolist(),
+    "tuples": lambda t: [np.float64(x) if t.dim() == 1 else tuple(x) for x in t.tolist()],
+    "flipped": lambda t: np.flip(np.ascontiguousarray(np.flip(t.numpy(), 0)), 0),  # strides < 0
+}
+
+
+@pytest.mark.parametrize("kind", ["framework", *CONVERSIONS])
+def test_offsets_and_weights_of_many_kinds(framework: Framework, kind: str) -> None:
     (tokens, offsets, grid, patch, weights), modes = ENSEMBLE.call(ENSEMBLE.tokens())
-    convert = convert or framework.make
-    expected = torch.ops.srt.ensemble(tokens, offsets, grid, patch, weights, **modes)
-    given = framework.make(tokens)
+    convert, given = CONVERSIONS.get(kind, framework.make), framework.make(tokens)
     result = dlpack.ensemble(given, convert(offsets), grid, patch, convert(weights), **modes)
+    expected = torch.ops.srt.ensemble(tokens, offsets, grid, patch, weights, **modes)
     assert_same(framework.back(result), expected)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -29,18 +28,6 @@ def with_prefix(images: torch.Tensor) -> torch.Tensor:
     return torch.cat([mean, torch.ones_like(mean), pooled(images)], 1)
 
 
-def expected_field(
-    model: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, srt: SRT
-) -> torch.Tensor:
-    """From the oracle, in float64 and without batches: images of whole patches."""
-    shifted = reference.shift(images, srt.views).float()
-    tokens = torch.stack([model(view) for view in shifted])[:, :, srt.backbone.prefix or 0 :]
-    grid = (images.shape[2] // PATCH[0], images.shape[3] // PATCH[1])
-    return reference.ensemble(
-        tokens, srt.views, grid, PATCH, border=srt.border, stride=srt.stride
-    ).float()
-
-
 @pytest.mark.parametrize(
     ("stride", "view_batch", "border"),
     [
@@ -61,9 +48,11 @@ def test_views_in_batches_equal_the_oracle(
     settings: dict[str, Any] = {"stride": stride, "view_batch": view_batch, "border": border}
     srt = SRT(with_prefix, offsets, patch=PATCH, prefix=2, streaming=streaming, **settings)
     field, prefix = srt(images)
-    torch.testing.assert_close(field, expected_field(with_prefix, images, srt))
-    means = srt_ext.shift(images, srt.views).mean((0, 3, 4))
-    torch.testing.assert_close(prefix, torch.stack([means, torch.ones_like(means)], 1))
+    tokens = torch.stack([with_prefix(view.float()) for view in reference.shift(images, offsets)])
+    modes = {"border": border, "stride": srt.stride}
+    expected = reference.ensemble(tokens[:, :, 2:], offsets, (5, 5), PATCH, **modes)
+    torch.testing.assert_close(field, expected.float())
+    torch.testing.assert_close(prefix, tokens[:, :, :2].mean(0))
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -262,27 +251,15 @@ def test_views_that_do_not_count_reach_nothing() -> None:
     assert torch.equal(prefix, torch.ones(1, 2, 3))
 
 
-class Pooled(torch.nn.Module):
-    """With a parameter, to be cast."""
-
-    def __init__(self, channels: int = 3) -> None:
-        super().__init__()
-        self.scale = torch.nn.Parameter(torch.ones(channels))
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return pooled(images)[..., :1] * self.scale
-
-
 def test_srt_is_a_module_that_can_be_copied_and_cast() -> None:
     """And its model may be replaced."""
-    srt = SRT(Pooled(), views.grid(1) + 0.3, patch=PATCH)
+    srt = SRT(torch.nn.Conv2d(3, 4, PATCH, stride=PATCH), views.grid(1) + 0.3, patch=PATCH)
     twin = copy.deepcopy(srt).double()
     assert {p.dtype for p in twin.parameters()} == {torch.float64}
     assert {p.dtype for p in srt.parameters()} == {torch.float32}
     assert torch.equal(twin.views, srt.views)
     images = torch.randn(1, 3, 32, 32)
-    torch.testing.assert_close(
-        twin(images.double()).field.float(), srt(images).field, atol=1e-4, rtol=1e-4
-    )
-    srt.model = Pooled(channels=5)
+    field = twin(images.double()).field.float()
+    torch.testing.assert_close(field, srt(images).field, atol=1e-4, rtol=1e-4)
+    srt.model = torch.nn.Conv2d(3, 5, PATCH, stride=PATCH)
     assert srt(images).field.shape == (1, 5, 32, 32)

@@ -7,10 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("timm")
-pytest.importorskip("typer")
-
 from cli import SMALL, crops, small_weights
 
 from srt_ext import SRT, viz
