@@ -210,10 +210,7 @@ def test_16_bits_keep_their_shades_and_transparent_pixels_are_white(tmp_path: Pa
         ("show photo.png SMALL --model test_vit.x", "timm cannot make"),
         ("show photo.png SMALL --model test_resnet", "do not fit test_resnet: "),
         ("show photo.png SMALL --model test_resnet", "more). Name the model that they are of wi"),
-        (
-            "show photo.png SMALL --model vit_tiny_patch16_224",
-            " must be [1, 1, 192], is",
-        ),
+        ("show photo.png SMALL --model vit_tiny_patch16_224", " must be [1, 1, 192], is"),
         ("show photo.png --views ring", "views must be"),
         ("show photo.png SMALL --layer 6", "layers must be in -6 ... 5; got 6"),
         ("show photo.png SMALL --stride 5", "stride must divide"),
