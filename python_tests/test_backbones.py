@@ -606,9 +606,11 @@ def test_half_precision_and_autocast(vit: Any) -> None:
         cast = SRT(vit, OFFSETS, layers=[0, -1], norm=False, stride=8)(IMAGES)
         assert_close_in_bfloat16(SRT(vit, OFFSETS, stride=8)(IMAGES).field, expected)
     assert all(bool(out.field.isfinite().all()) for out in cast)
-    field, prefix = SRT(vit.bfloat16(), OFFSETS, stride=8)(IMAGES.bfloat16())
-    assert field.dtype == prefix.dtype == torch.bfloat16
-    assert_close_in_bfloat16(field, expected)
+    vit.bfloat16()
+    for streaming in (False, True):
+        field, prefix = SRT(vit, OFFSETS, stride=8, streaming=streaming)(IMAGES.bfloat16())
+        assert field.dtype == prefix.dtype == torch.bfloat16
+        assert_close_in_bfloat16(field, expected)
 
 
 @pytest.mark.cuda
