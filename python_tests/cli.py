@@ -1,30 +1,49 @@
-"""``srt-ext`` in this process, and a model that is small enough to be run often."""
+"""``srt-ext`` in this process, a model that is small enough to be run often, and pictures."""
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from pathlib import Path
 
-import timm
+import numpy as np
+import pytest
 import torch
+
+pytest.importorskip("timm")  # or the tests that import this module are skipped
+pytest.importorskip("typer")
+
+import timm
 from safetensors.torch import save_file
+from skimage import data
 from typer.testing import CliRunner
 
 from srt_ext.cli import app
 
 SMALL = "test_vit"  # 6 blocks of 64 channels, patches of 16 pixels
+_FOLDER = tempfile.TemporaryDirectory()
 
 
-def run(*arguments: object) -> tuple[int, str]:
-    """Exit status, and what was printed."""
+def run(*arguments: object, code: int = 0) -> str:
+    """What was printed. ``code`` must be the exit status."""
     result = CliRunner().invoke(app, [str(a) for a in arguments])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
-    return result.exit_code, result.output
+    assert result.exit_code == code, result.output
+    return result.output
 
 
-def small_weights(path: Path, seed: int = 0) -> Path:
+@functools.cache
+def small_weights(seed: int = 0) -> Path:
     """Random ones of the small model, in a file."""
+    path = Path(_FOLDER.name, f"{seed}.safetensors")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         save_file(timm.create_model(SMALL).state_dict(), path)
     return path
+
+
+def crops(count: int, size: tuple[int, int] = (48, 64)) -> list[np.ndarray]:
+    """Different parts of a photograph."""
+    photo = data.chelsea()
+    return [photo[40 * i : 40 * i + size[0], 60 * i : 60 * i + size[1]] for i in range(count)]

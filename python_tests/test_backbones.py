@@ -6,16 +6,18 @@ What SRT should give is made from the model's other ways to its features, and th
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from conftest import SHARED
 from torch import nn
+from torch.nn.functional import avg_pool2d, interpolate, normalize, pad
+from torch.testing import assert_close
 
 from srt_ext import SRT, _memory, reference
 from srt_ext import srt as srt_module
@@ -25,6 +27,7 @@ from srt_ext.hub import load_timm
 # The picture itself, whole and broken pixels.
 OFFSETS = torch.tensor([[0.0, 0.0], [1.5, -2.0], [-3.0, 0.25]])
 ITSELF = torch.zeros(1, 2)
+IMAGES = torch.randn(2, 3, 48, 80, generator=torch.Generator().manual_seed(0))
 Tokens = Callable[[torch.Tensor], torch.Tensor]  # [B, 3, H, W] -> [B, h, w, C]
 
 
@@ -86,6 +89,12 @@ def with_random_norms(model: Any) -> Any:
     return model
 
 
+@pytest.fixture
+def vit() -> Any:
+    """Two blocks of 48 channels, one prefix token, patches of 16 pixels."""
+    return timm_model("ViT")
+
+
 def mapped(tokens: torch.Tensor, layout: str, grid: tuple[int, int]) -> torch.Tensor:
     """Tokens or a map in any layout -> [B, h, w, C], prefix tokens left out."""
     if layout == "NCHW":
@@ -95,37 +104,50 @@ def mapped(tokens: torch.Tensor, layout: str, grid: tuple[int, int]) -> torch.Te
     return tokens[:, tokens.shape[1] - grid[0] * grid[1] :].unflatten(1, grid)
 
 
-def expected_field(tokens_of: Tokens, images: torch.Tensor, stride: int) -> torch.Tensor:
-    """The field of OFFSETS, from the oracle."""
+def output_of(model: nn.Module, name: str, **arguments: Any) -> Callable[[torch.Tensor], Any]:
+    """What a module returns when the model runs."""
+
+    def call(images: torch.Tensor) -> Any:
+        kept = []
+        hook = model.get_submodule(name).register_forward_hook(lambda _m, _i, out: kept.append(out))
+        model(images, **arguments)
+        hook.remove()
+        return kept[0][0] if isinstance(kept[0], tuple) else kept[0]
+
+    return call
+
+
+def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Up to what a network makes of the rounding of its picture."""
+    assert_close(actual, expected, atol=1e-4 * float(expected.detach().abs().max()), rtol=1e-4)
+
+
+def assert_field(
+    actual: torch.Tensor, tokens_of: Tokens, images: torch.Tensor, stride: int
+) -> None:
+    """The field of OFFSETS by the oracle."""
     shifted = reference.shift(images, OFFSETS).float()
     with torch.no_grad():
         tokens = torch.stack([tokens_of(view) for view in shifted])  # [V, B, h, w, C]
     grid = (tokens.shape[2], tokens.shape[3])
     patch = (images.shape[2] // grid[0], images.shape[3] // grid[1])
-    return reference.ensemble(tokens.flatten(2, 3), OFFSETS, grid, patch, stride=stride).float()
+    field = reference.ensemble(tokens.flatten(2, 3), OFFSETS, grid, patch, stride=stride).float()
+    assert_near(actual, field)
 
 
-def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Up to what a network makes of the rounding of its picture."""
-    scale = float(expected.abs().max())
-    torch.testing.assert_close(actual, expected, atol=1e-4 * scale, rtol=1e-4)
+def count_hooks(model: nn.Module) -> int:
+    return sum(len(module._forward_hooks) for module in model.modules())
 
 
-@contextmanager
-def outputs_of(model: nn.Module, names: list[str]) -> Iterator[dict[str, torch.Tensor]]:
-    """What modules returned last."""
-    kept: dict[str, torch.Tensor] = {}
-    handles = []
-    for name in names:
-        module = model.get_submodule(name)
-
-        def keep(_m: nn.Module, _i: object, out: Any, name: str = name) -> None:
-            kept[name] = out[0] if isinstance(out, tuple) else out
-
-        handles.append(module.register_forward_hook(keep))
-    yield kept
-    for handle in handles:
-        handle.remove()
+def assert_injected(
+    model: Any, images: torch.Tensor, of: Any = lambda x: x, **settings: Any
+) -> None:
+    """One unshifted view changes nothing, others do; ``of`` takes the model's result."""
+    with torch.no_grad():
+        expected, hooks = of(model(images)), count_hooks(model)
+    assert_close(of(SRT(model, ITSELF, **settings)(images)), expected, atol=1e-5, rtol=1e-5)
+    assert not torch.equal(of(SRT(model, OFFSETS, **settings)(images)), expected)
+    assert count_hooks(model) == hooks
 
 
 def batch_sizes(model: Any) -> list[int]:
@@ -142,50 +164,33 @@ def batch_sizes(model: Any) -> list[int]:
 def test_families_of_timm_need_no_settings(family: str) -> None:
     """The last layer with its norm; first and last as they are, at their own pitch; and inject."""
     model, kind = timm_model(family), TIMM[family]
-    images = torch.randn(2, 3, *kind.size)
-    grid = (kind.size[0] // kind.pitch, kind.size[1] // kind.pitch)
-    settings: dict[str, Any] = {"stride": kind.pitch // 2, "view_batch": 2}
-    srt = SRT(model, OFFSETS, **settings)
+    images, stride = torch.randn(2, 3, *kind.size), kind.pitch // 2
+    srt = SRT(model, OFFSETS, stride=stride, view_batch=2)
     field, prefix = srt(images)
     assert srt.backbone.patch == (kind.pitch, kind.pitch)
     assert (0 if prefix is None else prefix.shape[1]) == kind.prefix
 
-    def normed(view: torch.Tensor) -> torch.Tensor:
-        return mapped(model.forward_features(view), kind.layout, grid)
+    def tokens_of(
+        view: torch.Tensor, of: Any = model.forward_features, pitch: int = kind.pitch
+    ) -> Any:
+        tokens = of(view)
+        layout = "NLC" if tokens.dim() == 3 else kind.layout
+        if family == "SAM" and of != model.forward_features:
+            layout = "NHWC"  # the neck alone is NCHW
+        return mapped(tokens, layout, (kind.size[0] // pitch, kind.size[1] // pitch))
 
-    assert_same(field, expected_field(normed, images, kind.pitch // 2))
+    assert_field(field, tokens_of, images, stride)
 
     layers = [len(model.feature_info) - 1, 0]
-    outputs = SRT(model, OFFSETS, layers=layers, norm=False, **settings)(images)
-    for layer, output in zip(layers, outputs, strict=True):
-        name, pitch = (model.feature_info[layer][key] for key in ("module", "reduction"))
-        prefixes: list[torch.Tensor] = []
-
-        def raw(
-            view: torch.Tensor,
-            name: str = name,
-            pitch: int = pitch,
-            prefixes: list[torch.Tensor] = prefixes,
-        ) -> torch.Tensor:
-            with outputs_of(model, [name]) as kept:
-                model(view)
-            found = kept[name]
-            layout = "NLC" if found.dim() == 3 else kind.layout
-            if family == "SAM":
-                layout = "NHWC"  # the neck alone is NCHW
-            prefixes.append(found[:, : kind.prefix])
-            return mapped(found, layout, (kind.size[0] // pitch, kind.size[1] // pitch))
-
-        assert_same(output.field, expected_field(raw, images, kind.pitch // 2))
+    outputs = SRT(model, OFFSETS, layers=layers, norm=False, stride=stride)(images)
+    for info, output in zip((model.feature_info[i] for i in layers), outputs, strict=True):
+        raw = output_of(model, info["module"])
+        layer = functools.partial(tokens_of, of=raw, pitch=info["reduction"])
+        assert_field(output.field, layer, images, stride)
         if kind.prefix:
-            assert_same(output.prefix, torch.stack(prefixes).mean(0))
-
-    with torch.no_grad():
-        logits = model(images)
-    actual = SRT(model, ITSELF, inject=0)(images)  # one unshifted view changes nothing
-    torch.testing.assert_close(actual, logits, atol=1e-5, rtol=1e-5)
-    assert not torch.equal(SRT(model, OFFSETS, inject=0)(images), logits)
-    assert not any(module._forward_hooks for module in model.modules())
+            views = reference.shift(images, OFFSETS).float()
+            assert_near(output.prefix, sum(raw(v)[:, : kind.prefix] for v in views) / len(views))
+    assert_injected(model, images, inject=0)
 
 
 def test_hiera_unrolls_its_tokens() -> None:
@@ -193,47 +198,32 @@ def test_hiera_unrolls_its_tokens() -> None:
     settings = {"embed_dim": 24, "num_heads": 1, "stages": (1, 1, 2, 1), "img_size": (64, 96)}
     model = create("hiera_tiny_224", **settings)
     images = torch.randn(1, 3, 64, 96)
+    features = functools.partial(model.forward_features, return_intermediates=True)
     outputs = SRT(model, OFFSETS, layers=[1, -1], stride=8)(images)
-    for at, output in zip((1, 3), outputs, strict=True):
-
-        def tokens_of(view: torch.Tensor, at: int = at) -> torch.Tensor:
-            return model.forward_features(view, return_intermediates=True)[1][at]
-
-        assert_same(output.field, expected_field(tokens_of, images, 8))
+    assert_field(outputs[0].field, lambda view: features(view)[1][1], images, 8)
+    assert_field(outputs[1].field, lambda view: features(view)[1][3], images, 8)
     with pytest.raises(ValueError, match="order of their own"):
         SRT(model, layers="blocks.2")
     with pytest.raises(ValueError, match="inject must be left out"):
         SRT(model, inject=1)
 
 
-def block_map(model: Any, name: str, norm: bool = False) -> Tokens:
-    """What a block of a ViT returns, as a map on a grid of 3 x 5."""
-
-    def tokens_of(view: torch.Tensor) -> torch.Tensor:
-        with outputs_of(model, [name]) as kept:
-            model(view)
-        return mapped(model.norm(kept[name]) if norm else kept[name], "NLC", (3, 5))
-
-    return tokens_of
-
-
-def test_the_final_norm_is_applied_to_every_layer_of_a_vit() -> None:
-    model = timm_model("ViT")
-    images = torch.randn(1, 3, 48, 80)
-    first, last = SRT(model, OFFSETS, layers=(0, -1), stride=8)(images)
-    assert_same(first.field, expected_field(block_map(model, "blocks.0", True), images, 8))
-    assert torch.equal(last.field, SRT(model, OFFSETS, stride=8)(images).field)
-    assert torch.equal(first.field, SRT(model, OFFSETS, layers=0, stride=8)(images).field)
+def test_the_final_norm_is_applied_to_every_layer_of_a_vit(vit: Any) -> None:
+    first, last = SRT(vit, OFFSETS, layers=(0, -1), stride=8)(IMAGES)
+    raw = output_of(vit, "blocks.0")
+    assert_field(first.field, lambda view: mapped(vit.norm(raw(view)), "NLC", (3, 5)), IMAGES, 8)
+    for layer, output in ((None, last), (0, first)):
+        assert torch.equal(output.field, SRT(vit, OFFSETS, layers=layer, stride=8)(IMAGES).field)
 
 
 def test_patches_may_be_no_squares() -> None:
     model = create("vit_tiny_patch16_224", **ANY, patch_size=(16, 8))
     images = torch.randn(1, 3, 48, 40)
-    expected = expected_field(block_map(model, "blocks.0"), images, 8)
+    raw = output_of(model, "blocks.0")
     for layer in (0, "blocks.0"):
-        assert_same(SRT(model, OFFSETS, layers=layer, norm=False, stride=8)(images).field, expected)
-    actual = SRT(model, ITSELF, inject=0)(images)
-    torch.testing.assert_close(actual, model(images).detach(), atol=1e-5, rtol=1e-5)
+        field = SRT(model, OFFSETS, layers=layer, norm=False, stride=8)(images).field
+        assert_field(field, lambda view: mapped(raw(view), "NLC", (3, 5)), images, 8)
+    assert_injected(model, images, inject=0)
 
 
 def test_stages_without_a_module_have_features_but_no_injection() -> None:
@@ -244,15 +234,13 @@ def test_stages_without_a_module_have_features_but_no_injection() -> None:
         SRT(model, inject=0)
 
 
-def test_several_layers_take_one_pass() -> None:
-    model = timm_model("ViT")
-    sizes = batch_sizes(model)
-    done: list[int] = []
-    srt = SRT(model, OFFSETS, layers=[0, 1, -1], stride=8, view_batch=2)
-    moments = srt.moments(torch.randn(1, 3, 48, 80), done.append)
-    assert sizes == [2, 1]
+def test_several_layers_take_one_pass(vit: Any) -> None:
+    sizes, done = batch_sizes(vit), []
+    srt = SRT(vit, OFFSETS, layers=[0, 1, -1], stride=8, view_batch=2)
+    moments = srt.moments(IMAGES, done.append)
+    assert sizes == [4, 2]
     assert done == [2, 3]
-    assert [m.var.shape for m in moments] == [torch.Size([1, 48, 6, 10])] * 3
+    assert [m.var.shape for m in moments] == [torch.Size([2, 48, 6, 10])] * 3
 
 
 def test_an_image_size_that_timm_refuses_is_explained() -> None:
@@ -266,25 +254,29 @@ def test_an_image_size_that_timm_refuses_is_explained() -> None:
 
 
 @pytest.mark.slow
-def test_real_weights_classify_a_photograph_with_injected_tokens() -> None:
+def test_real_weights_classify_a_photograph_and_separate_its_objects() -> None:
+    """Injected tokens still tell a cat; in a field suit is closer to suit than to the wall."""
     name = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
     weights = SHARED / "weights" / f"{name}.fp16.safetensors"
     if not weights.exists():
         pytest.skip(f"{weights} does not exist")
     data = pytest.importorskip("skimage.data")
     model, _ = load_timm(name, weights)
-    photo = torch.from_numpy(data.chelsea().copy()).permute(2, 0, 1)[None] / 127.5 - 1
-    photo = torch.nn.functional.interpolate(photo, (240, 320), mode="bilinear", antialias=True)
-    for output in SRT(model, views=4, layers=[5, -1], stride=8)(photo):
-        assert output.field.shape == (1, 192, 30, 40)
-        assert bool(output.field.isfinite().all())
+
+    def photo(pixels: Any, size: tuple[int, int]) -> torch.Tensor:
+        image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None] / 127.5 - 1
+        return interpolate(image, size, mode="bilinear", antialias=True)
+
     with torch.no_grad():
-        plain = model(photo)
-    logits = SRT(model, views=9, inject=5)(photo)
+        plain = model(photo(data.chelsea(), (240, 320)))
+    logits = SRT(model, views=9, inject=5)(photo(data.chelsea(), (240, 320)))
     # A tabby, a tiger cat or an Egyptian cat, as without SRT, and not from the same tokens.
     assert int(plain.argmax()) in (281, 282, 285)
     assert int(logits.argmax()) in (281, 282, 285)
     assert 1e-3 < float((logits - plain).norm() / plain.norm()) < 0.5
+    field = SRT(model, "grid:1")(photo(data.astronaut(), (448, 448))).field[0]
+    suit, other_sleeve, wall = normalize(field, dim=0)[:, [330, 270, 60], [60, 262, 290]].T
+    assert suit @ other_sleeve > suit @ wall + 0.3  # 0.87 and 0.27
 
 
 # ---- transformers -------------------------------------------------------------------------------
@@ -310,11 +302,11 @@ TRANSFORMERS = {
 }
 
 
-def transformers_model(kind: str, head: str = "Model", **settings: Any) -> Any:
+def transformers_model(kind: str, **settings: Any) -> Any:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**WIDTH, **settings)
-    return with_random_norms(getattr(transformers, f"{kind}{head}")(config).eval())
+    return with_random_norms(getattr(transformers, f"{kind}Model")(config).eval())
 
 
 def blocks_of(model: nn.Module) -> str:
@@ -332,58 +324,43 @@ def test_families_of_transformers_need_no_settings(family: str) -> None:
     model = transformers_model(kind, **settings)
     patch = settings["patch_size"]
     images = torch.randn(2, 3, 3 * patch, 5 * patch)
-    blocks = blocks_of(model)
-    norms = [m for name, m in model.named_modules() if name.rpartition(".")[2] == norm_name]
+    norm = [m for name, m in model.named_modules() if name.rpartition(".")[2] == norm_name][-1]
     any_size = {"interpolate_pos_encoding": True} if family in ("ViT", "CLIP", "SigLIP") else {}
-    for norm in (True, False):
-        outputs = SRT(model, OFFSETS, layers=[0, -1], norm=norm, stride=patch // 2)(images)
-        for at, output in zip((0, 2), outputs, strict=True):
+    raw = {at: output_of(model, f"{blocks_of(model)}.{at}", **any_size) for at in (0, 2)}
+    if family != "CLIP":  # which normalises its class token alone
+        with torch.no_grad():
+            assert_close(norm(raw[2](images)), model(images, **any_size).last_hidden_state)
+    for normalise in (norm, nn.Identity()):
+        srt = SRT(model, OFFSETS, layers=[0, -1], norm=normalise is norm, stride=patch // 2)
+        for at, output in zip(raw, srt(images), strict=True):
             assert (0 if output.prefix is None else output.prefix.shape[1]) == prefix
 
-            def tokens_of(view: torch.Tensor, at: int = at, norm: bool = norm) -> torch.Tensor:
-                with outputs_of(model, [f"{blocks}.{at}"]) as kept:
-                    result = model(view, **any_size)
-                tokens = kept[f"{blocks}.{at}"]
-                if norm:
-                    tokens = norms[-1](tokens)
-                    if at == 2 and family != "CLIP":  # which normalises its class token alone
-                        torch.testing.assert_close(tokens, result.last_hidden_state)
-                return mapped(tokens, "NLC", (3, 5))
+            def tokens_of(view: torch.Tensor, at: int = at, norm: Tokens = normalise) -> Any:
+                return mapped(norm(raw[at](view)), "NLC", (3, 5))
 
-            assert_same(output.field, expected_field(tokens_of, images, patch // 2))
+            assert_field(output.field, tokens_of, images, patch // 2)
 
 
-def test_sam_of_transformers() -> None:
-    settings = {
-        "image_size": 64,
-        "patch_size": 16,
-        "output_channels": 8,
-        "window_size": 2,
-        "global_attn_indexes": [1],
-        "mlp_dim": 64,
-    }
-    model = transformers_model("SamVision", **settings)
+@pytest.mark.parametrize(
+    ("kind", "settings", "layers"),
+    [
+        (
+            "SamVision",
+            {"output_channels": 8, "window_size": 2, "global_attn_indexes": [1], "mlp_dim": 64},
+            [-1, 0],  # the neck's map has channels first, a block's has them last
+        ),
+        ("VitDet", {}, [-1]),
+    ],
+)
+def test_maps_of_transformers(kind: str, settings: dict[str, Any], layers: list[int]) -> None:
+    model = transformers_model(kind, image_size=64, patch_size=16, **settings)
     images = torch.randn(1, 3, 64, 64)
-    first, last = SRT(model, OFFSETS, layers=[0, -1], stride=8)(images)
-    blocks = blocks_of(model)
-
-    def block(view: torch.Tensor) -> torch.Tensor:
-        with outputs_of(model, [f"{blocks}.0"]) as kept:
-            model(view)
-        return kept[f"{blocks}.0"]
-
-    assert_same(first.field, expected_field(block, images, 8))
-    neck = expected_field(lambda v: model(v).last_hidden_state.permute(0, 2, 3, 1), images, 8)
-    assert_same(last.field, neck)
-    assert first.prefix is None
-
-
-def test_maps_of_transformers_with_channels_first() -> None:
-    model = transformers_model("VitDet", image_size=64, patch_size=16)
-    images = torch.randn(1, 3, 64, 96)
-    output = SRT(model, OFFSETS, stride=8)(images)
-    expected = expected_field(lambda v: model(v).last_hidden_state.permute(0, 2, 3, 1), images, 8)
-    assert_same(output.field, expected)
+    last, *first = SRT(model, OFFSETS, layers=layers, stride=8)(images)
+    last_map = lambda view: mapped(model(view).last_hidden_state, "NCHW", (4, 4))  # noqa: E731
+    assert_field(last.field, last_map, images, 8)
+    for output in first:
+        assert_field(output.field, output_of(model, f"{blocks_of(model)}.0"), images, 8)
+        assert output.prefix is None
 
 
 @pytest.mark.parametrize("kind", ["ConvNext", "Swin"])
@@ -396,23 +373,19 @@ def test_stages_of_transformers_are_refused(kind: str) -> None:
 
 
 def test_vit_mae_of_transformers_keeps_its_patches_in_order() -> None:
-    settings: dict[str, Any] = {"image_size": 48, "patch_size": 16}
+    settings = {"image_size": 48, "patch_size": 16}
     model = transformers_model("ViTMAE", mask_ratio=0.0, **settings)
-    images = torch.randn(2, 3, 48, 80)
     noise = torch.arange(15).expand(2, -1)
 
     def tokens_of(view: torch.Tensor) -> torch.Tensor:
         tokens = model(view, noise=noise, interpolate_pos_encoding=True).last_hidden_state
         return mapped(tokens, "NLC", (3, 5))
 
-    expected = expected_field(tokens_of, images, 8)
-    assert_same(SRT(model, OFFSETS, stride=8)(images).field, expected)
-    actual = SRT(model, ITSELF, inject=0)(images).last_hidden_state[:, 1:]
-    with torch.no_grad():
-        plain = model(images, noise=noise, interpolate_pos_encoding=True).last_hidden_state[:, 1:]
-    torch.testing.assert_close(actual, plain)
+    assert_field(SRT(model, OFFSETS, stride=8)(IMAGES).field, tokens_of, IMAGES, 8)
+    actual = SRT(model, ITSELF, inject=0)(IMAGES).last_hidden_state
+    assert_close(mapped(actual, "NLC", (3, 5)), tokens_of(IMAGES).detach())
     with pytest.raises(ValueError, match=r"mask_ratio .* must be 0.*got 0\.75"):
-        SRT(transformers_model("ViTMAE", **settings), OFFSETS)(images)
+        SRT(transformers_model("ViTMAE", **settings), OFFSETS)(IMAGES)
 
 
 @pytest.mark.parametrize(
@@ -427,17 +400,14 @@ def test_the_vision_tower_of_a_model_is_found(name: str) -> None:
     config = getattr(transformers, f"{family}Config")(text_config=text, vision_config=vision)
     model = getattr(transformers, name)(config).eval()
     images = torch.randn(1, 3, 64, 96 if name == "CLIPModel" else 64)
-    settings: dict[str, Any] = {"views": OFFSETS, "stride": 16}
-    whole, tower = SRT(model, **settings)(images), SRT(model.vision_model, **settings)(images)
+    whole, tower = (SRT(m, OFFSETS, stride=16)(images) for m in (model, model.vision_model))
     assert torch.equal(whole.field, tower.field)
     if name == "CLIPModel":
         for how in ({"inject": 0}, {"layers": "vision_model.encoder.layers.0"}):
             with pytest.raises(ValueError, match=r"must run on pictures alone .* got CLIPModel"):
                 SRT(model, OFFSETS, **how)  # type: ignore[arg-type]
     else:
-        actual = SRT(model, ITSELF, inject=0)(images).logits
-        torch.testing.assert_close(actual, model(images).logits.detach())
-        assert not torch.equal(SRT(model, OFFSETS, inject=0)(images).logits, actual)
+        assert_injected(model, images, lambda output: output.logits, inject=0)
 
 
 # ---- DINO, hooks, calls -------------------------------------------------------------------------
@@ -452,14 +422,8 @@ class Dino(nn.Module):
         self.blocks, self.norm, self.patch_size = self.vit.blocks, self.vit.norm, 16
 
     def get_intermediate_layers(
-        self,
-        x: torch.Tensor,
-        n: int | list[int] = 1,
-        reshape: bool = False,
-        return_class_token: bool = False,
-        norm: bool = True,
-    ) -> tuple[Any, ...]:
-        assert not isinstance(n, int)
+        self, x: Any, n: Any, reshape: bool, return_class_token: bool, norm: bool = True
+    ) -> Any:
         assert return_class_token
         assert not reshape
         pairs = self.vit.forward_intermediates(
@@ -471,7 +435,7 @@ class Dino(nn.Module):
 class FirstDino(Dino):
     """That of the first DINO."""
 
-    def get_intermediate_layers(self, x: torch.Tensor, n: int = 1) -> list[torch.Tensor]:  # type: ignore[override]
+    def get_intermediate_layers(self, x: Any, n: int = 1) -> Any:  # type: ignore[override]
         every = self.vit.forward_intermediates(
             x, None, True, True, output_fmt="NLC", intermediates_only=True
         )
@@ -481,67 +445,59 @@ class FirstDino(Dino):
 @pytest.mark.parametrize("norm", [True, False])
 def test_intermediate_layers_of_dinov2(norm: bool) -> None:
     model = Dino()
-    images = torch.randn(2, 3, 48, 70)
-    settings: dict[str, Any] = {"layers": [-1, 0], "stride": 8, "norm": norm}
-    actual = SRT(model, OFFSETS, **settings)(images)
-    expected = SRT(model.vit, OFFSETS, **settings)(images)
-    torch.testing.assert_close(tuple(actual), tuple(expected))
+    settings = {"layers": [-1, 0], "stride": 8, "norm": norm}
+    actual, expected = (SRT(m, OFFSETS, **settings)(IMAGES[..., :70]) for m in (model, model.vit))
+    assert_close(tuple(actual), tuple(expected))
 
 
 def test_intermediate_layers_of_the_first_dino() -> None:
-    model = FirstDino()
-    images = torch.randn(2, 3, 48, 70)
-    settings: dict[str, Any] = {"layers": [-1, 0], "stride": 8}
+    model, settings = FirstDino(), {"layers": [-1, 0], "stride": 8}
+    expected = SRT(model.vit, OFFSETS, **settings)(IMAGES)
     with pytest.warns(UserWarning, match="prefix=1"):
-        outputs = SRT(model, OFFSETS, **settings)(images)
-    expected = SRT(model.vit, OFFSETS, **settings)(images)
-    torch.testing.assert_close(tuple(outputs), tuple(expected))
+        outputs = SRT(model, OFFSETS, **settings)(IMAGES)
+    assert_close(tuple(outputs), tuple(expected))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        SRT(model, OFFSETS, prefix=1, **settings)(images)
+        SRT(model, OFFSETS, prefix=1, **settings)(IMAGES)
     with pytest.raises(ValueError, match="norm must be True"):
         SRT(model, OFFSETS, norm=False)
 
 
-def test_modules_by_name_in_any_model() -> None:
-    model = timm_model("ViT")
-    plain = nn.Sequential(nn.Identity(), model)  # nothing that SRT knows
-    images = torch.randn(2, 3, 48, 70)
-    settings: dict[str, Any] = {"views": OFFSETS, "stride": 8}
-    expected = SRT(model, layers=[1, 0], norm=False, **settings)(images)
+def test_modules_by_name_in_any_model(vit: Any) -> None:
+    plain = nn.Sequential(nn.Identity(), vit)  # nothing that SRT knows
+    images, settings = IMAGES[..., :70], {"views": OFFSETS, "stride": 8}
+    expected = SRT(vit, layers=[1, 0], norm=False, **settings)(images)
     names = ["1.blocks.1", "1.blocks.0"]
     outputs = SRT(plain, layers=names, patch=16, prefix=1, **settings)(images)
-    torch.testing.assert_close(tuple(outputs), tuple(expected))
+    assert_close(tuple(outputs), tuple(expected))
     with pytest.warns(UserWarning, match="the first 1 are taken for class or register tokens"):
         SRT(plain, layers=names, patch=16, **settings)(images)
     with warnings.catch_warnings():  # what timm declares is not inferred
         warnings.simplefilter("error")
-        output = SRT(model, layers="blocks.0", **settings)(images)
-    torch.testing.assert_close(output, expected[1])
-    assert not any(module._forward_hooks for module in plain.modules())
+        output = SRT(vit, layers="blocks.0", **settings)(images)
+    assert_close(output, expected[1])
+    assert count_hooks(plain) == 0
 
 
 def test_maps_are_read_in_both_layouts() -> None:
-    images = torch.randn(2, 3, 32, 48)
+    images, settings = IMAGES[..., :32, :48], {"views": OFFSETS, "patch": 8, "stride": 4}
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 4, 8, stride=8)
-    settings: dict[str, Any] = {"views": OFFSETS, "patch": 8, "stride": 4}
 
     def channels_last(x: torch.Tensor) -> torch.Tensor:
         return conv(x).permute(0, 2, 3, 1)
 
-    expected = expected_field(channels_last, images, 4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert_same(SRT(conv, **settings)(images).field, expected)
-        assert_same(SRT(nn.Sequential(conv), layers="0", **settings)(images).field, expected)
+        assert_field(SRT(conv, **settings)(images).field, channels_last, images, 4)
+        named = SRT(nn.Sequential(conv), layers="0", **settings)
+        assert_field(named(images).field, channels_last, images, 4)
         # Four channels on a grid of 4 x 6: [B, 4, 6, 4] is no map of channels first.
-        assert_same(SRT(channels_last, **settings)(images).field, expected)
+        assert_field(SRT(channels_last, **settings)(images).field, channels_last, images, 4)
     coarser = SRT(nn.Sequential(conv, nn.AvgPool2d(2)), **settings)
     with pytest.warns(UserWarning, match=r"taken for NCHW with a patch of \[16, 16\]"):
         field = coarser(images).field
-    pooled = nn.functional.avg_pool2d
-    assert_same(field, expected_field(lambda x: pooled(conv(x), 2).permute(0, 2, 3, 1), images, 4))
+    assert_field(field, lambda x: avg_pool2d(conv(x), 2).permute(0, 2, 3, 1), images, 4)
     with pytest.warns(UserWarning, match="taken for NCHW"):  # 4 channels on a grid of 4 x 4
         SRT(conv, **settings)(images[..., :32])
 
@@ -549,11 +505,10 @@ def test_maps_are_read_in_both_layouts() -> None:
 def test_of_a_pyramid_the_map_of_the_patch_is_taken() -> None:
     model = create("test_resnet", features_only=True)
     images = torch.randn(1, 3, 64, 96)
-    settings: dict[str, Any] = {"views": OFFSETS, "stride": 8}
-    expected = expected_field(lambda view: model(view)[3].permute(0, 2, 3, 1), images, 8)
-    assert_same(SRT(model, patch=16, **settings)(images).field, expected)
+    field = SRT(model, OFFSETS, patch=16, stride=8)(images).field
+    assert_field(field, lambda view: mapped(model(view)[3], "NCHW", (4, 6)), images, 8)
     with pytest.raises(ValueError, match=r"one must lie on a grid of \[1, 2\]"):
-        SRT(lambda view: model(view)[:3], patch=64, **settings)(images)
+        SRT(lambda view: model(view)[:3], OFFSETS, patch=64, stride=8)(images)
 
 
 @pytest.mark.parametrize(
@@ -576,85 +531,65 @@ def test_of_a_pyramid_the_map_of_the_patch_is_taken() -> None:
     ],
 )
 def test_wrong_settings_are_refused(
-    settings: dict[str, Any], kind: type[Exception], message: str
+    settings: dict[str, Any], kind: type[Exception], message: str, vit: Any
 ) -> None:
     with pytest.raises(kind, match=message):
-        SRT(timm_model("ViT"), OFFSETS, **settings)
+        SRT(vit, OFFSETS, **settings)
 
 
-def test_models_that_do_not_fit_are_refused() -> None:
-    images = torch.randn(1, 3, 48, 80)
-    model = timm_model("ViT")
-    plain = nn.Sequential(model)
-    with pytest.raises(ValueError, match=r"layers must be names of modules, with patch.*got \[3\]"):
-        SRT(plain, layers=3, patch=16)
-    with pytest.raises(ValueError, match="patch must be given"):
-        SRT(plain, layers="0.blocks.0")
-    with pytest.raises(ValueError, match=r"tokens \[B, K \+ 60, C\].*got \[6, 16, 48\]"):
-        SRT(plain, OFFSETS.repeat(2, 1), layers="0.blocks.0", patch=8)(images)
-    with pytest.raises(ValueError, match=r"the model must return tokens.*got \[3, 1000\]"):
-        SRT(plain, OFFSETS, patch=16)(images)
-    model.unused = nn.Identity()
-    with pytest.raises(ValueError, match="left out"):
-        SRT(model, OFFSETS, layers="unused")(images)
+def test_models_that_do_not_fit_are_refused(vit: Any) -> None:
+    plain = nn.Sequential(vit)
+    vit.unused = nn.Identity()
+    windows = module(lambda x: x.reshape(-1, 2, 2, 4))  # [B, 60, 4] -> [B * 15, 2, 2, 4]
+    windowed = nn.Sequential(Around(nn.Identity()), windows)
+    for model, settings, message in (
+        (plain, {"layers": 3, "patch": 16}, r"layers must be names of modules, with patch.*\[3\]"),
+        (plain, {"layers": "0.blocks.0"}, "patch must be given"),
+        (plain, {"layers": "0.blocks.0", "patch": 8}, r"tokens \[B, K \+ 60, C\].*\[6, 16, 48\]"),
+        (plain, {"patch": 16}, r"the model must return tokens.*got \[6, 1000\]"),
+        (vit, {"layers": "unused"}, "left out"),
+        (windowed, {"layers": "1", "patch": 8}, r"for each of 6 pictures; got \[90, 2, 2, 4\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SRT(model, OFFSETS, **settings)(IMAGES)
     with pytest.raises(ValueError, match="moments must be asked of layers"):
-        SRT(model, OFFSETS, inject=0).moments(images)
-    assert not any(module._forward_hooks for module in model.modules())
-
-    def windows(x: torch.Tensor) -> torch.Tensor:  # [B, 8, 4] -> [B * 2, 2, 2, 4]
-        return x.reshape(-1, 2, 2, 4)
-
-    windowed = nn.Sequential(Around(nn.Identity()), Call(windows))
-    with pytest.raises(ValueError, match=r"for each of 3 pictures; got \[6, 2, 2, 4\]"):
-        SRT(windowed, OFFSETS, layers="1", patch=8)(torch.randn(1, 3, 16, 32))
+        SRT(vit, OFFSETS, inject=0).moments(IMAGES)
+    assert count_hooks(vit) == 0
 
 
-def test_describe_is_what_srt_uses() -> None:
-    backbone = describe(timm_model("ViT"), [0, -1])
-    features = backbone.features(torch.zeros(2, 3, 48, 80))
-    assert [f.tokens.shape for f in features] == [torch.Size([2, 15, 48])] * 2
+def test_a_backbone_is_what_srt_uses_and_has_its_own_settings(vit: Any) -> None:
+    backbone = describe(vit, [0, -1])
+    assert [f.tokens.shape for f in backbone.features(IMAGES)] == [torch.Size([2, 15, 48])] * 2
     assert backbone.modules == ("blocks.0", "blocks.1")
-    assert torch.equal(
-        SRT(backbone, OFFSETS, stride=8)(torch.ones(1, 3, 48, 80))[1].field,
-        SRT(backbone.model, OFFSETS, stride=8)(torch.ones(1, 3, 48, 80)).field,
-    )
-
-
-def test_a_backbone_has_its_own_settings() -> None:
-    model = timm_model("ViT")
+    srt = SRT(backbone, OFFSETS, stride=8)
+    assert torch.equal(srt(IMAGES)[1].field, SRT(vit, OFFSETS, stride=8)(IMAGES).field)
     for settings in ({"layers": 1}, {"inject": 1}, {"norm": False}, {"patch": 16}, {"prefix": 1}):
         with pytest.raises(ValueError, match="must be left out for a Backbone"):
-            SRT(describe(model, 0), OFFSETS, **settings)  # type: ignore[arg-type]
-    srt = SRT(describe(model, 0), OFFSETS)
+            SRT(backbone, OFFSETS, **settings)  # type: ignore[arg-type]
     srt.model = timm_model("DeiT")
     with pytest.raises(ValueError, match="model must stay that of the Backbone"):
-        srt(torch.zeros(1, 3, 48, 80))
+        srt(IMAGES)
 
 
-def test_weighted_views_are_views_that_count_more_often() -> None:
-    model = timm_model("ViT")
-    images = torch.randn(1, 3, 48, 80)
+def test_weighted_views_are_views_that_count_more_often(vit: Any) -> None:
     weights = torch.tensor([1.0, 0.0, 3.0])
-    field, prefix = SRT(model, (OFFSETS, weights), stride=8, view_batch=2)(images)
-    expected = SRT(model, OFFSETS[[0, 2, 2, 2]], stride=8)(images)
-    torch.testing.assert_close(field, expected.field, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(prefix, expected.prefix, atol=1e-5, rtol=1e-5)
+    actual = SRT(vit, (OFFSETS, weights), stride=8, view_batch=2)(IMAGES)
+    expected = SRT(vit, OFFSETS[[0, 2, 2, 2]], stride=8)(IMAGES)
+    assert_close(actual, expected, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="no weights where reduce is 'median'"):
-        SRT(model, (OFFSETS, weights), reduce="median")
+        SRT(vit, (OFFSETS, weights), reduce="median")
 
 
 def test_training_mode_is_a_warning_where_it_matters() -> None:
-    torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 8, stride=8), nn.BatchNorm2d(4), nn.Dropout(0.5))
-    images = torch.randn(1, 3, 48, 80)
     with pytest.warns(UserWarning, match=r"in training mode.*model\.eval"):
-        SRT(model, OFFSETS, patch=8)(images)
+        SRT(model, OFFSETS, patch=8)(IMAGES)
     stochastic_depth = create("vit_tiny_patch16_224", **ANY, drop_path_rate=0.3).train()
     with pytest.warns(UserWarning, match="in training mode"):
-        SRT(stochastic_depth, OFFSETS, stride=8)(images)
+        SRT(stochastic_depth, OFFSETS, stride=8)(IMAGES)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        SRT(model.eval(), OFFSETS, patch=8)(images)
+        SRT(model.eval(), OFFSETS, patch=8)(IMAGES)
 
 
 # ---- precision, compilers, threads --------------------------------------------------------------
@@ -665,34 +600,45 @@ def assert_close_in_bfloat16(actual: torch.Tensor, expected: torch.Tensor) -> No
     assert error < 0.03
 
 
-def test_half_precision_and_autocast() -> None:
-    model = timm_model("ViT")
-    images = torch.randn(2, 3, 48, 80)
-    expected = SRT(model, OFFSETS, stride=8)(images).field
+def test_half_precision_and_autocast(vit: Any) -> None:
+    expected = SRT(vit, OFFSETS, stride=8)(IMAGES).field
     with torch.autocast("cpu", torch.bfloat16):
-        cast = SRT(model, OFFSETS, layers=[0, -1], norm=False, stride=8)(images)
-        assert_close_in_bfloat16(SRT(model, OFFSETS, stride=8)(images).field, expected)
+        cast = SRT(vit, OFFSETS, layers=[0, -1], norm=False, stride=8)(IMAGES)
+        assert_close_in_bfloat16(SRT(vit, OFFSETS, stride=8)(IMAGES).field, expected)
     assert all(bool(out.field.isfinite().all()) for out in cast)
-    field, prefix = SRT(model.bfloat16(), OFFSETS, stride=8)(images.bfloat16())
-    assert field.dtype == prefix.dtype == torch.bfloat16
-    assert_close_in_bfloat16(field, expected)
+    vit.bfloat16()
+    for streaming in (False, True):
+        field, prefix = SRT(vit, OFFSETS, stride=8, streaming=streaming)(IMAGES.bfloat16())
+        assert field.dtype == prefix.dtype == torch.bfloat16
+        assert_close_in_bfloat16(field, expected)
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_on_a_gpu(dtype: torch.dtype) -> None:
-    model = timm_model("ViT")
-    images = torch.randn(2, 3, 48, 80)
-    settings: dict[str, Any] = {"views": OFFSETS, "view_batch": "auto"}
-    expected = SRT(model, layers=[0, -1], stride=8, **settings)(images)
-    logits = SRT(model, inject=0, **settings)(images)
-    model.to("cuda", dtype)
-    there = images.to("cuda", dtype)
-    outputs = SRT(model, layers=[0, -1], stride=8, **settings)(there)
-    for actual, cpu in zip(outputs, expected, strict=True):
+def test_on_a_gpu(dtype: torch.dtype, vit: Any) -> None:
+    fields, inject = (
+        SRT(vit, OFFSETS, view_batch="auto", **how)
+        for how in ({"layers": [0, -1], "stride": 8}, {"inject": 0})
+    )
+    expected, logits = fields(IMAGES), inject(IMAGES)
+    vit.to("cuda", dtype)
+    there = IMAGES.to("cuda", dtype)
+    for actual, cpu in zip(fields(there), expected, strict=True):
         assert actual.field.is_cuda
         assert_close_in_bfloat16(actual.field.cpu(), cpu.field)
-    assert_close_in_bfloat16(SRT(model, inject=0, **settings)(there).cpu(), logits)
+    assert_close_in_bfloat16(inject(there).cpu(), logits)
+
+
+def compiled_with_graphs(model: nn.Module) -> tuple[Any, list[Any]]:
+    """A compiled model, and the graphs that are compiled from here on."""
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: object) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    return torch.compile(model, backend=backend), graphs
 
 
 @pytest.mark.slow
@@ -704,28 +650,21 @@ def test_features_of_compiled_models_are_compiled_once(library: str) -> None:
     else:
         model = transformers_model("Dinov2", image_size=28, patch_size=14)
         images, stride = torch.randn(1, 3, 56, 70), 7
-    graphs: list[int] = []
-
-    def backend(graph: Any, inputs: object) -> Any:
-        graphs.append(len(graph.graph.nodes))
-        return graph.forward
-
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend=backend)
+    compiled, graphs = compiled_with_graphs(model)
     offsets = torch.cat([OFFSETS, OFFSETS + 1])
-    settings: dict[str, Any] = {"layers": [0, -1], "stride": stride, "view_batch": 4}
+    settings = {"layers": [0, -1], "stride": stride, "view_batch": 4}
     srt = SRT(compiled, offsets, **settings)
     expected = tuple(SRT(model, offsets, **settings)(images))
-    torch.testing.assert_close(tuple(srt(images)), expected)
+    assert_close(tuple(srt(images)), expected)
     count = len(graphs)
     assert count > 0
     srt(images)
     assert len(graphs) == count
-    torch.testing.assert_close(tuple(copy.deepcopy(srt)(images)), expected)
+    assert_close(tuple(copy.deepcopy(srt)(images)), expected)
     name = next(n for n, _ in model.named_modules() if n.endswith(".0"))
     by_name = SRT(compiled, offsets, layers=name, patch=srt.backbone.patch, prefix=1, stride=stride)
     raw = SRT(model, offsets, layers=0, norm=False, stride=stride)(images).field
-    torch.testing.assert_close(by_name(images).field, raw)
+    assert_close(by_name(images).field, raw)
 
 
 @pytest.mark.slow
@@ -740,46 +679,36 @@ def test_a_compiled_model_of_one_size_says_so() -> None:
 @pytest.mark.slow
 def test_the_last_of_several_threads_that_force_eager_mode_ends_it() -> None:
     first, second = (force_eager(torch.compile(nn.Identity())) for _ in range(2))
-    seen: list[int] = []
-
-    def backend(graph: Any, inputs: object) -> Any:
-        seen.append(1)
-        return graph.forward
-
-    torch._dynamo.reset()
-    compiled = torch.compile(nn.Linear(2, 2), backend=backend)
+    compiled, graphs = compiled_with_graphs(nn.Linear(2, 2))
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
     compiled(torch.zeros(1, 2))
-    assert not seen
+    assert not graphs
     second.__exit__(None, None, None)
     compiled(torch.zeros(1, 2))
-    assert seen
+    assert graphs
 
 
-def test_hooks_ignore_other_threads_that_run_the_model() -> None:
-    model = timm_model("ViT")
-    images = torch.randn(1, 3, 48, 80)
+def test_hooks_ignore_other_threads_that_run_the_model(vit: Any) -> None:
     with torch.no_grad():
-        expected = model(images)
-    settings: dict[str, Any] = {"views": OFFSETS, "stride": 16}
-    field = SRT(model, layers="blocks.0", **settings)(images).field
-    logits = SRT(model, OFFSETS, inject=0)(images)
+        expected = vit(IMAGES)
+    by_name, inject = SRT(vit, OFFSETS, layers="blocks.0", stride=16), SRT(vit, OFFSETS, inject=0)
+    field, logits = by_name(IMAGES).field, inject(IMAGES)
     others: list[torch.Tensor] = []
 
     def in_another_thread(_m: nn.Module, _i: object) -> None:
         if threading.current_thread() is threading.main_thread():
-            thread = threading.Thread(target=lambda: others.append(model(images * 1)))
+            thread = threading.Thread(target=lambda: others.append(vit(IMAGES * 1)))
             thread.start()
             thread.join()
 
-    model.blocks[0].register_forward_pre_hook(in_another_thread)
-    torch.testing.assert_close(SRT(model, layers="blocks.0", **settings)(images).field, field)
-    torch.testing.assert_close(SRT(model, OFFSETS, inject=0)(images), logits)
+    vit.blocks[0].register_forward_pre_hook(in_another_thread)
+    assert_close(by_name(IMAGES).field, field)
+    assert_close(inject(IMAGES), logits)
     assert len(others) == 3  # the hooked forward; the two of inject
     for other in others:
-        torch.testing.assert_close(other, expected)
+        assert_close(other, expected)
 
 
 # ---- inject -------------------------------------------------------------------------------------
@@ -802,9 +731,9 @@ def test_inject_is_the_ensemble_and_the_rest_of_the_network(
     assert ran == {0: 10, 1: 10, 2: 2}  # images: V views, or the image itself and V
     assert done[-1] == len(offsets)
 
-    padded = nn.functional.pad(images, (0, 0, 0, 8), mode="replicate")
+    padded = pad(images, (0, 0, 0, 8), mode="replicate")
     shifted = reference.shift(padded, offsets).float()
-    how: dict[str, Any] = {"output_fmt": "NLC", "intermediates_only": True}
+    how = {"output_fmt": "NLC", "intermediates_only": True}
     with torch.no_grad():
         found = [model.forward_intermediates(view, [1], True, **how)[0] for view in shifted]
         tokens, prefix = (torch.stack(part) for part in zip(*found, strict=True))
@@ -812,7 +741,7 @@ def test_inject_is_the_ensemble_and_the_rest_of_the_network(
         field = reference.ensemble(tokens, offsets, (3, 5), (16, 16), **modes).float()
         x = torch.cat([prefix.mean(0), field.flatten(2).transpose(1, 2)], 1)
         expected = model.forward_head(model.norm(model.blocks[2](x)))
-    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+    assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_inject_before_a_depth_head() -> None:
@@ -836,24 +765,15 @@ def test_inject_before_a_depth_head() -> None:
         reassemble_hidden_size=32,
     )
     model = transformers.DepthAnythingForDepthEstimation(config).eval()
+    settings = {"inject": blocks_of(model) + ".1", "patch": 14, "prefix": 1}
     images = torch.randn(2, 3, 42, 70)
-    with torch.no_grad():
-        expected = model(images).predicted_depth
-    settings: dict[str, Any] = {"inject": blocks_of(model) + ".1", "patch": 14, "prefix": 1}
-    actual = SRT(model, ITSELF, **settings)(images).predicted_depth
-    torch.testing.assert_close(actual, expected)
-    assert not torch.equal(SRT(model, OFFSETS, **settings)(images).predicted_depth, expected)
+    assert_injected(model, images, lambda output: output.predicted_depth, **settings)
 
 
-class Call(nn.Module):
-    """A function as a module."""
-
-    def __init__(self, function: Callable[[torch.Tensor], Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.function(x)
+def module(function: Callable[[torch.Tensor], Any]) -> nn.Module:
+    result = nn.Identity()
+    result.forward = function  # type: ignore[method-assign]
+    return result
 
 
 class Around(nn.Module):
@@ -876,36 +796,30 @@ class Named(NamedTuple):
     last_hidden_state: torch.Tensor
 
 
-def test_the_model_is_left_as_it_was_after_an_exception() -> None:
-    model = timm_model("ViT")
-    images = torch.randn(1, 3, 48, 80)
-
+def test_the_model_is_left_as_it_was_after_an_exception(vit: Any) -> None:
     def fail(_x: torch.Tensor) -> Any:
         raise RuntimeError("out of order")
 
-    head, model.head = model.head, Call(fail)
-    before = {name: id(module) for name, module in model.named_modules()}
-    srt = SRT(model, OFFSETS, inject=0)
+    head, vit.head = vit.head, module(fail)
+    before = {name: id(module) for name, module in vit.named_modules()}
+    srt = SRT(vit, OFFSETS, inject=0)
     with pytest.raises(RuntimeError, match="out of order"):
-        srt(images)
-    assert {name: id(module) for name, module in model.named_modules()} == before
-    assert not any(module._forward_hooks for module in model.modules())
-    model.head = head
-    assert srt(images).shape == (1, 1000)
+        srt(IMAGES)
+    assert {name: id(module) for name, module in vit.named_modules()} == before
+    assert count_hooks(vit) == 0
+    vit.head = head
+    assert srt(IMAGES).shape == (2, 1000)
 
 
 def test_inject_keeps_what_the_module_returns() -> None:
-    images = torch.randn(2, 3, 16, 24)
-    settings: dict[str, Any] = {"inject": "inner", "patch": 8, "prefix": 0}
+    settings = {"inject": "inner", "patch": 8, "prefix": 0}
     for pack in (lambda x: x, lambda x: (x, 1), lambda x: [x, 1]):
-        model = Around(Call(pack))
-        actual = SRT(model, ITSELF, **settings)(images)
-        torch.testing.assert_close(actual, model(images).detach())
+        assert_injected(Around(module(pack)), IMAGES, **settings)
     with pytest.raises(ValueError, match=r"inject must name a module.*inner returns Named"):
-        SRT(Around(Call(Named)), ITSELF, **settings)(images)
+        SRT(Around(module(Named)), ITSELF, **settings)(IMAGES)
     for offsets in (OFFSETS, OFFSETS[1:]):
         with pytest.raises(ValueError, match=r"call its layer once.*it called inner again"):
-            SRT(Around(nn.Identity(), calls=2), offsets, **settings)(images)
+            SRT(Around(nn.Identity(), calls=2), offsets, **settings)(IMAGES)
 
 
 def test_a_model_that_catches_every_exception_is_still_read() -> None:
@@ -916,11 +830,11 @@ def test_a_model_that_catches_every_exception_is_still_read() -> None:
             except Exception:
                 return x
 
-    images = torch.randn(1, 3, 16, 24)
-    settings: dict[str, Any] = {"views": OFFSETS, "layers": "inner", "patch": 8, "prefix": 0}
-    inner = nn.Identity()
-    expected = SRT(Around(inner), **settings)(images).field
-    assert torch.equal(SRT(Careful(inner), **settings)(images).field, expected)
+    actual, expected = (
+        SRT(kind(nn.Identity()), OFFSETS, layers="inner", patch=8, prefix=0)(IMAGES).field
+        for kind in (Careful, Around)
+    )
+    assert torch.equal(actual, expected)
 
 
 # ---- memory -------------------------------------------------------------------------------------
@@ -948,42 +862,25 @@ def test_free_bytes_of_a_container_count_its_page_cache(monkeypatch: pytest.Monk
     assert _memory.free_bytes(torch.device("cpu")) == 9000
 
 
-def test_view_batch_auto_fits_half_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = timm_model("ViT")
-    sizes = batch_sizes(model)
-    images = torch.randn(1, 3, 48, 80)
-    offsets = torch.cat([OFFSETS + i for i in range(7)])
-    expected = SRT(model, offsets, stride=8)(images)
-    srt = SRT(model, offsets, stride=8, view_batch="auto")
-    peaks: list[int] = []
-    peak_bytes = _memory.peak_bytes
-
-    def spy(call: Any) -> Any:
-        result = peak_bytes(call)
-        peaks.append(result[1])
-        return result
-
-    monkeypatch.setattr(srt_module, "peak_bytes", spy)
-    for free, batches in (
-        (lambda: 2**40, [1, 7, 7, 6]),
-        (lambda: 0, [1] * 21),
-        # Two planes of the field, and 5 views in half of the rest.
-        (lambda: 2 * 5 * peaks[0] + 2 * 48 * 6 * 10 * 4, [1, 5, 5, 5, 5]),
-    ):
-        sizes.clear()
-        monkeypatch.setattr(srt_module, "free_bytes", lambda _device, free=free: free())
-        torch.testing.assert_close(srt(images), expected)
-        assert sizes == batches
-
-
-def test_view_batch_auto_counts_the_field_of_inject_at_token_scale(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("how", "free", "batches"),
+    [
+        ({"stride": 8}, 2**40, [1, 7, 7, 6]),
+        ({"stride": 8}, 0, [1] * 21),
+        # Two planes of the field, of 4 bytes, and in half of the rest 5 views of 1000.
+        ({"stride": 8}, 2 * 48 * 6 * 10 * 4 + 2 * 5 * 1000, [1, 5, 5, 5, 5]),
+        ({"inject": 0}, 2 * 48 * 3 * 5 * 4 + 2 * 5 * 1000, [1, 5, 5, 5, 4, 1]),  # at token scale
+    ],
+)
+def test_view_batch_auto_fits_half_of_the_memory(
+    how: Any, free: int, batches: list[int], vit: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = timm_model("ViT")
-    sizes = batch_sizes(model)
-    monkeypatch.setattr(srt_module, "peak_bytes", lambda call: (call(), 10))
-    # 2 fields of 15 cells, 48 channels, 4 bytes; half of the rest holds 3 views of 10 bytes.
-    monkeypatch.setattr(srt_module, "free_bytes", lambda _device: 2 * 15 * 48 * 4 + 60)
-    offsets = torch.cat([OFFSETS[1:] + i for i in range(4)])
-    SRT(model, offsets, inject=0, view_batch="auto")(torch.randn(1, 3, 48, 80))
-    assert sizes == [1, 3, 3, 1, 1]
+    sizes, images = batch_sizes(vit), IMAGES[:1]
+    offsets = torch.cat([OFFSETS + i for i in range(7)])
+    expected = SRT(vit, offsets, **how)(images)
+    sizes.clear()
+    measure = _memory.peak_bytes
+    monkeypatch.setattr(srt_module, "peak_bytes", lambda call: (measure(call)[0], 1000))
+    monkeypatch.setattr(srt_module, "free_bytes", lambda _device: free)
+    assert_close(SRT(vit, offsets, view_batch="auto", **how)(images), expected)
+    assert sizes == batches

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("timm")
-pytest.importorskip("typer")
-
 from cli import SMALL, run, small_weights
 from PIL import Image
 from safetensors import safe_open
@@ -24,13 +20,6 @@ from srt_ext import SRT
 from srt_ext.cli import common, folder
 from srt_ext.cli.images import ImageError, open_image, to_pixels
 from srt_ext.srt import SRTOutput
-
-SETTINGS = {"--views": "grid:1", "--stride": 8, "--size": 48, "--workers": 0}
-
-
-@pytest.fixture(scope="session")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_weights(tmp_path_factory.mktemp("weights") / "small.safetensors")
 
 
 @pytest.fixture
@@ -46,6 +35,11 @@ def photos(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "new/out"
+
+
 NAMES = ["a.jpg.safetensors", "a.png.safetensors", "trip/day 2/b.PNG.safetensors"]
 
 
@@ -58,22 +52,20 @@ def made(out: Path) -> dict[str, int]:
     }
 
 
-def extract(photos: Path, out: Path, weights: Path, **changed: object) -> tuple[int, str]:
-    settings = {"--model": SMALL, "--weights": weights, **SETTINGS}
-    settings |= {f"--{name}": value for name, value in changed.items()}
-    return run("features", photos, "-o", out, *(x for pair in settings.items() for x in pair))
+def extract(photos: Path, out: Path, code: int = 0, **changed: object) -> str:
+    settings = {"model": SMALL, "weights": small_weights(), "views": "grid:1"}
+    settings |= {"stride": 8, "size": 48, "workers": 0} | changed
+    options = [f"--{name}={value}" for name, value in settings.items()]
+    return run("features", photos, "-o", out, *options, code=code)
 
 
 @pytest.mark.parametrize(("dtype", "workers"), [("float32", 0), ("float16", 0), ("bfloat16", 2)])
-def test_each_image_has_a_file(
-    photos: Path, weights: Path, tmp_path: Path, dtype: str, workers: int
-) -> None:
-    out = tmp_path / "new/out"
-    code, text = extract(photos, out, weights, dtype=dtype, workers=workers)
-    assert code == 0, text
+def test_each_image_has_a_file(photos: Path, out: Path, dtype: str, workers: int) -> None:
+    """With the features that the image has alone."""
+    text = extract(photos, out, dtype=dtype, workers=workers, layer=2)
     assert list(made(out)) == NAMES
     assert "3 pictures: 3 written, 0 were there, 0 failed" in text
-    network = common.Network(SMALL, weights, None)
+    network = common.Network(SMALL, small_weights(), 2)
     srt = SRT(network.backbone, "grid:1", stride=8)
     for name in NAMES:
         tensors = load_file(out / name)
@@ -89,40 +81,26 @@ def test_each_image_has_a_file(
             metadata = file.metadata()
         assert metadata["photo"] == name.removesuffix(".safetensors")
         assert (metadata["views"], metadata["dtype"]) == ("grid:1", dtype)
+    extract(photo, out / "alone.safetensors", dtype=dtype, layer=2)
+    alone = load_file(out / "alone.safetensors")
+    assert all(alone[key].equal(tensors[key]) for key in ("field", "prefix"))
 
 
-def test_an_image_alone_and_in_a_folder_has_the_same_features(
-    photos: Path, weights: Path, tmp_path: Path
-) -> None:
-    one = tmp_path / "one.safetensors"
-    assert extract(photos, tmp_path / "out", weights, layer=2, dtype="float16")[0] == 0
-    assert extract(photos / "a.png", one, weights, layer=2, dtype="float16")[0] == 0
-    a, b = load_file(one), load_file(tmp_path / "out/a.png.safetensors")
-    assert a["field"].dtype == torch.float16
-    assert all(a[name].equal(b[name]) for name in ("field", "prefix"))
-
-
-def test_a_second_run_writes_what_is_missing(photos: Path, weights: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    extract(photos, out, weights)
+def test_a_second_run_writes_what_is_missing(photos: Path, out: Path) -> None:
+    extract(photos, out)
     first = made(out)
-    code, text = extract(photos, out, weights)
-    assert code == 0
-    assert "3 pictures: 0 written, 3 were there, 0 failed" in text
+    assert "3 pictures: 0 written, 3 were there, 0 failed" in extract(photos, out)
     assert made(out) == first
 
     (out / NAMES[0]).unlink()
     content = (out / NAMES[1]).read_bytes()
-    whole = load(content)["field"]
     (out / NAMES[1]).write_bytes(content[: len(content) // 2])  # of a disk that died
     (out / f".{NAMES[0]}.partial").write_bytes(b"of a run that was killed")
     before = load_file(out / NAMES[2])["field"]
     Image.new("RGB", (40, 64), "red").save(photos / "trip/day 2/b.PNG")
-    code, text = extract(photos, out, weights)
-    assert code == 0
-    assert "3 written (1 had changed since), 0 were there" in text
+    assert "3 written (1 had changed since), 0 were there" in extract(photos, out)
     assert list(made(out)) == NAMES
-    assert load_file(out / NAMES[1])["field"].equal(whole)
+    assert load_file(out / NAMES[1])["field"].equal(load(content)["field"])
     assert load_file(out / NAMES[2])["field"].shape != before.shape
 
 
@@ -137,44 +115,33 @@ def test_a_second_run_writes_what_is_missing(photos: Path, weights: Path, tmp_pa
         ("model", "test_vit.r160_in1k"),
     ],
 )
-def test_other_settings_are_refused(
-    photos: Path, weights: Path, tmp_path: Path, name: str, value: object
-) -> None:
-    out = tmp_path / "out"
-    extract(photos, out, weights)
+def test_other_settings_are_refused(photos: Path, out: Path, name: str, value: object) -> None:
+    extract(photos, out)
     (out / NAMES[0]).unlink()  # also where there is something to do
     first = made(out)
-    code, text = extract(photos, out, weights, **{name: value})
-    assert code == 1
+    text = extract(photos, out, 1, **{name: value})
     assert "was made with other settings" in text
     assert re.search(rf"\({name} [^;]+, now {value}\)", text)
     assert made(out) == first
 
 
 def test_other_weights_and_other_folders_are_refused_too(
-    photos: Path, weights: Path, tmp_path: Path
+    photos: Path, out: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "out"
-    extract(photos, out, weights)
+    extract(photos, out)
     first = made(out)
-    others = small_weights(tmp_path / "small.safetensors", seed=1)
-    code, text = extract(photos, out, others)
-    assert code == 1
-    assert "(weights " in text
+    assert "(weights " in extract(photos, out, 1, weights=small_weights(seed=1))
     (tmp_path / "more").mkdir()
     Image.new("RGB", (40, 40)).save(tmp_path / "more/c.png")
-    code, text = extract(tmp_path / "more", out, weights, stride=4)
-    assert code == 1
-    assert "(stride 8, now 4)" in text
-    assert made(out) == first
+    assert "(stride 8, now 4)" in extract(tmp_path / "more", out, 1, stride=4)
     # The same weights from elsewhere are the same.
-    (tmp_path / "moved.safetensors").write_bytes(weights.read_bytes())
-    code, text = extract(photos, out, tmp_path / "moved.safetensors", workers=1)
-    assert (code, made(out)) == (0, first), text
+    moved = shutil.copy(small_weights(), tmp_path / "moved.safetensors")
+    extract(photos, out, weights=moved, workers=1)
+    assert made(out) == first
 
 
 def test_images_that_fail_are_reported_and_skipped(
-    photos: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    photos: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward = SRT.forward
 
@@ -184,14 +151,12 @@ def test_images_that_fail_are_reported_and_skipped(
         return forward(self, images, *others)
 
     monkeypatch.setattr(SRT, "forward", out_of_memory_if_tall)
-    out = tmp_path / "out"
     whole = (photos / "a.png").read_bytes()
     (photos / "a.png").write_bytes(whole[: len(whole) // 2])
     (photos / "b[red].jpg").write_bytes(b"\xff\xd8\xff no picture")
     (photos / "gone.png").symlink_to("nowhere.png")
     Image.new("RGB", (40, 64)).save(photos / "tall.png")
-    code, text = extract(photos, out, weights, workers=1)
-    assert code == 1
+    text = extract(photos, out, 1, workers=1)
     assert "6 pictures: 2 written, 0 were there, 4 failed" in text
     assert text.count("error: ") == 4
     for message in (
@@ -203,148 +168,92 @@ def test_images_that_fail_are_reported_and_skipped(
         assert message in text
     assert list(made(out)) == [NAMES[0], NAMES[2]]
     (photos / "a.png").write_bytes(whole)
-    code, text = extract(photos, out, weights)
-    assert code == 1
-    assert "1 written, 2 were there, 3 failed" in text
+    assert "1 written, 2 were there, 3 failed" in extract(photos, out, 1)
 
 
-@pytest.mark.parametrize("out", [".", "features", "trip"])
-def test_the_output_may_lie_among_the_images(photos: Path, weights: Path, out: str) -> None:
+@pytest.mark.parametrize(("out", "count"), [(".", 4), ("features", 3), ("trip", 3)])
+def test_the_output_may_lie_among_the_images(photos: Path, out: str, count: int) -> None:
     """Pictures that lie in it are not taken, unless it is the folder itself."""
     (photos / "features").mkdir()
     Image.new("RGB", (40, 40)).save(photos / "features/plot.png")
-    code, first = extract(photos, photos / out, weights)
-    assert code == 0, first
-    count = {".": 4, "features": 3, "trip": 3}[out]
-    assert f"{count} pictures: {count} written" in first
-    code, second = extract(photos, photos / out, weights)
-    assert code == 0, second
-    assert f"{count} pictures: 0 written, {count} were there" in second
+    assert f"{count} pictures: {count} written" in extract(photos, photos / out)
+    assert f"{count} pictures: 0 written, {count} were there" in extract(photos, photos / out)
 
 
-def test_files_of_others_are_left_alone(photos: Path, weights: Path) -> None:
-    other = small_weights(photos / "model.safetensors").read_bytes()
-    assert extract(photos, photos, weights)[0] == 0
-    assert (photos / "model.safetensors").read_bytes() == other
-    small_weights(photos / NAMES[0])  # but under a name of ours it would be taken for ours
-    code, text = extract(photos, photos, weights)
-    assert code == 1
-    assert f"{NAMES[0]} was made with other settings" in text
+def test_files_of_others_are_left_alone(photos: Path) -> None:
+    other = shutil.copy(small_weights(), photos / "model.safetensors")
+    extract(photos, photos)
+    assert other.read_bytes() == small_weights().read_bytes()
+    shutil.copy(other, photos / NAMES[0])  # but under a name of ours it would be taken for ours
+    assert f"{NAMES[0]} was made with other settings" in extract(photos, photos, 1)
 
 
-def test_an_interrupted_run_leaves_whole_files(
-    photos: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted; the same command goes on"),
+        (OSError("No space left on device"), 1, "cannot be written: No space left on device"),
+    ],
+)
+def test_a_run_that_ends_early_leaves_whole_files(
+    photos: Path,
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    code: int,
+    message: str,
 ) -> None:
     """In the middle of a file: it is not there, and the next run makes it."""
-    out, save, calls = tmp_path / "out", folder.save_file, []
+    save, calls = folder.save_file, []
 
-    def interrupted(tensors: Any, path: Path, metadata: Any) -> None:
+    def fail_once(tensors: Any, path: Path, metadata: Any) -> None:
         calls.append(path)
         if len(calls) == 2:
             path.write_bytes(b"half a file")
-            raise KeyboardInterrupt
+            raise error
         save(tensors, path, metadata)
 
-    monkeypatch.setattr(folder, "save_file", interrupted)
-    code, text = extract(photos, out, weights)
-    assert code == 130
-    assert "interrupted; the same command goes on" in text
+    monkeypatch.setattr(folder, "save_file", fail_once)
+    text = extract(photos, out, code)
+    assert text.count("error: ") == 1
+    assert message in text
     assert "1 written" in text
     assert list(made(out)) == NAMES[:1]
-    code, text = extract(photos, out, weights)
-    assert code == 0
-    assert "2 written, 1 were there" in text
+    assert "2 written, 1 were there" in extract(photos, out)
     assert list(made(out)) == NAMES
 
 
-def test_a_full_disk_ends_the_run(
-    photos: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(_tensors: Any, path: Path, _metadata: Any) -> None:
-        path.write_bytes(b"half a file")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(folder, "save_file", full)
-    code, text = extract(photos, tmp_path / "out", weights)
-    assert code == 1
-    assert text.count("error: ") == 1
-    assert "cannot be written: No space left on device" in text
-    assert "0 written" in text
-    assert made(tmp_path / "out") == {}
-
-
 def test_two_runs_do_not_write_to_one_folder(
-    photos: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    photos: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(folder, "LOCK_TIMEOUT", 0.0)
-    out = tmp_path / "out"
-    out.mkdir()
-    handle = os.open(out, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    code, text = extract(photos, out, weights)
-    os.close(handle)
-    assert code == 1
-    assert "another run is writing" in text
-    assert extract(photos, out, weights)[0] == 0
+    with folder.lock_folder(out):
+        assert "another run is writing" in extract(photos, out, 1)
+    extract(photos, out)
 
 
 @pytest.mark.slow
 def test_workers_decode_the_images(
-    photos: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    photos: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(_path: Path) -> None:
         raise ImageError(f"process {os.getpid()}.")
 
     monkeypatch.setattr(folder, "open_image", fail)
     for workers in (0, 2):
-        text = extract(photos, tmp_path / "out", weights, workers=workers)[1]
-        processes = set(re.findall(r"process (\d+)\.", text))
+        processes = set(re.findall(r"process (\d+)\.", extract(photos, out, 1, workers=workers)))
         assert len(processes) == max(1, workers)
         assert (str(os.getpid()) in processes) == (workers == 0)
 
 
 @pytest.mark.slow
 def test_a_worker_that_dies_ends_the_run(
-    photos: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    photos: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(folder, "open_image", lambda _path: os._exit(1))
-    code, text = extract(photos, tmp_path / "out", weights, workers=1)
-    assert code == 1
+    text = extract(photos, out, 1, workers=1)
     assert "a worker died" in text
     assert "0 written" in text
-
-
-@pytest.mark.parametrize(
-    ("photos", "out", "message"),
-    [
-        ("empty", "out", "empty has no pictures"),
-        ("full", "out.safetensors", "--output must be a folder"),
-        ("full", "file", "--output must be a folder"),
-        ("full", "file/out", "cannot be written"),
-        ("full/a.png", "out.npz --dtype bfloat16", "bfloat16 does not exist in .npz"),
-    ],
-)
-def test_wrong_arguments_are_refused(
-    weights: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    photos: str,
-    out: str,
-    message: str,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("empty/inner").mkdir(parents=True)
-    Path("full").mkdir()
-    Path("file").touch()
-    Image.new("RGB", (40, 40)).save("full/a.png")
-    before = made(tmp_path)
-    options = ("--model", SMALL, "--weights", weights, "--views", "grid:1")
-    code, text = run("features", photos, "-o", *out.split(), *options)
-    assert code == 1
-    assert message in text
-    assert text.count("error: ") == 1
-    assert made(tmp_path) == before
-    assert not Path("out").exists()
 
 
 def test_values_beyond_float16_are_refused() -> None:

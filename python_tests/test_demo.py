@@ -7,10 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("timm")
-pytest.importorskip("typer")
-
 from cli import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -139,8 +135,7 @@ def test_srt_helps_on_exact_labels(evaluation: Evaluation) -> None:
 
 def test_the_command_draws_and_scores(tmp_path: Path) -> None:
     picture = tmp_path / "demo.png"
-    code, text = run("demo", "-o", picture, "--scenes", 2, "--views", "best:4:3")
-    assert code == 0, text
+    text = run("demo", "-o", picture, "--scenes", 2, "--views", "best:4:3")
     for way in METHODS:
         assert way in text
     with Image.open(picture) as made:
