@@ -2,7 +2,7 @@
 
 #include <vector>
 
-#include "views.h"
+#include "ensemble_views.h"
 
 namespace srt {
 namespace {

@@ -5,7 +5,7 @@
 
 #include "../ensemble.h"
 #include "dispatch.h"
-#include "views.h"
+#include "ensemble_views.h"
 
 namespace srt::cpu {
 namespace {

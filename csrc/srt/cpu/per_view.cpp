@@ -4,7 +4,7 @@
 #include "../ensemble.h"
 #include "../running_median.h"
 #include "dispatch.h"
-#include "views.h"
+#include "ensemble_views.h"
 
 namespace srt::cpu {
 namespace {

@@ -1,9 +1,9 @@
 // Blocks of channels in registers: loads, stores and weighted sums.
 //
-// instruction_set.cpp compiles this header, and the other ones that end in -inl.h, once for each
-// instruction set, with other flags. Everything in them, and everything they call, has internal
-// linkage: a template or inline function with one name in all the objects would be merged by the
-// linker, and the copy it kept could hold instructions that the processor lacks. So no std::
+// per_instruction_set.cpp compiles this header, and the other ones that end in -inl.h, once for
+// each instruction set, with other flags. Everything in them, and everything they call, has
+// internal linkage: a template or inline function with one name in all the objects would be merged
+// by the linker, and the copy it kept could hold instructions that the processor lacks. So no std::
 // templates and no functions of other headers; plan.h has plain structs.
 #pragma once
 #include "plan.h"

@@ -429,8 +429,9 @@ inline void sort_views(const Call& call, const RawViews& raw, const InlineArrays
          parameters, sorted, scale, breaks, cells);
 }
 
-// per_view.cu: the reductions that need the value of every view. With no workspace: returns how
-// large it must be.
+// mean.cu, and per_view.cu: the reductions that need the value of every view. With no workspace:
+// return how large it must be.
+int64_t reduce_mean(const Call& call);
 int64_t reduce_values(const Call& call);
 
 }  // namespace srt::cuda

@@ -899,27 +899,11 @@ int64_t choose_mean(const Call& call) {
   return mean<T, true, true>(call);
 }
 
-int64_t ensemble(const Call& call) {
-  const EnsembleArgs& args = call.args;
-  if (args.reduce != Reduce::mean || args.total_weight) return reduce_values(call);
-  if (args.batch == 0 || args.channels == 0) return 0;
-  return dispatch_floating(args.dtype,
+}  // namespace
+
+int64_t reduce_mean(const Call& call) {
+  return dispatch_floating(call.args.dtype,
                            [&](auto element) { return choose_mean<decltype(element)>(call); });
 }
 
-}  // namespace
 }  // namespace srt::cuda
-
-namespace srt {
-
-int64_t ensemble_cuda_workspace(const EnsembleArgs& args, const ViewArray& offsets,
-                                const ViewArray& weights) {
-  return cuda::ensemble({"ensemble", args, offsets, weights, nullptr, nullptr});
-}
-
-void ensemble_cuda(const char* op, const EnsembleArgs& args, const ViewArray& offsets,
-                   const ViewArray& weights, void* workspace, CUstream_st* stream) {
-  cuda::ensemble({op, args, offsets, weights, workspace, stream});
-}
-
-}  // namespace srt
