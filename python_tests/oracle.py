@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
-from bounds import EnsembleBounds, ShiftBounds
+from backends import Ops, Place
+from bounds import EnsembleBounds, ShiftBounds, gradient
 from budget import assert_within_budget, assert_within_rounding
 from samples import Ensemble, Shift
 
@@ -38,19 +40,36 @@ def mean_gradient(
     case: Ensemble, grad: torch.Tensor, dtype: torch.dtype = torch.float64
 ) -> torch.Tensor:
     """[V, B, N, C]."""
-    leaf = torch.zeros_like(case.tokens(dtype)).requires_grad_()
-    field = ensemble(case, leaf, dtype=dtype)
-    if not field.requires_grad:  # no view counts
-        return leaf
-    return torch.autograd.grad(field, leaf, grad.to(dtype))[0]
+    tokens = torch.zeros_like(case.tokens(dtype))
+    return gradient(partial(ensemble, case, dtype=dtype), tokens, grad.to(dtype))
 
 
 def shift_gradient(
     case: Shift, grad: torch.Tensor, dtype: torch.dtype = torch.float64
 ) -> torch.Tensor:
     """[B, C, H, W]."""
-    leaf = torch.zeros(grad.shape[1:], dtype=dtype, requires_grad=True)
-    return torch.autograd.grad(shift(case, leaf, dtype), leaf, grad.to(dtype))[0]
+    image = torch.zeros(grad.shape[1:], dtype=dtype)
+    return gradient(partial(shift, case, dtype=dtype), image, grad.to(dtype))
+
+
+def field_of(
+    module: Any,
+    reduce: str,
+    case: Ensemble,
+    device: str = "cpu",
+    place: Place = "host",
+    **more: Any,
+) -> Callable[..., torch.Tensor]:
+    """The field as a function of its tokens (and weights); all of it in one tensor."""
+    (_, *views, weights), modes = Ops(device).call(case, torch.empty(0), place)
+
+    def field(tokens: torch.Tensor, weights: torch.Tensor | None = weights) -> torch.Tensor:
+        if reduce == "moments":
+            return torch.stack(module.ensemble_moments(tokens, *views, weights, **modes, **more))
+        weights = None if reduce == "median" else weights
+        return module.ensemble(tokens, *views, weights, reduce=reduce, **modes, **more)
+
+    return field
 
 
 # ---- checks -------------------------------------------------------------------------------------

@@ -300,7 +300,7 @@ def test_ops(tmp_path: Path) -> None:
     glue = compiled(STUB / "glue.cpp", tmp_path / "glue.o", *flags, f"-isystem{torch_path}/include")
     link = ("-Wl,-Bsymbolic", "-L", f"{torch_path}/lib", "-ltorch_cpu")
     library = linked([glue, *kernels], tmp_path / "ops.so", *link)
-    names = ("mean", "median", "moments", "shift", "stream_kernels", "kernel_gradients")
+    names = ("ensemble", "median", "shift", "streams", "kernel_gradients")
     tests = [str(ROOT / "python_tests" / f"test_{name}.py") for name in names]
     result = subprocess.run(
         [sys.executable, "-c", OPS, str(library), *tests],

@@ -8,7 +8,7 @@ from functools import lru_cache, partial
 
 import pytest
 import torch
-from backends import Backend, CudaOnHost, each_gpu
+from backends import Backend, CudaOnHost, Place, each_gpu
 from bounds import EnsembleBounds, ShiftBounds
 from budget import assert_within_budget, assert_within_rounding
 from hypothesis import given
@@ -17,31 +17,25 @@ from oracle import check_containment, large_enough
 from oracle import mean_gradient as mean_oracle
 from oracle import shift_gradient as shift_oracle
 from samples import (
-    BORDERS,
     DTYPES,
+    ENSEMBLES,
     FAR,
-    INTERPOLATIONS,
     NO_OFFSETS,
-    PADDINGS,
     Ensemble,
     Shift,
+    each_border,
+    each_dtype,
+    each_ensemble,
+    each_interpolation,
+    each_padding,
+    each_shift,
     ensembles,
     poison,
     random_views,
-    sample_ensembles,
-    sample_shifts,
     shifts,
 )
 
 NAN = float("nan")
-ENSEMBLES = sample_ensembles()
-SHIFTS = sample_shifts()
-each_ensemble = pytest.mark.parametrize("case", ENSEMBLES.values(), ids=ENSEMBLES.keys())
-each_shift = pytest.mark.parametrize("case", SHIFTS.values(), ids=SHIFTS.keys())
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-each_border = pytest.mark.parametrize("border", BORDERS)
-each_padding = pytest.mark.parametrize("padding", PADDINGS)
-each_interpolation = pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 
 
 def gradient_of(case: Ensemble | Shift, dtype: torch.dtype) -> torch.Tensor:
@@ -50,44 +44,64 @@ def gradient_of(case: Ensemble | Shift, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(case.shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
+def oracle(
+    case: Ensemble | Shift, grad: torch.Tensor, dtype: torch.dtype = torch.float64
+) -> torch.Tensor:
+    return (shift_oracle if isinstance(case, Shift) else mean_oracle)(case, grad, dtype)
+
+
+def backward(
+    backend: Backend, case: Ensemble | Shift, grad: torch.Tensor, place: Place = "host"
+) -> torch.Tensor:
+    if isinstance(case, Shift):
+        return backend.shift_backward(case, grad, place=place)
+    return backend.mean_backward(case, grad, place=place)
+
+
 @lru_cache(32)  # the same for every backend
 def poisoned(case: Ensemble | Shift, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """A gradient with cells or pixels that are not finite, and the oracle's."""
     grad = poison(gradient_of(case, dtype)[..., None], 1)[..., 0]
-    oracle = shift_oracle if isinstance(case, Shift) else mean_oracle
     return grad, oracle(case, grad)
 
 
-# ---- mean ---------------------------------------------------------------------------------------
+def bound_of(case: Ensemble | Shift, grad: torch.Tensor) -> torch.Tensor:
+    if isinstance(case, Shift):
+        return ShiftBounds(case, grad.dtype).gradient(grad)
+    return EnsembleBounds(case, case.tokens(grad.dtype)).mean_gradient(grad)
 
 
-def check_mean(case: Ensemble, grad: torch.Tensor, actual: torch.Tensor) -> None:
+def check(case: Ensemble | Shift, grad: torch.Tensor, actual: torch.Tensor) -> None:
     """By forward error bounds."""
-    bound = EnsembleBounds(case, case.tokens(grad.dtype)).mean_gradient(grad)
-    assert_within_rounding(actual, mean_oracle(case, grad), bound)
+    assert_within_rounding(actual, oracle(case, grad), bound_of(case, grad))
 
 
 @lru_cache(128)  # the same for every backend
-def expected_of_mean(case: Ensemble, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+def expected_of(case: Ensemble | Shift, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     grad = gradient_of(case, dtype)
-    bound = EnsembleBounds(case, case.tokens(dtype)).mean_gradient(grad)
-    return mean_oracle(case, grad), bound, mean_oracle(case, grad, torch.float32).to(dtype)
+    return oracle(case, grad), bound_of(case, grad), oracle(case, grad, torch.float32).to(dtype)
 
 
-def check_mean_sample(case: Ensemble, dtype: torch.dtype, actual: torch.Tensor) -> None:
+def check_sample(
+    case: Ensemble | Shift, dtype: torch.dtype, backend: Backend, place: Place = "host"
+) -> None:
     """Of a fixed sample and its ``gradient_of``: by the oracle's own error, too."""
-    truth, bound, same = expected_of_mean(case, dtype)
+    actual = backward(backend, case, gradient_of(case, dtype), place)
+    truth, bound, same = expected_of(case, dtype)
     assert_within_rounding(actual, truth, bound)
     if dtype != torch.float64:
         assert_within_budget(actual, truth, same)
+
+
+# ---- mean ---------------------------------------------------------------------------------------
 
 
 @each_dtype
 @pytest.mark.parametrize("channels", [None, pytest.param(40, marks=pytest.mark.slow)])
 @each_ensemble
 def test_mean(case: Ensemble, channels: int | None, dtype: torch.dtype, backend: Backend) -> None:
-    case = large_enough(replace(case, channels=channels or case.channels), dtype)
-    check_mean_sample(case, dtype, backend.mean_backward(case, gradient_of(case, dtype)))
+    case = replace(case, channels=channels or case.channels)
+    check_sample(large_enough(case, dtype), dtype, backend)
 
 
 @given(
@@ -110,7 +124,7 @@ def test_any_mean(
     place = place if place in backend.places else "host"
     case = replace(case, channels=channels or case.channels)
     grad = gradient_of(case, dtype)
-    check_mean(case, grad, backend.mean_backward(case, grad, place=place))
+    check(case, grad, backend.mean_backward(case, grad, place=place))
 
 
 @each_border
@@ -125,7 +139,7 @@ def test_tokens_of_a_real_size(
     """Several tiles along every axis, and windows of many cells."""
     case = replace(ENSEMBLES[offsets], grid=(3, 5), patch=(16, 16), batch=1, channels=40)
     case = replace(case, upsample=upsample, border=border)
-    check_mean_sample(case, dtype, backend.mean_backward(case, gradient_of(case, dtype)))
+    check_sample(case, dtype, backend)
 
 
 @each_border
@@ -135,8 +149,7 @@ def test_segments(processors: int, border: str, backend: Backend) -> None:
     if isinstance(backend, CudaOnHost):
         backend.gpu.processors = processors
     case = replace(ENSEMBLES["grid"], grid=(13, 3), patch=(4, 4), channels=8, border=border)
-    grad = gradient_of(case, torch.float32)
-    check_mean_sample(case, torch.float32, backend.mean_backward(case, grad))
+    check_sample(case, torch.float32, backend)
 
 
 @each_border
@@ -144,22 +157,19 @@ def test_windows_that_open_behind_others(border: str, backend: Backend) -> None:
     """Views so far apart that tokens are not read in their order, and not at one time."""
     offsets = tuple((y, x) for y in (-40.0, 0.0, 37.5) for x in (0.0, 100.0, -61.25))
     case = Ensemble((7, 6), (8, 16), offsets, channels=8, border=border)
-    grad = gradient_of(case, torch.float32)
-    check_mean_sample(case, torch.float32, backend.mean_backward(case, grad))
+    check_sample(case, torch.float32, backend)
 
 
 @pytest.mark.parametrize("step", [2.0**-10, 2])
 @pytest.mark.parametrize("views", [8, 50, 160])
 def test_many_views(views: int, step: float, backend: Backend) -> None:
-    """Several parts; more views of one dx than an entry has; more numbers than one kernel takes."""
+    """Several parts; more views of one dx than an entry has; more than the parameters hold."""
     weights = tuple(torch.rand(views, generator=torch.Generator().manual_seed(views)).tolist())
     for given_weights in (None, weights):
         case = Ensemble((2, 2), (4, 4), random_views(views, step), 8, 2, weights=given_weights)
         case = replace(case, value_dtype=torch.float64)
-        grad = gradient_of(case, torch.float32)
         for place in backend.places:
-            actual = backend.mean_backward(case, grad, place=place)
-            check_mean_sample(case, torch.float32, actual)
+            check_sample(case, torch.float32, backend, place)
 
 
 @each_dtype
@@ -179,13 +189,13 @@ def test_gradients_of_any_strides(dtype: torch.dtype, backend: Backend) -> None:
             backend.assert_same(backend.mean_backward(case, strided.copy_(grad)), expected)
         # What the gradient of a sum over pixels is expanded to.
         constant = grad[:1, :, :1, :1].expand(case.shape)
-        check_mean(case, constant, backend.mean_backward(case, constant))
+        check(case, constant, backend.mean_backward(case, constant))
 
 
 @each_dtype
 @each_gpu
 def test_same_bits_wherever_the_numbers_lie(dtype: torch.dtype, backend: Backend) -> None:
-    # Numbers that float32 holds, so that it makes no difference.
+    # float32 values, which both dtypes hold.
     weights = (1.0, 0.0, 2.5, 0.125, 7.0)
     case = replace(ENSEMBLES["real"], offsets=random_views(5), weights=weights, channels=16)
     grad = gradient_of(case, dtype)
@@ -198,7 +208,7 @@ def test_same_bits_wherever_the_numbers_lie(dtype: torch.dtype, backend: Backend
 
 @each_border
 @each_gpu
-def test_views_that_the_host_refuses_get_nothing(border: str, backend: Backend) -> None:
+def test_invalid_views_get_nothing(border: str, backend: Backend) -> None:
     good = replace(ENSEMBLES["real"], border=border, weights=(1.0, 3.0, 0.5, 2.0, 1.0), channels=16)
     good = replace(good, value_dtype=torch.float64)
     bad_weights = (NAN, -1.0, float("inf"), float("-inf"), 3.0 * 2.0**-81, 0.0)
@@ -230,21 +240,6 @@ def test_containment_of_mean(case: Ensemble, dtype: torch.dtype, backend: Backen
 # ---- shift --------------------------------------------------------------------------------------
 
 
-@lru_cache(128)  # the same for every backend
-def expected_of_shift(case: Shift, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    grad = gradient_of(case, dtype)
-    bound = ShiftBounds(case, dtype).gradient(grad)
-    return shift_oracle(case, grad), bound, shift_oracle(case, grad, torch.float32).to(dtype)
-
-
-def check_shift_sample(case: Shift, dtype: torch.dtype, actual: torch.Tensor) -> None:
-    """Of a fixed sample and its ``gradient_of``."""
-    truth, bound, same = expected_of_shift(case, dtype)
-    assert_within_rounding(actual, truth, bound)
-    if dtype != torch.float64:
-        assert_within_budget(actual, truth, same)
-
-
 @each_dtype
 @pytest.mark.parametrize("size", [None, (19, 70), (2, 300)], ids=str)
 @each_shift
@@ -252,7 +247,7 @@ def test_shift(
     case: Shift, size: tuple[int, int] | None, dtype: torch.dtype, backend: Backend
 ) -> None:
     case = replace(case, size=size or case.size)
-    check_shift_sample(case, dtype, backend.shift_backward(case, gradient_of(case, dtype)))
+    check_sample(case, dtype, backend)
 
 
 @each_padding
@@ -263,7 +258,7 @@ def test_every_mode_of_shift(interpolation: str, padding: str, backend: Backend)
     for size, dtype in zip(sizes, itertools.cycle(DTYPES), strict=False):
         case = Shift(size, offsets, padding=padding, interpolation=interpolation)
         case = replace(case, batch=max(2, 128 // (case.channels * size[0] * size[1])))
-        check_shift_sample(case, dtype, backend.shift_backward(case, gradient_of(case, dtype)))
+        check_sample(case, dtype, backend)
 
 
 @given(
@@ -279,17 +274,14 @@ def test_any_shift(
     grad = gradient_of(case, dtype)
     # One that starts off 16 bytes, too.
     moved = torch.empty(begin + grad.numel(), dtype=dtype)[begin:].view(grad.shape).copy_(grad)
-    actual = backend.shift_backward(case, moved, place=place)
-    bound = ShiftBounds(case, dtype).gradient(grad)
-    assert_within_rounding(actual, shift_oracle(case, grad), bound)
+    check(case, grad, backend.shift_backward(case, moved, place=place))
 
 
 @pytest.mark.parametrize("views", [127, 128, 129, 300])
 def test_shift_of_many_views(views: int, backend: Backend) -> None:
     case = Shift((11, 40), random_views(views), value_dtype=torch.float64, batch=1)
-    grad = gradient_of(case, torch.float32)
     for place in backend.places:
-        check_shift_sample(case, torch.float32, backend.shift_backward(case, grad, place=place))
+        check_sample(case, torch.float32, backend, place)
 
 
 @each_padding

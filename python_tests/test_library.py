@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import platform
 import re
@@ -12,16 +11,13 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from backends import Ops, each_place
-from samples import DTYPES, Ensemble, Shift, sample_ensembles, sample_shifts
-from torch._subclasses.fake_tensor import FakeTensorMode
+from samples import Ensemble, Shift, sample_ensembles, sample_shifts
 from torch.utils.data import DataLoader, Dataset
 
 import srt_ext
@@ -201,170 +197,6 @@ def test_schemas_are_as_promised() -> None:
         schema = str(op._schema)
         assert schema.startswith(begin)
         assert schema.endswith(end)
-
-
-# ---- as torch sees the ops ----------------------------------------------------------------------
-
-
-def states(case: Ensemble, device: str = "cpu") -> dict[str, list[torch.Tensor]]:
-    """The state of each stream, by the name of its op."""
-    field = torch.zeros(case.shape, device=device)
-    seen = torch.zeros(case.shape[2:], dtype=torch.float64, device=device)
-    return {
-        "accumulate_mean_": [field, seen],
-        "accumulate_moments_": [field, field.clone(), seen],
-        "accumulate_median_": [torch.zeros(8, *case.shape, device=device), seen],
-    }
-
-
-STREAMS = tuple(states(Ensemble()))
-
-
-@pytest.mark.parametrize(
-    "name", ["weights", "stride", pytest.param("one_token", marks=pytest.mark.slow)]
-)
-@each_place
-def test_opcheck(device: str, name: str, place: str) -> None:
-    """Every op, on several samples."""
-    srt, case = torch.ops.srt, ENSEMBLES[name]
-    args, modes = Ops(device).call(case, case.tokens(), place)
-    torch.library.opcheck(srt.ensemble.default, args, modes)
-    torch.library.opcheck(srt.ensemble.default, args[:4], {**modes, "reduce": "median"})
-    torch.library.opcheck(srt.ensemble_moments.default, args, modes)
-    for layout in (torch.contiguous_format, torch.channels_last):
-        out = torch.zeros(case.shape, device=device).contiguous(memory_format=layout)
-        assert srt.ensemble.out(*args, **modes, out=out) is None
-        torch.library.opcheck(srt.ensemble.out, args, {**modes, "out": out})
-    for op, state in states(case, device).items():
-        given = args[:4] if op == "accumulate_median_" else args
-        torch.library.opcheck(getattr(srt, op).default, (*state, *given), modes)
-
-
-@pytest.mark.parametrize("name", ["beyond", "strided", "channels_last", "one_pixel"])
-@each_place
-def test_opcheck_shift(device: str, name: str, place: str) -> None:
-    args, modes = Ops(device).call(SHIFTS[name], SHIFTS[name].image(), place)
-    torch.library.opcheck(torch.ops.srt.shift.default, args, modes)
-
-
-def check_fake(case: Ensemble | Shift, data: torch.Tensor) -> None:
-    args, modes = case.call(data)
-    op = srt_ext.ensemble if isinstance(case, Ensemble) else srt_ext.shift
-    with FakeTensorMode() as mode:
-        fake = op(
-            *(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args), **modes
-        )
-    real = op(*args, **modes)
-    for name in ("shape", "dtype", "device"):
-        assert getattr(fake, name) == getattr(real, name)
-    assert fake.stride() == real.stride()
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_fake_ensemble(dtype: torch.dtype) -> None:
-    for case in ENSEMBLES.values():
-        check_fake(case, case.tokens(dtype))
-    for name, (batch, channels) in itertools.product(
-        ("grid", "whole", "one_token"), ((1, 1), (0, 5), (2, 0), (0, 0))
-    ):
-        case = replace(ENSEMBLES[name], batch=batch, channels=channels)
-        check_fake(case, case.tokens(dtype))
-
-
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.uint8], ids=str)
-def test_fake_shift(dtype: torch.dtype) -> None:
-    sizes = itertools.product(((0, 5), (4, 0), (1, 1), (4, 5)), (0, 1), (0, 1))
-    small = [Shift(size, batch=batch, channels=channels) for size, batch, channels in sizes]
-    for case in (*SHIFTS.values(), *small):
-        check_fake(case, case.image(dtype))
-
-
-def test_fake_kernels_refuse_wrong_arguments() -> None:
-    with FakeTensorMode():
-        tokens, offsets = torch.ones(2, 1, 6, 3), torch.zeros(2, 2)
-        with pytest.raises(ValueError, match=r"grid must hold the N = 6 tokens of a view, .*; got"):
-            torch.ops.srt.ensemble(tokens, offsets, [2, 2], [4, 5])
-        with pytest.raises(ValueError, match=r"out must be \[1, 3, 8, 15\]; got"):
-            torch.ops.srt.ensemble.out(tokens, offsets, [2, 3], [4, 5], out=torch.ones(1, 3, 8, 8))
-        with pytest.raises(ValueError, match=r"image must have 4 dimensions, .*; got \[2, 2\]"):
-            torch.ops.srt.shift(torch.ones(2, 2), offsets)
-
-
-@pytest.fixture
-def compiled() -> Any:
-    """torch.compile without a C++ compiler in the way: the graph is what is tested."""
-    torch.compiler.reset()
-    yield lambda function: torch.compile(function, fullgraph=True, backend="aot_eager")
-    torch.compiler.reset()
-
-
-def functions(device: str, place: str) -> dict[str, tuple[Callable[..., Any], torch.Tensor]]:
-    """Each op between others, as a function of a tensor, and that tensor."""
-    ops, case, moved = Ops(device), ENSEMBLES["weights"], SHIFTS["bicubic"]
-    args, modes = ops.call(case, case.tokens(), place)
-    shift_args, shift_modes = ops.call(moved, moved.image(), place)
-
-    def out(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        field = torch.zeros(case.shape, device=device)
-        srt_ext.ensemble(tokens, *args[1:], **modes, out=field)
-        return field, field + 1
-
-    def accumulate(op: str, tokens: torch.Tensor) -> list[torch.Tensor]:
-        state = states(case, device)[op]
-        numbers = args[1:4] if op == "accumulate_median_" else args[1:]
-        for factor in (1, 2):
-            getattr(torch.ops.srt, op)(*state, factor * tokens, *numbers, **modes)
-        return [field + 1 for field in state]
-
-    return {
-        "ensemble": (lambda t: 2 * srt_ext.ensemble(t + 1, *args[1:], **modes), args[0]),
-        "median": (
-            lambda t: srt_ext.ensemble(2 * t, *args[1:4], **modes, reduce="median") + 1,
-            args[0],
-        ),
-        "moments": (
-            lambda t: [2 * x for x in srt_ext.ensemble_moments(t + 1, *args[1:], **modes)],
-            args[0],
-        ),
-        "out": (out, args[0]),
-        **{op: (partial(accumulate, op), args[0]) for op in STREAMS},
-        "shift": (
-            lambda t: srt_ext.shift(2 * t, *shift_args[1:], **shift_modes) - 1,
-            shift_args[0],
-        ),
-    }
-
-
-def check_compiled(function: Callable[..., Any], value: torch.Tensor, compiled: Compiled) -> None:
-    results, expected = compiled(function)(value), function(value)
-    if isinstance(expected, torch.Tensor):
-        results, expected = [results], [expected]
-    for result, right in zip(results, expected, strict=True):
-        assert torch.equal(result, right)
-        assert result.stride() == right.stride()
-
-
-@pytest.mark.parametrize("name", ["ensemble", "median", "moments", "out", *STREAMS, "shift"])
-@each_place
-def test_compiled(device: str, name: str, place: str, compiled: Compiled) -> None:
-    check_compiled(*functions(device, place)[name], compiled)
-
-
-@pytest.mark.slow
-@each_place
-def test_compiled_by_inductor(device: str, place: str) -> None:
-    pytest.importorskip("triton") if device == "cuda" else output_of("g++", "--version")
-    for function, value in functions(device, place).values():
-        torch.compiler.reset()
-        check_compiled(function, value, partial(torch.compile, fullgraph=True))
-    torch.compiler.reset()
-
-
-def test_compiled_ensemble_of_changing_sizes(compiled: Compiled) -> None:
-    function = compiled(lambda *args: srt_ext.ensemble(*args, (3, 5), (4, 6)))
-    for views, batch, channels in ((9, 2, 19), (5, 3, 8), (2, 4, 33), (7, 2, 11)):
-        args = (torch.randn(views, batch, 15, channels), torch.randn(views, 2))
-        assert torch.equal(function(*args), srt_ext.ensemble(*args, (3, 5), (4, 6)))
 
 
 # ---- threads and processes ----------------------------------------------------------------------
