@@ -1,6 +1,6 @@
-"""The CUDA sources, executed on the CPU (backends.CudaOnHost): what no result shows on a GPU.
+"""The CUDA sources, executed on the CPU (backends.CudaOnHost): what a GPU does not show.
 
-That faults are found, launches, grids smaller than the work, the L2 cache; and the ops over it.
+Injected faults, launches, grids smaller than the work, the L2 cache; and the ops over them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from backends import (
     STUB,
     CudaOnHost,
     EnsembleArgs,
-    Numbers,
+    Values,
     compiled,
     host_library,
     linked,
@@ -35,12 +35,8 @@ from backends import (
 )
 from oracle import check_containment, check_sample, check_shift_sample
 from oracle import ensemble as oracle
-from samples import DTYPES, poison, sample_ensembles, sample_shifts
+from samples import DTYPES, ENSEMBLES, REDUCES, SHIFTS, each_reduce, poison
 
-ENSEMBLES = sample_ensembles()
-SHIFTS = sample_shifts()
-REDUCES = ("mean", "median", "moments")
-each_reduce = pytest.mark.parametrize("reduce", REDUCES)
 ALL_DTYPES = (*DTYPES, torch.uint8)
 Call = Callable[[], torch.Tensor]
 
@@ -199,10 +195,10 @@ def test_nothing_to_do(
     function = cuda.library.ensemble
     if backward:
         function = partial(cuda.library.mean_backward, None)
-    numbers, size = byref(Numbers(None, "host").struct), c_int64(-1)
+    views, size = byref(Values(None, "host").struct), c_int64(-1)
     cuda.gpu.launches = 0
     for workspace in (None, c_void_p(1)):
-        assert not function(byref(args), numbers, numbers, workspace, byref(size))
+        assert not function(byref(args), views, views, workspace, byref(size))
     assert size.value == 0
     assert cuda.gpu.launches == 0
 
@@ -210,30 +206,29 @@ def test_nothing_to_do(
 # ---- memory -------------------------------------------------------------------------------------
 
 
-@each_reduce
-def test_what_fits_l2_stays_there(reduce: str, cuda: CudaOnHost) -> None:
-    case = ENSEMBLES["grid"]
-    planes = 2 if reduce == "moments" else 1
-    size = planes * math.prod(case.shape) * torch.float32.itemsize + case.tokens().nbytes
-    fields = []
+def check_l2(cuda: CudaOnHost, size: int, call: Call) -> None:
+    """What is read and written stays in an L2 cache of ``size`` bytes, and leaves a smaller one."""
+    results = []
     for l2_bytes in (size, size - 1):
         cuda.gpu.l2_bytes = l2_bytes
-        fields.append(cuda.ensemble(case, case.tokens(), reduce=reduce).clone())
+        results.append(call().clone())
         assert (cuda.gpu.evict_first == 0) == (l2_bytes == size)
-    assert torch.equal(*fields)
+    assert torch.equal(*results)
+
+
+@each_reduce
+def test_fields_that_fit_l2(reduce: str, cuda: CudaOnHost) -> None:
+    case, planes = ENSEMBLES["grid"], 2 if reduce == "moments" else 1
+    tokens = case.tokens()
+    size = planes * math.prod(case.shape) * torch.float32.itemsize + tokens.nbytes
+    check_l2(cuda, size, partial(cuda.ensemble, case, tokens, reduce=reduce))
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
-def test_views_that_fit_l2_stay_there(dtype: torch.dtype, cuda: CudaOnHost) -> None:
+def test_views_that_fit_l2(dtype: torch.dtype, cuda: CudaOnHost) -> None:
     case = SHIFTS["real"]
     image = case.image(dtype)
-    size = (len(case.offsets) + 1) * image.nbytes
-    views = []
-    for l2_bytes in (size, size - 1):
-        cuda.gpu.l2_bytes = l2_bytes
-        views.append(cuda.shift(case, image).clone())
-        assert (cuda.gpu.evict_first == 0) == (l2_bytes == size)
-    assert torch.equal(*views)
+    check_l2(cuda, (len(case.offsets) + 1) * image.nbytes, partial(cuda.shift, case, image))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "padded", "steps"])

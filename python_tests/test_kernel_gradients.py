@@ -194,7 +194,7 @@ def test_gradients_of_any_strides(dtype: torch.dtype, backend: Backend) -> None:
 
 @each_dtype
 @each_gpu
-def test_same_bits_wherever_the_numbers_lie(dtype: torch.dtype, backend: Backend) -> None:
+def test_same_bits_wherever_offsets_and_weights_are(dtype: torch.dtype, backend: Backend) -> None:
     # float32 values, which both dtypes hold.
     weights = (1.0, 0.0, 2.5, 0.125, 7.0)
     case = replace(ENSEMBLES["real"], offsets=random_views(5), weights=weights, channels=16)

@@ -1,7 +1,7 @@
-"""srt_ext.numpy: the arrays that it takes and refuses, threads, forks, no torch.
+"""srt_ext.numpy: valid and invalid arrays, threads, forks, no torch.
 
-The kernels are tested through torch, streams in test_streams.py, and the rules that torch has, too,
-in test_errors.py.
+The kernels are tested through torch, streams in test_streams.py, and rules that torch shares in
+test_errors.py.
 """
 
 from __future__ import annotations
@@ -26,13 +26,12 @@ import numpy as np
 import pytest
 import torch
 from arrays import COMMON_DTYPES, array, arrays, assert_same_bits
-from samples import Ensemble, Shift, sample_ensembles, sample_shifts
+from samples import ENSEMBLES, SHIFTS, Ensemble, Shift
 
 import srt_ext
 
 srt = pytest.importorskip("srt_ext.numpy", exc_type=ImportError)
 PACKAGE = Path(srt_ext.__file__).parent
-ENSEMBLES, SHIFTS = sample_ensembles(), sample_shifts()
 
 
 @pytest.fixture
@@ -107,6 +106,8 @@ def test_a_result_that_gets_its_pages_first(threads: Callable[[int], None]) -> N
     """Of 34 MB and no whole number of pages: the same bits as in a buffer that has them."""
     args = (torch.randn(3, 1, 100, 377), torch.tensor([[0.0, 1], [2.5, -1], [-1, 0.25]]))
     expected = srt_ext.ensemble(*args, (10, 10), (15, 15))
+    out = torch.full_like(expected, float("nan"))
+    assert torch.equal(srt_ext.ensemble(*args, (10, 10), (15, 15), out=out), expected)
     for count in (1, 3):
         threads(count)
         field = srt.ensemble(*arrays(args), (10, 10), (15, 15))
@@ -118,7 +119,7 @@ def test_a_result_that_gets_its_pages_first(threads: Callable[[int], None]) -> N
 # ---- offsets and weights ------------------------------------------------------------------------
 
 
-def test_numbers_of_every_kind() -> None:
+def test_offsets_and_weights_of_every_kind() -> None:
     case = replace(ENSEMBLES["grid"], offsets=((0.0, 1.0), (2.0, -3.0), (-1.0, 0.0), (0.0, 0.0)))
     tokens, place, shares = array(case.tokens()), (case.grid, case.patch), [1, 0, 2, 3]
     expected = srt.ensemble(tokens, case.offsets, *place, shares)
@@ -127,7 +128,7 @@ def test_numbers_of_every_kind() -> None:
     wide[::2, 1:4:2] = offsets
     packed = np.zeros(4, np.dtype([("byte", "u1"), ("pair", "f4", 2)]))
     packed["pair"] = offsets
-    for numbers in (
+    for same in (
         read_only(offsets.astype(np.float32)),
         offsets.astype(">f4"),
         np.asfortranarray(offsets),
@@ -137,14 +138,14 @@ def test_numbers_of_every_kind() -> None:
         [[int(y), int(x)] for y, x in case.offsets],
         [(np.float64(y), int(x)) for y, x in case.offsets],
     ):
-        field = srt.ensemble(tokens, numbers, *place, shares)
+        field = srt.ensemble(tokens, same, *place, shares)
         assert field.tobytes() == expected.tobytes()
     for weights in (np.array(shares, ">f8"), np.array(shares, np.float32), tuple(shares)):
         field = srt.ensemble(tokens, offsets, *place, weights)
         assert field.tobytes() == expected.tobytes()
 
 
-NUMBERS = "must be float32 or float64, or numbers in sequences"
+VALUES = "must be float32 or float64, or numbers in sequences"
 
 
 @pytest.mark.parametrize(
@@ -165,11 +166,11 @@ NUMBERS = "must be float32 or float64, or numbers in sequences"
     ],
     ids=str,
 )
-def test_what_is_no_number(value: Any, got: str) -> None:
+def test_invalid_offsets_and_weights(value: Any, got: str) -> None:
     error = ValueError if "rows" in got else TypeError
-    with pytest.raises(error, match=re.escape(f"srt::shift: offsets {NUMBERS}; got {got}")):
+    with pytest.raises(error, match=re.escape(f"srt::shift: offsets {VALUES}; got {got}")):
         srt.shift(np.zeros((1, 1, 2, 2)), value)
-    with pytest.raises(error, match=re.escape(f"srt::ensemble: weights {NUMBERS}; got {got}")):
+    with pytest.raises(error, match=re.escape(f"srt::ensemble: weights {VALUES}; got {got}")):
         srt.ensemble(**call(weights=value))
 
 
@@ -266,7 +267,7 @@ def call(**changes: Any) -> dict[str, Any]:
     ],
     ids=str,
 )
-def test_what_is_refused(error: type[Exception], name: str, value: Any, message: str) -> None:
+def test_invalid_arrays(error: type[Exception], name: str, value: Any, message: str) -> None:
     with pytest.raises(error) as caught:
         srt.ensemble(**call(**{name: value}))
     assert type(caught.value) is error
@@ -316,11 +317,6 @@ def test_out_of_any_strides() -> None:
         assert srt.ensemble(*arrays(args), **modes, out=out) is out
         assert_same_bits(out, srt_ext.ensemble(*args, **modes))
         assert np.isfinite(whole).sum() == out.size
-    for changes in ({"border": "no"}, {"offsets": [(0, float("nan"))] * 2}, {"stride": (3, 1)}):
-        out = np.full(OUT, 7, np.float32)
-        with pytest.raises(ValueError, match="got"):
-            srt.ensemble(**call(out=out, **changes))
-        assert (out == 7).all()
 
 
 def run_script(script: str, *args: object, **options: Any) -> str:
@@ -362,8 +358,8 @@ def test_same_bits_over_threads(threads: Callable[[int], None]) -> None:
 def test_number_of_threads() -> None:
     if hasattr(os, "sched_getaffinity"):
         cpus = run_script(
-            "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); "
-            "import srt_ext.numpy as srt; print(srt.get_num_threads())"
+            "import os, sys; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); "
+            "sys.modules['torch'] = None; import srt_ext.numpy as srt; print(srt.get_num_threads())"
         )
         assert cpus == "1\n"
     before = srt.get_num_threads()
@@ -381,7 +377,7 @@ def test_concurrent_calls(count: int, threads: Callable[[int], None]) -> None:
     threads(count)
     expected = [busy_call(seed) for seed in range(4)]
     with ThreadPoolExecutor(8) as pool:
-        for i, result in enumerate(pool.map(busy_call, [i % 4 for i in range(40)])):
+        for i, result in enumerate(pool.map(busy_call, [i % 4 for i in range(16)])):
             assert result == expected[i % 4]
 
 
@@ -453,7 +449,7 @@ def test_a_forked_process_has_threads_of_its_own(threads: Callable[[int], None])
     for worker in workers:
         worker.start()
     try:
-        assert [child_status(expected) for _ in range(8)] == [0] * 8
+        assert [child_status(expected) for _ in range(4)] == [0] * 4
     finally:
         stop.set()
         for worker in workers:
