@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -27,6 +26,7 @@ from samples import (
     poison,
     random_views,
 )
+from test_ops import check_compiled, model, model_inputs
 
 import srt_ext
 
@@ -441,31 +441,14 @@ def test_a_captured_backward(reduce: str) -> None:
 def test_compiled_training_steps_are_captured() -> None:
     """By inductor's CUDA graphs, forward and backward."""
     pytest.importorskip("triton")
-    tokens, image, offsets, weights = inputs(5, 0, "device")
-
-    def loss(tokens: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-        args = (offsets, (3, 5), (8, 8))
-        fields = (
-            srt_ext.ensemble(2 * tokens, *args, weights),
-            *srt_ext.ensemble_moments(tokens.sin(), *args, weights, stride=2),
-            srt_ext.ensemble(tokens, *args, reduce="median", border="clamp"),
-            srt_ext.shift(image * 3, offsets),
-        )
-        return torch.stack([field.square().mean() for field in fields]).sum()
-
-    def step(function: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
-        leaves = [t.clone().requires_grad_() for t in (tokens, image)]
-        result = function(*leaves)
-        return [result.detach(), *torch.autograd.grad(result, leaves)]
-
-    expected = step(loss)
+    inputs = model_inputs(device="cuda", place="device")
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     try:
-        compiled = torch.compile(loss, fullgraph=True, mode="reduce-overhead")
+        compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
         for _ in range(4):  # the first calls compile, warm up and capture
             torch.compiler.cudagraph_mark_step_begin()
-            torch.testing.assert_close(step(compiled), expected)
+            check_compiled(compiled, inputs)
         assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
     finally:
         torch.compiler.reset()

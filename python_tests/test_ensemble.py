@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import check_containment, check_ensemble, check_sample, large_enough
 from oracle import ensemble as oracle
-from peak import needs_proc, peak_of
 from samples import (
     DTYPES,
     ENSEMBLES,
@@ -268,24 +267,6 @@ def test_stride_is_the_ratio_of_pooled_sums(case: Ensemble) -> None:
     assert_within_rounding(run(case, tokens), expected, 4 * bound(case, tokens))
 
 
-WHOLE_PATCHES = ((0, 0), (1, 0), (0, -1), (-2, 3), (4, 6))  # in patches; the grid is 3 x 5
-
-
-@pytest.mark.parametrize("stride", [(1, 1), (4, 6)])
-def test_rolled_tokens_come_back(stride: tuple[int, int], cpu_kernels: str) -> None:
-    case = replace(
-        ENSEMBLES["grid"],
-        offsets=tuple((4.0 * y, 6.0 * x) for y, x in WHOLE_PATCHES),
-        upsample="nearest",
-        stride=stride,
-    )
-    maps = case.tokens(torch.float64)[0].reshape(2, 3, 5, -1)
-    tokens = torch.stack([maps.roll(shift, (1, 2)) for shift in WHOLE_PATCHES]).flatten(2, 3)
-    expected = maps.permute(0, 3, 1, 2)
-    expected = expected.repeat_interleave(4 // stride[0], 2).repeat_interleave(6 // stride[1], 3)
-    assert_within_rounding(run(case, tokens), expected, bound(case, tokens))
-
-
 # ---- the variance -------------------------------------------------------------------------------
 
 
@@ -474,35 +455,16 @@ def test_one_channel_may_have_any_stride(device: str) -> None:
     assert torch.equal(ops.ensemble(case, strided), ops.ensemble(case, tokens))
 
 
-def test_tokens_are_not_copied_when_expanded() -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_tokens_are_not_copied(dtype: torch.dtype) -> None:
     """A dense copy would take terabytes. All but the first views have weight 0, to be quick."""
     views = 2**20
-    full = torch.randn(1, 2, 5 + 12, 2**16).expand(views, -1, -1, -1)
+    full = torch.randn(1, 2, 5 + 12, 2**16).to(dtype).expand(views, -1, -1, -1)
     weights = torch.zeros(views)
     weights[:3] = 1
     tokens = full[:, :, 5:]
-    assert tokens.numel() * tokens.element_size() > 2**40
+    assert tokens.numel() * tokens.element_size() >= 2**40
     args = (torch.zeros(views, 2), (3, 4), (2, 2), weights)
     field = srt_ext.ensemble(tokens, *args, stride=(6, 8))
     dense = srt_ext.ensemble(tokens[:3].contiguous(), args[0][:3], *args[1:3], stride=(6, 8))
     assert torch.equal(field, dense)
-
-
-STRIDED = """
-import srt_ext
-full = torch.ones({views}, 1, 1 + 1024, 1024, dtype=torch.{dtype})
-offsets = torch.zeros({views}, 2)
-call = lambda tokens, side: srt_ext.ensemble(tokens, offsets[:len(tokens)], (side, side), (2, 2),
-                                             stride=2 * side)
-call(full[:1, :, 1:5], 2)
-"""
-
-
-@pytest.mark.slow
-@needs_proc
-@pytest.mark.parametrize(("dtype", "views"), [("float16", 48), ("float32", 24)])
-def test_strided_tokens_are_not_copied(dtype: str, views: int) -> None:
-    """The peak of a process's memory grows by far less than ``full[:, :, prefix:]`` takes."""
-    setup = STRIDED.format(dtype=dtype, views=views)
-    taken, _ = peak_of(setup, "call(full[:, :, 1:], 32)", "(result == 1).all()")
-    assert taken < views * 1024 * 1024 * getattr(torch, dtype).itemsize / 4

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -231,17 +233,33 @@ class Model(torch.nn.Module):
         return model(tokens, image, offsets, weights)
 
 
-def test_export() -> None:
+def exported() -> torch.export.ExportedProgram:
     views, batch = torch.export.Dim("views", min=2), torch.export.Dim("batch", min=2)
     shapes = ({0: views, 1: batch}, {0: batch}, {0: views}, {0: views})
-    program = torch.export.export(Model(), tuple(model_inputs()), dynamic_shapes=shapes)
+    return torch.export.export(Model(), tuple(model_inputs()), dynamic_shapes=shapes)
+
+
+def check_program(program: Function) -> None:
+    for sizes in ((4, 2, 5), (9, 3, 5)):
+        inputs = model_inputs(*sizes)
+        assert all(map(torch.equal, program(*inputs), model(*inputs)))
+
+
+def test_export() -> None:
+    program = exported()
     targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     ops = {call[0] for name, call in ensemble_calls(SMALL).items() if name in FORWARD}
     assert {"srt.shift.default", *map(str, ops)} <= targets
-    for module in (program.module(), program.run_decompositions().module()):
-        for sizes in ((4, 2, 5), (9, 3, 5)):
-            inputs = model_inputs(*sizes)
-            assert all(map(torch.equal, module(*inputs), model(*inputs)))
+    check_program(program.module())
+    check_program(program.run_decompositions().module())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_aot_inductor(tmp_path: Path) -> None:
+    path = str(tmp_path / "model.pt2")
+    package = torch._inductor.aoti_compile_and_package(exported(), package_path=path)
+    check_program(torch._inductor.aoti_load_package(package))
 
 
 # ---- transforms ---------------------------------------------------------------------------------

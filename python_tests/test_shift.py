@@ -184,7 +184,10 @@ def test_whole_pixels_up_to_the_largest_offset(padding: str, backend: Backend) -
     image = special_image((2, 3), torch.float32)
     offsets = ((2**20, -(2**20)), (-(2**20) + 1, 2**20 - 1))
     case = Shift((2, 3), offsets, padding=padding, value_dtype=torch.float64)
-    for view, (dy, dx) in zip(backend.shift(case, image), offsets, strict=True):
+    for view, offset in zip(backend.shift(case, image), offsets, strict=True):
+        # 12 pixels are whole periods of both axes; beyond the image all padding is alike.
+        periodic = padding in ("reflect", "circular")
+        dy, dx = (d % 12 if periodic else max(-6, min(d, 6)) for d in offset)
         assert torch.equal(bits(view), padded_slice(image, dy, dx, padding))
 
 

@@ -232,16 +232,6 @@ def test_variance_beside_a_large_mean() -> None:
         assert ((var - true_var).abs() <= rounding * (1 + true_var.sqrt())).all()
 
 
-def test_weights_of_chunks_count_against_each_other(cpu_kernels: str) -> None:
-    """Spelled out: 1 and 4 with the weights 1e9 and 3e9, each alone in its chunk."""
-    for kind in (RunningMean, RunningMoments):
-        running = kind((1, 1), (1, 1))
-        for value, weight in ((1.0, 1e9), (4.0, 3e9)):
-            running.update(values(value), still(1), torch.tensor([weight]))
-        assert running.result().item() == 3.25
-    assert running.variance().item() == 0.25 * 2.25**2 + 0.75 * 0.75**2
-
-
 @each_library
 @each_average
 def test_a_stream_merged_with_itself_stays_what_it_is(kind: str, library: Library) -> None:
