@@ -565,17 +565,18 @@ CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
 ALL = [*map(pytest.param, CPU), INTERP, CUDA]
 
 
-def each_kernel(*reduces: str) -> pytest.MarkDecorator:
-    """Each backend with each reduction; the mean has kernels for large and for small tiles."""
-    pairs = [(backend, reduce) for reduce in reduces for backend in ALL]
+def each_kernel(*kernels: str, backends: Sequence[Any] = ALL) -> pytest.MarkDecorator:
+    """Each backend with each kernel; the mean has one for large and one for small tiles."""
+    pairs = [(kernel, backend) for kernel in kernels for backend in backends]
     params = [
-        pytest.param(*backend.values, reduce, marks=backend.marks)
-        for backend, reduce in (*pairs, (SMALL_TILES, "mean"))
+        pytest.param(kernel, *backend.values, marks=backend.marks)
+        for kernel, backend in (*pairs, ("mean", SMALL_TILES))
     ]
-    return pytest.mark.parametrize(("backend", "reduce"), params, indirect=["backend"])
+    return pytest.mark.parametrize(("kernel", "backend"), params, indirect=["backend"])
 
 
-each_gpu = pytest.mark.parametrize("backend", [INTERP, CUDA], indirect=True)
+GPU = [INTERP, CUDA]
+each_gpu = pytest.mark.parametrize("backend", GPU, indirect=True)
 each_gpu_tile = pytest.mark.parametrize("backend", [INTERP, SMALL_TILES, CUDA], indirect=True)
 each_device = pytest.mark.parametrize("device", ["cpu", CUDA])
 each_place = pytest.mark.parametrize(

@@ -4,33 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
-from backends import LAYOUTS, Backend, Ops, each_device, each_gpu_tile, each_kernel
+from backends import (
+    LAYOUTS,
+    Backend,
+    CudaOnHost,
+    Ops,
+    each_device,
+    each_gpu,
+    each_gpu_tile,
+    each_kernel,
+)
 from bounds import EnsembleBounds
 from budget import assert_within_rounding
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import check_containment, check_ensemble, check_sample, large_enough
+from oracle import check, check_containment, check_sample, values_of
 from oracle import ensemble as oracle
 from samples import (
     DTYPES,
     ENSEMBLES,
-    NO_OFFSETS,
-    REDUCES,
     UPSAMPLES,
     Ensemble,
     each_border,
     each_dtype,
-    each_ensemble,
-    each_reduce,
-    each_value_dtype,
     ensembles,
     pairwise,
     poison,
-    random_views,
 )
 from torch.nn import functional
 
@@ -39,42 +41,8 @@ import srt_ext
 NAN = float("nan")
 
 
-def run(case: Ensemble, tokens: torch.Tensor, reduce: str = "mean") -> torch.Tensor:
-    return Ops("cpu").ensemble(case, tokens, reduce=reduce)
-
-
-@each_kernel(*REDUCES)
-@each_dtype
-@each_ensemble
-def test_error_budget(case: Ensemble, dtype: torch.dtype, backend: Backend, reduce: str) -> None:
-    # 40: whole vectors in every dtype, and the last chunk of channels has idle lanes.
-    for channels in (case.channels, 40) if reduce == "mean" else (case.channels,):
-        case = large_enough(replace(case, channels=channels), dtype, 304)
-        for place in backend.places:
-            fields = backend.ensemble(case, case.tokens(dtype), reduce=reduce, place=place)
-            check_sample(case, dtype, fields, reduce)
-
-
-@each_kernel(*REDUCES)
-@given(
-    ensembles(),
-    st.sampled_from(DTYPES),
-    st.sampled_from((None, 8, 16, 72)),
-    st.sampled_from(("host", "device")),
-)
-def test_rounding_of_any_call(
-    backend: Backend,
-    reduce: str,
-    case: Ensemble,
-    dtype: torch.dtype,
-    channels: int | None,
-    place: str,
-) -> None:
-    place = place if place in backend.places else "host"
-    case = replace(case, channels=channels or case.channels)
-    tokens = case.tokens(dtype)
-    fields = backend.ensemble(case, tokens, reduce=reduce, place=place)
-    check_ensemble(case, tokens, fields, reduce)
+def run(case: Ensemble, tokens: torch.Tensor) -> torch.Tensor:
+    return Ops("cpu").ensemble(case, tokens)
 
 
 @pytest.mark.parametrize("name", ["mean_p16_r3", "mean_p14_r2x4", "fast_p16_r3", "median_p16_r6"])
@@ -104,9 +72,8 @@ def test_tiles_of_a_real_shape(
     case = replace(ENSEMBLES[offsets], grid=(3, 5), patch=(16, 16), batch=1, channels=72)
     case = replace(case, upsample=upsample, border=border)
     tokens = case.tokens(dtype)
-    check_sample(case, dtype, backend.ensemble(case, tokens))
-    poisoned = poison(tokens, 2)
-    check_containment(partial(backend.ensemble, case), poisoned, oracle(case, poisoned))
+    check_sample("mean", backend, case, dtype)
+    check_containment("mean", backend, case, poison(tokens, 2))
 
 
 @pytest.mark.parametrize("grid", [(3, 21), (5, 37)])
@@ -115,94 +82,7 @@ def test_positions_far_from_0_in_float64(grid: tuple[int, int], backend: Backend
     for seed in range(5):
         case = Ensemble(grid, (2, 26), ((0.3, 0.7),), channels=8, seed=seed)
         tokens = case.tokens(torch.float64)
-        check_ensemble(case, tokens, backend.ensemble(case, tokens))
-
-
-# ---- offsets and weights ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("views", [160, 161, pytest.param(500, marks=pytest.mark.slow)])
-def test_many_views(views: int, backend: Backend) -> None:
-    """More offsets than the parameters of a kernel hold."""
-    weights = tuple(v % 7 / 4 for v in range(views))
-    case = Ensemble((2, 2), (4, 4), random_views(views), channels=9)
-    for same in (case, replace(case, weights=weights)):
-        tokens = same.tokens()
-        for place in backend.places:
-            check_sample(same, tokens.dtype, backend.ensemble(same, tokens, place=place))
-
-
-@each_dtype
-@pytest.mark.parametrize("views", [5, 200])
-@each_gpu_tile
-def test_same_bits_wherever_offsets_and_weights_are(
-    views: int, dtype: torch.dtype, backend: Backend
-) -> None:
-    # float32 values, which both dtypes hold.
-    weights = (1.0, 0.0, 2.5, 0.125, 7.0) * (views // 5)
-    case = replace(ENSEMBLES["real"], offsets=random_views(views), weights=weights, channels=16)
-    tokens = case.tokens(dtype)
-    field = backend.ensemble(case, tokens)
-    for value_dtype in (torch.float32, torch.float64):
-        case = replace(case, value_dtype=value_dtype)
-        for place in ("device", ("host", "device"), ("device", "host")):
-            assert torch.equal(backend.ensemble(case, tokens, place=place), field)
-
-
-@each_border
-@each_value_dtype
-@each_gpu_tile
-def test_refused_offsets_cover_nothing(
-    value_dtype: torch.dtype, border: str, backend: Backend
-) -> None:
-    """On the device, where they are not validated."""
-    good = replace(ENSEMBLES["real"], border=border, channels=16, value_dtype=value_dtype)
-    case = replace(good, offsets=NO_OFFSETS[:3] + good.offsets + NO_OFFSETS[3:])
-    tokens = torch.full((len(case.offsets), 2, 15, 16), NAN, dtype=torch.float64)
-    tokens[3:8] = good.tokens()  # the others of their views are never read
-    field = backend.ensemble(case, tokens, place="device")
-    check_ensemble(good, tokens[3:8], field)
-    none = replace(case, offsets=NO_OFFSETS)
-    assert not backend.ensemble(none, tokens[: len(NO_OFFSETS)] * NAN, place="device").any()
-
-
-@each_border
-@each_value_dtype
-@each_gpu_tile
-def test_refused_weights_count_nothing(
-    value_dtype: torch.dtype, border: str, backend: Backend
-) -> None:
-    case = replace(ENSEMBLES["real"], border=border, channels=16, value_dtype=value_dtype)
-    clean = replace(case, weights=(1.0, 0.0, 2.0, 0.0, 0.5))
-    tokens = case.tokens(torch.float64)
-    poisoned = tokens.clone()
-    poisoned[1::2] = NAN
-    infinity = float("inf")
-    for bad in (NAN, infinity, -infinity, -1.0, -1e-30, 2.0**-79 * 0.99):  # the largest is 2
-        refused = replace(case, weights=(1.0, bad, 2.0, bad, 0.5))
-        check_ensemble(clean, tokens, backend.ensemble(refused, poisoned, place="device"))
-    for bad in (NAN, infinity, -1.0, 0.0):
-        none = replace(case, weights=(bad,) * 5)
-        assert not backend.ensemble(none, tokens * NAN, place="device").any()
-
-
-@each_device
-@given(ensembles(), st.sampled_from((torch.float32, torch.float64)))
-def test_offsets_and_weights_of_any_dtype_and_stride(
-    device: str, case: Ensemble, dtype: torch.dtype
-) -> None:
-    # float32 values, which both types hold.
-    views = len(case.offsets)
-    case = replace(case, value_dtype=torch.float32, weights=case.weights or (1.0,) * views)
-    args, modes = Ops(device).call(case, case.tokens(), "device")
-    tokens, offsets, grid, patch, weights = args
-    expected = srt_ext.ensemble(tokens, offsets, grid, patch, weights, **modes)
-    wide = torch.full((views, 3, 2), NAN, dtype=dtype, device=device)
-    wide[:, 1], wide[:, 0, 1] = offsets, weights
-    transposed = offsets.to(dtype).t().contiguous().t()
-    for strided in (wide[:, 1], transposed):
-        field = srt_ext.ensemble(tokens, strided, grid, patch, wide[:, 0, 1], **modes)
-        assert torch.equal(field, expected)
+        check("mean", case, tokens, backend.ensemble(case, tokens))
 
 
 # ---- properties ---------------------------------------------------------------------------------
@@ -291,40 +171,6 @@ def test_one_view_has_no_variance(backend: Backend) -> None:
 # ---- containment --------------------------------------------------------------------------------
 
 
-def check_non_finite(backend: Backend, case: Ensemble, tokens: torch.Tensor, reduce: str) -> None:
-    expected = oracle(case, tokens, reduce)
-    if reduce == "mean":
-        check_containment(partial(backend.ensemble, case), tokens, expected)
-        return
-    actual = backend.ensemble(case, tokens, reduce=reduce)
-    assert torch.equal(actual.isfinite(), expected.isfinite())
-    # An infinite value that is not the median leaves no trace. A variance may be Inf or NaN.
-    kept = 0 if reduce == "moments" else ...
-    assert torch.equal(actual[kept].isinf(), expected[kept].isinf())
-
-
-@each_kernel(*REDUCES)
-@each_dtype
-@each_ensemble
-def test_containment(case: Ensemble, dtype: torch.dtype, backend: Backend, reduce: str) -> None:
-    for channels in (16, case.channels) if reduce == "mean" else (case.channels,):
-        case = replace(case, channels=channels)
-        check_non_finite(backend, case, poison(case.tokens(dtype), 1), reduce)
-    if reduce != "median" and case.weights is not None:
-        tokens = case.tokens(dtype).clone()
-        tokens[1] = NAN
-        assert case.weights[1] == 0
-        assert backend.ensemble(case, tokens, reduce=reduce).isfinite().all()
-
-
-@each_kernel(*REDUCES)
-@given(ensembles(), st.sampled_from(DTYPES), st.integers(0, 2**16))
-def test_containment_of_any_call(
-    backend: Backend, reduce: str, case: Ensemble, dtype: torch.dtype, seed: int
-) -> None:
-    check_non_finite(backend, case, poison(case.tokens(dtype), seed), reduce)
-
-
 def test_containment_where_coordinates_round(backend: Backend) -> None:
     """y + 0.5 + d rounds up: a token lies between those that two pixels of a cell read."""
     case = Ensemble(
@@ -338,7 +184,7 @@ def test_containment_where_coordinates_round(backend: Backend) -> None:
     for token in range(16):
         tokens = case.tokens()
         tokens[:, :, token] = NAN
-        check_containment(partial(backend.ensemble, case), tokens, oracle(case, tokens))
+        check_containment("mean", backend, case, tokens)
 
 
 def test_a_token_reaches_the_cells_that_read_it(backend: Backend) -> None:
@@ -353,21 +199,6 @@ def test_a_token_reaches_the_cells_that_read_it(backend: Backend) -> None:
 
 
 # ---- threads, layouts, memory -------------------------------------------------------------------
-
-
-@each_dtype
-@each_reduce
-def test_same_bits_over_threads(
-    reduce: str, dtype: torch.dtype, threads: Callable[[int], None], cpu_kernels: str
-) -> None:
-    # Large enough to be split over threads.
-    plain = Ensemble((7, 9), (8, 8), channels=133)
-    for case in (plain, replace(plain, stride=(4, 4), upsample="nearest")):
-        tokens, fields = case.tokens(dtype), []
-        for count in (1, 2, 7):
-            threads(count)
-            fields.append(run(case, tokens, reduce))
-        assert all(torch.equal(fields[0], field) for field in fields[1:])
 
 
 def test_a_channel_that_is_nan_changes_no_bit_of_others(cpu_kernels: str) -> None:
@@ -406,12 +237,12 @@ def test_exact_strides(device: str, batch: int, channels: int, grid: tuple[int, 
     ("name", "layout", "dtype"),
     pairwise(("grid", "stride", "one_token", "wide", "nearest"), LAYOUTS, DTYPES),
 )
-def test_out(name: str, layout: str, dtype: torch.dtype, backend: Backend, reduce: str) -> None:
+def test_out(name: str, layout: str, dtype: torch.dtype, backend: Backend, kernel: str) -> None:
     for channels in (ENSEMBLES[name].channels, 16):
         case = replace(ENSEMBLES[name], channels=channels)
         tokens = case.tokens(dtype)
-        field = backend.ensemble(case, tokens, reduce=reduce, layout=layout)
-        backend.assert_same(field, backend.ensemble(case, tokens, reduce=reduce))
+        field = backend.ensemble(case, tokens, reduce=kernel, layout=layout)
+        backend.assert_same(field, backend.ensemble(case, tokens, reduce=kernel))
 
 
 @given(ensembles(), st.sampled_from(("expanded views", "expanded batch", "permuted", "steps")))
@@ -429,7 +260,7 @@ def test_strides_of_tokens(backend: Backend, case: Ensemble, layout: str) -> Non
         wide[::2, ::3, 1::2, 3:-2] = tokens
         tokens = wide[::2, ::3, 1::2, 3:-2]
     field = backend.ensemble(case, tokens)
-    check_ensemble(case, tokens, field)
+    check("mean", case, tokens, field)
     backend.assert_same(field, backend.ensemble(case, tokens.contiguous()))
 
 
@@ -442,7 +273,7 @@ def test_unaligned_tokens(channels: int, dtype: torch.dtype, backend: Backend) -
     for begin, wide in ((0, 0), (1, 0), (1, 2), (4, 4), (3, 16), (8, 8)):
         tokens = torch.randn(9, 1, 3 + 15, begin + channels + wide).to(dtype)
         tokens = tokens[:, :, 3:, begin : begin + channels]
-        check_ensemble(case, tokens, backend.ensemble(case, tokens))
+        check("mean", case, tokens, backend.ensemble(case, tokens))
 
 
 @each_device
@@ -468,3 +299,60 @@ def test_tokens_are_not_copied(dtype: torch.dtype) -> None:
     field = srt_ext.ensemble(tokens, *args, stride=(6, 8))
     dense = srt_ext.ensemble(tokens[:3].contiguous(), args[0][:3], *args[1:3], stride=(6, 8))
     assert torch.equal(field, dense)
+
+
+# ---- the gradient of the mean -------------------------------------------------------------------
+
+
+@each_border
+@pytest.mark.parametrize(
+    ("upsample", "dtype"), [("nearest", torch.float32), ("bilinear", torch.bfloat16)]
+)
+@pytest.mark.parametrize("offsets", ["grid", "real"])
+@each_gpu
+def test_tokens_of_a_real_size(
+    offsets: str, upsample: str, dtype: torch.dtype, border: str, backend: Backend
+) -> None:
+    """Several tiles along every axis, and windows of many cells."""
+    case = replace(ENSEMBLES[offsets], grid=(3, 5), patch=(16, 16), batch=1, channels=40)
+    case = replace(case, upsample=upsample, border=border)
+    check_sample("mean_backward", backend, case, dtype)
+
+
+@each_border
+@pytest.mark.parametrize("processors", [1, 7, 1000])
+@each_gpu
+def test_segments(processors: int, border: str, backend: Backend) -> None:
+    if isinstance(backend, CudaOnHost):
+        backend.gpu.processors = processors
+    case = replace(ENSEMBLES["grid"], grid=(13, 3), patch=(4, 4), channels=8, border=border)
+    check_sample("mean_backward", backend, case, torch.float32)
+
+
+@each_border
+def test_windows_that_open_behind_others(border: str, backend: Backend) -> None:
+    """Views so far apart that tokens are not read in their order, and not at one time."""
+    offsets = tuple((y, x) for y in (-40.0, 0.0, 37.5) for x in (0.0, 100.0, -61.25))
+    case = Ensemble((7, 6), (8, 16), offsets, channels=8, border=border)
+    check_sample("mean_backward", backend, case, torch.float32)
+
+
+@each_dtype
+def test_gradients_of_any_strides(dtype: torch.dtype, backend: Backend) -> None:
+    for channels in (16, 19):
+        case = replace(ENSEMBLES["stride"], channels=channels)
+        grad = values_of("mean_backward", case, dtype)
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        expected = backend.mean_backward(case, grad)
+        b, c, h, w = case.shape
+        wide = torch.full((b, h, w + 1, c + 16), NAN, dtype=dtype).permute(0, 3, 1, 2)
+        shifted = torch.empty(1 + grad.numel(), dtype=dtype)[1:]
+        for strided in (
+            wide[:, :c, :, :w],
+            wide[:, 1 : c + 1, :, 1:],  # not aligned
+            shifted.view(b, h, w, c).permute(0, 3, 1, 2),
+        ):
+            backend.assert_same(backend.mean_backward(case, strided.copy_(grad)), expected)
+        # What the gradient of a sum over pixels is expanded to.
+        constant = grad[:1, :, :1, :1].expand(case.shape)
+        check("mean_backward", case, constant, backend.mean_backward(case, constant))

@@ -249,20 +249,16 @@ def test_a_non_finite_gradient_reaches_what_it_touches(
     assert not result[touched].isfinite().any()
 
 
-@each_reduce
+@pytest.mark.parametrize("reduce", ["median", "moments"])
 def test_a_gradient_does_not_depend_on_threads(reduce: str, threads: Callable[[int], None]) -> None:
     case = Ensemble((7, 9), (8, 8), channels=165)
     tokens, field = case.tokens(), field_of(srt_ext, reduce, case)
-    image, offsets = torch.randn(2, 3, 65, 127), torch.randn(5, 2)
     grad = torch.linspace(-3, 2, field(tokens).numel()).reshape(field(tokens).shape)
-    views = torch.linspace(-3, 2, 5 * image.numel()).reshape(5, *image.shape)
     results = []
     for count in (1, 2, 5):
         threads(count)
-        of_image = gradient(lambda i: srt_ext.shift(i, offsets), image, views)
-        results.append((gradient(field, tokens, grad), of_image))
-    for more in results[1:]:
-        assert all(map(torch.equal, results[0], more))
+        results.append(gradient(field, tokens, grad))
+    assert all(torch.equal(results[0], more) for more in results[1:])
 
 
 # ---- gradcheck -----------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -250,10 +249,9 @@ sys.path.insert(0, {path!r})
 import srt_ext
 assert srt_ext.__version__
 try:
-    srt_ext.ensemble
+    {use}
 except ImportError as error:
     print(error)
-assert "torch" not in sys.modules or sys.modules["torch"] is None or {torch_is_there}
 """
 
 NO_TORCH = "sys.modules['torch'] = None"
@@ -264,69 +262,56 @@ torch.__version__ = '2.9.1+cpu'
 torch.__spec__ = m.ModuleSpec('torch', None)
 sys.modules['torch'] = torch
 """
-
-
-def copied_package(to: Path, without: str | None = None) -> None:
-    ignore = without and shutil.ignore_patterns(without)
-    shutil.copytree(PACKAGE, to / "srt_ext", ignore=ignore)
-
-
-def broken_torch(path: Path) -> None:
-    (path / "torch").mkdir()
-    (path / "torch/__init__.py").write_text("raise ImportError('libcudart.so.13: not found')")
-
-
-def broken_library(path: Path) -> None:
-    copied_package(path)
-    (path / "srt_ext" / "_C.so").write_bytes(b"not a library")
+USE, USE_NUMPY = "srt_ext.ensemble", "import srt_ext.numpy"
+USE_CUDA = (
+    "import torch, srt_ext._library; print(srt_ext._library.cuda_unavailable); "
+    "srt_ext.shift(torch.ones(1, 1, 2, 2), torch.zeros(1, 2))"
+)
+OTHER_PYTHON = "_numpy.cpython-399-x86_64-linux-gnu.so"
+BROKEN_TORCH = {"torch/__init__.py": "raise ImportError('libcudart.so.13: not found')"}
+BROKEN = "not a library"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("prepare", "before", "torch_is_there", "reason"),
+    ("without", "files", "before", "use", "reason"),
     [
-        (None, NO_TORCH, False, "not available: torch is not installed: pip install"),
-        (broken_torch, "", False, "installed but does not load: libcudart.so.13: not found"),
-        (None, OLD_TORCH, True, "torch >= 2.10 is required; found 2.9.1+cpu"),
+        (None, {}, NO_TORCH, USE, "not available: torch is not installed: pip install"),
+        (None, BROKEN_TORCH, "", USE, "installed but does not load: libcudart.so.13: not found"),
+        (None, {}, OLD_TORCH, USE, "torch >= 2.10 is required; found 2.9.1+cpu"),
+        ("*.so", {}, "", USE, "_C.so does not exist: the package was not built"),
+        ("_C.so", {"srt_ext/_C.so": BROKEN}, "", USE, "_C.so does not load"),
+        ("_C_cuda.so", {}, "", USE_CUDA, "_C_cuda.so does not exist: nvcc"),
+        ("_C_cuda.so", {"srt_ext/_C_cuda.so": BROKEN}, "", USE_CUDA, "does not load"),
+        ("*.so", {}, NO_TORCH, USE_NUMPY, "has no _numpy."),
         (
-            partial(copied_package, without="*.so"),
-            "",
-            True,
-            "_C.so does not exist: the package was not built",
+            "*.so",
+            {f"srt_ext/{OTHER_PYTHON}": ""},
+            NO_TORCH,
+            USE_NUMPY,
+            f"it was built for another Python: {OTHER_PYTHON}",
         ),
-        (broken_library, "", True, "_C.so does not load"),
+        (
+            "*.so",
+            {f"srt_ext/{NUMPY and NUMPY.name}": BROKEN},
+            NO_TORCH,
+            USE_NUMPY,
+            "srt_ext._numpy does not load",
+        ),
     ],
-    ids=["no torch", "a broken torch", "an old torch", "no library", "a broken library"],
 )
 def test_import_never_fails(
-    prepare: Callable[[Path], None] | None,
-    before: str,
-    torch_is_there: bool,
-    reason: str,
-    tmp_path: Path,
+    without: str | None, files: dict[str, str], before: str, use: str, reason: str, tmp_path: Path
 ) -> None:
-    """What is not there is an error of its first use, which says why."""
-    if prepare:
-        prepare(tmp_path)
-    script = IMPORT.format(path=str(tmp_path), before=before, torch_is_there=torch_is_there)
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert reason in result.stdout
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(torch.version.cuda is None, reason="torch was built without CUDA")
-@pytest.mark.parametrize(
-    ("content", "reason"), [(None, "_C_cuda.so does not exist: nvcc"), (b"no", "does not load")]
-)
-def test_import_without_cuda_kernels(content: bytes | None, reason: str, tmp_path: Path) -> None:
-    copied_package(tmp_path, without="_C_cuda.so")
-    if content is not None:
-        (tmp_path / "srt_ext" / "_C_cuda.so").write_bytes(content)
-    script = (
-        "import torch, srt_ext, srt_ext._library as library; print(library.cuda_unavailable); "
-        "srt_ext.shift(torch.ones(1, 1, 2, 2), torch.zeros(1, 2))"
-    )
+    """The first use of what does not load is an error that gives the reason."""
+    if use == USE_CUDA and torch.version.cuda is None:
+        pytest.skip("torch was built without CUDA")
+    ignored = without and shutil.ignore_patterns(without)
+    shutil.copytree(PACKAGE, tmp_path / "srt_ext", ignore=ignored)
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    script = IMPORT.format(path=str(tmp_path), before=before, use=use)
     result = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True
     )
