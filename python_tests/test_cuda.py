@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -206,32 +205,23 @@ def test_plane_past_2_31() -> None:
 def test_mixed_devices() -> None:
     case = ENSEMBLES["weights"]
     (tokens, offsets, grid, patch, weights), modes = case.call(case.tokens())
-    on_device = GPU.put(tokens)
-    image = torch.ones(1, 2, 5, 6)
-    values = "{} must be on the CPU or on the device of the input"
+    moved, moved_weights, out = GPU.put(offsets), GPU.put(weights), torch.empty(case.shape)
+    place = "{} must be on the CPU or on the device of the input"
     place_out = "out must be on the device of tokens"
-    out = torch.empty(case.shape)
-
-    def ensemble(*args: Any, **more: Any) -> tuple[Any, ...]:
-        return "ensemble", args, {**modes, **more}
-
-    for rule, (name, args, keywords) in (
-        (values.format("offsets"), ensemble(tokens, GPU.put(offsets), grid, patch)),
-        (
-            values.format("offsets"),
-            ensemble(tokens, GPU.put(offsets), grid, patch, GPU.put(weights)),
-        ),
-        (values.format("weights"), ensemble(tokens, offsets, grid, patch, GPU.put(weights))),
-        (place_out, ensemble(on_device, offsets, grid, patch, out=out)),
-        (place_out, ensemble(tokens, offsets, grid, patch, out=out.to("cuda"))),
-        (values.format("offsets"), ("shift", (image, GPU.put(offsets)), {})),
+    for rule, args, more in (
+        (place.format("offsets"), (tokens, moved, grid, patch), {}),
+        (place.format("offsets"), (tokens, moved, grid, patch, moved_weights), {}),
+        (place.format("weights"), (tokens, offsets, grid, patch, moved_weights), {}),
+        (place_out, (GPU.put(tokens), offsets, grid, patch), {"out": out}),
+        (place_out, (tokens, offsets, grid, patch), {"out": GPU.put(out)}),
     ):
-        with pytest.raises(ValueError, match=re.escape(f"srt::{name}: {rule}; got ")):
-            getattr(srt_ext, name)(*args, **keywords)
-        op = getattr(torch.ops.srt, name)
-        op = op.out if "out" in keywords else op.default
+        with pytest.raises(ValueError, match=re.escape(f"srt::ensemble: {rule}; got ")):
+            srt_ext.ensemble(*args, **modes, **more)
+        op = torch.ops.srt.ensemble.out if more else torch.ops.srt.ensemble.default
         with pytest.raises(RuntimeError, match=re.escape(rule)):
-            op(*args, **keywords)
+            op(*args, **modes, **more)
+    with pytest.raises(ValueError, match=re.escape(f"srt::shift: {place.format('offsets')}; got ")):
+        srt_ext.shift(torch.ones(1, 2, 5, 6), moved)
 
 
 # ---- streams and graphs -------------------------------------------------------------------------

@@ -156,7 +156,7 @@ def test_same_bits_wherever_offsets_and_weights_are(
     kernel: str, views: int, backend: Backend
 ) -> None:
     weights = (1.0, 0.0, 2.5, 0.125, 7.0) * (views // 5)  # float32 values, which both dtypes hold
-    case: Any = Shift(offsets=random_views(views))
+    case: Any = Shift((5, 8), random_views(views))
     if kernel.startswith("mean"):
         case = Ensemble(offsets=random_views(views), weights=weights, channels=16)
     for dtype in dtypes_of(kernel):

@@ -486,16 +486,18 @@ assert ("torch" in loaded) == (sys.argv[3] == "with")
 """
 
 
-def test_without_torch(tmp_path: Path) -> None:
+def test_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits as in this process, which has torch."""
     case = ENSEMBLES["weights"]
     (tokens, offsets, _, _, weights), _ = arrays(case.call(case.tokens()))
     image = array(Shift((7, 11)).image(torch.uint8))
     given = tmp_path / "given.npz"
     np.savez(given, tokens=tokens, offsets=offsets, weights=weights, image=image)
-    results = []
-    for torch_is in ("without", "with"):
-        made = tmp_path / f"{torch_is}.npz"
-        run_script(SCRIPT, given, made, torch_is, cwd=PACKAGE.parent)
-        with np.load(made) as results_of:
-            results.append([(a.dtype, a.shape, a.tobytes()) for a in results_of.values()])
-    assert results[0] == results[1]
+    made = [tmp_path / f"{torch_is}.npz" for torch_is in ("without", "with")]
+    run_script(SCRIPT, given, made[0], "without", cwd=PACKAGE.parent)
+    monkeypatch.setattr(sys, "argv", ["", given, made[1], "with"])
+    exec(SCRIPT, {})
+    results = [np.load(path).values() for path in made]
+    for actual, expected in zip(*results, strict=True):
+        assert actual.dtype == expected.dtype
+        assert actual.tobytes() == expected.tobytes()
