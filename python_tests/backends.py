@@ -267,7 +267,7 @@ class Guarded:
 
     @classmethod
     def copy(cls, tensor: torch.Tensor) -> Guarded:
-        """Of what ``tensor`` spans: with its strides, aligned as its place in its storage."""
+        """The span of ``tensor``, with its strides and the alignment of its storage offset."""
         span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
         guarded = cls(span, tensor.dtype, tensor.storage_offset() % 64)
         guarded.elements.copy_(tensor.as_strided((span,), (1,)))
@@ -321,7 +321,7 @@ class CudaOnHost:
 
     @property
     def gpu(self) -> Any:
-        """What the sources see as the GPU."""
+        """The properties of the simulated GPU."""
         return self.library.device().contents
 
     def reset(self) -> None:
@@ -432,7 +432,7 @@ class CudaOnHost:
     def stream(
         self, chunks: Chunks, reduce: str, *, place: Place = "host"
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As Ops.stream. What a kernel must not read before it has written it is NaN."""
+        """As Ops.stream. The state starts as NaN: a kernel must write it before it reads it."""
         case, tokens = chunks[0]
         dtype = torch.promote_types(tokens.dtype, torch.float32)
         b, c, h, w = case.shape
@@ -523,7 +523,7 @@ def linked(objects: Iterable[Path], to: Path, *flags: str) -> Path:
 def objects() -> dict[str, Path]:
     """The objects of the CUDA sources, by the sources' names.
 
-    They are kept for the next run, in a folder named for what they are made of.
+    They are cached for the next run, in a folder named by the hash of their sources.
     """
     if shutil.which("g++") is None or not SOURCES.is_dir():
         pytest.skip("needs g++ and the sources")

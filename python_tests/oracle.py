@@ -1,4 +1,4 @@
-"""What the oracle says of a case, and whether the result of a kernel agrees with it."""
+"""The oracle's results, and checks of a kernel's result against them."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def check(kernel: str, case: Case, values: torch.Tensor, result: torch.Tensor) -
 
 @lru_cache(128)  # the same for every backend
 def _expected(kernel: str, case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """The oracle's, the bound, and what the oracle's code gives in float32."""
+    """The oracle's result, the bound, and the result of the oracle's code in float32."""
     values = values_of(kernel, case, dtype)
     exact, same = (truth(kernel, case, values, t) for t in (torch.float64, torch.float32))
     return exact, bound_of(kernel, case, values), same.to(dtype)
@@ -153,7 +153,7 @@ def check_sample(
 
 
 def check_containment(kernel: str, backend: Backend, case: Case, values: torch.Tensor) -> None:
-    """What is not finite reaches what reads it, and changes nothing else."""
+    """A non-finite value reaches the outputs that read it, and changes no others."""
     result, expected = run(backend, kernel, case, values), truth(kernel, case, values)
     reached = ~expected.isfinite()
     assert torch.equal(~result.isfinite(), reached)

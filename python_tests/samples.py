@@ -77,7 +77,7 @@ class Ensemble:
         return _random(shape, dtype, self.seed)[:, :, self.prefix :]
 
     def fit(self, reduce: str) -> Ensemble:
-        """Without weights for the median, which refuses them."""
+        """Without weights for the median, which takes none."""
         return replace(self, weights=None) if reduce == "median" else self
 
     def call(self, tokens: torch.Tensor) -> Call:

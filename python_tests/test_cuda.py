@@ -1,4 +1,4 @@
-"""What only a GPU shows: streams, graphs, waits, several devices, large memory, sizes of use."""
+"""Tests that need a GPU: streams, graphs, synchronisation, devices, large memory, real sizes."""
 
 from __future__ import annotations
 
@@ -228,7 +228,7 @@ def test_mixed_devices() -> None:
 
 
 def inputs(views: int, seed: int, values: str) -> list[torch.Tensor]:
-    """tokens, image, offsets, weights: what the calls of this section take."""
+    """tokens, image, offsets, weights: the arguments of ``calls``."""
     case = Ensemble((3, 5), (8, 8), random_views(views, seed=seed), channels=40, seed=seed)
     weights = torch.rand(views, generator=torch.Generator().manual_seed(seed)) + 0.5
     image = Shift((24, 40), seed=seed).image()
@@ -294,7 +294,7 @@ def test_graph(values: str, views: int) -> None:
 @each_count
 @each_values
 def test_current_stream(values: str, views: int) -> None:
-    """What the stream holds before the call is done before it, and what follows waits for it."""
+    """The call runs after the earlier work of its stream, and later work waits for it."""
     fresh = inputs(views, 0, values)
     expected = calls(*fresh)
     stale = [torch.full_like(t, NAN) if t.is_cuda else t for t in fresh]

@@ -95,7 +95,7 @@ def test_variance_beside_a_large_mean(weights: tuple[float, ...] | None, backend
     mean, var = backend.ensemble(case, tokens, reduce="moments")
     true_mean, true_var = oracle(case, tokens, "moments")
     torch.testing.assert_close(mean.double(), true_mean, rtol=1e-6, atol=0)
-    # The tokens themselves are exact; what is left are roundings of a mean of 1e4, 6e-4 each.
+    # The tokens themselves are exact; the mean of 1e4 is rounded by 6e-4.
     assert ((var - true_var).abs() <= 1e-4 * true_var + 1e-5).all()
 
 
@@ -290,6 +290,6 @@ def test_gradients_of_any_strides(dtype: torch.dtype, backend: Backend) -> None:
             shifted.view(b, h, w, c).permute(0, 3, 1, 2),
         ):
             backend.assert_same(backend.mean_backward(case, strided.copy_(grad)), expected)
-        # What the gradient of a sum over pixels is expanded to.
+        # As the gradient of a sum over pixels is expanded.
         constant = grad[:1, :, :1, :1].expand(case.shape)
         check("mean_backward", case, constant, backend.mean_backward(case, constant))

@@ -335,7 +335,7 @@ WAYS = [through_python, through_op, *([through_numpy] if numpy_binding else [])]
 
 
 def is_possible(through: Callable[[Wrong], None], case: Wrong) -> bool:
-    """NumPy has no bfloat16 without ml_dtypes, and its own rule for what is no array."""
+    """NumPy has no bfloat16 without ml_dtypes, and its own rule for other types."""
     if through is not through_numpy:
         return True
     return "Tensor" not in case.rule and (bfloat16 is not None or case.got != "bfloat16")
@@ -363,7 +363,7 @@ def test_the_error_states_the_rule_and_the_value(
 
 
 def test_memory_beside_the_output_is_allowed() -> None:
-    """The neighbours of the two cases of shared memory that are refused."""
+    """The neighbours of the two invalid cases of shared memory."""
     for part, rest in ((memory[:36], memory[36:396]), (memory[-36:], memory[-396:-36])):
         out = rest.view(OUT)
         srt_ext.ensemble(**ensemble_call(tokens=part.view(2, 1, 6, 3), out=out))
@@ -398,7 +398,7 @@ WRONG_TYPES = [
 
 @pytest.mark.parametrize("case", WRONG_TYPES, ids=str)
 def test_wrong_python_types(case: Wrong) -> None:
-    """torch's dispatcher refuses the call of the op, in its words. NumPy's arrays: test_numpy."""
+    """torch's dispatcher rejects the call of the op in its own words. NumPy's arrays: test_numpy."""
     with pytest.raises((RuntimeError, TypeError)):
         through_op(case)
     for through in filter(lambda way: way is not through_op and is_possible(way, case), WAYS):
@@ -411,7 +411,7 @@ def test_wrong_python_types(case: Wrong) -> None:
     ("op", "name", "shape"),
     [("ensemble", "offsets", (2, 2)), ("ensemble", "weights", (2,)), ("shift", "offsets", (2, 2))],
 )
-def test_meta_offsets_and_weights_are_refused(op: str, name: str, shape: tuple[int, ...]) -> None:
+def test_meta_offsets_and_weights_are_errors(op: str, name: str, shape: tuple[int, ...]) -> None:
     """torch would call the fake kernel, whose result is uninitialised memory."""
     rule = f"srt::{op}: {name} must be on the CPU or on the device of the input; got meta"
     for through in (through_python, through_op):
@@ -565,7 +565,7 @@ def test_no_forward_derivative_through_out() -> None:
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_negated_out_is_refused(mode: Any) -> None:
+def test_a_negated_out_is_an_error(mode: Any) -> None:
     out = torch.zeros(1, 3, 4, 6, dtype=torch.complex64).conj().imag
     assert out.is_neg()
     with mode(), pytest.raises(ValueError, match="out must be no lazily negated or conjugated"):

@@ -191,7 +191,7 @@ def test_gradient_of_a_weight_of_zero(reduce: str) -> None:
     weights[1] = 0
     actual, *_ = weights_gradients(case, reduce, tokens, weights)
     torch.testing.assert_close(actual, truth, rtol=1e-6, atol=1e-6)
-    # What stands in that view reaches the gradient of its own weight alone.
+    # A value of that view reaches the gradient of its own weight alone.
     tokens[1] = float("nan")
     spoilt, *_ = weights_gradients(case, reduce, tokens, weights)
     assert spoilt[1].isnan()

@@ -1,4 +1,4 @@
-"""The CUDA sources, executed on the CPU (backends.CudaOnHost): what a GPU does not show.
+"""The CUDA sources, executed on the CPU (backends.CudaOnHost).
 
 Injected faults, launches, grids smaller than the work, the L2 cache; and the ops over them.
 """
@@ -62,7 +62,7 @@ def check_shift(cuda: CudaOnHost) -> None:
 
 
 @pytest.mark.slow
-def test_the_stub_sees_what_it_should(tmp_path: Path) -> None:
+def test_injected_faults_are_found(tmp_path: Path) -> None:
     """The checks of the tests must find each of the faults below, and nothing without one."""
     faults: dict[str, tuple[str, str, str]] = {
         "a missing barrier": ("mean.cu", "if (__syncthreads_or(!finite))", "if (!finite)"),
@@ -204,7 +204,7 @@ def test_nothing_to_do(
 
 
 def check_l2(cuda: CudaOnHost, size: int, call: Call) -> None:
-    """What is read and written stays in an L2 cache of ``size`` bytes, and leaves a smaller one."""
+    """Inputs and outputs stay in an L2 cache of ``size`` bytes, and leave a smaller one."""
     results = []
     for l2_bytes in (size, size - 1):
         cuda.gpu.l2_bytes = l2_bytes

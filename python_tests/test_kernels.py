@@ -1,6 +1,6 @@
-"""What all kernels have in common, of ensemble and shift and of their gradients.
+"""All kernels: ensemble, shift and their gradients.
 
-Accuracy, containment of what is not finite, offsets and weights anywhere, threads.
+Accuracy, containment of non-finite values, offsets and weights, threads.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def output_of(tool: str, *args: str) -> str:
     return subprocess.run([tool, *args], capture_output=True, text=True, check=True).stdout
 
 
-# ---- what the library is made of ----------------------------------------------------------------
+# ---- symbols, instructions, schemas -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["_C.so", "_C_cuda.so"])
@@ -70,7 +70,7 @@ def test_cuda_kernels_are_there_or_the_reason_is() -> None:
 
 
 def test_a_call_on_cuda_without_kernels_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As torch refuses a CUDA tensor where no kernel for it was loaded."""
+    """With torch's own error where no CUDA kernel is registered."""
     refusal = "Could not run 'srt::shift' with arguments from the 'CUDA' backend."
     monkeypatch.setattr(srt_ext.ops, "cuda_unavailable", "nvcc was not found")
     with pytest.raises(NotImplementedError, match=r"srt::shift: CUDA .* available: nvcc was not"):
@@ -132,11 +132,11 @@ def instruction_sets(library: Path) -> dict[str, list[str]]:
 @pytest.mark.skipif(platform.machine() not in {"x86_64", "AMD64"}, reason="reads x86 code")
 @pytest.mark.parametrize("library", [LIBRARY, NUMPY], ids=["_C", "_numpy"])
 def test_wide_instructions_stay_in_their_objects(library: Path | None) -> None:
-    """What the linker may share between objects must run on every processor."""
+    """Functions that the linker may share between objects must run on every processor."""
     if library is None:
         pytest.skip("srt_ext.numpy was not built")
     functions = instruction_sets(library)
-    # srt::cpu::(anonymous namespace), or what is local to a function of it.
+    # srt::cpu::(anonymous namespace), or local to a function of it.
     local = "_ZZ?N3srt3cpu12_GLOBAL__N_1"
     for name, sets in functions.items():
         assert re.match(local, name) or set(sets) == {"baseline"}, name

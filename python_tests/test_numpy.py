@@ -284,7 +284,7 @@ def test_memory_beside_the_output_is_allowed() -> None:
 
 
 def test_images_of_any_memory() -> None:
-    """One that is not dense, or not aligned, is copied; one of the other byte order is refused."""
+    """One that is not dense, or not aligned, is copied; the other byte order is an error."""
     image = np.arange(2 * 3 * 5 * 7, dtype=np.float32).reshape(2, 3, 5, 7)
     offsets = [(0.5, -1), (-2, 0.25)]
     expected = srt.shift(image, offsets)

@@ -134,7 +134,7 @@ def test_fake_kernels(dtype: torch.dtype) -> None:
         check_fake(case, case.tokens(dtype))
 
 
-def test_fake_kernels_refuse_wrong_arguments() -> None:
+def test_errors_of_fake_kernels() -> None:
     with FakeTensorMode():
         tokens, offsets = torch.ones(2, 1, 6, 3), torch.zeros(2, 2)
         with pytest.raises(ValueError, match=r"grid must hold the N = 6 tokens of a view, .*; got"):

@@ -456,7 +456,7 @@ def test_an_interrupted_stream_goes_on_bit_for_bit(
     whole = library.fed(kind, case, tokens, [3])
     half = library.fed(kind, *part(case, tokens, slice(9)), [3])
     state, taken = saved(half.state_dict()), half.state_dict()
-    library.feed(half, case, tokens, [20])  # what was taken is a copy
+    library.feed(half, case, tokens, [20])  # state_dict() is a copy
     for loaded in (state, taken):
         resumed = library.like(kind, case)
         resumed.load_state_dict(loaded)
@@ -544,7 +544,7 @@ def test_nothing_is_allocated_before_the_checks(kind: str, library: Library) -> 
 
 @each_library
 @each_kind
-def test_a_damaged_state_is_refused_and_changes_nothing(kind: str, library: Library) -> None:
+def test_an_invalid_state_changes_nothing(kind: str, library: Library) -> None:
     case = ENSEMBLES["grid"]
     running = library.fed(kind, case, case.tokens(), [9])
     good = running.state_dict()
