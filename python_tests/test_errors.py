@@ -398,7 +398,7 @@ WRONG_TYPES = [
 
 @pytest.mark.parametrize("case", WRONG_TYPES, ids=str)
 def test_wrong_python_types(case: Wrong) -> None:
-    """torch's dispatcher rejects the call of the op in its own words. NumPy's arrays: test_numpy."""
+    """torch's dispatcher rejects the call of the op in its words. NumPy's arrays: test_numpy."""
     with pytest.raises((RuntimeError, TypeError)):
         through_op(case)
     for through in filter(lambda way: way is not through_op and is_possible(way, case), WAYS):

@@ -186,8 +186,8 @@ def model_inputs(
     return [*data, *(value.to(device if place == "device" else "cpu") for value in values)]
 
 
-def check_compiled(compiled: Function, inputs: list[torch.Tensor]) -> None:
-    """Fields, their strides, and gradients."""
+def check_compiled(compiled: Function, inputs: list[torch.Tensor], strides: bool = True) -> None:
+    """Fields, their strides (but inductor chooses those of its own outputs), and gradients."""
     found = []
     for function in (compiled, model):
         leaves = [t.clone().requires_grad_(i != 2) for i, t in enumerate(inputs)]
@@ -196,7 +196,7 @@ def check_compiled(compiled: Function, inputs: list[torch.Tensor]) -> None:
         found.append((fields, [t.grad for t in leaves if t.requires_grad]))
     (fields, grads), (expected, expected_grads) = found
     assert all(map(torch.equal, fields, expected))
-    assert [f.stride() for f in fields] == [f.stride() for f in expected]
+    assert not strides or [f.stride() for f in fields] == [f.stride() for f in expected]
     torch.testing.assert_close(grads, expected_grads)
 
 
@@ -214,7 +214,8 @@ def compile_model() -> Iterator[Function]:
 def test_compiled(device: str, place: str, backend: str, compile_model: Function) -> None:
     if backend == "inductor" and device == "cuda":
         pytest.importorskip("triton")
-    check_compiled(compile_model(backend=backend), model_inputs(device=device, place=place))
+    inputs = model_inputs(device=device, place=place)
+    check_compiled(compile_model(backend=backend), inputs, strides=backend == "aot_eager")
 
 
 @pytest.mark.parametrize("dynamic", [True, pytest.param(None, marks=pytest.mark.slow)])
