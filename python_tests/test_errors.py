@@ -534,6 +534,7 @@ def survive() -> None:
     print("survived", flush=True)
 
 
+@pytest.mark.slow
 def test_no_call_ends_the_process() -> None:
     script = CHILD.format(folder=str(Path(__file__).parent))
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -159,7 +159,7 @@ def test_same_bits_wherever_offsets_and_weights_are(
     case: Any = Shift((5, 8), random_views(views))
     if kernel.startswith("mean"):
         case = Ensemble(offsets=random_views(views), weights=weights, channels=16)
-    for dtype in dtypes_of(kernel):
+    for dtype in dtypes_of(kernel) if views == 5 else DTYPES[:1]:
         values = values_of(kernel, case, dtype)
         expected = run(backend, kernel, case, values)
         for value_dtype in (torch.float32, torch.float64):
