@@ -80,6 +80,15 @@ def buffer(
     return whole, whole[inner].permute(order)
 
 
+def empty_state(
+    case: Ensemble, reduce: str, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Of a stream: [planes, B, C, H', W'], [H', W'] the weight or count, and both for an op."""
+    fields = torch.zeros(PLANES[reduce], *case.shape, dtype=dtype, device=device)
+    weight = torch.zeros(case.shape[2:], dtype=torch.float64, device=device)
+    return fields, weight, [*([fields] if reduce == "median" else fields), weight]
+
+
 LAYOUTS = ("contiguous", "channels_last", "padded", "steps")
 
 
@@ -169,14 +178,12 @@ class Ops:
         """The state after the chunks: [planes, B, C, H', W'], and [H', W'] the weight or count."""
         case, tokens = chunks[0]
         dtype = torch.promote_types(tokens.dtype, torch.float32)
-        fields = torch.zeros(PLANES[reduce], *case.shape, dtype=dtype, device=self.device)
-        seen = torch.zeros(case.shape[2:], dtype=torch.float64, device=self.device)
-        state = [fields] if reduce == "median" else list(fields)
+        fields, weight, state = empty_state(case, reduce, dtype, self.device)
         for case, tokens in chunks:
             args, modes = self.call(case.fit(reduce), tokens, place)
             args = args[:4] if reduce == "median" else args
-            getattr(torch.ops.srt, f"accumulate_{reduce}_")(*state, seen, *args, **modes)
-        return fields.cpu(), seen.cpu()
+            getattr(torch.ops.srt, f"accumulate_{reduce}_")(*state, *args, **modes)
+        return fields.cpu(), weight.cpu()
 
 
 # ---- the CUDA sources, executed on the CPU ------------------------------------------------------
@@ -260,7 +267,7 @@ class Guarded:
 
     @classmethod
     def copy(cls, tensor: torch.Tensor) -> Guarded:
-        """Of what ``tensor`` spans: with its strides, aligned as its place in its storage."""
+        """The span of ``tensor``, with its strides and the alignment of its storage offset."""
         span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
         guarded = cls(span, tensor.dtype, tensor.storage_offset() % 64)
         guarded.elements.copy_(tensor.as_strided((span,), (1,)))
@@ -274,7 +281,7 @@ class Guarded:
         return self.bytes.data_ptr() + self.begin
 
 
-class Numbers:
+class Values:
     """Offsets or weights: float64 on the host, or "on the device" as they are."""
 
     def __init__(self, values: torch.Tensor | None, place: str) -> None:
@@ -314,7 +321,7 @@ class CudaOnHost:
 
     @property
     def gpu(self) -> Any:
-        """What the sources see as the GPU."""
+        """The properties of the simulated GPU."""
         return self.library.device().contents
 
     def reset(self) -> None:
@@ -328,8 +335,8 @@ class CudaOnHost:
         """Large tiles are chosen where they fill all processors."""
         self.gpu.processors = {"large": 0, "small": 2**20}[size]
 
-    def _run(self, function: Any, args: Structure, numbers: list[Numbers], out: Guarded) -> None:
-        structs = [byref(n.struct) for n in numbers]
+    def _run(self, function: Any, args: Structure, values: list[Values], out: Guarded) -> None:
+        structs = [byref(v.struct) for v in values]
         size = c_int64(-1)
         error = function(byref(args), *structs, None, byref(size))
         if error:
@@ -366,9 +373,9 @@ class CudaOnHost:
             border=BORDERS.index(case.border),
         )
 
-    def _numbers(self, case: Ensemble, place: Place) -> list[Numbers]:
+    def _values(self, case: Ensemble, place: Place) -> list[Values]:
         (_, offsets, _, _, weights), _ = case.call(torch.empty(0))
-        return [Numbers(v, p) for v, p in zip((offsets, weights), _placed(place), strict=True)]
+        return [Values(v, p) for v, p in zip((offsets, weights), _placed(place), strict=True)]
 
     def ensemble(
         self,
@@ -411,7 +418,7 @@ class CudaOnHost:
             args.variance = out.pointer() + size * dtype.itemsize
         args.total_weight = state[1].pointer() if state else None
         args.plane_stride = size
-        self._run(self.library.ensemble, args, self._numbers(case, place), out)
+        self._run(self.library.ensemble, args, self._values(case, place), out)
         assert source.intact()
         # Which bytes belong to an element, and were they written once and no other ones?
         shape, steps = (planes, *case.shape), (size, *strides)
@@ -425,16 +432,19 @@ class CudaOnHost:
     def stream(
         self, chunks: Chunks, reduce: str, *, place: Place = "host"
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As Ops.stream. What a kernel must not read before it has written it is NaN."""
+        """As Ops.stream. The state starts as NaN: a kernel must write it before it reads it."""
         case, tokens = chunks[0]
         dtype = torch.promote_types(tokens.dtype, torch.float32)
         b, c, h, w = case.shape
-        fields, seen = Guarded(PLANES[reduce] * b * c * h * w, dtype), Guarded(h * w, torch.float64)
-        seen.elements.zero_()
+        fields, weight = (
+            Guarded(PLANES[reduce] * b * c * h * w, dtype),
+            Guarded(h * w, torch.float64),
+        )
+        weight.elements.zero_()
         for case, tokens in chunks:
-            result = self.ensemble(case, tokens, reduce=reduce, place=place, state=(fields, seen))
-            assert seen.intact()
-        return result.reshape(-1, *case.shape), seen.elements.view(h, w)
+            result = self.ensemble(case, tokens, reduce=reduce, place=place, state=(fields, weight))
+            assert weight.intact()
+        return result.reshape(-1, *case.shape), weight.elements.view(h, w)
 
     def mean_backward(
         self, case: Ensemble, grad: torch.Tensor, *, place: Place = "host"
@@ -449,7 +459,7 @@ class CudaOnHost:
         args = self._arguments(case, "mean", tokens)
         args.out, args.out_strides = source.pointer(), (c_int64 * 4)(*grad.stride())
         call = functools.partial(self.library.mean_backward, c_void_p(out.pointer()))
-        self._run(call, args, self._numbers(case, place), out)
+        self._run(call, args, self._values(case, place), out)
         assert (self.writes == 1).all()
         return out.elements.reshape(tokens.shape)
 
@@ -474,7 +484,7 @@ class CudaOnHost:
             interpolation=INTERPOLATIONS.index(case.interpolation),
             **pointers,
         )
-        self._run(call, args, [Numbers(offsets, _placed(place)[0])], result)
+        self._run(call, args, [Values(offsets, _placed(place)[0])], result)
         assert (self.writes == 1).all()
 
     def shift(self, case: Shift, image: torch.Tensor, *, place: Place = "host") -> torch.Tensor:
@@ -513,7 +523,7 @@ def linked(objects: Iterable[Path], to: Path, *flags: str) -> Path:
 def objects() -> dict[str, Path]:
     """The objects of the CUDA sources, by the sources' names.
 
-    They are kept for the next run, in a folder named for what they are made of.
+    They are cached for the next run, in a folder named by the hash of their sources.
     """
     if shutil.which("g++") is None or not SOURCES.is_dir():
         pytest.skip("needs g++ and the sources")
@@ -552,11 +562,21 @@ CPU = [f"cpu-{name}" for name in torch.ops.srt._available_cpu_kernels().split(",
 INTERP = pytest.param("interp-large", marks=pytest.mark.interp)
 SMALL_TILES = pytest.param("interp-small", marks=pytest.mark.interp)
 CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
-ALL = [*CPU, INTERP, CUDA]
+ALL = [*map(pytest.param, CPU), INTERP, CUDA]
 
-each_gpu = pytest.mark.parametrize("backend", [INTERP, CUDA], indirect=True)
-# The mean has kernels for large and for small tiles.
-each_tile = pytest.mark.parametrize("backend", [*ALL, SMALL_TILES], indirect=True)
+
+def each_kernel(*kernels: str, backends: Sequence[Any] = ALL) -> pytest.MarkDecorator:
+    """Each backend with each kernel; the mean has one for large and one for small tiles."""
+    pairs = [(kernel, backend) for kernel in kernels for backend in backends]
+    params = [
+        pytest.param(kernel, *backend.values, marks=backend.marks)
+        for kernel, backend in (*pairs, ("mean", SMALL_TILES))
+    ]
+    return pytest.mark.parametrize(("kernel", "backend"), params, indirect=["backend"])
+
+
+GPU = [INTERP, CUDA]
+each_gpu = pytest.mark.parametrize("backend", GPU, indirect=True)
 each_gpu_tile = pytest.mark.parametrize("backend", [INTERP, SMALL_TILES, CUDA], indirect=True)
 each_device = pytest.mark.parametrize("device", ["cpu", CUDA])
 each_place = pytest.mark.parametrize(

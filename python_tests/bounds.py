@@ -11,6 +11,7 @@ may be from the oracle. ``assert_within_rounding`` adds the rounding of the outp
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from unittest import mock
 
@@ -19,6 +20,17 @@ from budget import accumulator, gamma
 from samples import Ensemble, Shift
 
 from srt_ext import reference
+
+
+def gradient(
+    function: Callable[[torch.Tensor], torch.Tensor], at: torch.Tensor, grad: torch.Tensor
+) -> torch.Tensor:
+    """Of ``function`` at a tensor, for the gradient of its result."""
+    at = at.detach().requires_grad_()
+    result = function(at)
+    if not result.requires_grad:  # the oracle does not read tokens that no view counts
+        return torch.zeros_like(at)
+    return torch.autograd.grad(result, at, grad)[0]
 
 
 class EnsembleBounds:
@@ -137,12 +149,12 @@ class EnsembleBounds:
 
     def _gradient(self, reduce: str, grad: torch.Tensor) -> torch.Tensor:
         """The oracle's gradient of the tokens."""
-        leaf = self.tokens.double().detach().requires_grad_()
-        args, modes = self.case.call(leaf)
-        field = reference.ensemble(*args, reduce=reduce, **modes)
-        if not field.requires_grad:  # no view has a weight
-            return torch.zeros_like(leaf)
-        return torch.autograd.grad(field, leaf, grad.expand_as(field))[0]
+
+        def field(tokens: torch.Tensor) -> torch.Tensor:
+            args, modes = self.case.call(tokens)
+            return reference.ensemble(*args, reduce=reduce, **modes)
+
+        return gradient(field, self.tokens.double(), grad.expand(self.case.shape))
 
     @cached_property
     def _cells(self) -> tuple[int, int]:
@@ -228,8 +240,8 @@ class ShiftBounds:
         4 taps of a column, and over its columns. The sum over columns goes on over all views. CUDA
         sums rows in the padding by themselves (4), and 8 shares of the views.
         """
-        leaf = torch.zeros(grad.shape[1:], dtype=torch.float64, requires_grad=True)
-        (size,) = torch.autograd.grad(self._sizes(leaf), leaf, grad.double().abs())
+        image = torch.zeros(grad.shape[1:], dtype=torch.float64)
+        size = gradient(self._sizes, image, grad.double().abs())
         border = self.case.padding == "border"
         rows, columns = (n + 3 if border else 4 for n in self.case.size)
         sums = 4 * rows + (len(self.case.offsets) + 1) * (columns + 1) + 16

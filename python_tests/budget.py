@@ -34,7 +34,7 @@ def assert_within_budget(
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """What sums over values of this dtype are kept in."""
+    """The dtype of sums over values of this dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

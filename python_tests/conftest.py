@@ -1,6 +1,6 @@
 """Fixtures that all tests share, and which tests run by default.
 
-``pytest`` leaves out what is marked slow, and runs a few cases of each test that is marked interp;
+``pytest`` skips tests marked slow, and runs a few cases of each test marked interp;
 ``pytest -m ""`` runs all, with more examples of hypothesis. Tests that are marked cuda need a GPU.
 """
 
@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, settings
 import srt_ext  # noqa: F401  (registers torch.ops.srt)
 
 # Derandomised, so that a run says the same as the run before it. A fixture holds for all examples
-# of a test, which is what `backend` is for.
+# of a test, as `backend` must.
 for profile, examples in (("fast", 15), ("full", 60)):
     settings.register_profile(
         profile,

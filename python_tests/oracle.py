@@ -1,19 +1,22 @@
-"""What the oracle says of a case, and whether a result agrees with it."""
+"""The oracle's results, and checks of a kernel's result against them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
-from bounds import EnsembleBounds, ShiftBounds
+from backends import Backend, Ops, Place
+from bounds import EnsembleBounds, ShiftBounds, gradient
 from budget import assert_within_budget, assert_within_rounding
-from samples import Ensemble, Shift
+from samples import DTYPES, ENSEMBLES, REDUCES, SHIFTS, Ensemble, Shift, poison
 
 from srt_ext import reference
 
-Run = Callable[[torch.Tensor], torch.Tensor]
+KERNELS = (*REDUCES, "mean_backward", "shift", "shift_backward")
+Case = Ensemble | Shift
 
 
 def ensemble(
@@ -34,121 +37,136 @@ def shift(case: Shift, image: torch.Tensor, dtype: torch.dtype = torch.float64) 
     return reference.shift(*args, **modes, dtype=dtype)
 
 
-def mean_gradient(
-    case: Ensemble, grad: torch.Tensor, dtype: torch.dtype = torch.float64
+def field_of(
+    module: Any,
+    reduce: str,
+    case: Ensemble,
+    device: str = "cpu",
+    place: Place = "host",
+    **more: Any,
+) -> Callable[..., torch.Tensor]:
+    """The field as a function of its tokens (and weights); all of it in one tensor."""
+    (_, *views, weights), modes = Ops(device).call(case, torch.empty(0), place)
+
+    def field(tokens: torch.Tensor, weights: torch.Tensor | None = weights) -> torch.Tensor:
+        if reduce == "moments":
+            return torch.stack(module.ensemble_moments(tokens, *views, weights, **modes, **more))
+        weights = None if reduce == "median" else weights
+        return module.ensemble(tokens, *views, weights, reduce=reduce, **modes, **more)
+
+    return field
+
+
+# ---- the kernels, by their names ----------------------------------------------------------------
+
+
+def samples_of(kernel: str) -> dict[str, Any]:
+    return SHIFTS if kernel.startswith("shift") else ENSEMBLES
+
+
+def dtypes_of(kernel: str) -> tuple[torch.dtype, ...]:
+    return (*DTYPES, torch.uint8) if kernel == "shift" else DTYPES
+
+
+def values_of(kernel: str, case: Case, dtype: torch.dtype) -> torch.Tensor:
+    """Tokens, an image, or a random gradient of the result."""
+    if kernel.endswith("backward"):
+        generator = torch.Generator().manual_seed(case.seed + 1)
+        return torch.randn(case.shape, generator=generator, dtype=torch.float64).to(dtype)
+    return case.image(dtype) if isinstance(case, Shift) else case.tokens(dtype)
+
+
+def poisoned(kernel: str, case: Case, dtype: torch.dtype, seed: int = 1) -> torch.Tensor:
+    """Of tokens some rows are not finite, of the others single pixels or cells."""
+    values = values_of(kernel, case, dtype)
+    return poison(values, seed) if kernel in REDUCES else poison(values[..., None], seed)[..., 0]
+
+
+def run(
+    backend: Backend, kernel: str, case: Case, values: torch.Tensor, place: Place = "host"
 ) -> torch.Tensor:
-    """[V, B, N, C]."""
-    leaf = torch.zeros_like(case.tokens(dtype)).requires_grad_()
-    field = ensemble(case, leaf, dtype=dtype)
-    if not field.requires_grad:  # no view counts
-        return leaf
-    return torch.autograd.grad(field, leaf, grad.to(dtype))[0]
+    if kernel in REDUCES:
+        return backend.ensemble(case, values, reduce=kernel, place=place)
+    return getattr(backend, kernel)(case, values, place=place)
 
 
-def shift_gradient(
-    case: Shift, grad: torch.Tensor, dtype: torch.dtype = torch.float64
+def truth(
+    kernel: str, case: Case, values: torch.Tensor, dtype: torch.dtype = torch.float64
 ) -> torch.Tensor:
-    """[B, C, H, W]."""
-    leaf = torch.zeros(grad.shape[1:], dtype=dtype, requires_grad=True)
-    return torch.autograd.grad(shift(case, leaf, dtype), leaf, grad.to(dtype))[0]
+    """The oracle's result."""
+    if kernel in REDUCES:
+        return ensemble(case, values, kernel, dtype)
+    if kernel == "shift":
+        return shift(case, values, dtype)
+    if kernel == "shift_backward":
+        function, shape = partial(shift, case, dtype=dtype), values.shape[1:]
+    else:
+        function, shape = partial(ensemble, case, dtype=dtype), case.tokens(dtype).shape
+    return gradient(function, torch.zeros(shape, dtype=dtype), values.to(dtype))
 
 
-# ---- checks -------------------------------------------------------------------------------------
+def bound_of(kernel: str, case: Case, values: torch.Tensor) -> torch.Tensor:
+    if kernel == "shift":
+        return ShiftBounds(case, values.dtype).views(values)
+    if kernel == "shift_backward":
+        return ShiftBounds(case, values.dtype).gradient(values)
+    if kernel == "mean_backward":
+        return EnsembleBounds(case, case.tokens(values.dtype)).mean_gradient(values)
+    bounds = EnsembleBounds(case.fit(kernel), values)
+    if kernel == "moments":
+        return torch.stack([bounds.mean(), bounds.variance()])
+    return bounds.mean() if kernel == "mean" else bounds.median()
 
 
-def _fields(result: torch.Tensor, reduce: str) -> list[torch.Tensor]:
-    return list(result) if reduce == "moments" else [result]
-
-
-def _bounds(case: Ensemble, tokens: torch.Tensor, reduce: str) -> list[torch.Tensor]:
-    bounds = EnsembleBounds(case.fit(reduce), tokens)
-    if reduce == "moments":
-        return [bounds.mean(), bounds.variance()]
-    return [bounds.mean() if reduce == "mean" else bounds.median()]
-
-
-def check_ensemble(
-    case: Ensemble, tokens: torch.Tensor, result: torch.Tensor, reduce: str = "mean"
-) -> None:
+def check(kernel: str, case: Case, values: torch.Tensor, result: torch.Tensor) -> None:
     """By forward error bounds."""
-    truth = ensemble(case, tokens, reduce)
-    fields = (_fields(result, reduce), _fields(truth, reduce), _bounds(case, tokens, reduce))
-    for field in zip(*fields, strict=True):
-        assert_within_rounding(*field)
+    assert_within_rounding(result, truth(kernel, case, values), bound_of(kernel, case, values))
 
 
 @lru_cache(128)  # the same for every backend
-def _expected(
-    case: Ensemble, dtype: torch.dtype, reduce: str
-) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """For each field: the oracle's, what its code says in float32, and the bound."""
-    tokens = case.tokens(dtype)
-    truth, same = (ensemble(case, tokens, reduce, t) for t in (torch.float64, torch.float32))
-    fields = (_fields(truth, reduce), _fields(same.to(dtype), reduce))
-    return list(zip(*fields, _bounds(case, tokens, reduce), strict=True))
+def _expected(kernel: str, case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """The oracle's result, the bound, and the result of the oracle's code in float32."""
+    values = values_of(kernel, case, dtype)
+    exact, same = (truth(kernel, case, values, t) for t in (torch.float64, torch.float32))
+    return exact, bound_of(kernel, case, values), same.to(dtype)
+
+
+def check_result(kernel: str, case: Case, dtype: torch.dtype, result: torch.Tensor) -> None:
+    """Of a fixed sample, ``values_of`` it: by the oracle's own error, too."""
+    exact, bound, same = _expected(kernel, case, dtype)
+    assert result.dtype == dtype
+    assert_within_rounding(result, exact, bound)
+    if dtype in (torch.float64, torch.uint8):
+        return
+    fields = (
+        zip(result, exact, same, strict=True) if kernel == "moments" else [(result, exact, same)]
+    )
+    for field in fields:
+        assert_within_budget(*field)
 
 
 def check_sample(
-    case: Ensemble, dtype: torch.dtype, result: torch.Tensor, reduce: str = "mean"
+    kernel: str, backend: Backend, case: Case, dtype: torch.dtype, place: Place = "host"
 ) -> None:
-    """Of a fixed sample, ``case.tokens(dtype)``: by the oracle's own error, too."""
-    expected = _expected(case, dtype, reduce)
-    for field, (truth, same, bound) in zip(_fields(result, reduce), expected, strict=True):
-        assert_within_rounding(field, truth, bound)
-        if dtype != torch.float64:
-            assert_within_budget(field, truth, same)
+    result = run(backend, kernel, case, values_of(kernel, case, dtype), place)
+    check_result(kernel, case, dtype, result)
 
 
-def check_shift(case: Shift, image: torch.Tensor, views: torch.Tensor) -> None:
-    """By forward error bounds."""
-    assert views.dtype == image.dtype
-    bound = ShiftBounds(case, image.dtype).views(image)
-    assert_within_rounding(views, shift(case, image), bound)
+def check_containment(kernel: str, backend: Backend, case: Case, values: torch.Tensor) -> None:
+    """A non-finite value reaches the outputs that read it, and changes no others."""
+    result, expected = run(backend, kernel, case, values), truth(kernel, case, values)
+    reached = ~expected.isfinite()
+    assert torch.equal(~result.isfinite(), reached)
+    if kernel in ("median", "moments"):
+        # An infinite value that is not the median leaves no trace. A variance may be Inf or NaN.
+        first = 0 if kernel == "moments" else ...
+        assert torch.equal(result[first].isinf(), expected[first].isinf())
+    else:
+        clean = run(backend, kernel, case, torch.where(values.isfinite(), values, 0))
+        backend.assert_same(result[~reached], clean[~reached])
 
 
-@lru_cache(128)
-def _expected_views(
-    case: Shift, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The oracle's, what its code says in float32, and the bound."""
-    image = case.image(dtype)
-    bound = ShiftBounds(case, dtype).views(image)
-    return shift(case, image), shift(case, image, torch.float32).to(dtype), bound
-
-
-def check_shift_sample(case: Shift, dtype: torch.dtype, views: torch.Tensor) -> None:
-    """Of a fixed sample, ``case.image(dtype)``: by the oracle's own error, too."""
-    truth, same, bound = _expected_views(case, dtype)
-    assert views.dtype == dtype
-    assert_within_rounding(views, truth, bound)
-    if dtype not in (torch.float64, torch.uint8):
-        assert_within_budget(views, truth, same)
-
-
-def large_enough(case: Ensemble, dtype: torch.dtype, values: int = 128) -> Ensemble:
+def large_enough(case: Ensemble, dtype: torch.dtype, values: int = 304) -> Ensemble:
     """In float32, so many values in a cell that the oracle's largest error is not one of a few."""
     batch = values // case.channels if dtype == torch.float32 else 1
     return replace(case, batch=max(case.batch, batch))
-
-
-def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    assert torch.equal(actual, expected)
-
-
-def check_containment(
-    run: Run,
-    values: torch.Tensor,
-    truth: torch.Tensor,
-    assert_same: Callable[[torch.Tensor, torch.Tensor], None] = assert_same_bits,
-) -> None:
-    """What is not finite reaches what reads it, and changes nothing else.
-
-    Args:
-        run: from values to a result.
-        values: some are not finite.
-        truth: the oracle's result.
-    """
-    result, reached = run(values), ~truth.isfinite()
-    assert torch.equal(~result.isfinite(), reached)
-    clean = run(torch.where(values.isfinite(), values, 0))
-    assert_same(result[~reached], clean[~reached])

@@ -1,6 +1,6 @@
-"""What a call takes at its peak, in a process of its own.
+"""The peak memory of a call, in a process of its own.
 
-Address space: malloc is told to map what is large and to give it back, which makes the peak exact.
+Address space: malloc is configured to map large blocks and to return them, so the peak is exact.
 Resident memory is not: it has those pages of the libraries that happen to be there, and Linux
 counts it only roughly where there are many cores.
 """
@@ -17,7 +17,7 @@ needs_proc = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="re
 
 PROCESS = """
 import torch
-torch.set_num_threads(1)  # others bring stacks; their scratch is not seen
+torch.set_num_threads(1)  # others bring stacks; their scratch is not measured
 
 def status(key):
     with open("/proc/self/status") as lines:
@@ -32,13 +32,13 @@ assert {right}
 
 
 def peak_of(setup: str, call: str, right: str) -> tuple[int, int]:
-    """The bytes that ``call`` took beside what there was after ``setup``, and those of its result.
+    """The bytes that ``call`` took beyond those in use after ``setup``, and those of its result.
 
     Args:
         setup: statements, torch imported. A call like the one that is measured is among them: the
             first loads what it needs.
         call: an expression, a tensor.
-        right: what must hold of it, as ``result``.
+        right: a condition on it, as ``result``.
     """
     fixed = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**16)}
     process = subprocess.run(

@@ -5,9 +5,12 @@ They feed the tests of correctness, opcheck, and whatever else has to hold for e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import strategies as st
 
@@ -16,6 +19,7 @@ UPSAMPLES = ("nearest", "bilinear")
 BORDERS = ("coverage", "zeros", "clamp")
 PADDINGS = ("zeros", "border", "reflect", "circular")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
+REDUCES = ("mean", "median", "moments")
 FAR = 2.0**20  # the largest offset
 
 Pairs = tuple[tuple[float, float], ...]
@@ -73,7 +77,7 @@ class Ensemble:
         return _random(shape, dtype, self.seed)[:, :, self.prefix :]
 
     def fit(self, reduce: str) -> Ensemble:
-        """Without weights for the median, which refuses them."""
+        """Without weights for the median, which takes none."""
         return replace(self, weights=None) if reduce == "median" else self
 
     def call(self, tokens: torch.Tensor) -> Call:
@@ -151,6 +155,26 @@ def sample_shifts() -> dict[str, Shift]:
         "channels_last": replace(plain, layout="channels_last", interpolation="bicubic"),
         "one_pixel": replace(plain, size=(1, 1)),
     }
+
+
+ENSEMBLES, SHIFTS = sample_ensembles(), sample_shifts()
+
+each_ensemble = pytest.mark.parametrize("case", ENSEMBLES.values(), ids=ENSEMBLES.keys())
+each_shift = pytest.mark.parametrize("case", SHIFTS.values(), ids=SHIFTS.keys())
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+each_reduce = pytest.mark.parametrize("reduce", REDUCES)
+each_border = pytest.mark.parametrize("border", BORDERS)
+each_padding = pytest.mark.parametrize("padding", PADDINGS)
+each_interpolation = pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+each_value_dtype = pytest.mark.parametrize("value_dtype", [torch.float32, torch.float64], ids=str)
+
+
+def pairwise(first: Sequence[Any], second: Sequence[Any], *others: Sequence[Any]) -> list[Any]:
+    """Every pair of values of ``first`` and ``second``; values of up to two ``others`` rotate."""
+    return [
+        (a, b, *(other[(i + k * j) % len(other)] for k, other in enumerate(others, 1)))
+        for (i, a), (j, b) in product(enumerate(first), enumerate(second))
+    ]
 
 
 def random_views(views: int, step: float = 0.125, seed: int = 0) -> Pairs:

@@ -1,29 +1,31 @@
-"""What only a GPU shows: streams, graphs, waits, several devices, large memory, sizes of use."""
+"""Tests that need a GPU: streams, graphs, synchronisation, devices, large memory, real sizes."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from backends import Ops
+from backends import Ops, empty_state
+from bounds import gradient
 from budget import assert_within_budget
-from oracle import check_sample
+from oracle import check_result, field_of
 from oracle import shift as shift_oracle
 from samples import (
     DTYPES,
+    ENSEMBLES,
+    REDUCES,
     UPSAMPLES,
     Ensemble,
     Shift,
+    each_dtype,
+    each_reduce,
     poison,
     random_views,
-    sample_ensembles,
-    sample_shifts,
 )
+from test_ops import check_compiled, model, model_inputs
 
 import srt_ext
 
@@ -34,10 +36,6 @@ GPU = Ops("cuda")
 VALUES = ("host", "device")  # where offsets and weights are
 SLEEP = 400_000_000  # clock cycles: some tenths of a second
 
-ENSEMBLES = sample_ensembles()
-SHIFTS = sample_shifts()
-REDUCES = ("mean", "median", "moments")
-each_reduce = pytest.mark.parametrize("reduce", REDUCES)
 each_values = pytest.mark.parametrize("values", VALUES)
 
 
@@ -50,11 +48,8 @@ def assert_same(results: list[torch.Tensor], expected: list[torch.Tensor]) -> No
 
 
 def assert_as_on_the_cpu(case: Ensemble, tokens: torch.Tensor, field: torch.Tensor) -> None:
-    def cpu(dtype: torch.dtype) -> torch.Tensor:
-        args, modes = case.call(tokens.to(dtype))
-        return srt_ext.ensemble(*args, **modes)
-
-    assert_within_budget(field, cpu(torch.float64), cpu(torch.float32).to(tokens.dtype))
+    truth, same = (Ops("cpu").ensemble(case, tokens.to(t)) for t in (torch.float64, torch.float32))
+    assert_within_budget(field, truth, same.to(tokens.dtype))
 
 
 SIZES_OF_USE = [  # grid, patch, channels, stride
@@ -95,8 +90,7 @@ def test_large_tiles(name: str, dtype: torch.dtype, values: str) -> None:
 
     poisoned = poison(tokens, 1)
     actual = GPU.ensemble(case, poisoned, place=values)
-    args, modes = case.call(poisoned)
-    expected = srt_ext.ensemble(*args, **modes).isfinite()
+    expected = Ops("cpu").ensemble(case, poisoned).isfinite()
     assert torch.equal(actual.isfinite(), expected)
     assert torch.equal(actual[expected], field[expected])
 
@@ -109,7 +103,7 @@ def test_long_axes() -> None:
         assert_as_on_the_cpu(case, tokens, GPU.ensemble(case, tokens))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_dtype
 def test_same_bits_again(dtype: torch.dtype) -> None:
     """A result that changes from call to call is a race."""
     case = Ensemble((14, 14), (16, 16), random_views(49), channels=136, batch=1)
@@ -170,7 +164,8 @@ def test_tokens_past_2_31(dim: int) -> None:
     far = storage.as_strided(tokens.shape, strides)
     far.copy_(tokens)
     args, modes = case.call(tokens)
-    check_sample(case, tokens.dtype, srt_ext.ensemble(far, *args[1:], **modes).cpu())
+    field = srt_ext.ensemble(far, *args[1:], **modes).cpu()
+    check_result("mean", case, tokens.dtype, field)
 
 
 @pytest.mark.serial
@@ -210,73 +205,37 @@ def test_plane_past_2_31() -> None:
 def test_mixed_devices() -> None:
     case = ENSEMBLES["weights"]
     (tokens, offsets, grid, patch, weights), modes = case.call(case.tokens())
-    on_device = GPU.put(tokens)
-    image = torch.ones(1, 2, 5, 6)
-    numbers = "{} must be on the CPU or on the device of the input"
+    moved, moved_weights, out = GPU.put(offsets), GPU.put(weights), torch.empty(case.shape)
+    place = "{} must be on the CPU or on the device of the input"
     place_out = "out must be on the device of tokens"
-    out = torch.empty(case.shape)
-
-    def ensemble(*args: Any, **more: Any) -> tuple[Any, ...]:
-        return "ensemble", args, {**modes, **more}
-
-    for rule, (name, args, keywords) in (
-        (numbers.format("offsets"), ensemble(tokens, GPU.put(offsets), grid, patch)),
-        (
-            numbers.format("offsets"),
-            ensemble(tokens, GPU.put(offsets), grid, patch, GPU.put(weights)),
-        ),
-        (numbers.format("weights"), ensemble(tokens, offsets, grid, patch, GPU.put(weights))),
-        (place_out, ensemble(on_device, offsets, grid, patch, out=out)),
-        (place_out, ensemble(tokens, offsets, grid, patch, out=out.to("cuda"))),
-        (numbers.format("offsets"), ("shift", (image, GPU.put(offsets)), {})),
+    for rule, args, more in (
+        (place.format("offsets"), (tokens, moved, grid, patch), {}),
+        (place.format("offsets"), (tokens, moved, grid, patch, moved_weights), {}),
+        (place.format("weights"), (tokens, offsets, grid, patch, moved_weights), {}),
+        (place_out, (GPU.put(tokens), offsets, grid, patch), {"out": out}),
+        (place_out, (tokens, offsets, grid, patch), {"out": GPU.put(out)}),
     ):
-        with pytest.raises(ValueError, match=re.escape(f"srt::{name}: {rule}; got ")):
-            getattr(srt_ext, name)(*args, **keywords)
-        op = getattr(torch.ops.srt, name)
-        op = op.out if "out" in keywords else op.default
+        with pytest.raises(ValueError, match=re.escape(f"srt::ensemble: {rule}; got ")):
+            srt_ext.ensemble(*args, **modes, **more)
+        op = torch.ops.srt.ensemble.out if more else torch.ops.srt.ensemble.default
         with pytest.raises(RuntimeError, match=re.escape(rule)):
-            op(*args, **keywords)
-
-
-def test_wrong_arguments() -> None:
-    """test_errors.py has all rules; here those that read values, or the device's memory."""
-    tokens, offsets = torch.ones(2, 1, 6, 3, device="cuda"), torch.zeros(2, 2)
-    flat = torch.ones(2000, device="cuda")
-    overlap = flat[:360].as_strided((1, 3, 8, 15), (360, 1, 3, 3))
-    inside = flat[:36].view(2, 1, 6, 3)
-    negative = torch.tensor([1.0, -1.0])
-    cases: list[tuple[str, tuple[torch.Tensor, ...], dict[str, Any]]] = [
-        ("grid must hold the N = 5 tokens", (tokens[:, :, 1:], offsets), {}),
-        ("stride must divide", (tokens, offsets), {"stride": [3, 1]}),
-        ("offsets must be [V, 2]", (tokens, offsets[:1].to("cuda")), {}),
-        ("offsets must be float32 or", (tokens, offsets.to("cuda").half()), {}),
-        ("offsets must be finite", (tokens, offsets + NAN), {}),
-        ("at most 2^20 pixels", (tokens, offsets + 2**21), {}),
-        ("weights must be", (tokens, offsets), {"weights": negative}),
-        ("out must not overlap", (tokens, offsets), {"out": overlap}),
-        ("out must not share memory", (inside, offsets), {"out": flat[:360].view(1, 3, 8, 15)}),
-    ]
-    for rule, args, modes in cases:
-        op = torch.ops.srt.ensemble.out if "out" in modes else torch.ops.srt.ensemble.default
-        with pytest.raises(RuntimeError, match=re.escape(rule)):
-            op(*args, [2, 3], [4, 5], **modes)
-        with pytest.raises((ValueError, TypeError), match=re.escape(rule)):
-            srt_ext.ensemble(*args, [2, 3], [4, 5], **modes)
-    torch.cuda.synchronize()  # nothing was launched that fails later
+            op(*args, **modes, **more)
+    with pytest.raises(ValueError, match=re.escape(f"srt::shift: {place.format('offsets')}; got ")):
+        srt_ext.shift(torch.ones(1, 2, 5, 6), moved)
 
 
 # ---- streams and graphs -------------------------------------------------------------------------
 
 
 def inputs(views: int, seed: int, values: str) -> list[torch.Tensor]:
-    """tokens, image, offsets, weights: what the calls of this section take."""
+    """tokens, image, offsets, weights: the arguments of ``calls``."""
     case = Ensemble((3, 5), (8, 8), random_views(views, seed=seed), channels=40, seed=seed)
     weights = torch.rand(views, generator=torch.Generator().manual_seed(seed)) + 0.5
     image = Shift((24, 40), seed=seed).image()
-    numbers = [torch.tensor(case.offsets), weights]
+    place = [torch.tensor(case.offsets), weights]
     if values == "device":
-        numbers = [GPU.put(number) for number in numbers]
-    return [GPU.put(case.tokens()), GPU.put(image), *numbers]
+        place = list(map(GPU.put, place))
+    return [GPU.put(case.tokens()), GPU.put(image), *place]
 
 
 def calls(
@@ -284,12 +243,12 @@ def calls(
 ) -> list[torch.Tensor]:
     place = ((3, 5), (8, 8))
     out = torch.empty(2, 40, 24, 40, device="cuda")
-    mean, var, window = (torch.zeros(n, 2, 40, 24, 40, device="cuda") for n in (1, 1, 8))
-    weight, count = (torch.zeros(24, 40, dtype=torch.float64, device="cuda") for _ in range(2))
+    case = Ensemble((3, 5), (8, 8), channels=40)
+    moments, median = (empty_state(case, reduce, device="cuda") for reduce in REDUCES[:0:-1])
     for part in (slice(0, 2), slice(2, None)):
         chunk = (tokens[part], offsets[part], *place)
-        torch.ops.srt.accumulate_moments_(mean[0], var[0], weight, *chunk, weights[part])
-        torch.ops.srt.accumulate_median_(window, count, *chunk)
+        torch.ops.srt.accumulate_moments_(*moments[2], *chunk, weights[part])
+        torch.ops.srt.accumulate_median_(*median[2], *chunk)
     return [
         srt_ext.ensemble(tokens, offsets, *place, weights),
         srt_ext.ensemble(tokens, offsets, *place, stride=8, border="zeros"),
@@ -297,7 +256,7 @@ def calls(
         srt_ext.shift(image, offsets),
         srt_ext.ensemble(tokens, offsets, *place, reduce="median"),
         *srt_ext.ensemble_moments(tokens, offsets, *place, weights),
-        *(mean, var, weight, window, count),
+        *(*moments[:2], *median[:2]),
     ]
 
 
@@ -308,7 +267,7 @@ each_count = pytest.mark.parametrize("views", [5, 49, 300])  # 300: more than on
 @each_count
 @each_values
 def test_graph(values: str, views: int) -> None:
-    """A replay reads what its inputs hold then; numbers of the host stay as they were captured."""
+    """A replay reads its inputs again; CPU offsets and weights stay as they were captured."""
     static = inputs(views, 0, values)
     calls(*static)
     torch.cuda.synchronize()
@@ -335,7 +294,7 @@ def test_graph(values: str, views: int) -> None:
 @each_count
 @each_values
 def test_current_stream(values: str, views: int) -> None:
-    """What the stream holds before the call is done before it, and what follows waits for it."""
+    """The call runs after the earlier work of its stream, and later work waits for it."""
     fresh = inputs(views, 0, values)
     expected = calls(*fresh)
     stale = [torch.full_like(t, NAN) if t.is_cuda else t for t in fresh]
@@ -419,13 +378,6 @@ def test_device_of_the_tokens() -> None:
 # ---- gradients ----------------------------------------------------------------------------------
 
 
-def field_of(reduce: str, case: Ensemble, values: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    (_, *numbers), modes = GPU.call(case.fit(reduce), case.tokens(), values)
-    if reduce == "moments":
-        return lambda tokens: torch.stack(srt_ext.ensemble_moments(tokens, *numbers, **modes))
-    return lambda tokens: srt_ext.ensemble(tokens, *numbers, reduce=reduce, **modes)
-
-
 def problem(case: Ensemble, reduce: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens, and a gradient of the field, on the device."""
     shape = (2, *case.shape) if reduce == "moments" else case.shape
@@ -433,47 +385,11 @@ def problem(case: Ensemble, reduce: str) -> tuple[torch.Tensor, torch.Tensor]:
     return case.tokens().to("cuda"), grad.to("cuda")
 
 
-def gradient(
-    field: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor, grad: torch.Tensor
-) -> torch.Tensor:
-    tokens = tokens.detach().requires_grad_()
-    return torch.autograd.grad(field(tokens), tokens, grad)[0]
-
-
-@each_values
-@each_reduce
-@pytest.mark.parametrize("name", ["grid", "nearest", "weights", "stride"])
-def test_gradients_are_those_of_the_cpu(name: str, reduce: str, values: str) -> None:
-    case = ENSEMBLES[name]
-    if reduce == "median":  # what is blended may differ by a rounding, which chooses another view
-        case = replace(case, upsample="nearest", stride=(1, 1))
-    tokens, grad = problem(case, reduce)
-    actual = gradient(field_of(reduce, case, values), tokens, grad)
-    assert torch.equal(actual, gradient(field_of(reduce, case, values), tokens, grad))
-    expected = gradient(field_of(reduce, case, "host"), tokens.cpu(), grad.cpu())
-    torch.testing.assert_close(actual.cpu(), expected, rtol=1e-4, atol=1e-5)
-
-
-@each_reduce
-def test_views_that_cover_nothing_get_no_gradient(reduce: str) -> None:
-    case = replace(ENSEMBLES["grid"], weights=None)
-    kept = [v for v in range(len(case.offsets)) if v not in (2, 5)]
-    offsets = list(case.offsets)
-    offsets[2], offsets[5] = (NAN, offsets[2][1]), (float("inf"),) * 2
-    bad = replace(case, offsets=tuple(offsets))
-    good = replace(case, offsets=tuple(case.offsets[v] for v in kept))
-    tokens, grad = problem(case, reduce)
-    result = gradient(field_of(reduce, bad, "device"), tokens, grad)
-    assert not result[[2, 5]].any()
-    expected = gradient(field_of(reduce, good, "device"), tokens[kept], grad)
-    torch.testing.assert_close(result[kept], expected)
-
-
 @pytest.mark.serial
 def test_a_backward_runs_on_the_stream_of_its_forward() -> None:
     case = ENSEMBLES["grid"]
     tokens, grad = problem(case, "mean")
-    field = field_of("mean", case, "host")
+    field = field_of(srt_ext, "mean", case, "cuda")
     expected = gradient(field, tokens, grad)
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
@@ -490,7 +406,7 @@ def test_a_backward_runs_on_the_stream_of_its_forward() -> None:
 def test_a_captured_backward(reduce: str) -> None:
     case = ENSEMBLES["weights"]
     tokens, grad = problem(case, reduce)
-    field = field_of(reduce, case, "device")
+    field = field_of(srt_ext, reduce, case, "cuda", "device")
     static, static_grad = tokens.clone().requires_grad_(), grad.clone()
 
     def step() -> torch.Tensor:
@@ -516,31 +432,14 @@ def test_a_captured_backward(reduce: str) -> None:
 def test_compiled_training_steps_are_captured() -> None:
     """By inductor's CUDA graphs, forward and backward."""
     pytest.importorskip("triton")
-    tokens, image, offsets, weights = inputs(5, 0, "device")
-
-    def loss(tokens: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-        args = (offsets, (3, 5), (8, 8))
-        fields = (
-            srt_ext.ensemble(2 * tokens, *args, weights),
-            *srt_ext.ensemble_moments(tokens.sin(), *args, weights, stride=2),
-            srt_ext.ensemble(tokens, *args, reduce="median", border="clamp"),
-            srt_ext.shift(image * 3, offsets),
-        )
-        return torch.stack([field.square().mean() for field in fields]).sum()
-
-    def step(function: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
-        leaves = [t.clone().requires_grad_() for t in (tokens, image)]
-        result = function(*leaves)
-        return [result.detach(), *torch.autograd.grad(result, leaves)]
-
-    expected = step(loss)
+    inputs = model_inputs(device="cuda", place="device")
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     try:
-        compiled = torch.compile(loss, fullgraph=True, mode="reduce-overhead")
+        compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
         for _ in range(4):  # the first calls compile, warm up and capture
             torch.compiler.cudagraph_mark_step_begin()
-            torch.testing.assert_close(step(compiled), expected)
+            check_compiled(compiled, inputs, strides=False)
         assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
     finally:
         torch.compiler.reset()

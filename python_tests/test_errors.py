@@ -39,10 +39,6 @@ def dense_huge(*shape: int) -> torch.Tensor:
     return torch.ones(shape[-1]).expand(shape)
 
 
-def pairs(*values: tuple[float, float]) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
 def ensemble_call(**changes: Any) -> dict[str, Any]:
     place = {"offsets": torch.zeros(2, 2), "grid": [2, 3], "patch": [4, 5], "weights": None}
     return {"tokens": tokens(), **place, **changes}
@@ -113,11 +109,11 @@ def dtypes(rule: str, name: str, right: torch.Tensor, *names: str, op: str) -> l
 
 PAIR = "must be two integers >= 1, (y, x)"
 FLOATING = "must be float32, float16, bfloat16 or float64"
-NUMBERS = "must be float32 or float64"
+VALUES = "must be float32 or float64"
 TOKENS = "tokens must have 4 dimensions, [V, B, N, C]"
 DENSE = "tokens must be dense in the last dimension"
 DIVIDES = "stride must divide grid * patch = [8, 15]"
-COUNT = "grid must hold the N = {} tokens of a view, without class or register tokens"
+COUNT = "grid must hold the N = 6 tokens of a view, without class or register tokens"
 OFFSETS = "offsets must be finite and at most 2^20 pixels in size"
 WEIGHTS = "weights must be finite and >= 0"
 TINY = "weights must be 0 or at least 2^-80 of the largest"
@@ -136,58 +132,41 @@ out, double = torch.ones(OUT), torch.float64
 RANKS = [
     *shapes(TOKENS, "tokens", (), (6, 3), (1, 2, 1, 6, 3)),
     *shapes("tokens must hold at least one view", "tokens", (0, 1, 6, 3)),
-    *shapes("offsets must be [V, 2] with V = 2", "offsets", (3, 2), (2, 3), (4,), (), (2, 2, 1)),
-    *shapes("weights must be [V] with V = 2", "weights", (3,), (2, 1), ()),
-    *shapes(
-        "image must have 4 dimensions, [B, C, H, W]",
-        *("image", (5, 6), (), (1, 1, 1, 5, 6)),
-        op="shift",
-    ),
-    *shapes(
-        "offsets must be [V, 2] with V >= 1",
-        *("offsets", (0, 2), (2,), (2, 3), (1, 2, 2)),
-        op="shift",
-    ),
+    *shapes("offsets must be [V, 2] with V = 2", "offsets", (3, 2), (2, 3), (4,)),
+    *shapes("weights must be [V] with V = 2", "weights", (3,), (2, 1)),
+    *shapes("image must have 4 dimensions, [B, C, H, W]", "image", (5, 6), op="shift"),
+    *shapes("offsets must be [V, 2] with V >= 1", "offsets", (0, 2), (2, 3), (2,), op="shift"),
 ]
 
-INTEGERS = ("int8", "int32", "int64", "bool", "complex64")
+INTEGERS = ("int8", "int64", "bool", "complex64")
 ELEMENTS = [
-    *dtypes(FLOATING, "tokens", tokens(), *INTEGERS, "uint8", "int16", op="ensemble"),
+    *dtypes(FLOATING, "tokens", tokens(), *INTEGERS, "uint8", op="ensemble"),
     *dtypes(f"{FLOATING}, or uint8", "image", torch.ones(1, 2, 5, 6), *INTEGERS, op="shift"),
-    *dtypes(NUMBERS, "offsets", torch.zeros(2, 2), *INTEGERS, "bfloat16", op="ensemble"),
-    *dtypes(NUMBERS, "offsets", torch.zeros(2, 2), "int64", op="shift"),
-    *dtypes(NUMBERS, "weights", torch.ones(2), "float16", "int64", op="ensemble"),
+    *dtypes(VALUES, "offsets", torch.zeros(2, 2), *INTEGERS, "bfloat16", op="ensemble"),
+    *dtypes(VALUES, "offsets", torch.zeros(2, 2), "int64", op="shift"),
+    *dtypes(VALUES, "weights", torch.ones(2), "float16", "int64", op="ensemble"),
     *dtypes("must have the dtype of tokens, float32", "out", out, "float64", op="ensemble"),
-    wrong_type(
-        "out must have the dtype of tokens, float16", "float32", tokens=tokens().half(), out=out
-    ),
 ]
 
 LISTS = [
     *(
         Wrong(f"{name} {PAIR}", str(value), **{name: value})
         for name in ("grid", "patch", "stride")
-        for value in ([], [2, 3, 1], [0, 3], [2, 0], [-2, -3], [2, -BIG])
+        for value in ([], [2, 3, 1], [0, 3], [2, -BIG])
     ),
     *(Wrong(DIVIDES, str(s), stride=s) for s in ([3, 1], [1, 30], [BIG, BIG])),
-    *(Wrong(COUNT.format(6), str(g), grid=g) for g in ([3, 3], [1, 5])),
-    Wrong(COUNT.format(0), "[2, 3]", tokens=tokens(2, 1, 0, 3)),
+    *(Wrong(COUNT, str(g), grid=g) for g in ([3, 3], [1, 5])),
 ]
 
 OVERFLOWS = [
     Wrong(AXIS, f"[2, 3] * [{2**23 + 1}, 1]", patch=[2**23 + 1, 1]),
-    Wrong(AXIS, f"[2, 3] * [{BIG}, {BIG}]", patch=[BIG, BIG]),
-    Wrong(AXIS, f"[{BIG}, 3] * [4, 5]", grid=[BIG, 3]),
-    Wrong(AXIS, f"[{2**32}, {2**32}] * [{2**32}, {2**32}]", grid=[2**32] * 2, patch=[2**32] * 2),
+    Wrong(AXIS, f"[{BIG}, 3] * [4, {BIG}]", grid=[BIG, 3], patch=[4, BIG]),
     *(
         Wrong(BYTES, str(field), tokens=dense_huge(2, batch, 1, 2**20), grid=[1, 1], patch=patch)
         for batch, patch in ((1, [2**24, 2**24]), (2**31, [2**12, 1]))
         for field in ([batch, 2**20, *patch],)
     ),
-    *(
-        wrong_shift(IMAGE_AXIS, str([1, 1, *size]), image=huge(1, 1, *size))
-        for size in ((2**24 + 1, 1), (1, 2**40))
-    ),
+    wrong_shift(IMAGE_AXIS, f"[1, 1, 1, {2**40}]", image=huge(1, 1, 1, 2**40)),
     wrong_shift(
         BYTES,
         f"[{2**20}, 1, 1, {2**24}, {2**24}]",
@@ -196,62 +175,56 @@ OVERFLOWS = [
     ),
 ]
 
-VALUES = [
-    Wrong(OFFSETS, "nan at [1, 0]", offsets=pairs((0, 0), (NAN, 0))),
-    Wrong(OFFSETS, "inf at [0, 1]", offsets=pairs((0, INF), (0, 0))),
-    Wrong(OFFSETS, "-inf at [1, 1]", offsets=pairs((0, 0), (0, -INF))),
-    Wrong(OFFSETS, "1.04858e+06 at [0, 0]", offsets=pairs((2**20 + 0.25, 0), (0, 0))),
-    Wrong(OFFSETS, "-1e+300 at [0, 0]", offsets=pairs((-1e300, 0), (0, 0))),
-    wrong_shift(OFFSETS, "nan at [0, 0]", offsets=pairs((NAN, 0))),
-    wrong_shift(OFFSETS, "-inf at [1, 1]", offsets=pairs((0, 0), (0, -INF))),
-    wrong_shift(OFFSETS, "2e+06 at [0, 1]", offsets=pairs((0, 2e6))),
+OFFSETS_AND_WEIGHTS = [
     *(
-        Wrong(rule, got, weights=torch.tensor(values, dtype=double))
-        for rule, got, values in (
-            (WEIGHTS, "-1 at [0]", [-1, 1]),
-            (WEIGHTS, "nan at [1]", [1, NAN]),
-            (WEIGHTS, "inf at [1]", [0, INF]),
-            (WEIGHTS, "-1e-40 at [0]", [-1e-40, 1]),
-            (TINY, "1e-30 at [1]", [1, 1e-30]),
-            (TINY, "4.94066e-324 at [0]", [5e-324, 1]),
+        Wrong(OFFSETS, got, op=op, offsets=torch.tensor(values, dtype=double))
+        for op in ("ensemble", "shift")
+        for got, values in (
+            ("nan at [1, 0]", [(0, 0), (NAN, 0)]),
+            ("-inf at [0, 1]", [(0, -INF), (0, 0)]),
+            ("1.04858e+06 at [0, 0]", [(2**20 + 0.25, 0), (0, 0)]),
+            ("-1e+300 at [1, 1]", [(0, 0), (0, -1e300)]),
         )
     ),
     *(
-        Wrong(STREAM_WEIGHTS, got, op=op, weights=torch.tensor(values, dtype=double))
-        for op in ("accumulate_mean_", "accumulate_moments_")
-        for values, got in (([0, 1e160], "1e+160 at [1]"), ([1e-160, 0], "1e-160 at [0]"))
+        Wrong(rule, got, op=op, weights=torch.tensor(values, dtype=double))
+        for op, rule, got, values in (
+            ("ensemble", WEIGHTS, "-1e-40 at [0]", [-1e-40, 1]),
+            ("ensemble", WEIGHTS, "nan at [1]", [1, NAN]),
+            ("ensemble", WEIGHTS, "inf at [1]", [0, INF]),
+            ("ensemble", TINY, "1e-30 at [1]", [1, 1e-30]),
+            ("accumulate_mean_", STREAM_WEIGHTS, "1e+160 at [1]", [0, 1e160]),
+            ("accumulate_moments_", STREAM_WEIGHTS, "1e-160 at [0]", [1e-160, 0]),
+        )
     ),
-]
-
-WORDS = [
     Wrong(
         "weights must be None where reduce is 'median'",
         "weights",
         reduce="median",
         weights=torch.ones(2),
     ),
-    *(
-        Wrong(f"{name} must be one of {options}", f"'{word}'", op=op, **{name: word})
-        for op, name, options, words in (
-            ("ensemble", "reduce", "'mean', 'median'", ("", "sum", "Mean", "mean ")),
-            ("ensemble", "upsample", "'nearest', 'bilinear'", ("", "bicubic", "linear")),
-            ("ensemble", "border", "'coverage', 'zeros', 'clamp'", ("", "reflect", "covéragé")),
-            ("shift", "padding", "'zeros', 'border', 'reflect', 'circular'", ("", "clamp")),
-            ("shift", "interpolation", "'nearest', 'bilinear', 'bicubic'", ("", "area")),
-        )
-        for word in words
-    ),
+]
+
+WORDS = [
+    Wrong(f"{name} must be one of {options}", f"'{word}'", op=op, **{name: word})
+    for op, name, options, words in (
+        ("ensemble", "reduce", "'mean', 'median'", ("", "sum", "Mean", "mean ")),
+        ("ensemble", "upsample", "'nearest', 'bilinear'", ("bicubic",)),
+        ("ensemble", "border", "'coverage', 'zeros', 'clamp'", ("covéragé",)),
+        ("shift", "padding", "'zeros', 'border', 'reflect', 'circular'", ("clamp",)),
+        ("shift", "interpolation", "'nearest', 'bilinear', 'bicubic'", ("area",)),
+    )
+    for word in words
 ]
 
 LAYOUTS = [
     Wrong(DENSE, "stride 2", tokens=tokens(2, 1, 6, 6)[..., ::2]),
     Wrong(DENSE, "stride 0", tokens=tokens(2, 1, 6, 1).expand(2, 1, 6, 3)),
-    Wrong(DENSE, "stride 6", tokens=tokens(2, 1, 3, 6).transpose(2, 3)),
-    *shapes("out must be [1, 3, 8, 15]", "out", (1, 8, 15, 3), (3, 8, 15), (0,)),
+    *shapes("out must be [1, 3, 8, 15]", "out", (1, 8, 15, 3), (3, 8, 15)),
     Wrong("out must be [1, 3, 4, 3]", "[1, 3, 8, 15]", stride=[2, 5], out=out),
     *(
         Wrong(f"out {OVERLAP}", f"strides {list(s)}", out=torch.ones(400).as_strided(OUT, s))
-        for s in ((0, 0, 0, 0), (120, 0, 15, 1), (1, 1, 15, 1), (1, 119, 15, 1))
+        for s in ((0, 0, 0, 0), (120, 0, 15, 1), (1, 119, 15, 1))
     ),
     Wrong(*SHARED_MEMORY, tokens=memory[:36].view(2, 1, 6, 3), out=memory[35:395].view(OUT)),
     Wrong(*SHARED_MEMORY, tokens=memory[-36:].view(2, 1, 6, 3), out=memory[1:361].view(OUT)),
@@ -267,7 +240,7 @@ OTHER_OPS = [
         (DIVIDES, "[3, 1]", "stride", [3, 1]),
         (UPSAMPLES, "'cubic'", "upsample", "cubic"),
         (BORDERS, "'wrap'", "border", "wrap"),
-        (OFFSETS, "nan at [1, 0]", "offsets", pairs((0, 0), (NAN, 0))),
+        (OFFSETS, "nan at [1, 0]", "offsets", torch.tensor([(0, 0), (NAN, 0)])),
     )
 ]
 
@@ -301,7 +274,17 @@ STREAMS = [
     Wrong("count must be [8, 15]", "[8]", op="accumulate_median_", count=torch.zeros(8).double()),
 ]
 
-TABLE = [*RANKS, *ELEMENTS, *LISTS, *OVERFLOWS, *VALUES, *WORDS, *LAYOUTS, *OTHER_OPS, *STREAMS]
+TABLE = [
+    *RANKS,
+    *ELEMENTS,
+    *LISTS,
+    *OVERFLOWS,
+    *OFFSETS_AND_WEIGHTS,
+    *WORDS,
+    *LAYOUTS,
+    *OTHER_OPS,
+    *STREAMS,
+]
 
 
 def split(case: Wrong) -> tuple[list[Any], tuple[Any, ...], dict[str, Any]]:
@@ -336,18 +319,30 @@ def through_numpy(case: Wrong) -> None:
         getattr(numpy_binding, case.op)(**arrays(case.arguments()))
 
 
+def through_cuda(case: Wrong) -> None:
+    """Data, out= and state on the device; offsets and weights are validated on the CPU."""
+    call, storages = case.arguments(), {}
+    for name, tensor in call.items():
+        if isinstance(tensor, torch.Tensor) and name not in ("offsets", "weights"):
+            storage = tensor.untyped_storage()
+            whole = torch.empty(0, dtype=tensor.dtype).set_(storage)
+            whole = storages.setdefault((storage.data_ptr(), tensor.dtype), whole.to("cuda"))
+            call[name] = whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    through_python(Wrong(case.rule, case.got, case.error, case.op, **call))
+
+
 WAYS = [through_python, through_op, *([through_numpy] if numpy_binding else [])]
 
 
 def is_possible(through: Callable[[Wrong], None], case: Wrong) -> bool:
-    """NumPy has no bfloat16 without ml_dtypes, and its own rule for what is no array."""
+    """NumPy has no bfloat16 without ml_dtypes, and its own rule for other types."""
     if through is not through_numpy:
         return True
     return "Tensor" not in case.rule and (bfloat16 is not None or case.got != "bfloat16")
 
 
 @pytest.mark.parametrize("case", TABLE, ids=str)
-@pytest.mark.parametrize("through", WAYS)
+@pytest.mark.parametrize("through", [*WAYS, pytest.param(through_cuda, marks=pytest.mark.cuda)])
 def test_the_error_states_the_rule_and_the_value(
     through: Callable[[Wrong], None], case: Wrong
 ) -> None:
@@ -358,8 +353,8 @@ def test_the_error_states_the_rule_and_the_value(
         through(case)
     assert type(caught.value) is error
     message = case.message
-    if through is through_numpy:  # which takes numbers of any dtype in sequences
-        message = message.replace(f"{NUMBERS};", f"{NUMBERS}, or numbers in sequences;")
+    if through is through_numpy:  # which takes any dtype in sequences
+        message = message.replace(f"{VALUES};", f"{VALUES}, or numbers in sequences;")
     if through is through_op:
         kind = "TypeError: " if case.error is TypeError else ""
         assert kind + message in str(caught.value)
@@ -368,7 +363,7 @@ def test_the_error_states_the_rule_and_the_value(
 
 
 def test_memory_beside_the_output_is_allowed() -> None:
-    """The neighbours of the two cases of shared memory that are refused."""
+    """The neighbours of the two invalid cases of shared memory."""
     for part, rest in ((memory[:36], memory[36:396]), (memory[-36:], memory[-396:-36])):
         out = rest.view(OUT)
         srt_ext.ensemble(**ensemble_call(tokens=part.view(2, 1, 6, 3), out=out))
@@ -378,42 +373,32 @@ def test_memory_beside_the_output_is_allowed() -> None:
 NOT_A_TENSOR, NOT_A_STRING = "must be a torch.Tensor", "must be a string"
 WRONG_TYPES = [
     *(
-        wrong_type(f"{name} {NOT_A_TENSOR}", type(value).__name__, op=op, **{name: value})
-        for op, name, value in (
-            ("ensemble", "tokens", [[1.0]]),
-            ("ensemble", "tokens", None),
-            ("ensemble", "offsets", [(0, 0), (0, 0)]),
-            ("ensemble", "offsets", None),
-            ("ensemble", "weights", [1.0, 1.0]),
-            ("ensemble", "weights", 1.0),
-            ("ensemble", "out", []),
-            ("shift", "image", "photo.jpg"),
-            ("shift", "offsets", ((0, 0),)),
-            ("accumulate_mean_", "offsets", [(0, 0), (0, 0)]),
-            ("accumulate_median_", "count", 0),
+        wrong_type(f"{name} {rule}", type(value).__name__, op=op, **{name: value})
+        for op, rule, name, value in (
+            ("ensemble", NOT_A_TENSOR, "tokens", [[1.0]]),
+            ("ensemble", NOT_A_TENSOR, "offsets", None),
+            ("ensemble", NOT_A_TENSOR, "weights", 1.0),
+            ("ensemble", NOT_A_TENSOR, "out", []),
+            ("shift", NOT_A_TENSOR, "image", "photo.jpg"),
+            ("shift", NOT_A_TENSOR, "offsets", ((0, 0),)),
+            ("accumulate_mean_", NOT_A_TENSOR, "offsets", [(0, 0), (0, 0)]),
+            ("accumulate_median_", NOT_A_TENSOR, "count", 0),
+            ("ensemble", NOT_A_STRING, "reduce", None),
+            ("ensemble", NOT_A_STRING, "border", 0),
+            ("shift", NOT_A_STRING, "padding", None),
         )
     ),
     *(
         wrong_type(f"{name} {PAIR}", repr(value), **{name: value})
-        for name, value in (
-            *(("grid", None), ("grid", (2.0, 3.0)), ("patch", "16")),
-            *(("stride", [1, None]), ("stride", 1.5)),
-        )
+        for name, value in (("grid", (2.0, 3.0)), ("patch", "16"), ("stride", [1, None]))
     ),
     Wrong("patch must be below 2^63", f"[4, {2**63}]", patch=[4, 2**63]),
-    *(
-        wrong_type(f"{name} {NOT_A_STRING}", type(value).__name__, op=op, **{name: value})
-        for op, name, value in (
-            *(("ensemble", "reduce", None), ("ensemble", "upsample", 1), ("ensemble", "border", 0)),
-            *(("shift", "padding", None), ("shift", "interpolation", 1)),
-        )
-    ),
 ]
 
 
 @pytest.mark.parametrize("case", WRONG_TYPES, ids=str)
 def test_wrong_python_types(case: Wrong) -> None:
-    """torch's dispatcher refuses the call of the op, in its words. NumPy's arrays: test_numpy."""
+    """torch's dispatcher rejects the call of the op in its words. NumPy's arrays: test_numpy."""
     with pytest.raises((RuntimeError, TypeError)):
         through_op(case)
     for through in filter(lambda way: way is not through_op and is_possible(way, case), WAYS):
@@ -426,8 +411,8 @@ def test_wrong_python_types(case: Wrong) -> None:
     ("op", "name", "shape"),
     [("ensemble", "offsets", (2, 2)), ("ensemble", "weights", (2,)), ("shift", "offsets", (2, 2))],
 )
-def test_numbers_without_memory_are_refused(op: str, name: str, shape: tuple[int, ...]) -> None:
-    """torch calls the fake kernel, and its result would be memory that nobody wrote."""
+def test_meta_offsets_and_weights_are_errors(op: str, name: str, shape: tuple[int, ...]) -> None:
+    """torch would call the fake kernel, whose result is uninitialised memory."""
     rule = f"srt::{op}: {name} must be on the CPU or on the device of the input; got meta"
     for through in (through_python, through_op):
         with pytest.raises(ValueError, match=rule):
@@ -436,7 +421,11 @@ def test_numbers_without_memory_are_refused(op: str, name: str, shape: tuple[int
 
 def test_nothing_is_written_on_error() -> None:
     out = torch.full(OUT, 7.0)
-    for changes in ({"border": "no"}, {"offsets": pairs((NAN, 0), (0, 0))}, {"stride": [3, 1]}):
+    for changes in (
+        {"border": "no"},
+        {"offsets": torch.tensor([(NAN, 0), (0, 0)])},
+        {"stride": [3, 1]},
+    ):
         with pytest.raises(ValueError, match="got"):
             srt_ext.ensemble(**ensemble_call(out=out, **changes))
     assert (out == 7).all()
@@ -461,13 +450,13 @@ def test_offsets_have_no_derivative(reduce: str) -> None:
 
 
 @pytest.mark.parametrize("op", ["ensemble", *STATES])
-def test_what_an_op_writes_is_not_differentiable(op: str) -> None:
+def test_out_and_state_are_not_differentiable(op: str) -> None:
     stream = op in STATES
     changes = {"weights": torch.ones(2), **({} if stream else {"out": torch.ones(OUT)})}
     call = Wrong("", "", op=op, **changes).arguments()
     function = getattr(torch.ops.srt, op) if stream else torch.ops.srt.ensemble.out
-    what = "the state of a stream" if stream else "out="
-    rule = f"srt::{op}: {what} is not differentiable; got an argument that requires grad"
+    subject = "the state of a stream" if stream else "out="
+    rule = f"srt::{op}: {subject} is not differentiable; got an argument that requires grad"
     written = list(STATES.get(op, ["out"]))
     for name, value in call.items():
         if isinstance(value, torch.Tensor):
@@ -534,14 +523,6 @@ test_errors.survive()
 
 def survive() -> None:
     """Runs in a process of its own; the last line it prints names the call that ended it."""
-    for case in [*TABLE, *WRONG_TYPES]:
-        for through in WAYS:
-            print(through.__name__, case, flush=True)
-            try:
-                through(case)
-            except (RuntimeError, TypeError, ValueError):
-                continue
-            assert not is_possible(through, case)
     for module in filter(None, (srt_ext, numpy_binding)):
         for name, call in EXTREMES.items():
             print(name, flush=True)
@@ -553,6 +534,7 @@ def survive() -> None:
     print("survived", flush=True)
 
 
+@pytest.mark.slow
 def test_no_call_ends_the_process() -> None:
     script = CHILD.format(folder=str(Path(__file__).parent))
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -566,17 +548,6 @@ def test_no_call_ends_the_process() -> None:
 def out_call(out: torch.Tensor, tokens: torch.Tensor | None = None) -> None:
     tokens = torch.ones(1, 1, 6, 3) if tokens is None else tokens
     torch.ops.srt.ensemble.out(tokens, torch.zeros(1, 2), [2, 3], [2, 2], out=out)
-
-
-def test_out_gets_a_new_version() -> None:
-    out = torch.empty(1, 3, 4, 6)
-    weight = torch.ones(1, 3, 4, 6, requires_grad=True)
-    out_call(out)
-    loss = (out * weight).sum()
-    with torch.no_grad():
-        out_call(out)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
 
 
 def test_no_forward_derivative_through_out() -> None:
@@ -595,14 +566,14 @@ def test_no_forward_derivative_through_out() -> None:
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_negated_out_is_refused(mode: Any) -> None:
+def test_a_negated_out_is_an_error(mode: Any) -> None:
     out = torch.zeros(1, 3, 4, 6, dtype=torch.complex64).conj().imag
     assert out.is_neg()
     with mode(), pytest.raises(ValueError, match="out must be no lazily negated or conjugated"):
         srt_ext.ensemble(torch.ones(1, 1, 6, 3), torch.zeros(1, 2), (2, 3), (2, 2), out=out)
 
 
-def test_negated_tokens_are_read_as_what_they_mean() -> None:
+def test_lazily_negated_tokens_are_resolved() -> None:
     tokens = torch.full((1, 1, 6, 3), 1 + 2j).conj().imag
     assert tokens.is_neg()
     out = torch.empty(1, 3, 4, 6)

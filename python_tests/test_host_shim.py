@@ -1,6 +1,6 @@
-"""The CUDA sources, executed on the CPU (backends.CudaOnHost): what no result shows on a GPU.
+"""The CUDA sources, executed on the CPU (backends.CudaOnHost).
 
-That faults are found, launches, grids smaller than the work, the L2 cache; and the ops over it.
+Injected faults, launches, grids smaller than the work, the L2 cache; and the ops over them.
 """
 
 from __future__ import annotations
@@ -27,20 +27,15 @@ from backends import (
     STUB,
     CudaOnHost,
     EnsembleArgs,
-    Numbers,
+    Values,
     compiled,
     host_library,
     linked,
     objects,
 )
-from oracle import check_containment, check_sample, check_shift_sample
-from oracle import ensemble as oracle
-from samples import DTYPES, poison, sample_ensembles, sample_shifts
+from oracle import check_containment, check_sample
+from samples import DTYPES, ENSEMBLES, REDUCES, SHIFTS, each_reduce, poison
 
-ENSEMBLES = sample_ensembles()
-SHIFTS = sample_shifts()
-REDUCES = ("mean", "median", "moments")
-each_reduce = pytest.mark.parametrize("reduce", REDUCES)
 ALL_DTYPES = (*DTYPES, torch.uint8)
 Call = Callable[[], torch.Tensor]
 
@@ -58,18 +53,16 @@ def cuda() -> Iterator[CudaOnHost]:
 def check_mean(cuda: CudaOnHost) -> None:
     case = replace(ENSEMBLES["real"], channels=40)
     cuda.tiles("large")
-    check_sample(case, torch.float32, cuda.ensemble(case, case.tokens()))
-    tokens = poison(case.tokens(), 1)
-    check_containment(partial(cuda.ensemble, case), tokens, oracle(case, tokens))
+    check_sample("mean", cuda, case, torch.float32)
+    check_containment("mean", cuda, case, poison(case.tokens(), 1))
 
 
 def check_shift(cuda: CudaOnHost) -> None:
-    case = replace(SHIFTS["real"], size=(9, 32))
-    check_shift_sample(case, torch.float32, cuda.shift(case, case.image()))
+    check_sample("shift", cuda, replace(SHIFTS["real"], size=(9, 32)), torch.float32)
 
 
 @pytest.mark.slow
-def test_the_stub_sees_what_it_should(tmp_path: Path) -> None:
+def test_injected_faults_are_found(tmp_path: Path) -> None:
     """The checks of the tests must find each of the faults below, and nothing without one."""
     faults: dict[str, tuple[str, str, str]] = {
         "a missing barrier": ("mean.cu", "if (__syncthreads_or(!finite))", "if (!finite)"),
@@ -199,10 +192,10 @@ def test_nothing_to_do(
     function = cuda.library.ensemble
     if backward:
         function = partial(cuda.library.mean_backward, None)
-    numbers, size = byref(Numbers(None, "host").struct), c_int64(-1)
+    views, size = byref(Values(None, "host").struct), c_int64(-1)
     cuda.gpu.launches = 0
     for workspace in (None, c_void_p(1)):
-        assert not function(byref(args), numbers, numbers, workspace, byref(size))
+        assert not function(byref(args), views, views, workspace, byref(size))
     assert size.value == 0
     assert cuda.gpu.launches == 0
 
@@ -210,30 +203,29 @@ def test_nothing_to_do(
 # ---- memory -------------------------------------------------------------------------------------
 
 
-@each_reduce
-def test_what_fits_l2_stays_there(reduce: str, cuda: CudaOnHost) -> None:
-    case = ENSEMBLES["grid"]
-    planes = 2 if reduce == "moments" else 1
-    size = planes * math.prod(case.shape) * torch.float32.itemsize + case.tokens().nbytes
-    fields = []
+def check_l2(cuda: CudaOnHost, size: int, call: Call) -> None:
+    """Inputs and outputs stay in an L2 cache of ``size`` bytes, and leave a smaller one."""
+    results = []
     for l2_bytes in (size, size - 1):
         cuda.gpu.l2_bytes = l2_bytes
-        fields.append(cuda.ensemble(case, case.tokens(), reduce=reduce).clone())
+        results.append(call().clone())
         assert (cuda.gpu.evict_first == 0) == (l2_bytes == size)
-    assert torch.equal(*fields)
+    assert torch.equal(*results)
+
+
+@each_reduce
+def test_fields_that_fit_l2(reduce: str, cuda: CudaOnHost) -> None:
+    case, planes = ENSEMBLES["grid"], 2 if reduce == "moments" else 1
+    tokens = case.tokens()
+    size = planes * math.prod(case.shape) * torch.float32.itemsize + tokens.nbytes
+    check_l2(cuda, size, partial(cuda.ensemble, case, tokens, reduce=reduce))
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
-def test_views_that_fit_l2_stay_there(dtype: torch.dtype, cuda: CudaOnHost) -> None:
+def test_views_that_fit_l2(dtype: torch.dtype, cuda: CudaOnHost) -> None:
     case = SHIFTS["real"]
     image = case.image(dtype)
-    size = (len(case.offsets) + 1) * image.nbytes
-    views = []
-    for l2_bytes in (size, size - 1):
-        cuda.gpu.l2_bytes = l2_bytes
-        views.append(cuda.shift(case, image).clone())
-        assert (cuda.gpu.evict_first == 0) == (l2_bytes == size)
-    assert torch.equal(*views)
+    check_l2(cuda, (len(case.offsets) + 1) * image.nbytes, partial(cuda.shift, case, image))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "padded", "steps"])
@@ -266,15 +258,8 @@ def launches():
 
 tokens, offsets = torch.ones(2, 1, 6, 16), torch.zeros(2, 2)
 args = (tokens, offsets, (2, 3), (4, 4))
-for call, count in (
-    (lambda: srt_ext.ensemble(*args), 5),
-    (lambda: srt_ext.ensemble(*args, reduce="median"), 4),
-    (lambda: srt_ext.ensemble_moments(*args), 4),
-    (lambda: srt_ext.shift(torch.ones(1, 1, 4, 4), offsets), 1),
-):
-    launches()
-    call()
-    assert launches() == count
+srt_ext.ensemble(*args)
+assert launches() == 5
 for wrong in ({"out": tokens}, {"weights": torch.ones(3)}, {"upsample": "cubic"}):
     with pytest.raises(ValueError):
         srt_ext.ensemble(*args, **wrong)
@@ -300,7 +285,7 @@ def test_ops(tmp_path: Path) -> None:
     glue = compiled(STUB / "glue.cpp", tmp_path / "glue.o", *flags, f"-isystem{torch_path}/include")
     link = ("-Wl,-Bsymbolic", "-L", f"{torch_path}/lib", "-ltorch_cpu")
     library = linked([glue, *kernels], tmp_path / "ops.so", *link)
-    names = ("mean", "median", "moments", "shift", "stream_kernels", "kernel_gradients")
+    names = ("kernels", "ensemble", "median", "shift", "streams")
     tests = [str(ROOT / "python_tests" / f"test_{name}.py") for name in names]
     result = subprocess.run(
         [sys.executable, "-c", OPS, str(library), *tests],

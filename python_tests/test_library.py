@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import platform
 import re
@@ -12,16 +11,12 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from backends import Ops, each_place
-from samples import DTYPES, Ensemble, Shift, sample_ensembles, sample_shifts
-from torch._subclasses.fake_tensor import FakeTensorMode
+from samples import Ensemble, Shift, sample_ensembles, sample_shifts
 from torch.utils.data import DataLoader, Dataset
 
 import srt_ext
@@ -44,7 +39,7 @@ def output_of(tool: str, *args: str) -> str:
     return subprocess.run([tool, *args], capture_output=True, text=True, check=True).stdout
 
 
-# ---- what the library is made of ----------------------------------------------------------------
+# ---- symbols, instructions, schemas -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["_C.so", "_C_cuda.so"])
@@ -75,7 +70,7 @@ def test_cuda_kernels_are_there_or_the_reason_is() -> None:
 
 
 def test_a_call_on_cuda_without_kernels_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As torch refuses a CUDA tensor where no kernel for it was loaded."""
+    """With torch's own error where no CUDA kernel is registered."""
     refusal = "Could not run 'srt::shift' with arguments from the 'CUDA' backend."
     monkeypatch.setattr(srt_ext.ops, "cuda_unavailable", "nvcc was not found")
     with pytest.raises(NotImplementedError, match=r"srt::shift: CUDA .* available: nvcc was not"):
@@ -137,11 +132,11 @@ def instruction_sets(library: Path) -> dict[str, list[str]]:
 @pytest.mark.skipif(platform.machine() not in {"x86_64", "AMD64"}, reason="reads x86 code")
 @pytest.mark.parametrize("library", [LIBRARY, NUMPY], ids=["_C", "_numpy"])
 def test_wide_instructions_stay_in_their_objects(library: Path | None) -> None:
-    """What the linker may share between objects must run on every processor."""
+    """Functions that the linker may share between objects must run on every processor."""
     if library is None:
         pytest.skip("srt_ext.numpy was not built")
     functions = instruction_sets(library)
-    # srt::cpu::(anonymous namespace), or what is local to a function of it.
+    # srt::cpu::(anonymous namespace), or local to a function of it.
     local = "_ZZ?N3srt3cpu12_GLOBAL__N_1"
     for name, sets in functions.items():
         assert re.match(local, name) or set(sets) == {"baseline"}, name
@@ -205,170 +200,6 @@ def test_schemas_are_as_promised() -> None:
         assert schema.endswith(end)
 
 
-# ---- as torch sees the ops ----------------------------------------------------------------------
-
-
-def states(case: Ensemble, device: str = "cpu") -> dict[str, list[torch.Tensor]]:
-    """The state of each stream, by the name of its op."""
-    field = torch.zeros(case.shape, device=device)
-    seen = torch.zeros(case.shape[2:], dtype=torch.float64, device=device)
-    return {
-        "accumulate_mean_": [field, seen],
-        "accumulate_moments_": [field, field.clone(), seen],
-        "accumulate_median_": [torch.zeros(8, *case.shape, device=device), seen],
-    }
-
-
-STREAMS = tuple(states(Ensemble()))
-
-
-@pytest.mark.parametrize(
-    "name", ["weights", "stride", pytest.param("one_token", marks=pytest.mark.slow)]
-)
-@each_place
-def test_opcheck(device: str, name: str, place: str) -> None:
-    """Every op, on several samples."""
-    srt, case = torch.ops.srt, ENSEMBLES[name]
-    args, modes = Ops(device).call(case, case.tokens(), place)
-    torch.library.opcheck(srt.ensemble.default, args, modes)
-    torch.library.opcheck(srt.ensemble.default, args[:4], {**modes, "reduce": "median"})
-    torch.library.opcheck(srt.ensemble_moments.default, args, modes)
-    for layout in (torch.contiguous_format, torch.channels_last):
-        out = torch.zeros(case.shape, device=device).contiguous(memory_format=layout)
-        assert srt.ensemble.out(*args, **modes, out=out) is None
-        torch.library.opcheck(srt.ensemble.out, args, {**modes, "out": out})
-    for op, state in states(case, device).items():
-        given = args[:4] if op == "accumulate_median_" else args
-        torch.library.opcheck(getattr(srt, op).default, (*state, *given), modes)
-
-
-@pytest.mark.parametrize("name", ["beyond", "strided", "channels_last", "one_pixel"])
-@each_place
-def test_opcheck_shift(device: str, name: str, place: str) -> None:
-    args, modes = Ops(device).call(SHIFTS[name], SHIFTS[name].image(), place)
-    torch.library.opcheck(torch.ops.srt.shift.default, args, modes)
-
-
-def check_fake(case: Ensemble | Shift, data: torch.Tensor) -> None:
-    args, modes = case.call(data)
-    op = srt_ext.ensemble if isinstance(case, Ensemble) else srt_ext.shift
-    with FakeTensorMode() as mode:
-        fake = op(
-            *(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args), **modes
-        )
-    real = op(*args, **modes)
-    for name in ("shape", "dtype", "device"):
-        assert getattr(fake, name) == getattr(real, name)
-    assert fake.stride() == real.stride()
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_fake_ensemble(dtype: torch.dtype) -> None:
-    for case in ENSEMBLES.values():
-        check_fake(case, case.tokens(dtype))
-    for name, (batch, channels) in itertools.product(
-        ("grid", "whole", "one_token"), ((1, 1), (0, 5), (2, 0), (0, 0))
-    ):
-        case = replace(ENSEMBLES[name], batch=batch, channels=channels)
-        check_fake(case, case.tokens(dtype))
-
-
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.uint8], ids=str)
-def test_fake_shift(dtype: torch.dtype) -> None:
-    sizes = itertools.product(((0, 5), (4, 0), (1, 1), (4, 5)), (0, 1), (0, 1))
-    small = [Shift(size, batch=batch, channels=channels) for size, batch, channels in sizes]
-    for case in (*SHIFTS.values(), *small):
-        check_fake(case, case.image(dtype))
-
-
-def test_fake_kernels_refuse_wrong_arguments() -> None:
-    with FakeTensorMode():
-        tokens, offsets = torch.ones(2, 1, 6, 3), torch.zeros(2, 2)
-        with pytest.raises(ValueError, match=r"grid must hold the N = 6 tokens of a view, .*; got"):
-            torch.ops.srt.ensemble(tokens, offsets, [2, 2], [4, 5])
-        with pytest.raises(ValueError, match=r"out must be \[1, 3, 8, 15\]; got"):
-            torch.ops.srt.ensemble.out(tokens, offsets, [2, 3], [4, 5], out=torch.ones(1, 3, 8, 8))
-        with pytest.raises(ValueError, match=r"image must have 4 dimensions, .*; got \[2, 2\]"):
-            torch.ops.srt.shift(torch.ones(2, 2), offsets)
-
-
-@pytest.fixture
-def compiled() -> Any:
-    """torch.compile without a C++ compiler in the way: the graph is what is tested."""
-    torch.compiler.reset()
-    yield lambda function: torch.compile(function, fullgraph=True, backend="aot_eager")
-    torch.compiler.reset()
-
-
-def functions(device: str, place: str) -> dict[str, tuple[Callable[..., Any], torch.Tensor]]:
-    """Each op between others, as a function of a tensor, and that tensor."""
-    ops, case, moved = Ops(device), ENSEMBLES["weights"], SHIFTS["bicubic"]
-    args, modes = ops.call(case, case.tokens(), place)
-    shift_args, shift_modes = ops.call(moved, moved.image(), place)
-
-    def out(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        field = torch.zeros(case.shape, device=device)
-        srt_ext.ensemble(tokens, *args[1:], **modes, out=field)
-        return field, field + 1
-
-    def accumulate(op: str, tokens: torch.Tensor) -> list[torch.Tensor]:
-        state = states(case, device)[op]
-        numbers = args[1:4] if op == "accumulate_median_" else args[1:]
-        for factor in (1, 2):
-            getattr(torch.ops.srt, op)(*state, factor * tokens, *numbers, **modes)
-        return [field + 1 for field in state]
-
-    return {
-        "ensemble": (lambda t: 2 * srt_ext.ensemble(t + 1, *args[1:], **modes), args[0]),
-        "median": (
-            lambda t: srt_ext.ensemble(2 * t, *args[1:4], **modes, reduce="median") + 1,
-            args[0],
-        ),
-        "moments": (
-            lambda t: [2 * x for x in srt_ext.ensemble_moments(t + 1, *args[1:], **modes)],
-            args[0],
-        ),
-        "out": (out, args[0]),
-        **{op: (partial(accumulate, op), args[0]) for op in STREAMS},
-        "shift": (
-            lambda t: srt_ext.shift(2 * t, *shift_args[1:], **shift_modes) - 1,
-            shift_args[0],
-        ),
-    }
-
-
-def check_compiled(function: Callable[..., Any], value: torch.Tensor, compiled: Compiled) -> None:
-    results, expected = compiled(function)(value), function(value)
-    if isinstance(expected, torch.Tensor):
-        results, expected = [results], [expected]
-    for result, right in zip(results, expected, strict=True):
-        assert torch.equal(result, right)
-        assert result.stride() == right.stride()
-
-
-@pytest.mark.parametrize("name", ["ensemble", "median", "moments", "out", *STREAMS, "shift"])
-@each_place
-def test_compiled(device: str, name: str, place: str, compiled: Compiled) -> None:
-    check_compiled(*functions(device, place)[name], compiled)
-
-
-@pytest.mark.slow
-@each_place
-def test_compiled_by_inductor(device: str, place: str) -> None:
-    pytest.importorskip("triton") if device == "cuda" else output_of("g++", "--version")
-    for function, value in functions(device, place).values():
-        torch.compiler.reset()
-        check_compiled(function, value, partial(torch.compile, fullgraph=True))
-    torch.compiler.reset()
-
-
-def test_compiled_ensemble_of_changing_sizes(compiled: Compiled) -> None:
-    function = compiled(lambda *args: srt_ext.ensemble(*args, (3, 5), (4, 6)))
-    for views, batch, channels in ((9, 2, 19), (5, 3, 8), (2, 4, 33), (7, 2, 11)):
-        args = (torch.randn(views, batch, 15, channels), torch.randn(views, 2))
-        assert torch.equal(function(*args), srt_ext.ensemble(*args, (3, 5), (4, 6)))
-
-
 # ---- threads and processes ----------------------------------------------------------------------
 
 
@@ -420,10 +251,9 @@ sys.path.insert(0, {path!r})
 import srt_ext
 assert srt_ext.__version__
 try:
-    srt_ext.ensemble
+    {use}
 except ImportError as error:
     print(error)
-assert "torch" not in sys.modules or sys.modules["torch"] is None or {torch_is_there}
 """
 
 NO_TORCH = "sys.modules['torch'] = None"
@@ -434,69 +264,56 @@ torch.__version__ = '2.9.1+cpu'
 torch.__spec__ = m.ModuleSpec('torch', None)
 sys.modules['torch'] = torch
 """
-
-
-def copied_package(to: Path, without: str | None = None) -> None:
-    ignore = without and shutil.ignore_patterns(without)
-    shutil.copytree(PACKAGE, to / "srt_ext", ignore=ignore)
-
-
-def broken_torch(path: Path) -> None:
-    (path / "torch").mkdir()
-    (path / "torch/__init__.py").write_text("raise ImportError('libcudart.so.13: not found')")
-
-
-def broken_library(path: Path) -> None:
-    copied_package(path)
-    (path / "srt_ext" / "_C.so").write_bytes(b"not a library")
+USE, USE_NUMPY = "srt_ext.ensemble", "import srt_ext.numpy"
+USE_CUDA = (
+    "import torch, srt_ext._library; print(srt_ext._library.cuda_unavailable); "
+    "srt_ext.shift(torch.ones(1, 1, 2, 2), torch.zeros(1, 2))"
+)
+OTHER_PYTHON = "_numpy.cpython-399-x86_64-linux-gnu.so"
+BROKEN_TORCH = {"torch/__init__.py": "raise ImportError('libcudart.so.13: not found')"}
+BROKEN = "not a library"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("prepare", "before", "torch_is_there", "reason"),
+    ("without", "files", "before", "use", "reason"),
     [
-        (None, NO_TORCH, False, "not available: torch is not installed: pip install"),
-        (broken_torch, "", False, "installed but does not load: libcudart.so.13: not found"),
-        (None, OLD_TORCH, True, "torch >= 2.10 is required; found 2.9.1+cpu"),
+        (None, {}, NO_TORCH, USE, "not available: torch is not installed: pip install"),
+        (None, BROKEN_TORCH, "", USE, "installed but does not load: libcudart.so.13: not found"),
+        (None, {}, OLD_TORCH, USE, "torch >= 2.10 is required; found 2.9.1+cpu"),
+        ("*.so", {}, "", USE, "_C.so does not exist: the package was not built"),
+        ("_C.so", {"srt_ext/_C.so": BROKEN}, "", USE, "_C.so does not load"),
+        ("_C_cuda.so", {}, "", USE_CUDA, "_C_cuda.so does not exist: nvcc"),
+        ("_C_cuda.so", {"srt_ext/_C_cuda.so": BROKEN}, "", USE_CUDA, "does not load"),
+        ("*.so", {}, NO_TORCH, USE_NUMPY, "has no _numpy."),
         (
-            partial(copied_package, without="*.so"),
-            "",
-            True,
-            "_C.so does not exist: the package was not built",
+            "*.so",
+            {f"srt_ext/{OTHER_PYTHON}": ""},
+            NO_TORCH,
+            USE_NUMPY,
+            f"it was built for another Python: {OTHER_PYTHON}",
         ),
-        (broken_library, "", True, "_C.so does not load"),
+        (
+            "*.so",
+            {f"srt_ext/{NUMPY and NUMPY.name}": BROKEN},
+            NO_TORCH,
+            USE_NUMPY,
+            "srt_ext._numpy does not load",
+        ),
     ],
-    ids=["no torch", "a broken torch", "an old torch", "no library", "a broken library"],
 )
 def test_import_never_fails(
-    prepare: Callable[[Path], None] | None,
-    before: str,
-    torch_is_there: bool,
-    reason: str,
-    tmp_path: Path,
+    without: str | None, files: dict[str, str], before: str, use: str, reason: str, tmp_path: Path
 ) -> None:
-    """What is not there is an error of its first use, which says why."""
-    if prepare:
-        prepare(tmp_path)
-    script = IMPORT.format(path=str(tmp_path), before=before, torch_is_there=torch_is_there)
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert reason in result.stdout
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(torch.version.cuda is None, reason="torch was built without CUDA")
-@pytest.mark.parametrize(
-    ("content", "reason"), [(None, "_C_cuda.so does not exist: nvcc"), (b"no", "does not load")]
-)
-def test_import_without_cuda_kernels(content: bytes | None, reason: str, tmp_path: Path) -> None:
-    copied_package(tmp_path, without="_C_cuda.so")
-    if content is not None:
-        (tmp_path / "srt_ext" / "_C_cuda.so").write_bytes(content)
-    script = (
-        "import torch, srt_ext, srt_ext._library as library; print(library.cuda_unavailable); "
-        "srt_ext.shift(torch.ones(1, 1, 2, 2), torch.zeros(1, 2))"
-    )
+    """The first use of what does not load is an error that gives the reason."""
+    if use == USE_CUDA and torch.version.cuda is None:
+        pytest.skip("torch was built without CUDA")
+    ignored = without and shutil.ignore_patterns(without)
+    shutil.copytree(PACKAGE, tmp_path / "srt_ext", ignore=ignored)
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    script = IMPORT.format(path=str(tmp_path), before=before, use=use)
     result = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True
     )

@@ -1,56 +1,15 @@
-"""The median: against the oracle, torch.median and the published code."""
+"""The median: against torch.median, and which views vote. The rest is in test_ensemble.py."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
-from backends import LAYOUTS, Backend, Ops
-from hypothesis import given
-from hypothesis import strategies as st
-from oracle import check_ensemble, check_sample
-from oracle import ensemble as oracle
+from backends import Backend, Ops
 from peak import needs_proc, peak_of
-from samples import DTYPES, Ensemble, ensembles, poison, sample_ensembles
-
-import srt_ext
-
-SAMPLES = sample_ensembles()
-each_sample = pytest.mark.parametrize("case", SAMPLES.values(), ids=SAMPLES.keys())
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-@each_dtype
-@each_sample
-def test_error_budget(case: Ensemble, dtype: torch.dtype, backend: Backend) -> None:
-    for place in backend.places:
-        field = backend.ensemble(case, case.tokens(dtype), reduce="median", place=place)
-        check_sample(case, dtype, field, "median")
-
-
-@given(ensembles(), st.sampled_from(DTYPES))
-def test_rounding_of_any_call(backend: Backend, case: Ensemble, dtype: torch.dtype) -> None:
-    tokens = case.tokens(dtype)
-    check_ensemble(case, tokens, backend.ensemble(case, tokens, reduce="median"), "median")
-
-
-def test_golden(golden: Callable[[str], dict[str, torch.Tensor]], cpu_kernels: str) -> None:
-    file = golden("median_p16_r6")
-    grid, patch = file["grid"].tolist(), file["patch"].tolist()
-    field = srt_ext.ensemble(
-        file["tokens"],
-        file["offsets"],
-        grid,
-        patch,
-        reduce="median",
-        upsample="nearest",
-        border="zeros",
-    )
-    assert torch.equal(field[0].permute(1, 2, 0), file["output"])
-
+from samples import DTYPES, Ensemble
 
 # Both edges of each network, and the counting beyond the largest.
 COUNTS = (1, 2, 3, 4, 5, 9, 10, 16, 17, 25, 26, 36, 37, 49, 50, 51, 65, 121, 225, 300)
@@ -94,30 +53,6 @@ def test_bits_of_torch_median(views: int, accumulator: torch.dtype, backend: Bac
     assert torch.equal(field[kept], expected[kept])
 
 
-# ---- containment --------------------------------------------------------------------------------
-
-
-def check_containment(backend: Backend, case: Ensemble, tokens: torch.Tensor) -> None:
-    actual = backend.ensemble(case, tokens, reduce="median")
-    expected = oracle(case, tokens, "median")
-    assert torch.equal(actual.isnan(), expected.isnan())
-    # An infinite value that is not the median leaves no trace.
-    assert torch.equal(actual.isinf(), expected.isinf())
-
-
-@each_dtype
-@each_sample
-def test_containment(case: Ensemble, dtype: torch.dtype, backend: Backend) -> None:
-    check_containment(backend, case, poison(case.tokens(dtype), 1))
-
-
-@given(ensembles(), st.sampled_from(DTYPES), st.integers(0, 2**16))
-def test_containment_of_any_call(
-    backend: Backend, case: Ensemble, dtype: torch.dtype, seed: int
-) -> None:
-    check_containment(backend, case, poison(case.tokens(dtype), seed))
-
-
 # ---- which views vote ---------------------------------------------------------------------------
 
 
@@ -136,31 +71,7 @@ def test_views_that_do_not_cover_do_not_vote(backend: Backend) -> None:
     assert not backend.ensemble(far, tokens, reduce="median").any()
 
 
-# ---- layouts, threads, memory -------------------------------------------------------------------
-
-
-@each_dtype
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["grid", "stride", "nearest", "wide"])
-def test_out(name: str, layout: str, dtype: torch.dtype, backend: Backend) -> None:
-    case = SAMPLES[name]
-    tokens = case.tokens(dtype)
-    field = backend.ensemble(case, tokens, reduce="median", layout=layout)
-    backend.assert_same(field, backend.ensemble(case, tokens, reduce="median"))
-
-
-@each_dtype
-@pytest.mark.parametrize("upsample", ["nearest", "bilinear"])
-def test_same_bits_over_threads(
-    upsample: str, dtype: torch.dtype, threads: Callable[[int], None]
-) -> None:
-    case = Ensemble((7, 9), (8, 8), channels=133, upsample=upsample)
-    fields = []
-    for count in (1, 2, 3, 7):
-        threads(count)
-        fields.append(Ops("cpu").ensemble(case, case.tokens(dtype), reduce="median"))
-    assert all(torch.equal(fields[0], field) for field in fields[1:])
-
+# ---- memory -------------------------------------------------------------------------------------
 
 MEMORY = """
 import srt_ext

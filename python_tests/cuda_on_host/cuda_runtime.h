@@ -21,7 +21,7 @@
 #define __device__
 #define __host__
 #define __shared__ \
-  static  // blocks run one after the other; what a block left is the next one's garbage
+  static  // blocks run one after the other; a block finds the garbage of the last one
 #define __grid_constant__
 #define __noinline__
 #define __launch_bounds__(...)
@@ -55,7 +55,7 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream = nullptr;
 };
 
-// What a test sets, and what it learns.
+// Settings of a test, and its readings.
 struct HostDevice {
   int processors = 1;
   int max_grid = 0x7fffffff;

@@ -1,5 +1,5 @@
 // The entry points of the CUDA sources, called from backends.py, in a library with what
-// g++ makes of the sources. Every function returns null, or what went wrong.
+// g++ makes of the sources. Every function returns null or an error message.
 #include <cuda_runtime.h>
 
 #include <stdexcept>
@@ -28,7 +28,7 @@ const char* guarded(Body body) {
 
 EXPORT HostDevice* device() { return &host_device; }
 
-// Calls `gap` with what lies between the pieces of each workspace.
+// Calls `gap` with the bytes between the pieces of each workspace.
 EXPORT void watch_workspace(void (*gap)(void*, int64_t)) { srt::workspace_gap = gap; }
 
 // Without a workspace: returns its size.

@@ -1,0 +1,295 @@
+"""ensemble and the gradient of its mean: golden outputs, shapes that kernels split, layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from backends import (
+    LAYOUTS,
+    Backend,
+    CudaOnHost,
+    Ops,
+    each_device,
+    each_gpu,
+    each_gpu_tile,
+    each_kernel,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import check, check_containment, check_sample, values_of
+from oracle import ensemble as oracle
+from samples import (
+    DTYPES,
+    ENSEMBLES,
+    UPSAMPLES,
+    Ensemble,
+    each_border,
+    each_dtype,
+    ensembles,
+    pairwise,
+    poison,
+)
+
+import srt_ext
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("name", ["mean_p16_r3", "mean_p14_r2x4", "fast_p16_r3", "median_p16_r6"])
+def test_golden(
+    name: str, golden: Callable[[str], dict[str, torch.Tensor]], cpu_kernels: str
+) -> None:
+    file = golden(name)
+    grid, patch = file["grid"].tolist(), file["patch"].tolist()
+    median = name.startswith("median")
+    modes = {"reduce": "median"} if median else {"stride": patch}
+    args = (file["tokens"], file["offsets"], grid, patch)
+    field = srt_ext.ensemble(*args, upsample="nearest", border="zeros", **modes)
+    # The published code sums in float32 in another order; DESIGN section 2 promises 1e-5.
+    atol = 0 if median else 1e-5
+    torch.testing.assert_close(field[0].permute(1, 2, 0), file["output"], rtol=0, atol=atol)
+
+
+@each_gpu_tile
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each_border
+@pytest.mark.parametrize("upsample", UPSAMPLES)
+@pytest.mark.parametrize("offsets", ["grid", "real"])
+def test_tiles_of_a_real_shape(
+    offsets: str, upsample: str, border: str, dtype: torch.dtype, backend: Backend
+) -> None:
+    """Several tiles along every axis, several rounds of columns, and long runs between breaks."""
+    case = replace(ENSEMBLES[offsets], grid=(3, 5), patch=(16, 16), batch=1, channels=72)
+    case = replace(case, upsample=upsample, border=border)
+    tokens = case.tokens(dtype)
+    check_sample("mean", backend, case, dtype)
+    check_containment("mean", backend, case, poison(tokens, 2))
+
+
+@pytest.mark.parametrize("grid", [(3, 21), (5, 37)])
+def test_positions_far_from_0_in_float64(grid: tuple[int, int], backend: Backend) -> None:
+    """Weights round in proportion to the position: cells between two of them would show it."""
+    for seed in range(5):
+        case = Ensemble(grid, (2, 26), ((0.3, 0.7),), channels=8, seed=seed)
+        tokens = case.tokens(torch.float64)
+        check("mean", case, tokens, backend.ensemble(case, tokens))
+
+
+@each_border
+def test_zero_if_all_weights_are_zero(border: str, backend: Backend) -> None:
+    case = replace(ENSEMBLES["one_view"], weights=(0.0,), border=border)
+    assert not backend.ensemble(case, torch.full_like(case.tokens(), NAN)).any()
+
+
+# ---- the variance -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", [None, (1.0, 0.0, 2.5, 1e-3, 7.0)])
+def test_variance_beside_a_large_mean(weights: tuple[float, ...] | None, backend: Backend) -> None:
+    """The mean is 1e4 times the spread, in float32: E[x^2] - E[x]^2 would leave nothing."""
+    case = replace(ENSEMBLES["real"], weights=weights, upsample="nearest")
+    tokens = 1e4 + case.tokens()
+    mean, var = backend.ensemble(case, tokens, reduce="moments")
+    true_mean, true_var = oracle(case, tokens, "moments")
+    torch.testing.assert_close(mean.double(), true_mean, rtol=1e-6, atol=0)
+    # The tokens themselves are exact; the mean of 1e4 is rounded by 6e-4.
+    assert ((var - true_var).abs() <= 1e-4 * true_var + 1e-5).all()
+
+
+def test_one_view_has_no_variance(backend: Backend) -> None:
+    case = ENSEMBLES["one_view"]
+    _, var = backend.ensemble(case, case.tokens(), reduce="moments")
+    assert torch.equal(var, torch.zeros(case.shape))
+
+
+# ---- containment --------------------------------------------------------------------------------
+
+
+def test_containment_where_coordinates_round(backend: Backend) -> None:
+    """y + 0.5 + d rounds up: a token lies between those that two pixels of a cell read."""
+    case = Ensemble(
+        grid=(4, 4),
+        patch=(1, 1),
+        offsets=((0.5 - 2.0**-53, 0.5 - 2.0**-53),),
+        stride=(2, 2),
+        upsample="nearest",
+        value_dtype=torch.float64,
+    )
+    for token in range(16):
+        tokens = case.tokens()
+        tokens[:, :, token] = NAN
+        check_containment("mean", backend, case, tokens)
+
+
+def test_a_token_reaches_the_cells_that_read_it(backend: Backend) -> None:
+    """Spelled out, without the oracle: patch 4, one view moved by one pixel."""
+    tokens = torch.zeros(1, 1, 4, 3)
+    tokens[0, 0, 1] = float("inf")
+    case = Ensemble((1, 4), (1, 4), ((0.0, 1.0),), channels=3, batch=1)
+    # Bilinear: p / 4 - 0.5 lies in (0, 2) for x + 1.5 in (2, 10).
+    for upsample, cells in (("nearest", [3, 4, 5, 6]), ("bilinear", list(range(1, 9)))):
+        field = backend.ensemble(replace(case, upsample=upsample), tokens)
+        assert (~field[0, 0, 0].isfinite()).nonzero().flatten().tolist() == cells
+
+
+# ---- threads, layouts, memory -------------------------------------------------------------------
+
+
+def test_a_channel_that_is_nan_changes_no_bit_of_others(cpu_kernels: str) -> None:
+    """Not even the sign of a zero, where products underflow."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(3, 2, 36, 128, generator=generator).sign() * 2.0**-149
+    tokens[torch.rand(tokens.shape, generator=generator) < 0.3] = 0
+    case = Ensemble((6, 6), (5, 5), offsets=((0.3, -3.7), (2.1, 1.4), (-1.6, 3.9)), stride=(2, 2))
+    clean = Ops("cpu").ensemble(case, tokens)[:, :127]
+    tokens[..., 127] = float("nan")
+    field = Ops("cpu").ensemble(case, tokens)
+    assert field[:, 127].isnan().all()
+    bits = field[:, :127].contiguous().view(torch.int32)
+    assert torch.equal(bits, clean.contiguous().view(torch.int32))
+
+
+@pytest.mark.parametrize("grid", [(2, 3), (1, 3), (2, 1), (1, 1)])
+@pytest.mark.parametrize(("batch", "channels"), [(2, 5), (1, 1), (0, 5), (2, 0), (0, 0), (1, 64)])
+@each_device
+def test_exact_strides(device: str, batch: int, channels: int, grid: tuple[int, int]) -> None:
+    for stride in ((1, 1), (2, 3), (grid[0] * 2, grid[1] * 3)):
+        case = Ensemble(grid, (2, 3), batch=batch, channels=channels, stride=stride)
+        tokens = torch.ones(9, batch, grid[0] * grid[1], channels, device=device)
+        args, modes = case.call(tokens)
+        field = srt_ext.ensemble(*args, **modes)
+        _, _, height, width = case.shape
+        assert tuple(field.shape) == case.shape
+        assert field.stride() == (height * width * channels, 1, width * channels, channels)
+        assert (field == 1).all()
+        assert srt_ext.ensemble(*args, **modes, out=field.zero_()) is field
+        assert (field == 1).all()
+
+
+@each_kernel("mean", "median")
+@pytest.mark.parametrize(
+    ("name", "layout", "dtype"),
+    pairwise(("grid", "stride", "one_token", "wide", "nearest"), LAYOUTS, DTYPES),
+)
+def test_out(name: str, layout: str, dtype: torch.dtype, backend: Backend, kernel: str) -> None:
+    for channels in (ENSEMBLES[name].channels, 16):
+        case = replace(ENSEMBLES[name], channels=channels)
+        tokens = case.tokens(dtype)
+        field = backend.ensemble(case, tokens, reduce=kernel, layout=layout)
+        backend.assert_same(field, backend.ensemble(case, tokens, reduce=kernel))
+
+
+@given(ensembles(), st.sampled_from(("expanded views", "expanded batch", "permuted", "steps")))
+def test_strides_of_tokens(backend: Backend, case: Ensemble, layout: str) -> None:
+    tokens = case.tokens()
+    if layout == "expanded views":
+        tokens = tokens[:1].expand(tokens.shape)
+    elif layout == "expanded batch":
+        tokens = tokens[:, :1].expand(tokens.shape)
+    elif layout == "permuted":
+        tokens = tokens.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
+    else:
+        v, b, n, c = tokens.shape
+        wide = torch.full((2 * v, 3 * b, 2 * n + 1, c + 5), NAN)
+        wide[::2, ::3, 1::2, 3:-2] = tokens
+        tokens = wide[::2, ::3, 1::2, 3:-2]
+    field = backend.ensemble(case, tokens)
+    check("mean", case, tokens, field)
+    backend.assert_same(field, backend.ensemble(case, tokens.contiguous()))
+
+
+@each_dtype
+@pytest.mark.parametrize("channels", [1, 2, 3, 8, 31, 32, 33, 64, 130, 384])
+@each_gpu_tile
+def test_unaligned_tokens(channels: int, dtype: torch.dtype, backend: Backend) -> None:
+    """Bases and strides that are no multiples of 16 bytes, of 4, or of 2 elements."""
+    case = Ensemble(channels=channels, batch=1, patch=(2, 3))
+    for begin, wide in ((0, 0), (1, 0), (1, 2), (4, 4), (3, 16), (8, 8)):
+        tokens = torch.randn(9, 1, 3 + 15, begin + channels + wide).to(dtype)
+        tokens = tokens[:, :, 3:, begin : begin + channels]
+        check("mean", case, tokens, backend.ensemble(case, tokens))
+
+
+@each_device
+def test_one_channel_may_have_any_stride(device: str) -> None:
+    case = replace(ENSEMBLES["grid"], channels=1)
+    tokens = case.tokens()
+    strided = torch.stack([tokens, tokens + 1], -1)[..., 0]
+    assert strided.stride(3) == 2
+    ops = Ops(device)
+    assert torch.equal(ops.ensemble(case, strided), ops.ensemble(case, tokens))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_tokens_are_not_copied(dtype: torch.dtype) -> None:
+    """A dense copy would take terabytes. All but the first views have weight 0, to be quick."""
+    views = 2**20
+    full = torch.randn(1, 2, 5 + 12, 2**16).to(dtype).expand(views, -1, -1, -1)
+    weights = torch.zeros(views)
+    weights[:3] = 1
+    tokens = full[:, :, 5:]
+    assert tokens.numel() * tokens.element_size() >= 2**40
+    args = (torch.zeros(views, 2), (3, 4), (2, 2), weights)
+    field = srt_ext.ensemble(tokens, *args, stride=(6, 8))
+    dense = srt_ext.ensemble(tokens[:3].contiguous(), args[0][:3], *args[1:3], stride=(6, 8))
+    assert torch.equal(field, dense)
+
+
+# ---- the gradient of the mean -------------------------------------------------------------------
+
+
+@each_border
+@pytest.mark.parametrize(
+    ("upsample", "dtype"), [("nearest", torch.float32), ("bilinear", torch.bfloat16)]
+)
+@pytest.mark.parametrize("offsets", ["grid", "real"])
+@each_gpu
+def test_tokens_of_a_real_size(
+    offsets: str, upsample: str, dtype: torch.dtype, border: str, backend: Backend
+) -> None:
+    """Several tiles along every axis, and windows of many cells."""
+    case = replace(ENSEMBLES[offsets], grid=(3, 5), patch=(16, 16), batch=1, channels=40)
+    case = replace(case, upsample=upsample, border=border)
+    check_sample("mean_backward", backend, case, dtype)
+
+
+@each_border
+@pytest.mark.parametrize("processors", [1, 7, 1000])
+@each_gpu
+def test_segments(processors: int, border: str, backend: Backend) -> None:
+    if isinstance(backend, CudaOnHost):
+        backend.gpu.processors = processors
+    case = replace(ENSEMBLES["grid"], grid=(13, 3), patch=(4, 4), channels=8, border=border)
+    check_sample("mean_backward", backend, case, torch.float32)
+
+
+@each_border
+def test_windows_that_open_behind_others(border: str, backend: Backend) -> None:
+    """Views so far apart that tokens are not read in their order, and not at one time."""
+    offsets = tuple((y, x) for y in (-40.0, 0.0, 37.5) for x in (0.0, 100.0, -61.25))
+    case = Ensemble((7, 6), (8, 16), offsets, channels=8, border=border)
+    check_sample("mean_backward", backend, case, torch.float32)
+
+
+@each_dtype
+def test_gradients_of_any_strides(dtype: torch.dtype, backend: Backend) -> None:
+    for channels in (16, 19):
+        case = replace(ENSEMBLES["stride"], channels=channels)
+        grad = values_of("mean_backward", case, dtype)
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        expected = backend.mean_backward(case, grad)
+        b, c, h, w = case.shape
+        wide = torch.full((b, h, w + 1, c + 16), NAN, dtype=dtype).permute(0, 3, 1, 2)
+        shifted = torch.empty(1 + grad.numel(), dtype=dtype)[1:]
+        for strided in (
+            wide[:, :c, :, :w],
+            wide[:, 1 : c + 1, :, 1:],  # not aligned
+            shifted.view(b, h, w, c).permute(0, 3, 1, 2),
+        ):
+            backend.assert_same(backend.mean_backward(case, strided.copy_(grad)), expected)
+        # As the gradient of a sum over pixels is expanded.
+        constant = grad[:1, :, :1, :1].expand(case.shape)
+        check("mean_backward", case, constant, backend.mean_backward(case, constant))
