@@ -151,9 +151,10 @@ def ensemble(
     Returns:
         [B, C, H / sh, W / sw] of the dtype of ``tokens``, with strides (H'W'C, 1, W'C, C)
         (channels_last), or ``out``. 0 where no view counts. Differentiable with respect to
-        ``tokens`` and ``weights`` in reverse and forward mode; the second derivatives of a mean
-        and of a median exist with respect to ``tokens``. The gradient of a median goes to the view
-        that it is (to the first of them, by dx, if there are several).
+        ``tokens`` and ``weights`` in reverse and forward mode. The gradient of a mean has a kernel;
+        that of a median, and those of weights, are recomputed view by view, which takes many times
+        as long as the forward. The gradient of a median goes to the view that is the median (the
+        first by dx of equal ones).
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -196,7 +197,7 @@ def ensemble_moments(
 
     Returns:
         (mean, var), each as the result of :func:`ensemble`. Both are 0 where no view counts.
-        Differentiable, once, with respect to ``tokens`` and ``weights``.
+        Differentiable with respect to ``tokens`` and ``weights``, recomputed view by view.
 
     Raises:
         TypeError, ValueError: as :func:`ensemble`.
