@@ -82,7 +82,7 @@ def check_rounding(case: Ensemble, reduce: str, dtype: torch.dtype) -> None:
     indirect=["backend"],
 )
 def test_gradient_of_tokens(name: str, dtype: torch.dtype, reduce: str, backend: Ops) -> None:
-    """That of a mean, and of shift: test_kernel_gradients."""
+    """Mean and shift, which have kernels: test_kernels.py."""
     case = ENSEMBLES[name]
     if reduce == "median" and (backend.device == "cuda" or torch.finfo(dtype).bits == 16):
         case = replace(case, upsample="nearest", stride=(1, 1))  # rounding may choose another view
@@ -96,6 +96,22 @@ def test_gradient_of_tokens(name: str, dtype: torch.dtype, reduce: str, backend:
         actual = gradient(field, tokens, grad)
         assert actual.dtype == dtype
         assert_within_budget(actual.cpu(), truth, same.to(dtype))
+
+
+def test_gradient_of_a_wide_field(cpu_kernels: str) -> None:
+    """More offsets than a tile has, a row of tokens in segments, more tasks than threads.
+
+    By the definition of the transpose: the oracle would take a minute.
+    """
+    offsets = tuple((y * 0.75 - 4, x - 5.0) for y in range(11) for x in range(0, 11, 2))
+    case = Ensemble((4, 43), (5, 24), offsets=offsets, channels=131, batch=1)
+    field, tokens = field_of(srt_ext, "mean", case), case.tokens(torch.float64)
+    for seed in range(3):
+        grad = torch.randn(case.shape, generator=torch.Generator().manual_seed(seed)).double()
+        grad[grad.abs() < seed] = 0
+        expected = (field(tokens) * grad).sum()
+        actual = (tokens * gradient(field, tokens, grad)).sum()
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-6)
 
 
 @each_reduce

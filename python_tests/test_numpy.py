@@ -139,7 +139,10 @@ def test_offsets_and_weights_of_every_kind() -> None:
     ):
         field = srt.ensemble(tokens, same, *place, shares)
         assert field.tobytes() == expected.tobytes()
-    for weights in (np.array(shares, ">f8"), np.array(shares, np.float32), tuple(shares)):
+    record = np.zeros(4, np.dtype([("byte", "u1"), ("weight", "f8")]))
+    record["weight"] = shares
+    swapped = np.array(shares, ">f8")
+    for weights in (swapped, np.array(shares, np.float32), tuple(shares), record["weight"]):
         field = srt.ensemble(tokens, offsets, *place, weights)
         assert field.tobytes() == expected.tobytes()
 

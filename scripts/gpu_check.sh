@@ -228,8 +228,9 @@ if [ "$run" = first ]; then
   shown=60 step "profile" 25 python3 -m benchmarks.profile --device "$device" --results "$output" \
     --commit "$commit"
   nsight_compute 40
-  pytest "value tests" 60 "$((cores < 12 ? cores : 12))" -m "cuda and not serial" "${tests[@]}"
-  pytest "graphs, streams, waits, compile" 45 0 -m "cuda and serial" "${tests[@]}"
+  pytest "value tests" 60 "$((cores < 12 ? cores : 12))" -m "cuda and not serial and not slow" \
+    "${tests[@]}"
+  pytest "graphs, streams, waits, compile" 45 0 -m "cuda and (serial or slow)" "${tests[@]}"
   sanitize memcheck 40
 else
   [ ${#failed_before[@]} -eq 0 ] || pytest "what failed before" 30 0 -m "" "${failed_before[@]}"

@@ -84,8 +84,10 @@ def _values(
     """
     pixels = views.pixels(tokens.device)
     weights = [torch.ones((), dtype=torch.float64)] * len(pixels)
-    if views.weights is not None:
-        weights = list(torch.where(views.weights > 0, views.weights, 0).double().unbind())
+    if views.weights is not None:  # on a GPU they may be invalid: such a view does not count
+        given = torch.where((views.weights > 0) & views.weights.isfinite(), views.weights, 0)
+        given = given.double()
+        weights = list(torch.where(given >= given.amax() * 2.0**-80, given, 0).unbind())
     total: Any = sum(w * (y * x) for w, (y, x) in zip(weights, pixels, strict=True))
     total = torch.where(total > 0, total, torch.inf)
     for view, w, (y, x), chunk in zip(views.split(), weights, pixels, tokens.split(1), strict=True):
@@ -123,6 +125,7 @@ def _median_views(views: _Views, tokens: torch.Tensor) -> Iterator[tuple[_Views,
     selected = torch.full_like(median, len(singles), dtype=torch.int32)
     each = zip(singles, ranks, views.pixels(tokens.device), tokens.split(1), strict=True)
     for view, rank, (y, x), chunk in each:
+        rank = selected.new_zeros(()) + rank  # from the CPU as a parameter of the kernel: no wait
         value = view.ensemble(chunk, "median")
         distance = (value - median).abs().nan_to_num(0, posinf=torch.inf)  # of equal infinities: 0
         closer = (distance < nearest) | ((distance == nearest) & (rank < selected))
@@ -479,12 +482,15 @@ def _register_composite(function: Callable[..., torch.Tensor], fake: Callable[..
     op = getattr(_ops, name).default
 
     def kernel(grad: Any, grad_var: Any, tokens: Any, *place: Any, **modes: Any) -> torch.Tensor:
-        """A few channels at a time, so that the temporaries are small."""
+        """A few channels at a time, so that there is one tensor as large as the result."""
         batch, _, height, width = grad.shape
         channels = 16 * max(1, 2**17 // max(1, batch * height * width))
         variances = repeat(None) if grad_var is None else grad_var.split(channels, 1)
         parts = zip(grad.split(channels, 1), variances, tokens.split(channels, 3), strict=False)
-        return torch.cat([function(*part, *place, **modes) for part in parts], -1)
+        result = torch.empty_like(fake(tokens))
+        for target, part in zip(result.split(channels, -1), parts, strict=True):
+            target.copy_(function(*part, *place, **modes))
+        return result
 
     _library.impl(op, kernel, "CompositeExplicitAutograd")
     _register(op, function, _Batching((0, 0, 1, None, None, None, None), 1))

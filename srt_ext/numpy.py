@@ -69,7 +69,7 @@ def _check_array(where: str, name: str, value: object) -> None:
 
 
 def _numbers(where: str, name: str, value: object) -> NDArray[np.float64]:
-    """In float64, of any shape."""
+    """A dense copy in float64, which no other thread changes while it is read."""
     rule = f"{name} must be float32 or float64, or numbers in sequences"
     if isinstance(value, np.ndarray):
         _check_array(where, name, value)
@@ -84,7 +84,7 @@ def _numbers(where: str, name: str, value: object) -> NDArray[np.float64]:
             raise wrong(TypeError, where, rule, value.dtype)
     else:
         raise wrong(TypeError, where, rule, type(value).__name__)
-    return np.asarray(value, dtype=np.float64)
+    return np.array(value, dtype=np.float64, order="C", subok=False)
 
 
 def _views(

@@ -81,7 +81,8 @@ def shift(
         image: [B, C, H, W], float32, float16, bfloat16, float64 or uint8.
         offsets: [V, 2], (dy, dx) in pixels, any real numbers up to 2^20 in size; float32 or
             float64, on the CPU or on the device of ``image``. Content moves down and right by them.
-            On a GPU nobody waits for their values: a view that a CPU tensor could not ask for is 0.
+            CUDA offsets are not validated (that would synchronise): a view with one that is not
+            finite or too large is 0.
         padding: what lies beyond the image: ``zeros``, ``border``, ``reflect`` (the edge is not
             repeated) or ``circular``.
         interpolation: ``nearest``, ``bilinear`` or ``bicubic`` (a = -0.75). Whole-pixel offsets
@@ -131,8 +132,8 @@ def ensemble(
             in place. Sums are kept in float32 (float64 for float64).
         offsets: [V, 2], (dy, dx) in pixels by which the content of each view moved, as given to
             :func:`shift`; float32 or float64, on the CPU or on the device of ``tokens``. On a GPU
-            nobody waits for their values, nor for those of ``weights``: where a CPU tensor would be
-            an error (not finite, too large, negative), the view counts nowhere.
+            they and ``weights`` are not validated (that would synchronise): a view with values that
+            are errors on the CPU (not finite, too large, negative) counts nowhere.
         grid: (h, w), tokens.
         patch: (Ph, Pw), pixels from token to token.
         weights: [V], finite and >= 0, float32 or float64, none but 0 below 2^-80 of the largest;

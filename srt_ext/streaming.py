@@ -454,7 +454,7 @@ class RunningMedian(MedianStream["torch.Tensor", "torch.Tensor"]):
     are equal or lie in two heaps far apart. So the order of the views matters: in the raster order
     of a grid, where the values drift, the error is ten (225 views) to fifty (49 views) times that
     in an order which spreads them, such as :func:`srt_ext.views.spread` gives
-    (benchmarks/README.md has both). Within a chunk the order is spread.
+    (research/README.md has both). Within a chunk the order is spread.
 
     Two windows do not tell the median of both streams: there is no merge.
 

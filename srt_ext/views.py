@@ -5,7 +5,7 @@ Every design is a float32 tensor [V, 2] of (dy, dx) in pixels, or that with weig
 where these are needed raise a TypeError, those out of range a ValueError.
 
 Any real offsets are allowed. But a shift by part of a pixel interpolates the image, which blurs it:
-designs on whole pixels were the better ones in nearly every measurement (benchmarks/README.md).
+designs on whole pixels were the better ones in nearly every measurement (research/README.md).
 ``offsets.round()`` moves them there.
 """
 
@@ -217,7 +217,7 @@ def best(count: int, radius: int = 6) -> torch.Tensor:
     A :func:`lattice` that is scaled to the variance of the whole grid, each view rounded to whole
     pixels.
 
-    Measured (benchmarks/README.md): of 20 photographs through a ViT-Ti/16, at three layers and
+    Measured (research/README.md): of 20 photographs through a ViT-Ti/16, at three layers and
     radii from 2 to 8 pixels, it leaves 0.38 of what the whole grid changes with 4 views, 0.24 with
     7, 0.20 with 9 and 0.13 with 16. In the mean nothing else that was tried leaves less with any of
     these, nor with 5 or 13 (25: 0.093 against 0.090), so other counts follow the same rule. Views
