@@ -37,7 +37,7 @@ class Stream(Generic[A, N]):
     _arrays: Any  # what a library of arrays does in a way of its own: _Tensors, or NumPy's
     _op: str  # adds a chunk to the state
     _planes: dict[str, tuple[int, ...]]  # of the state [*planes, B, C, H', W'], by name
-    _seen: str  # the state [H', W'] that tells what each cell has got
+    _total: str  # the state [H', W']: total weight of a cell, or its number of views
     _weighted = True
 
     def __init__(
@@ -109,7 +109,7 @@ class Stream(Generic[A, N]):
         double, shape = self._arrays.float64, (batch, channels, *self._cells)
         sums = double if dtype == double else self._arrays.float32
         planes = {name: ((*lead, *shape), sums) for name, lead in self._planes.items()}
-        return {**planes, self._seen: (self._cells, double)}
+        return {**planes, self._total: (self._cells, double)}
 
     def _allocate(self, tokens: Any) -> None:
         self._dtype = tokens.dtype
@@ -130,7 +130,7 @@ class Stream(Generic[A, N]):
         if new != size and tokens.ndim == 4:
             self._fail(f"tokens must keep their batch and channels, {size}", new)
 
-    def _check_seen(self) -> None:
+    def _check_has_views(self) -> None:
         if not self._state:
             raise ValueError(f"{type(self).__name__}: no views were added")
 
@@ -142,7 +142,7 @@ class Stream(Generic[A, N]):
         return self._result(next(iter(self._planes)))
 
     def _result(self, name: str) -> A:
-        self._check_seen()
+        self._check_has_views()
         result: A = self._arrays.cast(self._state[name], self._dtype, copy=True)
         return result
 
@@ -151,7 +151,7 @@ class Stream(Generic[A, N]):
 
         For the last use of a stream: later updates may write to them.
         """
-        self._check_seen()
+        self._check_has_views()
         return tuple(self._arrays.cast(self._state[name], self._dtype) for name in self._planes)
 
     def _copied(self, array: Any) -> Any:
@@ -191,18 +191,18 @@ class Stream(Generic[A, N]):
             rule = "views, dtype and state must be a number, a floating dtype and arrays"
             self._fail(rule, (views, dtype))
         if views and not state:
-            self._fail("a stream that has seen views must have a state", f"{views} views and none")
+            self._fail("a stream that has views must have a state", f"{views} views and none")
         loaded: dict[str, Any] = {}
         if state:
             self._check_state(state, dtype)
             with self._arrays.writing():
-                names = (*self._planes, self._seen)
+                names = (*self._planes, self._total)
                 loaded = {name: self._copied(state[name]) for name in names}
         self.views, self._dtype, self._state = views, dtype, loaded
 
     def _check_state(self, state: dict[str, Any], dtype: Any) -> None:
         """That these arrays are a state for tokens of this dtype."""
-        names = [*self._planes, self._seen]
+        names = [*self._planes, self._total]
         if set(state) != set(names) or not all(map(self._arrays.is_array, state.values())):
             self._fail(f"the state must have the arrays {names}", list(state))
         devices = [_device(array) for array in state.values()]
@@ -219,7 +219,7 @@ class Stream(Generic[A, N]):
 
 
 class MeanStream(Stream[A, N]):
-    _op, _planes, _seen = "accumulate_mean_", {"mean": ()}, "weight"
+    _op, _planes, _total = "accumulate_mean_", {"mean": ()}, "weight"
 
     def merge(self, other: MeanStream[A, N]) -> None:
         """Adds all views of another stream with the same settings; associative up to rounding."""
@@ -283,14 +283,14 @@ class MomentsStream(MeanStream[A, N]):
 
 
 class MedianStream(Stream[A, N]):
-    _op, _planes, _seen = "accumulate_median_", {"window": (WINDOW_PLANES,)}, "count"
+    _op, _planes, _total = "accumulate_median_", {"window": (WINDOW_PLANES,)}, "count"
     _weighted = False
 
     def _fields(self) -> tuple[A, ...]:
         return (self.result(),)
 
     def _result(self, name: str) -> A:
-        self._check_seen()
+        self._check_has_views()
         arrays = self._arrays
         with arrays.writing():
             *values, place = self._state[name]
