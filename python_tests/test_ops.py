@@ -160,7 +160,9 @@ def model(
         srt_ext.shift(2 * image, offsets, padding="circular", interpolation="bicubic") - 1,
     ]
     tokens, weights = tokens.detach(), weights.detach()
-    out, mean, mean_2, var = (torch.zeros_like(fields[0]) for _ in range(4))
+    # Dense: Dynamo of torch 2.10 and 2.13 refuses an out= that is not.
+    out = torch.zeros_like(fields[0], memory_format=torch.contiguous_format)
+    mean, mean_2, var = (torch.zeros_like(fields[0]) for _ in range(3))
     srt_ext.ensemble(tokens, *views, weights, out=out)
     window = torch.stack([torch.zeros_like(out)] * 8)
     weight, weight_2, count = torch.zeros((3, 12, 30), dtype=torch.float64, device=out.device)
