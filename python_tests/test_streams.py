@@ -345,7 +345,7 @@ def test_median_of_up_to_7_views_is_exact(
     assert torch.equal(TORCH.fed("Median", case, tokens, chunks).result(), median(case, tokens))
 
 
-# Mean errors that benchmarks/streaming.py finds for Gaussian values, in units of their spread, and
+# Mean errors that research/streaming.py finds for Gaussian values, in units of their spread, and
 # half as much again: 0.0105, 0.0168, 0.0174. Half of the values of a ReLU are 0.
 @pytest.mark.parametrize(
     ("count", "error", "rectified"),

@@ -62,7 +62,7 @@ struct EnsembleInputs {
 };
 
 // One such call, after the rules. It owns what `args` points to, except the arrays. Where offsets
-// or weights lie on a device, nobody looks at their values, and the pointer in `args` is null.
+// or weights lie on a device, their values are not validated, and the pointer in `args` is null.
 struct CheckedEnsemble {
   const char* op;
   ArrayView tokens;
