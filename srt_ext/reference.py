@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 
+from .options import Border, Interpolation, Padding, Reduce, Upsample
+
 # The constant of cubic convolution (Keys 1981) that PyTorch uses.
 _A = -0.75
 
 
-def _taps(f: torch.Tensor, interpolation: str) -> list[tuple[int, torch.Tensor]]:
+def _taps(f: torch.Tensor, interpolation: Interpolation) -> list[tuple[int, torch.Tensor]]:
     """(k, weight) of each pixel k read beside floor(coordinate), at fraction f."""
     if interpolation == "bilinear":
         return [(0, 1 - f), (1, f)]
@@ -30,7 +32,7 @@ def _taps(f: torch.Tensor, interpolation: str) -> list[tuple[int, torch.Tensor]]
     ]
 
 
-def _pad_index(i: torch.Tensor, n: int, padding: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _pad_index(i: torch.Tensor, n: int, padding: Padding) -> tuple[torch.Tensor, torch.Tensor]:
     """The pixel that stands at position i, and whether there is one."""
     inside = torch.ones_like(i, dtype=torch.bool)
     if padding == "zeros":
@@ -49,7 +51,7 @@ def _weighted(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 
 def _shift_axis(
-    x: torch.Tensor, d: float, dim: int, padding: str, interpolation: str
+    x: torch.Tensor, d: float, dim: int, padding: Padding, interpolation: Interpolation
 ) -> torch.Tensor:
     """``x`` [..., H, W] moved by ``d`` pixels along ``dim``."""
     n = x.shape[dim]
@@ -75,8 +77,8 @@ def shift(
     image: torch.Tensor,
     offsets: torch.Tensor,
     *,
-    padding: str = "reflect",
-    interpolation: str = "bilinear",
+    padding: Padding = "reflect",
+    interpolation: Interpolation = "bilinear",
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
     """As :func:`srt_ext.shift`, computed and returned in ``dtype``: [V, B, C, H, W]."""
@@ -88,7 +90,7 @@ def shift(
 
 
 def _axis(
-    d: float, tokens: int, patch: int, upsample: str, border: str
+    d: float, tokens: int, patch: int, upsample: Upsample, border: Border
 ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor, torch.Tensor]:
     """For each pixel of one axis: (token, weight) reads, whether it is seen, whether it counts."""
     p = torch.arange(tokens * patch, dtype=torch.float64) + 0.5 + d
@@ -118,8 +120,8 @@ def _view_sums(
     grid: Sequence[int],
     patch: Sequence[int],
     weights: torch.Tensor | None,
-    upsample: str,
-    border: str,
+    upsample: Upsample,
+    border: Border,
     stride: int | Sequence[int],
     dtype: torch.dtype,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -159,9 +161,9 @@ def ensemble(
     patch: Sequence[int],
     weights: torch.Tensor | None = None,
     *,
-    reduce: str = "mean",
-    upsample: str = "bilinear",
-    border: str = "coverage",
+    reduce: Reduce = "mean",
+    upsample: Upsample = "bilinear",
+    border: Border = "coverage",
     stride: int | Sequence[int] = 1,
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
@@ -191,8 +193,8 @@ def ensemble_moments(
     patch: Sequence[int],
     weights: torch.Tensor | None = None,
     *,
-    upsample: str = "bilinear",
-    border: str = "coverage",
+    upsample: Upsample = "bilinear",
+    border: Border = "coverage",
     stride: int | Sequence[int] = 1,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
