@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ._validation import check_words
 from .options import Border, Interpolation, Padding, Reduce, Upsample
 
 # The constant of cubic convolution (Keys 1981) that PyTorch uses.
@@ -82,6 +83,7 @@ def shift(
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
     """As :func:`srt_ext.shift`, computed and returned in ``dtype``: [V, B, C, H, W]."""
+    check_words("srt_ext.reference.shift", padding=padding, interpolation=interpolation)
     views = []
     for dy, dx in offsets.double().tolist():
         view = _shift_axis(image.to(dtype), dy, -2, padding, interpolation)
@@ -168,6 +170,7 @@ def ensemble(
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
     """As :func:`srt_ext.ensemble`, computed and returned in ``dtype``: [B, C, H', W']."""
+    check_words("srt_ext.reference.ensemble", reduce=reduce, upsample=upsample, border=border)
     sums = _view_sums(tokens, offsets, grid, patch, weights, upsample, border, stride, dtype)
     if reduce == "mean":
         total = count = torch.zeros((), dtype=dtype)
