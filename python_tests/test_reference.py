@@ -193,7 +193,9 @@ def test_both_precisions_are_what_they_say() -> None:
         assert views.dtype == dtype
 
 
-@pytest.mark.parametrize("modes", [{"reduce": "moments"}, {"upsample": "cubic"}, {"border": "wrap"}])
+@pytest.mark.parametrize(
+    "modes", [{"reduce": "moments"}, {"upsample": "cubic"}, {"border": "wrap"}]
+)
 def test_an_unknown_mode_raises(modes: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(modes))} must be one of .*; got"):
         reference.ensemble(random(1, 1, 1, 1), ZERO, (1, 1), (1, 1), **modes)  # type: ignore[arg-type]
