@@ -64,39 +64,29 @@ def check_shift(cuda: CudaOnHost) -> None:
 @pytest.mark.slow
 def test_injected_faults_are_found(tmp_path: Path) -> None:
     """The checks of the tests must find each of the faults below, and nothing without one."""
-    faults: dict[str, tuple[str, str, str]] = {
-        "a missing barrier": ("mean.cu", "if (__syncthreads_or(!finite))", "if (!finite)"),
-        "a write beyond": (
-            "mean.cu",
-            "cell = row + cells.at",
-            "cell = row + plan.cell_bytes + cells.at",
-        ),
-        "a row that is not written": ("mean.cu", "place > last) break", "place >= last) break"),
-        "a run across a break": ("mean.cu", "if (breaks) plan", "if (breaks && cell % 7) plan"),
-        "a weight of 0 that is multiplied": (
-            "mean.cu",
-            "kExact && weight.at[x] == 0",
-            "kExact && false",
-        ),
-        "a token that is not finite": ("mean.cu", "return isfinite(check)", "return true"),
-        "ends that are not finite": (
-            "mean.cu",
-            "if (!kFinite && !isfinite(slope))",
-            "if (false)",
-        ),
+    mean = {
+        "a missing barrier": ("if (__syncthreads_or(!finite))", "if (!finite)"),
+        "a write beyond": ("cell = row + cells.at", "cell = row + plan.cell_bytes + cells.at"),
+        "a row that is not written": ("place > last) break", "place >= last) break"),
+        "a run across a break": ("if (breaks) plan", "if (breaks && cell % 7) plan"),
+        "a weight of 0 that is multiplied": ("kExact && weight.at[x] == 0", "kExact && false"),
+        "a token that is not finite": ("return isfinite(check)", "return true"),
+        "ends that are not finite": ("if (!kFinite && !isfinite(slope))", "if (false)"),
         "a piece of the workspace that is too small": (
-            "mean.cu",
             "workspace.take<double>(args.views * rows)",
             "workspace.take<double>(args.views * rows - 1)",
         ),
-        "a line that is too short": ("shift.cu", "at < columns + taps_x - 1", "at < columns"),
+        "none": ("if (breaks) plan", "if (breaks) plan"),
+    }
+    shift = {
+        "a line that is too short": ("at < columns + taps_x - 1", "at < columns"),
         "a missing barrier of a warp": (
-            "shift.cu",
             "block.taps[0], own);\n      __syncwarp();",
             "block.taps[0], own);",
         ),
-        "none": ("mean.cu", "if (breaks) plan", "if (breaks) plan"),
     }
+    sources = dict.fromkeys(mean, "mean.cu") | dict.fromkeys(shift, "shift.cu")
+    faults = mean | shift
     checks = {"mean.cu": check_mean, "shift.cu": check_shift}
     rest = objects()
 
@@ -104,7 +94,7 @@ def test_injected_faults_are_found(tmp_path: Path) -> None:
         """The library with that fault."""
         folder = tmp_path / fault.replace(" ", "_")
         shutil.copytree(SOURCES, folder)
-        name, good, bad = faults[fault]
+        name, (good, bad) = sources[fault], faults[fault]
         source = folder / "cuda" / name
         text = source.read_text()
         assert text.count(good) == 1, fault
@@ -115,7 +105,7 @@ def test_injected_faults_are_found(tmp_path: Path) -> None:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for fault, library in zip(faults, pool.map(broken, faults), strict=True):
             with nullcontext() if fault == "none" else pytest.raises(AssertionError):
-                checks[faults[fault][0]](CudaOnHost(ctypes.CDLL(str(library))))
+                checks[sources[fault]](CudaOnHost(ctypes.CDLL(str(library))))
 
 
 # ---- launches -----------------------------------------------------------------------------------
