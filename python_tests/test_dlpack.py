@@ -19,7 +19,7 @@ import pytest
 import torch
 from arrays import array
 from arrays import tensor as from_array
-from samples import DTYPES, Call, Ensemble, sample_ensembles, sample_shifts
+from samples import DTYPES, ENSEMBLES, SHIFTS, Call, Ensemble
 
 from srt_ext import dlpack, ops
 
@@ -107,16 +107,18 @@ def check(framework: Framework, op: str, call: Call) -> tuple[Any, tuple[Any, ..
 
 # ---- values, kinds and memory -------------------------------------------------------------------
 
-ENSEMBLES = {
-    **{name: sample_ensembles()[name] for name in ("real", "weights", "one_token", "wide")},
+CASES = {
+    **{name: ENSEMBLES[name] for name in ("real", "weights", "one_token", "wide")},
     "median": replace(ENSEMBLE, weights=None, upsample="nearest", border="clamp", stride=(4, 6)),
     "moments": ENSEMBLE,
 }
-SHIFTS = {name: sample_shifts()[name] for name in ("whole", "strided", "one_pixel")}
 CALLS: dict[str, tuple[str, Call]] = {
     **{str(d): ("ensemble", ENSEMBLE.call(ENSEMBLE.tokens(d))) for d in DTYPES},
-    **{name: ("ensemble", case.call(case.tokens())) for name, case in ENSEMBLES.items()},
-    **{f"shift {name}": ("shift", case.call(case.image())) for name, case in SHIFTS.items()},
+    **{name: ("ensemble", case.call(case.tokens())) for name, case in CASES.items()},
+    **{
+        f"shift {name}": ("shift", SHIFTS[name].call(SHIFTS[name].image()))
+        for name in ("whole", "strided", "one_pixel")
+    },
     "shift uint8": ("shift", SHIFTS["strided"].call(SHIFTS["strided"].image(torch.uint8))),
 }
 CALLS["median"][1][1]["reduce"] = "median"

@@ -545,38 +545,30 @@ def test_no_call_ends_the_process() -> None:
 # ---- out= behaves as torch's own out= functions -------------------------------------------------
 
 
-def out_call(out: torch.Tensor, tokens: torch.Tensor | None = None) -> None:
-    tokens = torch.ones(1, 1, 6, 3) if tokens is None else tokens
-    torch.ops.srt.ensemble.out(tokens, torch.zeros(1, 2), [2, 3], [2, 2], out=out)
-
-
 def test_no_forward_derivative_through_out() -> None:
     def field(tokens: torch.Tensor) -> torch.Tensor:
-        out = torch.empty(1, 3, 4, 6)
-        out_call(out, tokens)
+        out = torch.empty(OUT)
+        torch.ops.srt.ensemble.out(**ensemble_call(tokens=tokens, out=out))
         return out
 
-    tokens = torch.ones(1, 1, 6, 3)
     with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(tokens, tokens)
+        dual = torch.autograd.forward_ad.make_dual(tokens(), tokens())
         with pytest.raises(RuntimeError, match="out= is not differentiable"):
             field(dual)
     with pytest.raises(RuntimeError):
-        torch.func.jvp(field, (tokens,), (tokens,))
+        torch.func.jvp(field, (tokens(),), (tokens(),))
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_negated_out_is_an_error(mode: Any) -> None:
-    out = torch.zeros(1, 3, 4, 6, dtype=torch.complex64).conj().imag
+    out = torch.zeros(OUT, dtype=torch.complex64).conj().imag
     assert out.is_neg()
     with mode(), pytest.raises(ValueError, match="out must be no lazily negated or conjugated"):
-        srt_ext.ensemble(torch.ones(1, 1, 6, 3), torch.zeros(1, 2), (2, 3), (2, 2), out=out)
+        srt_ext.ensemble(**ensemble_call(out=out))
 
 
 def test_lazily_negated_tokens_are_resolved() -> None:
-    tokens = torch.full((1, 1, 6, 3), 1 + 2j).conj().imag
-    assert tokens.is_neg()
-    out = torch.empty(1, 3, 4, 6)
-    out_call(out, tokens)
-    assert (out == -2).all()
-    assert (srt_ext.ensemble(tokens, torch.zeros(1, 2), (2, 3), (2, 2)) == -2).all()
+    negated = torch.full((2, 1, 6, 3), 1 + 2j).conj().imag
+    assert negated.is_neg()
+    for out in (None, torch.empty(OUT)):
+        assert (srt_ext.ensemble(**ensemble_call(tokens=negated, out=out)) == -2).all()

@@ -12,11 +12,10 @@ from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from samples import Ensemble, Shift, sample_ensembles, sample_shifts
+from samples import Ensemble, Shift
 from torch.utils.data import DataLoader, Dataset
 
 import srt_ext
@@ -26,11 +25,6 @@ PACKAGE = Path(srt_ext.__file__).parent
 LIBRARY = PACKAGE / "_C.so"
 NUMPY = next(PACKAGE.glob("_numpy*.so"), None)
 SOURCES = Path(__file__).resolve().parents[1] / "csrc"
-
-ENSEMBLES = sample_ensembles()
-SHIFTS = sample_shifts()
-
-Compiled = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def output_of(tool: str, *args: str) -> str:
