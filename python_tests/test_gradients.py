@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
@@ -225,21 +224,6 @@ def test_gradient_of_the_weight_of_a_view_that_covers_nothing(reduce: str) -> No
     torch.testing.assert_close(actual, truth, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("reduce", ["median", "moments"])
-def test_any_strides_of_a_gradient(reduce: str) -> None:
-    case = ENSEMBLES["grid"]
-    tokens, field = case.tokens(), field_of(srt_ext, reduce, case)
-    grad = torch.randn(field(tokens).shape)
-    expected = gradient(field, tokens, grad)
-    strided = torch.zeros(2, *grad.shape)[1].copy_(grad).transpose(-1, -2).contiguous()
-    assert torch.equal(gradient(field, tokens, strided.transpose(-1, -2)), expected)
-    one = torch.ones(())
-    assert torch.equal(
-        gradient(field, tokens, one.expand(grad.shape)),
-        gradient(field, tokens, torch.ones(grad.shape)),
-    )
-
-
 @pytest.mark.parametrize(
     ("name", "reduce", "value"),
     pairwise(
@@ -263,18 +247,6 @@ def test_a_non_finite_gradient_reaches_what_it_touches(
     result = gradient(field, tokens, grad)
     assert torch.equal(result[~touched], clean[~touched])
     assert not result[touched].isfinite().any()
-
-
-@pytest.mark.parametrize("reduce", ["median", "moments"])
-def test_a_gradient_does_not_depend_on_threads(reduce: str, threads: Callable[[int], None]) -> None:
-    case = Ensemble((7, 9), (8, 8), channels=165)
-    tokens, field = case.tokens(), field_of(srt_ext, reduce, case)
-    grad = torch.linspace(-3, 2, field(tokens).numel()).reshape(field(tokens).shape)
-    results = []
-    for count in (1, 2, 5):
-        threads(count)
-        results.append(gradient(field, tokens, grad))
-    assert all(torch.equal(results[0], more) for more in results[1:])
 
 
 # ---- gradcheck -----------------------------------------------------------------------------------
