@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from arrays import arrays, bfloat16
+from process import run_python
 
 import srt_ext
 from srt_ext import ops
@@ -537,9 +536,7 @@ def survive() -> None:
 @pytest.mark.slow
 def test_no_call_ends_the_process() -> None:
     script = CHILD.format(folder=str(Path(__file__).parent))
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert result.stdout.splitlines()[-1] == "survived"
+    assert run_python("-c", script).stdout.splitlines()[-1] == "survived"
 
 
 # ---- out= behaves as torch's own out= functions -------------------------------------------------

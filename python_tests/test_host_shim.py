@@ -9,8 +9,6 @@ import ctypes
 import math
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -34,6 +32,7 @@ from backends import (
     objects,
 )
 from oracle import check_containment, check_sample
+from process import run_python
 from samples import DTYPES, ENSEMBLES, REDUCES, SHIFTS, each_reduce, poison
 
 ALL_DTYPES = (*DTYPES, torch.uint8)
@@ -277,10 +276,5 @@ def test_ops(tmp_path: Path) -> None:
     library = linked([glue, *kernels], tmp_path / "ops.so", *link)
     names = ("kernels", "ensemble", "median", "shift", "streams")
     tests = [str(ROOT / "python_tests" / f"test_{name}.py") for name in names]
-    result = subprocess.run(
-        [sys.executable, "-c", OPS, str(library), *tests],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "python_tests")))},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    path = os.pathsep.join((str(ROOT), str(ROOT / "python_tests")))
+    run_python("-c", OPS, library, *tests, env={"PYTHONPATH": path})

@@ -7,7 +7,6 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from process import run_python
 from samples import Ensemble, Shift
 from torch.utils.data import DataLoader, Dataset
 
@@ -263,9 +263,10 @@ USE_CUDA = (
     "import torch, srt_ext._library; print(srt_ext._library.cuda_unavailable); "
     "srt_ext.shift(torch.ones(1, 1, 2, 2), torch.zeros(1, 2))"
 )
-OTHER_PYTHON = "_numpy.cpython-399-x86_64-linux-gnu.so"
+OTHER = "_numpy.cpython-399-x86_64-linux-gnu.so"
 BROKEN_TORCH = {"torch/__init__.py": "raise ImportError('libcudart.so.13: not found')"}
 BROKEN = "not a library"
+BROKEN_NUMPY = {f"srt_ext/{NUMPY and NUMPY.name}": BROKEN}
 
 
 @pytest.mark.slow
@@ -282,18 +283,14 @@ BROKEN = "not a library"
         ("*.so", {}, NO_TORCH, USE_NUMPY, "has no _numpy."),
         (
             "*.so",
-            {f"srt_ext/{OTHER_PYTHON}": ""},
+            {f"srt_ext/{OTHER}": ""},
             NO_TORCH,
             USE_NUMPY,
-            f"it was built for another Python: {OTHER_PYTHON}",
+            f"for another Python: {OTHER}",
         ),
-        (
-            "*.so",
-            {f"srt_ext/{NUMPY and NUMPY.name}": BROKEN},
-            NO_TORCH,
-            USE_NUMPY,
-            "srt_ext._numpy does not load",
-        ),
+        ("*.so", BROKEN_NUMPY, NO_TORCH, USE_NUMPY, "srt_ext._numpy does not load"),
+        (None, {}, NO_TORCH, "srt_ext.dlpack", "srt_ext.dlpack is not available"),
+        (None, {}, NO_TORCH, "import srt_ext.dlpack", "srt_ext.dlpack is not available"),
     ],
 )
 def test_import_never_fails(
@@ -308,8 +305,4 @@ def test_import_never_fails(
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
     script = IMPORT.format(path=str(tmp_path), before=before, use=use)
-    result = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    assert reason in result.stdout
+    assert reason in run_python("-c", script, cwd=tmp_path).stdout
