@@ -684,15 +684,3 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
                 torch.equal(states[0]["state"][key], values)
                 for key, values in states[1]["state"].items()
             )
-
-
-def test_same_bits_over_threads(threads: Callable[[int], None]) -> None:
-    case = Ensemble((7, 9), (8, 8), channels=133)
-    tokens = case.tokens()
-    for kind in KINDS:
-        states = []
-        for count in (1, 2, 7):
-            threads(count)
-            states.append(list(TORCH.fed(kind, case, tokens, [4])._state.values()))
-        for other in states[1:]:
-            assert all(map(torch.equal, states[0], other))
