@@ -13,6 +13,7 @@ from budget import assert_within_budget, assert_within_rounding
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import field_of
+from peak import needs_proc, peak_of
 from samples import (
     DTYPES,
     ENSEMBLES,
@@ -247,6 +248,34 @@ def test_a_non_finite_gradient_reaches_what_it_touches(
     result = gradient(field, tokens, grad)
     assert torch.equal(result[~touched], clean[~touched])
     assert not result[touched].isfinite().any()
+
+
+MEMORY = """
+import srt_ext
+
+def problem(views):
+    tokens = torch.randn(views, 1, 196, 64, requires_grad=True)
+    args = (tokens, srt_ext.views.grid(2)[:views], (14, 14), (16, 16))
+    return {field}.sum(), tokens
+
+torch.autograd.grad(*problem(2))
+problem = problem({views})
+"""
+
+
+@pytest.mark.slow
+@needs_proc
+@pytest.mark.parametrize(
+    "field", ["srt_ext.ensemble(*args, reduce='median')", "srt_ext.ensemble_moments(*args)[1]"]
+)
+def test_memory_of_a_backward_does_not_grow_with_the_views(field: str) -> None:
+    """Beside the gradient it takes the maps of some channels of a few views."""
+    beside = []
+    for views in (4, 16):
+        setup = MEMORY.format(field=field, views=views)
+        taken, gradient = peak_of(setup, "torch.autograd.grad(*problem)[0]", "result.any()")
+        beside.append(taken - gradient)
+    assert beside[1] < 1.1 * beside[0]
 
 
 # ---- gradcheck -----------------------------------------------------------------------------------
