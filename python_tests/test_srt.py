@@ -187,10 +187,8 @@ ORIGIN = torch.zeros(2, 2)
         ({"border": None}, TypeError, "border must be a string"),
         ({"padding": "mirror"}, ValueError, "padding must be one of"),
         # Views are checked before the model runs; test_views.py has the rest.
-        ({"views": [[0, 0]]}, TypeError, "views must be a torch.Tensor, .*; got list"),
         ({"views": torch.zeros(2, 2).int()}, TypeError, "offsets must be float32 or float64"),
         ({"views": torch.tensor([[0.0, torch.nan]])}, ValueError, "offsets must be finite"),
-        ({"views": torch.tensor([[0.0, 2.0**21]])}, ValueError, "must be finite and at most"),
         ({"views": (ORIGIN, torch.tensor([1.0, -1]))}, ValueError, "weights must be finite and"),
         ({"views": (ORIGIN, torch.zeros(2))}, ValueError, r"not all be 0; got \[0.0, 0.0\]"),
     ],
