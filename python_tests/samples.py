@@ -18,6 +18,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 UPSAMPLES = ("nearest", "bilinear")
 BORDERS = ("coverage", "zeros", "clamp")
 PADDINGS = ("zeros", "border", "reflect", "circular")
+NUMPY_PADDINGS = dict(zip(PADDINGS, ("constant", "edge", "reflect", "wrap"), strict=True))
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 REDUCES = ("mean", "median", "moments")
 FAR = 2.0**20  # the largest offset

@@ -242,11 +242,13 @@ def test_results_are_of_use_in_jax(framework: Framework, jax: ModuleType) -> Non
             torch.testing.assert_close(torch.from_dlpack(total), tensor[:, 1:, ::2].sum((2, 3)))
 
 
-def test_jax_tracers_are_refused(jax: ModuleType) -> None:
+def test_jax_tracers_and_out_are_refused(jax: ModuleType) -> None:
     with pytest.raises(
         TypeError, match=r"srt::shift: image must be an array with __dlpack__, without a mask; got"
     ):
         jax.jit(lambda x: dlpack.shift(x, [[0.0, 0.0]]))(np.ones((1, 1, 2, 2), np.float32))
+    with pytest.raises(TypeError, match="srt::ensemble: out must be an array that can be written"):
+        ensemble(out=jax.numpy.zeros((1, 3, 8, 15)))
 
 
 # ---- the protocol -------------------------------------------------------------------------------
@@ -347,11 +349,6 @@ def test_wrong_arguments_are_refused(
 ) -> None:
     with pytest.raises(error, match="srt::ensemble: " + message):
         ensemble(**changes)
-
-
-def test_jax_out_is_refused(jax: ModuleType) -> None:
-    with pytest.raises(TypeError, match="srt::ensemble: out must be an array that can be written"):
-        ensemble(out=jax.numpy.zeros((1, 3, 8, 15)))
 
 
 # ---- import -------------------------------------------------------------------------------------

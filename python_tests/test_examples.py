@@ -15,17 +15,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "frameworks.md"
 
 
-def examples() -> dict[str, str]:
-    """The code of each section of the page, by its heading."""
-    sections = PAGE.read_text().split("\n## ")[1:] if PAGE.exists() else []
-    return {
-        section.splitlines()[0]: code
-        for section in sections
-        for code in re.findall(r"^```python\n(.*?)^```", section, re.M | re.S)
-    }
-
-
-EXAMPLES = examples()
+# The code of each section of the page, by its heading.
+EXAMPLES = {
+    section.splitlines()[0]: code
+    for section in (PAGE.read_text().split("\n## ")[1:] if PAGE.exists() else [])
+    for code in re.findall(r"^```python\n(.*?)^```", section, re.M | re.S)
+}
 
 
 @pytest.mark.parametrize("module", ["dlpack", "numpy", "ops", "srt", "streaming", "views"])

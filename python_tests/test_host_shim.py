@@ -31,7 +31,7 @@ from backends import (
     linked,
     objects,
 )
-from oracle import check_containment, check_sample
+from oracle import KERNELS, check_containment, check_sample
 from process import run_python
 from samples import DTYPES, ENSEMBLES, REDUCES, SHIFTS, each_reduce, poison
 
@@ -127,8 +127,7 @@ def calls(cuda: CudaOnHost) -> dict[str, Call]:
     }
 
 
-CALLS = (*REDUCES, "mean_backward", "shift", "shift_backward")
-each_call = pytest.mark.parametrize("name", CALLS)
+each_call = pytest.mark.parametrize("name", KERNELS)
 
 
 def test_number_of_launches(cuda: CudaOnHost) -> None:
@@ -160,7 +159,7 @@ def test_every_launch_is_checked(name: str, cuda: CudaOnHost) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "tiles"), [*((name, "large") for name in CALLS), ("mean", "small")]
+    ("name", "tiles"), [*((name, "large") for name in KERNELS), ("mean", "small")]
 )
 def test_a_grid_that_is_smaller_than_the_work(name: str, tiles: str, cuda: CudaOnHost) -> None:
     cuda.tiles(tiles)

@@ -33,6 +33,11 @@ def output_of(tool: str, *args: str) -> str:
     return subprocess.run([tool, *args], capture_output=True, text=True, check=True).stdout
 
 
+def undefined_symbols(library: Path) -> list[str]:
+    listing = output_of("nm", "-D", "--undefined-only", "-C", str(library))
+    return [line.split(maxsplit=1)[1] for line in listing.splitlines()]
+
+
 # ---- symbols, instructions, schemas -------------------------------------------------------------
 
 
@@ -40,8 +45,7 @@ def output_of(tool: str, *args: str) -> str:
 def test_undefined_symbols_are_of_the_stable_abi(name: str) -> None:
     if not (PACKAGE / name).exists():
         pytest.skip(f"no {name}: built without nvcc")
-    listing = output_of("nm", "-D", "--undefined-only", "-C", str(PACKAGE / name))
-    symbols = [line.split(maxsplit=1)[1] for line in listing.splitlines()]
+    symbols = undefined_symbols(PACKAGE / name)
     of_torch = [s for s in symbols if re.search(r"torch|aoti|\bat::|\bc10::|caffe2", s)]
     assert "aoti_torch_library_init_impl" in of_torch
     # C functions: without parameters in the demangled name, and without a namespace.
@@ -77,8 +81,7 @@ def test_a_call_on_cuda_without_kernels_says_why(monkeypatch: pytest.MonkeyPatch
 def test_numpy_knows_nothing_of_torch() -> None:
     if NUMPY is None:
         pytest.skip("srt_ext.numpy was not built")
-    listing = output_of("nm", "-D", "--undefined-only", "-C", str(NUMPY))
-    symbols = [line.split(maxsplit=1)[1] for line in listing.splitlines()]
+    symbols = undefined_symbols(NUMPY)
     assert "PyErr_SetString" in symbols
     assert [s for s in symbols if re.search(r"torch|\bat::|\bc10::|caffe2|cuda", s)] == []
     assert not re.search("torch|cuda", output_of("ldd", str(NUMPY)))
@@ -273,13 +276,7 @@ BROKEN_NUMPY = {f"srt_ext/{NUMPY and NUMPY.name}": BROKEN}
         ("_C_cuda.so", {}, "", USE_CUDA, "_C_cuda.so does not exist: nvcc"),
         ("_C_cuda.so", {"srt_ext/_C_cuda.so": BROKEN}, "", USE_CUDA, "does not load"),
         ("*.so", {}, NO_TORCH, USE_NUMPY, "has no _numpy."),
-        (
-            "*.so",
-            {f"srt_ext/{OTHER}": ""},
-            NO_TORCH,
-            USE_NUMPY,
-            f"for another Python: {OTHER}",
-        ),
+        ("*.so", {f"srt_ext/{OTHER}": ""}, NO_TORCH, USE_NUMPY, f"for another Python: {OTHER}"),
         ("*.so", BROKEN_NUMPY, NO_TORCH, USE_NUMPY, "srt_ext._numpy does not load"),
         (None, {}, NO_TORCH, "srt_ext.dlpack", "srt_ext.dlpack is not available"),
         (None, {}, NO_TORCH, "import srt_ext.dlpack", "srt_ext.dlpack is not available"),

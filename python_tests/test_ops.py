@@ -42,36 +42,25 @@ def ensemble_calls(
     field = torch.zeros(case.shape, device=device)
     nhwc = field.to(memory_format=torch.channels_last)
     grads = [torch.randn(case.shape, device=device, requires_grad=requires_grad) for _ in range(2)]
+    one = (grads[0], None)
+
+    def accumulate(reduce: str) -> Call:
+        state = empty_state(case, reduce, device=device)[2]
+        op = getattr(srt, f"accumulate_{reduce}_").default
+        return op, (*state, *(args[:4] if reduce == "median" else args)), modes
+
     return {
         "mean": (srt.ensemble.default, inputs, modes),
         "median": (srt.ensemble.default, inputs[:4], median),
         "moments": (srt.ensemble_moments.default, inputs, modes),
         "out": (srt.ensemble.out, args, {**modes, "out": field}),
         "out, channels_last": (srt.ensemble.out, args, {**modes, "out": nhwc}),
-        **{
-            f"accumulate_{reduce}_": (
-                getattr(srt, f"accumulate_{reduce}_").default,
-                (
-                    *empty_state(case, reduce, device=device)[2],
-                    *args[: 4 if reduce == "median" else 5],
-                ),
-                modes,
-            )
-            for reduce in REDUCES
-        },
+        **{f"accumulate_{reduce}_": accumulate(reduce) for reduce in REDUCES},
         "gradient of a mean": (srt._mean_backward.default, (grads[0], *args[1:]), modes),
-        "gradient of a median": (
-            srt._median_backward.default,
-            (grads[0], None, *args[:4], None),
-            modes,
-        ),
+        "gradient of a median": (srt._median_backward.default, (*one, *args[:4], None), modes),
         "gradient of moments": (srt._moments_backward.default, (*grads, *args), modes),
         "gradient of weights": (srt._weights_backward.default, (*grads, *args), modes),
-        "gradient of a mean's weights": (
-            srt._weights_backward.default,
-            (grads[0], None, *args),
-            modes,
-        ),
+        "gradient of a mean's weights": (srt._weights_backward.default, (*one, *args), modes),
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from samples import UPSAMPLES, each_border, each_interpolation, each_padding
+from samples import NUMPY_PADDINGS, UPSAMPLES, each_border, each_interpolation, each_padding
 from torch.nn import functional
 
 from srt_ext import reference
@@ -119,16 +119,12 @@ def sampled(image: torch.Tensor, offset: torch.Tensor, interpolation: str) -> to
     return functional.grid_sample(image, grid, interpolation, align_corners=False)
 
 
-# Of numpy.pad.
-MODES = {"zeros": "constant", "border": "edge", "reflect": "reflect", "circular": "wrap"}
-
-
 @each_interpolation
 @each_padding
 def test_shift_is_grid_sample_of_a_padded_image(padding: str, interpolation: str) -> None:
     image = random(2, 3, HEIGHT, WIDTH)
     margin = 11
-    padded = np.pad(image.numpy(), [(0, 0)] * 2 + [(margin, margin)] * 2, MODES[padding])  # type: ignore[call-overload]
+    padded = np.pad(image.numpy(), [(0, 0)] * 2 + [(margin, margin)] * 2, NUMPY_PADDINGS[padding])  # type: ignore[call-overload]
     # grid_sample rounds coordinates of size up to 32 several times; an interpolated picture moves
     # by at most 6 times its range for each pixel of coordinate.
     bound = 8 * 32 * EPS * 6 * image.abs().max().item()

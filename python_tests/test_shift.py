@@ -13,14 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import check_containment, check_sample, dtypes_of, poisoned
 from oracle import shift as oracle
-from samples import (
-    DTYPES,
-    FAR,
-    Shift,
-    each_interpolation,
-    each_padding,
-    shifts,
-)
+from samples import DTYPES, FAR, NUMPY_PADDINGS, Shift, each_interpolation, each_padding, shifts
 
 import srt_ext
 
@@ -75,8 +68,6 @@ def test_uint8_rounds_half_to_even_and_saturates(width: int, backend: Backend) -
 
 # ---- whole pixels -------------------------------------------------------------------------------
 
-NUMPY_MODES = {"zeros": "constant", "border": "edge", "reflect": "reflect", "circular": "wrap"}
-
 
 def padded_slice(image: torch.Tensor, dy: int, dx: int, padding: str) -> torch.Tensor:
     """The view by numpy.pad, of the bits of ``image`` [B, C, H, W]; one axis after the other."""
@@ -85,7 +76,7 @@ def padded_slice(image: torch.Tensor, dy: int, dx: int, padding: str) -> torch.T
         margins = [(0, 0)] * 4
         margins[axis] = (abs(d), abs(d))
         first, length = abs(d) - d, view.shape[axis]
-        padded = np.pad(view, margins, mode=NUMPY_MODES[padding])  # type: ignore[call-overload]
+        padded = np.pad(view, margins, mode=NUMPY_PADDINGS[padding])  # type: ignore[call-overload]
         view = padded.take(range(first, first + length), axis)
     return torch.from_numpy(view)
 
