@@ -307,13 +307,8 @@ class CudaOnHost:
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
         library.device.restype = POINTER(HostDevice)
-        for function in (
-            library.ensemble,
-            library.shift,
-            library.mean_backward,
-            library.shift_backward,
-        ):
-            function.restype = c_char_p
+        for name in ("ensemble", "shift", "mean_backward", "shift_backward"):
+            getattr(library, name).restype = c_char_p
         self.gaps: list[tuple[int, int]] = []  # of the workspace: address and bytes
         self._gap = CFUNCTYPE(None, c_void_p, c_int64)(lambda *gap: self.gaps.append(gap))
         library.watch_workspace(self._gap)
@@ -387,23 +382,19 @@ class CudaOnHost:
         layout: str | None = None,
         state: tuple[Guarded, Guarded] | None = None,
     ) -> torch.Tensor:
-        """As Ops.ensemble. The layouts but "channels_last" and "contiguous" are not aligned.
+        """As Ops.ensemble. "padded" has gaps of 16 elements behind cells and rows.
+
+        The layouts but "channels_last" and "contiguous" are not aligned.
 
         With a ``state`` (fields and weight or count) the tokens are a chunk of a stream.
         """
         case = case.fit(reduce)
         b, c, h, w = case.shape
-        size, *strides = {
-            "channels_last": (b * h * w * c, h * w * c, 1, w * c, c),
-            "contiguous": (b * h * w * c, c * h * w, h * w, w, 1),
-            # Rows and cells with gaps of 16 elements.
-            "padded": (
-                b * h * (w + 1) * (c + 16), h * (w + 1) * (c + 16), 1, (w + 1) * (c + 16), c + 16,
-            ),
-            "steps": (
-                b * h * w * (2 * c + 1), h * w * (2 * c + 1), 2, w * (2 * c + 1), 2 * c + 1,
-            ),
-        }[layout or "channels_last"]  # fmt: skip
+        cell = {"padded": c + 16, "steps": 2 * c + 1}.get(str(layout), c)
+        row = cell * (w + (layout == "padded"))
+        size, strides = b * h * row, (h * row, 2 if layout == "steps" else 1, row, cell)
+        if layout == "contiguous":
+            strides = (c * h * w, h * w, w, 1)
         source = Guarded.copy(tokens)
         if state:
             out, planes = state[0], PLANES[reduce]
@@ -436,10 +427,8 @@ class CudaOnHost:
         case, tokens = chunks[0]
         dtype = torch.promote_types(tokens.dtype, torch.float32)
         b, c, h, w = case.shape
-        fields, weight = (
-            Guarded(PLANES[reduce] * b * c * h * w, dtype),
-            Guarded(h * w, torch.float64),
-        )
+        fields = Guarded(PLANES[reduce] * b * c * h * w, dtype)
+        weight = Guarded(h * w, torch.float64)
         weight.elements.zero_()
         for case, tokens in chunks:
             result = self.ensemble(case, tokens, reduce=reduce, place=place, state=(fields, weight))

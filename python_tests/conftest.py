@@ -16,7 +16,6 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import backends
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -84,17 +83,3 @@ def threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
-
-
-@pytest.fixture
-def golden() -> Callable[[str], dict[str, torch.Tensor]]:
-    """Loads an output of the published code; skips where there is none."""
-
-    def load(name: str) -> dict[str, torch.Tensor]:
-        path = SHARED / "golden" / f"{name}.npz"
-        if not path.exists():
-            pytest.skip(f"{path} does not exist")
-        with np.load(path) as arrays:
-            return {key: torch.from_numpy(arrays[key]) for key in arrays}
-
-    return load

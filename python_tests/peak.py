@@ -7,11 +7,10 @@ counts it only roughly where there are many cores.
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 
 import pytest
+from process import run_python
 
 needs_proc = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
@@ -41,12 +40,6 @@ def peak_of(setup: str, call: str, right: str) -> tuple[int, int]:
         right: a condition on it, as ``result``.
     """
     fixed = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**16)}
-    process = subprocess.run(
-        [sys.executable, "-c", PROCESS.format(setup=setup, call=call, right=right)],
-        env=os.environ | fixed,
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr
-    taken, size = process.stdout.split()
+    script = PROCESS.format(setup=setup, call=call, right=right)
+    taken, size = run_python("-c", script, env=fixed).stdout.split()
     return int(taken), int(size)

@@ -18,6 +18,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 UPSAMPLES = ("nearest", "bilinear")
 BORDERS = ("coverage", "zeros", "clamp")
 PADDINGS = ("zeros", "border", "reflect", "circular")
+NUMPY_PADDINGS = dict(zip(PADDINGS, ("constant", "edge", "reflect", "wrap"), strict=True))
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 REDUCES = ("mean", "median", "moments")
 FAR = 2.0**20  # the largest offset
@@ -125,42 +126,35 @@ class Shift:
         return (image, offsets), {"padding": self.padding, "interpolation": self.interpolation}
 
 
-def sample_ensembles() -> dict[str, Ensemble]:
-    plain = Ensemble()
-    return {
-        "grid": plain,
-        "nearest": replace(plain, upsample="nearest", border="zeros"),
-        "real": replace(plain, offsets=_REAL, border="clamp", value_dtype=torch.float64),
-        "beyond": replace(plain, offsets=((12.0, 0.0), (0.5, -30.0), (FAR, -FAR))),
-        "one_view": replace(plain, offsets=((0.75, -1.5),), prefix=2),
-        "weights": replace(plain, offsets=_REAL, weights=(1.0, 0.0, 2.5, 1e-3, 7.0)),
-        "token_scale": replace(plain, stride=(4, 6), upsample="nearest", border="zeros"),
-        "stride": replace(plain, stride=(6, 10), offsets=_REAL, prefix=1),
-        "whole": replace(plain, stride=(12, 30), border="zeros"),
-        "patch_1": replace(plain, patch=(1, 1), offsets=_REAL, stride=(3, 1)),
-        "one_token": replace(plain, grid=(1, 1), patch=(3, 2), channels=1, batch=1),
-        "wide": replace(plain, channels=151, batch=1, border="clamp"),
-    }
+_ENSEMBLE, _SHIFT = Ensemble(), Shift()
 
+ENSEMBLES = {
+    "grid": _ENSEMBLE,
+    "nearest": replace(_ENSEMBLE, upsample="nearest", border="zeros"),
+    "real": replace(_ENSEMBLE, offsets=_REAL, border="clamp", value_dtype=torch.float64),
+    "beyond": replace(_ENSEMBLE, offsets=((12.0, 0.0), (0.5, -30.0), (FAR, -FAR))),
+    "one_view": replace(_ENSEMBLE, offsets=((0.75, -1.5),), prefix=2),
+    "weights": replace(_ENSEMBLE, offsets=_REAL, weights=(1.0, 0.0, 2.5, 1e-3, 7.0)),
+    "token_scale": replace(_ENSEMBLE, stride=(4, 6), upsample="nearest", border="zeros"),
+    "stride": replace(_ENSEMBLE, stride=(6, 10), offsets=_REAL, prefix=1),
+    "whole": replace(_ENSEMBLE, stride=(12, 30), border="zeros"),
+    "patch_1": replace(_ENSEMBLE, patch=(1, 1), offsets=_REAL, stride=(3, 1)),
+    "one_token": replace(_ENSEMBLE, grid=(1, 1), patch=(3, 2), channels=1, batch=1),
+    "wide": replace(_ENSEMBLE, channels=151, batch=1, border="clamp"),
+}
 
-def sample_shifts() -> dict[str, Shift]:
-    plain = Shift()
-    return {
-        "real": plain,
-        "whole": replace(plain, offsets=_GRID, padding="zeros"),
-        "bicubic": replace(plain, interpolation="bicubic", padding="circular"),
-        "nearest": replace(plain, interpolation="nearest", padding="border"),
-        "beyond": replace(plain, offsets=((40.5, -100.25), (FAR, -FAR)), value_dtype=torch.float64),
-        "strided": replace(plain, layout="sliced"),
-        "channels_last": replace(plain, layout="channels_last", interpolation="bicubic"),
-        "one_pixel": replace(plain, size=(1, 1)),
-    }
-
-
-ENSEMBLES, SHIFTS = sample_ensembles(), sample_shifts()
+SHIFTS = {
+    "real": _SHIFT,
+    "whole": replace(_SHIFT, offsets=_GRID, padding="zeros"),
+    "bicubic": replace(_SHIFT, interpolation="bicubic", padding="circular"),
+    "nearest": replace(_SHIFT, interpolation="nearest", padding="border"),
+    "beyond": replace(_SHIFT, offsets=((40.5, -100.25), (FAR, -FAR)), value_dtype=torch.float64),
+    "strided": replace(_SHIFT, layout="sliced"),
+    "channels_last": replace(_SHIFT, layout="channels_last", interpolation="bicubic"),
+    "one_pixel": replace(_SHIFT, size=(1, 1)),
+}
 
 each_ensemble = pytest.mark.parametrize("case", ENSEMBLES.values(), ids=ENSEMBLES.keys())
-each_shift = pytest.mark.parametrize("case", SHIFTS.values(), ids=SHIFTS.keys())
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_reduce = pytest.mark.parametrize("reduce", REDUCES)
 each_border = pytest.mark.parametrize("border", BORDERS)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import pytest
 import torch
 from cli import SMALL, crops, run, small_weights, timm
 from PIL import Image
+from process import run_python
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -170,18 +168,6 @@ def test_a_video_as_frames_leaves_out_what_does_not_fit(frames: Path, tmp_path: 
 # ---- features of an image -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
-def test_features_are_those_of_srt(photo: Path, tmp_path: Path, suffix: str) -> None:
-    output = tmp_path / f"out{suffix}"
-    _, tensors = features(photo, output, *model(), *FAST)
-    assert suffix == ".npz" or metadata(output)["views"] == "grid:1"
-    vit, config = hub.load_timm(SMALL, small_weights())
-    expected = SRT(vit, views.grid(1), stride=4)(normalised(photo, config["mean"], config["std"]))
-    torch.testing.assert_close(tensors["field"], expected.field[0])
-    assert expected.prefix is not None
-    torch.testing.assert_close(tensors["prefix"], expected.prefix[0])
-
-
 def test_16_bits_keep_their_shades_and_transparent_pixels_are_white(tmp_path: Path) -> None:
     shades = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
     Image.fromarray(shades).save(tmp_path / "deep.png")
@@ -304,16 +290,9 @@ def test_the_fallback_is_one_line_of_stderr(photo: Path, tmp_path: Path) -> None
     """Neither warnings nor retries of the hub's client."""
     options = ("features", photo, "-o", tmp_path / "out.safetensors", "--views", "grid:1")
     offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path), "PYTHONWARNINGS": "ignore"}
-    result = subprocess.run(
-        [sys.executable, "-m", "srt_ext", *map(str, options)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **offline},
-        cwd=ROOT,
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stderr.count("\n") == 1
-    assert result.stderr.startswith(f"note: the weights of {common.DEFAULT_MODEL} cannot be had ")
+    errors = run_python("-m", "srt_ext", *options, env=offline, cwd=ROOT).stderr
+    assert errors.count("\n") == 1
+    assert errors.startswith(f"note: the weights of {common.DEFAULT_MODEL} cannot be had ")
 
 
 @pytest.mark.parametrize("tag", ["", ".r160_in1k", ".nonsense"])
@@ -410,10 +389,7 @@ def test_the_module_runs_without_typer_and_torch_to_say_what_is_missing() -> Non
         "import sys; sys.modules['typer'] = sys.modules['torch'] = None\n"
         "from srt_ext.__main__ import main; main()"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT
-    )
-    assert result.returncode == 1
-    assert "the command needs packages that are not installed" in result.stderr
-    assert "no ops: torch is not installed" in result.stderr
-    assert re.search("srt_ext.numpy is (not )?available", result.stderr)
+    errors = run_python("-c", script, code=1, cwd=ROOT).stderr
+    assert "the command needs packages that are not installed" in errors
+    assert "no ops: torch is not installed" in errors
+    assert re.search("srt_ext.numpy is (not )?available", errors)

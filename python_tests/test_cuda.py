@@ -25,6 +25,7 @@ from samples import (
     poison,
     random_views,
 )
+from test_gradients import problem
 from test_ops import check_compiled, model, model_inputs
 
 import srt_ext
@@ -378,17 +379,10 @@ def test_device_of_the_tokens() -> None:
 # ---- gradients ----------------------------------------------------------------------------------
 
 
-def problem(case: Ensemble, reduce: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens, and a gradient of the field, on the device."""
-    shape = (2, *case.shape) if reduce == "moments" else case.shape
-    grad = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    return case.tokens().to("cuda"), grad.to("cuda")
-
-
 @pytest.mark.serial
 def test_a_backward_runs_on_the_stream_of_its_forward() -> None:
     case = ENSEMBLES["grid"]
-    tokens, grad = problem(case, "mean")
+    tokens, grad = (t.cuda() for t in problem(case, "mean", torch.float32))
     field = field_of(srt_ext, "mean", case, "cuda")
     expected = gradient(field, tokens, grad)
     torch.cuda.synchronize()
@@ -405,7 +399,7 @@ def test_a_backward_runs_on_the_stream_of_its_forward() -> None:
 @each_reduce
 def test_a_captured_backward(reduce: str) -> None:
     case = ENSEMBLES["weights"]
-    tokens, grad = problem(case, reduce)
+    tokens, grad = (t.cuda() for t in problem(case, reduce, torch.float32))
     field = field_of(srt_ext, reduce, case, "cuda", "device")
     static, static_grad = tokens.clone().requires_grad_(), grad.clone()
 

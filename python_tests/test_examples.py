@@ -2,14 +2,12 @@
 
 import doctest
 import importlib
-import os
 import re
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from process import run_python
 
 import srt_ext
 
@@ -17,17 +15,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "frameworks.md"
 
 
-def examples() -> dict[str, str]:
-    """The code of each section of the page, by its heading."""
-    sections = PAGE.read_text().split("\n## ")[1:] if PAGE.exists() else []
-    return {
-        section.splitlines()[0]: code
-        for section in sections
-        for code in re.findall(r"^```python\n(.*?)^```", section, re.M | re.S)
-    }
-
-
-EXAMPLES = examples()
+# The code of each section of the page, by its heading.
+EXAMPLES = {
+    section.splitlines()[0]: code
+    for section in (PAGE.read_text().split("\n## ")[1:] if PAGE.exists() else [])
+    for code in re.findall(r"^```python\n(.*?)^```", section, re.M | re.S)
+}
 
 
 @pytest.mark.parametrize("module", ["dlpack", "numpy", "ops", "srt", "streaming", "views"])
@@ -47,16 +40,9 @@ def test_page(name: str, tmp_path: Path) -> None:
             pytest.skip(f"{module} is not installed")
     script = tmp_path / "example.py"  # a file: workers that are not forked import it
     script.write_text(EXAMPLES[name])
-    result = subprocess.run(
-        [sys.executable, script],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(Path(srt_ext.__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stderr
+    path = {"PYTHONPATH": str(Path(srt_ext.__file__).parents[1])}
+    output = run_python(script, cwd=ROOT, env=path, timeout=120).stdout
     printed = re.findall(r"print\(.*\)  # (.+)", EXAMPLES[name])
     assert printed
     for line in printed:
-        assert line in result.stdout
+        assert line in output

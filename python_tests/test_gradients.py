@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
@@ -14,6 +13,7 @@ from budget import assert_within_budget, assert_within_rounding
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import field_of
+from peak import needs_proc, peak_of
 from samples import (
     DTYPES,
     ENSEMBLES,
@@ -225,21 +225,6 @@ def test_gradient_of_the_weight_of_a_view_that_covers_nothing(reduce: str) -> No
     torch.testing.assert_close(actual, truth, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("reduce", ["median", "moments"])
-def test_any_strides_of_a_gradient(reduce: str) -> None:
-    case = ENSEMBLES["grid"]
-    tokens, field = case.tokens(), field_of(srt_ext, reduce, case)
-    grad = torch.randn(field(tokens).shape)
-    expected = gradient(field, tokens, grad)
-    strided = torch.zeros(2, *grad.shape)[1].copy_(grad).transpose(-1, -2).contiguous()
-    assert torch.equal(gradient(field, tokens, strided.transpose(-1, -2)), expected)
-    one = torch.ones(())
-    assert torch.equal(
-        gradient(field, tokens, one.expand(grad.shape)),
-        gradient(field, tokens, torch.ones(grad.shape)),
-    )
-
-
 @pytest.mark.parametrize(
     ("name", "reduce", "value"),
     pairwise(
@@ -265,16 +250,32 @@ def test_a_non_finite_gradient_reaches_what_it_touches(
     assert not result[touched].isfinite().any()
 
 
-@pytest.mark.parametrize("reduce", ["median", "moments"])
-def test_a_gradient_does_not_depend_on_threads(reduce: str, threads: Callable[[int], None]) -> None:
-    case = Ensemble((7, 9), (8, 8), channels=165)
-    tokens, field = case.tokens(), field_of(srt_ext, reduce, case)
-    grad = torch.linspace(-3, 2, field(tokens).numel()).reshape(field(tokens).shape)
-    results = []
-    for count in (1, 2, 5):
-        threads(count)
-        results.append(gradient(field, tokens, grad))
-    assert all(torch.equal(results[0], more) for more in results[1:])
+MEMORY = """
+import srt_ext
+
+def problem(views):
+    tokens = torch.randn(views, 1, 196, 64, requires_grad=True)
+    args = (tokens, srt_ext.views.grid(2)[:views], (14, 14), (16, 16))
+    return {field}.sum(), tokens
+
+torch.autograd.grad(*problem(2))
+problem = problem({views})
+"""
+
+
+@pytest.mark.slow
+@needs_proc
+@pytest.mark.parametrize(
+    "field", ["srt_ext.ensemble(*args, reduce='median')", "srt_ext.ensemble_moments(*args)[1]"]
+)
+def test_memory_of_a_backward_does_not_grow_with_the_views(field: str) -> None:
+    """Beside the gradient it takes the maps of some channels of a few views."""
+    beside = []
+    for views in (4, 16):
+        setup = MEMORY.format(field=field, views=views)
+        taken, gradient = peak_of(setup, "torch.autograd.grad(*problem)[0]", "result.any()")
+        beside.append(taken - gradient)
+    assert beside[1] < 1.1 * beside[0]
 
 
 # ---- gradcheck -----------------------------------------------------------------------------------

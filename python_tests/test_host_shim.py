@@ -9,8 +9,6 @@ import ctypes
 import math
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -33,7 +31,8 @@ from backends import (
     linked,
     objects,
 )
-from oracle import check_containment, check_sample
+from oracle import KERNELS, check_containment, check_sample
+from process import run_python
 from samples import DTYPES, ENSEMBLES, REDUCES, SHIFTS, each_reduce, poison
 
 ALL_DTYPES = (*DTYPES, torch.uint8)
@@ -64,39 +63,29 @@ def check_shift(cuda: CudaOnHost) -> None:
 @pytest.mark.slow
 def test_injected_faults_are_found(tmp_path: Path) -> None:
     """The checks of the tests must find each of the faults below, and nothing without one."""
-    faults: dict[str, tuple[str, str, str]] = {
-        "a missing barrier": ("mean.cu", "if (__syncthreads_or(!finite))", "if (!finite)"),
-        "a write beyond": (
-            "mean.cu",
-            "cell = row + cells.at",
-            "cell = row + plan.cell_bytes + cells.at",
-        ),
-        "a row that is not written": ("mean.cu", "place > last) break", "place >= last) break"),
-        "a run across a break": ("mean.cu", "if (breaks) plan", "if (breaks && cell % 7) plan"),
-        "a weight of 0 that is multiplied": (
-            "mean.cu",
-            "kExact && weight.at[x] == 0",
-            "kExact && false",
-        ),
-        "a token that is not finite": ("mean.cu", "return isfinite(check)", "return true"),
-        "ends that are not finite": (
-            "mean.cu",
-            "if (!kFinite && !isfinite(slope))",
-            "if (false)",
-        ),
+    mean = {
+        "a missing barrier": ("if (__syncthreads_or(!finite))", "if (!finite)"),
+        "a write beyond": ("cell = row + cells.at", "cell = row + plan.cell_bytes + cells.at"),
+        "a row that is not written": ("place > last) break", "place >= last) break"),
+        "a run across a break": ("if (breaks) plan", "if (breaks && cell % 7) plan"),
+        "a weight of 0 that is multiplied": ("kExact && weight.at[x] == 0", "kExact && false"),
+        "a token that is not finite": ("return isfinite(check)", "return true"),
+        "ends that are not finite": ("if (!kFinite && !isfinite(slope))", "if (false)"),
         "a piece of the workspace that is too small": (
-            "mean.cu",
             "workspace.take<double>(args.views * rows)",
             "workspace.take<double>(args.views * rows - 1)",
         ),
-        "a line that is too short": ("shift.cu", "at < columns + taps_x - 1", "at < columns"),
+        "none": ("if (breaks) plan", "if (breaks) plan"),
+    }
+    shift = {
+        "a line that is too short": ("at < columns + taps_x - 1", "at < columns"),
         "a missing barrier of a warp": (
-            "shift.cu",
             "block.taps[0], own);\n      __syncwarp();",
             "block.taps[0], own);",
         ),
-        "none": ("mean.cu", "if (breaks) plan", "if (breaks) plan"),
     }
+    sources = dict.fromkeys(mean, "mean.cu") | dict.fromkeys(shift, "shift.cu")
+    faults = mean | shift
     checks = {"mean.cu": check_mean, "shift.cu": check_shift}
     rest = objects()
 
@@ -104,7 +93,7 @@ def test_injected_faults_are_found(tmp_path: Path) -> None:
         """The library with that fault."""
         folder = tmp_path / fault.replace(" ", "_")
         shutil.copytree(SOURCES, folder)
-        name, good, bad = faults[fault]
+        name, (good, bad) = sources[fault], faults[fault]
         source = folder / "cuda" / name
         text = source.read_text()
         assert text.count(good) == 1, fault
@@ -115,7 +104,7 @@ def test_injected_faults_are_found(tmp_path: Path) -> None:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for fault, library in zip(faults, pool.map(broken, faults), strict=True):
             with nullcontext() if fault == "none" else pytest.raises(AssertionError):
-                checks[faults[fault][0]](CudaOnHost(ctypes.CDLL(str(library))))
+                checks[sources[fault]](CudaOnHost(ctypes.CDLL(str(library))))
 
 
 # ---- launches -----------------------------------------------------------------------------------
@@ -138,8 +127,7 @@ def calls(cuda: CudaOnHost) -> dict[str, Call]:
     }
 
 
-CALLS = (*REDUCES, "mean_backward", "shift", "shift_backward")
-each_call = pytest.mark.parametrize("name", CALLS)
+each_call = pytest.mark.parametrize("name", KERNELS)
 
 
 def test_number_of_launches(cuda: CudaOnHost) -> None:
@@ -171,7 +159,7 @@ def test_every_launch_is_checked(name: str, cuda: CudaOnHost) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "tiles"), [*((name, "large") for name in CALLS), ("mean", "small")]
+    ("name", "tiles"), [*((name, "large") for name in KERNELS), ("mean", "small")]
 )
 def test_a_grid_that_is_smaller_than_the_work(name: str, tiles: str, cuda: CudaOnHost) -> None:
     cuda.tiles(tiles)
@@ -287,10 +275,5 @@ def test_ops(tmp_path: Path) -> None:
     library = linked([glue, *kernels], tmp_path / "ops.so", *link)
     names = ("kernels", "ensemble", "median", "shift", "streams")
     tests = [str(ROOT / "python_tests" / f"test_{name}.py") for name in names]
-    result = subprocess.run(
-        [sys.executable, "-c", OPS, str(library), *tests],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "python_tests")))},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    path = os.pathsep.join((str(ROOT), str(ROOT / "python_tests")))
+    run_python("-c", OPS, library, *tests, env={"PYTHONPATH": path})

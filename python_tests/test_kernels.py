@@ -33,6 +33,7 @@ from samples import (
     INTERPOLATIONS,
     NO_OFFSETS,
     PADDINGS,
+    REDUCES,
     Ensemble,
     Shift,
     each_value_dtype,
@@ -259,5 +260,7 @@ def test_same_bits_over_threads(
         values, results = values_of(kernel, case, dtype), []
         for count in (1, 2, 7):
             threads(count)
-            results.append(run(Ops("cpu"), kernel, case, values))
-        assert all(torch.equal(results[0], other) for other in results[1:])
+            results.append([run(Ops("cpu"), kernel, case, values)])
+            if kernel in REDUCES:  # and as two chunks of a stream
+                results[-1] += Ops("cpu").stream([(case, values)] * 2, kernel)
+        assert all(all(map(torch.equal, results[0], other)) for other in results[1:])

@@ -7,16 +7,15 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from samples import Ensemble, Shift, sample_ensembles, sample_shifts
+from process import run_python
+from samples import Ensemble, Shift
 from torch.utils.data import DataLoader, Dataset
 
 import srt_ext
@@ -27,16 +26,16 @@ LIBRARY = PACKAGE / "_C.so"
 NUMPY = next(PACKAGE.glob("_numpy*.so"), None)
 SOURCES = Path(__file__).resolve().parents[1] / "csrc"
 
-ENSEMBLES = sample_ensembles()
-SHIFTS = sample_shifts()
-
-Compiled = Callable[[Callable[..., Any]], Callable[..., Any]]
-
 
 def output_of(tool: str, *args: str) -> str:
     if shutil.which(tool) is None:
         pytest.skip(f"{tool} is not installed")
     return subprocess.run([tool, *args], capture_output=True, text=True, check=True).stdout
+
+
+def undefined_symbols(library: Path) -> list[str]:
+    listing = output_of("nm", "-D", "--undefined-only", "-C", str(library))
+    return [line.split(maxsplit=1)[1] for line in listing.splitlines()]
 
 
 # ---- symbols, instructions, schemas -------------------------------------------------------------
@@ -46,8 +45,7 @@ def output_of(tool: str, *args: str) -> str:
 def test_undefined_symbols_are_of_the_stable_abi(name: str) -> None:
     if not (PACKAGE / name).exists():
         pytest.skip(f"no {name}: built without nvcc")
-    listing = output_of("nm", "-D", "--undefined-only", "-C", str(PACKAGE / name))
-    symbols = [line.split(maxsplit=1)[1] for line in listing.splitlines()]
+    symbols = undefined_symbols(PACKAGE / name)
     of_torch = [s for s in symbols if re.search(r"torch|aoti|\bat::|\bc10::|caffe2", s)]
     assert "aoti_torch_library_init_impl" in of_torch
     # C functions: without parameters in the demangled name, and without a namespace.
@@ -83,8 +81,7 @@ def test_a_call_on_cuda_without_kernels_says_why(monkeypatch: pytest.MonkeyPatch
 def test_numpy_knows_nothing_of_torch() -> None:
     if NUMPY is None:
         pytest.skip("srt_ext.numpy was not built")
-    listing = output_of("nm", "-D", "--undefined-only", "-C", str(NUMPY))
-    symbols = [line.split(maxsplit=1)[1] for line in listing.splitlines()]
+    symbols = undefined_symbols(NUMPY)
     assert "PyErr_SetString" in symbols
     assert [s for s in symbols if re.search(r"torch|\bat::|\bc10::|caffe2|cuda", s)] == []
     assert not re.search("torch|cuda", output_of("ldd", str(NUMPY)))
@@ -173,31 +170,23 @@ def test_schemas_are_as_promised() -> None:
     modes = '*, str upsample="bilinear", str border="coverage", int[2] stride=1'
     views = f"{places}, Tensor? weights=None, {modes}"
     shift = 'Tensor image, Tensor offsets, *, str padding="reflect", str interpolation="bilinear"'
-    promised = {
-        torch.ops.srt.shift.default: (f"srt::shift({shift}", ") -> Tensor"),
-        torch.ops.srt.ensemble.default: (f"srt::ensemble({ensemble}", ") -> Tensor"),
-        torch.ops.srt.ensemble.out: (f"srt::ensemble.out({ensemble}", ", Tensor(a!) out) -> ()"),
-        torch.ops.srt.ensemble_moments.default: (
-            f"srt::ensemble_moments({views}",
-            ") -> (Tensor mean, Tensor var)",
-        ),
-        torch.ops.srt.accumulate_mean_.default: (
-            f"srt::accumulate_mean_(Tensor(a!) mean, Tensor(b!) weight, {views}",
-            ") -> ()",
-        ),
-        torch.ops.srt.accumulate_moments_.default: (
-            "srt::accumulate_moments_(Tensor(a!) mean, Tensor(b!) var, Tensor(c!) weight, " + views,
-            ") -> ()",
-        ),
-        torch.ops.srt.accumulate_median_.default: (
-            f"srt::accumulate_median_(Tensor(a!) window, Tensor(b!) count, {places}, {modes}",
-            ") -> ()",
-        ),
-    }
-    for op, (begin, end) in promised.items():
-        schema = str(op._schema)
-        assert schema.startswith(begin)
-        assert schema.endswith(end)
+    promised = (
+        f"srt::shift({shift} ...) -> Tensor",
+        f"srt::ensemble({ensemble} ...) -> Tensor",
+        f"srt::ensemble.out({ensemble} ..., Tensor(a!) out) -> ()",
+        f"srt::ensemble_moments({views} ...) -> (Tensor mean, Tensor var)",
+        f"srt::accumulate_mean_(Tensor(a!) mean, Tensor(b!) weight, {views} ...) -> ()",
+        f"srt::accumulate_moments_(Tensor(a!) mean, Tensor(b!) var, Tensor(c!) weight, {views}"
+        " ...) -> ()",
+        f"srt::accumulate_median_(Tensor(a!) window, Tensor(b!) count, {places}, {modes}"
+        " ...) -> ()",
+    )
+    for schema in promised:
+        begin, end = schema.split(" ...")
+        name, _, overload = begin[len("srt::") : begin.index("(")].partition(".")
+        actual = str(getattr(getattr(torch.ops.srt, name), overload or "default")._schema)
+        assert actual.startswith(begin)
+        assert actual.endswith(end)
 
 
 # ---- threads and processes ----------------------------------------------------------------------
@@ -269,9 +258,10 @@ USE_CUDA = (
     "import torch, srt_ext._library; print(srt_ext._library.cuda_unavailable); "
     "srt_ext.shift(torch.ones(1, 1, 2, 2), torch.zeros(1, 2))"
 )
-OTHER_PYTHON = "_numpy.cpython-399-x86_64-linux-gnu.so"
+OTHER = "_numpy.cpython-399-x86_64-linux-gnu.so"
 BROKEN_TORCH = {"torch/__init__.py": "raise ImportError('libcudart.so.13: not found')"}
 BROKEN = "not a library"
+BROKEN_NUMPY = {f"srt_ext/{NUMPY and NUMPY.name}": BROKEN}
 
 
 @pytest.mark.slow
@@ -286,20 +276,10 @@ BROKEN = "not a library"
         ("_C_cuda.so", {}, "", USE_CUDA, "_C_cuda.so does not exist: nvcc"),
         ("_C_cuda.so", {"srt_ext/_C_cuda.so": BROKEN}, "", USE_CUDA, "does not load"),
         ("*.so", {}, NO_TORCH, USE_NUMPY, "has no _numpy."),
-        (
-            "*.so",
-            {f"srt_ext/{OTHER_PYTHON}": ""},
-            NO_TORCH,
-            USE_NUMPY,
-            f"it was built for another Python: {OTHER_PYTHON}",
-        ),
-        (
-            "*.so",
-            {f"srt_ext/{NUMPY and NUMPY.name}": BROKEN},
-            NO_TORCH,
-            USE_NUMPY,
-            "srt_ext._numpy does not load",
-        ),
+        ("*.so", {f"srt_ext/{OTHER}": ""}, NO_TORCH, USE_NUMPY, f"for another Python: {OTHER}"),
+        ("*.so", BROKEN_NUMPY, NO_TORCH, USE_NUMPY, "srt_ext._numpy does not load"),
+        (None, {}, NO_TORCH, "srt_ext.dlpack", "srt_ext.dlpack is not available"),
+        (None, {}, NO_TORCH, "import srt_ext.dlpack", "srt_ext.dlpack is not available"),
     ],
 )
 def test_import_never_fails(
@@ -314,8 +294,4 @@ def test_import_never_fails(
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
     script = IMPORT.format(path=str(tmp_path), before=before, use=use)
-    result = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    assert reason in result.stdout
+    assert reason in run_python("-c", script, cwd=tmp_path).stdout

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -25,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 from arrays import COMMON_DTYPES, array, arrays, assert_same_bits
+from process import run_python
 from samples import ENSEMBLES, SHIFTS, Ensemble, Shift
 
 import srt_ext
@@ -321,14 +321,6 @@ def test_out_of_any_strides() -> None:
         assert np.isfinite(whole).sum() == out.size
 
 
-def run_script(script: str, *args: object, **options: Any) -> str:
-    result = subprocess.run(
-        [sys.executable, "-c", script, *map(str, args)], capture_output=True, text=True, **options
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    return result.stdout
-
-
 # ---- threads ------------------------------------------------------------------------------------
 
 
@@ -359,11 +351,11 @@ def test_same_bits_over_threads(threads: Callable[[int], None]) -> None:
 
 def test_number_of_threads() -> None:
     if hasattr(os, "sched_getaffinity"):
-        cpus = run_script(
+        script = (
             "import os, sys; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); "
             "sys.modules['torch'] = None; import srt_ext.numpy as srt; print(srt.get_num_threads())"
         )
-        assert cpus == "1\n"
+        assert run_python("-c", script).stdout == "1\n"
     before = srt.get_num_threads()
     for wrong in (0, -1, 2**40):
         with pytest.raises(ValueError, match=rf"set_num_threads: n must be .*; got {wrong}"):
@@ -389,27 +381,28 @@ def test_other_threads_run_meanwhile(name: str, threads: Callable[[int], None]) 
     threads(1)
     case = Ensemble((14, 14), (8, 8), channels=64) if name == "ensemble" else Shift((250, 250))
     args, modes = arrays(case.call(case.tokens() if name == "ensemble" else case.image()))
-    steps, stop = [0], threading.Event()
+    gate, passed = threading.Event(), threading.Event()
 
     def other() -> None:
-        while not stop.is_set():
-            steps[0] += 1
-            time.sleep(0)  # gives the interpreter back
+        gate.wait()
+        passed.set()
 
     interval = sys.getswitchinterval()
     thread = threading.Thread(target=other)
     thread.start()
+    time.sleep(0.1)  # it waits for the gate, not for the interpreter
     try:
         sys.setswitchinterval(3600)
-        before = steps[0]
+        gate.set()
+        assert not passed.is_set()
         for _ in range(2000):
             getattr(srt, name)(*args, **modes)
-            if steps[0] > before + 1:  # one may have been waiting for the interpreter
+            if passed.is_set():
                 break
-        assert steps[0] > before + 1
+        assert passed.is_set()
     finally:
         sys.setswitchinterval(interval)
-        stop.set()
+        gate.set()
         thread.join()
 
 
@@ -462,13 +455,14 @@ def test_a_forked_process_has_threads_of_its_own(threads: Callable[[int], None])
 # ---- without torch ------------------------------------------------------------------------------
 
 SCRIPT = """
-import sys
-if sys.argv[3] == "without":
-    sys.modules["torch"] = None  # an import of it raises ImportError
+import hashlib
 import numpy as np
 import srt_ext.numpy as srt
 
-def calls(tokens, offsets, weights, image):
+def results():
+    random = np.random.default_rng(0)
+    tokens, offsets = random.normal(size=(5, 2, 15, 3)).astype("f4"), random.normal(0, 3, (5, 2))
+    image, weights = random.integers(0, 256, (2, 3, 7, 11), np.uint8), [1, 0, 2.5, 1e-3, 7]
     place = (3, 5), (4, 6)
     yield srt.shift(image, offsets, interpolation="bicubic")
     yield srt.ensemble(tokens, offsets, *place, weights)
@@ -483,24 +477,13 @@ def calls(tokens, offsets, weights, image):
             again.merge(running)
         yield again.result()
 
-np.savez(sys.argv[2], *calls(**np.load(sys.argv[1])))
-loaded = {name.partition(".")[0] for name, module in sys.modules.items() if module}
-assert ("torch" in loaded) == (sys.argv[3] == "with")
+digest = [(str(r.dtype), hashlib.sha256(r.tobytes()).hexdigest()) for r in results()]
 """
 
 
-def test_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_torch() -> None:
     """The same bits as in this process, which has torch."""
-    case = ENSEMBLES["weights"]
-    (tokens, offsets, _, _, weights), _ = arrays(case.call(case.tokens()))
-    image = array(Shift((7, 11)).image(torch.uint8))
-    given = tmp_path / "given.npz"
-    np.savez(given, tokens=tokens, offsets=offsets, weights=weights, image=image)
-    made = [tmp_path / f"{torch_is}.npz" for torch_is in ("without", "with")]
-    run_script(SCRIPT, given, made[0], "without", cwd=PACKAGE.parent)
-    monkeypatch.setattr(sys, "argv", ["", given, made[1], "with"])
-    exec(SCRIPT, {})
-    results = [np.load(path).values() for path in made]
-    for actual, expected in zip(*results, strict=True):
-        assert actual.dtype == expected.dtype
-        assert actual.tobytes() == expected.tobytes()
+    script = f"import sys\nsys.modules['torch'] = None  # its import fails\n{SCRIPT}\nprint(digest)"
+    here: dict[str, Any] = {}
+    exec(SCRIPT, here)
+    assert run_python("-c", script, cwd=PACKAGE.parent).stdout == f"{here['digest']}\n"

@@ -42,36 +42,25 @@ def ensemble_calls(
     field = torch.zeros(case.shape, device=device)
     nhwc = field.to(memory_format=torch.channels_last)
     grads = [torch.randn(case.shape, device=device, requires_grad=requires_grad) for _ in range(2)]
+    one = (grads[0], None)
+
+    def accumulate(reduce: str) -> Call:
+        state = empty_state(case, reduce, device=device)[2]
+        op = getattr(srt, f"accumulate_{reduce}_").default
+        return op, (*state, *(args[:4] if reduce == "median" else args)), modes
+
     return {
         "mean": (srt.ensemble.default, inputs, modes),
         "median": (srt.ensemble.default, inputs[:4], median),
         "moments": (srt.ensemble_moments.default, inputs, modes),
         "out": (srt.ensemble.out, args, {**modes, "out": field}),
         "out, channels_last": (srt.ensemble.out, args, {**modes, "out": nhwc}),
-        **{
-            f"accumulate_{reduce}_": (
-                getattr(srt, f"accumulate_{reduce}_").default,
-                (
-                    *empty_state(case, reduce, device=device)[2],
-                    *args[: 4 if reduce == "median" else 5],
-                ),
-                modes,
-            )
-            for reduce in REDUCES
-        },
+        **{f"accumulate_{reduce}_": accumulate(reduce) for reduce in REDUCES},
         "gradient of a mean": (srt._mean_backward.default, (grads[0], *args[1:]), modes),
-        "gradient of a median": (
-            srt._median_backward.default,
-            (grads[0], None, *args[:4], None),
-            modes,
-        ),
+        "gradient of a median": (srt._median_backward.default, (*one, *args[:4], None), modes),
         "gradient of moments": (srt._moments_backward.default, (*grads, *args), modes),
         "gradient of weights": (srt._weights_backward.default, (*grads, *args), modes),
-        "gradient of a mean's weights": (
-            srt._weights_backward.default,
-            (grads[0], None, *args),
-            modes,
-        ),
+        "gradient of a mean's weights": (srt._weights_backward.default, (*one, *args), modes),
     }
 
 
@@ -321,55 +310,45 @@ def test_torch_func_of_shift() -> None:
         torch.testing.assert_close(actual, expected)
 
 
-def each_of(function: Function, size: int, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-    results = [
-        function(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
-        for i in range(size)
-    ]
-    return torch.stack(results)
-
-
-@each_reduce
 @pytest.mark.parametrize(
-    "in_dims", [(0, None, None), (2, None, None), (-1, 0, None), (None, 1, None), (1, None, 0)]
+    ("op", "in_dims"),
+    [
+        *itertools.product(
+            REDUCES,
+            [(0, None, None), (2, None, None), (-1, 0, None), (None, 1, None), (1, None, 0)],
+        ),
+        *(("shift", in_dims) for in_dims in [(0, None), (4, None), (1, 2), (None, 0)]),
+    ],
 )
-def test_vmap(in_dims: tuple[int | None, int | None, int | None], reduce: str) -> None:
+def test_vmap(op: str, in_dims: tuple[int | None, ...]) -> None:
     module = srt_ext if in_dims[0] == 0 else srt
-    case = replace(ENSEMBLES["grid"], channels=3)
-    grid, patch = case.grid, case.patch
-    size = 4
-    shapes = ((9, 2, 15, 3), (9, 2), (9,))
     args = []
+    shapes = ((2, 3, 5, 6), (7, 2)) if op == "shift" else ((9, 2, 15, 3), (9, 2), (9,))
     for shape, dim in zip(shapes, in_dims, strict=True):
         mapped = list(shape)
         if dim is not None:
-            mapped.insert(dim if dim >= 0 else len(shape) + 1 + dim, size)
+            mapped.insert(dim if dim >= 0 else len(shape) + 1 + dim, 4)
         args.append(torch.rand(mapped) * 4)
     if in_dims[0] == -1:
         args[0] = args[0].movedim(-1, 0).contiguous().movedim(0, -1)  # dense channels in each
-
-    def field(tokens: Any, offsets: Any, weights: Any) -> Any:
-        if reduce == "moments":
-            return torch.stack(module.ensemble_moments(tokens, offsets, grid, patch, weights))
-        given = (weights,) if reduce == "mean" else ()
-        return module.ensemble(tokens, offsets, grid, patch, *given, reduce=reduce)
-
-    if reduce == "median" and in_dims == (1, None, 0):
+    if op == "median" and in_dims == (1, None, 0):
         in_dims = (1, None, None)
         args[2] = args[2][0]
-    actual = torch.vmap(field, in_dims)(*args)
-    assert torch.equal(actual, each_of(field, size, in_dims, *args))
 
+    def function(data: Any, offsets: Any, *weights: Any) -> Any:
+        if op == "shift":
+            return module.shift(data, offsets)
+        place = (data, offsets, (3, 5), (4, 6))
+        if op == "moments":
+            return torch.stack(module.ensemble_moments(*place, *weights))
+        return module.ensemble(*place, *(weights if op == "mean" else ()), reduce=op)
 
-@pytest.mark.parametrize("in_dims", [(0, None), (4, None), (1, 2), (None, 0)])
-def test_vmap_of_shift(in_dims: tuple[int | None, int | None]) -> None:
-    shapes = [[2, 3, 5, 6], [7, 2]]
-    for shape, dim in zip(shapes, in_dims, strict=True):
-        if dim is not None:
-            shape.insert(dim, 4)
-    args = [torch.randn(shape) for shape in shapes]
-    actual = torch.vmap(srt_ext.shift, in_dims)(*args)
-    assert torch.equal(actual, each_of(srt_ext.shift, 4, in_dims, *args))
+    each = (
+        [a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)]
+        for i in range(4)
+    )
+    expected = torch.stack([function(*one) for one in each])
+    assert torch.equal(torch.vmap(function, in_dims)(*args), expected)
 
 
 def test_vmap_of_vmap_and_of_an_empty_batch() -> None:

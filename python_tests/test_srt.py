@@ -101,14 +101,14 @@ def test_tokens_held_do_not_grow_with_the_views(
 ) -> None:
     """At token scale, or streaming, those of one batch of views, however many views there are."""
     held: list[int] = []
-    kinds = srt_module._RUNNING
+    kind = srt_module._RUNNING[reduce]
+    update = kind.update
 
-    class Spy(kinds[reduce]):  # type: ignore[misc]
-        def update(self, tokens: torch.Tensor, *others: torch.Tensor | None) -> None:
-            held.append(tokens.untyped_storage().nbytes())
-            super().update(tokens, *others)
+    def spy(running: Any, tokens: torch.Tensor, *others: torch.Tensor | None) -> None:
+        held.append(tokens.untyped_storage().nbytes())
+        update(running, tokens, *others)
 
-    monkeypatch.setitem(kinds, reduce, Spy)
+    monkeypatch.setattr(kind, "update", spy)
     for radius in (1, 4):
         settings: dict[str, Any] = {"stride": PATCH, "view_batch": 3, "patch": PATCH}
         srt = SRT(pooled, views.grid(radius), reduce=reduce, streaming=streaming, **settings)
@@ -187,10 +187,7 @@ ORIGIN = torch.zeros(2, 2)
         ({"border": None}, TypeError, "border must be a string"),
         ({"padding": "mirror"}, ValueError, "padding must be one of"),
         # Views are checked before the model runs; test_views.py has the rest.
-        ({"views": [[0, 0]]}, TypeError, "views must be a torch.Tensor, .*; got list"),
-        ({"views": torch.zeros(2, 2).int()}, TypeError, "offsets must be float32 or float64"),
         ({"views": torch.tensor([[0.0, torch.nan]])}, ValueError, "offsets must be finite"),
-        ({"views": torch.tensor([[0.0, 2.0**21]])}, ValueError, "must be finite and at most"),
         ({"views": (ORIGIN, torch.tensor([1.0, -1]))}, ValueError, "weights must be finite and"),
         ({"views": (ORIGIN, torch.zeros(2))}, ValueError, r"not all be 0; got \[0.0, 0.0\]"),
     ],

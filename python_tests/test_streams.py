@@ -608,8 +608,6 @@ def test_wrong_states_merges_and_weights(library: Library) -> None:
         library.new("Mean", (1, 1), (4, 4)).load_state_dict(mean.state_dict())
     with pytest.raises(ValueError, match=r"RunningMean: grid must be two integers"):
         library.new("Mean", (0, 1), (4, 4))
-    with pytest.raises(ValueError, match="between 2\\^-500 and 2\\^500"):
-        library.update(mean, tokens, still(1), torch.tensor([1e200], dtype=torch.float64))
     with pytest.raises(ValueError, match="RunningMedian: weights must be None for a median"):
         library.update(median, tokens, still(1), torch.ones(1))
     with pytest.raises(ValueError, match="no views were added"):
@@ -668,8 +666,6 @@ def distributed_case() -> Ensemble:
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(rank, (str(tmp_path),), nprocs=2)
     case = distributed_case()
-    args, modes = case.call(case.tokens())
-    expected = reference.ensemble_moments(*args, **modes)
     for kind in AVERAGES:
         for name in (kind, f"alone-{kind}"):
             states = [torch.load(tmp_path / f"{name}-{number}.pt") for number in (0, 1)]
@@ -677,22 +673,9 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
                 running = TORCH.like(kind, case)
                 running.load_state_dict(state)
                 assert running.views == 9
-                for field, truth in zip(running._fields(), expected, strict=False):
-                    torch.testing.assert_close(field.double(), truth, rtol=1e-5, atol=1e-6)
+                check_state(TORCH.state(running), case, torch.float32, 8)
             # Every process has the same.
             assert all(
                 torch.equal(states[0]["state"][key], values)
                 for key, values in states[1]["state"].items()
             )
-
-
-def test_same_bits_over_threads(threads: Callable[[int], None]) -> None:
-    case = Ensemble((7, 9), (8, 8), channels=133)
-    tokens = case.tokens()
-    for kind in KINDS:
-        states = []
-        for count in (1, 2, 7):
-            threads(count)
-            states.append(list(TORCH.fed(kind, case, tokens, [4])._state.values()))
-        for other in states[1:]:
-            assert all(map(torch.equal, states[0], other))
