@@ -225,6 +225,18 @@ def test_gradient_of_the_weight_of_a_view_that_covers_nothing(reduce: str) -> No
     torch.testing.assert_close(actual, truth, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("reduce", ["median", "moments"])
+def test_any_strides_of_a_gradient(reduce: str) -> None:
+    case = ENSEMBLES["grid"]
+    tokens, field = case.tokens(), field_of(srt_ext, reduce, case)
+    grad = torch.randn(field(tokens).shape)
+    strided = grad.transpose(-1, -2).contiguous().transpose(-1, -2)
+    assert torch.equal(gradient(field, tokens, strided), gradient(field, tokens, grad))
+    ones = torch.ones(grad.shape)
+    expanded = torch.ones(()).expand(grad.shape)
+    assert torch.equal(gradient(field, tokens, expanded), gradient(field, tokens, ones))
+
+
 @pytest.mark.parametrize(
     ("name", "reduce", "value"),
     pairwise(

@@ -157,4 +157,4 @@ def test_both_precisions_are_what_they_say() -> None:
 )
 def test_an_unknown_mode_raises(modes: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(modes))} must be one of .*; got"):
-        reference.ensemble(random(1, 1, 1, 1), ZERO, (1, 1), (1, 1), **modes)  # type: ignore[arg-type]
+        reference.ensemble(random(1, 1, 1, 1), torch.zeros(1, 2), (1, 1), (1, 1), **modes)  # type: ignore[arg-type]
