@@ -43,12 +43,11 @@ struct TransposedTable {
 // The views sorted by dy, then by group, in parts of one dy whose groups lie in one tile.
 template <class Acc>
 struct ViewsByDy {
-  using Plan = MeanBackwardPlan<Acc>;
-  std::vector<typename Plan::View> views;
-  std::vector<typename Plan::TileViews> parts;
+  std::vector<typename ViewsPlan<Acc>::View> views;
+  std::vector<TileViews> parts;
   std::vector<int64_t> begin;  // [distinct dy + 1], into parts
 
-  explicit ViewsByDy(const std::vector<typename Plan::View>& by_group) : views(by_group) {
+  explicit ViewsByDy(const std::vector<typename ViewsPlan<Acc>::View>& by_group) : views(by_group) {
     std::stable_sort(views.begin(), views.end(),
                      [](const auto& a, const auto& b) { return a.dy < b.dy; });
   }
@@ -81,13 +80,12 @@ struct ViewsByDy {
 // cells overlap: where the offsets alone reach farther than that, shorter ones would only read
 // more.
 template <class Acc>
-std::vector<typename MeanBackwardPlan<Acc>::CellSpan> choose_segments(const TransposedTable<Acc>& x,
-                                                                      int64_t cell_bytes,
-                                                                      MeanBackwardPlan<Acc>& plan) {
-  std::vector<typename MeanBackwardPlan<Acc>::CellSpan> spans;
+std::vector<CellSpan> choose_segments(const TransposedTable<Acc>& x, int64_t cell_bytes,
+                                      MeanBackwardPlan<Acc>& plan) {
+  std::vector<CellSpan> spans;
   for (int64_t segments = 1;; segments *= 2) {
     const int64_t segment = div_up(plan.tokens_x, segments);
-    std::vector<typename MeanBackwardPlan<Acc>::CellSpan> shorter;
+    std::vector<CellSpan> shorter;
     int64_t longest = 1, read = 0;
     for (int64_t j = 0; j < plan.tokens_x; j += segment) {
       const int64_t j_end = std::min(j + segment, plan.tokens_x);

@@ -107,6 +107,16 @@ struct PerViewPlan : ViewsPlan<Acc> {
   Scratch scratch;
 };
 
+// Views of one dy whose groups lie in one tile of x.
+struct TileViews {
+  int64_t tile, begin, end;  // into by_dy
+};
+
+// The cells [begin, end) that read a segment of a row of tokens, which is made in segments.
+struct CellSpan {
+  int64_t begin, end;
+};
+
 // The gradient of the tokens of a mean: the filters of MeanPlan transposed, in the other order. For
 // each distinct dy the gradient rows that read a token row are summed, then, for each view, the
 // cells of that. A task is one image, one row of tokens and one chunk of channels. `out` is the
@@ -115,24 +125,15 @@ template <class Acc>
 struct MeanBackwardPlan : ViewsPlan<Acc> {
   // Outputs are offsets, inputs the cells that read a token; a set for each token.
   TileTable<Acc> tile_y, tile_x;
-  // Views of one dy whose groups lie in one tile of x. Those of dy number d are
-  // [tile_views_begin[d], tile_views_begin[d + 1]).
-  struct TileViews {
-    int64_t tile, begin, end;  // into by_dy
-  };
   const typename ViewsPlan<Acc>::View* by_dy;  // sorted by dy, then by group
   const TileViews* tile_views;
-  const int64_t* tile_views_begin;  // [distinct dy + 1]
+  const int64_t* tile_views_begin;  // [distinct dy + 1], into tile_views: those of each dy
   const Acc* inverse;               // [H', W']: 1 / the weight of a cell, or 0
-  // A row of tokens is made in segments; cells [begin, end) read them.
-  struct CellSpan {
-    int64_t begin, end;
-  };
-  int64_t segment, segments;  // tokens, and how many there are
-  const CellSpan* spans;      // [segments]
-  int64_t longest_span;       // cells
-  int64_t pass;               // channels whose sums fit the cache, whole blocks
-  void* grad_tokens;          // [V, B, h*w, C], dense
+  int64_t segment, segments;        // tokens, and how many there are
+  const CellSpan* spans;            // [segments]
+  int64_t longest_span;             // cells
+  int64_t pass;                     // channels whose sums fit the cache, whole blocks
+  void* grad_tokens;                // [V, B, h*w, C], dense
   struct Scratch {
     ScratchArray<Acc> sums;     // [tile of y, longest_span, pass]
     ScratchArray<int64_t> at;   // the inputs of a tile
