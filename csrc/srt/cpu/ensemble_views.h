@@ -118,10 +118,7 @@ struct Views {
 
     const Axis axis_y{args.grid[0], args.patch[0], args.stride[0], args.upsample, args.border};
     const Axis axis_x{args.grid[1], args.patch[1], args.stride[1], args.upsample, args.border};
-    plan.tokens = args.tokens;
-    std::copy_n(args.token_strides, 3, plan.token_strides);
-    plan.batch = args.batch;
-    plan.channels = args.channels;
+    static_cast<EnsembleArgs&>(plan) = args;
     plan.height = axis_y.cells();
     plan.width = axis_x.cells();
     plan.tokens_y = args.grid[0];
@@ -131,11 +128,8 @@ struct Views {
     plan.offsets_y = static_cast<int64_t>(dy.size());
     plan.groups = static_cast<int64_t>(dx.size());
     plan.group_begin = group_begin.data();
-    plan.views = views.data();
-    plan.view_count = static_cast<int64_t>(views.size());
-    plan.out = args.out;
-    std::copy_n(args.out_strides, 4, plan.out_strides);
-    plan.total_weight = args.total_weight;
+    plan.counted_views = views.data();
+    plan.counted = static_cast<int64_t>(views.size());
     plan.scale = args.total_weight ? scale : 1;
   }
 
@@ -257,8 +251,8 @@ std::vector<double> cell_weights(const ViewsPlan<Acc>& plan, bool count_views) {
     for (int64_t g = 0; g < plan.groups; ++g) {
       double weight = 0;
       for (int64_t i = plan.group_begin[g]; i < plan.group_begin[g + 1]; ++i)
-        weight += static_cast<double>(plan.views[i].weight) *
-                  part(plan.y.count[plan.views[i].dy * plan.height + y]);
+        weight += static_cast<double>(plan.counted_views[i].weight) *
+                  part(plan.y.count[plan.counted_views[i].dy * plan.height + y]);
       for (int64_t x = 0; x < plan.width; ++x)
         row[x] += plan.scale * weight * part(plan.x.count[g * plan.width + x]);
     }

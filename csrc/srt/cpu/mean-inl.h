@@ -22,7 +22,7 @@ bool combine_rows(const MeanPlan<Acc>& plan, int64_t tile, int64_t first, const 
   for (int64_t g = 0; g < plan.groups; ++g) {
     int64_t count = 0;
     for (int64_t i = plan.group_begin[g]; i < plan.group_begin[g + 1]; ++i) {
-      const auto& view = plan.views[i];
+      const auto& view = plan.counted_views[i];
       const int64_t slot = view.dy * table.tiles + tile;
       for (int64_t k = table.begin[slot]; k < table.begin[slot + 1]; ++k, ++count) {
         at[count] = view.index * plan.token_strides[0] + table.input[k] * plan.tokens_x * stride_n;
@@ -121,8 +121,8 @@ void fill_inverse(const MeanPlan<Acc>& plan, int64_t y, int64_t r, char* base) {
   for (int64_t g = 0; g < plan.groups; ++g) {
     double count_y = 0;
     for (int64_t i = plan.group_begin[g]; i < plan.group_begin[g + 1]; ++i)
-      count_y += static_cast<double>(plan.views[i].weight) *
-                 plan.y.count[plan.views[i].dy * plan.height + y];
+      count_y += static_cast<double>(plan.counted_views[i].weight) *
+                 plan.y.count[plan.counted_views[i].dy * plan.height + y];
     if (!(count_y > 0)) continue;
     const double* const count_x = plan.x.count + g * plan.width;
     for (int64_t x = 0; x < plan.width; ++x) count[x] += count_y * count_x[x];

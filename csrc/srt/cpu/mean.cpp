@@ -66,7 +66,7 @@ void mean_of(const EnsembleArgs& args, const Parallel& parallel) {
   const double work = static_cast<double>(plan.batch) *
                       static_cast<double>(args.channels * plan.height) *
                       static_cast<double>(plan.groups * plan.width * plan.x.max_taps +
-                                          plan.view_count * plan.tokens_x * plan.y.max_taps);
+                                          plan.counted * plan.tokens_x * plan.y.max_taps);
   run_tasks(plan, args.total_weight ? isa.of<T>().stream_mean : isa.of<T>().mean, count_tasks(),
             workers_for(work, parallel), scratch_bytes, parallel);
 }

@@ -282,8 +282,8 @@ __attribute__((noinline)) void combine_views(const PerViewPlan<Acc>& plan, int64
   int64_t* const at = in(base, plan.scratch.at);
   int64_t* const row_of = in(base, plan.scratch.row_of);
   int64_t rows = 0;
-  for (int64_t i = 0; i < plan.view_count; ++i) {
-    const auto& view = plan.views[i];
+  for (int64_t i = 0; i < plan.counted; ++i) {
+    const auto& view = plan.counted_views[i];
     const int64_t slot = view.dy * plan.height + y, count = plan.y.taps[slot];
     row_of[i] = -1;
     if (!(plan.y.count[slot] > 0)) continue;
@@ -308,9 +308,9 @@ __attribute__((noinline)) CellValues<Acc> views_of_cell(const PerViewPlan<Acc>& 
   double* const weights = in(base, scratch.weights);
   Acc* const shares = in(base, scratch.shares);
   CellValues<Acc> cell{in(base, scratch.buffer), shares, in(base, scratch.steps), 0, 0, true};
-  for (int64_t k = 0; k < plan.view_count; ++k) {
+  for (int64_t k = 0; k < plan.counted; ++k) {
     const int64_t i = plan.order ? plan.order[k] : k;
-    const auto& view = plan.views[i];
+    const auto& view = plan.counted_views[i];
     const int64_t slot = view.group * plan.width + x;
     if (row_of[i] < 0 || !(plan.x.count[slot] > 0)) continue;
     const int64_t token = row_of[i] * plan.tokens_x + plan.x.first[slot];
