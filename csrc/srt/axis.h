@@ -77,6 +77,12 @@ struct AxisTable {
   double* count;   // [D, cells], counted pixels
   int64_t cells;
   int64_t max_taps;
+
+  // The weight with which a cell of offset number `d` reads a token.
+  SRT_HD Acc weight_of(int64_t d, int64_t cell, int64_t token) const {
+    const int64_t slot = d * cells + cell, tap = token - first[slot];
+    return tap >= 0 && tap < taps[slot] ? weight[slot * max_taps + tap] : 0;
+  }
 };
 
 // Fills one cell of the table of offset number `d`.

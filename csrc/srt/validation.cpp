@@ -121,9 +121,16 @@ void check_weights(const char* op, const std::vector<double>& weights, bool stre
   }
 }
 
-// Of this shape, with a place for each element, and none of them of the tokens.
+// What an op is given to write to: of this dtype and shape, on the device of the tokens, with a
+// place for each element, and none of them of the tokens. `dtype_rule` is how the message goes on
+// after "must".
 void check_written(const char* op, const std::string& name, const ArrayView& written,
+                   const std::string& dtype, const std::string& dtype_rule,
                    const std::vector<int64_t>& shape, const ArrayView& tokens) {
+  if (written.dtype != dtype)
+    fail(op, name + " must " + dtype_rule, written.dtype, Error::Kind::type);
+  if (written.device != tokens.device)
+    fail(op, name + " must be on the device of tokens", written.device);
   if (written.shape != shape)
     fail(op, name + " must be " + format_shape(shape), format_shape(written.shape));
   if (std::find(shape.begin(), shape.end(), 0) != shape.end()) return;
@@ -218,14 +225,6 @@ DType check_dtype(const char* op, const std::string& name, const ArrayView& arra
        array.dtype, Error::Kind::type);
 }
 
-void check_placed(const char* op, const std::string& name, const ArrayView& array,
-                  const std::string& dtype, const std::string& dtype_rule,
-                  const ArrayView& tokens) {
-  if (array.dtype != dtype) fail(op, name + " must " + dtype_rule, array.dtype, Error::Kind::type);
-  if (array.device != tokens.device)
-    fail(op, name + " must be on the device of tokens", array.device);
-}
-
 Reduce parse_reduce(std::string_view word) {
   return parse<Reduce>("ensemble", "reduce", word, {"mean", "median"});
 }
@@ -269,8 +268,8 @@ void CheckedEnsemble::set_result(void* out, void* variance) {
 }
 
 void CheckedEnsemble::set_out(const ArrayView& out) {
-  check_placed(op, "out", out, tokens.dtype, "have the dtype of tokens, " + tokens.dtype, tokens);
-  check_written(op, "out", out, out_shape, tokens);
+  check_written(op, "out", out, tokens.dtype, "have the dtype of tokens, " + tokens.dtype,
+                out_shape, tokens);
   args.out = const_cast<void*>(out.data);
   std::copy_n(out.strides.begin(), 4, args.out_strides);
 }
@@ -292,9 +291,9 @@ void CheckedEnsemble::set_state(const std::vector<ArrayView>& state) {
   const ArrayView &field = state.front(), &totals = state.back();
   for (size_t i = 0; i < state.size(); ++i) {
     const bool total = i + 1 == state.size();
-    check_placed(op, names[i], state[i], total ? "float64" : dtype,
-                 total ? "be float64" : "be " + dtype + (f64 ? ", as tokens are" : ""), tokens);
-    check_written(op, names[i], state[i], total ? cells : planes, tokens);
+    check_written(op, names[i], state[i], total ? "float64" : dtype,
+                  total ? "be float64" : "be " + dtype + (f64 ? ", as tokens are" : ""),
+                  total ? cells : planes, tokens);
     for (size_t j = 0; j < i; ++j) {
       if (share_memory(state[i], state[j]))
         fail(op, std::string(names[j]) + " and " + names[i] + " must not share memory",

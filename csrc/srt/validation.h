@@ -44,11 +44,6 @@ struct ArrayView {
 DType check_dtype(const char* op, const std::string& name, const ArrayView& array,
                   bool allow_uint8);
 
-// What an op is given to write to: of this dtype, on the device of the tokens. `dtype_rule` is how
-// the message goes on after "must".
-void check_placed(const char* op, const std::string& name, const ArrayView& array,
-                  const std::string& dtype, const std::string& dtype_rule, const ArrayView& tokens);
-
 Reduce parse_reduce(std::string_view word);  // mean or median, of ensemble
 
 // What ensemble, ensemble_moments and accumulate_* are given alike. The lists have whatever length

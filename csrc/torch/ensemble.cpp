@@ -12,7 +12,8 @@ EnsembleInputs inputs_of(const ArrayView& tokens, const ViewArguments& given) {
           given.patch, given.stride,           given.upsample, given.border};
 }
 
-// The tokens that belong to a gradient of their mean. There is no memory: it is not read.
+}  // namespace
+
 ArrayView tokens_of(const char* op, const Tensor& grad, const ViewArguments& given) {
   if (grad.dim() != 4)
     fail(op, "grad must have 4 dimensions, [B, C, H', W']", format_shape(shape_of(grad)));
@@ -27,8 +28,6 @@ ArrayView tokens_of(const char* op, const Tensor& grad, const ViewArguments& giv
   return tokens;
 }
 
-}  // namespace
-
 EnsembleCall::EnsembleCall(const char* name, const Tensor& given_input, const ArrayView& view,
                            const ViewArguments& given, Reduce reduce, bool stream, int64_t least)
     : CheckedEnsemble(name, inputs_of(view, given), reduce, stream, least),
@@ -36,19 +35,8 @@ EnsembleCall::EnsembleCall(const char* name, const Tensor& given_input, const Ar
       device_offsets(on_device(given.offsets)),
       device_weights(on_device(given.weights)) {}
 
-EnsembleCall::EnsembleCall(const char* name, const Tensor& given_tokens, const ViewArguments& given,
-                           Reduce reduce, bool stream, int64_t least)
-    : EnsembleCall(name, given_tokens, view_of(given_tokens), given, reduce, stream, least) {}
-
-EnsembleCall::EnsembleCall(const char* name, const Tensor& grad, const ViewArguments& given)
-    : EnsembleCall(name, grad, tokens_of(name, grad, given), given, Reduce::mean, false, 1) {}
-
 Tensor EnsembleCall::new_out() const {
   return empty_strided(out_shape, out_strides, input.scalar_type(), input);
-}
-
-Tensor EnsembleCall::new_grad_tokens() const {
-  return empty(tokens.shape, input.scalar_type(), input);
 }
 
 Tensor EnsembleCall::set_gradient() {

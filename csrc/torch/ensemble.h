@@ -17,25 +17,21 @@ struct ViewArguments {
   const std::vector<int64_t>& stride;
 };
 
+// The tokens [V, B, N, C] that a gradient `grad` [B, C, H', W'] of their mean belongs to. There is
+// no memory: they are not read.
+ArrayView tokens_of(const char* op, const Tensor& grad, const ViewArguments& given);
+
 struct EnsembleCall : CheckedEnsemble {
   const Tensor& input;  // tokens, or the gradient of what the call writes
   std::optional<Tensor> device_offsets, device_weights;
 
-  EnsembleCall(const char* op, const Tensor& tokens, const ViewArguments& given, Reduce reduce,
-               bool stream = false, int64_t least = 1);
-  // The gradient of a mean; `grad` [B, C, H', W'] belongs to its output.
-  EnsembleCall(const char* op, const Tensor& grad, const ViewArguments& given);
+  EnsembleCall(const char* op, const Tensor& input, const ArrayView& tokens,
+               const ViewArguments& given, Reduce reduce, bool stream = false, int64_t least = 1);
 
   // A result as the schema promises it: channels_last.
   Tensor new_out() const;
-  // The tokens' gradient, [V, B, N, C]: dense, to be written.
-  Tensor new_grad_tokens() const;
   // `input` is the gradient that is read; the tensor returned must outlive it.
   Tensor set_gradient();
-
- private:
-  EnsembleCall(const char* op, const Tensor& input, const ArrayView& tokens,
-               const ViewArguments& given, Reduce reduce, bool stream, int64_t least);
 };
 
 }  // namespace srt::glue

@@ -12,9 +12,9 @@ namespace srt::glue {
 #define SRT_TOKENS const Tensor &tokens, const Tensor &offsets, const List &grid, const List &patch
 #define SRT_WEIGHTS const std::optional<Tensor>& weights
 #define SRT_MODES const Word &upsample, const Word &border, const List &stride
-#define SRT_CALL(op, weights, ...)                                                         \
-  EnsembleCall call(op, tokens, {offsets, grid, patch, weights, upsample, border, stride}, \
-                    __VA_ARGS__)
+#define SRT_CALL(op, weights, ...)               \
+  EnsembleCall call(op, tokens, view_of(tokens), \
+                    {offsets, grid, patch, weights, upsample, border, stride}, __VA_ARGS__)
 
 template <class Backend>
 struct Ops {
@@ -63,9 +63,11 @@ struct Ops {
 
   static Tensor mean_backward(const Tensor& grad, const Tensor& offsets, const List& grid,
                               const List& patch, SRT_WEIGHTS, SRT_MODES) {
-    EnsembleCall call("_mean_backward", grad,
-                      {offsets, grid, patch, weights, upsample, border, stride});
-    const Tensor dense = call.set_gradient(), grad_tokens = call.new_grad_tokens();
+    const char* const op = "_mean_backward";
+    const ViewArguments given{offsets, grid, patch, weights, upsample, border, stride};
+    EnsembleCall call(op, grad, tokens_of(op, grad, given), given, Reduce::mean);
+    const Tensor dense = call.set_gradient();
+    const Tensor grad_tokens = empty(call.tokens.shape, grad.scalar_type(), grad);
     Backend::mean_backward(call, grad_tokens.mutable_data_ptr());
     return grad_tokens;
   }

@@ -3,6 +3,7 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "../axis.h"
@@ -117,10 +118,7 @@ struct Views {
 
     const Axis axis_y{args.grid[0], args.patch[0], args.stride[0], args.upsample, args.border};
     const Axis axis_x{args.grid[1], args.patch[1], args.stride[1], args.upsample, args.border};
-    plan.tokens = args.tokens;
-    std::copy_n(args.token_strides, 3, plan.token_strides);
-    plan.batch = args.batch;
-    plan.channels = args.channels;
+    static_cast<EnsembleArgs&>(plan) = args;
     plan.height = axis_y.cells();
     plan.width = axis_x.cells();
     plan.tokens_y = args.grid[0];
@@ -130,11 +128,8 @@ struct Views {
     plan.offsets_y = static_cast<int64_t>(dy.size());
     plan.groups = static_cast<int64_t>(dx.size());
     plan.group_begin = group_begin.data();
-    plan.views = views.data();
-    plan.view_count = static_cast<int64_t>(views.size());
-    plan.out = args.out;
-    std::copy_n(args.out_strides, 4, plan.out_strides);
-    plan.total_weight = args.total_weight;
+    plan.counted_views = views.data();
+    plan.counted = static_cast<int64_t>(views.size());
     plan.scale = args.total_weight ? scale : 1;
   }
 
@@ -146,27 +141,42 @@ struct Views {
   }
 };
 
-// The weight with which the cell at `slot` of a table reads a token.
-template <class Acc>
-Acc weight_of(const AxisTable<Acc>& table, int64_t slot, int64_t token) {
-  const int64_t tap = token - table.first[slot];
-  return tap >= 0 && tap < table.taps[slot] ? table.weight[slot * table.max_taps + tap] : 0;
+// The inputs [first, end) that slots [slot, slot_end) of a table read; it may skip some between.
+template <class Table>
+std::pair<int64_t, int64_t> inputs_of(const Table& table, int64_t slot, int64_t slot_end) {
+  int64_t first = INT32_MAX, end = 0;
+  for (; slot < slot_end; ++slot) {
+    if (table.taps[slot] == 0) continue;
+    first = std::min<int64_t>(first, table.first[slot]);
+    end = std::max<int64_t>(end, table.first[slot] + table.taps[slot]);
+  }
+  return {std::min(first, end), end};
 }
 
-// Owns a TileTable: add() what each tile reads, then close() it.
+// The same of `tile` outputs of a row, from `output` on.
+template <class Table>
+std::pair<int64_t, int64_t> inputs_of_tile(const Table& table, int64_t row, int64_t output,
+                                           int64_t tile) {
+  const int64_t slot = row * table.cells;
+  return inputs_of(table, slot + output, slot + std::min(output + tile, table.cells));
+}
+
+// Owns a TileTable: add() what each tile reads, then close() it. A Table is an AxisTable, whose
+// outputs are cells and whose inputs are tokens, or a TransposedTable.
 template <class Acc>
 struct TileStorage {
   std::vector<int64_t> begin{0}, input;
   std::vector<Acc> weight;
 
-  // Adds those of the inputs [first, end) that any of `tile` outputs reads with a weight_at(input,
-  // output) that is not 0. Their positions begin at `base`.
-  template <class WeightAt>
-  void add(int64_t first, int64_t end, int64_t base, int64_t tile, WeightAt&& weight_at) {
+  // Adds the inputs that `tile` outputs of a row read with a weight that is not 0. Their positions
+  // begin at `base`.
+  template <class Table>
+  void add(const Table& table, int64_t row, int64_t output, int64_t tile, int64_t base) {
+    const auto [first, end] = inputs_of_tile(table, row, output, tile);
     for (int64_t i = first; i < end; ++i) {
       bool any = false;
       for (int64_t k = 0; k < tile; ++k) {
-        weight.push_back(weight_at(i, k));
+        weight.push_back(output + k < table.cells ? table.weight_of(row, output + k, i) : 0);
         any = any || weight.back() != 0;
       }
       if (any) {
@@ -177,6 +187,17 @@ struct TileStorage {
     }
   }
   void close() { begin.push_back(static_cast<int64_t>(input.size())); }
+
+  // A set of tiles for each row of a table.
+  template <class Table>
+  void add_rows(const Table& table, int64_t rows, int64_t tile) {
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t output = 0; output < table.cells; output += tile) {
+        add(table, row, output, tile, 0);
+        close();
+      }
+    }
+  }
 
   TileTable<Acc> table(int64_t tile, int64_t outputs) const {
     return {tile, div_up(outputs, tile), begin.data(), input.data(), weight.data()};
@@ -189,19 +210,18 @@ struct TileStorage {
   }
 };
 
-// The tile of a TileTable, a power of two and at most `largest` outputs, that takes the least work.
-// `load`: what it costs to load a vector, in multiply-adds. range(set, output, tile): the inputs
-// [first, end) of the tile from this output on; uses(output, tile): how often these tiles are used.
-template <class Range, class Uses>
-int64_t choose_tile(int64_t sets, int64_t outputs, int64_t largest, int64_t load, Range&& range,
-                    Uses&& uses) {
+// The tile of a TileTable, a power of two and at most `largest` outputs, that takes the least work
+// for the rows of a table. `load`: what it costs to load a vector, in multiply-adds.
+// uses(output, tile): how often the tiles from this output on are used.
+template <class Table, class Uses>
+int64_t choose_tile(const Table& table, int64_t rows, int64_t largest, int64_t load, Uses&& uses) {
   int64_t best = 1, least = INT64_MAX;
-  for (int64_t tile = 1; tile <= largest && tile < 2 * outputs; tile *= 2) {
+  for (int64_t tile = 1; tile <= largest && tile < 2 * table.cells; tile *= 2) {
     int64_t work = 0;
-    for (int64_t output = 0; output < outputs; output += tile) {
+    for (int64_t output = 0; output < table.cells; output += tile) {
       int64_t inputs = 0;
-      for (int64_t set = 0; set < sets; ++set) {
-        const auto [first, end] = range(set, output, tile);
+      for (int64_t row = 0; row < rows; ++row) {
+        const auto [first, end] = inputs_of_tile(table, row, output, tile);
         inputs += end - first;
       }
       work += inputs * (tile + load) * uses(output, tile);
@@ -231,8 +251,8 @@ std::vector<double> cell_weights(const ViewsPlan<Acc>& plan, bool count_views) {
     for (int64_t g = 0; g < plan.groups; ++g) {
       double weight = 0;
       for (int64_t i = plan.group_begin[g]; i < plan.group_begin[g + 1]; ++i)
-        weight += static_cast<double>(plan.views[i].weight) *
-                  part(plan.y.count[plan.views[i].dy * plan.height + y]);
+        weight += static_cast<double>(plan.counted_views[i].weight) *
+                  part(plan.y.count[plan.counted_views[i].dy * plan.height + y]);
       for (int64_t x = 0; x < plan.width; ++x)
         row[x] += plan.scale * weight * part(plan.x.count[g * plan.width + x]);
     }

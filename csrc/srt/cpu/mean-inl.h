@@ -13,19 +13,16 @@ bool combine_rows(const MeanPlan<Acc>& plan, int64_t tile, int64_t first, const 
                   int64_t n, char* base) {
   const TileTable<Acc>& table = plan.tile_y;
   const int64_t pitch = kExact ? table.tile : X;
-  constexpr int V = kTileVectors<X>;
-  constexpr int64_t block = V * kLanes<Acc>, whole = kBlockBytes / sizeof(Acc);
   int64_t* const at = in(base, plan.scratch.at);
   Acc* const weights = in(base, plan.scratch.weights);
   const int64_t row = plan.groups * plan.tokens_x * plan.pass;
   Acc* const sums = in(base, plan.scratch.sums) + first * row;
   const int64_t stride_n = plan.token_strides[2];
-  const int64_t padded = (n + whole - 1) / whole * whole;
   Vec<Acc> check = {};
   for (int64_t g = 0; g < plan.groups; ++g) {
     int64_t count = 0;
     for (int64_t i = plan.group_begin[g]; i < plan.group_begin[g + 1]; ++i) {
-      const auto& view = plan.views[i];
+      const auto& view = plan.counted_views[i];
       const int64_t slot = view.dy * table.tiles + tile;
       for (int64_t k = table.begin[slot]; k < table.begin[slot + 1]; ++k, ++count) {
         at[count] = view.index * plan.token_strides[0] + table.input[k] * plan.tokens_x * stride_n;
@@ -34,13 +31,8 @@ bool combine_rows(const MeanPlan<Acc>& plan, int64_t tile, int64_t first, const 
       }
     }
     for (int64_t j = 0; j < plan.tokens_x; ++j) {
-      Acc* const to = sums + (g * plan.tokens_x + j) * plan.pass;
-      for (int64_t c = 0; c < padded; c += block) {
-        Vec<Acc> sum[X][V];
-        sum_inputs<X, kExact>(tokens + j * stride_n + c, at, 1, weights + first, pitch, count,
-                              n - c, sum);
-        store_sums(to + c, row, sum, check);
-      }
+      store_sums<X, kExact>(tokens + j * stride_n, at, weights + first, pitch, count, n,
+                            sums + (g * plan.tokens_x + j) * plan.pass, row, check);
     }
   }
   return no_nan(check);
@@ -129,8 +121,8 @@ void fill_inverse(const MeanPlan<Acc>& plan, int64_t y, int64_t r, char* base) {
   for (int64_t g = 0; g < plan.groups; ++g) {
     double count_y = 0;
     for (int64_t i = plan.group_begin[g]; i < plan.group_begin[g + 1]; ++i)
-      count_y += static_cast<double>(plan.views[i].weight) *
-                 plan.y.count[plan.views[i].dy * plan.height + y];
+      count_y += static_cast<double>(plan.counted_views[i].weight) *
+                 plan.y.count[plan.counted_views[i].dy * plan.height + y];
     if (!(count_y > 0)) continue;
     const double* const count_x = plan.x.count + g * plan.width;
     for (int64_t x = 0; x < plan.width; ++x) count[x] += count_y * count_x[x];

@@ -11,18 +11,14 @@ namespace {
 // of them are finite.
 template <int X, bool kExact, class T, class Acc>
 bool sum_rows(const MeanBackwardPlan<Acc>& plan, int64_t i, int64_t tile, int64_t first,
-              const typename MeanBackwardPlan<Acc>::CellSpan& span, const T* grad, int64_t n,
-              char* base) {
+              const CellSpan& span, const T* grad, int64_t n, char* base) {
   const TileTable<Acc>& table = plan.tile_y;
   const int64_t pitch = kExact ? table.tile : X;
-  constexpr int V = kTileVectors<X>;
-  constexpr int64_t block = V * kLanes<Acc>, whole = kBlockBytes / sizeof(Acc);
   int64_t* const at = in(base, plan.scratch.at);
   Acc* const weights = in(base, plan.scratch.weights);
   const int64_t row = plan.longest_span * plan.pass;
   Acc* const sums = in(base, plan.scratch.sums) + first * row;
   const int64_t slot = i * table.tiles + tile;
-  const int64_t padded = (n + whole - 1) / whole * whole;
   Vec<Acc> check = {};
   for (int64_t x = span.begin; x < span.end; ++x) {
     int64_t count = 0;
@@ -34,13 +30,8 @@ bool sum_rows(const MeanBackwardPlan<Acc>& plan, int64_t i, int64_t tile, int64_
         weights[count * pitch + d] = table.weight[k * pitch + d] * inverse;
       ++count;
     }
-    Acc* const to = sums + (x - span.begin) * plan.pass;
-    for (int64_t c = 0; c < padded; c += block) {
-      Vec<Acc> sum[X][V];
-      sum_inputs<X, kExact>(grad + x * plan.out_strides[3] + c, at, 1, weights + first, pitch,
-                            count, n - c, sum);
-      store_sums(to + c, row, sum, check);
-    }
+    store_sums<X, kExact>(grad + x * plan.out_strides[3], at, weights + first, pitch, count, n,
+                          sums + (x - span.begin) * plan.pass, row, check);
   }
   return no_nan(check);
 }
@@ -49,10 +40,8 @@ bool sum_rows(const MeanBackwardPlan<Acc>& plan, int64_t i, int64_t tile, int64_
 // pass]. X is a whole tile of groups. `to`: of view 0, channel 0. With `kExact` each view by
 // itself.
 template <int X, bool kExact, class T, class Acc>
-void sum_cells(const MeanBackwardPlan<Acc>& plan,
-               const typename MeanBackwardPlan<Acc>::TileViews& own, int64_t j,
-               const typename MeanBackwardPlan<Acc>::CellSpan& span, const Acc* sums, int64_t n,
-               T* to, char* base) {
+void sum_cells(const MeanBackwardPlan<Acc>& plan, const TileViews& own, int64_t j,
+               const CellSpan& span, const Acc* sums, int64_t n, T* to, char* base) {
   const TileTable<Acc>& table = plan.tile_x;
   const int64_t pitch = kExact ? table.tile : X;
   constexpr int V = kTileVectors<X>, lanes = kLanes<Acc>;
@@ -95,8 +84,7 @@ void sum_cells(const MeanBackwardPlan<Acc>& plan,
 // Tokens [j, j_end) of row i, n channels of them. `to`: of view 0, token 0 of the row.
 template <class T, class Acc>
 void segment_backward(const MeanBackwardPlan<Acc>& plan, int64_t i, int64_t j, int64_t j_end,
-                      const typename MeanBackwardPlan<Acc>::CellSpan& span, const T* grad,
-                      int64_t n, T* to, char* base) {
+                      const CellSpan& span, const T* grad, int64_t n, T* to, char* base) {
   const int64_t tile_y = plan.tile_y.tile, row = plan.longest_span * plan.pass;
   for (int64_t t = 0; t < plan.tile_y.tiles; ++t) {
     const int64_t offsets = least(plan.offsets_y - t * tile_y, tile_y);

@@ -10,74 +10,44 @@
 namespace srt::cpu {
 namespace {
 
-// The table of an axis transposed: for each token, and each offset, the cells that read it.
+// The table of an axis transposed: a row for each token, whose outputs are the offsets and whose
+// inputs are the cells that read the token. Its weights stay in the other table: an edge token may
+// be read by all cells.
 template <class Acc>
-struct TransposedAxis {
+struct TransposedTable {
   const AxisTable<Acc>& table;
-  int64_t offsets, tokens;
-  std::vector<int32_t> first, end;  // [tokens, offsets] of the cells; some between may not read it
+  int64_t cells;                     // offsets
+  std::vector<int32_t> first, taps;  // [tokens * offsets]
 
-  TransposedAxis(const AxisTable<Acc>& of, int64_t offset_count, int64_t token_count)
-      : table(of), offsets(offset_count), tokens(token_count) {
-    first.assign(static_cast<size_t>(tokens * offsets), INT32_MAX);
-    end.assign(static_cast<size_t>(tokens * offsets), 0);
+  TransposedTable(const AxisTable<Acc>& of, int64_t offsets, int64_t tokens)
+      : table(of), cells(offsets) {
+    first.resize(static_cast<size_t>(tokens * offsets));
+    taps.resize(first.size());
     for (int64_t d = 0; d < offsets; ++d) {
       for (int64_t cell = 0; cell < table.cells; ++cell) {
         const int64_t slot = d * table.cells + cell;
         for (int32_t k = 0; k < table.taps[slot]; ++k) {
-          const auto at = static_cast<size_t>((table.first[slot] + k) * offsets + d);
-          first[at] = std::min(first[at], static_cast<int32_t>(cell));
-          end[at] = static_cast<int32_t>(cell) + 1;
+          const auto own = static_cast<size_t>((table.first[slot] + k) * offsets + d);
+          if (taps[own] == 0) first[own] = static_cast<int32_t>(cell);
+          taps[own] = static_cast<int32_t>(cell) + 1 - first[own];
         }
       }
     }
   }
 
-  // The cells that read any of tokens [token, token_end) for offsets [d, d_end).
-  std::pair<int64_t, int64_t> cells(int64_t token, int64_t token_end, int64_t d,
-                                    int64_t d_end) const {
-    int64_t from = INT32_MAX, to = 0;
-    for (int64_t i = token; i < std::min(token_end, tokens); ++i) {
-      for (int64_t k = d; k < std::min(d_end, offsets); ++k) {
-        from = std::min<int64_t>(from, first[static_cast<size_t>(i * offsets + k)]);
-        to = std::max<int64_t>(to, end[static_cast<size_t>(i * offsets + k)]);
-      }
-    }
-    return {std::min(from, to), to};
-  }
-
-  // The cells that read a token for a tile of offsets, from d on.
-  auto cells_in() const {
-    return [this](int64_t token, int64_t d, int64_t tile) {
-      return cells(token, token + 1, d, d + tile);
-    };
-  }
-
-  // A set of tiles for each token.
-  TileStorage<Acc> tiles(int64_t tile) const {
-    TileStorage<Acc> storage;
-    for (int64_t token = 0; token < tokens; ++token) {
-      for (int64_t d = 0; d < offsets; d += tile) {
-        const auto [from, to] = cells(token, token + 1, d, d + tile);
-        storage.add(from, to, 0, tile, [&](int64_t cell, int64_t k) {
-          return d + k < offsets ? weight_of(table, (d + k) * table.cells + cell, token) : 0;
-        });
-        storage.close();
-      }
-    }
-    return storage;
+  Acc weight_of(int64_t token, int64_t d, int64_t cell) const {
+    return table.weight_of(d, cell, token);
   }
 };
 
 // The views sorted by dy, then by group, in parts of one dy whose groups lie in one tile.
 template <class Acc>
 struct ViewsByDy {
-  using Plan = MeanBackwardPlan<Acc>;
-  std::vector<typename Plan::View> views;
-  std::vector<typename Plan::TileViews> parts;
+  std::vector<typename ViewsPlan<Acc>::View> views;
+  std::vector<TileViews> parts;
   std::vector<int64_t> begin;  // [distinct dy + 1], into parts
 
-  explicit ViewsByDy(const std::vector<typename Plan::View>& by_group) : views(by_group) {
+  explicit ViewsByDy(const std::vector<typename ViewsPlan<Acc>::View>& by_group) : views(by_group) {
     std::stable_sort(views.begin(), views.end(),
                      [](const auto& a, const auto& b) { return a.dy < b.dy; });
   }
@@ -110,16 +80,16 @@ struct ViewsByDy {
 // cells overlap: where the offsets alone reach farther than that, shorter ones would only read
 // more.
 template <class Acc>
-std::vector<typename MeanBackwardPlan<Acc>::CellSpan> choose_segments(const TransposedAxis<Acc>& x,
-                                                                      int64_t cell_bytes,
-                                                                      MeanBackwardPlan<Acc>& plan) {
-  std::vector<typename MeanBackwardPlan<Acc>::CellSpan> spans;
+std::vector<CellSpan> choose_segments(const TransposedTable<Acc>& x, int64_t cell_bytes,
+                                      MeanBackwardPlan<Acc>& plan) {
+  std::vector<CellSpan> spans;
   for (int64_t segments = 1;; segments *= 2) {
     const int64_t segment = div_up(plan.tokens_x, segments);
-    std::vector<typename MeanBackwardPlan<Acc>::CellSpan> shorter;
+    std::vector<CellSpan> shorter;
     int64_t longest = 1, read = 0;
     for (int64_t j = 0; j < plan.tokens_x; j += segment) {
-      const auto [from, to] = x.cells(j, j + segment, 0, plan.groups);
+      const int64_t j_end = std::min(j + segment, plan.tokens_x);
+      const auto [from, to] = inputs_of(x, j * plan.groups, j_end * plan.groups);
       shorter.push_back({from, to});
       longest = std::max(longest, to - from);
       read += to - from;
@@ -147,16 +117,17 @@ void mean_backward(const EnsembleArgs& args, void* grad_tokens, const Parallel& 
     inverse.push_back(weight > 0 ? static_cast<Acc>(1 / weight) : 0);
   plan.inverse = inverse.data();
 
-  const TransposedAxis<Acc> transposed_y(plan.y, plan.offsets_y, plan.tokens_y);
-  const TransposedAxis<Acc> transposed_x(plan.x, plan.groups, plan.tokens_x);
+  const TransposedTable<Acc> y_cells(plan.y, plan.offsets_y, plan.tokens_y);
+  const TransposedTable<Acc> x_cells(plan.x, plan.groups, plan.tokens_x);
   ViewsByDy<Acc> by_dy(views.views);
-  const int64_t tile_y = choose_tile(plan.tokens_y, plan.offsets_y, isa.max_tile, kLoadTokens,
-                                     transposed_y.cells_in(), once);
+  const int64_t tile_y = choose_tile(y_cells, plan.tokens_y, isa.max_tile, kLoadTokens, once);
   const int64_t tile_x =
-      choose_tile(plan.tokens_x, plan.groups, isa.max_tile, kLoadSums, transposed_x.cells_in(),
+      choose_tile(x_cells, plan.tokens_x, isa.max_tile, kLoadSums,
                   [&](int64_t group, int64_t tile) { return by_dy.uses(group, tile); });
   by_dy.split(plan.offsets_y, tile_x);
-  const TileStorage<Acc> y = transposed_y.tiles(tile_y), x = transposed_x.tiles(tile_x);
+  TileStorage<Acc> y, x;
+  y.add_rows(y_cells, plan.tokens_y, tile_y);
+  x.add_rows(x_cells, plan.tokens_x, tile_x);
   plan.tile_y = y.table(tile_y, plan.offsets_y);
   plan.tile_x = x.table(tile_x, plan.groups);
   plan.by_dy = by_dy.views.data();
@@ -165,7 +136,7 @@ void mean_backward(const EnsembleArgs& args, void* grad_tokens, const Parallel& 
 
   const int64_t block = isa.block_bytes / kSize;
   const int64_t piece = std::min(div_up(plan.channels, block) * block, kPieceBytes / kSize);
-  const auto spans = choose_segments(transposed_x, tile_y * kSize * piece, plan);
+  const auto spans = choose_segments(x_cells, tile_y * kSize * piece, plan);
   plan.chunk = div_up(plan.channels, block) * block;
   const auto count_tasks = [&] {
     return plan.batch * plan.tokens_y * div_up(plan.channels, plan.chunk);

@@ -18,7 +18,7 @@ constexpr KernelsOf<T> kKernels = {mean<T, T>,
                                    reduce_values<T, Median<T, Acc>>,
                                    reduce_values<T, Moments<T, Acc>>,
                                    reduce_values<T, StreamMedian<Acc>>,
-                                   reduce_values<T, StreamMoments<Acc>>,
+                                   reduce_values<T, Moments<Acc, Acc>>,
                                    mean_backward<T, Acc>,
                                    shift<T>,
                                    shift_backward<T>};

@@ -203,40 +203,29 @@ void moments_of(const CellValues<Acc>& values, Vec<Acc> (&mean)[kValueVectors],
   }
 }
 
+// In a stream the state and a chunk are joined as two samples are (Chan, Golub and LeVeque 1979).
 template <class Out, class Acc>
 struct Moments {
   static void reduce(const PerViewPlan<Acc>& plan, const CellRun& run,
                      const CellValues<Acc>& values) {
+    const bool stream = plan.total_weight != nullptr;
+    if (stream && values.count == 0) return;
     Vec<Acc> mean[kValueVectors] = {}, variance[kValueVectors] = {};
-    moments_of(values, mean, variance);
-    for_cells(plan, run, [&](int64_t at, int64_t) {
-      store_block(static_cast<Out*>(plan.out) + at, plan.out_strides[1], run.n, mean);
-      store_block(static_cast<Out*>(plan.variance) + at, plan.out_strides[1], run.n, variance);
-    });
-  }
-};
-
-// The state and a chunk are joined as two samples are (Chan, Golub and LeVeque 1979).
-template <class Acc>
-struct StreamMoments {
-  static void reduce(const PerViewPlan<Acc>& plan, const CellRun& run,
-                     const CellValues<Acc>& values) {
-    if (values.count == 0) return;
-    Vec<Acc> mean[kValueVectors], variance[kValueVectors];
     moments_of(values, mean, variance);
     const int64_t stride = plan.out_strides[1];
     for_cells(plan, run, [&](int64_t at, int64_t cell) {
-      Acc* const state[] = {static_cast<Acc*>(plan.out) + at,
-                            static_cast<Acc*>(plan.variance) + at};
-      const double before = plan.total_weight[cell], chunk = plan.scale * values.total;
-      const Acc keep = static_cast<Acc>(before / (before + chunk));
-      const Acc added = static_cast<Acc>(chunk / (before + chunk));
-      if (added == 0) return;  // too little to show
+      Out* const state[] = {static_cast<Out*>(plan.out) + at,
+                            static_cast<Out*>(plan.variance) + at};
+      const double before = stream ? plan.total_weight[cell] : 0;
+      const double chunk = plan.scale * values.total;
+      const Acc keep = before > 0 ? static_cast<Acc>(before / (before + chunk)) : 0;
       if (keep == 0) {
         store_block(state[0], stride, run.n, mean);
         store_block(state[1], stride, run.n, variance);
         return;
       }
+      const Acc added = static_cast<Acc>(chunk / (before + chunk));
+      if (added == 0) return;  // too little to show
       Vec<Acc> old_mean[kValueVectors] = {}, old_variance[kValueVectors] = {};
       load_block(state[0], stride, run.n, old_mean);
       load_block(state[1], stride, run.n, old_variance);
@@ -287,14 +276,14 @@ __attribute__((noinline)) bool gather(const ViewValue<Acc>* values, int64_t coun
 template <class T, class Acc>
 __attribute__((noinline)) void combine_views(const PerViewPlan<Acc>& plan, int64_t y,
                                              const T* tokens, int64_t n, char* base) {
-  constexpr int64_t block = kBlockBytes / sizeof(Acc);
   const int64_t stride_n = plan.token_strides[2];
+  Vec<Acc> check = {};  // not of the values
   Acc* sums = in(base, plan.scratch.sums);
   int64_t* const at = in(base, plan.scratch.at);
   int64_t* const row_of = in(base, plan.scratch.row_of);
   int64_t rows = 0;
-  for (int64_t i = 0; i < plan.view_count; ++i) {
-    const auto& view = plan.views[i];
+  for (int64_t i = 0; i < plan.counted; ++i) {
+    const auto& view = plan.counted_views[i];
     const int64_t slot = view.dy * plan.height + y, count = plan.y.taps[slot];
     row_of[i] = -1;
     if (!(plan.y.count[slot] > 0)) continue;
@@ -302,14 +291,9 @@ __attribute__((noinline)) void combine_views(const PerViewPlan<Acc>& plan, int64
     for (int64_t k = 0; k < count; ++k)
       at[k] =
           view.index * plan.token_strides[0] + (plan.y.first[slot] + k) * plan.tokens_x * stride_n;
-    for (int64_t j = 0; j < plan.tokens_x; ++j, sums += plan.chunk) {
-      for (int64_t c = 0; c < n; c += block) {
-        Vec<Acc> sum[1][kVectors];
-        sum_inputs<1, true>(tokens + j * stride_n + c, at, 1,
-                            plan.y.weight + slot * plan.y.max_taps, 1, count, n - c, sum);
-        store_block(sums + c, 1, block, sum[0]);
-      }
-    }
+    for (int64_t j = 0; j < plan.tokens_x; ++j, sums += plan.chunk)
+      store_sums<1, true>(tokens + j * stride_n, at, plan.y.weight + slot * plan.y.max_taps, 1,
+                          count, n, sums, 0, check);
   }
 }
 
@@ -324,9 +308,9 @@ __attribute__((noinline)) CellValues<Acc> views_of_cell(const PerViewPlan<Acc>& 
   double* const weights = in(base, scratch.weights);
   Acc* const shares = in(base, scratch.shares);
   CellValues<Acc> cell{in(base, scratch.buffer), shares, in(base, scratch.steps), 0, 0, true};
-  for (int64_t k = 0; k < plan.view_count; ++k) {
+  for (int64_t k = 0; k < plan.counted; ++k) {
     const int64_t i = plan.order ? plan.order[k] : k;
-    const auto& view = plan.views[i];
+    const auto& view = plan.counted_views[i];
     const int64_t slot = view.group * plan.width + x;
     if (row_of[i] < 0 || !(plan.x.count[slot] > 0)) continue;
     const int64_t token = row_of[i] * plan.tokens_x + plan.x.first[slot];

@@ -18,7 +18,7 @@ auto choose_kernel(const EnsembleArgs& args) {
 
 template <class Acc>
 int64_t place_scratch(int64_t block, PerViewPlan<Acc>& plan) {
-  const int64_t counted = plan.view_count;
+  const int64_t counted = plan.counted;
   Layout layout;
   layout.place(plan.scratch.sums, counted * plan.tokens_x * plan.chunk);
   layout.place(plan.scratch.at, plan.y.max_taps);
@@ -39,9 +39,7 @@ void reduce_values_of(const EnsembleArgs& args, const Parallel& parallel) {
   const std::vector<int32_t> end_x = views.x.ends(plan.x, plan.groups);
   plan.end_y = end_y.data();
   plan.end_x = end_x.data();
-  plan.variance = args.variance;
-  plan.plane_stride = args.plane_stride;
-  const int64_t counted = plan.view_count;
+  const int64_t counted = plan.counted;
   std::vector<int64_t> order;
   if (args.total_weight && args.reduce == Reduce::median) {
     const int64_t step = spread_step(counted);

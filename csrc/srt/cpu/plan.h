@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../axis.h"
+#include "../ensemble.h"
 #include "../running_median.h"
 #include "../shift.h"
 #include "../types.h"
@@ -17,34 +18,27 @@ struct ScratchArray {
 };
 
 // What the kernels of ensemble share. A task is one image, one band of output rows and one chunk of
-// channels. Views are sorted by dx; those that share a dx form a group, which shares a row of the x
-// table.
+// channels. Views of weight 0 are left out, the others are sorted by dx; those that share a dx form
+// a group, which shares a row of the x table.
 template <class Acc>
-struct ViewsPlan {
+struct ViewsPlan : EnsembleArgs {
   struct View {
     int64_t index;  // in tokens
     int64_t dy;     // its row of the y table
     int64_t group;  // its row of the x table
     Acc weight;     // > 0, at most 1
   };
-  const void* tokens;        // [V, B, h*w, C]
-  int64_t token_strides[3];  // of V, B and h*w, in elements
-  int64_t batch, channels;
   int64_t height, width;       // output cells, H' and W'
   int64_t tokens_y, tokens_x;  // h and w
   AxisTable<Acc> y;            // [distinct dy, height]
   AxisTable<Acc> x;            // [groups, width]
   int64_t offsets_y, groups;   // distinct dy, distinct dx
-  const int64_t* group_begin;  // [groups + 1], into views
-  const View* views;           // [view_count] the views of weight > 0
-  int64_t view_count;
-  int64_t band;            // output rows of a task
-  int64_t chunk;           // channels of a task, whole blocks
-  void* out;               // [B, C, H', W']
-  int64_t out_strides[4];  // in elements
-  // Of a stream; null for one call over all views (ensemble.h).
-  const double* total_weight;  // [H', W']
-  double scale;                // of the weights of the views, in units of `total_weight`
+  const int64_t* group_begin;  // [groups + 1], into counted_views
+  const View* counted_views;   // [counted] the views of weight > 0
+  int64_t counted;
+  int64_t band;   // output rows of a task
+  int64_t chunk;  // channels of a task, whole blocks
+  double scale;   // of the weights of the views, in units of `total_weight`; 1 without a stream
 };
 
 // An axis as products of small matrices: `tile` outputs that follow each other read the same few
@@ -91,9 +85,7 @@ template <class Acc>
 struct PerViewPlan : ViewsPlan<Acc> {
   // The first cell after those that equal this one in every view: [height] and [width].
   const int32_t *end_y, *end_x;
-  const int64_t* order;  // [view_count] in which the values stand; null for that of the views
-  void* variance;        // as out
-  int64_t plane_stride;
+  const int64_t* order;  // [counted] in which the values stand; null for that of the views
   struct Scratch {
     ScratchArray<Acc> sums;               // [V, tokens_x, chunk] the combined rows of each view
     ScratchArray<int64_t> at;             // the token rows that one view combines, in elements
@@ -107,6 +99,16 @@ struct PerViewPlan : ViewsPlan<Acc> {
   Scratch scratch;
 };
 
+// Views of one dy whose groups lie in one tile of x.
+struct TileViews {
+  int64_t tile, begin, end;  // into by_dy
+};
+
+// The cells [begin, end) that read a segment of a row of tokens, which is made in segments.
+struct CellSpan {
+  int64_t begin, end;
+};
+
 // The gradient of the tokens of a mean: the filters of MeanPlan transposed, in the other order. For
 // each distinct dy the gradient rows that read a token row are summed, then, for each view, the
 // cells of that. A task is one image, one row of tokens and one chunk of channels. `out` is the
@@ -115,24 +117,15 @@ template <class Acc>
 struct MeanBackwardPlan : ViewsPlan<Acc> {
   // Outputs are offsets, inputs the cells that read a token; a set for each token.
   TileTable<Acc> tile_y, tile_x;
-  // Views of one dy whose groups lie in one tile of x. Those of dy number d are
-  // [tile_views_begin[d], tile_views_begin[d + 1]).
-  struct TileViews {
-    int64_t tile, begin, end;  // into by_dy
-  };
   const typename ViewsPlan<Acc>::View* by_dy;  // sorted by dy, then by group
   const TileViews* tile_views;
-  const int64_t* tile_views_begin;  // [distinct dy + 1]
+  const int64_t* tile_views_begin;  // [distinct dy + 1], into tile_views: those of each dy
   const Acc* inverse;               // [H', W']: 1 / the weight of a cell, or 0
-  // A row of tokens is made in segments; cells [begin, end) read them.
-  struct CellSpan {
-    int64_t begin, end;
-  };
-  int64_t segment, segments;  // tokens, and how many there are
-  const CellSpan* spans;      // [segments]
-  int64_t longest_span;       // cells
-  int64_t pass;               // channels whose sums fit the cache, whole blocks
-  void* grad_tokens;          // [V, B, h*w, C], dense
+  int64_t segment, segments;        // tokens, and how many there are
+  const CellSpan* spans;            // [segments]
+  int64_t longest_span;             // cells
+  int64_t pass;                     // channels whose sums fit the cache, whole blocks
+  void* grad_tokens;                // [V, B, h*w, C], dense
   struct Scratch {
     ScratchArray<Acc> sums;     // [tile of y, longest_span, pass]
     ScratchArray<int64_t> at;   // the inputs of a tile
@@ -142,18 +135,15 @@ struct MeanBackwardPlan : ViewsPlan<Acc> {
 };
 
 // A task is an output row, counted over views and planes; scratch: Acc [width + 3 + 64].
-struct ShiftPlan {
+struct ShiftPlan : ShiftArgs {
   struct View {
     ShiftTaps y, x;
     // Positions that need no padding: there source_x[m] is x.first + m.
     int64_t inner_begin, inner_end;
   };
-  const void* image;  // [planes, height, width]
-  int64_t planes, height, width;
-  const View* views;        // [V]
+  const View* taps;         // [V]
   const int64_t* source_y;  // [V, height + 3] source row at y.first + m, -1 for zeros
   const int64_t* source_x;  // [V, width + 3]
-  void* out;                // [V, planes, height, width]
 };
 
 // The gradient of the image; `out` is that of the views. A task is an image row, counted over
@@ -163,7 +153,6 @@ struct ShiftBackwardPlan : ShiftPlan {
     int64_t row;    // of the gradient of the view
     double weight;  // not 0
   };
-  int64_t view_count;
   const int64_t* read_begin;  // [V * height + 1], into reads: those of each image row
   const Read* reads;
   void* grad_image;  // [planes, height, width]

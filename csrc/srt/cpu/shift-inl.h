@@ -34,7 +34,7 @@ void shift(const ShiftPlan& plan, int64_t begin, int64_t end, void* scratch) {
     const int64_t y = task % plan.height;
     const int64_t plane = task / plan.height % plan.planes;
     const int64_t v = task / plan.height / plan.planes;
-    const ShiftPlan::View& view = plan.views[v];
+    const ShiftPlan::View& view = plan.taps[v];
     const int64_t* source_y = plan.source_y + v * (plan.height + 3) + y;
     const int64_t* source_x = plan.source_x + v * (width + 3);
     const T* image = static_cast<const T*>(plan.image) + plane * plan.height * width;

@@ -20,8 +20,8 @@ void shift_backward(const ShiftBackwardPlan& plan, int64_t begin, int64_t end, v
   for (int64_t task = begin; task < end; ++task) {
     const int64_t y = task % plan.height, plane = task / plan.height;
     for (int64_t x = 0; x < width; x += lanes) store(sum + x, Vec<Acc>{});
-    for (int64_t v = 0; v < plan.view_count; ++v) {
-      const ShiftPlan::View& view = plan.views[v];
+    for (int64_t v = 0; v < plan.views; ++v) {
+      const ShiftPlan::View& view = plan.taps[v];
       const int64_t first = plan.read_begin[v * plan.height + y];
       const int64_t last = plan.read_begin[v * plan.height + y + 1];
       if (first == last) continue;

@@ -29,7 +29,7 @@ struct RowReads {
   template <class Visit>
   static void visit(const ShiftArgs& args, const cpu::ShiftViews& views, Visit&& visit) {
     for (int64_t v = 0; v < args.views; ++v) {
-      const ShiftTaps& taps = views.views[static_cast<size_t>(v)].y;
+      const ShiftTaps& taps = views.taps[static_cast<size_t>(v)].y;
       const int64_t* const source = views.source_y.data() + v * (args.height + cpu::kPast);
       for (int64_t y = 0; y < args.height; ++y)
         for (int32_t k = 0; k < taps.taps; ++k)
@@ -48,7 +48,6 @@ void shift_backward_cpu(const ShiftArgs& args, void* grad_image, const Parallel&
   const RowReads rows(args, views);
   ShiftBackwardPlan plan{};
   static_cast<ShiftPlan&>(plan) = views.plan(args);
-  plan.view_count = args.views;
   plan.read_begin = rows.begin.data();
   plan.reads = rows.reads.data();
   plan.grad_image = grad_image;

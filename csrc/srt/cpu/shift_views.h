@@ -12,7 +12,7 @@ namespace srt::cpu {
 constexpr int64_t kPast = 3;
 
 struct ShiftViews {
-  std::vector<ShiftPlan::View> views;
+  std::vector<ShiftPlan::View> taps;
   std::vector<int64_t> source_y, source_x;
 
   explicit ShiftViews(const ShiftArgs& args) {
@@ -30,13 +30,12 @@ struct ShiftViews {
         source_y.push_back(pad_index(view.y.first + m, args.height, args.padding));
       for (int64_t m = 0; m < line_x; ++m)
         source_x.push_back(pad_index(view.x.first + m, args.width, args.padding));
-      views.push_back(view);
+      taps.push_back(view);
     }
   }
 
   ShiftPlan plan(const ShiftArgs& args) const {
-    return {args.image,   args.planes,     args.height,     args.width,
-            views.data(), source_y.data(), source_x.data(), args.out};
+    return {args, taps.data(), source_y.data(), source_x.data()};
   }
 };
 

@@ -115,15 +115,24 @@ SRT_INLINE void sum_inputs(const T* from, const int64_t* at, int64_t scale, cons
   }
 }
 
-// Stores the sums of each output, `row` apart. Adds 0 to `check`, or NaN where one is not finite.
-template <int X, int V, class Acc>
-SRT_INLINE void store_sums(Acc* to, int64_t row, const Vec<Acc> (&sum)[X][V], Vec<Acc>& check) {
+// The sums of X outputs over n channels, from `to` on and `row` apart, with zeros up to a whole
+// block; the inputs are those of sum_inputs. Adds 0 to `check`, or NaN where one is not finite.
+template <int X, bool kExact, class T, class Acc>
+SRT_INLINE void store_sums(const T* from, const int64_t* at, const Acc* weight, int64_t pitch,
+                           int64_t count, int64_t n, Acc* to, int64_t row, Vec<Acc>& check) {
+  constexpr int V = kTileVectors<X>;
+  constexpr int64_t block = V * kLanes<Acc>, whole = kBlockBytes / sizeof(Acc);
+  const int64_t padded = (n + whole - 1) / whole * whole;
+  for (int64_t c = 0; c < padded; c += block) {
+    Vec<Acc> sum[X][V];
+    sum_inputs<X, kExact>(from + c, at, 1, weight, pitch, count, n - c, sum);
 #pragma GCC unroll 8
-  for (int i = 0; i < X; ++i) {
+    for (int i = 0; i < X; ++i) {
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      store(to + i * row + v * kLanes<Acc>, sum[i][v]);
-      check += sum[i][v] * Acc{0};  // Inf * 0 is NaN
+      for (int v = 0; v < V; ++v) {
+        store(to + i * row + c + v * kLanes<Acc>, sum[i][v]);
+        check += sum[i][v] * Acc{0};  // Inf * 0 is NaN
+      }
     }
   }
 }

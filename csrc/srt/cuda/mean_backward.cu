@@ -45,12 +45,6 @@ struct BackwardTables {
   Acc* inverse;  // [H', W'] 1 / total weight, 0 where no view counts
 };
 
-template <class Acc>
-__device__ Acc weight_of(const AxisTable<Acc>& table, int64_t slot, int64_t token) {
-  const int64_t tap = token - table.first[slot];
-  return tap >= 0 && tap < table.taps[slot] ? table.weight[slot * table.max_taps + tap] : 0;
-}
-
 // Empty spans, by all blocks; entries, by the first one.
 template <class Acc>
 __global__ void __launch_bounds__(kThreads)
@@ -350,7 +344,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardResident)
               const int64_t v = shared.entry[e];
               const bool exists = v < shared.entry[e + 1] && x0 + x < cells;
               shared.column_weight[x].at[e] =
-                  exists ? weight_of(tables.x.table, v * cells + x0 + x, shared.token) : 0;
+                  exists ? tables.x.table.weight_of(v, x0 + x, shared.token) : 0;
             }
             __syncthreads();
           }
