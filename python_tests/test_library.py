@@ -137,7 +137,7 @@ def test_wide_instructions_stay_in_their_objects(library: Path | None) -> None:
     local = "_ZZ?N3srt3cpu12_GLOBAL__N_1"
     for name, sets in functions.items():
         assert re.match(local, name) or set(sets) == {"baseline"}, name
-    names = r"4mean|5shift|13reduce_values|13mean_backward|14shift_backward"
+    names = r"4mean|5shift|8per_view|13mean_backward|14shift_backward"
     kernel = local + rf"({names})I.*Plan"
     kernels = {n: s for n, s in functions.items() if re.match(kernel, n)}
     kernels = {n: s for n, s in kernels.items() if "." not in n}  # no cold parts

@@ -202,7 +202,7 @@ sanitize() { # TOOL SECONDS
 }
 nsight_compute() { # SECONDS
   local call=(python3 -m benchmarks.profile --device "$device" --once)
-  local kernels='regex:mean_kernel|values_kernel|shift_kernel' # not those of their tables
+  local kernels='regex:mean_kernel|per_view_kernel|shift_kernel' # not those of their tables
   for name in mean-float32 mean-bfloat16 median-float32 shift-float32; do call+=(--only "$name"); done
   if [ -n "$dry" ]; then
     step "the calls that Nsight Compute looks at" "$1" "${call[@]}"

@@ -20,7 +20,7 @@ def wrong(kind: Wrong, where: str, rule: str, got: object) -> ValueError | TypeE
     return kind(f"{where}: {rule}; got {got}")
 
 
-def parse(message: str) -> ValueError | TypeError | None:
+def stated_error(message: str) -> ValueError | TypeError | None:
     """The error that srt::Error states in the message of a RuntimeError; to be raised."""
     found = re.search(r"(TypeError: )?(srt::\w+: (?!CUDA: ).*)", message)
     return found and (TypeError if found[1] else ValueError)(found[2])

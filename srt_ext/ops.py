@@ -11,16 +11,15 @@ from typing import Any, NoReturn, cast
 
 import torch
 
-from . import _validation
 from ._library import cuda_unavailable
-from ._validation import check_cells, check_pair, check_string, check_tensor, wrong
+from ._validation import check_cells, check_pair, check_string, check_tensor, stated_error, wrong
 from .options import Border, Interpolation, Padding, Pair, Reduce, Stride, Upsample
 
 
 def _explain(error: RuntimeError, op: str, check: Callable[[], object]) -> NoReturn:
     """Raises the ValueError or TypeError that the op states, or what ``check`` finds."""
     message = str(error)
-    stated = _validation.parse(message)
+    stated = stated_error(message)
     if stated is not None:
         raise stated from None
     if isinstance(error, NotImplementedError) and "'CUDA'" in message and cuda_unavailable:

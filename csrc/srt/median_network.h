@@ -61,7 +61,8 @@ struct MedianNetwork {
 #define SRT_UNROLL _Pragma("GCC unroll 8")
 #endif
 
-// `Order` has min(a, b) and max(a, b). Its linkage is that of the code made here (cpu/mean-inl.h).
+// `Order` has min(a, b) and max(a, b). On the CPU it is in an anonymous namespace, so that each
+// instruction set has its own copy of this code (cpu/vector_blocks-inl.h).
 template <int N, class Order, class V>
 struct MedianOf {
   static constexpr MedianNetwork<N> network{};

@@ -52,11 +52,11 @@ SRT_INLINE void add_to_window(V (&window)[kWindow], V& place, V x, const WindowS
   const V below = step.rank - place;  // values below the window
   const V above = step.above - below;
   const V target = place + step.move;
-  // Counting x moves the median by one place at most. Where that would move it out of the window,
-  // the value next to the window is needed, which was dropped: it lies between x and the window,
-  // and one gap away as far as the window can tell. (Comparisons are chosen so that a NaN, of an
-  // infinite window, changes nothing.)
-  // Seven equal values have no gap: there the dropped ones are taken to lie evenly up to x.
+  // Adding x moves the median by at most one rank. If the new rank is outside of the window, its
+  // value was dropped earlier: it is estimated as the edge of the window plus or minus the mean gap
+  // of the window, but not beyond x. If seven equal values have no gap, the dropped ones are taken
+  // to lie evenly up to x. (Comparisons are chosen so that a NaN, of an infinite window, changes
+  // nothing.)
   const V gap = (window[last] - window[0]) * (Acc{1} / last);
   const V gap_low = gap > Acc{0} ? gap : (window[0] - x) / (below + Acc{1});
   const V gap_high = gap > Acc{0} ? gap : (x - window[last]) / (above + Acc{1});

@@ -1,3 +1,4 @@
+// The rules for the arguments of every op, whichever binding calls it.
 #include "validation.h"
 
 #include <algorithm>
@@ -53,14 +54,13 @@ bool share_memory(const ArrayView& a, const ArrayView& b) {
 
 template <class Mode, size_t N>
 Mode parse(const char* op, const std::string& name, std::string_view word,
-           const std::string_view (&words)[N]) {
-  const auto found = std::find(std::begin(words), std::end(words), word);
-  if (found == std::end(words)) {
-    std::string rule = name + " must be one of ";
-    for (size_t i = 0; i < N; ++i) rule += (i ? ", '" : "'") + std::string(words[i]) + "'";
-    fail(op, rule, "'" + std::string(word) + "'");
+           const std::pair<std::string_view, Mode> (&modes)[N]) {
+  std::string rule = name + " must be one of ";
+  for (size_t i = 0; i < N; ++i) {
+    if (modes[i].first == word) return modes[i].second;
+    rule += (i ? ", '" : "'") + std::string(modes[i].first) + "'";
   }
-  return static_cast<Mode>(found - std::begin(words));
+  fail(op, rule, "'" + std::string(word) + "'");
 }
 
 std::vector<double> read_numbers(const ArrayView& array) {
@@ -226,7 +226,8 @@ DType check_dtype(const char* op, const std::string& name, const ArrayView& arra
 }
 
 Reduce parse_reduce(std::string_view word) {
-  return parse<Reduce>("ensemble", "reduce", word, {"mean", "median"});
+  return parse<Reduce>("ensemble", "reduce", word,
+                       {{"mean", Reduce::mean}, {"median", Reduce::median}});
 }
 
 CheckedEnsemble::CheckedEnsemble(const char* name, const EnsembleInputs& given, Reduce reduce,
@@ -241,8 +242,12 @@ CheckedEnsemble::CheckedEnsemble(const char* name, const EnsembleInputs& given, 
   if (tokens.strides[3] != 1 && shape[3] > 1)
     fail(op, "tokens must be dense in the last dimension",
          "stride " + std::to_string(tokens.strides[3]));
-  args.upsample = parse<Upsample>(op, "upsample", given.upsample, {"nearest", "bilinear"});
-  args.border = parse<Border>(op, "border", given.border, {"coverage", "zeros", "clamp"});
+  args.upsample =
+      parse<Upsample>(op, "upsample", given.upsample,
+                      {{"nearest", Upsample::nearest}, {"bilinear", Upsample::bilinear}});
+  args.border = parse<Border>(
+      op, "border", given.border,
+      {{"coverage", Border::coverage}, {"zeros", Border::zeros}, {"clamp", Border::clamp}});
   args.offsets = take_numbers(op, "offsets", given.offsets, tokens, &offsets_);
   check_offsets(op, offsets_);
   if (given.weights) {
@@ -331,9 +336,15 @@ CheckedShift::CheckedShift(const char* op, const std::string& name, const ArrayV
   if (product_overflows(
           {offsets.shape[0], shape[0], shape[1], shape[2], shape[3], image.element_size}))
     fail(op, "the output must have fewer than 2^63 bytes", format_shape(out_shape));
-  args.padding = parse<Padding>(op, "padding", padding, {"zeros", "border", "reflect", "circular"});
-  args.interpolation =
-      parse<Interpolation>(op, "interpolation", interpolation, {"nearest", "bilinear", "bicubic"});
+  args.padding = parse<Padding>(op, "padding", padding,
+                                {{"zeros", Padding::zeros},
+                                 {"border", Padding::border},
+                                 {"reflect", Padding::reflect},
+                                 {"circular", Padding::circular}});
+  args.interpolation = parse<Interpolation>(op, "interpolation", interpolation,
+                                            {{"nearest", Interpolation::nearest},
+                                             {"bilinear", Interpolation::bilinear},
+                                             {"bicubic", Interpolation::bicubic}});
   args.offsets = take_numbers(op, "offsets", offsets, image, &offsets_);
   check_offsets(op, offsets_);
   args.planes = shape[0] * shape[1];

@@ -1,3 +1,4 @@
+// The entry of ensemble on the CPU: which file reduces. A stream also adds up total weights.
 #include "../ensemble.h"
 
 #include <vector>
@@ -22,9 +23,9 @@ void ensemble_cpu(const EnsembleArgs& args, const Parallel& parallel) {
   if (args.total_weight) added = chunk_weights(args);
   if (args.batch > 0 && args.channels > 0) {
     if (args.reduce == Reduce::mean) {
-      cpu::mean(args, parallel);
+      cpu::run_mean(args, parallel);
     } else {
-      cpu::reduce_values(args, parallel);
+      cpu::run_per_view(args, parallel);
     }
   }
   for (size_t cell = 0; cell < added.size(); ++cell) args.total_weight[cell] += added[cell];

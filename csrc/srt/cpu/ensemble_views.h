@@ -262,7 +262,7 @@ std::vector<double> cell_weights(const ViewsPlan<Acc>& plan, bool count_views) {
 
 // The two halves of ensemble_cpu (mean.cpp and per_view.cpp), for a batch and channels that are not
 // empty.
-void mean(const EnsembleArgs& args, const Parallel& parallel);
-void reduce_values(const EnsembleArgs& args, const Parallel& parallel);
+void run_mean(const EnsembleArgs& args, const Parallel& parallel);
+void run_per_view(const EnsembleArgs& args, const Parallel& parallel);
 
 }  // namespace srt::cpu

@@ -1,3 +1,4 @@
+// The mean on the CPU: its plan, and its tasks over threads.
 #include <algorithm>
 
 #include "../ensemble.h"
@@ -73,7 +74,7 @@ void mean_of(const EnsembleArgs& args, const Parallel& parallel) {
 
 }  // namespace
 
-void mean(const EnsembleArgs& args, const Parallel& parallel) {
+void run_mean(const EnsembleArgs& args, const Parallel& parallel) {
   dispatch_floating(args.dtype, [&](auto element) { mean_of<decltype(element)>(args, parallel); });
 }
 

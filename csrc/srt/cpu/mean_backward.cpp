@@ -1,3 +1,4 @@
+// The gradient of the mean on the CPU: its plan, and its tasks over threads.
 #include <algorithm>
 #include <cstring>
 #include <utility>

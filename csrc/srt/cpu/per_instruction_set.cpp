@@ -15,10 +15,10 @@ namespace {
 template <class T, class Acc = typename AccumulatorOf<T>::type>
 constexpr KernelsOf<T> kKernels = {mean<T, T>,
                                    mean<T, Acc>,
-                                   reduce_values<T, Median<T, Acc>>,
-                                   reduce_values<T, Moments<T, Acc>>,
-                                   reduce_values<T, StreamMedian<Acc>>,
-                                   reduce_values<T, Moments<Acc, Acc>>,
+                                   per_view<T, Median<T, Acc>>,
+                                   per_view<T, Moments<T, Acc>>,
+                                   per_view<T, StreamMedian<Acc>>,
+                                   per_view<T, Moments<Acc, Acc>>,
                                    mean_backward<T, Acc>,
                                    shift<T>,
                                    shift_backward<T>};

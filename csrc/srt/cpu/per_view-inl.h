@@ -326,7 +326,7 @@ __attribute__((noinline)) CellValues<Acc> views_of_cell(const PerViewPlan<Acc>& 
 }
 
 template <class T, class Reduction, class Acc>
-void reduce_values(const PerViewPlan<Acc>& plan, int64_t begin, int64_t end, void* scratch) {
+void per_view(const PerViewPlan<Acc>& plan, int64_t begin, int64_t end, void* scratch) {
   constexpr int64_t block = kValueVectors * kLanes<Acc>;
   char* const base = static_cast<char*>(scratch);
   const int64_t chunks = (plan.channels + plan.chunk - 1) / plan.chunk;

@@ -1,3 +1,4 @@
+// Median, moments and streams on the CPU: which kernel, its plan, and its tasks over threads.
 #include <algorithm>
 #include <vector>
 
@@ -32,7 +33,7 @@ int64_t place_scratch(int64_t block, PerViewPlan<Acc>& plan) {
 }
 
 template <class T, class Acc = typename AccumulatorOf<T>::type>
-void reduce_values_of(const EnsembleArgs& args, const Parallel& parallel) {
+void per_view_of(const EnsembleArgs& args, const Parallel& parallel) {
   PerViewPlan<Acc> plan{};
   const Views<Acc> views(args, /*divide=*/true, plan);
   const std::vector<int32_t> end_y = views.y.ends(plan.y, plan.offsets_y);
@@ -67,9 +68,9 @@ void reduce_values_of(const EnsembleArgs& args, const Parallel& parallel) {
 
 }  // namespace
 
-void reduce_values(const EnsembleArgs& args, const Parallel& parallel) {
+void run_per_view(const EnsembleArgs& args, const Parallel& parallel) {
   dispatch_floating(args.dtype,
-                    [&](auto element) { reduce_values_of<decltype(element)>(args, parallel); });
+                    [&](auto element) { per_view_of<decltype(element)>(args, parallel); });
 }
 
 }  // namespace srt::cpu

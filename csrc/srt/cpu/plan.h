@@ -42,9 +42,9 @@ struct ViewsPlan : EnsembleArgs {
 };
 
 // An axis as products of small matrices: `tile` outputs that follow each other read the same few
-// inputs, each with a weight for every one of them, so an input is loaded once for all. Where an
-// output does not read an input the weight is 0, which only finite inputs forgive: with others each
-// output is summed by itself, without the weights of 0.
+// inputs, so that an input is loaded once for all of them. It has a weight for every output, 0
+// where the output does not read it. As 0 * inf is NaN, a tile with inputs that are not finite is
+// computed one output at a time, and weights of 0 are skipped.
 template <class Acc>
 struct TileTable {
   int64_t tile;          // outputs

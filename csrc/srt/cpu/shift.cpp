@@ -1,3 +1,4 @@
+// Shift on the CPU: a task is one row of one plane of a view.
 #include "../shift.h"
 
 #include "dispatch.h"

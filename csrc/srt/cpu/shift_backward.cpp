@@ -1,3 +1,4 @@
+// The gradient of shift on the CPU.
 #include <vector>
 
 #include "../shift.h"

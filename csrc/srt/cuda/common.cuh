@@ -111,15 +111,15 @@ __device__ inline void store_word(Word* to, Word word) {
 #endif
 }
 
-// Writes an output element. Every element is written once. With `keep` (see fits_l2) it stays in L2
-// for the kernel that reads it next. Otherwise it is stored evict-first, so that it does not evict
-// the tokens, which are read again.
+// Writes an output element. Every element is written once. With `keep_in_l2` (see fits_l2) it stays
+// in L2 for the kernel that reads it next. Otherwise it is stored evict-first, so that it does not
+// evict the tokens, which are read again.
 template <class T>
-__device__ inline void store(T* to, const T& value, bool keep) {
+__device__ inline void store(T* to, const T& value, bool keep_in_l2) {
   using Word = WordOf<sizeof(T)>;
   Word word;
   memcpy(&word, &value, sizeof(word));
-  if (keep) {
+  if (keep_in_l2) {
     store_word(reinterpret_cast<Word*>(to), word);
   } else {
     __stcs(reinterpret_cast<Word*>(to), word);
@@ -267,8 +267,8 @@ struct ShiftPlan {
   DeviceArray offsets;  // [V, 2] (dy, dx), pixels
   Padding padding;
   Interpolation interpolation;
-  bool aligned;  // every row of `out` starts at a multiple of 16 bytes
-  bool keep;     // out in L2
+  bool aligned;     // every row of `out` starts at a multiple of 16 bytes
+  bool keep_in_l2;  // out
   void* out;
 
   // Of offset number i; none for a view that covers nothing.
@@ -307,7 +307,7 @@ struct RawViews {
   DeviceArray offsets, weights;  // [V, 2] and [V]; null: in the parameters, weights behind offsets
   int64_t views;
   bool weighted;
-  bool stream = false;  // weights count against those of other chunks, and have limits
+  bool absolute_weights = false;  // weights count against those of other chunks, and have limits
 
   __device__ View operator()(const InlineArrays& parameters, int64_t v) const {
     View view{};
@@ -318,7 +318,7 @@ struct RawViews {
     if (weighted) {
       const int64_t at = offsets.data ? v : 2 * views + v;
       view.weight = weights.data ? weights[v] : parameters.at[at];
-      if (stream && !(view.weight >= 0x1p-500 && view.weight <= 0x1p500)) view.weight = 0;
+      if (absolute_weights && !(view.weight >= 0x1p-500 && view.weight <= 0x1p500)) view.weight = 0;
     }
     return view;
   }
@@ -367,7 +367,7 @@ struct FieldPlan {
   int64_t views, batch, channels;
   void* out;               // [B, C, H', W']
   int64_t out_strides[4];  // in elements
-  bool keep;               // everything that is written, in L2
+  bool keep_in_l2;         // everything that is written
 };
 
 // One call of ensemble or of its gradient. Without a workspace only its size is asked for.
@@ -397,7 +397,7 @@ struct Call {
     plan.channels = args.channels;
     plan.out = args.out;
     std::copy_n(args.out_strides, 4, plan.out_strides);
-    plan.keep = fits_l2(op, token_bytes * token_elements(), cell_bytes * field_elements());
+    plan.keep_in_l2 = fits_l2(op, token_bytes * token_elements(), cell_bytes * field_elements());
   }
 };
 
@@ -431,7 +431,7 @@ inline void sort_views(const Call& call, const RawViews& raw, const InlineArrays
 
 // mean.cu, and per_view.cu: the reductions that need the value of every view. With no workspace:
 // return how large it must be.
-int64_t reduce_mean(const Call& call);
-int64_t reduce_values(const Call& call);
+int64_t run_mean(const Call& call);
+int64_t run_per_view(const Call& call);
 
 }  // namespace srt::cuda

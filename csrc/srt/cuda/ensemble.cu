@@ -7,8 +7,8 @@ namespace {
 
 int64_t ensemble(const Call& call) {
   const EnsembleArgs& args = call.args;
-  if (args.reduce != Reduce::mean || args.total_weight) return reduce_values(call);
-  return args.batch == 0 || args.channels == 0 ? 0 : reduce_mean(call);
+  if (args.reduce != Reduce::mean || args.total_weight) return run_per_view(call);
+  return args.batch == 0 || args.channels == 0 ? 0 : run_mean(call);
 }
 
 }  // namespace

@@ -462,18 +462,18 @@ __global__ void __launch_bounds__(kThreads, kResident)
     }
     return pack;
   };
-  const bool keep = kKeep == Keep::by_plan ? plan.keep : kKeep == Keep::yes;
+  const bool keep_in_l2 = kKeep == Keep::by_plan ? plan.keep_in_l2 : kKeep == Keep::yes;
   const auto store_channels = [&](char* at, const Acc(&value)[kVec]) {
     T* const to = reinterpret_cast<T*>(at);
     Pack<T, kVec> pack;
 #pragma unroll
     for (int e = 0; e < kVec; ++e) pack.at[e] = from_acc<T>(value[e]);
     if (kVector) {
-      store(reinterpret_cast<Pack<T, kVec>*>(to), pack, keep);
+      store(reinterpret_cast<Pack<T, kVec>*>(to), pack, keep_in_l2);
     } else {
 #pragma unroll
       for (int e = 0; e < kVec; ++e) {
-        if (e < channels()) store(to + e * plan.out_strides[1], pack.at[e], keep);
+        if (e < channels()) store(to + e * plan.out_strides[1], pack.at[e], keep_in_l2);
       }
     }
   };
@@ -864,7 +864,7 @@ int64_t mean(const Call& call) {
   constexpr Keep kKeep = kSmall ? Keep::by_plan : Keep::no;
   auto* kernel = mean_kernel<T, kSmall, kVector, kKeep>;
   if constexpr (!kSmall) {
-    if (plan.keep) kernel = mean_kernel<T, kSmall, kVector, Keep::yes>;
+    if (plan.keep_in_l2) kernel = mean_kernel<T, kSmall, kVector, Keep::yes>;
   }
   launch(call.op, kernel, std::min(tiles, kResident * std::max<int64_t>(1, processors(call.op))),
          call.stream, plan);
@@ -901,7 +901,7 @@ int64_t choose_mean(const Call& call) {
 
 }  // namespace
 
-int64_t reduce_mean(const Call& call) {
+int64_t run_mean(const Call& call) {
   return dispatch_floating(call.args.dtype,
                            [&](auto element) { return choose_mean<decltype(element)>(call); });
 }

@@ -160,7 +160,7 @@ struct GradPlan {
   int64_t batch, channels;
   int64_t segment, segments;  // token rows of a block; all of them in so many blocks
   void* out;                  // [V, B, h*w, C], dense
-  bool keep;                  // out in L2
+  bool keep_in_l2;            // out
 };
 
 // The shared memory of a block.
@@ -276,11 +276,11 @@ __global__ void __launch_bounds__(kThreads, kBackwardResident)
 #pragma unroll
           for (int c = 0; c < kVec; ++c) pack.at[c] = from_acc<T>(weight * total[s][c]);
           if (kVector) {
-            store(reinterpret_cast<Pack<T, kVec>*>(to), pack, plan.keep);
+            store(reinterpret_cast<Pack<T, kVec>*>(to), pack, plan.keep_in_l2);
           } else {
 #pragma unroll
             for (int c = 0; c < kVec; ++c) {
-              if (c < channels()) store(to + c, pack.at[c], plan.keep);
+              if (c < channels()) store(to + c, pack.at[c], plan.keep_in_l2);
             }
           }
         }
@@ -536,7 +536,7 @@ int64_t mean_backward(const Call& call, void* grad_tokens) {
   plan.channels = args.channels;
   plan.out = grad_tokens;
   constexpr int64_t kSize = sizeof(T);
-  plan.keep = fits_l2(call.op, kSize * call.field_elements(), kSize * call.token_elements());
+  plan.keep_in_l2 = fits_l2(call.op, kSize * call.field_elements(), kSize * call.token_elements());
   const int64_t resident = kBackwardResident * std::max<int64_t>(1, processors(call.op));
   // For offsets on the device the number of entries is unknown: as many as on a grid.
   const int64_t parts = div_up(div_up(args.views, Tile::slots), kEntries);

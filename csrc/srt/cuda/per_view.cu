@@ -344,7 +344,8 @@ struct Cell {
 
   __device__ void write(void* to, Acc value) const {
     const T element = from_acc<T>(value);
-    each_cell([&](int64_t at, int64_t) { store(static_cast<T*>(to) + at, element, plan.keep); });
+    each_cell(
+        [&](int64_t at, int64_t) { store(static_cast<T*>(to) + at, element, plan.keep_in_l2); });
   }
 };
 
@@ -542,8 +543,8 @@ struct Moments : Common<T> {
                        : keep * *variance + added * sample.variance + keep * added * apart * apart;
         }
       }
-      store(mean, joined, plan.keep);
-      if (plan.variance) store(variance, spread, plan.keep);
+      store(mean, joined, plan.keep_in_l2);
+      if (plan.variance) store(variance, spread, plan.keep_in_l2);
     });
   }
 };
@@ -574,15 +575,16 @@ struct StreamMedian : Common<T> {
     cell.each_cell([&](int64_t at, int64_t) {
       Acc* const state = static_cast<Acc*>(plan.out) + at;
 #pragma unroll
-      for (int i = 0; i < kWindow; ++i) store(state + i * plan.plane_stride, window[i], plan.keep);
-      store(state + kWindow * plan.plane_stride, place, plan.keep);
+      for (int i = 0; i < kWindow; ++i)
+        store(state + i * plan.plane_stride, window[i], plan.keep_in_l2);
+      store(state + kWindow * plan.plane_stride, place, plan.keep_in_l2);
     });
   }
 };
 
 template <class T, class Reduction>
 __global__ void __launch_bounds__(kThreads, Reduction::kBlocks)
-    values_kernel(const __grid_constant__ PerViewPlan<typename AccumulatorOf<T>::type> plan) {
+    per_view_kernel(const __grid_constant__ PerViewPlan<typename AccumulatorOf<T>::type> plan) {
   using Acc = typename AccumulatorOf<T>::type;
   using Stage = cuda::Stage<T, Reduction>;
   __shared__ Stage stage;
@@ -640,13 +642,13 @@ using Kernel = void (*)(PerViewPlan<typename AccumulatorOf<T>::type>);
 
 template <class T>
 Kernel<T> choose_kernel(const EnsembleArgs& args) {
-  if (args.reduce != Reduce::median) return values_kernel<T, Moments<T>>;
-  if (args.total_weight) return values_kernel<T, StreamMedian<T>>;
+  if (args.reduce != Reduce::median) return per_view_kernel<T, Moments<T>>;
+  if (args.total_weight) return per_view_kernel<T, StreamMedian<T>>;
   // Fewer sizes than on the CPU: each is a kernel for every dtype and architecture.
-  if (args.views <= 9) return values_kernel<T, NetworkMedian<T, 9>>;
-  if (args.views <= 25) return values_kernel<T, NetworkMedian<T, 25>>;
-  if (args.views <= 50) return values_kernel<T, NetworkMedian<T, 50>>;
-  return values_kernel<T, CountingMedian<T>>;
+  if (args.views <= 9) return per_view_kernel<T, NetworkMedian<T, 9>>;
+  if (args.views <= 25) return per_view_kernel<T, NetworkMedian<T, 25>>;
+  if (args.views <= 50) return per_view_kernel<T, NetworkMedian<T, 50>>;
+  return per_view_kernel<T, CountingMedian<T>>;
 }
 
 template <class T, class Acc = typename AccumulatorOf<T>::type>
@@ -696,7 +698,7 @@ int64_t reduce_as(const Call& call) {
   PerViewPlan<Acc> plan = make_plan<T>(call, workspace);
   InlineArrays parameters;
   RawViews raw = raw_views(call, workspace, parameters);
-  raw.stream = args.total_weight != nullptr;
+  raw.absolute_weights = args.total_weight != nullptr;
   if (!call.workspace) return workspace.bytes();
 
   const int64_t rows = plan.y.cells, cells = plan.x.cells;
@@ -717,7 +719,7 @@ int64_t reduce_as(const Call& call) {
 
 }  // namespace
 
-int64_t reduce_values(const Call& call) {
+int64_t run_per_view(const Call& call) {
   if (!call.args.total_weight && (call.args.batch == 0 || call.args.channels == 0)) return 0;
   return dispatch_floating(call.args.dtype,
                            [&](auto element) { return reduce_as<decltype(element)>(call); });

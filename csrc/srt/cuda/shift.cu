@@ -1,3 +1,4 @@
+// Shift on the device.
 #include "../shift.h"
 #include "common.cuh"
 
@@ -108,7 +109,7 @@ struct Strip {
           if (x >= columns) continue;
           Pack<T, kPack> value;
           make(lines[r] + x, value.at);
-          store(reinterpret_cast<Pack<T, kPack>*>(to + x), value, plan.keep);
+          store(reinterpret_cast<Pack<T, kPack>*>(to + x), value, plan.keep_in_l2);
         }
       } else {
 #pragma unroll
@@ -117,7 +118,7 @@ struct Strip {
           if (x >= columns) continue;
           T value[1];
           make(lines[r] + x, value);
-          store(to + x, value[0], plan.keep);
+          store(to + x, value[0], plan.keep_in_l2);
         }
       }
     }
@@ -279,7 +280,7 @@ void shift_cuda(const ShiftArgs& args, const ViewArray& offsets, void* workspace
     const int64_t image_bytes = kSize * args.planes * args.height * args.width;
     plan.aligned = args.width * kSize % kVectorBytes == 0 &&
                    reinterpret_cast<uintptr_t>(args.out) % kVectorBytes == 0;
-    plan.keep = fits_l2("shift", image_bytes, args.views * image_bytes);
+    plan.keep_in_l2 = fits_l2("shift", image_bytes, args.views * image_bytes);
     constexpr int64_t kBlockRows = kWarps * kRows<typename AccumulatorOf<T>::type>;
     const int64_t tiles = div_up(args.height, kBlockRows) * div_up(args.width, kColumns);
     const bool cubic = args.interpolation == Interpolation::bicubic;

@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : kImageResident)
 #pragma unroll
       for (int k = 0; k < kShareWarps; ++k) total += shares[k][warp][lane];
       store(static_cast<T*>(plan.out) + (plane * plan.height + y0 + warp) * plan.width + x,
-            from_acc<T>(total), /*keep=*/true);  // V times smaller than what was read
+            from_acc<T>(total), /*keep_in_l2=*/true);  // V times smaller than what was read
     }
     __syncthreads();  // before the next tile takes the place of this
   }
