@@ -379,7 +379,7 @@ class _Ensemble(_Function):
         if ctx.needs_input_grad[0] and reduce == "mean":
             tokens_grad = _Views(modes, *place).mean_backward(grad)
         elif ctx.needs_input_grad[0]:
-            op = _ops._median_backward if reduce == "median" else _ops._moments_backward
+            op = {"median": _ops._median_backward, "moments": _ops._moments_backward}[reduce]
             tokens_grad = op(grad, grad_var, tokens, *place, **modes)
         if ctx.needs_input_grad[4]:
             weights_grad = _ops._weights_backward(grad, grad_var, tokens, *place, **modes)

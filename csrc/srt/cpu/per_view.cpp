@@ -1,4 +1,4 @@
-// Median, moments and streams on the CPU: which kernel, its plan, and its tasks over threads.
+// Median and moments on the CPU, and their streams: which kernel, its plan, its tasks over threads.
 #include <algorithm>
 #include <vector>
 
@@ -13,7 +13,13 @@ namespace {
 template <class T>
 auto choose_kernel(const EnsembleArgs& args) {
   const KernelsOf<T>& own = kernels().of<T>();
-  if (args.reduce == Reduce::median) return args.total_weight ? own.stream_median : own.median;
+  switch (args.reduce) {
+    case Reduce::median:
+      return args.total_weight ? own.stream_median : own.median;
+    case Reduce::mean:  // never: run_mean reduces it
+    case Reduce::moments:
+      break;
+  }
   return args.total_weight ? own.stream_moments : own.moments;
 }
 

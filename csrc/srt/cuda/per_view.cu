@@ -641,14 +641,25 @@ template <class T>
 using Kernel = void (*)(PerViewPlan<typename AccumulatorOf<T>::type>);
 
 template <class T>
-Kernel<T> choose_kernel(const EnsembleArgs& args) {
-  if (args.reduce != Reduce::median) return per_view_kernel<T, Moments<T>>;
+Kernel<T> choose_median(const EnsembleArgs& args) {
   if (args.total_weight) return per_view_kernel<T, StreamMedian<T>>;
   // Fewer sizes than on the CPU: each is a kernel for every dtype and architecture.
   if (args.views <= 9) return per_view_kernel<T, NetworkMedian<T, 9>>;
   if (args.views <= 25) return per_view_kernel<T, NetworkMedian<T, 25>>;
   if (args.views <= 50) return per_view_kernel<T, NetworkMedian<T, 50>>;
   return per_view_kernel<T, CountingMedian<T>>;
+}
+
+template <class T>
+Kernel<T> choose_kernel(const EnsembleArgs& args) {
+  switch (args.reduce) {
+    case Reduce::median:
+      return choose_median<T>(args);
+    case Reduce::mean:  // of a stream
+    case Reduce::moments:
+      break;
+  }
+  return per_view_kernel<T, Moments<T>>;
 }
 
 template <class T, class Acc = typename AccumulatorOf<T>::type>
