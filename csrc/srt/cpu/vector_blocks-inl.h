@@ -4,7 +4,7 @@
 // each instruction set, with other flags. Everything in them, and everything they call, has
 // internal linkage: a template or inline function with one name in all the objects would be merged
 // by the linker, and the copy it kept could hold instructions that the processor lacks. So no std::
-// templates and no functions of other headers but those that are always inlined (median_network.h,
+// templates and no functions of other headers but small ones that are inlined (median_network.h,
 // running_median.h); plan.h has plain structs. CI looks for such names.
 #pragma once
 #include "plan.h"
