@@ -128,7 +128,7 @@ BORDERS = "border must be one of 'coverage', 'zeros', 'clamp'"
 
 memory = torch.ones(2 * 6 * 3 + 8 * 15 * 3)
 out, double = torch.ones(OUT), torch.float64
-INTEGERS = ("int8", "int64", "bool", "complex64")
+INTEGERS = ("int8", "int64", "uint16", "bool", "complex64")
 part = torch.zeros(1000)
 
 TABLE = [

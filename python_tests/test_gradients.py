@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -134,6 +134,13 @@ def test_views_that_cover_nothing_get_no_gradient(reduce: str) -> None:
 def test_gradient_of_tokens_of_any_call(case: Ensemble, reduce: str, dtype: torch.dtype) -> None:
     dtype = torch.float32 if reduce == "median" else dtype
     check_rounding(case, reduce, dtype)
+
+
+def test_the_gradient_of_a_tie_goes_to_the_first_view_by_dx() -> None:
+    tokens, offsets = torch.zeros(3, 1, 1, 1), torch.tensor([[0.0, 1.0], [0.0, -1.0], [0.0, 0.0]])
+    call = partial(srt_ext.ensemble, offsets=offsets, grid=(1, 1), patch=(4, 4), border="clamp")
+    result = gradient(lambda t: call(t, reduce="median"), tokens, torch.ones(1, 1, 4, 4))
+    assert result.flatten().tolist() == [0, 16, 0]
 
 
 @each_device

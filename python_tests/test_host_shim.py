@@ -258,7 +258,7 @@ for ensemble in (torch.ops.srt.ensemble, srt_ext.ensemble):
     with pytest.raises(RuntimeError, match="srt::ensemble: CUDA: unspecified launch failure"):
         ensemble(*args)
 gpu.failing_launch = -1
-tests = "cpu-baseline or strides or dtype_and_stride or no_pixels"
+tests = "cpu-baseline or strides or dtype_and_stride or no_pixels or (sum_to and baseline)"
 assert pytest.main(["-q", "-p", "no:cacheprovider", "-k", tests, *sys.argv[2:]]) == 0
 assert library.live_guards() == 0
 """
@@ -273,7 +273,7 @@ def test_ops(tmp_path: Path) -> None:
     glue = compiled(STUB / "glue.cpp", tmp_path / "glue.o", *flags, f"-isystem{torch_path}/include")
     link = ("-Wl,-Bsymbolic", "-L", f"{torch_path}/lib", "-ltorch_cpu")
     library = linked([glue, *kernels], tmp_path / "ops.so", *link)
-    names = ("kernels", "ensemble", "median", "shift", "streams")
+    names = ("kernels", "ensemble", "median", "shift", "streams", "gradients")
     tests = [str(ROOT / "python_tests" / f"test_{name}.py") for name in names]
     path = os.pathsep.join((str(ROOT), str(ROOT / "python_tests")))
     run_python("-c", OPS, library, *tests, env={"PYTHONPATH": path})

@@ -3,7 +3,7 @@
 // the pieces of a workspace are watched, and every kernel runs in every dtype, layout and alignment
 // without the start of Python and torch. Each call runs twice, on two poisons: the results must be
 // the same to the last bit where there is an element, and the poison elsewhere. Whether they are
-// right is for python_tests/test_cuda.py. Exit status 1 if any call fails.
+// right is for python_tests (test_kernels.py, test_cuda.py). Exit status 1 if any call fails.
 #include <cuda_runtime.h>
 
 #include <algorithm>

@@ -487,7 +487,7 @@ def _register_composite(function: Callable[..., torch.Tensor], fake: Callable[..
         channels = 16 * max(1, 2**17 // max(1, batch * height * width))
         variances = repeat(None) if grad_var is None else grad_var.split(channels, 1)
         parts = zip(grad.split(channels, 1), variances, tokens.split(channels, 3), strict=False)
-        result = torch.empty_like(fake(tokens))
+        result = fake(tokens)
         for target, part in zip(result.split(channels, -1), parts, strict=True):
             target.copy_(function(*part, *place, **modes))
         return result

@@ -96,7 +96,7 @@ class _LayerStyle:
 
     def __init__(self, tokens: Tokens) -> None:
         if tokens.grid[0] * tokens.grid[1] < 3:
-            raise ValueError("the picture has fewer than 3 tokens: no colours can be made of them")
+            raise ValueError("the picture has fewer than 3 tokens: no colors can be made of them")
         self.colors = PCAColors(tokens.map)
         self.query: list[torch.Tensor] = []  # [C] of the plain tokens, [C] of the mean
 

@@ -17,6 +17,9 @@ const char* dtype_name(ScalarType dtype) {
                 {ScalarType::Short, "int16"},
                 {ScalarType::Int, "int32"},
                 {ScalarType::Long, "int64"},
+                {ScalarType::UInt16, "uint16"},
+                {ScalarType::UInt32, "uint32"},
+                {ScalarType::UInt64, "uint64"},
                 {ScalarType::Half, "float16"},
                 {ScalarType::BFloat16, "bfloat16"},
                 {ScalarType::Float, "float32"},
@@ -26,7 +29,7 @@ const char* dtype_name(ScalarType dtype) {
                 {ScalarType::ComplexDouble, "complex128"}};
   for (const auto& type : kNames)
     if (type.dtype == dtype) return type.name;
-  return "another dtype";
+  return torch::headeronly::toString(dtype);  // Float8_e5m2, ...
 }
 
 std::string device_name(const Tensor& tensor) {
