@@ -443,7 +443,7 @@ def plot_peers(results: Row, path: Path) -> None:
     for axis in axes.flat[len(rows) :]:
         axis.remove()
     figure.suptitle("49 views, 224 x 224, P = 16, C = 384, float32")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_growth(results: Row, path: Path) -> None:
@@ -479,10 +479,10 @@ def plot_growth(results: Row, path: Path) -> None:
         space.set(xscale="log", yscale="log", ylabel="peak, MB", xlabel=axis)
         time.legend(fontsize="small")
         space.legend(fontsize="small")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
     from matplotlib import pyplot
 
     with pyplot.rc_context({"svg.hashsalt": path.name}):  # the same file from the same numbers

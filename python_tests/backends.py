@@ -40,7 +40,7 @@ from typing import Any
 
 import pytest
 import torch
-from samples import BORDERS, DTYPES, INTERPOLATIONS, PADDINGS, UPSAMPLES, Ensemble, Shift
+from samples import BORDERS, DTYPES, INTERPOLATIONS, PADDINGS, REDUCES, UPSAMPLES, Ensemble, Shift
 
 import srt_ext
 
@@ -355,7 +355,7 @@ class CudaOnHost:
 
     def _arguments(self, case: Ensemble, reduce: str, tokens: torch.Tensor) -> EnsembleArgs:
         return EnsembleArgs(
-            reduce=("mean", "median", "moments").index(reduce),
+            reduce=REDUCES.index(reduce),
             dtype=CODES[tokens.dtype],
             views=tokens.shape[0],
             batch=tokens.shape[1],

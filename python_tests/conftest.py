@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: "jax" in item.name)
     interp = defaultdict(list)
     for item in items:
-        if item.get_closest_marker("interp"):
+        if item.get_closest_marker("interp") and not item.get_closest_marker("slow"):
             interp[item.nodeid.split("[")[0]].append(item)
     for cases in interp.values():
         rest = max(0, len(cases) - INTERP_CASES)

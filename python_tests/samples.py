@@ -8,19 +8,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from hypothesis import strategies as st
 
+from srt_ext.options import Border, Interpolation, Padding, Reduce, Upsample
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-UPSAMPLES = ("nearest", "bilinear")
-BORDERS = ("coverage", "zeros", "clamp")
-PADDINGS = ("zeros", "border", "reflect", "circular")
+# In the order of the enumerators of csrc/srt/types.h.
+UPSAMPLES, BORDERS = get_args(Upsample), get_args(Border)
+PADDINGS, INTERPOLATIONS = get_args(Padding), get_args(Interpolation)
+REDUCES = (*get_args(Reduce), "moments")
 NUMPY_PADDINGS = dict(zip(PADDINGS, ("constant", "edge", "reflect", "wrap"), strict=True))
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
-REDUCES = ("mean", "median", "moments")
 FAR = 2.0**20  # the largest offset
 
 Pairs = tuple[tuple[float, float], ...]

@@ -13,10 +13,11 @@ from budget import assert_within_budget, assert_within_rounding
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import field_of
-from peak import needs_proc, peak_of
+from process import needs_proc, peak_of
 from samples import (
     DTYPES,
     ENSEMBLES,
+    REDUCES,
     UPSAMPLES,
     Ensemble,
     each_dtype,
@@ -73,10 +74,10 @@ def check_rounding(case: Ensemble, reduce: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("name", "dtype", "reduce", "backend"),
     [
-        *pairwise(tuple(ENSEMBLES), DTYPES, ("median", "moments"), CPU),
+        *pairwise(tuple(ENSEMBLES), DTYPES, REDUCES[1:], CPU),
         *(
             pytest.param(*case, "cuda", marks=pytest.mark.cuda)
-            for case in pairwise(tuple(ENSEMBLES), DTYPES[:3], ("median", "moments"))
+            for case in pairwise(tuple(ENSEMBLES), DTYPES[:3], REDUCES[1:])
         ),
     ],
     indirect=["backend"],
@@ -128,7 +129,7 @@ def test_views_that_cover_nothing_get_no_gradient(reduce: str) -> None:
 
 @given(
     ensembles(),
-    st.sampled_from(("median", "moments")),
+    st.sampled_from(REDUCES[1:]),
     st.sampled_from((torch.float32, torch.bfloat16)),
 )
 def test_gradient_of_tokens_of_any_call(case: Ensemble, reduce: str, dtype: torch.dtype) -> None:
@@ -161,8 +162,7 @@ def test_gradients_of_a_median_sum_to_the_cotangent(
         # Sums of few numbers -1, 0 and 1 are exact in every dtype.
         grad = torch.randint(-1, 2, case.shape, generator=generator).to(tokens)
         counted = field(torch.ones_like(tokens)) > 0
-        nan = field(tokens).isnan()
-        for grad_part in (grad, torch.where(nan, grad, 0)):
+        for grad_part in (grad, torch.where(field(tokens).isnan(), grad, 0)):
             result = gradient(field, tokens, grad_part).double()
             expected = torch.where(counted, grad_part, 0).double().sum((2, 3))
             size = 0 if upsample == "nearest" else 4 * torch.finfo(dtype).eps
@@ -232,16 +232,15 @@ def test_gradient_of_the_weight_of_a_view_that_covers_nothing(reduce: str) -> No
     torch.testing.assert_close(actual, truth, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("reduce", ["median", "moments"])
+@pytest.mark.parametrize("reduce", REDUCES[1:])
 def test_any_strides_of_a_gradient(reduce: str) -> None:
     case = ENSEMBLES["grid"]
     tokens, field = case.tokens(), field_of(srt_ext, reduce, case)
     grad = torch.randn(field(tokens).shape)
     strided = grad.transpose(-1, -2).contiguous().transpose(-1, -2)
     assert torch.equal(gradient(field, tokens, strided), gradient(field, tokens, grad))
-    ones = torch.ones(grad.shape)
-    expanded = torch.ones(()).expand(grad.shape)
-    assert torch.equal(gradient(field, tokens, expanded), gradient(field, tokens, ones))
+    ones = torch.ones(()).expand(grad.shape), torch.ones(grad.shape)
+    assert torch.equal(*(gradient(field, tokens, one) for one in ones))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 import torch
 from backends import Backend, Ops
-from peak import needs_proc, peak_of
+from process import needs_proc, peak_of
 from samples import DTYPES, Ensemble
 
 # Both edges of each network, and the counting beyond the largest.

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from peak import needs_proc, peak_of
+from process import needs_proc, peak_of
 
 import srt_ext
 from srt_ext import SRT, reference, views

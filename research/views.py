@@ -22,7 +22,7 @@ import typer
 
 import srt_ext
 from benchmarks.common import MODEL, load, machine, quartiles, save
-from benchmarks.report import _save, markdown
+from benchmarks.report import markdown, save_figure
 from research import RESULTS
 from srt_ext import views
 from srt_ext.views import Weighted
@@ -474,7 +474,7 @@ def plot(results: Row, path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("error, as a share of what SRT changes")
     axes[1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def main(

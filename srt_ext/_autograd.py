@@ -397,6 +397,7 @@ class _Ensemble(_Function):
             return _median_tangent(views, tokens, tokens_tangent)
         if reduce == "moments":
             return _moments_tangents(views, tokens, tokens_tangent, weights_tangent)
+        assert reduce == "mean"
         result = 0 if tokens_tangent is None else views.ensemble(tokens_tangent)
         if weights_tangent is not None:
             result = result + _moments_tangents(views, tokens, None, weights_tangent)[0]
@@ -487,7 +488,7 @@ def _register_composite(function: Callable[..., torch.Tensor], fake: Callable[..
         channels = 16 * max(1, 2**17 // max(1, batch * height * width))
         variances = repeat(None) if grad_var is None else grad_var.split(channels, 1)
         parts = zip(grad.split(channels, 1), variances, tokens.split(channels, 3), strict=False)
-        result = fake(tokens)
+        result: torch.Tensor = fake(tokens)
         for target, part in zip(result.split(channels, -1), parts, strict=True):
             target.copy_(function(*part, *place, **modes))
         return result

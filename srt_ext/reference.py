@@ -179,6 +179,7 @@ def ensemble(
             count = count + scale * view_count
         return _ratio(total, count)
 
+    assert reduce == "median"
     # The views that count come first, in order; a NaN that counts is the result, as in torch.
     values = [(_ratio(s, count), (count > 0).expand_as(s)) for _, s, count in sums]
     stack, counts = torch.stack([v for v, _ in values]), torch.stack([c for _, c in values])

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.report import _save, markdown
+from benchmarks.report import markdown, save_figure
 from research.quality.settings import IDENTITY, Setting
 
 Row = dict[str, Any]
@@ -310,4 +310,4 @@ def plot(results: Row, path: Path) -> None:
     figure.legend(
         shown.values(), shown.keys(), loc="outside lower center", ncols=4, fontsize="small"
     )
-    _save(figure, path)
+    save_figure(figure, path)

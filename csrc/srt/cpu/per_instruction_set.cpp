@@ -13,6 +13,7 @@ namespace srt::cpu {
 
 namespace {
 template <class T, class Acc = typename AccumulatorOf<T>::type>
+// In the order of dispatch.h.
 constexpr KernelsOf<T> kKernels = {mean<T, T>,
                                    mean<T, Acc>,
                                    per_view<T, Median<T, Acc>>,
