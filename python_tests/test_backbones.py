@@ -843,8 +843,7 @@ def test_peak_bytes_counts_what_is_held_at_one_time() -> None:
         return torch.cat([kept, kept.view(10, 100).reshape(-1)]).double()  # 4 + 8 + 16 kB
 
     result, peak = _memory.peak_bytes(call)
-    assert result.dtype == torch.float64
-    assert peak == 28000
+    assert (result.dtype, peak) == (torch.float64, 28000)
     assert _memory.peak_bytes(lambda: start.view(10, 100))[1] == 0
 
 

@@ -235,7 +235,7 @@ def ensemble(
     elif not framework.takes_strides:
         # The kernel writes another layout slower, but faster than a copy.
         shape = ops.field_shape(op, *call, stride=stride)
-        ops.check_views(op, *call, **modes)
+        ops.check_views(op, *call, reduce=reduce, **modes)
         dense = tensors[0].new_empty(shape)
     field = ops.ensemble(*call, reduce=reduce, **modes, out=dense if target is None else target)
     _hold((*tensors, target), (tokens, offsets, weights, out))

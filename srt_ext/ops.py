@@ -59,12 +59,15 @@ def accumulate(op: str, *args: Any, **modes: Any) -> None:
     _call(op, getattr(torch.ops.srt, op).default, *args, **modes)
 
 
-def check_views(op: str, *args: Any, stream: bool = False, **modes: Any) -> None:
+def check_views(
+    op: str, *args: Any, reduce: str = "mean", stream: bool = False, **modes: Any
+) -> None:
     """The rules for tokens, offsets, grid, patch, weights and modes of ``op``: nothing is made.
 
     ``stream``: for a chunk of one, which may have no views.
     """
-    _call(op, torch.ops.srt._check_views.default, op, *args, stream=stream, **modes)
+    check = torch.ops.srt._check_views.default
+    _call(op, check, op, *args, reduce=reduce, stream=stream, **modes)
 
 
 def shift(

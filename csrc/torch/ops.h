@@ -93,8 +93,9 @@ struct Ops {
   }
 
   // The rules alone, before anything is allocated. Of a `stream`: a chunk, which may have no views.
-  static void check_views(const Word& op, SRT_TOKENS, SRT_WEIGHTS, bool stream, SRT_MODES) {
-    SRT_CALL(op.c_str(), weights, Reduce::mean, stream, stream ? 0 : 1);
+  static void check_views(const Word& op, SRT_TOKENS, SRT_WEIGHTS, const Word& reduce, bool stream,
+                          SRT_MODES) {
+    SRT_CALL(op.c_str(), weights, parse_reduce(reduce), stream, stream ? 0 : 1);
   }
 };
 

@@ -45,8 +45,8 @@ STABLE_TORCH_LIBRARY(srt, m) {
       "_mean_backward(Tensor grad, Tensor offsets, int[2] grid, int[2] patch, Tensor? weights, *, "
       "str upsample, str border, int[2] stride) -> Tensor");
   // For srt_ext/streaming.py and srt_ext/dlpack.py.
-  m.def("_check_views(str op, " SRT_VIEWS ", Tensor? weights=None, *, bool stream, " SRT_MODES
-        ") -> ()");
+  m.def("_check_views(str op, " SRT_VIEWS
+        ", Tensor? weights=None, *, str reduce, bool stream, " SRT_MODES ") -> ()");
   m.def("_cpu_kernels() -> str");
   m.def("_available_cpu_kernels() -> str");
   m.def("_force_cpu_kernels(str name) -> ()");
