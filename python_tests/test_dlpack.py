@@ -250,9 +250,7 @@ def test_jax_tracers_and_out_are_refused(jax: ModuleType) -> None:
     with pytest.raises(TypeError, match="srt::ensemble: out must be an array that can be written"):
         ensemble(out=jax.numpy.zeros((1, 3, 8, 15)))
     with pytest.raises(ValueError, match="reduce must be one of"):  # before 4 TB are allocated
-        dlpack.ensemble(
-            jax.numpy.ones((1, 1, 1, 1)), [[0.0] * 2], (1, 1), [2**20] * 2, reduce="max"
-        )
+        dlpack.ensemble(jax.numpy.ones((1, 1, 1, 1)), [[0, 0]], [1, 1], [2**20] * 2, reduce="max")
 
 
 # ---- the protocol -------------------------------------------------------------------------------
