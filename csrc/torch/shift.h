@@ -1,7 +1,7 @@
 // The arguments of shift and of its gradient, for every backend.
 #pragma once
+#include <optional>
 #include <string>
-#include <vector>
 
 #include "common.h"
 

@@ -1,6 +1,5 @@
 // The gradient of the image on the device: each pixel gathers, from every view, the output pixels
 // that read it, where it stands and where it stands in the padding.
-#include <type_traits>
 
 #include "../shift.h"
 #include "common.cuh"
