@@ -155,8 +155,8 @@ def ensemble(
         [B, C, H / sh, W / sw] of the dtype of ``tokens``, with strides (H'W'C, 1, W'C, C)
         (channels_last), or ``out``. 0 where no view counts. Differentiable with respect to
         ``tokens`` and ``weights`` in reverse and forward mode. The gradient of a mean has a kernel;
-        that of a median, and those of weights, are recomputed view by view, which takes many times
-        as long as the forward. The gradient of a median goes to the view that is the median (the
+        that of a median, and those of weights, are recomputed view by view, which takes tens of
+        times as long as the forward. The gradient of a median goes to the view that is the median (the
         first by dx of equal ones).
 
     Raises:
