@@ -156,8 +156,8 @@ def ensemble(
         (channels_last), or ``out``. 0 where no view counts. Differentiable with respect to
         ``tokens`` and ``weights`` in reverse and forward mode. The gradient of a mean has a kernel;
         that of a median, and those of weights, are recomputed view by view, which takes tens of
-        times as long as the forward. The gradient of a median goes to the view that is the median (the
-        first by dx of equal ones).
+        times as long as the forward. The gradient of a median goes to the view that is the median
+        (the first by dx of equal ones).
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
