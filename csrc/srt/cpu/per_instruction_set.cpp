@@ -12,8 +12,8 @@ namespace srt::cpu {
 #define SRT_STRING(x) SRT_STRING_(x)
 
 namespace {
-template <class T, class Acc = typename AccumulatorOf<T>::type>
 // In the order of dispatch.h.
+template <class T, class Acc = typename AccumulatorOf<T>::type>
 constexpr KernelsOf<T> kKernels = {mean<T, T>,
                                    mean<T, Acc>,
                                    per_view<T, Median<T, Acc>>,

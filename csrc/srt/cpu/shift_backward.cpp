@@ -1,4 +1,4 @@
-// The gradient of shift on the CPU.
+// The gradient of shift on the CPU: each row of the image gathers the gradient rows that read it.
 #include <vector>
 
 #include "../shift.h"

@@ -1,4 +1,3 @@
-// Shift on the device.
 #include "../shift.h"
 #include "common.cuh"
 
