@@ -54,7 +54,7 @@ CROP = 8  # channels that are compared with the oracle
 LARGEST_STACK = 2**33  # bytes of all views at pixel scale
 SMALL_RESULT = 2**26  # bytes of views, which are then also read as a graph
 COMPILE_UNTIL, SLOW_UNTIL = 0.5, 0.7  # of the time there is: what is slow is left out after it
-DEFAULT = "best:16"  # the views of SRT
+DEFAULT = "best:16"  # views=16 of SRT
 
 
 # ---- readings -----------------------------------------------------------------------------------
@@ -327,7 +327,7 @@ class Field:
     patch: Pair
     channels: int
     stride: Pair = (1, 1)
-    offsets: torch.Tensor = field(default_factory=lambda: srt_ext.views.grid(3))
+    offsets: torch.Tensor = field(default_factory=lambda: srt_ext.views.grid(3).offsets)
     small: bool = False
     loops: bool = True  # read the loops over views: whole pixels and stride 1, float32 only
     compiled: bool = True  # read what torch.compile makes
@@ -811,12 +811,12 @@ TINY = Sizes(
 
 def by_views(case: Field, words: str, **changed: Any) -> Field:
     """The same from other views than those of ``grid:3``."""
-    return replace(case, name=f"{words} ", offsets=srt_ext.views.parse(words), **changed)
+    return replace(case, name=f"{words} ", offsets=srt_ext.views.parse(words).offsets, **changed)
 
 
 def _pictures(sizes: Sizes, batch: int = 1, **peers: bool) -> list[Views]:
     """Of both sizes, the default views and a grid between the pixels."""
-    default, grid = srt_ext.views.parse(DEFAULT), _between(srt_ext.views.grid(3))
+    default, grid = srt_ext.views.parse(DEFAULT).offsets, _between(srt_ext.views.grid(3).offsets)
     return [
         Views(batch, case.pixels(), offsets, name, **peers)
         for case in (sizes.davis, sizes.tokens)
@@ -902,7 +902,7 @@ def _main() -> list[Step]:
     case = Field("", TOKENS, SMALL, 384)
     default = by_views(case, DEFAULT)
     views = [
-        Views(1, (224, 224), srt_ext.views.grid(3), "whole"),
+        Views(1, (224, 224), srt_ext.views.grid(3).offsets, "whole"),
         Views(1, (224, 224), default.offsets, DEFAULT),
     ]
     functions = (measure_mean, measure_median, measure_moments, measure_gradients)
@@ -915,7 +915,7 @@ def _main() -> list[Step]:
 
 def _on_cpu() -> list[Step]:
     """All the rest."""
-    nine, grid, many = (srt_ext.views.grid(radius) for radius in (1, 3, 7))
+    nine, grid, many = (srt_ext.views.grid(radius).offsets for radius in (1, 3, 7))
     main = Field("", TOKENS, SMALL, 384)
     alone = replace(main, loops=False)
     token_scale = [
@@ -946,7 +946,7 @@ def _on_cpu() -> list[Step]:
         Views(8, (224, 224), grid, "whole"),
         Views(1, (480, 848), grid, "whole"),
     ]
-    growth = [replace(main, offsets=srt_ext.views.grid(r)) for r in (0, 1, 2, 3, 5, 7)]
+    growth = [replace(main, offsets=srt_ext.views.grid(r).offsets) for r in (0, 1, 2, 3, 5, 7)]
     growth += [replace(main, grid=(n, n)) for n in (4, 7, 28, 37)]
     growth += [replace(main, channels=c) for c in (48, 96, 192, 768, 1536)]
     return [

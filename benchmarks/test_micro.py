@@ -25,14 +25,14 @@ def tokens(views: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 @pytest.mark.parametrize("views", ["best:4", "grid:1", "best:16", "grid:3"])
 class TestTokenScale:
     def test_op(self, benchmark: Benchmark, views: str, upsample: str) -> None:
-        offsets = srt_ext.views.parse(views)
+        offsets = srt_ext.views.parse(views).offsets
         field = benchmark(
             torch.ops.srt.ensemble, tokens(len(offsets)), offsets, **PLACE, upsample=upsample
         )
         assert field.shape == (1, 384, 14, 14)
 
     def test_function(self, benchmark: Benchmark, views: str, upsample: str) -> None:
-        offsets = srt_ext.views.parse(views)
+        offsets = srt_ext.views.parse(views).offsets
         field = benchmark(
             srt_ext.ensemble, tokens(len(offsets)), offsets, **PLACE, upsample=upsample
         )
@@ -45,20 +45,20 @@ def test_limit_reading_the_tokens(benchmark: Benchmark, views: int) -> None:
 
 
 def test_median_of_nine(benchmark: Benchmark) -> None:
-    offsets = srt_ext.views.grid(1)
+    offsets = srt_ext.views.grid(1).offsets
     benchmark(srt_ext.ensemble, tokens(9), offsets, **PLACE, reduce="median")
 
 
 @pytest.mark.parametrize("kind", ["RunningMean", "RunningMoments", "RunningMedian"])
 def test_update(benchmark: Benchmark, kind: str) -> None:
     running = getattr(srt_ext, kind)(**PLACE)
-    benchmark(running.update, tokens(8), srt_ext.views.grid(1)[:8])
+    benchmark(running.update, tokens(8), srt_ext.views.grid(1).offsets[:8])
 
 
 @pytest.mark.parametrize("views", ["grid:1", "best:16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
 def test_shift(benchmark: Benchmark, dtype: torch.dtype, views: str) -> None:
     image = (255 * torch.rand(1, 3, 32, 32)).to(dtype)
-    offsets = srt_ext.views.parse(views)
+    offsets = srt_ext.views.parse(views).offsets
     pictures = benchmark(torch.ops.srt.shift, image, offsets)
     assert pictures.shape == (len(offsets), 1, 3, 32, 32)

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.functional import avg_pool2d, interpolate, normalize, pad
 from torch.testing import assert_close
 
-from srt_ext import SRT, _memory, reference
+from srt_ext import SRT, _cost, reference
 from srt_ext import srt as srt_module
 from srt_ext.backbones import describe, force_eager
 from srt_ext.hub import load_timm
@@ -842,16 +842,16 @@ def test_peak_bytes_counts_what_is_held_at_one_time() -> None:
             kept = (kept + 1).exp_()  # two at a time
         return torch.cat([kept, kept.view(10, 100).reshape(-1)]).double()  # 4 + 8 + 16 kB
 
-    result, peak = _memory.peak_bytes(call)
+    result, peak = _cost.peak_bytes(call)
     assert (result.dtype, peak) == (torch.float64, 28000)
-    assert _memory.peak_bytes(lambda: start.view(10, 100))[1] == 0
+    assert _cost.peak_bytes(lambda: start.view(10, 100))[1] == 0
 
 
 def test_free_bytes_of_a_container_count_its_page_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert 2**20 < _memory.free_bytes(torch.device("cpu")) < 2**50
+    assert 2**20 < _cost.free_bytes(torch.device("cpu")) < 2**50
     numbers = {"meminfo": 1000, "memory.max": 10000, "memory.current": 9000, "memory.stat": 8000}
-    monkeypatch.setattr(_memory, "_number", lambda path, name="": numbers[path.split("/")[-1]])
-    assert _memory.free_bytes(torch.device("cpu")) == 9000
+    monkeypatch.setattr(_cost, "_number", lambda path, name="": numbers[path.split("/")[-1]])
+    assert _cost.free_bytes(torch.device("cpu")) == 9000
 
 
 @pytest.mark.parametrize(
@@ -864,14 +864,14 @@ def test_free_bytes_of_a_container_count_its_page_cache(monkeypatch: pytest.Monk
         ({"inject": 0}, 2 * 48 * 3 * 5 * 4 + 2 * 5 * 1000, [1, 5, 5, 5, 4, 1]),  # at token scale
     ],
 )
-def test_view_batch_auto_fits_half_of_the_memory(
+def test_view_batch_auto_fits_half_of_the_cost(
     how: Any, free: int, batches: list[int], vit: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes, images = batch_sizes(vit), IMAGES[:1]
     offsets = torch.cat([OFFSETS + i for i in range(7)])
     expected = SRT(vit, offsets, **how)(images)
     sizes.clear()
-    measure = _memory.peak_bytes
+    measure = _cost.peak_bytes
     monkeypatch.setattr(srt_module, "peak_bytes", lambda call: (measure(call)[0], 1000))
     monkeypatch.setattr(srt_module, "free_bytes", lambda _device: free)
     assert_close(SRT(vit, offsets, view_batch="auto", **how)(images), expected)

@@ -317,7 +317,7 @@ def test_the_default_is_a_dinov2_from_the_cache(photo: Path, fake_hub: Hub, tmp_
     assert fake_hub.asked == []
     assert metadata(output)["model"] == common.DEFAULT_MODEL
     image = normalised(photo, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    expected = SRT(vit, views.grid(1))(image)
+    expected = SRT(vit, views.grid(1).offsets)(image)
     assert expected.field.shape[1:] == (384, 48, 64)  # of 4 x 5 patches of 14 pixels
     torch.testing.assert_close(tensors["field"], expected.field[0])
 
@@ -360,7 +360,7 @@ def test_the_small_model_by_name(photo: Path, fake_hub: Hub, tmp_path: Path) -> 
         assert "note" not in text
         if options:
             vit.load_state_dict(more)
-        expected = SRT(vit, views.grid(1), stride=4)(image).field[0]
+        expected = SRT(vit, views.grid(1).offsets, stride=4)(image).field[0]
         torch.testing.assert_close(tensors["field"], expected)
     assert fake_hub.asked == []
 

@@ -109,7 +109,7 @@ def test_predictions_are_those_of_the_model(evaluation: Evaluation) -> None:
     own = evaluation.network.model(image)[0].detach().reshape(6, 8, -1)
     np.testing.assert_allclose(plain.nearness[4::8, 4::8], own[..., -1], atol=1e-4)
     np.testing.assert_array_equal(plain.labels[4::8, 4::8], own[..., :-1].argmax(2))
-    offsets = srt_ext.views.parse("best:9:3")
+    offsets = srt_ext.views.parse("best:9:3").offsets
     views = srt_ext.shift(image, offsets)[:, 0]
     said = evaluation.network.model(views).detach()[:, None]
     field = srt_ext.reference.ensemble(said.double(), offsets, (6, 8), (8, 8))[0]

@@ -273,7 +273,7 @@ import srt_ext
 
 def problem(views):
     tokens = torch.randn(views, 1, 196, 64, requires_grad=True)
-    args = (tokens, srt_ext.views.grid(2)[:views], (14, 14), (16, 16))
+    args = (tokens, srt_ext.views.grid(2).offsets[:views], (14, 14), (16, 16))
     return {field}.sum(), tokens
 
 torch.autograd.grad(*problem(2))

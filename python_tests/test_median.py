@@ -77,7 +77,7 @@ MEMORY = """
 import srt_ext
 
 def field(tokens):
-    offsets = srt_ext.views.grid(7)[: len(tokens)]
+    offsets = srt_ext.views.grid(7).offsets[: len(tokens)]
     modes = dict(reduce="median", upsample="{upsample}")
     return srt_ext.ensemble(tokens, offsets, (14, 14), (16, 16), **modes)
 

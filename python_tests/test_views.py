@@ -11,15 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from srt_ext import views
-from srt_ext.views import Weighted
+from srt_ext.views import Views
 
 COUNTS = st.integers(1, 120)
 RADII = st.floats(0.01, 1000)
 
 
-def weights_of(design: torch.Tensor | Weighted) -> tuple[torch.Tensor, torch.Tensor]:
+def weights_of(design: torch.Tensor | Views) -> tuple[torch.Tensor, torch.Tensor]:
     """Offsets and weights in float64, after what holds for every design was checked."""
-    offsets, weights = views.resolve(design)
+    offsets, weights, _ = views.resolve(design)
     assert offsets.dtype == torch.float32
     assert offsets.dim() == 2
     assert offsets.shape[1] == 2
@@ -37,7 +37,7 @@ def weights_of(design: torch.Tensor | Weighted) -> tuple[torch.Tensor, torch.Ten
     return offsets, weights
 
 
-def covariance(design: torch.Tensor | Weighted) -> torch.Tensor:
+def covariance(design: torch.Tensor | Views) -> torch.Tensor:
     offsets, weights = weights_of(design)
     return offsets.T @ (weights[:, None] * offsets)
 
@@ -49,15 +49,15 @@ def symmetric(offsets: torch.Tensor) -> bool:
 
 def test_grid_is_every_offset_of_the_square() -> None:
     steps = torch.tensor([-6.0, -2.0, 2.0, 6.0])
-    assert torch.equal(views.grid(6, step=4), torch.cartesian_prod(steps, steps))
-    assert torch.equal(views.grid(0), torch.zeros(1, 2))
+    assert torch.equal(views.grid(6, step=4).offsets, torch.cartesian_prod(steps, steps))
+    assert torch.equal(views.grid(0).offsets, torch.zeros(1, 2))
 
 
 @given(st.integers(1, 40), st.floats(0.001, 10))
 def test_grid_takes_parts_of_pixels(steps: int, step: float) -> None:
     """Also where step and radius are rounded: 0.3 is no multiple of 0.1 in binary."""
     radius = steps * step / 2
-    offsets = views.grid(radius, step)
+    offsets = views.grid(radius, step).offsets
     assert len(offsets) == (steps + 1) ** 2
     assert symmetric(offsets)
     assert offsets.max().item() == torch.tensor(radius).item()
@@ -67,14 +67,14 @@ def test_grid_takes_parts_of_pixels(steps: int, step: float) -> None:
 
 
 def test_paper_counts_the_identity_twice() -> None:
-    offsets = views.paper(3)
+    offsets = views.paper(3).offsets
     assert torch.equal(offsets[0], torch.zeros(2))
-    assert torch.equal(offsets[1:], views.grid(3))
+    assert torch.equal(offsets[1:], views.grid(3).offsets)
 
 
 @given(COUNTS, RADII)
 def test_no_two_views_of_a_lattice_share_a_dy_or_a_dx(n: int, radius: float) -> None:
-    offsets = views.lattice(n, radius)
+    offsets = views.lattice(n, radius).offsets
     weights_of(offsets)
     assert symmetric(offsets)
     for axis in offsets.T:
@@ -90,7 +90,7 @@ def test_no_two_views_of_a_lattice_share_a_dy_or_a_dx(n: int, radius: float) -> 
 @given(st.integers(4, 120))
 def test_views_of_a_lattice_keep_their_distance(n: int) -> None:
     """The densest packing has 1.07 sqrt(n); dy and dx correlate little."""
-    offsets = views.lattice(n, (n - 1) / 2).double()
+    offsets = views.lattice(n, (n - 1) / 2).offsets.double()
     apart = torch.cdist(offsets, offsets) + 1e9 * torch.eye(n)
     assert apart.min() >= 0.9 * math.sqrt(n)
     cov = covariance(views.lattice(n, 1))
@@ -101,32 +101,32 @@ def test_views_of_a_lattice_keep_their_distance(n: int) -> None:
 
 @pytest.mark.slow
 def test_a_large_lattice_is_made() -> None:
-    assert len(views.lattice(views.MAX_VIEWS, 8).unique(dim=0)) == views.MAX_VIEWS
+    assert len(views.lattice(views.MAX_VIEWS, 8).offsets.unique(dim=0)) == views.MAX_VIEWS
 
 
 @given(COUNTS, RADII, st.integers(0, 2**63 - 1))
 def test_sobol_is_reproducible_and_as_wide_as_the_square(n: int, radius: float, seed: int) -> None:
     state = torch.get_rng_state()
-    offsets = views.sobol(n, radius, seed)
+    offsets = views.sobol(n, radius, seed).offsets
     assert torch.equal(torch.get_rng_state(), state)
     assert len(offsets) == n
     weights_of(offsets)
     # The width of the square, wherever its middle is.
     assert ((offsets.amax(0) - offsets.amin(0)) <= 2 * radius * (1 + 1e-6)).all()
-    assert torch.equal(offsets, views.sobol(n, radius, seed))
+    assert torch.equal(offsets, views.sobol(n, radius, seed).offsets)
 
 
 def test_sobol_fills_the_square_and_has_seeds() -> None:
-    offsets = views.sobol(64, 4)
+    offsets = views.sobol(64, 4).offsets
     cells = ((offsets + 4) / 2).floor().long().clamp(0, 3)  # 16 cells of 2 pixels, 4 views in each
     counts = (cells[:, 0] * 4 + cells[:, 1]).bincount(minlength=16)
     assert counts.min() >= 2
-    assert not torch.equal(offsets, views.sobol(64, 4, seed=1))
+    assert not torch.equal(offsets, views.sobol(64, 4, seed=1).offsets)
 
 
 @given(st.integers(4, 60), st.one_of(st.floats(2, 1000), st.integers(2, 12)))
 def test_ring_has_the_moments_of_the_whole_grid(n: int, radius: float) -> None:
-    offsets, _ = design = views.ring(n, radius)
+    offsets, _, _ = design = views.ring(n, radius)
     assert len(offsets) == n
     assert torch.equal(offsets[0], torch.zeros(2))
     far = offsets[1:].double().norm(dim=1)
@@ -140,9 +140,9 @@ def test_ring_has_the_moments_of_the_whole_grid(n: int, radius: float) -> None:
 @given(st.data())
 def test_best_stands_for_the_whole_grid(data: st.DataObject) -> None:
     radius = data.draw(st.integers(0, 8))
-    whole = views.grid(radius)
+    whole = views.grid(radius).offsets
     count = data.draw(st.integers(1, len(whole)))
-    offsets = views.best(count, radius)
+    offsets = views.best(count, radius).offsets
     assert offsets.shape == (count, 2)
     assert symmetric(offsets)
     assert torch.equal(offsets, offsets.round())  # so that nothing is interpolated
@@ -159,7 +159,7 @@ def test_best_stands_for_the_whole_grid(data: st.DataObject) -> None:
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 9, 25, 121])
 def test_spread_is_a_permutation_whose_parts_spread(count: int) -> None:
     line = torch.stack([torch.zeros(count), torch.arange(count)], 1)
-    order = views.spread(line)[:, 1].long().tolist()
+    order = views.spread(line).offsets[:, 1].long().tolist()
     assert sorted(order) == list(range(count))
     for n in (1, count // 3, count // 2):
         # The largest gap between the first n of them is no more than three times the mean one.
@@ -181,12 +181,69 @@ def test_spread_is_a_permutation_whose_parts_spread(count: int) -> None:
         ("best:9", views.best(9)),
         ("best:7:5", views.best(7, 5)),
         ("best:9:1", views.grid(1)),
+        ("9", views.best(9)),
+        ("best:9+flip", views.flipped(views.best(9))),
+        ("ring:7:3+flip", views.flipped(views.ring(7, 3))),
+        ("9+flip", views.flipped(views.best(9))),
     ],
 )
-def test_parse_calls_the_design(text: str, expected: torch.Tensor | Weighted) -> None:
+def test_parse_calls_the_design(text: str, expected: Views) -> None:
+    assert same(views.parse(text), expected)
+
+
+def same(one: Views, two: Views) -> bool:
+    return all(
+        a is b is None or torch.equal(a, b)  # type: ignore[arg-type]
+        for a, b in zip(one, two, strict=True)
+    )
+
+
+def test_a_number_of_views_reaches_three_eighths_of_a_patch() -> None:
+    for patch, radius in ((16, 6), (14, 5), (8, 3), (32, 12), (1, 1), ((16, 8), (6, 3))):
+        for given_views in (9, "9", "best:9"):
+            expected = views.best(9, radius)
+            assert same(views.resolve(given_views, patch), expected)
+            # Which is in pixels of the enlarged image, as the patch is.
+            assert same(views.resolve(given_views, patch, 1.5), expected)
+
+
+def test_best_reaches_as_far_as_each_side_of_a_patch() -> None:
+    assert torch.equal(
+        views.best(25 * 9, (12, 4)).offsets,
+        torch.cartesian_prod(torch.arange(-12.0, 13), torch.arange(-4.0, 5)),
+    )
+    narrow, square = views.best(16, (6, 3)).offsets, views.best(16, 6).offsets
+    assert torch.equal(narrow[:, 0], square[:, 0])
+    assert torch.equal(narrow[:, 1], views.best(16, 3).offsets[:, 1])
+
+
+@given(st.sampled_from([1.25, 1.5, 2, 1.37]), st.data())
+def test_designs_are_on_whole_pixels_of_the_enlarged_image(
+    scale: float, data: st.DataObject
+) -> None:
+    text = data.draw(st.sampled_from(["grid:3", "sobol:8:3", "ring:7:4", "paper:2", "best:5:6"]))
     design = views.parse(text)
-    assert type(design) is type(expected)
-    assert all(torch.equal(a, b) for a, b in zip(design, expected, strict=True))
+    expected = (design.offsets.double() * scale).round().float()
+    for given_views in (text, design):  # those that are given by tensors keep theirs
+        assert torch.equal(views.resolve(given_views, 16, scale).offsets, expected)
+    assert symmetric(expected) or text.startswith(("sobol", "ring"))
+    tensors = views.resolve((design.offsets, design.weights), 16, scale)
+    assert torch.equal(tensors.offsets, design.offsets * scale)
+
+
+def test_flipped_has_every_view_and_its_mirror_image() -> None:
+    """With the same mean over either half; twice flipped, each is there twice."""
+    design = views.flipped(views.ring(5, 3))
+    assert design.weights is not None
+    assert design.mirror is not None
+    assert torch.equal(design.offsets[:5], design.offsets[5:])
+    torch.testing.assert_close(design.weights[:5], views.ring(5, 3).weights / 2)  # type: ignore[operator]
+    assert design.mirror.tolist() == [[False, False]] * 5 + [[False, True]] * 5
+    twice = views.flipped(design)
+    assert twice.mirror is not None
+    assert twice.mirror[:, 1].sum() == 10
+    assert same(design.take([7, 2]), design.take(torch.tensor([7, 2])))
+    assert same(design.take(slice(5)), Views(*(part[:5] for part in design)))  # type: ignore[index]
 
 
 @pytest.mark.parametrize(
@@ -201,17 +258,17 @@ def test_parse_calls_the_design(text: str, expected: torch.Tensor | Weighted) ->
         *("sobol:8", "sobol:8:3:1:2", "sobol:8:3:1.5", "sobol:8:3:99999999999999999999"),
         *("ring:3", "ring:3:2", "ring:7:3:1", "ring:65537:3", "ring:7:1.9"),
         *("best", "best:0", "best:9:3:1", "best:170", "best:9:2.5", "best:9:0"),
-        *("Weighted:3", "spread:3"),
+        *("Views:3", "spread:3", "flipped:3", "best:4+", "best:4+flip+flip", "+flip", "4:"),
     ],
 )
 def test_parse_refuses(text: str) -> None:
     """One error: the forms, and what came."""
-    with pytest.raises(ValueError, match="views must be grid:RADIUS") as caught:
+    with pytest.raises(ValueError, match="views must be N, grid:RADIUS") as caught:
         views.parse(text)
     assert f"got {text!r}" in str(caught.value)
 
 
-@given(st.text(alphabet="gridlatcesobpr:.0123456789e-", max_size=12))
+@given(st.text(alphabet="gridlatcesobprf:.0123456789e-+", max_size=12))
 def test_parse_of_any_text_is_a_design_or_a_value_error(text: str) -> None:
     with contextlib.suppress(ValueError):
         weights_of(views.parse(text))
@@ -241,7 +298,7 @@ def test_parse_of_any_text_is_a_design_or_a_value_error(text: str) -> None:
         *(
             (functools.partial(views.resolve, given_views), error, message)
             for given_views, error, message in (
-                ([[0, 0]], TypeError, "SRT: views must be a torch.Tensor.*; got list"),
+                ([[0, 0]], TypeError, "SRT: views must be a design .*a torch.Tensor.*; got list"),
                 (True, TypeError, "got bool"),
                 (([[0, 0]], None), TypeError, "got list"),
                 ((torch.zeros(1, 2),), TypeError, "got tuple"),
@@ -250,6 +307,12 @@ def test_parse_of_any_text_is_a_design_or_a_value_error(text: str) -> None:
                 ((torch.zeros(2, 2), torch.ones(3)), ValueError, r"\[V\] with V = 2; got \[3\]"),
                 ((torch.zeros(2, 2), torch.ones(2, 1)), ValueError, r"got \[2, 1\]"),
                 ((torch.zeros(2, 2), [0.5, 0.5]), TypeError, "weights of views must be a torch.T"),
+                (Views(torch.zeros(2, 2), None, torch.zeros(2, 2)), TypeError, "bool.*float32"),
+                (
+                    Views(torch.zeros(2, 2), None, torch.zeros(1, 2, dtype=torch.bool)),
+                    ValueError,
+                    r"mirror of views must be bool \[V, 2\], .*V = 2; got \[1, 2\]",
+                ),
                 (0, ValueError, "got 0"),
                 ("ring", ValueError, "views must be"),
             )
@@ -264,18 +327,18 @@ def test_wrong_arguments_are_refused(
 
 
 def test_resolve_takes_every_form_of_views() -> None:
-    offsets, weights = views.ring(5, 2)
+    offsets, weights, _ = design = views.ring(5, 2)
     for given_views, expected in (
-        (offsets, (offsets, None)),
-        ((offsets, None), (offsets, None)),
-        ((offsets, weights), (offsets, weights)),
-        (Weighted(offsets, weights), (offsets, weights)),
-        ("ring:5:2", (offsets, weights)),
-        ("grid:1", (views.grid(1), None)),
-        (9, views.resolve(views.best(9))),
+        (offsets, Views(offsets)),
+        ((offsets, None), Views(offsets)),
+        ((offsets, weights), design),
+        (design, design),
+        ("ring:5:2", design),
+        ("grid:1", views.grid(1)),
+        (9, views.best(9)),
+        (tuple(views.flipped(design)), views.flipped(design)),
     ):
-        for one, two in zip(views.resolve(given_views), expected, strict=True):
-            assert one is two is None or torch.equal(one, two)  # type: ignore[arg-type]
+        assert same(views.resolve(given_views), expected)  # type: ignore[arg-type]
 
 
 def test_best_is_the_design_of_the_published_tables() -> None:
@@ -287,4 +350,4 @@ def test_best_is_the_design_of_the_published_tables() -> None:
         if row["design"] == "lattice, matched":
             count, radius = row["views"], row["radius"]
             measured = designs.matched_lattice(count, radius, 0).round()
-            assert torch.equal(views.best(count, radius), measured)
+            assert torch.equal(views.best(count, radius).offsets, measured)

@@ -190,7 +190,7 @@ def issued(shape: Shape, tables: Tables, code: Code, chunks: int) -> list[float]
 
 
 def mean_table(views: str, shapes: tuple[Shape, ...], upsamples: tuple[str, ...]) -> None:
-    offsets = srt_ext.views.parse(views)
+    offsets = srt_ext.views.parse(views).offsets
     print(f"mean, {len(offsets)} views ({views}); microseconds\n")
     heads = ("shape", "dtype", "upsampling", "written", "moved", "operations")
     heads += ("combine", "filter", "write", "frame", "issued", "predicted")

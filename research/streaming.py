@@ -85,7 +85,7 @@ def real_values(weights: Path, frames: Path) -> dict[int, torch.Tensor]:
     images = (pixels.permute(0, 3, 1, 2) / 255 - mean) / std
     found = {}
     for count, radius in RADII.items():
-        offsets = views.grid(radius)
+        offsets = views.grid(radius).offsets
         fields = []
         for at in offsets.split(1):
             with torch.no_grad():
@@ -106,7 +106,7 @@ def accuracy(weights: Path | None, frames: Path | None) -> list[dict[str, Any]]:
             if kind.startswith("features"):
                 values = real[count]
                 index = torch.arange(count, dtype=torch.float32)
-                order = views.spread(torch.stack([index, index], 1))[:, 0].long()
+                order = views.spread(torch.stack([index, index], 1)).offsets[:, 0].long()
                 orders = {"spread": order, "random": torch.randperm(count), "raster": index.long()}
                 values = values[orders[kind.split(", ")[1]]]
             else:

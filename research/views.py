@@ -25,7 +25,7 @@ from benchmarks.common import MODEL, load, machine, quartiles, save
 from benchmarks.report import markdown, save_figure
 from research import RESULTS
 from srt_ext import views
-from srt_ext.views import Weighted
+from srt_ext.views import Views
 
 RADII = (2, 3, 5, 8)
 COUNTS = (4, 5, 7, 9, 13, 16, 25)
@@ -36,7 +36,7 @@ STRIDE = 4
 BATCH = 16  # views in one forward
 INTERPOLATIONS = ("bilinear", "bicubic")
 
-Design = torch.Tensor | Weighted
+Design = torch.Tensor | Views
 Row = dict[str, Any]
 
 
@@ -70,7 +70,7 @@ def matched_grid(count: int, radius: int, seed: int) -> torch.Tensor | None:
     return square(np.linspace(-1, 1, k) * reach(k, radius)) if k**2 == count else None
 
 
-def gauss_grid(count: int, radius: int, seed: int) -> Weighted | None:
+def gauss_grid(count: int, radius: int, seed: int) -> Views | None:
     """Three lines on each axis, near Gauss's, with weights that match the variance."""
     if count != 9:
         return None
@@ -78,15 +78,15 @@ def gauss_grid(count: int, radius: int, seed: int) -> Weighted | None:
     far = round(math.sqrt(m4 / m2))
     share = m2 / far**2
     weights = torch.tensor([share / 2, 1 - share, share / 2])
-    return Weighted(square([-far, 0, far]), torch.outer(weights, weights).flatten())
+    return Views(square([-far, 0, far]), torch.outer(weights, weights).flatten())
 
 
 def lattice(count: int, radius: int, seed: int) -> torch.Tensor:
-    return views.lattice(count, radius)
+    return views.lattice(count, radius).offsets
 
 
 def matched_lattice(count: int, radius: int, seed: int) -> torch.Tensor:
-    return views.lattice(count, reach(count, radius))
+    return views.lattice(count, reach(count, radius)).offsets
 
 
 def modulo_n(count: int, radius: int, seed: int) -> torch.Tensor:
@@ -108,17 +108,17 @@ def two_lattices(count: int, radius: int, seed: int) -> Design | None:
     n = (count + 1) // 2
     if count % 2 and n % 2 == 0:
         return None
-    one = views.lattice(n, reach(n, radius))
+    one = views.lattice(n, reach(n, radius)).offsets
     two = one * torch.tensor([1.0, -1.0])
     if count % 2 == 0:
         return torch.cat([one, two])
     weights = torch.full((count,), 1 / (2 * n))
     weights[n // 2] *= 2
-    return Weighted(torch.cat([one, two[torch.arange(n) != n // 2]]), weights)
+    return Views(torch.cat([one, two[torch.arange(n) != n // 2]]), weights)
 
 
 def sobol(count: int, radius: int, seed: int) -> torch.Tensor:
-    return views.sobol(count, radius, seed)
+    return views.sobol(count, radius, seed).offsets
 
 
 def mirrored_sobol(count: int, radius: int, seed: int) -> torch.Tensor:
@@ -129,25 +129,25 @@ def mirrored_sobol(count: int, radius: int, seed: int) -> torch.Tensor:
     return (points * (moments(radius)[0] / points.square().mean(0)).sqrt()).float()
 
 
-def ring_of(count: int, distance: float, variance: float) -> Weighted:
+def ring_of(count: int, distance: float, variance: float) -> Views:
     """The picture, and count - 1 views around it with weights that give the variance."""
     angles = torch.arange(count - 1, dtype=torch.float64) * (2 * math.pi / (count - 1))
     circle = (distance * torch.stack([angles.sin(), angles.cos()], 1)).round().float()
     share = min(1, 2 * variance / circle.square().sum(1).mean().item())
     weights = torch.tensor([1 - share] + [share / (count - 1)] * (count - 1))
-    return Weighted(torch.cat([torch.zeros(1, 2), circle]), weights)
+    return Views(torch.cat([torch.zeros(1, 2), circle]), weights)
 
 
-def ring(count: int, radius: int, seed: int) -> Weighted:
+def ring(count: int, radius: int, seed: int) -> Views:
     """With the variance of the square, continuous."""
     return ring_of(count, radius, radius**2 / 3)
 
 
-def matched_ring(count: int, radius: int, seed: int) -> Weighted:
+def matched_ring(count: int, radius: int, seed: int) -> Views:
     return ring_of(count, radius, moments(radius)[0])
 
 
-def far_ring(count: int, radius: int, seed: int) -> Weighted:
+def far_ring(count: int, radius: int, seed: int) -> Views:
     """Matched, at the distance that has the fourth moment of the whole grid, too."""
     m2, m4 = moments(radius)
     return ring_of(count, math.sqrt((m4 + m2**2) / m2), m2)
@@ -159,7 +159,7 @@ def equal_ring(count: int, radius: int, seed: int) -> torch.Tensor:
     return ring_of(count, math.sqrt(2 * m2 * count / (count - 1)), m2).offsets
 
 
-def radon(count: int, radius: int, seed: int) -> Weighted | None:
+def radon(count: int, radius: int, seed: int) -> Views | None:
     """Seven views near those of Radon's formula (1948), with weights that match the variance.
 
     Four at (+-v, +-u), two at (+-far, 0): between the pixels it has all moments to degree 5.
@@ -172,12 +172,12 @@ def radon(count: int, radius: int, seed: int) -> Weighted | None:
     end = (m2 - 4 * corner * v**2) / (2 * far**2)
     points = [(0, 0), (-far, 0), (far, 0), (-v, -u), (-v, u), (v, -u), (v, u)]
     weights = [1 - 2 * end - 4 * corner, end, end, *[corner] * 4]
-    return Weighted(torch.tensor(points, dtype=torch.float32), torch.tensor(weights))
+    return Views(torch.tensor(points, dtype=torch.float32), torch.tensor(weights))
 
 
 def random(count: int, radius: int, seed: int) -> torch.Tensor:
     """So many of the whole grid."""
-    whole = views.grid(radius)
+    whole = views.grid(radius).offsets
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
     return whole[order[:count]]
 
@@ -224,7 +224,7 @@ class Trial:
 
     def __init__(self, name: str, count: int, radius: int, design: Design, how: int) -> None:
         self.name, self.count, self.radius, self.how = name, count, radius, how
-        self.offsets, self.weights = views.resolve(design)
+        self.offsets, self.weights, _ = views.resolve(design)
         self.index = torch.empty(0, dtype=torch.long)  # [V], into the views of all trials
         self.errors: list[list[float]] = []  # of a frame: of each layer
 
@@ -234,17 +234,17 @@ def plan() -> tuple[list[Trial], torch.Tensor]:
 
     A view is (interpolation, dy, dx), [U, 3]; on whole pixels they do not differ by the first.
     """
-    trials = [Trial("whole", (2 * r + 1) ** 2, r, views.grid(r), 0) for r in RADII]
+    trials = [Trial("whole", (2 * r + 1) ** 2, r, views.grid(r).offsets, 0) for r in RADII]
     for radius, count in itertools.product(RADII, COUNTS):
         if count >= (2 * radius + 1) ** 2:
             continue
         for name, make in DESIGNS.items():
             for seed in range(SEEDS.get(name, 1)):
                 design = make(count, radius, seed)
-                if isinstance(design, Weighted):
-                    design = Weighted(design.offsets.round(), design.weights)
+                if isinstance(design, Views):
+                    design = Views(design.offsets.round(), design.weights)
                 if design is not None:
-                    design = design if isinstance(design, Weighted) else design.round()
+                    design = design if isinstance(design, Views) else design.round()
                     trials.append(Trial(name, count, radius, design, 0))
         if radius in SUBPIXEL_RADII and count in SUBPIXEL_COUNTS:
             for name, between in SUBPIXEL.items():

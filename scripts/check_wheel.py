@@ -17,7 +17,7 @@ print(f"torch {torch.__version__}; CUDA kernels: {cuda_unavailable or 'loaded'}"
 assert (cuda_unavailable is None) == with_cuda
 
 tokens = torch.randn(9, 2, 12, 8)
-arguments = (tokens, srt_ext.views.grid(1), (3, 4), (4, 4))
+arguments = (tokens, srt_ext.views.grid(1).offsets, (3, 4), (4, 4))
 field = srt_ext.ensemble(*arguments)
 torch.testing.assert_close(field, srt_ext.reference.ensemble(*arguments).float())
 same = srt_ext.numpy.ensemble(tokens.numpy(), arguments[1].numpy(), *arguments[2:])

@@ -15,7 +15,7 @@ import torch
 import srt_ext
 
 GRID, PATCH, CHANNELS = (6, 9), (16, 16), 96
-VIEWS = srt_ext.views.best(16)
+VIEWS = srt_ext.views.best(16).offsets
 PLACE = (VIEWS, GRID, PATCH)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of norms
 

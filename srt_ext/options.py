@@ -10,6 +10,7 @@ Upsample: TypeAlias = Literal["nearest", "bilinear"]
 Border: TypeAlias = Literal["coverage", "zeros", "clamp"]
 Padding: TypeAlias = Literal["zeros", "border", "reflect", "circular"]
 Interpolation: TypeAlias = Literal["nearest", "bilinear", "bicubic"]
+Quality: TypeAlias = Literal["fast", "balanced", "best"]
 
 Pair: TypeAlias = Sequence[int]  # (y, x)
 Stride: TypeAlias = int | Pair  # one integer stands for both
@@ -21,4 +22,5 @@ OPTIONS = {
     "border": Border,
     "padding": Padding,
     "interpolation": Interpolation,
+    "quality": Quality,
 }

@@ -5,6 +5,7 @@ Method: Lao et al., "Sub-token ViT Embedding via Stochastic Resonance Transforme
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -15,12 +16,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from . import views as designs
-from ._memory import free_bytes, peak_bytes
-from ._validation import check_count, check_pair, check_tensor, check_words
+from ._cost import free_bytes, operations_and_bytes, peak_bytes
+from ._validation import check_count, check_pair, check_tensor, check_words, wrong
 from .backbones import Backbone, Features, HookBackbone, Layer, Model, describe, force_eager
 from .ops import ensemble, ensemble_moments, shift
-from .options import Border, Interpolation, Padding, Reduce, Upsample
+from .options import Border, Interpolation, Padding, Quality, Reduce, Upsample
 from .streaming import RunningMean, RunningMedian, RunningMoments
+from .views import Views
 
 Progress = Callable[[int], object]
 
@@ -50,11 +52,27 @@ class LayerTokens(NamedTuple):
 
 
 class ViewTokens(NamedTuple):
-    """One batch of views from :meth:`SRT.tokens`."""
+    """One batch of views from :meth:`SRT.tokens`.
+
+    Pixels are those of the enlarged image.
+    """
 
     offsets: torch.Tensor  # [k, 2], (dy, dx) in pixels, on the CPU
     weights: torch.Tensor | None  # [k]; None: all views count the same
     layers: list[LayerTokens]  # in requested order; one without ``layers`` or with ``inject``
+
+
+class Cost(NamedTuple):
+    """What one call of :class:`SRT` takes, from :meth:`SRT.cost`."""
+
+    operations: int  # floating-point operations of the model, two for each multiply-add
+    tokens: int  # patch tokens that the model computes, over all views and images
+    memory: int  # bytes at the peak, without the weights of the model and the images
+
+
+# (scale, number of views), measured by research/quality.
+PRESETS: dict[str, tuple[float, int]] = {"fast": (1, 4), "balanced": (1.5, 4), "best": (2, 4)}
+DEFAULT = "balanced"
 
 
 class SRT(torch.nn.Module):
@@ -65,9 +83,11 @@ class SRT(torch.nn.Module):
             any callable from images [B, 3, H, W] to tokens [B, K + h * w, C] or a map
             [B, C, h, w] or [B, h, w, C] (then ``patch`` is needed). Or the
             :class:`srt_ext.backbones.Backbone` that :func:`srt_ext.backbones.describe` returns.
-        views: offsets [V, 2], (dy, dx) in pixels; a string for :func:`srt_ext.views.parse`; a
-            number of views for :func:`srt_ext.views.best`, up to 169, within 6 pixels; or (offsets,
-            weights [V]).
+        views: a number of views, for :func:`srt_ext.views.best` within 3/8 of the pitch of the
+            tokens, patch / scale; a design of :mod:`srt_ext.views`, or its words for
+            :func:`srt_ext.views.parse`; offsets [V, 2], (dy, dx) in pixels of the image; or
+            (offsets, weights [V]). With ``scale`` the offsets of numbers, designs and words are
+            rounded to whole pixels of the enlarged image; those of tensors are kept.
         layers: the block (of a hierarchical model: the stage), from 0 or, negative, from the end;
             or the name of a module, whose first output is read by a hook. None: the last. A list
             gives a list of results, from one pass over the views. Blocks behind the last requested
@@ -92,16 +112,28 @@ class SRT(torch.nn.Module):
             for which one unshifted view changes nothing.
         border: as in :func:`srt_ext.ensemble`.
         padding, interpolation: as in :func:`srt_ext.shift`.
+        scale: the factor, >= 1, by which the image is enlarged (bicubic) before the views are made.
+            The field has the same size and coordinates as without. 1 with ``inject``.
+        quality: ``fast``, ``balanced`` or ``best``: a preset of ``scale`` and ``views``, in place
+            of both. See below.
+
+    Presets are the settings (scale, views) that gained most for their cost in
+    ``research/quality``: fast (1, 4), balanced (1.5, 4), best (2, 4). Without ``views``, ``scale``
+    and ``quality`` balanced is taken; if one of ``views`` and ``scale`` is given, the other is 4
+    views or scale 1. A preset enlarges the image only for models that declare that they take
+    images of any size; for other models, callables and layers by name it takes scale 1, with a
+    warning. :meth:`cost` counts what a setting takes.
 
     Patch size, prefix tokens and layout are read from the model. What it does not declare (the
     prefix of any other callable, the layout of a square map that fits both) is inferred from the
     shapes, with a warning.
 
     Calling it with images [B, 3, H, W] (normalised as the model wants them) gives an
-    :class:`SRTOutput`, or a list of them. Images are padded to whole patches by repeating the last
-    row and column, and the result is cropped. No gradients are kept. Put the model in eval mode
-    first. For the result of ``torch.compile(model)`` the features are compiled with its settings;
-    with ``inject`` and with layers by name the model runs eagerly.
+    :class:`SRTOutput`, or a list of them. Images are padded to whole patches and cells by repeating
+    the last row and column, and the result is cropped. Where stride * scale is not a whole number
+    of pixels, the field is made at the next finer stride and resampled (bilinear). No gradients are
+    kept. Put the model in eval mode first. For the result of ``torch.compile(model)`` the features
+    are compiled with its settings; with ``inject`` and with layers by name the model runs eagerly.
 
     With ``inject`` the blocks up to that layer run for every view, and once for the unshifted image
     if the offset 0 is not among the views. The other blocks and the head run once, on the unshifted
@@ -131,7 +163,7 @@ class SRT(torch.nn.Module):
     def __init__(
         self,
         model: Model | Backbone,
-        views: torch.Tensor | str | int | tuple[torch.Tensor, torch.Tensor] = 16,
+        views: Views | torch.Tensor | str | int | tuple[torch.Tensor, torch.Tensor] | None = None,
         *,
         layers: Layer | Sequence[Layer] | None = None,
         norm: bool = True,
@@ -146,6 +178,8 @@ class SRT(torch.nn.Module):
         border: Border = "coverage",
         padding: Padding = "reflect",
         interpolation: Interpolation = "bilinear",
+        scale: float | None = None,
+        quality: Quality | None = None,
     ) -> None:
         super().__init__()
         for name, flag in {"norm": norm, "streaming": streaming}.items():
@@ -159,8 +193,8 @@ class SRT(torch.nn.Module):
         self._is_fixed = isinstance(model, Backbone)
         self._backbone = self._describe(model)
         self.model = self._backbone.model  # a submodule if it is a module
-        # On the CPU, and no buffers: .half() would round them.
-        self.views, self.weights = _checked(*designs.resolve(views))
+        self.scale, self._given = self._setting(views, scale, quality)
+        self._views = self._resolve()  # no buffers: .half() would round them
         self.stride, self.view_batch = check_pair("SRT", "stride", stride), view_batch
         if view_batch != "auto":
             check_count("SRT", "view_batch", view_batch, 1)
@@ -168,12 +202,17 @@ class SRT(torch.nn.Module):
             upsample = "nearest" if self._injects else "bilinear"
         check_words("SRT", reduce=reduce, upsample=upsample, border=border)
         check_words("SRT", padding=padding, interpolation=interpolation)
-        if reduce == "median" and self.weights is not None:
+        if reduce == "median" and self._views.weights is not None:
             rule = "views must have no weights where reduce is 'median'"
             raise ValueError(f"SRT: {rule}; got weights")
         self.reduce, self.streaming = reduce, streaming
         self.upsample, self.border = upsample, border
         self.padding, self.interpolation = padding, interpolation
+
+    @property
+    def views(self) -> Views:
+        """The views, with their offsets in pixels of the image."""
+        return self._views._replace(offsets=self._views.offsets / self.scale)
 
     @property
     def backbone(self) -> Backbone:
@@ -185,11 +224,41 @@ class SRT(torch.nn.Module):
                     f"{type(self.model).__name__}"
                 )
             self._backbone = self._describe(self.model)
+            self._views = self._resolve()  # their number of pixels may depend on the patch
         return self._backbone
 
     def _describe(self, model: Model | Backbone) -> Backbone:
         backbone = describe(model, **self._settings)
         return HookBackbone.from_backbone(backbone) if self._injects else backbone
+
+    def _setting(self, views: Any, scale: Any, quality: Any) -> tuple[float, Any]:
+        """(scale, views), of the preset if there is one."""
+        if quality is not None and (views is not None or scale is not None):
+            rule = "views and scale must be left out with quality"
+            raise wrong(ValueError, "SRT", rule, f"views {views!r}, scale {scale!r}")
+        if views is not None or scale is not None:
+            scale = 1.0 if scale is None else _check_scale(scale)
+            if scale != 1 and self._injects:
+                raise wrong(ValueError, "SRT", "scale must be 1 with inject", scale)
+            return scale, PRESETS[DEFAULT][1] if views is None else views
+        name = DEFAULT if quality is None else quality
+        check_words("SRT", quality=name)
+        scale, views = PRESETS[name]
+        if self._injects or scale == 1:
+            return 1.0, views
+        if not self._backbone.any_size:
+            warnings.warn(
+                f"SRT: scale 1 is taken in place of {scale} of quality {name!r}, since the model "
+                "does not declare that it takes images of any size. Give scale to enlarge them, "
+                "or scale=1 to silence this",
+                stacklevel=3,
+            )
+            scale = 1.0
+        return scale, views
+
+    def _resolve(self) -> Views:
+        """The views on the CPU, with their offsets in pixels of the enlarged image."""
+        return _checked(designs.resolve(self._given, self._backbone.patch, self.scale))
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor, progress: Progress | None = None) -> Any:
@@ -214,10 +283,11 @@ class SRT(torch.nn.Module):
     def tokens(self, images: torch.Tensor) -> Iterator[ViewTokens]:
         """Runs the model on every view, in batches of views, and yields the tokens.
 
-        The loop behind every other method, for other reductions of the views. Images are padded
-        to whole patches; with ``inject`` the tokens are those of that layer. Nothing is kept from
-        one batch to the next: ``del`` a batch before the next one is requested, or the tokens of
-        two batches are in memory.
+        The loop behind every other method, for other reductions of the views. Images are enlarged
+        by ``scale`` and padded to whole patches and cells; the tokens of mirrored views are
+        mirrored back; with ``inject`` they are those of that layer. Nothing is kept from one batch
+        to the next: ``del`` a batch before the next one is requested, or the tokens of two batches
+        are in memory.
 
         Args:
             images: [B, 3, H, W], normalised as the model wants them.
@@ -237,34 +307,70 @@ class SRT(torch.nn.Module):
             [5, 2] [5, 2, 12, 5] (4, 3) (8, 8)
             [4, 2] [4, 2, 12, 5] (4, 3) (8, 8)
         """
-        return self._batches(self._pad(images), _Views(self.views, self.weights))
+        return self._batches(self._frame(images), self._views)
+
+    def cost(self, size: tuple[int, int], batch: int = 1) -> Cost:
+        """What :meth:`forward` takes, without running it.
+
+        The model is run on fake tensors, which have no data. Operations are those of matrix
+        products, convolutions and attention. Memory is that of tensors; what kernels use beside
+        their results is not counted.
+
+        Args:
+            size: (H, W) of the images, pixels.
+            batch: number of images.
+
+        Raises:
+            TypeError, ValueError: as :meth:`forward`.
+
+        Example:
+            >>> srt = SRT(torch.nn.Conv2d(3, 5, 8, stride=8), 4, patch=8)
+            >>> srt.cost((32, 24)).operations == 4 * 2 * 12 * (3 * 8 * 8) * 5
+            True
+        """
+        height, width = check_pair("SRT", "size", size)
+        check_count("SRT", "batch", batch, 1)
+        tokens = 0
+
+        def forward(images: torch.Tensor) -> object:
+            nonlocal tokens
+            height, width = self._frame(images).image.shape[2:]
+            patch = self.backbone.patch
+            views = len(self._views.offsets)
+            tokens = batch * views * (height // patch[0]) * (width // patch[1])
+            return self(images)
+
+        with force_eager(self.model):
+            counts = operations_and_bytes(forward, self.model, (batch, 3, height, width))
+        return Cost(counts[0], tokens, counts[1])
 
     # ---- one pass over the views ----------------------------------------------------------------
 
     def _batches(
-        self, padded: torch.Tensor, views: _Views, reduce: str | None = None
+        self, frame: _Frame, views: Views, reduce: str | None = None
     ) -> Iterator[ViewTokens]:
-        """The tokens of views of padded [B, 3, H, W].
+        """The tokens of views of an image.
 
         With ``view_batch="auto"`` the batches leave the memory that ``reduce`` needs.
         """
-        total, done = len(views.offsets), 0
+        image, total, done = frame.image, len(views.offsets), 0
 
         # Not on the generator: torch's wrapper of one would hold the last batch.
         @torch.no_grad()
         def batch(count: int) -> ViewTokens:
-            part = views.take(slice(done, done + count))
+            offsets, weights, mirror = views.take(slice(done, done + count))
             modes: Any = {"padding": self.padding, "interpolation": self.interpolation}
-            shifted = shift(padded, part.offsets, **modes).flatten(0, 1)
-            found = self.backbone.features(shifted)
-            return ViewTokens(*part, [_layer_tokens(f, padded, len(part.offsets)) for f in found])
+            shifted = _mirrored(shift(image, offsets, **modes), mirror, (-2, -1))
+            found = self.backbone.features(shifted.flatten(0, 1))
+            layers = [_layer_tokens(f, image, len(offsets), mirror) for f in found]
+            return ViewTokens(offsets, weights, layers)
 
         if self.view_batch != "auto":
             step = _even(total, int(self.view_batch))
         elif total:
             with force_eager(self.model):  # allocations in compiled code are not counted
                 first, peak = peak_bytes(lambda: batch(1))
-            step = _even(total - 1, self._fitting(peak, first.layers, padded, total, reduce))
+            step = _even(total - 1, self._fitting(peak, first.layers, frame, total, reduce))
             yield first
             del first
             done = 1
@@ -273,7 +379,7 @@ class SRT(torch.nn.Module):
             done += step
 
     def _fitting(
-        self, peak: int, layers: list[LayerTokens], padded: torch.Tensor, total: int, reduce: Any
+        self, peak: int, layers: list[LayerTokens], frame: _Frame, total: int, reduce: Any
     ) -> int:
         """The number of views in one forward, if the first one took ``peak`` bytes."""
         held = total if reduce == "median" and not self.streaming else 0  # views
@@ -281,79 +387,72 @@ class SRT(torch.nn.Module):
         later = 0  # bytes of the fields and of the held tokens
         for layer in layers:
             _, batch, count, channels = layer.tokens.shape
-            cells = padded.shape[2] * padded.shape[3] // (self.stride[0] * self.stride[1])
-            elements = planes * (count if self._injects else cells) + held * count
+            elements = planes * (count if self._injects else frame.cells) + held * count
             later += batch * channels * elements * max(4, layer.tokens.element_size())
-        free = (free_bytes(padded.device) - later) // 2
-        return max(1, min(free // max(1, peak), 64 if padded.is_cuda else 8))
+        image = frame.image
+        free = (free_bytes(image.device) - later) // 2
+        return max(1, min(free // max(1, peak), 64 if image.is_cuda else 8))
 
-    def _pad(self, images: torch.Tensor) -> torch.Tensor:
-        """images [B, 3, H, W] to whole patches, to the right and below."""
+    def _frame(self, images: torch.Tensor) -> _Frame:
+        """images [B, 3, H, W] as the model sees them."""
         check_tensor("SRT", "images", images)
         _warn_if_training(self.model)
         if images.dim() != 4:
             raise ValueError(f"SRT: images must be [B, 3, H, W]; got {list(images.shape)}")
-        patch = self.backbone.patch
         if 0 in images.shape[2:]:
             raise ValueError(f"SRT: images must have pixels; got {list(images.shape)}")
-        below, right = (-side % p for side, p in zip(images.shape[2:], patch, strict=True))
-        return F.pad(images, (0, right, 0, below), mode="replicate") if below or right else images
+        patch = self.backbone.patch
+        return _Frame.of(images, patch, patch if self._injects else self.stride, self.scale)
 
     def _aggregate(
         self, images: torch.Tensor, reduce: str, kind: Callable[..., Any], progress: Any
     ) -> Any:
         """``kind`` of the fields of each layer, cropped to the image, and mean prefix tokens."""
-        padded, stride = self._pad(images), self.stride
-        size = padded.shape[-2:]
-        if size[0] % stride[0] or size[1] % stride[1]:
-            raise ValueError(
-                "SRT: stride must divide the picture, padded to whole patches of "
-                f"{list(self.backbone.patch)}: (y, x) = {list(size)}; got {list(stride)}"
-            )
-        views = _Views(self.views, self.weights)
+        frame, views = self._frame(images), self._views
         if self.streaming and reduce == "median":
-            views = _Views(designs.spread(self.views), None)
+            views = designs.spread(views)
         outputs = []
-        height, width = (-(-images.shape[2 + i] // stride[i]) for i in range(2))
-        for field in self._fields(padded, views, views, reduce, stride, progress):
+        for field in self._fields(frame, views, views, reduce, frame.stride, progress):
             fields, prefix = field.result()
-            outputs.append(kind(*(part[:, :, :height, :width] for part in fields), prefix))
+            outputs.append(kind(*map(frame.cropped, fields), prefix))
         return outputs if self.backbone.returns_list else outputs[0]
 
     def _inject(self, images: torch.Tensor, progress: Progress | None) -> Any:
         """What the model returns for images [B, 3, H, W], padded, from the tokens of all views."""
-        padded, hooks = self._pad(images), self.backbone
+        frame, hooks = self._frame(images), self.backbone
         assert isinstance(hooks, HookBackbone)
         # The forward that runs to the end is that of the unshifted image. If that is one of the
         # views, it comes last.
-        identity = (self.views == 0).all(1).nonzero().flatten().tolist()[:1]
-        order = [i for i in range(len(self.views)) if i not in identity] + identity
-        views = _Views(self.views, self.weights).take(order)
+        offsets, _, mirror = self._views
+        same = (offsets == 0).all(1)
+        same = same if mirror is None else same & ~mirror.any(1)
+        identity = same.nonzero().flatten().tolist()[:1]
+        order = [i for i in range(len(offsets)) if i not in identity]
         if self.streaming and self.reduce == "median":
-            spread = designs.spread(views.offsets[:-1])
-            views = _Views(torch.cat([spread, views.offsets[-1:]]), None)
-        before = views.take(slice(len(order) - len(identity)))
-        fields = self._fields(padded, before, views, self.reduce, None, progress)
+            order = [order[i] for i in designs.spread_order(len(order))]
+        views = self._views.take(order + identity)
+        before = views.take(slice(len(order)))
+        fields = self._fields(frame, before, views, self.reduce, None, progress)
 
         def ensemble_tokens(features: Features) -> tuple[torch.Tensor, torch.Tensor | None]:
             if identity:
-                last = _layer_tokens(features, padded, 1)
+                last = _layer_tokens(features, frame.image, 1, None)
                 if not fields:
-                    fields.append(_Field(self, self.reduce, views, None, padded, last))
+                    fields.append(_Field(self, self.reduce, views, None, frame, last))
                 fields[0].add(last)
             (field,), prefix = fields[0].result()
             return field.flatten(2).transpose(1, 2), prefix
 
-        result = hooks.forward_with(padded, ensemble_tokens)
+        result = hooks.forward_with(frame.image, ensemble_tokens)
         if progress is not None and identity:
-            progress(len(order))
+            progress(len(views.offsets))
         return result
 
     def _fields(
         self,
-        padded: torch.Tensor,
-        part: _Views,
-        views: _Views,
+        frame: _Frame,
+        part: Views,
+        views: Views,
         reduce: str,
         stride: tuple[int, int] | None,
         progress: Progress | None,
@@ -361,8 +460,8 @@ class SRT(torch.nn.Module):
         """The fields of the layers, to be made of ``views``, after ``part``, the first of them."""
         fields: list[_Field] = []
         done = 0
-        for batch in self._batches(padded, part, reduce):
-            settings = (self, reduce, views, stride, padded)
+        for batch in self._batches(frame, part, reduce):
+            settings = (self, reduce, views, stride, frame)
             fields = fields or [_Field(*settings, layer) for layer in batch.layers]
             for field, layer in zip(fields, batch.layers, strict=True):
                 field.add(layer)
@@ -395,17 +494,24 @@ def _even(count: int, most: int) -> int:
     return -(-count // -(-count // most)) if count else 1
 
 
-def _checked(
-    offsets: torch.Tensor, weights: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Views on the CPU; a wrong one is an error before the model has run."""
-    offsets = offsets.detach().cpu()
-    weights = None if weights is None else weights.detach().cpu()
+def _checked(views: Views) -> Views:
+    """A copy of the views on the CPU; a wrong one is an error before the model has run."""
+    parts = (None if part is None else part.detach().cpu().clone() for part in views)
+    offsets, weights, _ = views = Views(*parts)  # type: ignore[arg-type]
     # The op checks them: one token per view.
     ensemble(torch.zeros(len(offsets), 1, 1, 1), offsets, (1, 1), (1, 1), weights)
     if weights is not None and not weights.sum() > 0:
         raise ValueError(f"SRT: weights of views must not all be 0; got {weights.tolist()}")
-    return offsets, weights
+    return views
+
+
+def _check_scale(scale: Any) -> float:
+    rule = "scale must be a finite number >= 1"
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise wrong(TypeError, "SRT", rule, repr(scale))
+    if not 1 <= scale < math.inf:
+        raise wrong(ValueError, "SRT", rule, scale)
+    return float(scale)
 
 
 def _check_inject(inject: object, layers: object, stride: object) -> None:
@@ -418,17 +524,81 @@ def _check_inject(inject: object, layers: object, stride: object) -> None:
         raise ValueError(f"SRT: {rule}; got {stride}")
 
 
-class _Views(NamedTuple):
-    offsets: torch.Tensor  # [V, 2], (dy, dx) in pixels
-    weights: torch.Tensor | None  # [V]
+class _Frame(NamedTuple):
+    """An image as the model sees it, and where the cells of its field lie in it."""
 
-    def take(self, index: list[int] | slice) -> _Views:
-        return _Views(self.offsets[index], None if self.weights is None else self.weights[index])
+    image: torch.Tensor  # [B, 3, H, W], enlarged, and padded to whole patches and cells
+    stride: tuple[int, int]  # pixels of ``image`` in a cell of the field that is made
+    ratio: tuple[float, float]  # such cells in a cell of the result, >= 1
+    size: tuple[int, int]  # (H', W') of the result
+
+    @classmethod
+    def of(
+        cls, images: torch.Tensor, patch: tuple[int, int], stride: tuple[int, int], scale: float
+    ) -> _Frame:
+        """images [B, 3, H, W] enlarged by ``scale``; ``stride`` in their pixels."""
+        enlarged = images if scale == 1 else _enlarged(images, scale)
+        size, pad, made, ratio = [], [], [], []
+        for axis in range(2):
+            cell = stride[axis] * scale
+            made.append(math.floor(cell + _ROUNDING))
+            ratio.append(1.0 if abs(cell - made[axis]) < _ROUNDING else cell / made[axis])
+            size.append(-(-images.shape[2 + axis] // stride[axis]))
+            needed = max(enlarged.shape[2 + axis], math.ceil(size[axis] * cell - _ROUNDING))
+            pad.append(
+                needed - enlarged.shape[2 + axis] + -needed % math.lcm(patch[axis], made[axis])
+            )
+        if any(pad):
+            enlarged = F.pad(enlarged, (0, pad[1], 0, pad[0]), mode="replicate")
+        return cls(enlarged, (made[0], made[1]), (ratio[0], ratio[1]), (size[0], size[1]))
+
+    @property
+    def cells(self) -> int:
+        """Cells of the field that is made."""
+        return (self.image.shape[2] // self.stride[0]) * (self.image.shape[3] // self.stride[1])
+
+    def cropped(self, field: torch.Tensor) -> torch.Tensor:
+        """field [B, C, h, w], of cells of ``stride`` -> [B, C, H', W']."""
+        if self.ratio == (1, 1):
+            return field[:, :, : self.size[0], : self.size[1]]
+        # Sampled at the middles of the cells of the result.
+        factors = [1 / ratio for ratio in self.ratio]
+        result: torch.Tensor = _resample.upsample_bilinear2d(field, self.size, False, *factors)
+        return result
 
 
-def _layer_tokens(features: Features, padded: torch.Tensor, views: int) -> LayerTokens:
-    """The features of ``views`` views of padded [B, 3, H, W]."""
-    size, grid = padded.shape[-2:], features.grid
+# F.interpolate takes a size or a scale, and rounds that one down or this one.
+_resample: Any = torch.ops.aten
+_ROUNDING = 1e-6  # pixels, far above the rounding of sizes and far below what can be seen
+
+
+def _enlarged(images: torch.Tensor, scale: float) -> torch.Tensor:
+    """images [B, 3, H, W] -> [B, 3, ceil(H * scale), ceil(W * scale)], bicubic.
+
+    Pixel y samples the image at (y + 0.5) / scale - 0.5, also where H * scale is not whole.
+    """
+    size = [math.ceil(n * scale - _ROUNDING) for n in images.shape[2:]]
+    enlarged: torch.Tensor = _resample.upsample_bicubic2d(images, size, False, scale, scale)
+    return enlarged
+
+
+def _mirrored(
+    parts: torch.Tensor, mirror: torch.Tensor | None, dims: tuple[int, int]
+) -> torch.Tensor:
+    """parts [k, ...], each mirrored along those of ``dims``, (y, x), that mirror [k, 2] names."""
+    if mirror is None:
+        return parts
+    flips = [
+        [dim for dim, flip in zip(dims, axes, strict=True) if flip] for axes in mirror.tolist()
+    ]
+    return torch.stack([part.flip(dims) for part, dims in zip(parts, flips, strict=True)])
+
+
+def _layer_tokens(
+    features: Features, image: torch.Tensor, views: int, mirror: torch.Tensor | None
+) -> LayerTokens:
+    """The features of ``views`` views of image [B, 3, H, W], mirrored back by mirror [views, 2]."""
+    size, grid = image.shape[-2:], features.grid
     if size[0] % grid[0] or size[1] % grid[1]:
         raise ValueError(
             f"SRT: tokens must divide the padded picture, {list(size)} pixels; got a grid of "
@@ -436,6 +606,8 @@ def _layer_tokens(features: Features, padded: torch.Tensor, views: int) -> Layer
         )
     shape = (views, features.tokens.shape[0] // views)
     tokens = features.tokens.unflatten(0, shape)
+    if mirror is not None:
+        tokens = _mirrored(tokens.unflatten(2, grid), mirror, (-3, -2)).flatten(2, 3)
     return LayerTokens(
         tokens if tokens.stride(3) == 1 else tokens.contiguous(),
         grid,
@@ -454,9 +626,9 @@ class _Field:
         self,
         srt: SRT,
         reduce: str,
-        views: _Views,  # in the order in which they come
+        views: Views,  # in the order in which they come
         stride: tuple[int, int] | None,  # None: that of the tokens
-        padded: torch.Tensor,  # [B, 3, H, W]
+        frame: _Frame,
         first: LayerTokens,  # of the first batch
     ) -> None:
         stride = stride or first.patch
@@ -466,7 +638,8 @@ class _Field:
         # The number of views whose tokens are held until they are aggregated: all for a median,
         # otherwise as many as have the tokens of one output, in whole batches.
         total, batch, count = len(views.offsets), first.tokens.shape[0], first.tokens.shape[2]
-        cells = (padded.shape[2] // stride[0]) * (padded.shape[3] // stride[1])
+        image = frame.image
+        cells = (image.shape[2] // stride[0]) * (image.shape[3] // stride[1])
         self.holds = batch
         if not srt.streaming:
             parts = max(1, cells // count // batch)
@@ -502,8 +675,9 @@ class _Field:
         self.prefix_dtype = prefix.dtype
         part = prefix.to(torch.promote_types(prefix.dtype, torch.float32))
         if self.views.weights is not None:
-            weights = self.views.weights[first : first + len(prefix)].to(part)
-            part = (part * weights[:, None, None, None])[weights > 0]  # 0 * inf is NaN
+            weights = self.views.weights[first : first + len(prefix)]
+            counted = weights.nonzero().flatten().tolist()  # 0 * inf is NaN
+            part = part[counted] * weights[counted].to(part)[:, None, None, None]
         self.prefix = part.sum(0) if self.prefix is None else self.prefix + part.sum(0)
 
     def _aggregate_held(self) -> None:
@@ -513,13 +687,14 @@ class _Field:
 
     def _aggregate(self, tokens: torch.Tensor) -> None:
         """tokens [k, B, N, C] of the next views that are not aggregated."""
-        views = self.views.take(slice(self.aggregated, self.aggregated + len(tokens)))
+        part = slice(self.aggregated, self.aggregated + len(tokens))
+        offsets, weights, _ = self.views.take(part)
         self.aggregated += len(tokens)
         if not self.at_once:
-            self.running.update(tokens, *views)
+            self.running.update(tokens, offsets, weights)
             return
         running = self.running
-        args = (tokens, views.offsets, running.grid, running.patch, views.weights)
+        args = (tokens, offsets, running.grid, running.patch, weights)
         if self.reduce == "moments":
             self.fields = ensemble_moments(*args, **running._modes)
         else:

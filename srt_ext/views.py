@@ -1,11 +1,10 @@
 """Designs of views: the offsets under which a model sees an image.
 
-Every design is a float32 tensor [V, 2] of (dy, dx) in pixels, or that with weights
-(:class:`Weighted`), and has mean 0, so that features stay in place. Arguments that are no integers
-where these are needed raise a TypeError, those out of range a ValueError.
+Every design is a :class:`Views` whose offsets have mean 0, so that features stay in place.
+Arguments that must be integers raise a TypeError if they are not, those out of range a ValueError.
 
 Any real offsets are allowed. But a shift by part of a pixel interpolates the image, which blurs it:
-designs on whole pixels were the better ones in nearly every measurement (research/README.md).
+designs on whole pixels were better in nearly every measurement (research/README.md).
 ``offsets.round()`` moves them there.
 """
 
@@ -18,17 +17,26 @@ from typing import NamedTuple
 
 import torch
 
-from ._validation import check_count, check_tensor
+from ._validation import check_count, check_pair, check_tensor, wrong
 
 MAX_VIEWS = 2**16  # a larger number is a typing error
 MAX_RADIUS = 2**20  # pixels, the limit of the ops
 
 
-class Weighted(NamedTuple):
-    """Views with weights."""
+class Views(NamedTuple):
+    """The views of an image: each is shifted, then mirrored.
+
+    The tokens of a mirrored view are mirrored back before they are aggregated, with the same
+    offset.
+    """
 
     offsets: torch.Tensor  # [V, 2], (dy, dx) in pixels, float32
-    weights: torch.Tensor  # [V], float32, >= 0, with sum 1
+    weights: torch.Tensor | None = None  # [V], float32, >= 0; None: all views count the same
+    mirror: torch.Tensor | None = None  # [V, 2], (y, x), bool; None: no view is mirrored
+
+    def take(self, index: torch.Tensor | slice | list[int]) -> Views:
+        """The views at ``index``, which indexes the first dimension."""
+        return Views(*(None if part is None else part[index] for part in self))  # type: ignore[arg-type]
 
 
 def _check_radius(where: str, radius: float, least: int = 0) -> None:
@@ -52,7 +60,7 @@ def _variance(radius: float) -> float:
     return radius * (radius + 1) / 3
 
 
-def grid(radius: float, step: float = 1) -> torch.Tensor:
+def grid(radius: float, step: float = 1) -> Views:
     """All offsets of a square: -radius, -radius + step, ... up to radius, on both axes.
 
     Args:
@@ -60,10 +68,10 @@ def grid(radius: float, step: float = 1) -> torch.Tensor:
         step: pixels, > 0; divides 2 * radius (up to rounding), so that the grid is centred.
 
     Returns:
-        [(2 * radius / step + 1)^2, 2], row by row.
+        (2 * radius / step + 1)^2 views, row by row.
 
     Example:
-        >>> grid(1).shape, grid(0.5)[0]
+        >>> grid(1).offsets.shape, grid(0.5).offsets[0]
         (torch.Size([9, 2]), tensor([-0.5000, -0.5000]))
     """
     _check_radius("grid", radius)
@@ -75,19 +83,20 @@ def grid(radius: float, step: float = 1) -> torch.Tensor:
     if abs(steps - round(steps)) > 1e-6 * round(steps):
         raise ValueError(f"views.grid: step must divide 2 * radius; got {got}")
     axis = _axis(round(steps) + 1, radius).float()
-    return torch.cartesian_prod(axis, axis)
+    return Views(torch.cartesian_prod(axis, axis))
 
 
-def paper(radius: int) -> torch.Tensor:
+def paper(radius: int) -> Views:
     """The published design: the identity, then the grid of whole pixels, which has it again.
 
     Source: Lao et al., ICML 2024.
 
     Example:
-        >>> paper(3).shape
+        >>> paper(3).offsets.shape
         torch.Size([50, 2])
     """
-    return torch.cat([torch.zeros(1, 2), grid(check_count("views.paper", "radius", radius, 0))])
+    whole = grid(check_count("views.paper", "radius", radius, 0))
+    return Views(torch.cat([torch.zeros(1, 2), whole.offsets]))
 
 
 def _order(n: int, modulus: int, generator: int) -> torch.Tensor:
@@ -122,7 +131,12 @@ def _lattice(n: int) -> torch.Tensor:
     return min(orders, key=lambda order: abs(int((place * place[order]).sum())))
 
 
-def lattice(n: int, radius: float) -> torch.Tensor:
+def _spread_evenly(n: int, radii: tuple[float, float]) -> torch.Tensor:
+    """[n, 2], float32, by dy: a lattice within ``radii``, (y, x) in pixels."""
+    return torch.stack([_axis(n, radii[0]), _axis(n, radii[1])[_lattice(n)]], 1).float()
+
+
+def lattice(n: int, radius: float) -> Views:
     """n views of which no two share a dy or a dx: a rank-1 lattice.
 
     Both coordinates take the n evenly spaced values from -radius to radius, paired by a
@@ -135,12 +149,12 @@ def lattice(n: int, radius: float) -> torch.Tensor:
         radius: pixels, >= 0.
 
     Returns:
-        [n, 2], by dy.
+        n views, by dy.
 
     Source of the method: Sloan and Joe, Lattice Methods for Multiple Integration, 1994.
 
     Example:
-        >>> lattice(5, 2)
+        >>> lattice(5, 2).offsets
         tensor([[-2.,  1.],
                 [-1., -2.],
                 [ 0.,  0.],
@@ -149,11 +163,10 @@ def lattice(n: int, radius: float) -> torch.Tensor:
     """
     _check_views("lattice", n)
     _check_radius("lattice", radius)
-    axis = _axis(n, radius).float()
-    return torch.stack([axis, axis[_lattice(n)]], 1)
+    return Views(_spread_evenly(n, (radius, radius)))
 
 
-def sobol(n: int, radius: float, seed: int = 0) -> torch.Tensor:
+def sobol(n: int, radius: float, seed: int = 0) -> Views:
     """n views from a scrambled Sobol sequence over the square, centred to mean 0.
 
     Centring may move some just beyond the square. They are not on whole pixels; rounded to whole
@@ -165,13 +178,13 @@ def sobol(n: int, radius: float, seed: int = 0) -> torch.Tensor:
         seed: of the scrambling, >= 0 and < 2^63.
 
     Returns:
-        [n, 2], in the order of the sequence, in which any first few spread over the square.
+        n views in the order of the sequence, in which any first few spread over the square.
 
     Source of the method: Sobol', "On the distribution of points in a cube and the approximate
     evaluation of integrals", 1967.
 
     Example:
-        >>> sobol(8, 3).shape
+        >>> sobol(8, 3).offsets.shape
         torch.Size([8, 2])
     """
     _check_views("sobol", n)
@@ -180,10 +193,10 @@ def sobol(n: int, radius: float, seed: int = 0) -> torch.Tensor:
         raise ValueError(f"views.sobol: seed must be < 2^63; got {seed}")
     engine = torch.quasirandom.SobolEngine(2, scramble=True, seed=seed)
     points = engine.draw(n, dtype=torch.float64)
-    return ((points - points.mean(0)) * 2 * radius).float()
+    return Views(((points - points.mean(0)) * 2 * radius).float())
 
 
-def ring(n: int, radius: float) -> Weighted:
+def ring(n: int, radius: float) -> Views:
     """The unshifted image and n - 1 views on a circle around it.
 
     The weights give dy and dx the mean, variance and covariance of the whole ``grid(radius)``: the
@@ -195,7 +208,7 @@ def ring(n: int, radius: float) -> Weighted:
         radius: pixels, >= 2; of the circle.
 
     Returns:
-        offsets [n, 2], the unshifted image first, and weights [n].
+        n views with weights, the unshifted image first.
 
     Example:
         >>> ring(5, 4).weights
@@ -208,10 +221,21 @@ def ring(n: int, radius: float) -> Weighted:
     circle = radius * torch.stack([angles.sin(), angles.cos()], 1).round(decimals=12)
     share = 2 * _variance(radius) / radius**2
     weights = torch.tensor([1 - share] + [share / (n - 1)] * (n - 1))
-    return Weighted(torch.cat([torch.zeros(1, 2), circle.float()]), weights)
+    return Views(torch.cat([torch.zeros(1, 2), circle.float()]), weights)
 
 
-def best(count: int, radius: int = 6) -> torch.Tensor:
+def radius_for(patch: int | tuple[int, int]) -> tuple[int, int]:
+    """The radius (y, x) of :func:`best` for tokens of ``patch`` pixels: 3/8 of it, whole, >= 1.
+
+    Example:
+        >>> radius_for(16), radius_for((14, 8))
+        ((6, 6), (5, 3))
+    """
+    height, width = check_pair("views.radius_for", "patch", patch)
+    return max(1, round(height * 3 / 8)), max(1, round(width * 3 / 8))
+
+
+def best(count: int, radius: int | tuple[int, int] = 6) -> Views:
     """``count`` views that approximate the whole ``grid(radius)``.
 
     A :func:`lattice` that is scaled to the variance of the whole grid, each view rounded to whole
@@ -224,19 +248,19 @@ def best(count: int, radius: int = 6) -> torch.Tensor:
     drawn at random leave 0.54, 0.41, 0.38 and 0.23. Weights gain nothing.
 
     What the whole grid is worth depends on its radius. On real labels, with a patch of 16 pixels, 6
-    was better than 3 with any count, 8 and 12 about as good as 6. That is 3/8 of a patch: of other
-    patches it may be worth giving it.
+    was better than 3 with any count, 8 and 12 about as good as 6. :func:`radius_for` gives that
+    share, 3/8, of other patches.
 
     Args:
-        count: views, from 1 to the (2 * radius + 1)^2 of the whole grid, which is then the design.
-            Two may coincide where nearly all of them are asked for.
-        radius: pixels, whole, >= 0.
+        count: views, from 1 to those of the whole grid, (2 * radius + 1)^2, which is then the
+            design. Two may coincide where nearly all of them are asked for.
+        radius: pixels, whole, >= 0, (y, x) or one for both.
 
     Returns:
-        [count, 2], without weights, so that a median can use it, too.
+        ``count`` views without weights, so that a median can use them, too.
 
     Example:
-        >>> best(5)
+        >>> best(5).offsets
         tensor([[-5.,  3.],
                 [-3., -5.],
                 [ 0.,  0.],
@@ -244,44 +268,72 @@ def best(count: int, radius: int = 6) -> torch.Tensor:
                 [ 5., -3.]])
     """
     _check_views("best", count, name="count")
-    _check_radius("best", check_count("views.best", "radius", radius, 0))
-    whole = (2 * radius + 1) ** 2
+    radii = radius if isinstance(radius, tuple) else (radius, radius)
+    for each in radii:
+        _check_radius("best", check_count("views.best", "radius", each, 0))
+    y, x = radii
+    whole = (2 * y + 1) * (2 * x + 1)
     if count > whole:
         raise ValueError(
             f"views.best: count must be <= {whole} at radius {radius}; got {count}. "
             "A larger radius has room for more"
         )
     if count == whole:
-        return grid(radius)
+        return Views(torch.cartesian_prod(*(_axis(2 * r + 1, r).float() for r in radii)))
     # The mean square of n values evenly spaced from -a to a is a^2 (n + 1) / (n - 1) / 3.
-    return lattice(count, math.sqrt(3 * _variance(radius) * (count - 1) / (count + 1))).round()
+    share = 3 * (count - 1) / (count + 1)
+    reach = (math.sqrt(_variance(y) * share), math.sqrt(_variance(x) * share))
+    return Views(_spread_evenly(count, reach).round())
 
 
-def spread(offsets: torch.Tensor) -> torch.Tensor:
+def flipped(views: Views) -> Views:
+    """Twice as many views: the given ones, and each of them mirrored from left to right.
+
+    Example:
+        >>> flipped(grid(0)).mirror
+        tensor([[False, False],
+                [False,  True]])
+    """
+    offsets, weights, mirror = views
+    given = torch.zeros(len(offsets), 2, dtype=torch.bool) if mirror is None else mirror
+    return Views(
+        torch.cat([offsets, offsets]),
+        None if weights is None else torch.cat([weights, weights]) / 2,
+        torch.cat([given, given ^ torch.tensor([False, True])]),
+    )
+
+
+def spread(views: Views | torch.Tensor) -> Views:
     """The same views in an order whose parts all spread over the design.
 
     Steps of the golden ratio through the list, for :class:`srt_ext.RunningMedian`, whose error
     grows where the views drift.
 
     Args:
-        offsets: [V, 2], (dy, dx) in pixels, in an order that drifts, such as that of a grid.
+        views: a design, or offsets [V, 2], (dy, dx) in pixels, in an order that drifts, such as
+            that of a grid.
 
     Example:
-        >>> spread(grid(1))[:3]
+        >>> spread(grid(1)).offsets[:3]
         tensor([[-1., -1.],
                 [ 1.,  0.],
                 [ 0.,  1.]])
     """
-    check_tensor("views.spread", "offsets", offsets)
-    count = len(offsets)
+    design = views if isinstance(views, Views) else Views(views)
+    check_tensor("views.spread", "offsets", design.offsets)
+    return design.take(spread_order(len(design.offsets)))
+
+
+def spread_order(count: int) -> list[int]:
+    """The order of :func:`spread`, as indices of ``count`` views."""
     step = max(1, round(count * (5**0.5 - 1) / 2))
     while math.gcd(step, count) > 1:
         step += 1
-    return offsets[torch.arange(count) * step % max(1, count)]
+    return [i * step % count for i in range(count)]
 
 
 # Name: function, types of its arguments, number of those required.
-_DESIGNS: dict[str, tuple[Callable[..., torch.Tensor | Weighted], tuple[type, ...], int]] = {
+_DESIGNS: dict[str, tuple[Callable[..., Views], tuple[type, ...], int]] = {
     "grid": (grid, (float, float), 1),
     "paper": (paper, (int,), 1),
     "lattice": (lattice, (int, float), 2),
@@ -290,76 +342,112 @@ _DESIGNS: dict[str, tuple[Callable[..., torch.Tensor | Weighted], tuple[type, ..
     "best": (best, (int, int), 1),
 }
 _FORMS = (
-    "views must be grid:RADIUS[:STEP], paper:RADIUS, lattice:N:RADIUS, sobol:N:RADIUS[:SEED], "
+    "views must be N, grid:RADIUS[:STEP], paper:RADIUS, lattice:N:RADIUS, sobol:N:RADIUS[:SEED], "
     "ring:N:RADIUS or best:N[:RADIUS], RADIUS and STEP in pixels, such as grid:3; "
-    "7 views are best:7"
+    "with +flip also their mirror images"
 )
 
 
-def parse(text: str) -> torch.Tensor | Weighted:
+def parse(text: str, patch: int | tuple[int, int] = 16, scale: float = 1) -> Views:
     """A design from its name and its arguments.
 
     Args:
         text: ``grid:RADIUS[:STEP]``, ``paper:RADIUS``, ``lattice:N:RADIUS``,
-            ``sobol:N:RADIUS[:SEED]``, ``ring:N:RADIUS`` or ``best:N[:RADIUS]``. Decimals are
-            allowed where the function takes them.
+            ``sobol:N:RADIUS[:SEED]``, ``ring:N:RADIUS`` or ``best:N[:RADIUS]``; ``N`` is
+            ``best:N``. Decimals are allowed where the function takes them. The suffix ``+flip``
+            adds the mirror images (:func:`flipped`).
+        patch: pixels per token, (y, x) or one for both, from which :func:`radius_for` takes the
+            radius of ``best:N``. Of the enlarged image, if there is a scale.
+        scale: the factor by which the image is enlarged. The other radii and steps are in pixels of
+            the image; the views that are returned are on whole pixels of the enlarged one.
 
     Raises:
         ValueError: anything else.
 
     Example:
-        >>> parse("grid:2.5").shape
+        >>> parse("grid:2.5").offsets.shape
         torch.Size([36, 2])
     """
-    name, *words = text.split(":")
+    words, plus, suffix = text.partition("+")
+    name, *numbers = words.split(":")
+    if re.fullmatch("[0-9]+", words):
+        name, numbers = "best", [words]
     reason = ""
-    if name in _DESIGNS:
+    if name in _DESIGNS and suffix == plus.replace("+", "flip"):
         design, kinds, least = _DESIGNS[name]
-        numbers = {int: "[0-9]+", float: r"[0-9]+(\.[0-9]+)?"}
-        given = list(zip(kinds, words, strict=False))
-        fits = all(re.fullmatch(numbers[kind], word) for kind, word in given)
-        if fits and least <= len(words) <= len(kinds):
+        forms = {int: "[0-9]+", float: r"[0-9]+(\.[0-9]+)?"}
+        given = list(zip(kinds, numbers, strict=False))
+        fits = all(re.fullmatch(forms[kind], number) for kind, number in given)
+        if fits and least <= len(numbers) <= len(kinds):
             try:
-                return design(*(kind(word) for kind, word in given))
+                values = [kind(number) for kind, number in given]
+                if design is best and len(values) == 1:
+                    found = best(values[0], radius_for(patch))
+                else:
+                    found = _enlarged(design(*values), scale)
+                return flipped(found) if suffix else found
             except ValueError as error:
                 reason = f" ({error})"
     raise ValueError(f"{_FORMS}; got {text!r}{reason}")
 
 
+def _enlarged(design: Views, scale: float) -> Views:
+    """A design in pixels of an image, in whole pixels of the image enlarged by ``scale``."""
+    if scale == 1:
+        return design
+    return design._replace(offsets=(design.offsets.double() * scale).round().float())
+
+
 def resolve(
-    views: torch.Tensor | str | int | tuple[torch.Tensor, torch.Tensor | None],
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What :class:`srt_ext.SRT` takes for ``views``, as offsets and weights.
+    views: Views | torch.Tensor | str | int | tuple[torch.Tensor, torch.Tensor | None],
+    patch: int | tuple[int, int] = 16,
+    scale: float = 1,
+) -> Views:
+    """What :class:`srt_ext.SRT` takes for ``views``.
 
     Args:
-        views: offsets [V, 2], (dy, dx) in pixels; a pair of them and of weights [V] or None, such
-            as :class:`Weighted`; a string for :func:`parse`; or a number of views for :func:`best`.
+        views: a design; offsets [V, 2], (dy, dx) in pixels; a pair of them and of weights [V] or
+            None; a string for :func:`parse`; or a number of views for :func:`best`.
+        patch, scale: as for :func:`parse`. The offsets of tensors are multiplied by the scale and
+            not rounded.
 
     Returns:
-        offsets [V, 2], and weights [V] or None if all views count the same.
+        The views, with offsets in pixels of the enlarged image.
 
     Raises:
         TypeError, ValueError: anything else.
 
     Example:
-        >>> resolve("ring:5:4")[1]
+        >>> resolve("ring:5:4").weights
         tensor([0.1667, 0.2083, 0.2083, 0.2083, 0.2083])
     """
     if isinstance(views, str):
-        views = parse(views)
-    elif isinstance(views, int) and not isinstance(views, bool):
-        views = best(views)
-    offsets, weights = views if isinstance(views, tuple) and len(views) == 2 else (views, None)
+        return parse(views, patch, scale)
+    if isinstance(views, int) and not isinstance(views, bool):
+        return best(views, radius_for(patch))
+    parts = views if isinstance(views, tuple) and len(views) in (2, 3) else (views, None)
+    offsets, weights, mirror = (*parts, None)[:3]
     if not isinstance(offsets, torch.Tensor):
         raise TypeError(
-            "SRT: views must be a torch.Tensor, (offsets, weights), a string or an integer; "
-            f"got {type(offsets).__name__}"
+            "SRT: views must be a design of srt_ext.views, a torch.Tensor, (offsets, weights), a "
+            f"string or an integer; got {type(offsets).__name__}"
         )
     if offsets.dim() != 2 or offsets.shape[0] < 1 or offsets.shape[1] != 2:
         raise ValueError(f"SRT: views must be [V, 2] with V >= 1; got {list(offsets.shape)}")
+    count = len(offsets)
     if weights is not None:
         check_tensor("SRT", "weights of views", weights)
-        if weights.shape != offsets.shape[:1]:
-            rule = f"weights of views must be [V] with V = {len(offsets)}"
-            raise ValueError(f"SRT: {rule}; got {list(weights.shape)}")
-    return offsets, weights
+        if weights.shape != (count,):
+            rule = f"weights of views must be [V] with V = {count}"
+            raise wrong(ValueError, "SRT", rule, list(weights.shape))
+    if mirror is not None:
+        check_tensor("SRT", "mirror of views", mirror)
+        rule = f"mirror of views must be bool [V, 2], (y, x), with V = {count}"
+        if mirror.dtype != torch.bool:
+            raise wrong(TypeError, "SRT", rule, mirror.dtype)
+        if mirror.shape != (count, 2):
+            raise wrong(ValueError, "SRT", rule, list(mirror.shape))
+    design = Views(offsets, weights, mirror)
+    if isinstance(views, Views) or scale == 1:
+        return _enlarged(design, scale)
+    return design._replace(offsets=offsets * scale)

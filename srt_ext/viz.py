@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 import torch
 
-from ._memory import free_bytes
+from ._cost import free_bytes
 from .backbones import Backbone
 from .ops import ensemble, ensemble_moments
-from .options import Reduce
-from .srt import SRT, ViewTokens
-from .views import resolve
+from .options import Quality, Reduce
+from .srt import SRT, ViewTokens, _Frame
 
 if TYPE_CHECKING:
     from matplotlib.cm import ScalarMappable
@@ -68,16 +67,24 @@ def enlarge(image: np.ndarray, cell: tuple[int, int], size: tuple[int, ...]) -> 
 
 
 class Tokens(NamedTuple):
-    """The tokens of one layer for an image and its views."""
+    """The tokens of one layer, of some views of an image."""
 
-    all: torch.Tensor  # [1 + V, 1, N, C], N = h * w: first those of the unshifted image
+    all: torch.Tensor  # [V, 1, N, C], N = h * w
     grid: tuple[int, int]  # (h, w)
-    patch: tuple[int, int]  # (y, x), pixels
+    patch: tuple[int, int]  # (y, x), pixels of the enlarged image
+    frame: _Frame
 
     @property
     def map(self) -> torch.Tensor:
-        """The plain tokens, [1, C, h, w]."""
+        """Those of the first view, [1, C, h, w]."""
         return self.all[0].transpose(1, 2).reshape(1, -1, *self.grid)
+
+
+class LayerTokens(NamedTuple):
+    """The tokens of one layer."""
+
+    plain: Tokens  # of the unshifted image
+    views: Tokens
 
 
 class Panel(NamedTuple):
@@ -94,10 +101,10 @@ class _LayerStyle:
     noise: ScalarMappable | None = None
     similarity: ScalarMappable | None = None
 
-    def __init__(self, tokens: Tokens) -> None:
-        if tokens.grid[0] * tokens.grid[1] < 3:
+    def __init__(self, plain: Tokens) -> None:
+        if plain.grid[0] * plain.grid[1] < 3:
             raise ValueError("the picture has fewer than 3 tokens: no colors can be made of them")
-        self.colors = PCAColors(tokens.map)
+        self.colors = PCAColors(plain.map)
         self.query: list[torch.Tensor] = []  # [C] of the plain tokens, [C] of the mean
 
 
@@ -110,8 +117,8 @@ class Comparison:
     Memory: the tokens of all views at all layers, from one pass over the views, and one field (two
     with ``noise``) and its colors at a time.
 
-    ``backbone`` is that of a list of layers, ``views`` a string for :func:`srt_ext.views.parse`;
-    ``stride`` and ``view_batch`` as for SRT. ``noise``: also draw the noise map. ``query``, (x, y)
+    ``backbone`` is that of a list of layers; ``views``, ``scale``, ``quality``, ``stride`` and
+    ``view_batch`` as for SRT. ``noise``: also draw the noise map. ``query``, (x, y)
     as fractions of width and height: also draw the cosine similarity to the features there.
     ``srt_seconds``: of the last image, for shifting, the model and the mean (and the noise).
     """
@@ -119,16 +126,18 @@ class Comparison:
     def __init__(
         self,
         backbone: Backbone,
-        views: str,
+        views: str | None = None,
         *,
+        scale: float | None = None,
+        quality: Quality | None = None,
         stride: int = 1,
         view_batch: int = 8,
         noise: bool = False,
         query: tuple[float, float] | None = None,
     ) -> None:
-        self.offsets, self.weights = resolve(views)
-        with_plain = torch.cat([torch.zeros(1, 2), self.offsets])
-        self.srt = SRT(backbone, with_plain, view_batch=view_batch)
+        settings: Any = {"stride": stride, "view_batch": view_batch}
+        self.srt = SRT(backbone, views, scale=scale, quality=quality, **settings)
+        self.plain = SRT(backbone, 1, **settings)
         self.stride, self.noise, self.query = stride, noise, query
         self.srt_seconds = 0.0
         self._styles: list[_LayerStyle] = []
@@ -151,70 +160,74 @@ class Comparison:
         layers = self.tokens(image, progress)
         self.srt_seconds = time.perf_counter() - start
         first = not self._styles
-        self._styles = self._styles or [_LayerStyle(tokens) for tokens in layers]
+        self._styles = self._styles or [_LayerStyle(layer.plain) for layer in layers]
         rows = zip(layers, self._styles, strict=True)
-        return [self._row(tokens, style, pixels, first) for tokens, style in rows]
+        return [self._row(layer, style, pixels, first) for layer, style in rows]
 
     def tokens(
         self, image: torch.Tensor, progress: Callable[[int], object] | None = None
-    ) -> list[Tokens]:
+    ) -> list[LayerTokens]:
         """The tokens of image [1, 3, H, W] and its views at each layer."""
+        parts = (self._tokens(self.plain, image, None), self._tokens(self.srt, image, progress))
+        return [LayerTokens(*layer) for layer in zip(*parts, strict=True)]
+
+    def _tokens(self, srt: SRT, image: torch.Tensor, progress: Any) -> list[Tokens]:
         kept: list[Tokens] = []
-        done, total = 0, len(self.srt.views)
-        for batch in self.srt.tokens(image):
+        done, total, frame = 0, len(srt.views.offsets), srt._frame(image)
+        for batch in srt.tokens(image):
             if not kept:
-                self._check_memory(batch, image.device)
+                self._check_memory(batch, total, frame)
                 for tokens, grid, patch, _ in batch.layers:
-                    kept.append(Tokens(tokens.new_empty(total, *tokens.shape[1:]), grid, patch))
+                    all_views = tokens.new_empty(total, *tokens.shape[1:])
+                    kept.append(Tokens(all_views, grid, patch, frame))
             for layer, new in zip(kept, batch.layers, strict=True):
                 layer.all[done : done + len(batch.offsets)] = new.tokens
             done += len(batch.offsets)
             if progress is not None:
-                progress(done - 1)  # without the unshifted image, which is the first
+                progress(done)
         return kept
 
-    def _check_memory(self, batch: ViewTokens, device: torch.device) -> None:
-        views, layers, free = len(self.srt.views), batch.layers, free_bytes(device)
-        pixels = layers[0].tokens.shape[2] * layers[0].patch[0] * layers[0].patch[1]
+    def _check_memory(self, batch: ViewTokens, views: int, frame: _Frame) -> None:
+        layers, free = batch.layers, free_bytes(frame.image.device)
         channels = max(layer.tokens.shape[3] for layer in layers)
         needed = sum(views * layer.tokens[0].nbytes for layer in layers)
-        needed += (3 if self.noise else 2) * 4 * (pixels // self.stride**2) * channels
+        needed += (3 if self.noise else 2) * 4 * frame.cells * channels
         if needed > free:
             raise ValueError(
                 f"{needed / 2**30:.1f} GiB are needed for the tokens of {views} views "
                 f"at {len(layers)} layers and for a field, {free / 2**30:.1f} are free: take a "
-                "smaller --size, a larger --stride, fewer --views"
+                "smaller --size or --scale, a larger --stride, fewer --views"
             )
 
-    def field(self, tokens: Tokens, reduce: str, size: tuple[int, ...]) -> torch.Tensor:
+    def field(self, layer: LayerTokens, reduce: str) -> torch.Tensor:
         """[1, C, ceil(H / s), ceil(W / s)] of an image of (H, W) pixels.
 
         ``reduce``: ``mean``, ``median`` (unweighted) or ``bilinear``, the upsampled plain tokens.
         """
-        views, kind = (tokens.all[1:], self.offsets), cast(Reduce, reduce)
-        if reduce == "bilinear":
-            views, kind = (tokens.all[:1], torch.zeros(1, 2)), "mean"
-        args = (*views, tokens.grid, tokens.patch, self.weights if reduce == "mean" else None)
-        return self._cropped(ensemble(*args, reduce=kind, stride=self.stride), size)
+        bilinear = reduce == "bilinear"
+        tokens, srt = (layer.plain, self.plain) if bilinear else (layer.views, self.srt)
+        weights = srt._views.weights if reduce == "mean" else None
+        args = (tokens.all, srt._views.offsets, tokens.grid, tokens.patch, weights)
+        kind = "mean" if bilinear else cast(Reduce, reduce)
+        return tokens.frame.cropped(ensemble(*args, reduce=kind, stride=tokens.frame.stride))
 
-    def moments(self, tokens: Tokens, size: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    def moments(self, layer: LayerTokens) -> tuple[torch.Tensor, torch.Tensor]:
         """The mean, as :meth:`field`, and the noise map [H', W'], the norm of the deviations."""
-        args = (tokens.all[1:], self.offsets, tokens.grid, tokens.patch, self.weights)
-        mean, var = ensemble_moments(*args, stride=self.stride)
-        return self._cropped(mean, size), self._cropped(var, size)[0].float().sum(0).sqrt()
-
-    def _cropped(self, field: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
-        return field[:, :, : -(-size[0] // self.stride), : -(-size[1] // self.stride)]
+        tokens, (offsets, weights, _) = layer.views, self.srt._views
+        args = (tokens.all, offsets, tokens.grid, tokens.patch, weights)
+        fields = ensemble_moments(*args, stride=tokens.frame.stride)
+        mean, var = map(tokens.frame.cropped, fields)
+        return mean, var[0].float().sum(0).sqrt()
 
     def _row(
-        self, tokens: Tokens, style: _LayerStyle, pixels: np.ndarray, first: bool
+        self, layer: LayerTokens, style: _LayerStyle, pixels: np.ndarray, first: bool
     ) -> list[Panel]:
         size, cell, noise = pixels.shape[:2], (self.stride, self.stride), None
         start = time.perf_counter()
         if self.noise:
-            mean, noise = self.moments(tokens, size)
+            mean, noise = self.moments(layer)
         else:
-            mean = self.field(tokens, "mean", size)
+            mean = self.field(layer, "mean")
         self.srt_seconds += time.perf_counter() - start
 
         more, point = [], None
@@ -226,21 +239,23 @@ class Comparison:
         if self.query is not None:
             if first:  # in later images the point may have moved
                 point = (self.query[0] * size[1], self.query[1] * size[0])
-            more += self._similarity(tokens, mean, style, point, size)
+            more += self._similarity(layer.plain, mean, style, point, size)
 
         def colors(field: torch.Tensor) -> np.ndarray:
             return enlarge(style.colors(field), cell, size)
 
-        unweighted = "" if self.weights is None else ", unweighted"
-        srt = Panel(f"SRT mean, {len(self.offsets)} views", colors(mean))
+        views, scale = self.srt.views, self.srt.scale
+        unweighted = "" if views.weights is None else ", unweighted"
+        enlarged = "" if scale == 1 else f", scale {scale:g}"
+        srt = Panel(f"SRT mean, {len(views.offsets)} views{enlarged}", colors(mean))
         del mean  # before the next field is made
-        plain = enlarge(style.colors(tokens.map), tokens.patch, size)
+        plain = enlarge(style.colors(layer.plain.map), layer.plain.patch, size)
         return [
             Panel("input", pixels.astype(np.float32) / 255, point),
             Panel("plain tokens", plain),
-            Panel("tokens, bilinear", colors(self.field(tokens, "bilinear", size))),
+            Panel("tokens, bilinear", colors(self.field(layer, "bilinear"))),
             srt,
-            Panel(f"SRT median{unweighted}", colors(self.field(tokens, "median", size))),
+            Panel(f"SRT median{unweighted}", colors(self.field(layer, "median"))),
             *more,
         ]
 

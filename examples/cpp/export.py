@@ -28,7 +28,7 @@ class DenseViT(torch.nn.Module):
         self.block = torch.nn.TransformerEncoderLayer(
             channels, 4, 4 * channels, dropout=0, batch_first=True, norm_first=True
         )
-        self.register_buffer("offsets", srt_ext.views.grid(2))  # [25, 2]
+        self.register_buffer("offsets", srt_ext.views.grid(2).offsets)  # [25, 2]
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """images [B, 3, H, W] -> field [B, C, H, W]"""

@@ -50,13 +50,13 @@ class Fields:
     def __init__(self, network: Network, settings: list[Setting]) -> None:
         self.network, self.settings = network, settings
         designs = {s.views: views.resolve(s.views) for s in settings}
-        every = torch.cat([offsets for offsets, _ in designs.values()]) + 0.0  # no -0
+        every = torch.cat([design.offsets for design in designs.values()]) + 0.0  # no -0
         self.offsets, index = every.unique(dim=0, return_inverse=True)
         self.srt = srt_ext.SRT(network.backbone, self.offsets, view_batch=BATCH)
-        parts = index.split([len(offsets) for offsets, _ in designs.values()])
+        parts = index.split([len(design.offsets) for design in designs.values()])
         self.designs = {
-            name: (part, weights)
-            for (name, (_, weights)), part in zip(designs.items(), parts, strict=True)
+            name: (part, design.weights)
+            for (name, design), part in zip(designs.items(), parts, strict=True)
         }
 
     @torch.inference_mode()

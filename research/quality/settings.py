@@ -26,7 +26,7 @@ class Setting:
 
     @property
     def forwards(self) -> int:
-        return len(views.resolve(self.views)[0])
+        return len(views.resolve(self.views).offsets)
 
     def row(self) -> dict[str, Any]:
         return asdict(self)

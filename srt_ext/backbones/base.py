@@ -39,10 +39,12 @@ class Backbone(ABC):
         modules: names of the modules whose outputs the layers are; empty if unknown.
         prefix: number of class and register tokens; None if only the shapes can tell.
         returns_list: a list of layers was requested, not a single one.
+        any_size: the model declares that it takes images of any size.
     """
 
     prefix: int | None = None
     returns_list = False
+    any_size = False
 
     def __init__(self, model: Model, patch: object, modules: Sequence[str] = ()) -> None:
         self.model = model
@@ -99,6 +101,7 @@ class TimedBackbone(Backbone):
     def __init__(self, other: Backbone) -> None:
         super().__init__(other.model, other.patch, other.modules)
         self.other, self.returns_list, self.seconds = other, other.returns_list, 0.0
+        self.any_size = other.any_size
 
     def features(self, images: torch.Tensor) -> list[Features]:
         return self._features(images)

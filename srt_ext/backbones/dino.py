@@ -26,6 +26,8 @@ class DinoBackbone(Backbone):
         self.prefix = base.resolve_prefix(prefix, None)
         names = [f"blocks.{i}" for i in self.indices] if len(inner.blocks) == count else []
         super().__init__(model, base.resolve_patch(patch, base.declared_patch(inner)), names)
+        positions = ("interpolate_pos_encoding", "rope_embed")  # of DINO and DINOv2; of DINOv3
+        self.any_size = any(hasattr(inner, name) for name in positions)
 
     def _features(self, images: torch.Tensor) -> list[Features]:
         get, grid = self.inner.get_intermediate_layers, base.grid_of(images, self.patch)

@@ -28,6 +28,7 @@ class TimmBackbone(Backbone):
         self.norm = norm and (hasattr(inner, "norm") or hasattr(inner, "neck"))
         names = [info[i]["module"] for i in self.indices]
         super().__init__(model, base.resolve_patch(patch, declared), names)
+        self.any_size = takes_any_size(inner)
         base.resolve_prefix(prefix, self.prefix)
         # Hiera's modules permute the tokens; some models declare modules that do not exist.
         if hasattr(inner, "reroll") or not set(names) <= {n for n, _ in inner.named_modules() if n}:
@@ -65,6 +66,13 @@ def image_size_errors(images: torch.Tensor) -> Iterator[None]:
             f"says: {str(error).rstrip('.')}. timm's create_model(..., dynamic_img_size=True) or "
             "model.set_input_size(...) change what it takes, where it can"
         ) from error
+
+
+def takes_any_size(model: Any) -> bool:
+    """Whether a model was made with ``dynamic_img_size``, or is convolutional."""
+    if hasattr(model, "patch_embed"):
+        return getattr(model.patch_embed, "strict_img_size", True) is False
+    return not getattr(model, "pretrained_cfg", {}).get("fixed_input_size", True)
 
 
 def patch_sides(model: Any, reduction: Any) -> Any:

@@ -42,6 +42,7 @@ class TransformersBackbone(Backbone):
         names = [".".join(filter(None, (path, blocks, str(i)))) for i in self.indices]
         super().__init__(model, base.resolve_patch(patch, config.patch_size), names)
         self.prefix = base.resolve_prefix(prefix, declared_prefix(encoder))
+        self.any_size = takes_any_size(encoder)
 
     def _features(self, images: torch.Tensor) -> list[Features]:
         encoder = vision_encoder(self.inner)
@@ -81,6 +82,14 @@ def vision_encoder(model: Any) -> Any:
 
 def accepts(model: Any, argument: str) -> bool:
     return argument in inspect.signature(model.forward).parameters
+
+
+def takes_any_size(encoder: Any) -> bool:
+    """Whether positions are interpolated, or rotary."""
+    if any_size_arguments(encoder):
+        return True
+    names = ("interpolate_pos_encoding", "rope_embeddings")
+    return any(hasattr(module, name) for module in encoder.modules() for name in names)
 
 
 def any_size_arguments(model: Any) -> dict[str, Any]:

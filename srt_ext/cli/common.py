@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from .._library import unavailable
+from ..options import Quality
 
 if TYPE_CHECKING:
     import torch
@@ -42,10 +44,22 @@ Weights = Annotated[
     ),
 ]
 Views = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help="grid:RADIUS[:STEP], paper:RADIUS, lattice:N:RADIUS, sobol:N:RADIUS[:SEED], "
-        "ring:N:RADIUS or best:N[:RADIUS]; radius and step in pixels, N views."
+        help="N views; or grid:RADIUS[:STEP], paper:RADIUS, lattice:N:RADIUS, "
+        "sobol:N:RADIUS[:SEED], ring:N:RADIUS or best:N[:RADIUS], radius and step in pixels; "
+        "+flip adds their mirror images."
+    ),
+]
+Scale = Annotated[
+    float | None,
+    typer.Option(min=1, help="Factor by which the picture is enlarged before the views are made."),
+]
+QualityName = Annotated[
+    Quality | None,
+    typer.Option(
+        "--quality",
+        help="Preset of scale and views, in place of both: without any of the three balanced.",
     ),
 ]
 Stride = Annotated[int, typer.Option(min=1, help="Pixels per output cell; 1 is pixel scale.")]
@@ -117,13 +131,14 @@ def timing(model: float, total: float) -> str:
 # ---- checks before hours of work ----------------------------------------------------------------
 
 
-def count_views(views: str, weights: Path | None) -> int:
-    """The number of views. Checks what can be checked before a model is loaded."""
-    from ..views import resolve
+def check_inputs(views: str | None, weights: Path | None) -> None:
+    """Checks what can be checked before a model is loaded."""
+    from ..views import parse
 
     if weights is not None and not weights.is_file():
         raise fatal(f"{weights} is no file")
-    return len(resolve(views)[0])
+    if views is not None:
+        parse(views)
 
 
 def check_output(path: Path, suffixes: tuple[str, ...]) -> None:
@@ -170,6 +185,16 @@ class Network:
             sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
             sha256.update(tensor.numpy().tobytes())
         return sha256.hexdigest()[:16]
+
+
+@contextmanager
+def warnings_as_notes() -> Iterator[None]:
+    """Prints the warnings of this package in one line each."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for warning in caught:
+        note(str(warning.message).removeprefix("SRT: "))
 
 
 def load_network(

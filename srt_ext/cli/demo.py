@@ -35,7 +35,7 @@ def command(
         from ..hub import SMALL
         from ..viz import draw
 
-        count = common.count_views(views, None)
+        common.check_inputs(views, None)
         network = common.Network(SMALL, None, [-1])
         evaluation, first = Evaluation(network, views), HELD_OUT + 1000 * seed
         with common.progress_bar("scenes", scenes) as progress:
@@ -46,7 +46,7 @@ def command(
             table.add_row(method, *(f"{value:.3f}" for value in score))
         common.console.print(table)
         common.echo(
-            f"{count} views, scenes of {SIDE} x {SIDE} pixels: {scenes}",
+            f"views {views}, scenes of {SIDE} x {SIDE} pixels: {scenes}",
             "mean IoU of background, floor and solids; the same within 4 pixels of where they "
             "meet; of the kinds",
             "nearness: RMSE in 1/m; lower is better",

@@ -41,7 +41,9 @@ def command(
     ],
     model: common.ModelName = None,
     weights: common.Weights = None,
-    views: common.Views = "best:16",
+    views: common.Views = None,
+    scale: common.Scale = None,
+    quality: common.QualityName = None,
     stride: common.Stride = 1,
     size: common.Size = 448,
     view_batch: common.ViewBatch = 8,
@@ -72,20 +74,24 @@ def command(
         from ..srt import SRT
         from .folder import lock_folder, save, to_tensors, write_folder
 
-        count = common.count_views(views, weights)
+        common.check_inputs(views, weights)
         if many:
             inside = None if output.resolve() == photo.resolve() else output
             paths = find_images(photo, nested=True, without=inside)
         else:
             pixels = to_pixels(open_image(photo), size)
         network = common.load_network(model, weights, layer)
-        srt = SRT(network.backbone, views, stride=stride, view_batch=view_batch)
+        setting: Any = {"scale": scale, "quality": quality}
+        with common.warnings_as_notes():
+            srt = SRT(network.backbone, views, stride=stride, view_batch=view_batch, **setting)
+        count = len(srt.views.offsets)
         torch_dtype = getattr(torch, dtype.value)
         settings = {
             "srt_ext": __version__,
             "model": network.name,
             "weights": network.digest(),
-            "views": views,
+            "views": views or str(count),
+            "scale": f"{srt.scale:g}",
             "stride": str(stride),
             "size": str(size),
             "layer": "last" if layer is None else str(layer),

@@ -36,7 +36,9 @@ def command(
     ] = None,
     model: common.ModelName = None,
     weights: common.Weights = None,
-    views: common.Views = "best:16",
+    views: common.Views = None,
+    scale: common.Scale = None,
+    quality: common.QualityName = None,
     stride: common.Stride = 1,
     size: common.Size = 448,
     view_batch: common.ViewBatch = 8,
@@ -74,7 +76,7 @@ def command(
     with common.user_errors():
         from ..viz import Comparison, draw, write_frames
 
-        count = common.count_views(views, weights)
+        common.check_inputs(views, weights)
         paths = find_images(photo) if video else [photo]
         first = open_image(paths[0])
         point = None if query is None else parse_query(query, first.size)
@@ -85,7 +87,11 @@ def command(
             output.mkdir(parents=True, exist_ok=True)
         network = common.load_network(model, weights, layer or [-1])
         settings: Any = {"stride": stride, "view_batch": view_batch, "noise": noise, "query": point}
-        comparison = Comparison(network.backbone, views, **settings)
+        with common.warnings_as_notes():
+            comparison = Comparison(
+                network.backbone, views, scale=scale, quality=quality, **settings
+            )
+        count = len(comparison.srt.views.offsets)
         names = [f"layer {index}" for index in layer or [-1]]
         if video:
             frames = draw_frames(paths, comparison, network, names, size)

@@ -11,7 +11,7 @@ import torch
 from matplotlib.colors import to_rgb
 from scipy.ndimage import maximum_filter, minimum_filter
 
-from ..viz import Comparison, Panel, Tokens, color_map, enlarge
+from ..viz import Comparison, LayerTokens, Panel, color_map, enlarge
 from .scenes import BOX, CLASSES, Scene, scene
 
 if TYPE_CHECKING:
@@ -65,20 +65,20 @@ def _iou(truth: np.ndarray, predicted: np.ndarray) -> float:
 class Evaluation:
     """Scores the head of the small ViT on fields of its features."""
 
-    def __init__(self, network: Network, views: str) -> None:
+    def __init__(self, network: Network, views: str | None) -> None:
         self.network, self.views = network, views
         self._comparison = Comparison(network.backbone, views)
 
     @torch.no_grad()
     def predict(self, pixels: np.ndarray) -> list[Prediction]:
         """pixels [H, W, 3] uint8 -> a prediction for each of :data:`METHODS`."""
-        (tokens,) = self._comparison.tokens(self.network.image(pixels))
-        return [self._predict(tokens, method, pixels.shape[:2]) for method in METHODS]
+        (layer,) = self._comparison.tokens(self.network.image(pixels))
+        return [self._predict(layer, method, pixels.shape[:2]) for method in METHODS]
 
-    def _predict(self, tokens: Tokens, method: str, size: tuple[int, ...]) -> Prediction:
-        field, cell = tokens.map, tokens.patch
+    def _predict(self, layer: LayerTokens, method: str, size: tuple[int, ...]) -> Prediction:
+        field, cell = layer.plain.map, layer.plain.patch
         if method != METHODS[0]:
-            field, cell = self._comparison.field(tokens, method.split()[-1], size), (1, 1)
+            field, cell = self._comparison.field(layer, method.split()[-1]), (1, 1)
         # The head is linear: on a mean it gives the mean of its outputs for the views.
         found = self.network.model.head(field[0].permute(1, 2, 0)).numpy()
         found = enlarge(found, cell, size)

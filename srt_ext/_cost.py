@@ -1,4 +1,4 @@
-"""How many views fit into memory at once: what one takes, and what there is."""
+"""What calls take: floating-point operations and memory; and the memory that is free."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
 T = TypeVar("T")
 
@@ -60,6 +62,33 @@ def peak_bytes(call: Callable[[], T]) -> tuple[T, int]:
     with _Live() as live:
         result = call()
     return result, live.peak
+
+
+def operations_and_bytes(
+    call: Callable[[torch.Tensor], object], model: object, shape: tuple[int, ...]
+) -> tuple[int, int]:
+    """What ``call`` takes for an image [B, 3, H, W] of ``shape``, on fake tensors.
+
+    Returns:
+        Floating-point operations, two for each multiply-add, and bytes as :func:`peak_bytes`. The
+        image has the device and the dtype of the parameters of ``model``.
+    """
+    parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
+    like = next((p for p in parameters if p.is_floating_point()), torch.empty(0))
+    # The attention of the CPU has no formula in torch.
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    counter = FlopCounterMode(display=False, custom_mapping={attention: _attention_flops})
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        image = torch.empty(shape, device=like.device, dtype=like.dtype)
+        with counter:
+            peak = peak_bytes(lambda: call(image))[1]
+    return counter.get_total_flops(), peak
+
+
+def _attention_flops(
+    query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object
+) -> int:
+    return int(sdpa_flop(query, key, value))
 
 
 def free_bytes(device: torch.device) -> int:
