@@ -199,7 +199,6 @@ def test_16_bits_keep_their_shades_and_transparent_pixels_are_white(tmp_path: Pa
         ("show photo.png SMALL --model vit_tiny_patch16_224", " must be [1, 1, 192], is"),
         ("show photo.png --views ring", "views must be"),
         ("show photo.png SMALL --layer 6", "layers must be in -6 ... 5; got 6"),
-        ("show photo.png SMALL --stride 5", "stride must divide"),
         ("show photo.png -o out.xyz", "must end in"),
         ("show photo.png -o out.gif", "must end in .png"),
         ("show photo.png -o nowhere/out.png", "does not exist"),

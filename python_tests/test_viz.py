@@ -19,26 +19,32 @@ def network() -> Network:
     return Network(SMALL, small_weights(), [2, -1])
 
 
-@pytest.mark.parametrize("views", ["grid:1.5:1", "ring:5:3"])  # one of them has weights
-@pytest.mark.parametrize("view_batch", [1, 4, 100])
-def test_fields_are_those_of_srt(network: Network, views: str, view_batch: int) -> None:
+@pytest.mark.parametrize(
+    ("views", "scale", "view_batch"),
+    [("grid:1.5:1", 1, 1), ("ring:5:3", 1, 4), ("grid:1.5:1", 1.25, 100), ("ring:5:3+flip", 2, 4)],
+)
+def test_fields_are_those_of_srt(
+    network: Network, views: str, scale: float, view_batch: int
+) -> None:
     pixels = crops(1, (41, 55))[0]
-    image, size = network.image(pixels), pixels.shape[:2]
-    comparison = Comparison(network.backbone, views, stride=2, view_batch=view_batch)
+    image = network.image(pixels)
+    settings: Any = {"stride": 2, "scale": scale}
+    comparison = Comparison(network.backbone, views, view_batch=view_batch, **settings)
     told: list[int] = []
     layers = comparison.tokens(image, told.append)
     assert len(layers) == 2
     assert told == sorted(told)
-    assert told[-1] == len(comparison.offsets)
-    mean = SRT(network.backbone, views, stride=2)
-    median = SRT(network.backbone, mean.views, stride=2, reduce="median")
+    mean = SRT(network.backbone, views, **settings)
+    assert told[-1] == len(mean.views.offsets)
+    unweighted = mean.views._replace(weights=None)
+    median = SRT(network.backbone, unweighted, reduce="median", **settings)
     alone = SRT(network.backbone, torch.zeros(1, 2), stride=2)
-    for i, tokens in enumerate(layers):
+    for i, layer in enumerate(layers):
         for reduce, srt in {"mean": mean, "median": median, "bilinear": alone}.items():
-            field = comparison.field(tokens, reduce, size)
+            field = comparison.field(layer, reduce)
             torch.testing.assert_close(field, srt(image)[i].field)
         expected = mean.moments(image)[i]
-        field, noise = comparison.moments(tokens, size)
+        field, noise = comparison.moments(layer)
         torch.testing.assert_close(field, expected.mean)
         torch.testing.assert_close(noise, expected.var[0].sum(0).sqrt())
 
@@ -54,13 +60,14 @@ def test_panels_have_one_basis(network: Network, views: str, count: int, median:
     rows = comparison(network.image(pixels), pixels)
     layers = comparison.tokens(network.image(pixels))
     means = f"SRT mean, {count} views"
-    for row, tokens in zip(rows, layers, strict=True):
+    for row, layer in zip(rows, layers, strict=True):
         titles = ["input", "plain tokens", "tokens, bilinear", means, median]
         assert [panel.title for panel in row] == titles
-        colours = PCAColors(tokens.map)
-        expected = [pixels / 255, colours(tokens.map).repeat(16, 0).repeat(16, 1)]
+        plain = layer.plain.map
+        colours = PCAColors(plain)
+        expected = [pixels / 255, colours(plain).repeat(16, 0).repeat(16, 1)]
         for reduce in ("bilinear", "mean", "median"):
-            field = comparison.field(tokens, reduce, (41, 55))
+            field = comparison.field(layer, reduce)
             expected.append(colours(field).repeat(4, 0).repeat(4, 1))
         for panel, picture in zip(row, expected, strict=True):
             np.testing.assert_allclose(panel.rgb, picture[:41, :55], atol=1e-5)

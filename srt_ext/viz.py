@@ -176,7 +176,7 @@ class Comparison:
         done, total, frame = 0, len(srt.views.offsets), srt._frame(image)
         for batch in srt.tokens(image):
             if not kept:
-                self._check_memory(batch, total, frame)
+                self._check_memory(batch, 1 + total, frame)
                 for tokens, grid, patch, _ in batch.layers:
                     all_views = tokens.new_empty(total, *tokens.shape[1:])
                     kept.append(Tokens(all_views, grid, patch, frame))
