@@ -80,8 +80,9 @@ def operations_and_bytes(
     counter = FlopCounterMode(display=False, custom_mapping={attention: _attention_flops})
     with FakeTensorMode(allow_non_fake_inputs=True):
         image = torch.empty(shape, device=like.device, dtype=like.dtype)
-        with counter:
-            peak = peak_bytes(lambda: call(image))[1]
+    # Outside of the mode only what is made of the image is fake: offsets keep their values.
+    with counter:
+        peak = peak_bytes(lambda: call(image))[1]
     return counter.get_total_flops(), peak
 
 
