@@ -319,6 +319,28 @@ def blocks_of(model: nn.Module) -> str:
     )
 
 
+@pytest.mark.parametrize(
+    "case", [*(("timm", f) for f in TIMM), *(("transformers", f) for f in TRANSFORMERS)]
+)
+def test_models_that_declare_any_size_take_a_preset(case: tuple[str, str]) -> None:
+    """At another size, enlarged by it; those that do not declare it are not enlarged."""
+    library, family = case
+    if library == "timm":
+        model, patch = timm_model(family), TIMM[family].pitch
+    else:
+        kind, settings, *_ = TRANSFORMERS[family]
+        model, patch = transformers_model(kind, **settings), settings["patch_size"]
+    backbone = describe(model)
+    assert backbone.any_size == (family not in ("BEiT", "Swin"))
+    if backbone.any_size:
+        srt = SRT(model, quality="balanced", stride=patch)
+        assert srt.scale > 1
+        assert srt(torch.randn(1, 3, 4 * patch, 3 * patch)).field.shape[2:] == (4, 3)
+    else:
+        with pytest.warns(UserWarning, match="scale 1 is taken"):
+            assert SRT(model, quality="balanced").scale == 1
+
+
 @pytest.mark.parametrize("family", TRANSFORMERS)
 def test_families_of_transformers_need_no_settings(family: str) -> None:
     """First and last layer, with the norm and without, at another size than the configuration's."""
