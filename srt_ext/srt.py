@@ -88,6 +88,10 @@ class SRT(torch.nn.Module):
             :func:`srt_ext.views.parse`; offsets [V, 2], (dy, dx) in pixels of the image; or
             (offsets, weights [V]). With ``scale`` the offsets of numbers, designs and words are
             rounded to whole pixels of the enlarged image; those of tensors are kept.
+        scale: the factor, >= 1, by which the image is enlarged (bicubic) before the views are made.
+            The field has the same size and coordinates as without. 1 with ``inject``.
+        quality: ``fast``, ``balanced`` or ``best``: a preset of ``scale`` and ``views``, in place
+            of both. See below.
         layers: the block (of a hierarchical model: the stage), from 0 or, negative, from the end;
             or the name of a module, whose first output is read by a hook. None: the last. A list
             gives a list of results, from one pass over the views. Blocks behind the last requested
@@ -112,10 +116,6 @@ class SRT(torch.nn.Module):
             for which one unshifted view changes nothing.
         border: as in :func:`srt_ext.ensemble`.
         padding, interpolation: as in :func:`srt_ext.shift`.
-        scale: the factor, >= 1, by which the image is enlarged (bicubic) before the views are made.
-            The field has the same size and coordinates as without. 1 with ``inject``.
-        quality: ``fast``, ``balanced`` or ``best``: a preset of ``scale`` and ``views``, in place
-            of both. See below.
 
     Presets are the settings (scale, views) that gained most for their cost in
     ``research/quality``: fast (1, 4), balanced (1.5, 4), best (2, 4). Without ``views``, ``scale``
@@ -165,6 +165,8 @@ class SRT(torch.nn.Module):
         model: Model | Backbone,
         views: Views | torch.Tensor | str | int | tuple[torch.Tensor, torch.Tensor] | None = None,
         *,
+        scale: float | None = None,
+        quality: Quality | None = None,
         layers: Layer | Sequence[Layer] | None = None,
         norm: bool = True,
         inject: Layer | None = None,
@@ -178,8 +180,6 @@ class SRT(torch.nn.Module):
         border: Border = "coverage",
         padding: Padding = "reflect",
         interpolation: Interpolation = "bilinear",
-        scale: float | None = None,
-        quality: Quality | None = None,
     ) -> None:
         super().__init__()
         for name, flag in {"norm": norm, "streaming": streaming}.items():
@@ -193,7 +193,7 @@ class SRT(torch.nn.Module):
         self._is_fixed = isinstance(model, Backbone)
         self._backbone = self._describe(model)
         self.model = self._backbone.model  # a submodule if it is a module
-        self.scale, self._given = self._setting(views, scale, quality)
+        self._scale, self._given = self._setting(views, scale, quality)
         self._views = self._resolve()  # no buffers: .half() would round them
         self.stride, self.view_batch = check_pair("SRT", "stride", stride), view_batch
         if view_batch != "auto":
@@ -210,6 +210,11 @@ class SRT(torch.nn.Module):
         self.padding, self.interpolation = padding, interpolation
 
     @property
+    def scale(self) -> float:
+        """The factor by which images are enlarged."""
+        return self._scale
+
+    @property
     def views(self) -> Views:
         """The views, with their offsets in pixels of the image."""
         return self._views._replace(offsets=self._views.offsets / self.scale)
@@ -224,7 +229,8 @@ class SRT(torch.nn.Module):
                     f"{type(self.model).__name__}"
                 )
             self._backbone = self._describe(self.model)
-            self._views = self._resolve()  # their number of pixels may depend on the patch
+            if isinstance(self._given, (str, int)):  # whose radius depends on the patch
+                self._views = self._resolve()
         return self._backbone
 
     def _describe(self, model: Model | Backbone) -> Backbone:

@@ -116,7 +116,7 @@ def command(
     height, width = pixels.shape[:2]
     shape = " x ".join(str(n) for n in tensors["field"].shape)
     common.echo(
-        f"picture {width} x {height}, {count} views, field {shape}",
+        f"picture {width} x {height}, scale {srt.scale:g}, {count} views, field {shape}",
         common.timing(network.backbone.seconds, seconds),
         f"wrote {output}",
     )

@@ -106,7 +106,7 @@ def command(
         draw(rows, names).savefig(output, dpi=150)
     height, width = pixels.shape[:2]
     common.echo(
-        f"picture {width} x {height}, {count} views",
+        f"picture {width} x {height}, scale {comparison.srt.scale:g}, {count} views",
         common.timing(network.backbone.seconds, comparison.srt_seconds),
         f"wrote {output}",
     )
