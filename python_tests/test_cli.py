@@ -84,7 +84,7 @@ def test_show_writes_a_figure_with_a_row_for_each_layer(
     output, sizes = tmp_path / "out.png", []
     for layers in ([], ["--layer", 0, "--layer", -1]):
         text = show(photo, output, *layers)
-        for part in ("picture 64 x 48, 9 views", "model", "SRT", f"wrote {output}"):
+        for part in ("picture 64 x 48, scale 1, 9 views", "model", "SRT", f"wrote {output}"):
             assert part in text
         figure = np.asarray(Image.open(output).convert("RGB"))
         assert figure.std() > 20
@@ -198,6 +198,7 @@ def test_16_bits_keep_their_shades_and_transparent_pixels_are_white(tmp_path: Pa
         ("show photo.png SMALL --model test_resnet", "more). Name the model that they are of wi"),
         ("show photo.png SMALL --model vit_tiny_patch16_224", " must be [1, 1, 192], is"),
         ("show photo.png --views ring", "views must be"),
+        ("show photo.png SMALL --quality best --views 3", "views and scale must be left out with"),
         ("show photo.png SMALL --layer 6", "layers must be in -6 ... 5; got 6"),
         ("show photo.png -o out.xyz", "must end in"),
         ("show photo.png -o out.gif", "must end in .png"),
@@ -346,6 +347,21 @@ def test_the_hub_is_asked_once(fake_hub: Hub, monkeypatch: pytest.MonkeyPatch) -
     loaded = hub.load_timm(name)[0].state_dict()
     assert all(tensor.equal(loaded[key]) for key, tensor in state.items())
     assert len(fake_hub.asked) == 2
+
+
+def test_scale_and_quality_are_those_of_srt(photo: Path, tmp_path: Path) -> None:
+    vit, config = load_small()
+    image = normalised(photo, config["mean"], config["std"])
+    common: Any = ("--stride", 4, "--model", "small")
+    for options, settings in (
+        (("--scale", 1.5, "--views", "3+flip"), {"scale": 1.5, "views": "3+flip"}),
+        (("--quality", "best"), {"quality": "best"}),
+        ((), {}),
+    ):
+        text, tensors = features(photo, tmp_path / "out.npz", *common, *options)
+        srt = SRT(vit, stride=4, **settings)
+        torch.testing.assert_close(tensors["field"], srt(image).field[0])
+        assert f"scale {srt.scale:g}, {len(srt.views.offsets)} views" in text
 
 
 def test_the_small_model_by_name(photo: Path, fake_hub: Hub, tmp_path: Path) -> None:
