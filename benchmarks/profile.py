@@ -1,6 +1,6 @@
 """``python -m benchmarks.profile``: how long each kernel of a call runs, by torch.profiler.
 
-SRT's default views at 480x848, P=16, C=384; on the CPU, where only the ops show, tiny shapes. L2 is
+SRT's 16 views at 480x848, P=16, C=384; on the CPU, where only the ops show, tiny shapes. L2 is
 as the call before has left it. One call under Nsight Compute, after one that warms up:
 
     ncu --clock-control none --set full --profile-from-start off \

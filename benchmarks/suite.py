@@ -815,7 +815,7 @@ def by_views(case: Field, words: str, **changed: Any) -> Field:
 
 
 def _pictures(sizes: Sizes, batch: int = 1, **peers: bool) -> list[Views]:
-    """Of both sizes, the default views and a grid between the pixels."""
+    """Of both sizes, 16 views and a grid between the pixels."""
     default, grid = srt_ext.views.parse(DEFAULT).offsets, _between(srt_ext.views.grid(3).offsets)
     return [
         Views(batch, case.pixels(), offsets, name, **peers)
