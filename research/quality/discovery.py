@@ -14,9 +14,10 @@ pairs, and with the published threshold.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from scipy.sparse.linalg import eigsh
 from skimage.measure import label, regionprops
 from torchvision.ops import box_iou
 
-from research.quality.data import chosen, davis_frames, labels_of, opened
+from research.quality.data import chosen, davis_frames, davis_sequences, labels_of, opened
 from research.quality.fields import Fields, Network, enlarged, unit
 from research.quality.metrics import region
 from research.quality.settings import Setting
@@ -56,18 +57,36 @@ class Protocol:
         )
 
 
-def davis_pictures(folder: Path, sequence: str, limit: int) -> list[tuple[Path, Path]]:
-    """(frame, annotation) of ``limit`` frames of a sequence, evenly spread (0: all)."""
-    annotations = dict(davis_frames(folder, sequence, 0))
-    return [(frame, annotations[frame]) for frame in chosen(list(annotations), limit)]
+class Case(NamedTuple):
+    """What a row of the results is measured on."""
+
+    task: str  # discovery (DAVIS), or a key of FOLDERS
+    item: str  # the sequence
+    examples: list[tuple[Path, Path]]  # (picture, mask)
+    protocol: Protocol
 
 
-def pictures(folder: Path, name: str, limit: int) -> list[tuple[Path, Path]]:
-    """(picture, mask) of a data set of FOLDERS."""
-    images, masks = (folder / part for part in FOLDERS[name])
-    return [
-        (path, masks / f"{path.stem}.png") for path in chosen(list(images.glob("*.jpg")), limit)
-    ]
+def cases(data: Path, height: int, sequences: int, frames: int, pictures: int) -> Iterator[Case]:
+    """Of all data sets in a folder.
+
+    Args:
+        data: holds ``davis`` and the keys of FOLDERS.
+        height: pixels, of the pictures that the model sees; 0: as they are.
+        sequences: of DAVIS; 0: all.
+        frames: of each sequence, evenly spread; 0: all.
+        pictures: of each other data set, evenly spread; 0: all.
+    """
+    davis = data / "davis"
+    names = davis_sequences(davis) if davis.is_dir() else []
+    for name in names[:sequences] if sequences else names:
+        masks = dict(davis_frames(davis, name, 0))
+        examples = [(path, masks[path]) for path in chosen(list(masks), frames)]
+        yield Case("discovery", name, examples, Protocol(height, frames))
+    for name, (images, truth) in FOLDERS.items():
+        paths = chosen(list((data / name / images).glob("*.jpg")), pictures)
+        if paths:
+            examples = [(path, data / name / truth / f"{path.stem}.png") for path in paths]
+            yield Case(name, "", examples, Protocol(height, pictures))
 
 
 def foreground(path: Path) -> np.ndarray:
