@@ -3,8 +3,8 @@
 TokenCut (Wang et al., CVPR 2022): two cells are connected if the cosine of their features exceeds a
 threshold. The second generalised eigenvector of the graph's Laplacian splits the cells at its mean;
 the side that holds its largest absolute value is the foreground. Differences: features are tokens,
-not the keys of the last attention; the eigenvector is enlarged, not the mask that is made of it, so
-that coarse grids get smooth outlines; no bilateral solver.
+not the keys of the last attention; the mask is enlarged bilinearly, and not by repeating its cells,
+so that coarse grids get smooth outlines; no bilateral solver.
 
 The published threshold, 0.2, was chosen for DINO. Other models, and other fields of one model, have
 other cosines. So scores are those of a threshold at the median cosine of each picture, which gives
@@ -122,17 +122,22 @@ def cut(likeness: np.ndarray, threshold: float, weight: float) -> np.ndarray:
     return vector if vector[np.abs(vector).argmax()] > 0 else -vector
 
 
-def maps(field: torch.Tensor, protocol: Protocol, size: tuple[int, ...]) -> list[np.ndarray]:
-    """Of a field [C, h, w] three saliency maps [H, W], positive on the foreground.
+class Found(NamedTuple):
+    mask: np.ndarray  # [H, W] bool, the foreground
+    saliency: np.ndarray  # [H, W] float64
 
-    For the thresholds at ``share`` and ``more``, and for the published one.
-    """
+
+def search(field: torch.Tensor, protocol: Protocol, size: tuple[int, ...]) -> list[Found]:
+    """In a field [C, h, w]; for the thresholds at ``share``, at ``more``, and the published one."""
     likeness, found = cosines(field), []
     quantiles = np.quantile(likeness, [1 - protocol.share, 1 - protocol.more]).tolist()
     for threshold in (*quantiles, protocol.published):
         vector = cut(likeness, threshold, protocol.weight)
-        grid = torch.from_numpy(vector - vector.mean()).reshape(1, *field.shape[1:])
-        found.append(enlarged(grid, (size[0], size[1]))[0].numpy())
+        # The mask, and not the vector, decides where the outline is: the mean of the vector lies
+        # near the values of the larger side.
+        both = torch.from_numpy(np.stack([vector > vector.mean(), vector]))
+        mask, saliency = enlarged(both.unflatten(1, field.shape[1:]), (size[0], size[1])).numpy()
+        found.append(Found(mask > 0.5, saliency))
     return found
 
 
@@ -143,16 +148,14 @@ def box(mask: np.ndarray) -> tuple[int, ...]:
     return corners
 
 
-def located(shown: np.ndarray, truth: np.ndarray) -> bool:
-    """Whether the boxes of the mask [H, W] and of the most salient region have IoU 0.5 or more.
-
-    Args:
-        shown: [H, W], positive on the foreground.
-        truth: [H, W] bool.
-    """
-    regions = label(shown > 0)
-    most = regions == regions.flat[shown.argmax()]
-    overlap = box_iou(torch.tensor([box(most)]).float(), torch.tensor([box(truth)]).float())
+def located(found: Found, truth: np.ndarray) -> bool:
+    """Whether the boxes of a mask [H, W] and of the most salient region have IoU 0.5 or more."""
+    if not found.mask.any():
+        return False
+    regions = label(found.mask)
+    seed = np.where(found.mask, found.saliency, -np.inf).argmax()
+    shown = box(regions == regions.flat[seed])
+    overlap = box_iou(torch.tensor([shown]).float(), torch.tensor([box(truth)]).float())
     return bool(overlap >= 0.5)
 
 
@@ -196,13 +199,13 @@ def run(
         if not truth.any():
             continue
         for i, field in enumerate(fields.of(opened(path, protocol.height, network.patch))):
-            half, more, published = maps(field, protocol, truth.shape)
-            ious = [region(shown > 0, truth) for shown in (half, more, published)]
-            scores[i].append([*ious, ((half > 0) == truth).mean(), located(half, truth)])
-            curves[i].append(f_curve(half, truth, protocol.beta2))
+            half, *others = search(field, protocol, truth.shape)
+            ious = [region(found.mask, truth) for found in (half, *others)]
+            scores[i].append([*ious, (half.mask == truth).mean(), located(half, truth)])
+            curves[i].append(f_curve(half.saliency, truth, protocol.beta2))
     names = ("IoU", "IoU_more", "IoU_published", "accuracy", "CorLoc")
     return [
-        dict(zip(names, np.mean(found, 0).tolist(), strict=True))
+        dict(zip(names, np.mean(score, 0).tolist(), strict=True))
         | {"F": float(np.mean(curve, 0).max())}
-        for found, curve in zip(scores, curves, strict=True)
+        for score, curve in zip(scores, curves, strict=True)
     ]
