@@ -1,8 +1,9 @@
 """``python -m research.quality --data DIR --weights FILE``: quality against cost.
 
-``DIR`` holds ``davis``, ``camvid`` and ``nyu``, each in the data set's own layout; what is absent
-is left out. Writes research/results/quality.json, and quality.md and quality.svg beside it;
-without ``--data`` the latter two again from the JSON. What the JSON has is not measured again.
+``DIR`` holds ``davis``, ``camvid``, ``nyu``, ``ecssd``, ``duts``, ``omron`` and ``imagenet``, each
+in the data set's own layout; what is absent is left out. Writes research/results/quality.json, and
+quality.md and quality.svg beside it; without ``--data`` the latter two again from the JSON. What
+the JSON has is not measured again.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks.common import MODEL, load, machine, save
 from research import RESULTS
+from research.quality import classification, davis, discovery, probes, report, retrieval
 from research.quality import data as sets
-from research.quality import davis, probes, report
 from research.quality.fields import Fields, Network, seconds
 from research.quality.settings import Setting, settings
+
+TASKS = ("davis", "camvid", "depth", "discovery", "retrieval", "classification")
 
 Row = dict[str, Any]
 Scores = dict[str, float]
@@ -119,6 +122,65 @@ def run_probe(
     table.add(new, about, [scores[missing.index(s)] for s in new])
 
 
+def run_discovery(
+    table: Table,
+    network: Network,
+    wanted: list[Setting],
+    task: str,
+    item: str,
+    examples: list[tuple[Path, Path]],
+    protocol: discovery.Protocol,
+) -> None:
+    about = {"task": task, "item": item, "protocol": protocol.words(), "model": network.name}
+    if missing := table.missing(wanted, about):
+        with bar(f"{task} {item}, {len(missing)} settings", len(examples)) as progress:
+            scores = discovery.run(network, missing, examples, protocol, progress)
+        table.add(missing, about, scores)
+
+
+def run_retrieval(
+    table: Table,
+    network: Network,
+    wanted: list[Setting],
+    protocol: retrieval.Protocol,
+    load_pictures: Callable[[], list[sets.Picture]],
+) -> None:
+    about = {"task": "retrieval", "protocol": protocol.words(), "model": network.name}
+    rows = table.results["rows"]
+    classes = {row["item"] for row in rows if all(row.get(k) == v for k, v in about.items())}
+    missing = [
+        s
+        for s in wanted
+        if not classes or any(table.missing([s], {**about, "item": item}) for item in classes)
+    ]
+    if missing:
+        pictures = load_pictures()
+        with bar(f"retrieval, {len(missing)} settings", len(pictures)) as progress:
+            found = retrieval.run(network, missing, pictures, protocol, progress)
+        for item, scores in found.items():
+            new = table.missing(missing, {**about, "item": item})
+            table.add(new, {**about, "item": item}, [scores[missing.index(s)] for s in new])
+
+
+def run_classification(table: Table, network: Network, data: Path, pictures: int) -> None:
+    """On pictures without labels, by their source, and on those of ``data/imagenet``."""
+    protocol = classification.protocol_of(network, pictures)
+    about = {"protocol": protocol.words(), "model": network.name}
+    shown: list[tuple[str, str, list[Any], Any]] = [
+        ("classification", item, found, None)
+        for item, found in classification.sources(data, pictures).items()
+    ]
+    if (data / "imagenet/val").is_dir():
+        found, truth = classification.labelled(data / "imagenet", network, pictures)
+        shown.append(("imagenet", "", found, truth))
+    for task, item, found, truth in shown:
+        of = {**about, "task": task, "item": item}
+        if missing := table.missing(classification.settings(network), of):
+            with bar(f"{task} {item}, {len(missing)} settings", len(found)) as progress:
+                scores = classification.run(network, missing, found, truth, progress)
+            table.add(missing, of, scores)
+
+
 def run_costs(table: Table, network: Network, wanted: list[Setting], height: int) -> None:
     """Of one picture, 16 : 9: medians of three readings, of all settings in turn."""
     pixels = sets.resized(
@@ -144,12 +206,12 @@ def run_costs(table: Table, network: Network, wanted: list[Setting], height: int
 
 
 def main(
-    data: Annotated[Path | None, typer.Option(help="Holds davis, camvid, nyu.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Holds davis, camvid, ...")] = None,
     weights: Annotated[Path | None, typer.Option(help="A .safetensors state dict.")] = None,
     model: Annotated[str, typer.Option(help="A model of timm.")] = MODEL,
     layers: Annotated[list[int], typer.Option("--layer", help="From 0; repeat.")] = [7, 11],  # noqa: B006
     extent: Annotated[Extent, typer.Option(help="Which settings.")] = Extent.main,
-    tasks: Annotated[str, typer.Option(help="Of davis,camvid,depth.")] = "davis,camvid,depth",
+    tasks: Annotated[str, typer.Option(help=f"Of {','.join(TASKS)}.")] = ",".join(TASKS),
     height: Annotated[int, typer.Option(help="Pixels of pictures; 0: their own.")] = 0,
     sequences: Annotated[int, typer.Option(help="Of DAVIS; 0: all.")] = 0,
     frames: Annotated[int, typer.Option(help="Scored in each sequence; 0: all.")] = 0,
@@ -162,8 +224,8 @@ def main(
     if data is not None:
         torch.manual_seed(0)
         names = tasks.split(",")
-        if unknown := set(names) - {"davis", "camvid", "depth"}:
-            raise typer.BadParameter(f"--tasks must be of davis, camvid, depth; got {unknown}")
+        if unknown := set(names) - set(TASKS):
+            raise typer.BadParameter(f"--tasks must be of {', '.join(TASKS)}; got {unknown}")
         network = Network(model, weights, layers, device)
         wanted = settings(layers, network.patch, extent.value)
         table = Table(output, machine())
@@ -191,6 +253,14 @@ def main(
             run_probe(table, network, coarse, "motorcycle", whole, motorcycle)
             if (data / "nyu").is_dir():
                 run_probe(table, network, coarse, "nyu", head, nyu)
+        if "discovery" in names:
+            for case in discovery.cases(data, height, sequences, frames, pictures):
+                run_discovery(table, network, coarse, *case)
+        if "retrieval" in names and (data / "camvid").is_dir():
+            searched = retrieval.Protocol(height, pictures)
+            run_retrieval(table, network, coarse, searched, lambda: camvid("test"))
+        if "classification" in names:
+            run_classification(table, network, data, pictures)
     results = load(output)
     text = report.document(results)
     output.with_suffix(".md").write_text(text)

@@ -19,16 +19,56 @@ TITLES = {
     "camvid": "CamVid: linear head, edges",
     "motorcycle": "Disparity of stereo_motorcycle: linear head",
     "nyu": "NYUv2: depth, linear head",
+    "discovery": "DAVIS: objects by a normalised cut",
+    "ecssd": "ECSSD: objects by a normalised cut",
+    "duts": "DUTS: objects by a normalised cut",
+    "omron": "DUT-OMRON: objects by a normalised cut",
+    "retrieval": "CamVid: regions retrieved from other sequences",
+    "classification": "Classes of the model's own head",
+    "imagenet": "ImageNet: classes of the model's own head",
 }
+CUTS = ("discovery", "ecssd", "duts", "omron")
+CUT = ("IoU", "accuracy", "F", "CorLoc", "IoU_more", "IoU_published")
+HEAD = ("agreement", "confidence")
 # Of each task: the columns, and whether less is better.
 SCORES = {
     "davis": (("J", False), ("F", False)),
     "camvid": (("miou", False), ("miou_plain_head", False), ("edge_F", False)),
     "motorcycle": (("rmse", True), ("abs_rel", True), ("delta", False)),
     "nyu": (("rmse", True), ("abs_rel", True), ("delta", False)),
+    **dict.fromkeys(CUTS, tuple((n, False) for n in CUT)),
+    "retrieval": (("mAP", False),),
+    "classification": tuple((n, False) for n in HEAD),
+    "imagenet": tuple((n, False) for n in ("top1", "top5", *HEAD)),
 }
-SHOWN = {"davis": ("J", "F"), "camvid": ("miou",), "motorcycle": ("rmse",), "nyu": ("rmse",)}
-SHORT = {"davis": "DAVIS", "camvid": "CamVid", "motorcycle": "disparity", "nyu": "NYUv2"}
+# What the first table and the plot have. Views injected into a head make no field: not there.
+SHOWN = {
+    "davis": ("J", "F"),
+    "camvid": ("miou",),
+    "motorcycle": ("rmse",),
+    "nyu": ("rmse",),
+    **dict.fromkeys(CUTS, ("IoU",)),
+    "retrieval": ("mAP",),
+    "classification": (),
+    "imagenet": (),
+}
+SHORT = {
+    "davis": "DAVIS",
+    "camvid": "CamVid",
+    "motorcycle": "disparity",
+    "nyu": "NYUv2",
+    "discovery": "DAVIS, cut",
+    "ecssd": "ECSSD",
+    "duts": "DUTS",
+    "omron": "DUT-OMRON",
+    "retrieval": "CamVid, retrieval",
+}
+# Of tasks with items the score whose differences to plain tokens are of pairs, and the items.
+PAIRED = {
+    "davis": ("J", "sequence"),
+    "discovery": ("IoU", "sequence"),
+    "retrieval": ("mAP", "class"),
+}
 RADII = ((0, 3), (2, 6), (1, 8), (3, 12))  # colours and pixels, of the plot
 WORDS = {
     "miou": "mIoU",
@@ -37,6 +77,10 @@ WORDS = {
     "rmse": "RMSE",
     "abs_rel": "relative error",
     "delta": "within 1.25",
+    "IoU_more": "IoU, more edges",
+    "IoU_published": "IoU, published threshold",
+    "top1": "top 1",
+    "top5": "top 5",
 }
 
 
@@ -132,7 +176,7 @@ def paired(differences: list[float]) -> str:
 def table(results: Row, run: tuple[str, str, str], layer: int) -> str:
     """All settings of one layer, by stride and forwards; the best of a column in each stride bold.
 
-    Of DAVIS also J above that of plain tokens on the same grid, sequence by sequence.
+    With a score of PAIRED also that above plain tokens on the same grid, item by item.
     """
     task = run[0]
     found = {s: v for s, v in gathered(results, run).items() if s.layer == layer and v}
@@ -155,17 +199,20 @@ def table(results: Row, run: tuple[str, str, str], layer: int) -> str:
             value = round(mean(found[s], name), 3)
             text = f"{value:.3f}"
             cells.append(f"**{text}**" if value == best[s.stride, name] else text)
-        if task == "davis":
+        if task in PAIRED:
+            first = PAIRED[task][0]
             control = against(found, s)
             if control is None or s.family in ("labels", "plain", "bilinear"):
                 cells.append("")
             else:
-                cells.append(paired([v["J"] - control[item]["J"] for item, v in found[s].items()]))
+                cells.append(
+                    paired([v[first] - control[item][first] for item, v in found[s].items()])
+                )
         seconds = f"{taken[s]:.2f}" if s in taken else "-"
         forwards = "-" if s.family == "labels" else str(s.forwards)
         lines.append([words(s), str(s.stride), forwards, seconds, *cells])
     head = ["field", "stride", "forwards", "s", *(WORDS.get(n, n) for n, _ in SCORES[task])]
-    return markdown(head + (["J above plain"] if task == "davis" else []), lines)
+    return markdown(head + ([f"{PAIRED[task][0]} above plain"] if task in PAIRED else []), lines)
 
 
 def document(results: Row) -> str:
@@ -193,13 +240,14 @@ def document(results: Row) -> str:
         ]
         for layer in sorted({s.layer for s in found}):
             parts += [f"### Layer {layer}", table(results, run, layer)]
-        if task == "davis":
-            parts += ["### By sequence", by_sequence(found)]
+        if task in PAIRED:
+            score, of_what = PAIRED[task]
+            parts += [f"### By {of_what}", by_item(found, score)]
     return "\n\n".join(parts) + "\n"
 
 
-def by_sequence(found: dict[Setting, dict[str, Row]]) -> str:
-    """J of each sequence: what has no SRT, what was published, and ours with as few views."""
+def by_item(found: dict[Setting, dict[str, Row]], score: str) -> str:
+    """A score by item: what has no SRT, what was published, and ours with as few views."""
     shown = [
         s
         for s in found
@@ -210,7 +258,7 @@ def by_sequence(found: dict[Setting, dict[str, Row]]) -> str:
     return markdown(
         ["field", "stride", "layer", *items],
         (
-            [words(s), str(s.stride), str(s.layer)] + [f"{found[s][i]['J']:.3f}" for i in items]
+            [words(s), str(s.stride), str(s.layer)] + [f"{found[s][i][score]:.3f}" for i in items]
             for s in sorted(shown, key=lambda s: (s.layer, -s.stride, s.forwards))
         ),
     )
@@ -218,7 +266,7 @@ def by_sequence(found: dict[Setting, dict[str, Row]]) -> str:
 
 def summary(results: Row) -> str:
     """Each way to make a field of the last layer, over all runs; without the study."""
-    chosen = runs(results)
+    chosen = [run for run in runs(results) if SHOWN[run[0]]]
     values: dict[Setting, dict[tuple[int, str], float]] = {}
     taken: dict[Setting, float] = {}
     for i, run in enumerate(chosen):
@@ -260,7 +308,7 @@ def plot(results: Row, path: Path) -> None:
     """The first score of each run against forwards, of the last layer; up is better."""
     from matplotlib import pyplot
 
-    chosen = runs(results)
+    chosen = [run for run in runs(results) if SHOWN[run[0]]]
     columns = min(2, len(chosen))
     rows = -(-len(chosen) // columns)
     figure, grid = pyplot.subplots(

@@ -1,0 +1,211 @@
+"""Objects found without labels, by a normalised cut of the graph of a field's cells.
+
+TokenCut (Wang et al., CVPR 2022): two cells are connected if the cosine of their features exceeds a
+threshold. The second generalised eigenvector of the graph's Laplacian splits the cells at its mean;
+the side that holds its largest absolute value is the foreground. Differences: features are tokens,
+not the keys of the last attention; the mask is enlarged bilinearly, and not by repeating its cells,
+so that coarse grids get smooth outlines; no bilateral solver.
+
+The published threshold, 0.2, was chosen for DINO. Other models, and other fields of one model, have
+other cosines. So scores are those of a threshold at the median cosine of each picture, which gives
+every field's graph the same number of edges. IoU is also given with edges for three quarters of the
+pairs, and with the published threshold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import eigsh
+from skimage.measure import label, regionprops
+from torchvision.ops import box_iou
+
+from research.quality.data import chosen, davis_frames, davis_sequences, labels_of, opened
+from research.quality.fields import Fields, Network, enlarged, unit
+from research.quality.metrics import region
+from research.quality.settings import Setting
+
+# Of each data set the folders of its pictures (.jpg) and masks (.png), as it is handed out.
+FOLDERS = {
+    "ecssd": ("images", "ground_truth_mask"),
+    "duts": ("DUTS-TE-Image", "DUTS-TE-Mask"),
+    "omron": ("DUT-OMRON-image", "pixelwiseGT-new-PNG"),
+}
+LEVELS = 256  # of a saliency map
+
+
+@dataclass(frozen=True)
+class Protocol:
+    height: int  # pixels, of the pictures that the model sees; 0: as they are
+    pictures: int  # of each DAVIS sequence, or of a data set, evenly spread; 0: all
+    share: float = 0.5  # of the pairs of cells that have an edge
+    more: float = 0.75
+    published: float = 0.2  # threshold of cosines
+    weight: float = 1e-5  # of an edge below the threshold
+    beta2: float = 0.3  # weight of recall in F
+
+    def words(self) -> str:
+        return (
+            f"{self.height or 'full'} pixels high, {self.pictures or 'all'} pictures of each, "
+            f"edges for {self.share} or {self.more} of the pairs, or above cosine "
+            f"{self.published}, weight {self.weight} of the others, beta^2 {self.beta2}"
+        )
+
+
+class Case(NamedTuple):
+    """What a row of the results is measured on."""
+
+    task: str  # discovery (DAVIS), or a key of FOLDERS
+    item: str  # the sequence
+    examples: list[tuple[Path, Path]]  # (picture, mask)
+    protocol: Protocol
+
+
+def cases(data: Path, height: int, sequences: int, frames: int, pictures: int) -> Iterator[Case]:
+    """Of all data sets in a folder.
+
+    Args:
+        data: holds ``davis`` and the keys of FOLDERS.
+        height: pixels, of the pictures that the model sees; 0: as they are.
+        sequences: of DAVIS; 0: all.
+        frames: of each sequence, evenly spread; 0: all.
+        pictures: of each other data set, evenly spread; 0: all.
+    """
+    davis = data / "davis"
+    names = davis_sequences(davis) if davis.is_dir() else []
+    for name in names[:sequences] if sequences else names:
+        masks = dict(davis_frames(davis, name, 0))
+        examples = [(path, masks[path]) for path in chosen(list(masks), frames)]
+        yield Case("discovery", name, examples, Protocol(height, frames))
+    for name, (images, truth) in FOLDERS.items():
+        paths = chosen(list((data / name / images).glob("*.jpg")), pictures)
+        if paths:
+            examples = [(path, data / name / truth / f"{path.stem}.png") for path in paths]
+            yield Case(name, "", examples, Protocol(height, pictures))
+
+
+def foreground(path: Path) -> np.ndarray:
+    """[H, W] bool of a mask: indices of objects, or grey levels, whose outlines may be soft."""
+    labels = labels_of(path)
+    found: np.ndarray = labels > (127 if labels.max() > 127 else 0)
+    return found
+
+
+def cosines(field: torch.Tensor) -> np.ndarray:
+    """[N, N] float32, of all cells of a field [C, h, w], N = h * w."""
+    cells = unit(field).flatten(1)
+    found: np.ndarray = (cells.T @ cells).cpu().numpy()
+    return found
+
+
+def cut(likeness: np.ndarray, threshold: float, weight: float) -> np.ndarray:
+    """[N] float64: the second generalised eigenvector; on the foreground it is above its mean.
+
+    Args:
+        likeness: [N, N], cosines.
+        threshold: of the cosines, above which an edge has weight 1.
+        weight: of the other edges.
+    """
+    edges = np.where(likeness > threshold, 1.0, weight)
+    scale = edges.sum(0) ** -0.5
+    # (D - A) y = a D y is, with y = D^-1/2 x, D^-1/2 A D^-1/2 x = (1 - a) x.
+    edges *= scale
+    edges *= scale[:, None]
+    start = np.random.default_rng(0).standard_normal(len(edges))
+    values, vectors = eigsh(edges, k=2, which="LA", v0=start)
+    vector: np.ndarray = vectors[:, values.argmin()] * scale
+    return vector if vector[np.abs(vector).argmax()] > 0 else -vector
+
+
+class Found(NamedTuple):
+    mask: np.ndarray  # [H, W] bool, the foreground
+    saliency: np.ndarray  # [H, W] float64
+
+
+def search(field: torch.Tensor, protocol: Protocol, size: tuple[int, ...]) -> list[Found]:
+    """In a field [C, h, w]; for the thresholds at ``share``, at ``more``, and the published one."""
+    likeness, found = cosines(field), []
+    quantiles = np.quantile(likeness, [1 - protocol.share, 1 - protocol.more]).tolist()
+    for threshold in (*quantiles, protocol.published):
+        vector = cut(likeness, threshold, protocol.weight)
+        # The mask, and not the vector, decides where the outline is: the mean of the vector lies
+        # near the values of the larger side.
+        both = torch.from_numpy(np.stack([vector > vector.mean(), vector]))
+        mask, saliency = enlarged(both.unflatten(1, field.shape[1:]), (size[0], size[1])).numpy()
+        found.append(Found(mask > 0.5, saliency))
+    return found
+
+
+def box(mask: np.ndarray) -> tuple[int, ...]:
+    """(top, left, bottom, right) of all pixels of a mask [H, W]."""
+    (found,) = regionprops(mask.astype(np.uint8))
+    corners: tuple[int, ...] = found.bbox
+    return corners
+
+
+def located(found: Found, truth: np.ndarray) -> bool:
+    """Whether the boxes of a mask [H, W] and of the most salient region have IoU 0.5 or more."""
+    if not found.mask.any():
+        return False
+    regions = label(found.mask)
+    seed = np.where(found.mask, found.saliency, -np.inf).argmax()
+    shown = box(regions == regions.flat[seed])
+    overlap = box_iou(torch.tensor([shown]).float(), torch.tensor([box(truth)]).float())
+    return bool(overlap >= 0.5)
+
+
+def f_curve(shown: np.ndarray, truth: np.ndarray, beta2: float) -> np.ndarray:
+    """[LEVELS]: F of what is at least as salient as each level, from the least to the most.
+
+    Args:
+        shown: [H, W], any range.
+        truth: [H, W] bool, not empty.
+        beta2: the weight of recall.
+    """
+    limits = (float(shown.min()), float(shown.max()))
+    hits, marked = (
+        np.histogram(values, LEVELS, limits)[0][::-1].cumsum()[::-1]
+        for values in (shown[truth], shown)
+    )
+    precision, recall = hits / marked, hits / truth.sum()
+    total = beta2 * precision + recall
+    curve: np.ndarray = (1 + beta2) * precision * recall / np.where(total > 0, total, 1)
+    return curve
+
+
+def run(
+    network: Network,
+    settings: list[Setting],
+    examples: list[tuple[Path, Path]],
+    protocol: Protocol,
+    progress: Callable[[], None],
+) -> list[dict[str, float]]:
+    """Of each setting the means over the examples: (picture, mask); empty masks are left out.
+
+    ``IoU``, ``accuracy`` (of pixels), ``F`` (of the best level, one for all examples) and
+    ``CorLoc``; ``IoU_more`` with more edges, ``IoU_published`` with the published threshold.
+    """
+    fields = Fields(network, settings)
+    scores: list[list[list[float]]] = [[] for _ in settings]
+    curves: list[list[np.ndarray]] = [[] for _ in settings]
+    for path, mask in examples:
+        truth = foreground(mask)
+        progress()
+        if not truth.any():
+            continue
+        for i, field in enumerate(fields.of(opened(path, protocol.height, network.patch))):
+            half, *others = search(field, protocol, truth.shape)
+            ious = [region(found.mask, truth) for found in (half, *others)]
+            scores[i].append([*ious, (half.mask == truth).mean(), located(half, truth)])
+            curves[i].append(f_curve(half.saliency, truth, protocol.beta2))
+    names = ("IoU", "IoU_more", "IoU_published", "accuracy", "CorLoc")
+    return [
+        dict(zip(names, np.mean(score, 0).tolist(), strict=True))
+        | {"F": float(np.mean(curve, 0).max())}
+        for score, curve in zip(scores, curves, strict=True)
+    ]
