@@ -17,9 +17,11 @@ pytest.importorskip("skimage")
 from benchmarks.common import load
 from research import RESULTS
 from research.quality import __main__ as command
-from research.quality import data, davis, metrics, probes, report
-from research.quality.fields import Fields, Network, read, seconds, unit
-from research.quality.settings import Setting, settings
+from research.quality import data, davis, frontier, metrics, probes, report
+from research.quality.cost import operations, seconds
+from research.quality.fields import Fields, Network, overlapping, read, unit
+from research.quality.settings import IDENTITY, Setting, settings
+from srt_ext.backbones import describe
 
 # ---- measures -----------------------------------------------------------------------------------
 
@@ -181,6 +183,107 @@ def test_fields_are_those_of_srt(network: Network) -> None:
         assert seconds(network, setting, PIXELS)  # compares them
 
 
+class Places(Network):
+    """A network whose token is the middle of its patch, as the picture's channels say it.
+
+    They hold y and x in pixels; its own tokens, and those of overlapping patches, are their means.
+    """
+
+    def __init__(self) -> None:
+        self.patch, self.layers, self.device = 16, [0], "cpu"
+
+        def mean(images: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.avg_pool2d(images, 16)
+
+        def mean_of_overlapping(images: torch.Tensor) -> torch.Tensor:
+            padded = torch.nn.functional.pad(images, (4, 4, 4, 4), mode="replicate")
+            return torch.nn.functional.avg_pool2d(padded, 16, stride=8)
+
+        self._backbones = {
+            "model": describe(mean, patch=16),
+            "overlap": describe(mean_of_overlapping, patch=8),
+        }
+
+    def image(self, pixels: np.ndarray) -> torch.Tensor:
+        axes = [torch.arange(n) + 0.5 for n in pixels.shape[:2]]
+        y, x = torch.meshgrid(*axes, indexing="ij")
+        return torch.stack([y, x, x])[None]
+
+
+RIVALS = [s for s in settings([0], 16, "rivals") if s.tokens != "windows"]
+
+
+@pytest.mark.parametrize("pixels", [(128, 160), (144, 112)])
+def test_a_cell_lies_where_it_says(pixels: tuple[int, int]) -> None:
+    """Away from the border, where tokens and bicubic samples repeat the edge."""
+    found = Fields(Places(), RIVALS).of(np.zeros((*pixels, 3), dtype=np.uint8))
+    for setting, field in zip(RIVALS, found, strict=True):
+        assert field.shape[1:] == tuple(n // setting.stride for n in pixels), setting
+        y, x = ((torch.arange(n) + 0.5) * setting.stride for n in field.shape[1:])
+        expected = torch.stack([*torch.meshgrid(y, x, indexing="ij")])
+        wrong = (field[:2] - expected).abs()
+        edge = 32 // setting.stride
+        assert wrong[:, edge:-edge, edge:-edge].max() < 0.02, setting
+
+
+def test_two_scales_are_the_mean_of_both(network: Network) -> None:
+    one, other, both = (
+        Setting("enlarged", IDENTITY, 1, 8, scale=scale, second=second)
+        for scale, second in ((1.0, 0.0), (1.5, 0.0), (1.0, 1.5))
+    )
+    a, b, mean = Fields(network, [one, other, both]).of(PIXELS)
+    torch.testing.assert_close(mean, (a + b) / 2)
+
+
+def test_a_mirrored_view_is_the_field_of_the_mirrored_picture(network: Network) -> None:
+    """One view that is symmetric: what it sees of the mirrored picture, mirrored back."""
+    plain, flips = (Setting("flips", words, 1, 8) for words in (IDENTITY, IDENTITY + "+flip"))
+    (view,) = Fields(network, [plain]).of(PIXELS)
+    (mirrored,) = Fields(network, [plain]).of(PIXELS[:, ::-1].copy())
+    (both,) = Fields(network, [flips]).of(PIXELS)
+    torch.testing.assert_close(both, (view + mirrored.flip(2)) / 2, rtol=1e-4, atol=1e-4)
+
+
+def test_overlapping_patches_have_a_token_in_the_middle_of_every_half_patch(
+    network: Network,
+) -> None:
+    image = network.image(PIXELS)
+    embed = overlapping(network.model).patch_embed
+    tokens = embed(image)  # [1, h, w, C]
+    assert tokens.shape[1:3] == (48 // 8, 64 // 8)
+    # Token (1, 2) has the pixels from 8 - 4 on, and from 16 - 4.
+    patch = image[:, :, 4:20, 12:28]
+    torch.testing.assert_close(tokens[0, 1, 2], network.model.patch_embed(patch)[0, 0, 0])
+
+
+def test_windows_of_the_trained_size_are_the_model_on_each(network: Network) -> None:
+    """The test model is of 160 x 160: two windows over 192 pixels, 8 of its 12 rows in both."""
+    image = torch.randn(1, 3, 160, 192, generator=torch.Generator().manual_seed(0))
+    (found,) = (
+        f.tokens.unflatten(1, f.grid) for f in network.backbone("windows").features(image)[1:]
+    )
+    left, right = (
+        network.backbone("model").features(part)[1].tokens.unflatten(1, (10, 10))
+        for part in (image[..., :160], image[..., 32:])
+    )
+    torch.testing.assert_close(found[:, :, :2], left[:, :, :2])
+    torch.testing.assert_close(found[:, :, 10:], right[:, :, 8:])
+    torch.testing.assert_close(found[:, :, 2:10], (left[:, :, 2:] + right[:, :, :8]) / 2)
+
+
+def test_operations_are_those_of_the_closed_form(network: Network) -> None:
+    """Of a ViT: 24 d^2 for each token and block, 4 N^2 d for its attention, and the patches."""
+    model, setting = network.model, Setting("enlarged", IDENTITY, 1, 8, scale=2.0)
+    d, n = model.embed_dim, 6 * 8 * 4
+    prefix = model.num_prefix_tokens
+    hidden = model.blocks[0].mlp.fc1.out_features
+    layer = 2 * (n + prefix) * (4 * d * d + 2 * d * hidden) + 4 * (n + prefix) ** 2 * d
+    expected = 2 * layer + 2 * n * 3 * 16 * 16 * d
+    assert operations(network, setting, 96, 128) == expected
+    two = Setting("both", "best:2:6", 1, 8, scale=2.0)
+    assert operations(network, two, 96, 128) == 2 * operations(network, setting, 96, 128)
+
+
 def test_the_middle_of_a_cell_is_the_token(network: Network) -> None:
     """One view, bilinear: read in the middle, it is the token; the mean over the cell is not."""
     ways = [
@@ -312,6 +415,39 @@ def test_what_is_finished_is_not_made_again(
     rows = load(path)["rows"]
     assert len(rows) == 4 * len(wanted) + 2
     assert all(0 <= row["scores"]["J"] <= 1 for row in rows)
+
+
+# ---- the frontier -------------------------------------------------------------------------------
+
+
+def point(
+    cost: float, j: float, rmse: float, family: str = "ours", later: float | None = None
+) -> frontier.Point:
+    setting = Setting(family, f"best:{round(cost)}:6", 11, 8)
+    scores = {("davis", "J"): j, ("motorcycle", "rmse"): rmse}
+    return frontier.Point(setting, [cost, later or cost], scores)
+
+
+def test_the_frontier_is_what_nothing_as_cheap_beats() -> None:
+    costs = [1, 2, 2, 3, 4, 4]
+    values = [0.5, 0.7, 0.6, 0.7, 0.8, 0.8]
+    assert frontier.frontier(costs, values) == [True, True, False, False, True, True]
+
+
+def test_presets_lose_on_nothing_and_keep_to_the_budget_at_every_size() -> None:
+    plain = point(1, 0.5, 10.0, "bilinear")
+    worse = point(2, 0.8, 11.0)  # loses on disparity
+    good = point(4, 0.7, 9.0)
+    larger = point(8, 0.9, 8.0, later=20)  # too dear for a larger picture
+    rival = point(3, 1.0, 8.0, "overlap")
+    points = [plain, worse, good, larger, rival]
+    frontier.share_of_best(points, plain)
+    assert good.tasks == pytest.approx({"davis": 0.4, "motorcycle": 0.5})
+    assert good.gain == pytest.approx(0.45)
+    assert frontier.preset(points, 16) is good
+    assert frontier.preset(points, 20) is larger
+    assert frontier.preset(points, 3) is plain
+    assert frontier.preset(points, 0.5) is None
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("quality*.json")), ids=lambda path: path.stem)

@@ -24,10 +24,12 @@ from benchmarks.common import MODEL, load, machine, save
 from research import RESULTS
 from research.quality import classification, davis, discovery, probes, report, retrieval
 from research.quality import data as sets
-from research.quality.fields import Fields, Network, seconds
+from research.quality.cost import operations, seconds
+from research.quality.fields import Fields, Network
 from research.quality.settings import Setting, settings
 
 TASKS = ("davis", "camvid", "depth", "discovery", "retrieval", "classification")
+SIZES = ((240, 432), (480, 848))  # of which operations are counted
 
 Row = dict[str, Any]
 Scores = dict[str, float]
@@ -37,6 +39,7 @@ class Extent(str, Enum):
     quick = "quick"
     main = "main"
     study = "study"
+    rivals = "rivals"
 
 
 class Table:
@@ -205,6 +208,23 @@ def run_costs(table: Table, network: Network, wanted: list[Setting], height: int
     table.add(missing, about, [{"seconds": median(taken)} for taken in readings])
 
 
+def run_operations(table: Table, network: Network, wanted: list[Setting]) -> None:
+    """Of pictures of two sizes; of the last layer."""
+    last = max(network.layers)
+    for height, width in SIZES:
+        size = [network.patch * round(n / network.patch) for n in (height, width)]
+        about = {
+            "task": "operations",
+            "item": f"{size[0]} x {size[1]}",
+            "protocol": "",
+            "model": network.name,
+        }
+        missing = [s for s in table.missing(wanted, about) if s.layer == last]
+        if missing:
+            scores = [{"flop": float(operations(network, s, size[0], size[1]))} for s in missing]
+            table.add(missing, about, scores)
+
+
 def main(
     data: Annotated[Path | None, typer.Option(help="Holds davis, camvid, ...")] = None,
     weights: Annotated[Path | None, typer.Option(help="A .safetensors state dict.")] = None,
@@ -229,6 +249,7 @@ def main(
         network = Network(model, weights, layers, device)
         wanted = settings(layers, network.patch, extent.value)
         table = Table(output, machine())
+        run_operations(table, network, [s for s in wanted if s.family != "labels"])
         run_costs(table, network, [s for s in wanted if s.family != "labels"], height)
         # A field of a quarter patch has nothing for a linear head, which is enlarged anyway.
         coarse = [s for s in wanted if s.stride >= network.patch // 2 and s.family != "labels"]

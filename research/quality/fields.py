@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-import time
+import math
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 import srt_ext
-from research.quality.settings import Setting
-from srt_ext import views
-from srt_ext.backbones import describe
+from research.quality.settings import Setting, Shown
+from srt_ext.backbones import Backbone, Features, describe
+from srt_ext.backbones.base import grid_of
+from srt_ext.backbones.timm import TimmBackbone
 from srt_ext.hub import load_timm
+from srt_ext.views import Views
 
 BATCH = 8  # views in one forward
 
@@ -27,10 +31,11 @@ class Network:
         self.model, config = load_timm(name, weights)
         self.model.to(device)
         self.layers, self.device = layers, device
-        self.backbone = describe(self.model, layers)
-        if self.backbone.patch[0] != self.backbone.patch[1]:
-            raise ValueError(f"quality: patches must be square; got {self.backbone.patch}")
-        self.patch = self.backbone.patch[0]
+        self._backbones = {"model": describe(self.model, layers)}
+        sides = self.backbone("model").patch
+        if sides[0] != sides[1]:
+            raise ValueError(f"quality: patches must be square; got {sides}")
+        self.patch = sides[0]
         self.mean, self.std = (
             torch.tensor(config[key], device=device)[:, None, None] for key in ("mean", "std")
         )
@@ -38,10 +43,98 @@ class Network:
         if weights is not None:  # which file it was, not where it lay
             self.name += f" {hashlib.sha256(weights.read_bytes()).hexdigest()[:8]}"
 
+    def backbone(self, tokens: str) -> Backbone:
+        """For a setting's ``tokens``."""
+        if tokens not in self._backbones:
+            self._backbones[tokens] = (
+                describe(overlapping(self.model), self.layers)
+                if tokens == "overlap"
+                else Windows(self.model, self.layers, norm=True, patch=None, prefix=None)
+            )
+        return self._backbones[tokens]
+
     def image(self, pixels: np.ndarray) -> torch.Tensor:
         """pixels [H, W, 3] uint8, whole patches -> [1, 3, H, W], normalised."""
         image = torch.from_numpy(pixels).to(self.device).permute(2, 0, 1)[None] / 255
         return (image - self.mean) / self.std
+
+
+class Windows(TimmBackbone):
+    """A model that takes only the size it was trained on.
+
+    Its windows lie on the grid of the patches, evenly, and overlap by a third or more; where
+    several windows have a token, it is their mean.
+    """
+
+    def _features(self, images: torch.Tensor) -> list[Features]:
+        side, grid = self.inner.patch_embed.grid_size, grid_of(images, self.patch)
+        starts = [
+            np.linspace(0, n - k, math.ceil(1.5 * (n - k) / k) + 1).round().astype(int)
+            for n, k in zip(grid, side, strict=True)
+        ]
+        totals: list[torch.Tensor] = []
+        counts = images.new_zeros(*grid, 1)
+        for y, x in product(*starts):
+            rows, columns = slice(y, y + side[0]), slice(x, x + side[1])
+            top, left = y * self.patch[0], x * self.patch[1]
+            window = images[:, :, top : top + side[0] * self.patch[0]]
+            found = super()._features(window[..., left : left + side[1] * self.patch[1]])
+            shape = (len(images), *grid, found[0].tokens.shape[2])
+            totals = totals or [images.new_zeros(shape) for _ in found]
+            for total, feature in zip(totals, found, strict=True):
+                total[:, rows, columns] += feature.tokens.unflatten(1, side)
+            counts[rows, columns] += 1
+        return [Features((total / counts).flatten(1, 2), grid, None) for total in totals]
+
+
+def overlapping(model: Any) -> Any:
+    """A copy of a ViT of timm whose patches overlap by half, with a token for every half patch.
+
+    The picture is extended by a quarter patch on every side: the middle of token k lies at
+    (k + 1/2) half patches. timm resamples the position table to the grid.
+    """
+    model = copy.deepcopy(model)
+    old = model.patch_embed.proj
+    step = old.stride[0] // 2
+    new = torch.nn.Conv2d(
+        old.in_channels,
+        old.out_channels,
+        old.kernel_size,
+        step,
+        padding=step // 2,
+        padding_mode="replicate",
+        bias=old.bias is not None,
+    )
+    new.load_state_dict(old.state_dict())
+    model.patch_embed.proj = new.to(old.weight.device).eval()
+    model.patch_embed.patch_size = (step, step)
+    for stage in model.feature_info:
+        stage["reduction"] = step
+    return model
+
+
+class Shots:
+    """A picture that is shown in one way, under the views of several designs."""
+
+    def __init__(self, network: Network, how: Shown, designs: dict[str, Views]) -> None:
+        every = [
+            torch.cat(
+                [d.offsets, torch.zeros(len(d.offsets), 2) if d.mirror is None else d.mirror], 1
+            )
+            for d in designs.values()
+        ]
+        rows, index = (torch.cat(every) + 0.0).unique(dim=0, return_inverse=True)  # no -0
+        self.index = dict(zip(designs, index.split([len(part) for part in every]), strict=True))
+        self.offsets = rows[:, :2]  # enlarged pixels
+        views = Views(self.offsets / how.scale, None, rows[:, 2:].bool())
+        backbone = network.backbone(how.tokens)
+        self.srt = srt_ext.SRT(backbone, views, stride=how.block, scale=how.scale, view_batch=BATCH)
+
+    def tokens(self, image: torch.Tensor) -> tuple[list[torch.Tensor], tuple[int, int]]:
+        """image [1, 3, H, W] -> of each layer [U, 1, N, C], and the grid of the tokens."""
+        batches = [batch.layers for batch in self.srt.tokens(image)]
+        layers = [torch.cat([of.tokens for of in parts]) for parts in zip(*batches, strict=True)]
+        return layers, batches[0][0].grid
 
 
 class Fields:
@@ -49,74 +142,55 @@ class Fields:
 
     def __init__(self, network: Network, settings: list[Setting]) -> None:
         self.network, self.settings = network, settings
-        designs = {s.views: views.resolve(s.views) for s in settings}
-        every = torch.cat([design.offsets for design in designs.values()]) + 0.0  # no -0
-        self.offsets, index = every.unique(dim=0, return_inverse=True)
-        self.srt = srt_ext.SRT(network.backbone, self.offsets, view_batch=BATCH)
-        parts = index.split([len(design.offsets) for design in designs.values()])
-        self.designs = {
-            name: (part, design.weights)
-            for (name, design), part in zip(designs.items(), parts, strict=True)
-        }
+        self.designs = {s.views: s.design for s in settings}
+        wanted: dict[Shown, dict[str, Views]] = {}
+        for s in settings:
+            for how in s.shown(network.patch):
+                wanted.setdefault(how, {})[s.views] = self.designs[s.views]
+        self.shots = {how: Shots(network, how, designs) for how, designs in wanted.items()}
 
     @torch.inference_mode()
     def of(self, pixels: np.ndarray) -> list[torch.Tensor]:
         """pixels [H, W, 3] uint8 -> for each setting its field [C, H / stride, W / stride]."""
         image = self.network.image(pixels)
-        batches = [[layer.tokens for layer in batch.layers] for batch in self.srt.tokens(image)]
-        layers = [torch.cat(layer) for layer in zip(*batches, strict=True)]
-        tokens = dict(zip(self.network.layers, layers, strict=True))  # [U, 1, N, C]
-        shape = [n // self.network.patch for n in pixels.shape[:2]]
-        return [self._field(s, tokens[s.layer], shape) for s in self.settings]
+        tokens = {how: shots.tokens(image) for how, shots in self.shots.items()}
+        found = []
+        for s in self.settings:
+            height, width = (math.ceil(n / s.stride) for n in pixels.shape[:2])
+            parts = [
+                self._field(s, how, *tokens[how])[:, :height, :width]
+                for how in s.shown(self.network.patch)
+            ]
+            found.append((sum(parts[1:], parts[0]) / len(parts)).contiguous())
+        return found
 
-    def _field(self, setting: Setting, tokens: torch.Tensor, shape: list[int]) -> torch.Tensor:
-        index, weights = self.designs[setting.views]
-        chosen, patch = tokens[index.to(tokens.device)], self.network.patch
+    def _field(
+        self, setting: Setting, how: Shown, layers: list[torch.Tensor], grid: tuple[int, int]
+    ) -> torch.Tensor:
+        shots, weights = self.shots[how], self.designs[setting.views].weights
+        index = shots.index[setting.views]
+        tokens = layers[self.network.layers.index(setting.layer)][index.to(layers[0].device)]
         if setting.unit:
-            chosen = F.normalize(chosen, dim=3)
-        how: dict[str, Any] = {
+            tokens = F.normalize(tokens, dim=3)
+        step = setting.step(how.scale)
+        modes: dict[str, Any] = {
             "reduce": setting.reduce,
             "upsample": setting.upsample,
             "border": setting.border,
             # The middle of a cell is where four pixels meet: the mean of those.
-            "stride": 1 if setting.centre else setting.stride,
+            "stride": 1 if setting.centre else step,
         }
-        field = srt_ext.ensemble(
-            chosen, self.offsets[index], shape, (patch, patch), weights, **how
-        )[0]
+        patch = shots.srt.backbone.patch
+        field = srt_ext.ensemble(tokens, shots.offsets[index], grid, patch, weights, **modes)[0]
         if setting.centre:
-            half, step = setting.stride // 2, setting.stride
+            half = step // 2
             field = (
                 field[:, half - 1 :: step, half - 1 :: step]
                 + field[:, half - 1 :: step, half::step]
                 + field[:, half::step, half - 1 :: step]
                 + field[:, half::step, half::step]
             ) / 4
-        return field.contiguous()
-
-
-def seconds(network: Network, setting: Setting, pixels: np.ndarray, check: bool = True) -> float:
-    """Of one picture by :class:`srt_ext.SRT`; ``check``: its field must be that of Fields."""
-    srt = srt_ext.SRT(
-        network.model,
-        setting.views,
-        layers=setting.layer,
-        reduce=setting.reduce,
-        stride=setting.stride,
-        upsample=setting.upsample,
-        border=setting.border,
-        view_batch=BATCH,
-    )
-    image = network.image(pixels)
-    start = time.perf_counter()
-    field = srt(image).field[0]
-    if field.is_cuda:
-        torch.cuda.synchronize()
-    taken = time.perf_counter() - start
-    if check:
-        (other,) = Fields(network, [setting]).of(pixels)
-        torch.testing.assert_close(field, other, rtol=1e-3, atol=1e-3)
-    return taken
+        return field
 
 
 def unit(field: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,17 @@ from typing import Any
 import numpy as np
 
 from benchmarks.report import markdown, save_figure
-from research.quality.settings import IDENTITY, Setting
+from research.quality.frontier import (
+    BUDGETS,
+    COLUMNS,
+    ERRORS,
+    Point,
+    compared,
+    frontier,
+    preset,
+    share_of_best,
+)
+from research.quality.settings import FLIP, IDENTITY, Setting
 
 Row = dict[str, Any]
 TITLES = {
@@ -69,7 +79,6 @@ PAIRED = {
     "discovery": ("IoU", "sequence"),
     "retrieval": ("mAP", "class"),
 }
-RADII = ((0, 3), (2, 6), (1, 8), (3, 12))  # colours and pixels, of the plot
 WORDS = {
     "miou": "mIoU",
     "miou_plain_head": "mIoU, head of plain tokens",
@@ -85,23 +94,37 @@ WORDS = {
 
 
 def setting_of(row: Row) -> Setting:
-    return Setting(**{name: row[name] for name in Setting.__dataclass_fields__})
+    return Setting(**{name: row[name] for name in Setting.__dataclass_fields__ if name in row})
 
 
 def words(setting: Setting) -> str:
     """One line for a table, without layer and stride."""
-    if setting.family == "labels":
-        return "the labels themselves"
-    if setting.family == "plain":
-        return "plain tokens"
-    if setting.family == "bilinear":
-        return "plain tokens, bilinear"
-    parts = ["published" if setting.family == "published" else f"`{setting.views}`"]
-    if setting.views == IDENTITY:
-        parts = ["one view"]
+    named = {
+        "labels": "the labels themselves",
+        "plain": "plain tokens",
+        "bilinear": "plain tokens, bilinear",
+    }
+    if setting.family in named:
+        return named[setting.family]
+    parts = []
+    if setting.second:
+        parts.append(f"mean of scales {setting.scale:g} and {setting.second:g}")
+    elif setting.scale != 1:
+        parts.append(f"scale {setting.scale:g}")
+    if setting.tokens != "model":
+        parts.append({"overlap": "overlapping patches", "windows": "windows"}[setting.tokens])
+    name = setting.views.removesuffix(FLIP)
+    views = "published" if setting.family == "published" else f"`{name}`"
+    if name != IDENTITY:
+        parts.append(views)
+    elif not parts or setting.family == "windows":
+        parts.append("one view")
+    if setting.views != name:
+        parts.append("flips")
     if setting.reduce == "median":
         parts.append("median")
-    if setting.family == "study":
+    token_scale = setting.family in ("enlarged", "both") and setting.upsample == "nearest"
+    if setting.family == "study" or token_scale:
         parts += [setting.upsample]
     if setting.unit:
         parts.append("unit tokens")
@@ -118,7 +141,8 @@ def place(setting: Setting) -> tuple[Any, ...]:
 
 def runs(results: Row) -> list[tuple[str, str, str]]:
     """(task, protocol, model) of all rows, but for costs."""
-    found = [(r["task"], r["protocol"], r["model"]) for r in results["rows"] if r["task"] != "cost"]
+    rows = [r for r in results["rows"] if r["task"] in TITLES]
+    found = [(r["task"], r["protocol"], r["model"]) for r in rows]
     # By task; of one task what was measured most comes first.
     return sorted(
         dict.fromkeys(found), key=lambda run: (list(TITLES).index(run[0]), -found.count(run))
@@ -173,6 +197,116 @@ def paired(differences: list[float]) -> str:
     return f"{np.mean(differences):+.3f}{error}, {above} of {count}"
 
 
+def operations(results: Row, model: str) -> dict[Setting, dict[str, float]]:
+    """Of each setting the operations of a model's forwards, by the size of the picture."""
+    found: dict[Setting, dict[str, float]] = {}
+    for row in results["rows"]:
+        if (row["task"], row["model"]) == ("operations", model):
+            found.setdefault(setting_of(row), {})[row["item"]] = row["scores"]["flop"]
+    return found
+
+
+def sizes(results: Row) -> list[str]:
+    """Of which operations are counted, the smallest first."""
+    found = {r["item"] for r in results["rows"] if r["task"] == "operations"}
+    return sorted(found, key=lambda size: int(size.split()[0]))
+
+
+def first_of(results: Row, task: str) -> tuple[str, str, str] | None:
+    """The run of a task that the frontier has: of all pictures, else the one with most rows."""
+    found = [run for run in runs(results) if run[0] == task]
+    return min(found, key=lambda run: "all pictures" not in run[1], default=None)
+
+
+def points(results: Row, stride: int) -> list[Point]:
+    """The settings of one stride that have every score that plain tokens have, by their cost."""
+    (model,) = {run[2] for run in runs(results)}
+    counted = operations(results, model)
+    (plain,) = (s for s in counted if s.family == "plain")
+    scores: dict[Setting, dict[tuple[str, str], float]] = {}
+    for task, name in COLUMNS:
+        if run := first_of(results, task):
+            for s, found in gathered(results, run).items():
+                scores.setdefault(s, {})[task, name] = mean(found, name)
+    chosen = [
+        Point(s, [counted[s][z] / counted[plain][z] for z in sizes(results)], scores[s])
+        for s in counted
+        if s.stride == stride and s in scores and compared(s)
+    ]
+    (base,) = (p for p in chosen if p.setting.family in ("plain", "bilinear"))
+    chosen = [p for p in chosen if p.scores.keys() == base.scores.keys()]
+    share_of_best(chosen, base)
+    return sorted(chosen, key=lambda p: p.cost)
+
+
+def frontier_table(results: Row, stride: int) -> str:
+    """Cost, scores and gains; what stands on the frontier of the mean gain is marked."""
+    shown = points(results, stride)
+    davis = first_of(results, "davis")
+    small = costs(results, davis) if davis else {}
+    best = frontier([p.cost[0] for p in shown], [p.gain for p in shown])
+    columns, tasks = list(shown[0].scores), list(shown[0].tasks)
+    top = {c: (min if c[1] in ERRORS else max)(p.scores[c] for p in shown) for c in columns}
+    lines = []
+    for p, marked in zip(shown, best, strict=True):
+        cells = [f"{value:.1f}" for value in p.cost]
+        cells.append(f"{small[p.setting]:.2f}" if p.setting in small else "-")
+        for c in columns:
+            text = f"{p.scores[c]:.{1 if c[1] in ERRORS else 3}f}"
+            cells.append(f"**{text}**" if p.scores[c] == top[c] else text)
+        cells += [f"{100 * p.tasks[task]:.0f}" for task in tasks] + [f"{100 * p.gain:.0f}"]
+        lines.append([words(p.setting), *cells, "x" if marked else ""])
+    head = ["field", *(f"cost, {size}" for size in sizes(results)), "s"]
+    head += [f"{SHORT[task]} {WORDS.get(name, name)}" for task, name in columns]
+    head += [f"% {SHORT[task]}" for task in tasks] + ["% mean", "frontier"]
+    return markdown(head, lines)
+
+
+def presets(results: Row, stride: int) -> str:
+    """The settings that the budgets choose."""
+    shown = points(results, stride)
+    lines = []
+    for name, budget in BUDGETS.items():
+        if p := preset(shown, budget):
+            values = [f"{v:.{1 if c[1] in ERRORS else 3}f}" for c, v in p.scores.items()]
+            cost = [f"{value:.1f}" for value in p.cost]
+            lines.append(
+                [name, str(budget), words(p.setting), *cost, *values, f"{100 * p.gain:.0f}"]
+            )
+    head = ["preset", "budget", "field", *(f"cost, {size}" for size in sizes(results))]
+    head += [f"{SHORT[task]} {WORDS.get(name, name)}" for task, name in shown[0].scores]
+    return markdown([*head, "% mean"], lines)
+
+
+def windows(results: Row) -> str:
+    """Resampled positions against windows of the trained size, each with one view and several."""
+    davis, camvid = (first_of(results, task) for task in ("davis", "camvid"))
+    if davis is None or camvid is None:
+        return ""
+    found, other = gathered(results, davis), gathered(results, camvid)
+    counted = operations(results, davis[2])
+    (plain,) = (s for s in counted if s.family == "plain")
+    shown = [s for s in found if s.family == "windows" and s in other]
+    lines = []
+    for window in sorted(shown, key=lambda s: (s.scale, s.forwards)):
+        same = [
+            s
+            for s in found
+            if (s.scale, s.views, s.stride, s.layer)
+            == (window.scale, window.views, window.stride, window.layer)
+            and (s.tokens, s.reduce, s.upsample, s.second) == ("model", "mean", "bilinear", 0)
+            and s.family not in ("labels", "study")
+            and s in other
+        ]
+        for label, s in (*(("resampled", s) for s in same), ("windows", window)):
+            cost = [f"{counted[s][z] / counted[plain][z]:.1f}" for z in sizes(results)]
+            values = [mean(found[s], "J"), mean(found[s], "F"), mean(other[s], "miou")]
+            views = len(s.design.offsets)
+            lines.append([f"{s.scale:g}", label, str(views), *cost, *(f"{v:.3f}" for v in values)])
+    head = ["scale", "positions", "views", *(f"cost, {size}" for size in sizes(results))]
+    return markdown([*head, "DAVIS J", "DAVIS F", "CamVid mIoU"], lines)
+
+
 def table(results: Row, run: tuple[str, str, str], layer: int) -> str:
     """All settings of one layer, by stride and forwards; the best of a column in each stride bold.
 
@@ -218,17 +352,35 @@ def table(results: Row, run: tuple[str, str, str], layer: int) -> str:
 def document(results: Row) -> str:
     """quality.md."""
     facts = results["machine"]
-    sizes = sorted({r["item"] for r in results["rows"] if r["task"] == "cost"})
+    sizes_ = sorted({r["item"] for r in results["rows"] if r["task"] == "cost"})
     parts = [
         "# quality",
-        "![Quality against the number of forwards](quality.svg)",
+        "![Quality against operations](quality.svg)",
         f"torch {facts['torch']}, commit {facts['commit']}, {facts['date']}. `s`: one picture of "
-        f"{', '.join(sizes)} pixels by `srt_ext.SRT`, {facts['threads']} threads, median of 3. "
+        f"{', '.join(sizes_)} pixels, {facts['threads']} threads, median of 3. "
         "`published`: views `paper:3`, nearest upsampling, border zeros; the others are bilinear, "
         "border coverage. Means over views where nothing else is said. The best of a column is "
         "bold, for each stride. Plain tokens at a stride of a patch are as the model gives them; "
         "at finer strides they are enlarged: SRT's grid without SRT.",
     ]
+    counted = operations(results, runs(results)[0][2])
+    if counted:
+        stride = max(s.stride for s in counted) // 2
+        parts += [
+            "## The best quality for a given cost",
+            f"Last layer, stride {stride}. Cost: operations of the model, in forwards of the plain "
+            "picture. Gains over plain tokens on the same grid, in per cent of what the best "
+            "setting gains; the mean is over the tasks. x: nothing as cheap has a larger mean.",
+            frontier_table(results, stride),
+            "### Presets",
+            "The largest mean gain among the settings of `srt_ext.SRT` that lose on no column, "
+            "within a budget of plain forwards at both sizes.",
+            presets(results, stride),
+            "### A model of one size",
+            "The position table resampled to the picture, against windows of the trained size, "
+            "which overlap by a third or more and are averaged.",
+            windows(results),
+        ]
     parts += ["## All of them: the last layer", summary(results)]
     for run in runs(results):
         task, protocol, model = run
@@ -293,68 +445,72 @@ def height(run: tuple[str, str, str]) -> str:
     return run[1].split()[0]
 
 
-def of(family: str, stride: int, radius: int = 0) -> Callable[[Setting], bool]:
-    """Which settings a curve has: means; with a radius ``views.best``, and the 49 of a grid."""
-    design = re.compile(f"best:[0-9]+:{radius}|grid:{radius}(:2)?" if radius else ".*")
+def curve(p: Point) -> str:
+    """The curve of the plot that a point belongs to."""
+    s = p.setting
+    if s.upsample == "nearest" and s.family in ("both", "enlarged"):
+        return "enlarged, no SRT, tokens as they are"
+    if s.family in ("bilinear", "ours", "enlarged", "both"):
+        return "no enlarging" if s.scale == 1 else f"enlarged by {s.scale:g}"
+    return {
+        "flips": "flips",
+        "scales": "two scales",
+        "overlap": "overlapping patches",
+        "published": "published",
+    }[s.family]
 
-    def keep(s: Setting) -> bool:
-        same = (s.family, s.stride, s.reduce) == (family, stride, "mean")
-        return same and design.fullmatch(s.views) is not None
 
-    return keep
+STYLES = {
+    "no enlarging": "C0o-",
+    "enlarged by 1.25": "C1o-",
+    "enlarged by 1.5": "C2o-",
+    "enlarged by 2": "C3o-",
+    "enlarged by 3": "C4o-",
+    "enlarged, no SRT, tokens as they are": "k*",
+    "flips": "kx",
+    "two scales": "k+",
+    "overlapping patches": "kD",
+    "published": "ks",
+}
 
 
 def plot(results: Row, path: Path) -> None:
-    """The first score of each run against forwards, of the last layer; up is better."""
+    """Each score of the finer grid against operations; up is better."""
     from matplotlib import pyplot
 
-    chosen = [run for run in runs(results) if SHOWN[run[0]]]
-    columns = min(2, len(chosen))
-    rows = -(-len(chosen) // columns)
+    patch = max(s.stride for s in operations(results, runs(results)[0][2]))
+    found = points(results, patch // 2)
+    columns = list(found[0].scores)
     figure, grid = pyplot.subplots(
-        rows,
-        columns,
-        figsize=(4.2 * columns, 3.2 * rows + 0.8),
-        layout="constrained",
-        squeeze=False,
+        -(-len(columns) // 2), 2, figsize=(9, 7.4), layout="constrained", squeeze=False
     )
-    for axis in grid.flat[len(chosen) :]:
-        axis.remove()
     shown: dict[str, Any] = {}
-    for axis, run in zip(grid.flat, chosen, strict=False):
-        found = gathered(results, run)
-        name, less = SCORES[run[0]][0]
-        layer = max(s.layer for s in found)
-        values = {s: mean(v, name) for s, v in found.items() if s.layer == layer}
-        patch, half = sorted({s.stride for s in values}, reverse=True)[:2]
-        for label, family, style in (
-            (f"no SRT, stride {patch}", "plain", ":"),
-            (f"no SRT, stride {half}", "bilinear", "--"),
-        ):
-            (level,) = (v for s, v in values.items() if s.family == family and s.stride >= half)
-            shown[label] = axis.axhline(level, color="0.4", linestyle=style, label=label)
-        for label, style, keep in (
-            (f"published, stride {patch}", "kx", of("published", patch)),
-            (f"published, stride {half}", "kD", of("published", half)),
-            *((f"radius {r}, stride {half}", f"C{i}o-", of("ours", half, r)) for i, r in RADII),
-            (f"radius 6, stride {patch}", "C2x", of("ours", patch, 6)),
-            (f"radius 6, stride {half // 2}", "C2^--", of("ours", half // 2, 6)),
-        ):
-            points = sorted((s.forwards, value) for s, value in values.items() if keep(s))
-            if points:
-                (shown[label],) = axis.plot(*zip(*points, strict=True), style, label=label)
+    for axis, (task, name) in zip(grid.flat, columns, strict=False):
+        less = name in ERRORS
+        values = [(p.cost[0], p.scores[task, name]) for p in found]
+        best = frontier(*zip(*((c, -v if less else v) for c, v in values), strict=True))
+        line = [at for at, keep in zip(values, best, strict=True) if keep]
+        (shown["frontier"],) = axis.step(
+            *zip(*line, strict=True), where="post", color="0.8", linewidth=6, zorder=0
+        )
+        for label, style in STYLES.items():
+            line = [at for p, at in zip(found, values, strict=True) if curve(p) == label]
+            if line:
+                (shown[label],) = axis.plot(*zip(*line, strict=True), style, markersize=5)
         axis.set(
             xscale="log",
-            xlabel="forwards of the model",
+            xlabel=f"operations, in plain forwards ({sizes(results)[0]})",
             ylabel=f"{WORDS.get(name, name)}{', reversed' if less else ''}",
-            title=f"{TITLES[run[0]]}\n{height(run)} pixels high, layer {layer}",
+            title=f"{TITLES[task]}",
         )
         axis.title.set_fontsize("medium")
         if less:
             axis.invert_yaxis()
-        axis.set_xticks(ticks := [4, 9, 16, 50], [str(t) for t in ticks])
+        axis.set_xticks(ticks := [1, 2, 4, 8, 16, 32, 64], [str(t) for t in ticks])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
+    for axis in grid.flat[len(columns) :]:
+        axis.remove()
     figure.legend(
         shown.values(), shown.keys(), loc="outside lower center", ncols=4, fontsize="small"
     )

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any, NamedTuple
 
 from srt_ext import views
+from srt_ext.views import Views
 
 IDENTITY = "grid:0"  # the untouched picture: no SRT
+FLIP = "+flip"
+
+
+class Shown(NamedTuple):
+    """How a picture is shown to the model. Settings that show it alike share their views."""
+
+    tokens: str
+    scale: float
+    block: int  # pixels: whole cells and, enlarged, whole patches; sides are padded to it
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One field of one layer. Its words are those of :class:`srt_ext.SRT`."""
+    """One field of one layer. Its words are those of :class:`srt_ext.SRT`.
 
-    family: str  # labels (what a grid allows at best), plain, bilinear, published, ours, study
-    views: str
+    Families: labels (the best that a grid allows), plain, bilinear, published, ours, study; and
+    enlarged (without SRT), both (enlarged, SRT), flips, scales (the mean of two), overlap, windows.
+    """
+
+    family: str
+    views: str  # pixels of the enlarged picture; with ``+flip`` each view is also mirrored along x
     layer: int
     stride: int  # pixels
     reduce: str = "mean"
@@ -23,13 +38,40 @@ class Setting:
     border: str = "coverage"
     unit: bool = False  # tokens of each view brought to length 1 before they are aggregated
     centre: bool = False  # a cell is read in its middle, and is not the mean over it
+    scale: float = 1.0
+    second: float = 0.0  # another scale; the field is the mean of both fields. 0: none
+    tokens: str = "model"  # or overlap (stride of half a patch), windows (of the trained size)
+
+    @property
+    def scales(self) -> list[float]:
+        return [self.scale, self.second] if self.second else [self.scale]
 
     @property
     def forwards(self) -> int:
-        return len(views.resolve(self.views).offsets)
+        return len(self.scales) * len(self.design.offsets)
+
+    @property
+    def design(self) -> Views:
+        return views.parse(self.views)
+
+    def shown(self, patch: int) -> list[Shown]:
+        """One for each scale."""
+        blocks = (math.lcm(patch, self.step(scale)) / scale for scale in self.scales)
+        return [
+            Shown(self.tokens, scale, int(block))
+            for scale, block in zip(self.scales, blocks, strict=True)
+        ]
+
+    def step(self, scale: float) -> int:
+        """The stride in enlarged pixels."""
+        if not (self.stride * scale).is_integer():
+            raise ValueError(f"stride * scale must be whole; got {self.stride} * {scale}")
+        return int(self.stride * scale)
 
     def row(self) -> dict[str, Any]:
-        return asdict(self)
+        """What the JSON says of it: without ``scale`` and later fields where they are defaults."""
+        later = {f.name: f.default for f in fields(self)[-3:]}
+        return {k: v for k, v in asdict(self).items() if k not in later or v != later[k]}
 
 
 def settings(layers: list[int], patch: int, extent: str) -> list[Setting]:
@@ -40,8 +82,10 @@ def settings(layers: list[int], patch: int, extent: str) -> list[Setting]:
         patch: pixels. Strides are a patch, its half and its quarter, where these are whole.
         extent: ``quick`` has the families and a few views of ours; ``main`` adds designs, counts,
             radii, medians and the stride of a quarter patch; ``study`` what could be wrong at token
-            scale.
+            scale; ``rivals`` are what else makes finer tokens, of the last layer only.
     """
+    if extent == "rivals":
+        return rivals(layers[-1], patch)
     half = patch // 2
     found = [Setting("labels", IDENTITY, layers[-1], stride) for stride in (patch, half)]
     for layer in layers:
@@ -106,3 +150,53 @@ def study(layer: int, patch: int) -> list[Setting]:
     found.append(Setting("study", "best:16:6", layer, patch // 2, unit=True))
     found.append(Setting("study", "best:16:6", layer, patch // 2, upsample="nearest"))
     return found
+
+
+def rivals(layer: int, patch: int) -> list[Setting]:
+    """What else makes finer tokens, and SRT with it. Views are within 6 enlarged pixels."""
+    half = patch // 2
+    found = [
+        Setting("plain", IDENTITY, layer, patch, upsample="nearest"),
+        Setting("bilinear", IDENTITY, layer, half),
+        *(Setting("ours", f"best:{n}:6", layer, half) for n in (2, 4, 8, 9, 16)),
+        *(enlarged(scale, layer, half, patch) for scale in (1.25, 1.5, 2.0, 3.0)),
+        Setting("overlap", IDENTITY, layer, half, "mean", "nearest", tokens="overlap"),
+        Setting("overlap", "best:2:6", layer, half, tokens="overlap"),
+    ]
+    for scale, counts in ((1.25, (2, 4, 6, 9)), (1.5, (2, 3, 4, 5, 9)), (2.0, (2, 4, 5, 9))):
+        found += [Setting("both", f"best:{n}:6", layer, half, scale=scale) for n in counts]
+    for scale, designs in (
+        (1.0, (IDENTITY, "best:2:6", "best:8:6")),
+        (1.5, (IDENTITY, "best:2:6")),
+    ):
+        found += [Setting("flips", words + FLIP, layer, half, scale=scale) for words in designs]
+    for scale in (1.5, 2.0):
+        for words in (IDENTITY, "best:2:6"):
+            found.append(Setting("scales", words, layer, half, second=scale))
+    for scale in (1.0, 1.5):
+        for words in (IDENTITY, "best:4:6"):
+            found.append(Setting("windows", words, layer, half, tokens="windows", scale=scale))
+    for stride in (patch, patch // 4):
+        found += [enlarged(scale, layer, stride, patch) for scale in (1.5, 2.0)]
+        for scale in (1.5, 2.0):
+            found += [Setting("both", f"best:{n}:6", layer, stride, scale=scale) for n in (2, 4)]
+        found.append(Setting("ours", "best:4:6", layer, stride))
+        found.append(Setting("overlap", IDENTITY, layer, stride, tokens="overlap"))
+    return found + blur(layer, half)
+
+
+def enlarged(scale: float, layer: int, stride: int, patch: int) -> Setting:
+    """Without SRT. Where each cell is one token, it is that token."""
+    upsample = "nearest" if stride * scale == patch else "bilinear"
+    return Setting("enlarged", IDENTITY, layer, stride, upsample=upsample, scale=scale)
+
+
+def blur(layer: int, stride: int) -> list[Setting]:
+    """What the mean over a cell of bilinearly upsampled tokens costs at each scale."""
+    found = [Setting("study", IDENTITY, layer, stride, scale=2.0)]
+    for scale in (1.0, 1.5, 2.0):
+        for words in (IDENTITY, "best:2:6", "best:4:6"):
+            found.append(Setting("study", words, layer, stride, centre=True, scale=scale))
+    for words in ("best:2:6", "best:4:6", "best:2:3", "best:4:3"):
+        found.append(Setting("study", words, layer, stride, upsample="nearest", scale=2.0))
+    return [*found, Setting("study", "best:4:3", layer, stride, scale=2.0)]

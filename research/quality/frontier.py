@@ -1,0 +1,99 @@
+"""The best quality for a given cost: the frontier, and the presets that stand on it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from research.quality.settings import Setting
+
+Row = dict[str, Any]
+Column = tuple[str, str]  # a task and its score
+
+COLUMNS: tuple[Column, ...] = (
+    ("davis", "J"),
+    ("davis", "F"),
+    ("camvid", "miou"),
+    ("motorcycle", "rmse"),
+    ("nyu", "rmse"),
+)
+ERRORS = ("rmse",)  # less is better
+BUDGETS = {"fast": 4, "balanced": 16, "best": 64}  # plain forwards, at every size
+
+
+@dataclass
+class Point:
+    """One setting: what it costs and what it is worth."""
+
+    setting: Setting
+    cost: list[float]  # in forwards of the plain picture, for each size of picture
+    scores: dict[Column, float]
+    gains: dict[Column, float] = field(default_factory=dict)  # shares of the best gain
+
+    @property
+    def tasks(self) -> dict[str, float]:
+        """The mean share of each task."""
+        names = dict.fromkeys(task for task, _ in self.gains)
+        return {
+            name: float(np.mean([v for (task, _), v in self.gains.items() if task == name]))
+            for name in names
+        }
+
+    @property
+    def gain(self) -> float:
+        """The mean share over the tasks."""
+        return float(np.mean(list(self.tasks.values())))
+
+    @property
+    def in_library(self) -> bool:
+        """Whether :class:`srt_ext.SRT` makes it."""
+        s = self.setting
+        known = s.family in ("bilinear", "ours", "enlarged", "both", "flips")
+        return known and s.upsample == "bilinear"
+
+
+def compared(setting: Setting) -> bool:
+    """Of the many designs and radii that were measured only the default ones."""
+    usual = re.fullmatch(r"grid:0|paper:3|best:[0-9]+:6", setting.views.removesuffix("+flip"))
+    return (
+        usual is not None
+        and setting.reduce == "mean"
+        and setting.family
+        not in (
+            "labels",
+            "study",
+            "windows",
+        )
+    )
+
+
+def share_of_best(points: Sequence[Point], base: Point) -> None:
+    """Sets the gains: above ``base``, as a share of what the best point gains on a column."""
+    for column in base.scores:
+        sign = -1 if column[1] in ERRORS else 1
+        above = [sign * (p.scores[column] - base.scores[column]) for p in points]
+        for point, value in zip(points, above, strict=True):
+            point.gains[column] = value / max(above) if max(above) > 0 else 0.0
+
+
+def frontier(costs: Sequence[float], values: Sequence[float]) -> list[bool]:
+    """Which points no other is as cheap as and better than, or cheaper than and as good as."""
+    return [
+        not any(
+            (c <= cost and v > value) or (c < cost and v >= value)
+            for c, v in zip(costs, values, strict=True)
+        )
+        for cost, value in zip(costs, values, strict=True)
+    ]
+
+
+def preset(points: Sequence[Point], budget: float) -> Point | None:
+    """The best mean gain of the library's settings that lose on no column, within a budget."""
+    chosen = [
+        p for p in points if p.in_library and max(p.cost) <= budget and min(p.gains.values()) >= 0
+    ]
+    return max(chosen, key=lambda p: p.gain, default=None)
