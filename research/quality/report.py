@@ -303,6 +303,8 @@ def windows(results: Row) -> str:
             values = [mean(found[s], "J"), mean(found[s], "F"), mean(other[s], "miou")]
             views = len(s.design.offsets)
             lines.append([f"{s.scale:g}", label, str(views), *cost, *(f"{v:.3f}" for v in values)])
+    if not lines:
+        return ""
     head = ["scale", "positions", "views", *(f"cost, {size}" for size in sizes(results))]
     return markdown([*head, "DAVIS J", "DAVIS F", "CamVid mIoU"], lines)
 
@@ -376,10 +378,13 @@ def document(results: Row) -> str:
             "The largest mean gain among the settings of `srt_ext.SRT` that lose on no column, "
             "within a budget of plain forwards at both sizes.",
             presets(results, stride),
+        ]
+    if fixed := windows(results):
+        parts += [
             "### A model of one size",
             "The position table resampled to the picture, against windows of the trained size, "
             "which overlap by a third or more and are averaged.",
-            windows(results),
+            fixed,
         ]
     parts += ["## All of them: the last layer", summary(results)]
     for run in runs(results):
@@ -448,8 +453,6 @@ def height(run: tuple[str, str, str]) -> str:
 def curve(p: Point) -> str:
     """The curve of the plot that a point belongs to."""
     s = p.setting
-    if s.upsample == "nearest" and s.family in ("both", "enlarged"):
-        return "enlarged, no SRT, tokens as they are"
     if s.family in ("bilinear", "ours", "enlarged", "both"):
         return "no enlarging" if s.scale == 1 else f"enlarged by {s.scale:g}"
     return {
@@ -466,7 +469,6 @@ STYLES = {
     "enlarged by 1.5": "C2o-",
     "enlarged by 2": "C3o-",
     "enlarged by 3": "C4o-",
-    "enlarged, no SRT, tokens as they are": "k*",
     "flips": "kx",
     "two scales": "k+",
     "overlapping patches": "kD",

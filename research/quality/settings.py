@@ -158,6 +158,7 @@ def rivals(layer: int, patch: int) -> list[Setting]:
     found = [
         Setting("plain", IDENTITY, layer, patch, upsample="nearest"),
         Setting("bilinear", IDENTITY, layer, half),
+        Setting("published", "paper:3", layer, half, upsample="nearest", border="zeros"),
         *(Setting("ours", f"best:{n}:6", layer, half) for n in (2, 4, 8, 9, 16)),
         *(enlarged(scale, layer, half, patch) for scale in (1.25, 1.5, 2.0, 3.0)),
         Setting("overlap", IDENTITY, layer, half, "mean", "nearest", tokens="overlap"),
