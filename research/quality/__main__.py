@@ -28,7 +28,7 @@ from research.quality.cost import operations, seconds
 from research.quality.fields import Fields, Network
 from research.quality.settings import Setting, settings
 
-TASKS = ("davis", "camvid", "depth", "discovery", "retrieval", "classification")
+TASKS = ("cost", "davis", "camvid", "depth", "discovery", "retrieval", "classification")
 SIZES = ((240, 432), (480, 848))  # of which operations are counted
 
 Row = dict[str, Any]
@@ -249,8 +249,9 @@ def main(
         network = Network(model, weights, layers, device)
         wanted = settings(layers, network.patch, extent.value)
         table = Table(output, machine())
-        run_operations(table, network, [s for s in wanted if s.family != "labels"])
-        run_costs(table, network, [s for s in wanted if s.family != "labels"], height)
+        if "cost" in names:
+            run_operations(table, network, [s for s in wanted if s.family != "labels"])
+            run_costs(table, network, [s for s in wanted if s.family != "labels"], height)
         # A field of a quarter patch has nothing for a linear head, which is enlarged anyway.
         coarse = [s for s in wanted if s.stride >= network.patch // 2 and s.family != "labels"]
         if "davis" in names and (data / "davis").is_dir():

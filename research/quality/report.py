@@ -212,6 +212,12 @@ def sizes(results: Row) -> list[str]:
     return sorted(found, key=lambda size: int(size.split()[0]))
 
 
+def seconds(results: Row) -> dict[tuple[Setting, str], float]:
+    """Of each setting and size of picture."""
+    rows = [row for row in results["rows"] if row["task"] == "cost"]
+    return {(setting_of(row), row["item"]): row["scores"]["seconds"] for row in rows}
+
+
 def first_of(results: Row, task: str) -> tuple[str, str, str] | None:
     """The run of a task that the frontier has: of all pictures, else the one with most rows."""
     found = [run for run in runs(results) if run[0] == task]
@@ -242,21 +248,23 @@ def points(results: Row, stride: int) -> list[Point]:
 def frontier_table(results: Row, stride: int) -> str:
     """Cost, scores and gains; what stands on the frontier of the mean gain is marked."""
     shown = points(results, stride)
-    davis = first_of(results, "davis")
-    small = costs(results, davis) if davis else {}
+    taken = seconds(results)
     best = frontier([p.cost[0] for p in shown], [p.gain for p in shown])
     columns, tasks = list(shown[0].scores), list(shown[0].tasks)
     top = {c: (min if c[1] in ERRORS else max)(p.scores[c] for p in shown) for c in columns}
     lines = []
     for p, marked in zip(shown, best, strict=True):
         cells = [f"{value:.1f}" for value in p.cost]
-        cells.append(f"{small[p.setting]:.2f}" if p.setting in small else "-")
+        cells += [
+            f"{taken[p.setting, z]:.2f}" if (p.setting, z) in taken else "" for z in sizes(results)
+        ]
         for c in columns:
             text = f"{p.scores[c]:.{1 if c[1] in ERRORS else 3}f}"
             cells.append(f"**{text}**" if p.scores[c] == top[c] else text)
         cells += [f"{100 * p.tasks[task]:.0f}" for task in tasks] + [f"{100 * p.gain:.0f}"]
         lines.append([words(p.setting), *cells, "x" if marked else ""])
-    head = ["field", *(f"cost, {size}" for size in sizes(results)), "s"]
+    head = ["field", *(f"cost, {size}" for size in sizes(results))]
+    head += [f"s, {size}" for size in sizes(results)]
     head += [f"{SHORT[task]} {WORDS.get(name, name)}" for task, name in columns]
     head += [f"% {SHORT[task]}" for task in tasks] + ["% mean", "frontier"]
     return markdown(head, lines)
@@ -354,12 +362,12 @@ def table(results: Row, run: tuple[str, str, str], layer: int) -> str:
 def document(results: Row) -> str:
     """quality.md."""
     facts = results["machine"]
-    sizes_ = sorted({r["item"] for r in results["rows"] if r["task"] == "cost"})
+    measured = sorted({r["item"] for r in results["rows"] if r["task"] == "cost"})
     parts = [
         "# quality",
         "![Quality against operations](quality.svg)",
-        f"torch {facts['torch']}, commit {facts['commit']}, {facts['date']}. `s`: one picture of "
-        f"{', '.join(sizes_)} pixels, {facts['threads']} threads, median of 3. "
+        f"torch {facts['torch']}, commit {facts['commit']}, {facts['date']}. `s`: seconds of a "
+        f"core for one picture of {' or '.join(measured)} pixels, median of 3. "
         "`published`: views `paper:3`, nearest upsampling, border zeros; the others are bilinear, "
         "border coverage. Means over views where nothing else is said. The best of a column is "
         "bold, for each stride. Plain tokens at a stride of a patch are as the model gives them; "
