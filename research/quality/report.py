@@ -292,9 +292,11 @@ def windows(results: Row) -> str:
     if davis is None or camvid is None:
         return ""
     found, other = gathered(results, davis), gathered(results, camvid)
+    shown = [s for s in found if s.family == "windows" and s in other]
+    if not shown:
+        return ""
     counted = operations(results, davis[2])
     (plain,) = (s for s in counted if s.family == "plain")
-    shown = [s for s in found if s.family == "windows" and s in other]
     lines = []
     for window in sorted(shown, key=lambda s: (s.scale, s.forwards)):
         same = [
@@ -311,8 +313,6 @@ def windows(results: Row) -> str:
             values = [mean(found[s], "J"), mean(found[s], "F"), mean(other[s], "miou")]
             views = len(s.design.offsets)
             lines.append([f"{s.scale:g}", label, str(views), *cost, *(f"{v:.3f}" for v in values)])
-    if not lines:
-        return ""
     head = ["scale", "positions", "views", *(f"cost, {size}" for size in sizes(results))]
     return markdown([*head, "DAVIS J", "DAVIS F", "CamVid mIoU"], lines)
 
@@ -454,8 +454,9 @@ def summary(results: Row) -> str:
 
 
 def height(run: tuple[str, str, str]) -> str:
-    """The first word of a protocol: pixels, or full."""
-    return run[1].split()[0]
+    """Of a protocol: pixels, or full; and whether all pictures are used."""
+    words = run[1].split()[0]
+    return f"{words}, all" if run[0] == "camvid" and "all pictures" in run[1] else words
 
 
 def curve(p: Point) -> str:
