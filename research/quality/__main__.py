@@ -40,6 +40,7 @@ class Extent(str, Enum):
     main = "main"
     study = "study"
     rivals = "rivals"
+    candidates = "candidates"
 
 
 class Table:

@@ -82,8 +82,11 @@ def settings(layers: list[int], patch: int, extent: str) -> list[Setting]:
         patch: pixels. Strides are a patch, its half and its quarter, where these are whole.
         extent: ``quick`` has the families and a few views of ours; ``main`` adds designs, counts,
             radii, medians and the stride of a quarter patch; ``study`` what could be wrong at token
-            scale; ``rivals`` are what else makes finer tokens, of the last layer only.
+            scale; ``rivals`` are what else makes finer tokens, of the last layer only;
+            ``candidates`` are the few among which presets are chosen.
     """
+    if extent == "candidates":
+        return candidates(layers[-1], patch)
     if extent == "rivals":
         return rivals(layers[-1], patch)
     half = patch // 2
@@ -184,6 +187,20 @@ def rivals(layer: int, patch: int) -> list[Setting]:
         found.append(Setting("ours", "best:4:6", layer, stride))
         found.append(Setting("overlap", IDENTITY, layer, stride, tokens="overlap"))
     return found + blur(layer, half)
+
+
+def candidates(layer: int, patch: int) -> list[Setting]:
+    """For presets: few views, a small scale, or both, at half a patch."""
+    half = patch // 2
+    return [
+        Setting("plain", IDENTITY, layer, patch, upsample="nearest"),
+        Setting("bilinear", IDENTITY, layer, half),
+        *(Setting("ours", f"best:{n}:6", layer, half) for n in (4, 9, 16)),
+        *(enlarged(scale, layer, half, patch) for scale in (1.25, 1.5, 2.0)),
+        Setting("both", "best:4:6", layer, half, scale=1.25),
+        *(Setting("both", f"best:{n}:6", layer, half, scale=1.5) for n in (2, 3, 4)),
+        *(Setting("both", f"best:{n}:6", layer, half, scale=2.0) for n in (2, 4)),
+    ]
 
 
 def enlarged(scale: float, layer: int, stride: int, patch: int) -> Setting:
