@@ -16,7 +16,7 @@ def command(
     output: Annotated[Path, typer.Option("--output", "-o", help="The picture to write.")] = Path(
         "srt-demo.png"
     ),
-    views: common.Views = "best:16:3",  # for patches of 8 pixels what a radius of 6 is for 16
+    views: common.Views = "4",
     scenes: Annotated[
         int, typer.Option(min=1, max=1000, help="Number of scenes that are scored.")
     ] = 32,
@@ -34,7 +34,6 @@ def command(
             HELD_OUT,
             PHOTO,
             SCALE,
-            SCALED_VIEWS,
             SIDE,
             Evaluation,
             first_with_rods,
@@ -56,7 +55,7 @@ def command(
         common.echo(
             f"{scenes} scenes of {SIDE} x {SIDE} pixels, labels propagated to a second frame",
             "solids: mean IoU of all, of those not wider than a patch; outlines: F within a pixel",
-            f"SRT: views {views}; with the frame enlarged by {SCALE}: views {SCALED_VIEWS}",
+            f"SRT: views {views}; scale {SCALE}: of frames enlarged by {SCALE}",
         )
         photo = to_pixels(open_image(PHOTO), 2 * SIDE)
         names, rows = zip(*evaluation.rows(first_with_rods(first), photo), strict=True)
