@@ -24,9 +24,10 @@ def command(
 ) -> None:
     """Draws and scores what SRT does for a small ViT that is included; nothing is downloaded.
 
-    Labels are propagated from one frame of a generated scene to the next, where the exact ones are
-    known, too: each pixel takes those of the most similar features. The scenes were not trained on.
-    The picture has the first scene with three clearly visible rods, and a photograph.
+    Labels are propagated from one frame of a generated scene to a second: each cell takes those of
+    the cell with the most similar features. The exact labels of both frames are known. The scenes
+    were not trained on. The picture shows the first scene with three rods that are clearly visible,
+    and a photograph.
     """
     common.check_output(output, common.FIGURE_SUFFIXES)
     with common.user_errors():

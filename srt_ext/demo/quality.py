@@ -1,7 +1,7 @@
 """Label propagation with the features of the small ViT, on scenes with exact labels.
 
-A camera moves aside, and every solid has a label. Those of the first frame are given; each cell of
-the second takes the labels of the cell of the first whose features are the most similar.
+Each solid has a label. Those of a first frame are given. The camera moves aside; each cell of the
+second frame takes the labels of the cell of the first with the most similar features (cosine).
 """
 
 from __future__ import annotations
