@@ -41,6 +41,7 @@ METHODS = (
     f"scale {SCALE}, SRT",
 )
 DRAWN = (0, 1, 2, 4)  # of METHODS
+UNMOVED = "labels not moved"  # the labels of the first frame, taken for those of the second
 
 Frames = tuple[Scene, Scene]
 
@@ -135,21 +136,22 @@ class Evaluation:
     def scores(
         self, scenes: Iterable[Frames], progress: Callable[[int], object] | None = None
     ) -> dict[str, Score]:
-        """Of each of :data:`METHODS`; ``progress`` is called with the number of scenes done."""
+        """Of UNMOVED and METHODS; ``progress`` is called with the number of scenes done."""
+        methods = (UNMOVED, *METHODS)
         solids, thin, outlines = [], [], []  # lists of a value for each method
         self._seconds[:] = 0
         for done, pair in enumerate(scenes, 1):
-            truth, found = pair[1].solids, self.propagated(pair)
+            truth, found = pair[1].solids, [pair[0].solids, *self.propagated(pair)]
             for number, is_thin in solids_of(pair).items():
                 solids.append([iou(truth == number, labels == number) for labels in found])
                 thin += solids[-1:] if is_thin else []
             outlines.append([outline_f(truth, labels) for labels in found])
             if progress is not None:
                 progress(done)
-        columns = (np.reshape(values, (-1, len(METHODS))) for values in (solids, thin, outlines))
+        columns = (np.reshape(values, (-1, len(methods))) for values in (solids, thin, outlines))
         means = [column.mean(0) for column in columns]
-        milliseconds = self._seconds * 1000 / (2 * len(outlines))
-        rows = zip(METHODS, *means, milliseconds, strict=True)
+        milliseconds = 1000 * np.array([0, *self._seconds]) / (2 * len(outlines))
+        rows = zip(methods, *means, milliseconds, strict=True)
         return {method: Score(*map(float, row)) for method, *row in rows}
 
     def rows(self, pair: Frames, photo: np.ndarray) -> list[tuple[str, list[Panel]]]:
