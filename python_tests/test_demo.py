@@ -66,7 +66,10 @@ def test_labels_and_depth_of_a_scene_belong_together() -> None:
         assert one.nearness.dtype == np.float32
         assert ((one.nearness == 0) == (one.labels == 0)).all()  # only the background is far
         assert ((one.solids > 0) == (one.labels >= BOX)).all()
+        for number in np.unique(one.solids)[1:]:
+            assert len(np.unique(one.labels[one.solids == number])) == 1
         assert one.pixels.std() > 2
+    assert max(len(np.unique(one.solids)) for one in made) > 6
     assert set(np.unique([one.labels for one in made])) == set(range(len(CLASSES)))
     # Down the floor it comes nearer.
     floor = made[0].labels == 1
@@ -83,6 +86,7 @@ def test_a_second_camera_sees_the_same_scene() -> None:
         assert cameras[1][0] - cameras[0][0] == pytest.approx([step, 0, 0])
         seen = np.flatnonzero(first.nearness)
         (eye, rays, forward), (eye2, rays2, forward2) = cameras
+        assert forward2[0] * scenes.AIM == pytest.approx(-step * forward2[2])  # it turned back
         depth = 1 / first.nearness.ravel()[seen, None]
         away = eye + rays[seen] * depth / (rays[seen] @ forward)[:, None] - eye2
         cosines = scenes._unit(away) @ rays2.T
@@ -119,6 +123,7 @@ def test_the_scene_that_is_drawn_is_the_first_with_three_rods() -> None:
     while rods(frames(seed)) < 3:
         seed += 1
     np.testing.assert_array_equal(drawn[1].pixels, frames(seed)[1].pixels)
+    assert (drawn[0].solids != drawn[1].solids).mean() > 0.01
 
 
 def test_labels_follow_the_most_similar_features() -> None:
