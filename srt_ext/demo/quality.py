@@ -1,137 +1,194 @@
-"""The small ViT on scenes with exact labels: its plain tokens against SRT."""
+"""Label propagation with the features of the small ViT, on scenes with exact labels.
+
+Each solid has a label. Those of a first frame are given. The camera moves aside; each cell of the
+second frame takes the labels of the cell of the first with the most similar features (cosine).
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.colors import to_rgb
-from scipy.ndimage import maximum_filter, minimum_filter
+import torch.nn.functional as F  # noqa: N812
+from matplotlib.colors import hsv_to_rgb
+from scipy.ndimage import distance_transform_edt, maximum_filter, minimum_filter
 
-from ..viz import Comparison, LayerTokens, Panel, color_map, enlarge
-from .scenes import BOX, CLASSES, Scene, scene
+from ..srt import SRT
+from ..viz import Panel, PCAColors, enlarge
+from .scenes import Scene, scene
+from .small import PATCH
 
 if TYPE_CHECKING:
     from ..cli.common import Network
 
-SIDE = 112  # pixels of a scene: the largest that the model was trained on
-OUTLINE_RADIUS = 4  # pixels: half a patch
+SIDE = 112  # pixels of a frame: the largest that the model was trained on
+STRIDE = 2  # pixels between the cells that are compared
+RODS = 4  # thin solids that are added to every scene
+STEP = 0.4  # metres from the first camera to the second
+VISIBLE = 8  # pixels that a solid must have in both frames to be scored
+SCALE = 2  # of the enlarged frames
 HELD_OUT = 2_000_000  # seeds from here on were neither trained on nor looked at in training
 PHOTO = Path(__file__).with_name("astronaut.jpg")
-METHODS = ("plain tokens", "tokens, bilinear", "SRT mean", "SRT median")
+METHODS = (
+    "plain tokens",
+    "tokens, bilinear",
+    "SRT",
+    f"scale {SCALE}, bilinear",
+    f"scale {SCALE}, SRT",
+)
+DRAWN = (0, 1, 2, 4)  # of METHODS
+UNMOVED = "labels not moved"  # the labels of the first frame, taken for those of the second
 
-
-class Prediction(NamedTuple):
-    """The output of the model's head for an image."""
-
-    labels: np.ndarray  # [H, W] int64, of CLASSES
-    segments: np.ndarray  # [H, W] int64, of background, floor and solids of all kinds
-    nearness: np.ndarray  # [H, W] float32, 1 / metres
+Frames = tuple[Scene, Scene]
 
 
 class Score(NamedTuple):
-    """Over all pixels of all scenes. IoU: the mean over the classes in them."""
+    """The propagated labels against the exact ones."""
 
-    segments: float  # IoU of background, floor and solids
-    outlines: float  # the same within OUTLINE_RADIUS pixels of where they meet
-    kinds: float  # IoU of CLASSES
-    nearness: float  # root of the mean squared error, 1 / metres
+    solids: float  # mean IoU of all solids of all scenes
+    thin: float  # the same of those not wider than a patch
+    outlines: float  # mean over the scenes: F of the outlines of the labels, within one pixel
+    milliseconds: float  # of model and SRT, a frame
 
 
-def first_complete_seed(seed: int) -> int:
-    """The first seed >= ``seed`` whose scene has each of CLASSES on at least 2 % of its pixels."""
-    while True:
-        counts = np.bincount(scene(seed, SIDE, SIDE).labels.ravel(), minlength=len(CLASSES))
-        if counts.min() * 50 >= SIDE * SIDE:
-            return seed
+def frames(seed: int) -> Frames:
+    """A scene from both cameras."""
+    first, second = (scene(seed, SIDE, SIDE, rods=RODS, step=step) for step in (0, STEP))
+    return first, second
+
+
+def solids_of(pair: Frames) -> dict[int, bool]:
+    """The solids that are scored, and whether they are thin in the second frame."""
+    numbers = np.flatnonzero(_pixels(pair)[1:] >= VISIBLE) + 1
+    widths = [2 * distance_transform_edt(pair[1].solids == number).max() for number in numbers]
+    return {int(n): bool(width <= PATCH) for n, width in zip(numbers, widths, strict=True)}
+
+
+def first_with_rods(seed: int) -> Frames:
+    """Of the first seed >= ``seed`` with three rods on 0.5 % of the pixels each."""
+    while (_pixels(pair := frames(seed))[1 : RODS + 1] * 200 >= SIDE * SIDE).sum() < 3:
         seed += 1
+    return pair
 
 
-def _truth(made: Scene) -> Prediction:
-    labels = made.labels.astype(np.int64)
-    return Prediction(labels, np.minimum(labels, BOX), made.nearness)
+def _pixels(pair: Frames) -> np.ndarray:
+    """How many pixels each solid has at least in both frames, [256]."""
+    return np.minimum(*(np.bincount(made.solids.ravel(), minlength=256) for made in pair))
 
 
-def _iou(truth: np.ndarray, predicted: np.ndarray) -> float:
-    from sklearn.metrics import jaccard_score
+def propagate(first: torch.Tensor, second: torch.Tensor, labels: np.ndarray) -> np.ndarray:
+    """Features [1, C, h, w] of both frames and labels [H, W] of the first -> of the second."""
+    given = F.one_hot(torch.from_numpy(labels).long()).movedim(2, 0)[None].float()
+    shares = F.interpolate(given, first.shape[2:], mode="area")  # of each cell, [1, K, h, w]
+    source, target = (F.normalize(field[0].flatten(1), dim=0) for field in (first, second))
+    nearest = (target.T @ source).argmax(1)  # [h * w]
+    found = shares.flatten(2)[:, :, nearest].view_as(shares)
+    enlarged: np.ndarray = F.interpolate(found, labels.shape, mode="bilinear")[0].argmax(0).numpy()
+    return enlarged
 
-    present = np.unique(truth)
-    return float(jaccard_score(truth.ravel(), predicted.ravel(), labels=present, average="macro"))
+
+def iou(truth: np.ndarray, found: np.ndarray) -> float:
+    return float((truth & found).sum() / (truth | found).sum())
+
+
+def outline_f(truth: np.ndarray, found: np.ndarray) -> float:
+    """Labels [H, W] -> the harmonic mean of precision and recall of their outlines."""
+    exact, drawn = (maximum_filter(m, 2) != minimum_filter(m, 2) for m in (truth, found))
+    precise, recalled = exact & maximum_filter(drawn, 3), drawn & maximum_filter(exact, 3)
+    precision, recall = recalled.sum() / max(1, drawn.sum()), precise.sum() / max(1, exact.sum())
+    return float(2 * precision * recall / max(1e-9, precision + recall))
 
 
 class Evaluation:
-    """Scores the head of the small ViT on fields of its features."""
+    """Scores and draws :data:`METHODS` for the small ViT."""
 
     def __init__(self, network: Network, views: str | None) -> None:
-        self.network, self.views = network, views
-        self._comparison = Comparison(network.backbone, views)
+        self.network = network
+        model = network.backbone
+        self._methods = (
+            SRT(model, 1, stride=PATCH, upsample="nearest"),
+            SRT(model, 1, stride=STRIDE),
+            SRT(model, views, stride=STRIDE),
+            SRT(model, 1, scale=SCALE, stride=STRIDE),
+            SRT(model, views, scale=SCALE, stride=STRIDE),
+        )
+        self._seconds = np.zeros(len(METHODS))
 
-    @torch.no_grad()
-    def predict(self, pixels: np.ndarray) -> list[Prediction]:
-        """pixels [H, W, 3] uint8 -> a prediction for each of :data:`METHODS`."""
-        (layer,) = self._comparison.tokens(self.network.image(pixels))
-        return [self._predict(layer, method, pixels.shape[:2]) for method in METHODS]
+    def fields(self, pixels: np.ndarray) -> list[torch.Tensor]:
+        """pixels [H, W, 3] uint8 -> features [1, C, h, w] of each method."""
+        image = self.network.image(pixels)
+        fields = []
+        for i, srt in enumerate(self._methods):
+            start = time.perf_counter()
+            fields.append(srt(image).field)
+            self._seconds[i] += time.perf_counter() - start
+        return fields
 
-    def _predict(self, layer: LayerTokens, method: str, size: tuple[int, ...]) -> Prediction:
-        field, cell = layer.plain.map, layer.plain.patch
-        if method != METHODS[0]:
-            field, cell = self._comparison.field(layer, method.split()[-1]), (1, 1)
-        # The head is linear: on a mean it gives the mean of its outputs for the views.
-        found = self.network.model.head(field[0].permute(1, 2, 0)).numpy()
-        found = enlarge(found, cell, size)
-        logits = torch.from_numpy(found[..., :-1])
-        solid = logits[..., BOX:].logsumexp(2, keepdim=True)
-        segments = torch.cat([logits[..., :BOX], solid], 2).argmax(2)
-        return Prediction(logits.argmax(2).numpy(), segments.numpy(), found[..., -1])
+    def propagated(self, pair: Frames) -> list[np.ndarray]:
+        """The labels of the second frame, [H, W] int64, by each method."""
+        fields = zip(*(self.fields(made.pixels) for made in pair), strict=True)
+        return [propagate(first, second, pair[0].solids) for first, second in fields]
 
     def scores(
-        self, scenes: Iterable[Scene], progress: Callable[[int], object] | None = None
+        self, scenes: Iterable[Frames], progress: Callable[[int], object] | None = None
     ) -> dict[str, Score]:
-        """Of each of :data:`METHODS`; ``progress`` is called with the number of scenes done."""
-        from sklearn.metrics import root_mean_squared_error
-
-        found: list[list[Prediction]] = []  # for each scene: the truth, then of each method
-        for done, made in enumerate(scenes, 1):
-            found.append([_truth(made), *self.predict(made.pixels)])
+        """Of UNMOVED and METHODS; ``progress`` is called with the number of scenes done."""
+        methods = (UNMOVED, *METHODS)
+        solids, thin, outlines = [], [], []  # lists of a value for each method
+        self._seconds[:] = 0
+        for done, pair in enumerate(scenes, 1):
+            truth, found = pair[1].solids, [pair[0].solids, *self.propagated(pair)]
+            for number, is_thin in solids_of(pair).items():
+                solids.append([iou(truth == number, labels == number) for labels in found])
+                thin += solids[-1:] if is_thin else []
+            outlines.append([outline_f(truth, labels) for labels in found])
             if progress is not None:
                 progress(done)
-        columns = zip(*found, strict=True)
-        stacked = ([np.stack(part) for part in zip(*column, strict=True)] for column in columns)
-        labels, segments, nearness = next(stacked)
-        spread = (1, 2 * OUTLINE_RADIUS + 1, 2 * OUTLINE_RADIUS + 1)
-        outlines = maximum_filter(segments, spread) != minimum_filter(segments, spread)
-        scores = {}
-        for method, (predicted, parts, near) in zip(METHODS, stacked, strict=True):
-            scores[method] = Score(
-                _iou(segments, parts),
-                _iou(segments[outlines], parts[outlines]),
-                _iou(labels, predicted),
-                float(root_mean_squared_error(nearness.ravel(), near.ravel())),
-            )
-        return scores
+        columns = (np.reshape(values, (-1, len(methods))) for values in (solids, thin, outlines))
+        means = [column.mean(0) for column in columns]
+        milliseconds = 1000 * np.array([0, *self._seconds]) / (2 * len(outlines))
+        rows = zip(methods, *means, milliseconds, strict=True)
+        return {method: Score(*map(float, row)) for method, *row in rows}
 
-    def rows(self, made: Scene, photo: np.ndarray) -> list[tuple[str, list[Panel]]]:
-        """The rows of a figure, each of which begins with the input or the exact labels.
-
-        Both images are square; photo: [H, H, 3] uint8.
-        """
-        near_colors = color_map(0, float(made.nearness.max()), "magma")
-        segments, depth = [], []
-        predictions = [_truth(made), *self.predict(made.pixels)]
-        for title, prediction in zip(("exact", *METHODS), predictions, strict=True):
-            segments.append(Panel(title, _CLASS_COLORS[prediction.labels]))
-            depth.append(Panel(title, near_colors.to_rgba(prediction.nearness)[..., :3]))
-        features = [
-            Comparison(self.network.backbone, self.views)(self.network.image(pixels), pixels)[0]
-            for pixels in (made.pixels, photo)
+    def rows(self, pair: Frames, photo: np.ndarray) -> list[tuple[str, list[Panel]]]:
+        """The rows of a figure of the methods in DRAWN; photo: [H, H, 3] uint8."""
+        first, second = pair
+        found = self.propagated(pair)
+        labels = [Panel("second frame: exact", _painted(second, second.solids))]
+        labels += [Panel(METHODS[i], _painted(second, found[i])) for i in DRAWN]
+        y, x = _around(second.solids == _pixels(pair)[1 : RODS + 1].argmax() + 1)
+        zoomed = [Panel(p.title, enlarge(p.rgb[y, x], (2, 2), p.rgb.shape)) for p in labels]
+        given = Panel("first frame: labels given", _painted(first, first.solids))
+        return [
+            ("features", [given, *self._features(second.pixels)]),
+            ("labels", labels),
+            ("zoomed", zoomed),
+            ("features", [Panel("input", photo.astype(np.float32) / 255), *self._features(photo)]),
         ]
-        names = ("features", "segments", "nearness", "features")
-        return list(zip(names, (features[0], segments, depth, features[1]), strict=True))
+
+    def _features(self, pixels: np.ndarray) -> list[Panel]:
+        fields, size = self.fields(pixels), pixels.shape[:2]
+        colors = PCAColors(fields[0])
+        cells = [(size[0] // field.shape[2],) * 2 for field in fields]
+        rgb = [enlarge(colors(f), c, size) for f, c in zip(fields, cells, strict=True)]
+        return [Panel(METHODS[i], rgb[i]) for i in DRAWN]
 
 
-# For each of CLASSES: dark, grey, and four that also differ in lightness.
-_COLORS = ("#21212b", "#999999", "#cc4033", "#f2d94d", "#3366cc", "#59b366")
-_CLASS_COLORS = np.array([to_rgb(color) for color in _COLORS], dtype=np.float32)
+def _painted(made: Scene, labels: np.ndarray) -> np.ndarray:
+    """The frame in grey with the solids in colors, RGB [H, W, 3] in 0 .. 1."""
+    grey = 0.15 + 0.7 * made.pixels.mean(2, keepdims=True) / 255
+    hue = labels * 0.382 % 1  # those of any few numbers in a row are far from each other
+    colors = hsv_to_rgb(np.stack([hue, np.full(hue.shape, 0.75), np.full(hue.shape, 0.95)], 2))
+    rgb: np.ndarray = np.where(labels[..., None] > 0, 0.2 * grey + 0.8 * colors, grey)
+    return rgb
+
+
+def _around(mask: np.ndarray) -> tuple[slice, slice]:
+    """The quarter of an image [H, H] around the middle of a mask."""
+    side = len(mask) // 2
+    y, x = np.clip(np.argwhere(mask).mean(0).astype(int) - side // 2, 0, side)
+    return slice(y, y + side), slice(x, x + side)

@@ -17,6 +17,7 @@ BACKGROUND, FLOOR, BOX, BALL, CYLINDER, CONE = range(6)
 
 Vectors = np.ndarray  # [..., 3], x to the right, y up, z away from the camera; metres
 FAR = 1e6  # metres: no hit
+AIM = 4.0  # metres: a camera that steps aside keeps what is as far ahead in the middle
 
 
 class Scene(NamedTuple):
@@ -25,6 +26,7 @@ class Scene(NamedTuple):
     pixels: np.ndarray  # [H, W, 3] uint8
     labels: np.ndarray  # [H, W] uint8, of CLASSES
     nearness: np.ndarray  # [H, W] float32, 1 / metres along the camera's axis; 0: background
+    solids: np.ndarray  # [H, W] uint8, the number of the solid, from 1; 0: none
 
 
 class _Solid(NamedTuple):
@@ -35,14 +37,20 @@ class _Solid(NamedTuple):
     material: _Material
 
 
-def scene(seed: int, height: int, width: int) -> Scene:
-    """The same seed (>= 0) and size in pixels give the same scene."""
-    random = np.random.default_rng(seed)
-    eye, rays, forward = _camera(random, height, width)
-    solids = [_solid(random) for _ in range(random.integers(4, 14))]
+def scene(seed: int, height: int, width: int, *, rods: int = 0, step: float = 0.0) -> Scene:
+    """The same seed (>= 0) and size in pixels give the same scene.
+
+    ``rods``: how many thin solids to add; they have the first numbers. ``step``: metres by which
+    the camera moves to the right; it turns so that the middle of the image stays in view.
+    """
+    random, more = (np.random.default_rng(s) for s in (seed, (seed, 1)))
+    eye, rays, forward = _camera(random, height, width, step)
+    solids = [_rod(more) for _ in range(rods)]
+    solids += [_solid(random) for _ in range(random.integers(4, 14))]
     floor, wall = _Material(random), _Material(random)
     distance = np.full(len(rays), FAR)
     labels = np.full(len(rays), BACKGROUND, dtype=np.uint8)
+    numbers = np.zeros_like(labels)
     normals = np.zeros_like(rays)
     colours = _sky(random, rays, wall)
     light = _unit(np.array([random.normal(), random.uniform(0.4, 1.5), random.normal() - 0.4]))
@@ -51,7 +59,7 @@ def scene(seed: int, height: int, width: int) -> Scene:
     hit = to_floor < 60
     distance[hit], labels[hit], normals[hit] = to_floor[hit], FLOOR, (0, 1, 0)
     colours[hit] = floor((eye + rays[hit] * to_floor[hit, None]) * (1, 0, 1))
-    for solid in solids:
+    for number, solid in enumerate(solids, 1):
         reached = _reached(solid, eye[None], rays)
         if not len(reached):
             continue
@@ -59,6 +67,7 @@ def scene(seed: int, height: int, width: int) -> Scene:
         nearer = t < distance[reached]
         index = reached[nearer]
         distance[index], labels[index], normals[index] = t[nearer], solid.kind, normal[nearer]
+        numbers[index] = number
         local = (eye + rays[index] * t[nearer, None] - solid.centre) @ solid.turn
         colours[index] = solid.material(local)
 
@@ -85,9 +94,10 @@ def scene(seed: int, height: int, width: int) -> Scene:
     nearness = np.where(labels == BACKGROUND, 0, 1 / np.maximum(depth, 1e-3))
     shape = (height, width)
     return Scene(
-        _photographed(random, colours.reshape(*shape, 3)),
+        _photographed(random, colours.reshape(*shape, 3), more if step else random),
         labels.reshape(shape),
         nearness.reshape(shape).astype(np.float32),
+        numbers.reshape(shape),
     )
 
 
@@ -109,11 +119,12 @@ def _turn(axis: int, angle: float) -> np.ndarray:
 
 
 def _camera(
-    random: np.random.Generator, height: int, width: int
+    random: np.random.Generator, height: int, width: int, step: float
 ) -> tuple[Vectors, Vectors, Vectors]:
     """The eye [3], a unit vector through the middle of each pixel [H * W, 3], and the axis [3]."""
-    eye = np.array([0, random.uniform(0.7, 2.4), 0])
+    eye = np.array([step, random.uniform(0.7, 2.4), 0])
     turn = _turn(0, random.uniform(0.05, 0.55)) @ _turn(2, random.normal(0, 0.05))
+    turn = _turn(1, -np.arctan(step / AIM)) @ turn
     slope = np.tan(random.uniform(0.35, 0.6))  # of the longer side, from the middle to the edge
     y, x = np.mgrid[:height, :width]
     side = max(height, width)
@@ -143,6 +154,17 @@ def _solid(random: np.random.Generator) -> _Solid:
     if kind in (BALL, BOX):
         reach = np.linalg.norm(axes) if kind == BALL else np.abs(axes).sum()
     return _Solid(kind, np.array([across, reach, ahead]), turn, radii, _Material(random))
+
+
+def _rod(random: np.random.Generator) -> _Solid:
+    """A post or a leaning bar, 3 to 7 cm thick."""
+    radii = random.uniform(0.015, 0.035) + np.array([0, random.uniform(0.3, 0.9), 0])
+    turn = _turn(1, random.uniform(0, 2 * np.pi)) @ _turn(0, random.uniform(-0.6, 0.6))
+    ahead = np.exp(random.uniform(np.log(1.5), np.log(5)))
+    across = random.uniform(-0.5, 0.5) * ahead
+    kind = (BOX, CYLINDER)[random.integers(2)]
+    height = np.abs(turn[1] * radii).sum()
+    return _Solid(kind, np.array([across, height, ahead]), turn, radii, _Material(random))
 
 
 def _reached(solid: _Solid, origins: Vectors, rays: Vectors) -> np.ndarray:
@@ -290,11 +312,13 @@ def _sky(random: np.random.Generator, rays: Vectors, wall: _Material) -> Any:
     return (low + share * (high - low)) * (1 + random.uniform(0, 0.5) * (clouds - 0.5))
 
 
-def _photographed(random: np.random.Generator, colours: np.ndarray) -> np.ndarray:
+def _photographed(
+    random: np.random.Generator, colours: np.ndarray, grain: np.random.Generator
+) -> np.ndarray:
     """Linear RGB [H, W, 3] -> uint8: exposure, a lens that blurs a little, noise, gamma."""
     exposed, blur = colours * random.uniform(0.8, 1.25), random.uniform(0.4, 0.8)
     blurred = gaussian_filter(exposed, (blur, blur, 0))
     shown = np.clip(blurred, 0, 1) ** (1 / random.uniform(1.4, 2.4))
-    shown += random.normal(0, random.uniform(0, 0.03), shown.shape)
+    shown += grain.normal(0, random.uniform(0, 0.03), shown.shape)
     pixels: np.ndarray = np.rint(np.clip(shown, 0, 1) * 255).astype(np.uint8)
     return pixels
