@@ -117,6 +117,8 @@ def words(setting: Setting) -> str:
     views = "published" if setting.family == "published" else f"`{name}`"
     if name != IDENTITY:
         parts.append(views)
+    elif setting.family == "enlarged":
+        parts.append("no SRT")
     elif not parts or setting.family == "windows":
         parts.append("one view")
     if setting.views != name:
@@ -245,45 +247,46 @@ def points(results: Row, stride: int) -> list[Point]:
     return sorted(chosen, key=lambda p: p.cost)
 
 
+def ratios(values: list[float], digits: int = 1) -> str:
+    return " / ".join(f"{value:.{digits}f}" for value in values)
+
+
+def described(p: Point) -> list[str]:
+    """Of a point its words, cost, scores and gains."""
+    scores = [f"{v:.{1 if c[1] in ERRORS else 3}f}" for c, v in p.scores.items()]
+    gains = ratios([100 * gain for gain in p.tasks.values()], 0)
+    return [words(p.setting), ratios(p.cost), *scores, gains, f"{100 * p.gain:.0f}"]
+
+
+def headings(p: Point) -> list[str]:
+    """Of :func:`described`."""
+    scores = [f"{SHORT[task]} {WORDS.get(name, name)}" for task, name in p.scores]
+    return [
+        "field",
+        "cost",
+        *scores,
+        f"gain: {' / '.join(SHORT[task] for task in p.tasks)}",
+        "mean gain",
+    ]
+
+
 def frontier_table(results: Row, stride: int) -> str:
-    """Cost, scores and gains; what stands on the frontier of the mean gain is marked."""
-    shown = points(results, stride)
-    taken = seconds(results)
+    """What stands on the frontier of the mean gain is marked."""
+    shown, taken = points(results, stride), seconds(results)
     best = frontier([p.cost[0] for p in shown], [p.gain for p in shown])
-    columns, tasks = list(shown[0].scores), list(shown[0].tasks)
-    top = {c: (min if c[1] in ERRORS else max)(p.scores[c] for p in shown) for c in columns}
     lines = []
     for p, marked in zip(shown, best, strict=True):
-        cells = [f"{value:.1f}" for value in p.cost]
-        cells += [
-            f"{taken[p.setting, z]:.2f}" if (p.setting, z) in taken else "" for z in sizes(results)
-        ]
-        for c in columns:
-            text = f"{p.scores[c]:.{1 if c[1] in ERRORS else 3}f}"
-            cells.append(f"**{text}**" if p.scores[c] == top[c] else text)
-        cells += [f"{100 * p.tasks[task]:.0f}" for task in tasks] + [f"{100 * p.gain:.0f}"]
-        lines.append([words(p.setting), *cells, "x" if marked else ""])
-    head = ["field", *(f"cost, {size}" for size in sizes(results))]
-    head += [f"s, {size}" for size in sizes(results)]
-    head += [f"{SHORT[task]} {WORDS.get(name, name)}" for task, name in columns]
-    head += [f"% {SHORT[task]}" for task in tasks] + ["% mean", "frontier"]
-    return markdown(head, lines)
+        read = [taken[p.setting, size] for size in sizes(results) if (p.setting, size) in taken]
+        lines.append([*described(p), ratios(read, 2), "x" if marked else ""])
+    return markdown([*headings(shown[0]), "s", "frontier"], lines)
 
 
 def presets(results: Row, stride: int) -> str:
     """The settings that the budgets choose."""
     shown = points(results, stride)
-    lines = []
-    for name, budget in BUDGETS.items():
-        if p := preset(shown, budget):
-            values = [f"{v:.{1 if c[1] in ERRORS else 3}f}" for c, v in p.scores.items()]
-            cost = [f"{value:.1f}" for value in p.cost]
-            lines.append(
-                [name, str(budget), words(p.setting), *cost, *values, f"{100 * p.gain:.0f}"]
-            )
-    head = ["preset", "budget", "field", *(f"cost, {size}" for size in sizes(results))]
-    head += [f"{SHORT[task]} {WORDS.get(name, name)}" for task, name in shown[0].scores]
-    return markdown([*head, "% mean"], lines)
+    chosen = [(name, budget, preset(shown, budget)) for name, budget in BUDGETS.items()]
+    lines = [[name, str(budget), *described(p)] for name, budget, p in chosen if p]
+    return markdown(["preset", "budget", *headings(shown[0])], lines)
 
 
 def windows(results: Row) -> str:
@@ -309,12 +312,12 @@ def windows(results: Row) -> str:
             and s in other
         ]
         for label, s in (*(("resampled", s) for s in same), ("windows", window)):
-            cost = [f"{counted[s][z] / counted[plain][z]:.1f}" for z in sizes(results)]
+            cost = ratios([counted[s][z] / counted[plain][z] for z in sizes(results)])
             values = [mean(found[s], "J"), mean(found[s], "F"), mean(other[s], "miou")]
             views = len(s.design.offsets)
-            lines.append([f"{s.scale:g}", label, str(views), *cost, *(f"{v:.3f}" for v in values)])
-    head = ["scale", "positions", "views", *(f"cost, {size}" for size in sizes(results))]
-    return markdown([*head, "DAVIS J", "DAVIS F", "CamVid mIoU"], lines)
+            lines.append([f"{s.scale:g}", label, str(views), cost, *(f"{v:.3f}" for v in values)])
+    head = ["scale", "positions", "views", "cost", "DAVIS J", "DAVIS F", "CamVid mIoU"]
+    return markdown(head, lines)
 
 
 def table(results: Row, run: tuple[str, str, str], layer: int) -> str:
@@ -379,8 +382,9 @@ def document(results: Row) -> str:
         parts += [
             "## The best quality for a given cost",
             f"Last layer, stride {stride}. Cost: operations of the model, in forwards of the plain "
-            "picture. Gains over plain tokens on the same grid, in per cent of what the best "
-            "setting gains; the mean is over the tasks. x: nothing as cheap has a larger mean.",
+            f"picture, at {' and '.join(sizes(results))} pixels; s: seconds there. Gains over plain "
+            "tokens on the same grid, in per cent of what the best setting gains; the mean is over "
+            "the tasks. x: nothing as cheap has a larger mean.",
             frontier_table(results, stride),
             "### Presets",
             "The largest mean gain among the settings of `srt_ext.SRT` that lose on no column, "
