@@ -333,12 +333,12 @@ def test_models_that_declare_any_size_take_a_preset(case: tuple[str, str]) -> No
     backbone = describe(model)
     assert backbone.any_size == (family not in ("BEiT", "Swin"))
     if backbone.any_size:
-        srt = SRT(model, quality="balanced", stride=patch)
+        srt = SRT(model, quality="outlines", stride=patch)
         assert srt.scale > 1
         assert srt(torch.randn(1, 3, 4 * patch, 3 * patch)).field.shape[2:] == (4, 3)
     else:
-        with pytest.warns(UserWarning, match="scale 1 is taken"):
-            assert SRT(model, quality="balanced").scale == 1
+        with pytest.warns(UserWarning, match="'outlines' uses scale 1 in place of 1.5"):
+            assert SRT(model, quality="outlines").scale == 1
 
 
 @pytest.mark.parametrize("family", TRANSFORMERS)

@@ -198,7 +198,7 @@ def test_16_bits_keep_their_shades_and_transparent_pixels_are_white(tmp_path: Pa
         ("show photo.png SMALL --model test_resnet", "more). Name the model that they are of wi"),
         ("show photo.png SMALL --model vit_tiny_patch16_224", " must be [1, 1, 192], is"),
         ("show photo.png --views ring", "views must be"),
-        ("show photo.png SMALL --quality best --views 3", "views and scale must be left out with"),
+        ("show photo.png SMALL --quality fast --views 3", "views and scale must be left out with"),
         ("show photo.png SMALL --layer 6", "layers must be in -6 ... 5; got 6"),
         ("show photo.png -o out.xyz", "must end in"),
         ("show photo.png -o out.gif", "must end in .png"),
@@ -355,7 +355,7 @@ def test_scale_and_quality_are_those_of_srt(photo: Path, tmp_path: Path) -> None
     common: Any = ("--stride", 4, "--model", "small")
     for options, settings in (
         (("--scale", 1.5, "--views", "3+flip"), {"scale": 1.5, "views": "3+flip"}),
-        (("--quality", "best"), {"quality": "best"}),
+        (("--quality", "outlines"), {"quality": "outlines"}),
         ((), {}),
     ):
         text, tensors = features(photo, tmp_path / "out.npz", *common, *options)

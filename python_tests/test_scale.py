@@ -196,13 +196,14 @@ def test_a_preset_enlarges_only_for_models_that_take_any_size(vit: Any) -> None:
         (vit, {"layers": "blocks.0"}),
         (pooled((8, 8)), {"patch": 8}),
     ):
-        with pytest.warns(UserWarning, match="scale 1 is taken in place of") as caught:
-            srt = SRT(model, **settings)
+        with pytest.warns(UserWarning, match="'outlines' uses scale 1 in place of") as caught:
+            srt = SRT(model, quality="outlines", **settings)
         assert len(caught) == 1
         assert caught[0].filename == __file__
-        assert (srt.scale, number(srt)) == (1, srt_module.PRESETS[srt_module.DEFAULT][1])
+        assert (srt.scale, number(srt)) == (1, srt_module.PRESETS["outlines"][1])
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            SRT(model, **settings)
             SRT(model, 4, **settings)
             assert SRT(model, scale=1.5, **settings).scale == 1.5
             assert SRT(model, scale=1, **settings).scale == 1

@@ -22,6 +22,7 @@ from research.quality.cost import operations, seconds
 from research.quality.fields import Fields, Network, overlapping, read, unit
 from research.quality.settings import IDENTITY, Setting, settings
 from srt_ext.backbones import describe
+from srt_ext.srt import PRESETS
 
 # ---- measures -----------------------------------------------------------------------------------
 
@@ -448,6 +449,15 @@ def test_presets_lose_on_nothing_and_keep_to_the_budget_at_every_size() -> None:
     assert frontier.preset(points, 20) is larger
     assert frontier.preset(points, 3) is plain
     assert frontier.preset(points, 0.5) is None
+    assert frontier.preset(points, 16, ["davis"]) is worse
+
+
+def test_the_presets_of_the_library_are_those_of_the_committed_results() -> None:
+    points = report.points(load(RESULTS / "quality.json"), 8)
+    for name, (budget, tasks) in frontier.PRESETS.items():
+        chosen = frontier.preset(points, budget, tasks)
+        assert chosen is not None
+        assert PRESETS[name] == (chosen.setting.scale, chosen.setting.forwards)
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("quality*.json")), ids=lambda path: path.stem)

@@ -10,7 +10,7 @@ Upsample: TypeAlias = Literal["nearest", "bilinear"]
 Border: TypeAlias = Literal["coverage", "zeros", "clamp"]
 Padding: TypeAlias = Literal["zeros", "border", "reflect", "circular"]
 Interpolation: TypeAlias = Literal["nearest", "bilinear", "bicubic"]
-Quality: TypeAlias = Literal["fast", "balanced", "best"]
+Quality: TypeAlias = Literal["fast", "balanced", "outlines"]
 
 Pair: TypeAlias = Sequence[int]  # (y, x)
 Stride: TypeAlias = int | Pair  # one integer stands for both

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,9 +20,16 @@ COLUMNS: tuple[Column, ...] = (
     ("camvid", "miou"),
     ("motorcycle", "rmse"),
     ("nyu", "rmse"),
+    ("discovery", "IoU"),
+    ("retrieval", "mAP"),
 )
 ERRORS = ("rmse",)  # less is better
-BUDGETS = {"fast": 4, "balanced": 16, "best": 64}  # plain forwards, at every size
+# Plain forwards, at every size, and the tasks that count; none: all.
+PRESETS: dict[str, tuple[float, tuple[str, ...]]] = {
+    "fast": (4, ()),
+    "balanced": (16, ()),
+    "outlines": (16, ("davis", "discovery")),
+}
 
 
 @dataclass
@@ -46,7 +53,11 @@ class Point:
     @property
     def gain(self) -> float:
         """The mean share over the tasks."""
-        return float(np.mean(list(self.tasks.values())))
+        return self.gain_on(())
+
+    def gain_on(self, tasks: Collection[str]) -> float:
+        """The mean share over some tasks; none: all."""
+        return float(np.mean([v for name, v in self.tasks.items() if not tasks or name in tasks]))
 
     @property
     def in_library(self) -> bool:
@@ -91,9 +102,16 @@ def frontier(costs: Sequence[float], values: Sequence[float]) -> list[bool]:
     ]
 
 
-def preset(points: Sequence[Point], budget: float) -> Point | None:
-    """The best mean gain of the library's settings that lose on no column, within a budget."""
+def preset(points: Sequence[Point], budget: float, tasks: Collection[str] = ()) -> Point | None:
+    """The best mean gain on some tasks (none: all), within a budget of plain forwards.
+
+    Of the settings of the library that lose on no column of these tasks.
+    """
     chosen = [
-        p for p in points if p.in_library and max(p.cost) <= budget and min(p.gains.values()) >= 0
+        p
+        for p in points
+        if p.in_library
+        and max(p.cost) <= budget
+        and min(v for (task, _), v in p.gains.items() if not tasks or task in tasks) >= 0
     ]
-    return max(chosen, key=lambda p: p.gain, default=None)
+    return max(chosen, key=lambda p: p.gain_on(tasks), default=None)

@@ -12,9 +12,9 @@ import numpy as np
 
 from benchmarks.report import markdown, save_figure
 from research.quality.frontier import (
-    BUDGETS,
     COLUMNS,
     ERRORS,
+    PRESETS,
     Point,
     compared,
     frontier,
@@ -67,11 +67,11 @@ SHORT = {
     "camvid": "CamVid",
     "motorcycle": "disparity",
     "nyu": "NYUv2",
-    "discovery": "DAVIS, cut",
+    "discovery": "discovery",
     "ecssd": "ECSSD",
     "duts": "DUTS",
     "omron": "DUT-OMRON",
-    "retrieval": "CamVid, retrieval",
+    "retrieval": "retrieval",
 }
 # Of tasks with items the score whose differences to plain tokens are of pairs, and the items.
 PAIRED = {
@@ -284,9 +284,12 @@ def frontier_table(results: Row, stride: int) -> str:
 def presets(results: Row, stride: int) -> str:
     """The settings that the budgets choose."""
     shown = points(results, stride)
-    chosen = [(name, budget, preset(shown, budget)) for name, budget in BUDGETS.items()]
-    lines = [[name, str(budget), *described(p)] for name, budget, p in chosen if p]
-    return markdown(["preset", "budget", *headings(shown[0])], lines)
+    lines = []
+    for name, (budget, tasks) in PRESETS.items():
+        if p := preset(shown, budget, tasks):
+            counted = ", ".join(SHORT[task] for task in tasks) or "all"
+            lines.append([name, str(budget), counted, *described(p)])
+    return markdown(["preset", "budget", "tasks", *headings(shown[0])], lines)
 
 
 def windows(results: Row) -> str:
@@ -382,13 +385,13 @@ def document(results: Row) -> str:
         parts += [
             "## The best quality for a given cost",
             f"Last layer, stride {stride}. Cost: operations of the model, in forwards of the plain "
-            f"picture, at {' and '.join(sizes(results))} pixels; s: seconds there. Gains over plain "
-            "tokens on the same grid, in per cent of what the best setting gains; the mean is over "
-            "the tasks. x: nothing as cheap has a larger mean.",
+            f"picture, at {' and '.join(sizes(results))} pixels; s: seconds there. Gains over "
+            "plain tokens on the same grid, in per cent of what the best setting gains; the mean is "
+            "over the tasks. x: nothing as cheap has a larger mean.",
             frontier_table(results, stride),
             "### Presets",
-            "The largest mean gain among the settings of `srt_ext.SRT` that lose on no column, "
-            "within a budget of plain forwards at both sizes.",
+            "The largest mean gain on some tasks among the settings of `srt_ext.SRT` that lose on "
+            "none of them, within a budget of plain forwards at both sizes.",
             presets(results, stride),
         ]
     if fixed := windows(results):

@@ -59,7 +59,7 @@ QualityName = Annotated[
     Quality | None,
     typer.Option(
         "--quality",
-        help="Preset of scale and views, in place of both: without any of the three balanced.",
+        help="Preset of scale and views, in place of both. Without any of the three: balanced.",
     ),
 ]
 Stride = Annotated[int, typer.Option(min=1, help="Pixels per output cell; 1 is pixel scale.")]
