@@ -382,7 +382,7 @@ def document(results: Row) -> str:
         parts += [
             "## The best quality for a given cost",
             f"Last layer, stride {stride}. Cost: operations of the model, in forwards of the plain "
-            f"picture, at {' and '.join(sizes(results))} pixels; s: seconds there. Gains over plain "
+            f"picture, at {' and '.join(sizes(results))} pixels; s: seconds. Gains over plain "
             "tokens on the same grid, in per cent of what the best setting gains; the mean is over "
             "the tasks. x: nothing as cheap has a larger mean.",
             frontier_table(results, stride),
@@ -472,6 +472,7 @@ def curve(p: Point) -> str:
         "flips": "flips",
         "scales": "two scales",
         "overlap": "overlapping patches",
+        "windows": f"windows, enlarged by {s.scale:g}",
         "published": "published",
     }[s.family]
 
@@ -482,6 +483,9 @@ STYLES = {
     "enlarged by 1.5": "C2o-",
     "enlarged by 2": "C3o-",
     "enlarged by 3": "C4o-",
+    "windows, enlarged by 1": "C0^--",
+    "windows, enlarged by 1.5": "C2^--",
+    "windows, enlarged by 2": "C3^--",
     "flips": "kx",
     "two scales": "k+",
     "overlapping patches": "kD",
