@@ -70,16 +70,8 @@ class Point:
 def compared(setting: Setting) -> bool:
     """Of the many designs and radii that were measured only the default ones."""
     usual = re.fullmatch(r"grid:0|paper:3|best:[0-9]+:6", setting.views.removesuffix("+flip"))
-    return (
-        usual is not None
-        and setting.reduce == "mean"
-        and setting.family
-        not in (
-            "labels",
-            "study",
-            "windows",
-        )
-    )
+    default = usual is not None and setting.reduce == "mean"
+    return default and setting.family not in ("labels", "study")
 
 
 def share_of_best(points: Sequence[Point], base: Point) -> None:

@@ -384,10 +384,10 @@ def document(results: Row) -> str:
         stride = max(s.stride for s in counted) // 2
         parts += [
             "## The best quality for a given cost",
-            f"Last layer, stride {stride}. Cost: operations of the model, in forwards of the "
-            f"plain picture, at {' and '.join(sizes(results))} pixels; s: seconds there. Gains over "
-            "plain tokens on the same grid, in per cent of what the best setting gains; the mean "
-            "is over the tasks. x: nothing as cheap has a larger mean.",
+            f"Last layer, stride {stride}. Cost: operations of the model, in forwards of the plain "
+            f"picture, at {' and '.join(sizes(results))} pixels; s: seconds. Gains over plain "
+            "tokens on the same grid, in per cent of what the best setting gains; the mean is over "
+            "the tasks. x: nothing as cheap has a larger mean.",
             frontier_table(results, stride),
             "### Presets",
             "The largest mean gain on some tasks among the settings of `srt_ext.SRT` that lose on "
@@ -475,6 +475,7 @@ def curve(p: Point) -> str:
         "flips": "flips",
         "scales": "two scales",
         "overlap": "overlapping patches",
+        "windows": f"windows, enlarged by {s.scale:g}",
         "published": "published",
     }[s.family]
 
@@ -485,6 +486,9 @@ STYLES = {
     "enlarged by 1.5": "C2o-",
     "enlarged by 2": "C3o-",
     "enlarged by 3": "C4o-",
+    "windows, enlarged by 1": "C0^--",
+    "windows, enlarged by 1.5": "C2^--",
+    "windows, enlarged by 2": "C3^--",
     "flips": "kx",
     "two scales": "k+",
     "overlapping patches": "kD",
