@@ -83,7 +83,7 @@ def settings(layers: list[int], patch: int, extent: str) -> list[Setting]:
         extent: ``quick`` has the families and a few views of ours; ``main`` adds designs, counts,
             radii, medians and the stride of a quarter patch; ``study`` what could be wrong at token
             scale; ``rivals`` are what else makes finer tokens, of the last layer only;
-            ``candidates`` are the few among which presets are chosen.
+            ``candidates`` are those among which presets are chosen.
     """
     if extent == "candidates":
         return candidates(layers[-1], patch)
@@ -191,17 +191,24 @@ def rivals(layer: int, patch: int) -> list[Setting]:
 
 
 def candidates(layer: int, patch: int) -> list[Setting]:
-    """For presets: few views, a small scale, or both, at half a patch."""
+    """Those of the rivals whose cost is near that of 16 forwards, at half a patch."""
     half = patch // 2
-    return [
+    found = [
         Setting("plain", IDENTITY, layer, patch, upsample="nearest"),
         Setting("bilinear", IDENTITY, layer, half),
-        *(Setting("ours", f"best:{n}:6", layer, half) for n in (4, 9, 16)),
+        *(Setting("ours", f"best:{n}:6", layer, half) for n in (2, 4, 9, 16)),
         *(enlarged(scale, layer, half, patch) for scale in (1.25, 1.5, 2.0)),
-        Setting("both", "best:4:6", layer, half, scale=1.25),
-        *(Setting("both", f"best:{n}:6", layer, half, scale=1.5) for n in (2, 3, 4)),
-        *(Setting("both", f"best:{n}:6", layer, half, scale=2.0) for n in (2, 4)),
+        Setting("overlap", IDENTITY, layer, half, "mean", "nearest", tokens="overlap"),
     ]
+    for scale, counts in ((1.25, (2, 4, 6)), (1.5, (2, 3, 4)), (2.0, (2, 4))):
+        found += [Setting("both", f"best:{n}:6", layer, half, scale=scale) for n in counts]
+    for words in (IDENTITY, "best:2:6"):
+        found.append(Setting("flips", words + FLIP, layer, half))
+        found += [Setting("scales", words, layer, half, second=s) for s in (1.5, 2.0)]
+    for words in (IDENTITY, "best:4:6"):
+        for scale in (1.0, 1.5):
+            found.append(Setting("windows", words, layer, half, tokens="windows", scale=scale))
+    return found
 
 
 def enlarged(scale: float, layer: int, stride: int, patch: int) -> Setting:
