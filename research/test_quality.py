@@ -452,6 +452,11 @@ def test_presets_lose_on_nothing_and_keep_to_the_budget_at_every_size() -> None:
     assert frontier.preset(points, 16, ["davis"]) is worse
 
 
+def test_the_table_of_the_readme_is_that_of_the_committed_results() -> None:
+    text = (RESULTS.parents[1] / "README.md").read_text()
+    assert report.readme(load(RESULTS / "quality.json")) in text
+
+
 def test_the_presets_of_the_library_are_those_of_the_committed_results() -> None:
     points = report.points(load(RESULTS / "quality.json"), 8)
     for name, (budget, tasks) in frontier.PRESETS.items():

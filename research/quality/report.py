@@ -79,6 +79,14 @@ PAIRED = {
     "discovery": ("IoU", "sequence"),
     "retrieval": ("mAP", "class"),
 }
+READ = {  # of the README
+    "davis": "label propagation, DAVIS",
+    "camvid": "segments by a linear head, CamVid",
+    "motorcycle": "disparity by a linear head",
+    "nyu": "depth by a linear head, NYUv2",
+    "discovery": "object discovery, DAVIS",
+    "retrieval": "retrieval of regions, CamVid",
+}
 WORDS = {
     "miou": "mIoU",
     "miou_plain_head": "mIoU, head of plain tokens",
@@ -290,6 +298,28 @@ def presets(results: Row, stride: int) -> str:
             counted = ", ".join(SHORT[task] for task in tasks) or "all"
             lines.append([name, str(budget), counted, *described(p)])
     return markdown(["preset", "budget", "tasks", *headings(shown[0])], lines)
+
+
+def readme(results: Row) -> str:
+    """The README's table: plain tokens, a larger input, SRT, and both."""
+    shown = {(p.setting.scale, p.setting.views): p for p in points(results, 8)}
+    names = {
+        "plain": (1.0, IDENTITY),
+        "enlarged by 1.5": (1.5, IDENTITY),
+        "SRT, 9 views (`balanced`)": (1.0, "best:9:6"),
+        "both: 1.5, 4 views (`outlines`)": (1.5, "best:4:6"),
+    }
+    chosen = [shown[key] for key in names.values()]
+    costs = [ratios(p.cost, 0) for p in chosen]
+    lines = [["operations, in plain forwards", *costs]]
+    for task, name in chosen[0].scores:
+        digits = 1 if name in ERRORS else 3
+        cells = [f"{p.scores[task, name]:.{digits}f}" for p in chosen]
+        better = min if name in ERRORS else max
+        best = better(p.scores[task, name] for p in chosen)
+        bold = [f"**{c}**" if c == f"{best:.{digits}f}" else c for c in cells]
+        lines.append([f"{READ[task]}: {WORDS.get(name, name)}", *bold])
+    return markdown(["", *names], lines)
 
 
 def windows(results: Row) -> str:
