@@ -6,6 +6,7 @@ import math
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -184,6 +185,7 @@ def test_presets_stand_for_a_scale_and_a_number_of_views(vit: Any) -> None:
     assert (SRT(vit, inject=0).scale, number(SRT(vit, inject=0))) == (1, count)
     # Offsets are in pixels of the image.
     torch.testing.assert_close(SRT(vit, 9, scale=1.5).views.offsets * 1.5, views.best(9).offsets)
+    assert SRT(vit, np.int64(4), scale=np.float32(1.5)).scale == 1.5  # type: ignore[arg-type]
     given_offsets = torch.tensor([[1.0, 0.3], [-2.0, 5.0]])
     torch.testing.assert_close(SRT(vit, given_offsets, scale=1.5).views.offsets, given_offsets)
 
@@ -221,6 +223,7 @@ def test_a_preset_enlarges_only_for_models_that_take_any_size(vit: Any) -> None:
         ({"scale": math.inf}, ValueError, "got inf"),
         ({"scale": "2"}, TypeError, "got '2'"),
         ({"scale": True}, TypeError, "got True"),
+        ({"scale": 1j}, TypeError, "got 1j"),
         ({"scale": 1.5, "inject": "0"}, ValueError, "scale must be 1 with inject; got 1.5"),
     ],
 )
@@ -252,6 +255,11 @@ def test_a_number_of_views_follows_the_patch_of_the_model(vit: Any) -> None:
     ).eval()
     assert srt(torch.randn(1, 3, 32, 32)).field.shape == (1, 48, 32, 32)
     assert torch.equal(srt.views.offsets, views.best(9, 3).offsets)
+    preset = SRT(vit, quality="outlines")
+    preset.model = timm.create_model("vit_tiny_patch16_224", depth=1, embed_dim=48).eval()
+    with pytest.warns(UserWarning, match="'outlines' uses scale 1"):
+        assert preset(torch.randn(1, 3, 224, 224)).field.shape == (1, 48, 224, 224)
+    assert preset.scale == 1
 
 
 # ---- cost ---------------------------------------------------------------------------------------
@@ -279,7 +287,56 @@ def test_operations_are_those_of_the_closed_form(size: tuple[int, int]) -> None:
         assert cost.tokens == 2 * count * tokens
         expected = 2 * count * vit_operations(tokens)
         assert abs(cost.operations / expected - 1) < 0.01
-    assert not any(p.is_meta for p in model.parameters())
+
+
+class Keeps(torch.nn.Module):
+    """Keeps what its forward computes, and counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = torch.nn.Conv2d(3, 4, 8, stride=8), torch.nn.BatchNorm2d(4)
+        self.bias: torch.Tensor | None = None
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = self.norm(self.conv(images))
+        if self.bias is None:
+            self.bias = features.new_ones(features.shape[1:])
+        return features + self.bias
+
+
+def test_cost_leaves_the_model_as_it_was() -> None:
+    model = Keeps()
+    srt = SRT(model, 4, patch=8)
+    with pytest.warns(UserWarning, match="training mode"):
+        srt.cost((32, 48))
+    assert model.bias is None
+    assert model.norm.num_batches_tracked == 0
+    model.eval()
+    field = srt(torch.randn(1, 3, 32, 48)).field
+    assert type(field) is torch.Tensor
+    cost = srt.cost((32, 48))
+    assert cost.operations == 4 * 2 * 24 * (3 * 8 * 8) * 4
+
+
+def test_cost_of_inject_counts_the_forward_that_runs_to_the_end(vit: Any) -> None:
+    without = SRT(vit, 4, inject=0).cost((64, 96))
+    within = SRT(vit, 5, inject=0).cost((64, 96))  # the unshifted image is one of them
+    assert without.tokens == within.tokens == 5 * 24
+    assert without.operations == within.operations
+
+
+def test_cost_of_a_callable_in_half_precision() -> None:
+    model = torch.nn.Conv2d(3, 4, 8, stride=8).half()
+    srt = SRT(lambda images: model(images), 4, patch=8)
+    assert srt.cost((32, 48), dtype=torch.float16) == SRT(model, 4, patch=8).cost((32, 48))
+
+
+def test_a_model_that_needs_values_has_no_cost() -> None:
+    def model(images: torch.Tensor) -> torch.Tensor:
+        return pooled((8, 8))(images) * (1 if images.sum().item() > 0 else 2)
+
+    with pytest.raises(ValueError, match="model must run on fake tensors for cost; it raised Data"):
+        SRT(model, 4, patch=8).cost((32, 48))
 
 
 MEMORY = """

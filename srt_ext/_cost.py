@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
@@ -64,25 +65,23 @@ def peak_bytes(call: Callable[[], T]) -> tuple[T, int]:
     return result, live.peak
 
 
-def operations_and_bytes(
-    call: Callable[[torch.Tensor], object], model: object, shape: tuple[int, ...]
-) -> tuple[int, int]:
-    """What ``call`` takes for an image [B, 3, H, W] of ``shape``, on fake tensors.
+def fake_copy(value: T) -> tuple[T, FakeTensorMode]:
+    """A deep copy whose tensors have no data, and their mode."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with FakeCopyMode(mode):
+        return copy.deepcopy(value), mode
+
+
+def operations_and_bytes(call: Callable[[], object]) -> tuple[int, int]:
+    """What a call on fake tensors takes.
 
     Returns:
-        Floating-point operations, two for each multiply-add, and bytes as :func:`peak_bytes`. The
-        image has the device and the dtype of the parameters of ``model``.
+        Floating-point operations, two for each multiply-add, and bytes as :func:`peak_bytes`.
     """
-    parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
-    like = next((p for p in parameters if p.is_floating_point()), torch.empty(0))
     # The attention of the CPU has no formula in torch.
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    counter = FlopCounterMode(display=False, custom_mapping={attention: _attention_flops})
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        image = torch.empty(shape, device=like.device, dtype=like.dtype)
-    # Outside of the mode only what is made of the image is fake: offsets keep their values.
-    with counter:
-        peak = peak_bytes(lambda: call(image))[1]
+    with FlopCounterMode(display=False, custom_mapping={attention: _attention_flops}) as counter:
+        peak = peak_bytes(call)[1]
     return counter.get_total_flops(), peak
 
 

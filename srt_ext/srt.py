@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Real
+from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from . import views as designs
-from ._cost import free_bytes, operations_and_bytes, peak_bytes
+from ._cost import fake_copy, free_bytes, operations_and_bytes, peak_bytes
 from ._validation import check_count, check_pair, check_tensor, check_words, wrong
 from .backbones import Backbone, Features, HookBackbone, Layer, Model, describe, force_eager
 from .ops import ensemble, ensemble_moments, shift
@@ -86,8 +88,10 @@ class SRT(torch.nn.Module):
         views: a number of views, for :func:`srt_ext.views.best` within 3/8 of the pitch of the
             tokens, patch / scale; a design of :mod:`srt_ext.views`, or its words for
             :func:`srt_ext.views.parse`; offsets [V, 2], (dy, dx) in pixels of the image; or
-            (offsets, weights [V]). With ``scale`` the offsets of numbers, designs and words are
-            rounded to whole pixels of the enlarged image; those of tensors are kept.
+            (offsets, weights [V]) or (offsets, weights, mirror [V, 2]), as in
+            :class:`srt_ext.views.Views`. With ``scale`` the offsets of numbers, words and
+            ``Views`` are rounded to whole pixels of the enlarged image; those of tensors and
+            tuples are kept.
         scale: the factor, >= 1, by which the image is enlarged (bicubic) before the views are made.
             The field has the same size and coordinates as without. 1 with ``inject``.
         quality: ``fast``, ``balanced`` or ``outlines``: a preset of ``scale`` and ``views``, in
@@ -200,8 +204,8 @@ class SRT(torch.nn.Module):
         self._is_fixed = isinstance(model, Backbone)
         self._backbone = self._describe(model)
         self.model = self._backbone.model  # a submodule if it is a module
-        self._scale, self._given = self._setting(views, scale, quality)
-        self._views = self._resolve()  # no buffers: .half() would round them
+        self._request = (views, scale, quality)
+        self._scale, self._views = self._setting(*self._request)
         self.stride, self.view_batch = check_pair("SRT", "stride", stride), view_batch
         if view_batch != "auto":
             check_count("SRT", "view_batch", view_batch, 1)
@@ -236,16 +240,25 @@ class SRT(torch.nn.Module):
                     f"{type(self.model).__name__}"
                 )
             self._backbone = self._describe(self.model)
-            if isinstance(self._given, (str, int)):  # whose radius depends on the patch
-                self._views = self._resolve()
+            if isinstance(self._request[0], (str, int, NoneType)):  # these depend on the model
+                self._scale, self._views = self._setting(*self._request)
         return self._backbone
 
     def _describe(self, model: Model | Backbone) -> Backbone:
         backbone = describe(model, **self._settings)
         return HookBackbone.from_backbone(backbone) if self._injects else backbone
 
-    def _setting(self, views: Any, scale: Any, quality: Any) -> tuple[float, Any]:
-        """(scale, views), of the preset if there is one."""
+    def _setting(self, views: Any, scale: Any, quality: Any) -> tuple[float, Views]:
+        """(scale, views) for the model.
+
+        The views are on the CPU, with their offsets in pixels of the enlarged image. They are no
+        buffers, which .half() would round.
+        """
+        scale, views = self._chosen(views, scale, quality)
+        return scale, _checked(designs.resolve(views, self._backbone.patch, scale))
+
+    def _chosen(self, views: Any, scale: Any, quality: Any) -> tuple[float, Any]:
+        """(scale, views), of a preset where they are not given."""
         if quality is not None and (views is not None or scale is not None):
             rule = "views and scale must be left out with quality"
             raise wrong(ValueError, "SRT", rule, f"views {views!r}, scale {scale!r}")
@@ -263,14 +276,10 @@ class SRT(torch.nn.Module):
             warnings.warn(
                 f"SRT: quality {name!r} uses scale 1 in place of {scale}, because the model does "
                 "not declare that it takes images of any size. Give scale to enlarge them anyway",
-                stacklevel=3,
+                stacklevel=4,
             )
             scale = 1.0
         return scale, views
-
-    def _resolve(self) -> Views:
-        """The views on the CPU, with their offsets in pixels of the enlarged image."""
-        return _checked(designs.resolve(self._given, self._backbone.patch, self.scale))
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor, progress: Progress | None = None) -> Any:
@@ -321,19 +330,29 @@ class SRT(torch.nn.Module):
         """
         return self._batches(self._frame(images), self._views)
 
-    def cost(self, size: tuple[int, int], batch: int = 1) -> Cost:
+    def cost(
+        self,
+        size: tuple[int, int],
+        batch: int = 1,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Cost:
         """What :meth:`forward` takes, without running it.
 
-        The model is run on fake tensors, which have no data. Operations are those of matrix
-        products, convolutions and attention. Memory is that of tensors; what kernels use beside
-        their results is not counted.
+        A copy of the model is run on fake tensors, which have no data. Operations are those of
+        matrix products, convolutions and attention. Memory is that of tensors; what kernels use
+        beside their results is not counted.
 
         Args:
-            size: (H, W) of the images, pixels.
+            size: (H, W) of the images in pixels, or one for both.
             batch: number of images.
+            dtype, device: of the images; None: those of the model's parameters, for a model
+                without any float32 on the CPU.
 
         Raises:
-            TypeError, ValueError: as :meth:`forward`.
+            TypeError, ValueError: as :meth:`forward`, and for a model that cannot be copied or
+                whose forward needs the values of its tensors.
 
         Example:
             >>> srt = SRT(torch.nn.Conv2d(3, 5, 8, stride=8), 4, patch=8)
@@ -342,19 +361,30 @@ class SRT(torch.nn.Module):
         """
         height, width = check_pair("SRT", "size", size)
         check_count("SRT", "batch", batch, 1)
-        tokens = 0
-
-        def forward(images: torch.Tensor) -> object:
-            nonlocal tokens
-            height, width = self._frame(images).image.shape[2:]
-            patch = self.backbone.patch
-            views = len(self._views.offsets)
-            tokens = batch * views * (height // patch[0]) * (width // patch[1])
-            return self(images)
-
-        with force_eager(self.model):
-            counts = operations_and_bytes(forward, self.model, (batch, 3, height, width))
-        return Cost(counts[0], tokens, counts[1])
+        parameters = self.model.parameters() if isinstance(self.model, torch.nn.Module) else ()
+        like = next((p for p in parameters if p.is_floating_point()), torch.empty(0))
+        try:
+            # A model may keep what it computes, which is fake here: so a copy of it.
+            backbone, mode = fake_copy(self.backbone)
+            with mode:
+                place: Any = {"dtype": dtype or like.dtype, "device": device or like.device}
+                images = torch.empty(batch, 3, height, width, **place)
+            twin = SRT.__new__(SRT)
+            twin.__dict__ = {**self.__dict__, "_backbone": backbone, "_modules": {}}
+            twin.model = backbone.model
+            # Outside of the mode only what is made of the images is fake: offsets have values.
+            with force_eager(backbone.model):
+                operations, memory = operations_and_bytes(lambda: twin(images))
+        except (TypeError, ValueError):
+            raise
+        except Exception as error:
+            rule = "model must run on fake tensors for cost"
+            raise ValueError(f"SRT: {rule}; it raised {type(error).__name__}: {error}") from error
+        patch, stride = backbone.patch, self.stride
+        seen = _Frame.of(images, patch, patch if self._injects else stride, self.scale).image
+        forwards = len(self._views.offsets) + (self._injects and not self._unshifted())
+        tokens = (seen.shape[2] // patch[0]) * (seen.shape[3] // patch[1])
+        return Cost(operations, batch * forwards * tokens, memory)
 
     # ---- one pass over the views ----------------------------------------------------------------
 
@@ -429,17 +459,22 @@ class SRT(torch.nn.Module):
             outputs.append(kind(*map(frame.cropped, fields), prefix))
         return outputs if self.backbone.returns_list else outputs[0]
 
+    def _unshifted(self) -> list[int]:
+        """The index of the first view that is the image itself, if there is one."""
+        offsets, _, mirror = self._views
+        same = (offsets == 0).all(1)
+        same = same if mirror is None else same & ~mirror.any(1)
+        found: list[int] = same.nonzero().flatten().tolist()
+        return found[:1]
+
     def _inject(self, images: torch.Tensor, progress: Progress | None) -> Any:
         """What the model returns for images [B, 3, H, W], padded, from the tokens of all views."""
         frame, hooks = self._frame(images), self.backbone
         assert isinstance(hooks, HookBackbone)
         # The forward that runs to the end is that of the unshifted image. If that is one of the
         # views, it comes last.
-        offsets, _, mirror = self._views
-        same = (offsets == 0).all(1)
-        same = same if mirror is None else same & ~mirror.any(1)
-        identity = same.nonzero().flatten().tolist()[:1]
-        order = [i for i in range(len(offsets)) if i not in identity]
+        identity = self._unshifted()
+        order = [i for i in range(len(self._views.offsets)) if i not in identity]
         if self.streaming and self.reduce == "median":
             order = [order[i] for i in designs.spread_order(len(order))]
         views = self._views.take(order + identity)
@@ -519,9 +554,9 @@ def _checked(views: Views) -> Views:
 
 def _check_scale(scale: Any) -> float:
     rule = "scale must be a finite number >= 1"
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+    if isinstance(scale, bool) or not isinstance(scale, Real):
         raise wrong(TypeError, "SRT", rule, repr(scale))
-    if not 1 <= scale < math.inf:
+    if not 1 <= float(scale) < math.inf:
         raise wrong(ValueError, "SRT", rule, scale)
     return float(scale)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -407,9 +408,10 @@ def resolve(
 
     Args:
         views: a design; offsets [V, 2], (dy, dx) in pixels; a pair of them and of weights [V] or
-            None; a string for :func:`parse`; or a number of views for :func:`best`.
-        patch, scale: as for :func:`parse`. The offsets of tensors are multiplied by the scale and
-            not rounded.
+            None, or a triple with mirror [V, 2], too; a string for :func:`parse`; or a number of
+            views for :func:`best`.
+        patch, scale: as for :func:`parse`. The offsets of :class:`Views` are rounded like those of
+            words; those of tensors and tuples are not.
 
     Returns:
         The views, with offsets in pixels of the enlarged image.
@@ -423,8 +425,8 @@ def resolve(
     """
     if isinstance(views, str):
         return parse(views, patch, scale)
-    if isinstance(views, int) and not isinstance(views, bool):
-        return best(views, radius_for(patch))
+    if isinstance(views, Integral) and not isinstance(views, bool):
+        return best(int(views), radius_for(patch))
     parts = views if isinstance(views, tuple) and len(views) in (2, 3) else (views, None)
     offsets, weights, mirror = (*parts, None)[:3]
     if not isinstance(offsets, torch.Tensor):

@@ -138,7 +138,7 @@ def check_inputs(views: str | None, weights: Path | None) -> None:
     if weights is not None and not weights.is_file():
         raise fatal(f"{weights} is no file")
     if views is not None:
-        parse(views)
+        parse(views, patch=2**16)  # which has room for any number of views
 
 
 def check_output(path: Path, suffixes: tuple[str, ...]) -> None:
