@@ -205,7 +205,6 @@ def test_a_preset_enlarges_only_for_models_that_take_any_size(vit: Any) -> None:
         assert (srt.scale, number(srt)) == (1, srt_module.PRESETS["outlines"][1])
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            SRT(model, **settings)
             SRT(model, 4, **settings)
             assert SRT(model, scale=1.5, **settings).scale == 1.5
             assert SRT(model, scale=1, **settings).scale == 1

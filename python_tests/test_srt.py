@@ -198,7 +198,7 @@ def test_wrong_settings_are_refused(
     arguments: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        SRT(pooled, **{"patch": PATCH, **arguments})
+        SRT(pooled, **{"patch": PATCH, "views": 4, **arguments})
 
 
 def test_wrong_inputs_are_refused() -> None:
@@ -208,11 +208,11 @@ def test_wrong_inputs_are_refused() -> None:
         (with_prefix, {"prefix": 1}, torch.zeros(1, 3, 8, 8), "the model must return tokens"),
     ):
         with pytest.raises(ValueError, match=message):
-            SRT(model, patch=PATCH, **settings)(images)
+            SRT(model, 4, patch=PATCH, **settings)(images)
     with pytest.raises(TypeError, match="callable"):
         SRT(3, patch=PATCH)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"images must be a torch.Tensor; got list"):
-        SRT(pooled, patch=PATCH)([[0.0]])
+        SRT(pooled, 4, patch=PATCH)([[0.0]])
 
 
 def test_views_that_do_not_count_reach_nothing() -> None:

@@ -73,7 +73,11 @@ class Cost(NamedTuple):
 
 
 # (scale, number of views), chosen by research/quality.
-PRESETS: dict[str, tuple[float, int]] = {"fast": (1, 4), "balanced": (1, 9), "outlines": (1.5, 4)}
+PRESETS: dict[str, tuple[float, int]] = {
+    "fast": (1, 4),
+    "balanced": (1.25, 4),
+    "outlines": (1.5, 4),
+}
 DEFAULT = "balanced"
 
 
@@ -121,17 +125,18 @@ class SRT(torch.nn.Module):
         border: as in :func:`srt_ext.ensemble`.
         padding, interpolation: as in :func:`srt_ext.shift`.
 
-    Presets, measured in ``research/quality`` with a ViT-Ti/16, and what they take in operations of
-    one plain forward (240 x 432 and 480 x 848 pixels):
+    Presets have 4 views and differ in their scale. They were measured in ``research/quality`` with
+    a ViT-Ti/16; their cost is the number of plain forwards that have as many operations, for images
+    of 240 x 432 and of 480 x 848 pixels:
 
-    - ``fast``: 4 views, scale 1; 4 and 4.
-    - ``balanced``: 9 views, scale 1; 9 and 9. The best mean over five tasks, below plain tokens on
-      none.
-    - ``outlines``: 4 views, scale 1.5; 14 and 16. The best for outlines (label propagation, object
-      discovery); worse than plain tokens where patches are matched by meaning (retrieval).
+    - ``fast``: scale 1, cost 4 and 4.
+    - ``balanced``: scale 1.25, cost 8 and 10. The best mean gain over five tasks of the settings
+      that cost at most 16 and are below plain tokens on no task.
+    - ``outlines``: scale 1.5, cost 14 and 16. The best for outlines (label propagation, object
+      discovery); below plain tokens where regions are matched by meaning (retrieval).
 
     Without ``views``, ``scale`` and ``quality``, ``balanced`` is used; if one of ``views`` and
-    ``scale`` is given, the other is 9 views or scale 1. A preset enlarges the image only for models
+    ``scale`` is given, the other is 4 views or scale 1. A preset enlarges the image only for models
     that declare that they take images of any size; for other models, callables and layers by name
     it uses scale 1, with a warning. :meth:`cost` counts what a setting takes.
 
