@@ -125,9 +125,9 @@ def words(setting: Setting) -> str:
     views = "published" if setting.family == "published" else f"`{name}`"
     if name != IDENTITY:
         parts.append(views)
-    elif setting.family == "enlarged":
+    elif setting.family in ("enlarged", "windows"):
         parts.append("no SRT")
-    elif not parts or setting.family == "windows":
+    elif not parts:
         parts.append("one view")
     if setting.views != name:
         parts.append("flips")
@@ -256,7 +256,7 @@ def points(results: Row, stride: int) -> list[Point]:
 
 
 def ratios(values: list[float], digits: int = 1) -> str:
-    return " / ".join(f"{value:.{digits}f}" for value in values)
+    return " / ".join(f"{round(value, digits) + 0.0:.{digits}f}" for value in values)  # no -0
 
 
 def described(p: Point) -> list[str]:

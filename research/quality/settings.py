@@ -177,9 +177,12 @@ def rivals(layer: int, patch: int) -> list[Setting]:
     for scale in (1.5, 2.0):
         for words in (IDENTITY, "best:2:6"):
             found.append(Setting("scales", words, layer, half, second=scale))
-    for scale, counts in ((1.0, (1, 4)), (1.5, (1, 2, 4)), (2.0, (1, 2))):
-        for n in counts:
-            words = IDENTITY if n == 1 else f"best:{n}:6"
+    for scale, designs in (
+        (1.0, (IDENTITY, "best:4:6")),
+        (1.5, (IDENTITY, "best:2:6", "best:4:6")),
+        (2.0, (IDENTITY, "best:2:6")),
+    ):
+        for words in designs:
             found.append(Setting("windows", words, layer, half, tokens="windows", scale=scale))
     for stride in (patch, patch // 4):
         found += [enlarged(scale, layer, stride, patch) for scale in (1.5, 2.0)]
