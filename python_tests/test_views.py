@@ -293,6 +293,7 @@ def test_parse_of_any_text_is_a_design_or_a_value_error(text: str) -> None:
         (lambda: views.sobol(7, 3, 2**63), ValueError, "seed must be < 2.63"),
         (lambda: views.ring(3, 3), ValueError, "n must be an integer >= 4; got 3"),
         (lambda: views.ring(7, 1.5), ValueError, "radius must be from 2 to 2.20 pixels; got 1.5"),
+        (lambda: views.flipped("4"), TypeError, "views must be Views; got str"),  # type: ignore[arg-type]
         (lambda: views.best(0), ValueError, "count must be an integer >= 1; got 0"),
         (lambda: views.best(170), ValueError, "count must be <= 169 at radius 6; got 170"),
         *(

@@ -97,7 +97,8 @@ class SRT(torch.nn.Module):
             ``Views`` are rounded to whole pixels of the enlarged image; those of tensors and
             tuples are kept.
         scale: the factor, >= 1, by which the image is enlarged (bicubic) before the views are made.
-            The field has the same size and coordinates as without. 1 with ``inject``.
+            The field has the same size and coordinates as without. Always 1 with ``inject``, also
+            in a preset.
         quality: ``fast``, ``balanced`` or ``outlines``: a preset of ``scale`` and ``views``, in
             place of both. See below.
         layers: the block (of a hierarchical model: the stage), from 0 or, negative, from the end;
@@ -111,7 +112,9 @@ class SRT(torch.nn.Module):
         inject: a layer, as in ``layers``, whose tokens are replaced by the ensemble: calling this
             gives what the model itself returns from there. See below.
         reduce: ``mean`` or ``median``.
-        stride: pixels per output cell, (sh, sw) or one for both. 1 is pixel scale.
+        stride: pixels per output cell, (sh, sw) or one for both. 1 is pixel scale. The image is
+            padded to a multiple of the patch and of stride * scale: strides whose least common
+            multiple with the patch is small change least what the model sees, and cost least.
         streaming: aggregate each batch of views as it comes and hold none of their tokens. The
             mean is the same up to rounding; the median becomes approximate, and the views run in
             the order of :func:`srt_ext.views.spread` (:class:`srt_ext.RunningMedian`).
@@ -280,7 +283,8 @@ class SRT(torch.nn.Module):
         if not self._backbone.any_size:
             warnings.warn(
                 f"SRT: quality {name!r} uses scale 1 in place of {scale}, because the model does "
-                "not declare that it takes images of any size. Give scale to enlarge them anyway",
+                "not declare that it takes images of any size (timm: dynamic_img_size=True), or is "
+                "read by layers by name. scale enlarges them anyway",
                 stacklevel=4,
             )
             scale = 1.0

@@ -295,6 +295,8 @@ def flipped(views: Views) -> Views:
         tensor([[False, False],
                 [False,  True]])
     """
+    if not isinstance(views, Views):
+        raise wrong(TypeError, "views.flipped", "views must be Views", type(views).__name__)
     offsets, weights, mirror = views
     given = torch.zeros(len(offsets), 2, dtype=torch.bool) if mirror is None else mirror
     return Views(
