@@ -162,18 +162,6 @@ def test_labels_are_shares_of_cells() -> None:
 # ---- fields and heads ---------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def network(tmp_path_factory: pytest.TempPathFactory) -> Network:
-    """A ViT-Ti/16 of two blocks without training."""
-    import timm
-    from safetensors.torch import save_file
-
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    save_file(timm.create_model("test_vit").state_dict(), path)
-    return Network("test_vit", path, [0, 1], "cpu")
-
-
 PIXELS = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
 
 

@@ -26,18 +26,6 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 @pytest.fixture(scope="module")
-def network(tmp_path_factory: pytest.TempPathFactory) -> Network:
-    """A ViT-Ti/16 of two blocks without training."""
-    import timm
-    from safetensors.torch import save_file
-
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    save_file(timm.create_model("test_vit").state_dict(), path)
-    return Network("test_vit", path, [0, 1], "cpu")
-
-
-@pytest.fixture(scope="module")
 def trained() -> Network:
     """A ViT-Ti/16 of twelve blocks, with its published weights."""
     found = list((SHARED / "weights").glob("vit_tiny_patch16_224.*.safetensors"))

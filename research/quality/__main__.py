@@ -8,7 +8,6 @@ the JSON has is not measured again.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -64,9 +63,7 @@ class Table:
         for setting, score in zip(found, scores, strict=True):
             rounded = {name: round(value, 5) for name, value in score.items()}
             self.results["rows"].append({**about, **setting.row(), "scores": rounded})
-        draft = self.path.with_suffix(".part")
-        save(self.results, draft)
-        os.replace(draft, self.path)
+        save(self.results, self.path)
 
 
 @contextmanager

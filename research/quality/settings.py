@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 from srt_ext import views
@@ -69,9 +69,8 @@ class Setting:
         return int(self.stride * scale)
 
     def row(self) -> dict[str, Any]:
-        """What the JSON says of it: without ``scale`` and later fields where they are defaults."""
-        later = {f.name: f.default for f in fields(self)[-3:]}
-        return {k: v for k, v in asdict(self).items() if k not in later or v != later[k]}
+        """The fields that are not defaults, as they stand in the JSON."""
+        return {f.name: v for f in fields(self) if (v := getattr(self, f.name)) != f.default}
 
 
 def settings(layers: list[int], patch: int, extent: str) -> list[Setting]:
