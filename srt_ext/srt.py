@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from types import NoneType
 from typing import Any, NamedTuple
 
@@ -182,7 +182,7 @@ class SRT(torch.nn.Module):
     def __init__(
         self,
         model: Model | Backbone,
-        views: Views | torch.Tensor | str | int | tuple[torch.Tensor, torch.Tensor] | None = None,
+        views: Views | torch.Tensor | str | int | tuple[torch.Tensor | None, ...] | None = None,
         *,
         scale: float | None = None,
         quality: Quality | None = None,
@@ -248,7 +248,7 @@ class SRT(torch.nn.Module):
                     f"{type(self.model).__name__}"
                 )
             self._backbone = self._describe(self.model)
-            if isinstance(self._request[0], (str, int, NoneType)):  # these depend on the model
+            if isinstance(self._request[0], (str, Integral, NoneType)):  # depend on the model
                 self._scale, self._views = self._setting(*self._request)
         return self._backbone
 
@@ -284,7 +284,7 @@ class SRT(torch.nn.Module):
             warnings.warn(
                 f"SRT: quality {name!r} uses scale 1 in place of {scale}, because the model does "
                 "not declare that it takes images of any size (timm: dynamic_img_size=True), or is "
-                "read by layers by name. scale enlarges them anyway",
+                "read by names of layers. Pass scale to enlarge them anyway",
                 stacklevel=4,
             )
             scale = 1.0
@@ -356,8 +356,8 @@ class SRT(torch.nn.Module):
         Args:
             size: (H, W) of the images in pixels, or one for both.
             batch: number of images.
-            dtype, device: of the images; None: those of the model's parameters, for a model
-                without any float32 on the CPU.
+            dtype, device: of the images. None: those of the model's parameters, or float32 on the
+                CPU for a model without parameters.
 
         Raises:
             TypeError, ValueError: as :meth:`forward`, and for a model that cannot be copied or
@@ -623,7 +623,7 @@ class _Frame(NamedTuple):
         return result
 
 
-# F.interpolate takes a size or a scale, and rounds that one down or this one.
+# F.interpolate accepts a size or a scale factor, not both, and rounds the size down for a factor.
 _resample: Any = torch.ops.aten
 _ROUNDING = 1e-6  # pixels, far above the rounding of sizes and far below what can be seen
 

@@ -402,7 +402,7 @@ def _enlarged(design: Views, scale: float) -> Views:
 
 
 def resolve(
-    views: Views | torch.Tensor | str | int | tuple[torch.Tensor, torch.Tensor | None],
+    views: Views | torch.Tensor | str | int | tuple[torch.Tensor | None, ...],
     patch: int | tuple[int, int] = 16,
     scale: float = 1,
 ) -> Views:
