@@ -235,8 +235,9 @@ def test_stages_without_a_module_have_features_but_no_injection() -> None:
 
 
 def test_several_layers_take_one_pass(vit: Any) -> None:
-    sizes, done = batch_sizes(vit), []
-    srt = SRT(vit, OFFSETS, layers=[0, 1, -1], stride=8, view_batch=2)
+    srt, done = SRT(vit, OFFSETS, layers=[0, 1, -1], stride=8, view_batch=2), []
+    srt(IMAGES)  # compares the final norm with the model's, once
+    sizes = batch_sizes(vit)
     moments = srt.moments(IMAGES, done.append)
     assert sizes == [4, 2]
     assert done == [2, 3]
@@ -488,18 +489,20 @@ def test_intermediate_layers_of_the_first_dino() -> None:
 
 
 def test_modules_by_name_in_any_model(vit: Any) -> None:
-    plain = nn.Sequential(nn.Identity(), vit)  # nothing that SRT knows
+    plain = nn.Sequential(nn.Identity(), vit)
     images, settings = IMAGES[..., :70], {"views": OFFSETS, "stride": 8}
     expected = SRT(vit, layers=[1, 0], norm=False, **settings)(images)
     names = ["1.blocks.1", "1.blocks.0"]
     outputs = SRT(plain, layers=names, patch=16, prefix=1, **settings)(images)
     assert_close(tuple(outputs), tuple(expected))
     with pytest.warns(UserWarning, match="the first 1 are taken for class or register tokens"):
-        SRT(plain, layers=names, patch=16, **settings)(images)
+        SRT(lambda x: vit.forward_features(x), OFFSETS, patch=16)(images)
     with warnings.catch_warnings():  # what timm declares is not inferred
         warnings.simplefilter("error")
         output = SRT(vit, layers="blocks.0", **settings)(images)
+        inside = SRT(plain, layers=names, **settings)(images)
     assert_close(output, expected[1])
+    assert_close(tuple(inside), tuple(expected))
     assert count_hooks(plain) == 0
 
 
@@ -568,8 +571,9 @@ def test_models_that_do_not_fit_are_refused(vit: Any) -> None:
     windowed = nn.Sequential(Around(nn.Identity()), windows)
     for model, settings, message in (
         (plain, {"layers": 3, "patch": 16}, r"layers must be names of modules, with patch.*\[3\]"),
-        (plain, {"layers": "0.blocks.0"}, "patch must be given"),
-        (plain, {"layers": "0.blocks.0", "patch": 8}, r"tokens \[B, K \+ 60, C\].*\[6, 16, 48\]"),
+        (plain, {}, r"patch must be given.*give model.get_submodule\('0'\).*layers='0.norm' runs"),
+        (nn.Sequential(nn.Identity()), {"layers": "0"}, "patch must be given"),
+        (plain, {"layers": "0.blocks.0", "patch": 8}, r"tokens \[B, 1 \+ 60, C\].*\[6, 16, 48\]"),
         (plain, {"patch": 16}, r"the model must return tokens.*got \[6, 1000\]"),
         (vit, {"layers": "unused"}, "left out"),
         (windowed, {"layers": "1", "patch": 8}, r"for each of 6 pictures; got \[90, 2, 2, 4\]"),
@@ -892,9 +896,11 @@ def test_view_batch_auto_fits_half_of_the_cost(
     sizes, images = batch_sizes(vit), IMAGES[:1]
     offsets = torch.cat([OFFSETS + i for i in range(7)])
     expected = SRT(vit, offsets, **how)(images)
+    srt = SRT(vit, offsets, view_batch="auto", **how)
+    srt.backbone.features(images)  # compares the final norm with the model's, once
     sizes.clear()
     measure = _cost.peak_bytes
     monkeypatch.setattr(srt_module, "peak_bytes", lambda call: (measure(call)[0], 1000))
     monkeypatch.setattr(srt_module, "free_bytes", lambda _device: free)
-    assert_close(SRT(vit, offsets, view_batch="auto", **how)(images), expected)
+    assert_close(srt(images), expected)
     assert sizes == batches

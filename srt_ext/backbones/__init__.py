@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .base import Backbone, CallableBackbone, Features, Layer, Model, TimedBackbone, unwrap
+from .base import Backbone, CallableBackbone, Features, Layer, Model, TimedBackbone
 from .dino import DinoBackbone
 from .hooks import HookBackbone, force_eager
 from .timm import TimmBackbone
-from .transformers import TransformersBackbone, is_transformers
+from .transformers import TransformersBackbone
+from .wrappers import contained_hint, is_dino, is_fsdp1, is_timm, is_transformers, unwrap
 
 __all__ = [
     "Backbone",
@@ -67,22 +68,25 @@ def _backbone_of(
             raise TypeError(f"SRT: layers must be all indices or all names; got {layers!r}")
         return HookBackbone(model, names, patch, prefix)
     inner, settings = unwrap(model), (indices or [-1], norm, patch, prefix)
-    if hasattr(inner, "forward_intermediates") and hasattr(inner, "feature_info"):
-        return TimmBackbone(model, *settings)
-    if is_transformers(inner):
-        return TransformersBackbone(model, *settings)
-    if hasattr(inner, "get_intermediate_layers"):
-        return DinoBackbone(model, *settings)
+    if not is_fsdp1(inner):  # it has the attributes of what it holds, but not the weights
+        if is_timm(inner):
+            return TimmBackbone(model, *settings)
+        if is_transformers(inner):
+            return TransformersBackbone(model, *settings)
+        if is_dino(inner):
+            return DinoBackbone(model, *settings)
     rule = (
         "for a model that is neither of timm nor of transformers, without get_intermediate_layers"
     )
+    hint = contained_hint(inner)
     if layers:
         raise ValueError(
-            f"SRT: layers must be names of modules, with patch, {rule}; got {layers!r}"
+            f"SRT: layers must be names of modules, with patch, {rule}; got {layers!r}{hint}"
         )
     if patch is None:
-        raise ValueError(f"SRT: patch must be given {rule}; got None with {type(model).__name__}")
-    return CallableBackbone(model, patch, prefix)
+        got = f"None with {type(inner).__name__}"
+        raise ValueError(f"SRT: patch must be given {rule}; got {got}{hint}")
+    return CallableBackbone(model, patch, prefix, hint)
 
 
 def _as_list(layers: Layer | Sequence[Layer] | None) -> list[Layer]:

@@ -9,16 +9,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .._validation import check_count, check_pair
+from .wrappers import check_hooks, unwrap
 
 Layer = int | str
 Model = Callable[..., Any]
-
-
-def unwrap(model: Any) -> Any:
-    """The original of a model that torch.compile returned; any other model itself."""
-    return getattr(model, "_orig_mod", model)
 
 
 class Features(NamedTuple):
@@ -40,8 +37,10 @@ class Backbone(ABC):
         prefix: number of class and register tokens; None if only the shapes can tell.
         returns_list: a list of layers was requested, not a single one.
         any_size: the model declares that it takes images of any size.
+        own_output: name of the model's own output that has the last layer with its norm.
     """
 
+    own_output = ""
     prefix: int | None = None
     returns_list = False
     any_size = False
@@ -51,9 +50,12 @@ class Backbone(ABC):
         self.patch = check_pair("SRT", "patch", patch)
         self.modules = tuple(modules)
         self._compiled: Callable[[torch.Tensor], list[Features]] | None = None
+        self._compared: set[torch.dtype] = set()
 
     def features(self, images: torch.Tensor) -> list[Features]:
         """images [B, 3, H, W], whole patches -> the features of each layer, in requested order."""
+        self._check_hooks()
+        self._compare(images)
         compiler = getattr(self.model, "dynamo_ctx", None)  # the settings of torch.compile(model)
         if compiler is not None and self._compiled is None:
             self._compiled = compiler(self._features)
@@ -66,6 +68,48 @@ class Backbone(ABC):
     @abstractmethod
     def _features(self, images: torch.Tensor) -> list[Features]: ...
 
+    def _check_hooks(self) -> None:
+        check_hooks(self.model, through=self.inner)
+
+    def _last_layer(self, images: torch.Tensor) -> tuple[torch.Tensor, Any] | None:
+        """The last layer with its norm, as it is read here and as the model itself returns it.
+
+        None if the norm was not requested.
+        """
+        return None
+
+    def _compare(self, images: torch.Tensor) -> None:
+        """Compares the last layer with the model's own output, once for each dtype.
+
+        The final norm is found by its name, and new models may have others.
+        """
+        traced = torch.compiler.is_compiling() or isinstance(images, FakeTensor)
+        traced = traced or (images.is_cuda and torch.cuda.is_current_stream_capturing())
+        if images.dtype in self._compared or traced or getattr(self.inner, "training", False):
+            return
+        sizes = [tuple(images.shape[2:])]
+        if self.any_size:
+            sizes.insert(0, (2 * self.patch[0], 3 * self.patch[1]))
+        for size in sizes:
+            seeded = torch.Generator("cpu").manual_seed(0)
+            few = torch.rand(1, 3, *size, generator=seeded, dtype=torch.float32, device="cpu")
+            try:
+                found = self._last_layer(few.to(images))
+                break
+            except Exception:  # the forward of the images themselves says what is wrong
+                continue
+        else:
+            return
+        error = 0.0 if found is None else _relative_error(*found)
+        half = images.dtype.itemsize < 4 or torch.is_autocast_enabled(images.device.type)
+        if not error <= (1e-2 if half else 1e-4):  # NaN, too
+            raise ValueError(
+                f"SRT: the last layer with its norm must equal the output of {self.own_output} of "
+                f"{type(self.inner).__name__}; got a relative error of {error:.2g}. Give layers by "
+                "name, or norm=False"
+            )
+        self._compared.add(images.dtype)
+
     def __getstate__(self) -> dict[str, Any]:  # a copy compiles its own
         return {**self.__dict__, "_compiled": None}
 
@@ -73,9 +117,9 @@ class Backbone(ABC):
 class CallableBackbone(Backbone):
     """What the model returns when it is called: tokens, a map, or a pyramid of maps."""
 
-    def __init__(self, model: Model, patch: object, prefix: object):
+    def __init__(self, model: Model, patch: object, prefix: object, hint: str = ""):
         super().__init__(model, patch)
-        self.prefix = resolve_prefix(prefix, None)
+        self.prefix, self.hint = resolve_prefix(prefix, None), hint
 
     def features(self, images: torch.Tensor) -> list[Features]:
         return self._features(images)
@@ -92,7 +136,10 @@ class CallableBackbone(Backbone):
                     f"{[list(shape) for shape in shapes]}. Is patch right?"
                 )
             output = output[fits.index(True)]
-        return [parse_output(output, images, self.patch, self.prefix)[0]]
+        try:
+            return [parse_output(output, images, self.patch, self.prefix)[0]]
+        except ValueError as error:
+            raise ValueError(f"{error}{self.hint}") from None
 
 
 class TimedBackbone(Backbone):
@@ -111,6 +158,21 @@ class TimedBackbone(Backbone):
         features = self.other.features(images)
         self.seconds += time.perf_counter() - start
         return features
+
+
+def _relative_error(tokens: torch.Tensor, own: object) -> float:
+    """Of tokens [B, K + N, C] against a model's own, or a map of them; 0 where shapes differ."""
+    if not isinstance(own, torch.Tensor) or not own.isfinite().all():
+        return 0.0
+    forms = [own]
+    if own.dim() == 4:
+        forms = [own.flatten(2).transpose(1, 2), own.flatten(1, 2)]  # NCHW, NHWC
+    errors = [
+        float((tokens.float() - form.float()).norm() / form.float().norm())
+        for form in forms
+        if form.shape == tokens.shape
+    ]
+    return min(errors, default=0.0)
 
 
 # ---- layouts ------------------------------------------------------------------------------------
@@ -160,7 +222,7 @@ def parse_output(
         got = list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         raise ValueError(
             f"SRT: the model must return tokens [B, K + N, C] or a map; got {got}. "
-            "A layer, by name, may be a module that does"
+            "layers=NAME reads a module that does"
         )
     if len(output) != len(images):  # windows of an image, or tokens before the batch
         raise ValueError(

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 
 from . import base
 from .base import Backbone, Features, Model
+from .wrappers import call_method, unwrap
 
 
 class DinoBackbone(Backbone):
     """Layers are blocks."""
 
+    own_output = "forward_features"
+
     def __init__(self, model: Model, layers: list[int], norm: bool, patch: object, prefix: object):
-        inner = base.unwrap(model)
+        inner = unwrap(model)
         count = getattr(inner, "n_blocks", None) or len(inner.blocks)
         self.indices, self.count, self.norm = base.normalize_indices(layers, count), count, norm
         self.accepts = tuple(inspect.signature(inner.get_intermediate_layers).parameters)
@@ -30,16 +34,27 @@ class DinoBackbone(Backbone):
         self.any_size = any(hasattr(inner, name) for name in positions)
 
     def _features(self, images: torch.Tensor) -> list[Features]:
-        get, grid = self.inner.get_intermediate_layers, base.grid_of(images, self.patch)
         wanted = sorted(set(self.indices))
+        features = self._read(images, wanted)
+        return [features[wanted.index(i)] for i in self.indices]
+
+    def _read(self, images: torch.Tensor, indices: list[int]) -> list[Features]:
+        grid, get = base.grid_of(images, self.patch), "get_intermediate_layers"
         if "return_class_token" not in self.accepts:  # the first DINO: the last n, normalised
-            last = get(images, self.count - wanted[0])
-            return [base.split_prefix(last[i - wanted[0]], grid, self.prefix) for i in self.indices]
+            last = call_method(self.inner, get, images, self.count - indices[0])
+            return [base.split_prefix(last[i - indices[0]], grid, self.prefix) for i in indices]
         arguments = {"reshape": False, "return_class_token": True, "norm": self.norm}
         if "return_extra_tokens" in self.accepts:  # DINOv3: registers, too
             arguments["return_extra_tokens"] = True
         features = []
-        for tokens, *others in get(images, n=wanted, **arguments):
+        for tokens, *others in call_method(self.inner, get, images, n=indices, **arguments):
             prefix = torch.cat([t if t.dim() == 3 else t[:, None] for t in others], 1)
             features.append(base.split_prefix(tokens, grid, 0)._replace(prefix=prefix))
-        return [features[wanted.index(i)] for i in self.indices]
+        return features
+
+    def _last_layer(self, images: torch.Tensor) -> tuple[torch.Tensor, Any] | None:
+        if not self.norm or not hasattr(self.inner, self.own_output):
+            return None
+        (last,) = self._read(images, [self.count - 1])
+        own = call_method(self.inner, self.own_output, images)
+        return last.tokens, own.get("x_norm_patchtokens") if isinstance(own, dict) else None

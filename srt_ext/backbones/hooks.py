@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from . import transformers
-from .base import Backbone, Features, Model, declared_patch, parse_output, resolve_prefix, unwrap
+from .base import Backbone, Features, Model, declared_patch, parse_output, resolve_prefix
 from .timm import image_size_errors, patch_sides
+from .wrappers import check_hooks, contained, has_hooks, is_timm, is_transformers, unwrap, wrappers
 
 
 class _StopForward(Exception):  # noqa: N818
@@ -31,7 +32,7 @@ class HookBackbone(Backbone):
                 near = [n for n in known if n.endswith(".0")][:3]
                 hint = f" (such as {', '.join(near)})" if near else ""
                 raise ValueError(f"SRT: {rule}{hint}; got {name!r}")
-        if transformers.is_transformers(inner) and transformers.accepts(inner, "input_ids"):
+        if is_transformers(inner) and transformers.accepts(inner, "input_ids"):
             raise ValueError(
                 "SRT: model must run on pictures alone for inject and for layers by name, as the "
                 f"vision_model of CLIP does; got {type(inner).__name__}"
@@ -41,11 +42,17 @@ class HookBackbone(Backbone):
                 "SRT: layers must be indices, and inject must be left out, for Hiera, whose "
                 f"modules have tokens in an order of their own; got {layers}"
             )
+        # The model of a library that has the layers: this one, or one inside.
+        place, owner = contained(inner) or ("", inner)
+        if not all(name.startswith(place + ".") for name in layers):
+            place, owner = "", inner
         if patch is None:
-            reductions = {i["module"]: i["reduction"] for i in getattr(inner, "feature_info", [])}
-            patch = reductions.get(layers[0]) if len(layers) == 1 else None
-            patch = declared_patch(inner) if patch is None else patch_sides(inner, patch)
-        declared = transformers.declared_prefix(inner) if prefix is None else prefix
+            infos = getattr(owner, "feature_info", [])
+            reductions = {i["module"]: i["reduction"] for i in infos}
+            local = layers[0].removeprefix(place + ".")
+            patch = reductions.get(local) if len(layers) == 1 else None
+            patch = declared_patch(owner) if patch is None else patch_sides(owner, patch)
+        declared = transformers.declared_prefix(owner) if prefix is None else prefix
         self.prefix = resolve_prefix(declared, None)
         self.arguments = transformers.any_size_arguments(inner)
         super().__init__(model, patch, layers)
@@ -72,11 +79,15 @@ class HookBackbone(Backbone):
 
     def _features(self, images: torch.Tensor) -> list[Features]:
         found: dict[str, Features] = {}
+        check_hooks(self.model, called=self.inner)
+        # What accelerate and FSDP do behind the forward of a module must not be skipped.
+        parents = {"", *(name[:i] for name in self.modules for i, c in enumerate(name) if c == ".")}
+        runs_to_end = any(has_hooks(self.inner.get_submodule(name)) for name in parents)
 
         def keep(name: str, output: object) -> None:
             if name not in found:
                 found[name] = parse_output(output, images, self.patch, self.prefix)[0]
-            if len(found) == len(set(self.modules)):
+            if len(found) == len(set(self.modules)) and not runs_to_end:
                 raise _StopForward
 
         with suppress(_StopForward), self._hooks(keep):
@@ -89,10 +100,8 @@ class HookBackbone(Backbone):
         return [found[name] for name in self.modules]
 
     def _forward(self, images: torch.Tensor) -> Any:
-        of_timm = hasattr(self.inner, "forward_intermediates")
-        with image_size_errors(images) if of_timm else nullcontext():
-            order = transformers.mask_arguments(self.inner, images, self.patch)
-            return self.inner(images, **self.arguments, **order)
+        with image_size_errors(images) if is_timm(self.inner) else nullcontext():
+            return transformers.call_model(self.inner, images, self.patch, self.arguments)
 
     @contextmanager
     def _hooks(self, hook: Callable[[str, object], object]) -> Iterator[None]:
@@ -146,6 +155,7 @@ class HookBackbone(Backbone):
                 f"starts with one; {self.modules[0]} returns {type(output).__name__}"
             )
 
+        check_hooks(self.model, called=self.inner)
         with self._hooks(hook):
             result = self._forward(images)
         if not replaced:
@@ -157,7 +167,10 @@ class HookBackbone(Backbone):
 
 def force_eager(model: Any) -> AbstractContextManager[Any]:
     """Runs compiled models eagerly: compiled code does not call new hooks."""
-    compiled = hasattr(model, "dynamo_ctx") or getattr(model, "_compiled_call_impl", None)
+    compiled = any(
+        hasattr(part, "dynamo_ctx") or getattr(part, "_compiled_call_impl", None)
+        for part in wrappers(model)
+    )
     return _eager_stance if compiled else nullcontext()
 
 

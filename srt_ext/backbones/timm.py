@@ -11,13 +11,16 @@ import torch
 
 from . import base
 from .base import Backbone, Features, Model
+from .wrappers import call_method, unwrap
 
 
 class TimmBackbone(Backbone):
     """Layers are blocks, or stages of hierarchical models."""
 
+    own_output = "forward_features"
+
     def __init__(self, model: Model, layers: list[int], norm: bool, patch: object, prefix: object):
-        inner = base.unwrap(model)
+        inner = unwrap(model)
         info = list(inner.feature_info)
         self.indices = base.normalize_indices(layers, len(info))
         parameters = inspect.signature(inner.forward_intermediates).parameters
@@ -40,19 +43,31 @@ class TimmBackbone(Backbone):
 
     def _features(self, images: torch.Tensor) -> list[Features]:
         wanted = sorted(set(self.indices))
+        features = self._read(images, wanted)
+        return [features[wanted.index(i)] for i in self.indices]
+
+    def _read(self, images: torch.Tensor, indices: list[int]) -> list[Features]:
         layout: dict[str, Any] = {"output_fmt": "NCHW"}
         if self.returns_tokens:
             layout = {"output_fmt": "NLC", "return_prefix_tokens": bool(self.prefix)}
         layout |= {"stop_early": True, "intermediates_only": True}
-        forward, features = self.inner.forward_intermediates, []
-        for output in forward(images, indices=wanted, norm=self.norm, **layout):
+        settings = {"indices": indices, "norm": self.norm, **layout}
+        features = []
+        for output in call_method(self.inner, "forward_intermediates", images, **settings):
             if not self.returns_tokens:
                 features.append(base.from_map(output))
                 continue
             tokens, prefix = output if isinstance(output, (tuple, list)) else (output, None)
             split = base.split_prefix(tokens, base.grid_of(images, self.patch), 0)
             features.append(split._replace(prefix=prefix))
-        return [features[wanted.index(i)] for i in self.indices]
+        return features
+
+    def _last_layer(self, images: torch.Tensor) -> tuple[torch.Tensor, Any] | None:
+        if not self.norm:
+            return None
+        (last,) = self._read(images, [len(self.inner.feature_info) - 1])
+        tokens = last.tokens if last.prefix is None else torch.cat([last.prefix, last.tokens], 1)
+        return tokens, call_method(self.inner, self.own_output, images)
 
 
 @contextmanager

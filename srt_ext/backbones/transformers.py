@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from typing import Any
 
 import torch
 
 from . import base
 from .base import Backbone, Features, Model
+from .wrappers import FINAL_NORMS, check_hooks, contained_hint, is_transformers, unwrap
 
-_NORMS = ("layernorm", "norm", "rms_norm", "post_layernorm")
 _PREFIX_PARAMETERS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
 
 
 class TransformersBackbone(Backbone):
     """Layers are those of the encoder."""
 
+    own_output = "last_hidden_state"
+
     def __init__(self, model: Model, layers: list[int], norm: bool, patch: object, prefix: object):
-        encoder = vision_encoder(base.unwrap(model))
+        encoder = vision_encoder(unwrap(model))
         config = encoder.config
         depth: Any = getattr(config, "num_hidden_layers", None)
         modules = dict(encoder.named_modules())
@@ -29,40 +32,78 @@ class TransformersBackbone(Backbone):
             raise ValueError(
                 f"SRT: layers must be names of modules, with patch, for {type(encoder).__name__}: "
                 "it has no list of num_hidden_layers layers whose tokens are all of one size; "
-                f"got {layers}"
+                f"got {layers}{contained_hint(encoder)}"
             )
         self.indices = base.normalize_indices(layers, depth)
-        self.last = depth - 1
-        # It may lie below the vision model: `vision_model.post_layernorm`.
+        self.last, self.last_block = depth - 1, f"{blocks}.{depth - 1}"
+        # Of the encoder, not of its patch embedding or its pooling: the least nested, the last.
         outside = [n for n in modules if norm and not n.startswith(blocks + ".")]
-        self.norm = next((n for n in outside if n.rpartition(".")[2] in _NORMS), "")
+        norms = [n for n in outside if n.rpartition(".")[2] in FINAL_NORMS]
+        self.norm = min(reversed(norms), key=lambda name: name.count("."), default="")
+        self.normalizes = norm
         self.neck = norm and any(n.rpartition(".")[2] == "neck" for n in modules)
+        self.is_tied = False  # hidden_states[-1] is last_hidden_state
         self.arguments = {"output_hidden_states": True, **any_size_arguments(encoder)}
-        path = next((n for n, m in base.unwrap(model).named_modules() if m is encoder), "")
+        if accepts(encoder, "return_dict") or accepts(encoder, "kwargs"):
+            self.arguments["return_dict"] = True  # whatever the configuration says
+        path = next((n for n, m in unwrap(model).named_modules() if m is encoder), "")
         names = [".".join(filter(None, (path, blocks, str(i)))) for i in self.indices]
         super().__init__(model, base.resolve_patch(patch, config.patch_size), names)
         self.prefix = base.resolve_prefix(prefix, declared_prefix(encoder))
         self.any_size = takes_any_size(encoder)
 
+    def _run(self, encoder: Any, images: torch.Tensor) -> Any:
+        return call_model(encoder, images, self.patch, self.arguments)
+
     def _features(self, images: torch.Tensor) -> list[Features]:
         encoder = vision_encoder(self.inner)
-        order = mask_arguments(encoder, images, self.patch)
-        output = encoder(pixel_values=images, **self.arguments, **order)
-        features = []
+        output, features = self._run(encoder, images), []
+        if output.hidden_states is None:  # a class made from the model's, such as FSDP2's
+            raise ValueError(
+                f"SRT: {type(encoder).__name__} must return hidden_states for layers by index; got "
+                f"None. layers={self.modules[-1]!r} reads one by name"
+            )
         for i in self.indices:
             tokens = output.hidden_states[i + 1]  # the first is that of the patch embedding
+            is_normalized = self.is_tied and i == self.last
+            if is_normalized and not self.normalizes:
+                raise ValueError(
+                    f"SRT: norm must be True for the last layer of {type(encoder).__name__}, whose "
+                    f"hidden_states have it normalised; got False. layers={self.modules[-1]!r} "
+                    "reads it by name"
+                )
             if self.neck and i == self.last:
                 features.append(base.from_map(output.last_hidden_state))
                 continue
-            if self.norm:
+            if self.norm and not is_normalized:
                 tokens = encoder.get_submodule(self.norm)(tokens)
             # SAM's are NHWC.
             features.append(base.parse_output(tokens, images, self.patch, self.prefix)[0])
         return features
 
+    def _check_hooks(self) -> None:
+        check_hooks(self.model, called=vision_encoder(self.inner))
 
-def is_transformers(model: object) -> bool:
-    return any(kind.__module__.startswith("transformers.") for kind in type(model).__mro__)
+    def _last_layer(self, images: torch.Tensor) -> tuple[torch.Tensor, Any] | None:
+        if self.neck:
+            return None
+        encoder, thread, found = vision_encoder(self.inner), threading.get_ident(), []
+
+        def keep(_module: object, _input: object, output: Any) -> None:
+            if threading.get_ident() == thread:
+                found.append(output if isinstance(output, torch.Tensor) else output[0])
+
+        with encoder.get_submodule(self.last_block).register_forward_hook(keep):
+            output = self._run(encoder, images)
+        tokens, own = found[0], output.last_hidden_state
+        self.is_tied = not torch.equal(output.hidden_states[-1], tokens)
+        if not self.normalizes:
+            return None
+        pooled = getattr(output, "pooler_output", None)
+        last = encoder.get_submodule(self.norm)(tokens) if self.norm else tokens
+        if pooled is not None and torch.equal(own, tokens) and not torch.equal(own, last):
+            return last[:, 0], pooled  # CLIP normalises the pooled token alone
+        return last, own
 
 
 def vision_encoder(model: Any) -> Any:
@@ -96,6 +137,16 @@ def any_size_arguments(model: Any) -> dict[str, Any]:
     """Arguments of ``forward`` that allow images of any size, where there are any."""
     name = "interpolate_pos_encoding"
     return {name: True} if accepts(model, name) else {}
+
+
+def call_model(
+    model: Any, images: torch.Tensor, patch: tuple[int, int], arguments: dict[str, Any]
+) -> Any:
+    """``model(images)``, by name where one of its hooks takes keyword arguments."""
+    arguments = {**arguments, **mask_arguments(model, images, patch)}
+    if is_transformers(model) and model._forward_pre_hooks_with_kwargs:
+        return model(pixel_values=images, **arguments)
+    return model(images, **arguments)
 
 
 def mask_arguments(model: Any, images: torch.Tensor, patch: tuple[int, int]) -> dict[str, Any]:

@@ -1,0 +1,310 @@
+"""Models that are wrapped, hooked or changed by other libraries; and the norm that is found."""
+
+from __future__ import annotations
+
+import copy
+import types
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from srt_ext import SRT
+
+pytest.importorskip("timm")
+
+ITSELF = torch.zeros(1, 2)
+IMAGES = torch.rand(2, 3, 48, 64, generator=torch.Generator().manual_seed(0))
+TINY = {"depth": 2, "embed_dim": 48, "num_heads": 3, "dynamic_img_size": True}
+SIZE = {
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 96,
+    "image_size": 64,
+    "patch_size": 16,
+}
+
+
+def with_random_norms(model: Any) -> Any:
+    """Norms as after training, not all ones."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.copy_(torch.rand_like(parameter) + 0.5)
+    return model.eval()
+
+
+@pytest.fixture
+def vit() -> Any:
+    import timm
+
+    torch.manual_seed(0)
+    return with_random_norms(timm.create_model("vit_tiny_patch16_224", **TINY))
+
+
+def of_transformers(kind: str, **settings: Any) -> Any:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**{**SIZE, **settings})
+    return with_random_norms(getattr(transformers, f"{kind}Model")(config))
+
+
+def tokens(model: Any, images: torch.Tensor = IMAGES, **settings: Any) -> torch.Tensor:
+    """[B, N, C]: what SRT makes of one unshifted view at token scale, the tokens themselves."""
+    srt = SRT(model, ITSELF, stride=16, upsample="nearest", **settings)
+    field: torch.Tensor = srt(images).field
+    return field.flatten(2).transpose(1, 2)
+
+
+# ---- the final norm -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("Aimv2Vision", {}),
+        ("ViT", {"return_dict": False}),
+        ("ViT", {"tie_last_hidden_states": True}),
+        ("SiglipVision", {"tie_last_hidden_states": True, "return_dict": False}),
+        ("Beit", {"use_mean_pooling": True}),
+    ],
+)
+def test_the_last_layer_is_the_last_hidden_state(kind: str, settings: dict[str, Any]) -> None:
+    images, model = IMAGES[..., :48], of_transformers(kind, **{"image_size": 48, **settings})
+    with torch.no_grad():
+        expected = model(pixel_values=images, return_dict=True).last_hidden_state[:, -9:]
+    assert_close(tokens(model, images), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_nested_model_whose_hidden_states_are_normalised() -> None:
+    pytest.importorskip("transformers")
+    from transformers.models.ovis2.configuration_ovis2 import Ovis2VisionConfig
+    from transformers.models.ovis2.modeling_ovis2 import Ovis2VisionModel
+
+    model, images = with_random_norms(Ovis2VisionModel(Ovis2VisionConfig(**SIZE))), IMAGES
+    images = nn.functional.pad(images, (0, 0, 0, 16))
+    with torch.no_grad():
+        expected = model.transformer(pixel_values=images).last_hidden_state
+    assert_close(tokens(model, images), expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"norm must be True.*layers='transformer.encoder.lay"):
+        tokens(model, images, norm=False)
+
+
+def test_another_norm_is_an_error() -> None:
+    transformers = pytest.importorskip("transformers")
+
+    class Renamed(transformers.ViTModel):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            output.last_hidden_state = 2 * output.last_hidden_state
+            return output
+
+    model, images = Renamed(transformers.ViTConfig(**SIZE)).eval(), torch.rand(2, 3, 64, 64)
+    srt = SRT(model, ITSELF)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="must equal the output of last_hidden_state"):
+            srt(images)
+    assert tokens(model, images, norm=False).shape == (2, 16, 48)
+    assert tokens(model, images, layers="layers.0").shape == (2, 16, 48)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_is_compared_once_for_each_dtype(
+    dtype: torch.dtype, vit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Size] = []
+    own = vit.forward_features
+    monkeypatch.setattr(vit, "forward_features", lambda x: seen.append(x.shape) or own(x))
+    srt = SRT(vit, ITSELF)
+    srt(IMAGES), srt(IMAGES)
+    assert seen == [(1, 3, 32, 48)]
+    srt.to(dtype)(IMAGES.to(dtype))
+    assert len(seen) == (1 if dtype == torch.float32 else 2)
+    SRT(vit, ITSELF, norm=False)(IMAGES.to(dtype))
+    monkeypatch.setattr(vit, "forward_features", lambda x: own(x)[:, :, :10])  # not comparable
+    SRT(vit, ITSELF)(IMAGES.to(dtype))
+    monkeypatch.setattr(vit, "forward_features", lambda x: own(x) + 0.1)
+    with pytest.raises(ValueError, match="must equal the output of forward_features"):
+        SRT(vit, ITSELF)(IMAGES.to(dtype))
+
+
+# ---- hooks --------------------------------------------------------------------------------------
+
+
+def doubled(_module: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    return (2 * inputs[0],)
+
+
+def doubled_by_name(_module: Any, args: Any, kwargs: dict[str, torch.Tensor]) -> Any:
+    return args, {**kwargs, "pixel_values": 2 * kwargs["pixel_values"]}
+
+
+def test_hooks_on_the_input_of_a_model_run(vit: Any) -> None:
+    expected = tokens(vit, 2 * IMAGES)
+    vit.register_forward_pre_hook(doubled)
+    assert_close(tokens(vit), expected)
+    assert_close(tokens(vit, layers="norm"), expected)
+    assert "forward" not in vit.__dict__
+    vit.compile(backend="eager")  # in place: the call of a module is compiled
+    assert_close(tokens(vit), expected)
+
+
+@pytest.mark.parametrize("how", [{}, {"with_kwargs": True}])
+def test_hooks_on_the_input_of_a_model_of_transformers_run(how: dict[str, bool]) -> None:
+    model = of_transformers("ViT")
+    expected = tokens(model, 2 * IMAGES)
+    model.register_forward_pre_hook(doubled_by_name if how else doubled, **how)
+    assert_close(tokens(model), expected)
+    assert_close(tokens(model, layers="layernorm"), expected)
+
+
+def test_hooks_that_would_be_bypassed_are_refused(vit: Any) -> None:
+    transformers = pytest.importorskip("transformers")
+    classifier = transformers.ViTForImageClassification(transformers.ViTConfig(**SIZE)).eval()
+    parallel, patched, hooked = nn.DataParallel(vit), copy.deepcopy(vit), copy.deepcopy(vit)
+    for model in (parallel, classifier):
+        model.register_forward_pre_hook(doubled)
+    patched.forward = types.MethodType(lambda self, x: type(self).forward(self, 2 * x), patched)
+    srt = SRT(hooked, ITSELF, stride=16, upsample="nearest")
+    srt(IMAGES)
+    hooked.register_forward_hook(lambda _module, _inputs, output: 2 * output)
+    for model, way in (
+        (parallel, "doubled on DataParallel. Register it on the VisionTransformer inside"),
+        (classifier, "doubled on ViTForImageClassification. Give layers by name"),
+        (patched, "<lambda> on VisionTransformer. Give layers by name"),
+        (hooked, "<lambda> on VisionTransformer. Give layers by name"),
+    ):
+        with pytest.raises(ValueError, match=rf"must have no hooks.*got .*{way}"):
+            tokens(model)
+    with pytest.raises(ValueError, match="must have no hooks"):  # added behind the first call
+        srt(IMAGES)
+    assert_close(tokens(classifier, layers="vit.layernorm"), tokens(classifier.vit, 2 * IMAGES))
+    assert_close(tokens(patched, layers="norm"), tokens(vit, 2 * IMAGES))
+    assert_close(tokens(hooked, layers="norm"), tokens(vit))
+
+
+def test_weights_that_accelerate_loads(vit: Any) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    expected = tokens(vit)
+    offloaded = accelerate.cpu_offload(copy.deepcopy(vit), torch.device("cpu"))
+    assert_close(tokens(offloaded), expected)
+    assert_close(tokens(offloaded, layers="norm"), expected)
+    assert offloaded.cls_token.is_meta  # what it loaded is gone again
+    with torch.no_grad():
+        assert_close(SRT(offloaded, ITSELF, inject=0)(IMAGES), vit(IMAGES))
+
+
+# ---- wrappers -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_parallel_wrappers(vit: Any, one_process: None) -> None:
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    expected = tokens(vit)
+    sharded = copy.deepcopy(vit)
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    for module in (*sharded.blocks, sharded):
+        fully_shard(module, mesh=mesh)
+    compiled = torch.compile(vit, backend="eager")
+    for model in (
+        nn.DataParallel(vit),
+        DistributedDataParallel(vit),
+        torch.compile(DistributedDataParallel(vit), backend="eager"),
+        DistributedDataParallel(compiled),
+        sharded,
+    ):
+        assert_close(tokens(model), expected)
+        assert_close(tokens(model, patch=16, layers="norm"), expected)
+
+
+def test_fully_sharded_modules_are_read_by_names(vit: Any, one_process: None) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    expected = tokens(vit)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sharded = FullyShardedDataParallel(copy.deepcopy(vit), device_id=torch.device("cpu"))
+    message = "layers='_fsdp_wrapped_module.norm' runs the whole FullyShardedDataParallel"
+    with pytest.raises(ValueError, match=message):
+        tokens(sharded)
+    for _ in range(2):
+        assert_close(tokens(sharded, layers="_fsdp_wrapped_module.norm"), expected)
+
+
+@pytest.mark.parametrize("kind", ["timm", "ViT", "CLIPVision", "own"])
+def test_models_under_peft(kind: str, vit: Any) -> None:
+    peft = pytest.importorskip("peft")
+    targets, settings = ["qkv"], {}
+    if kind == "own":
+        torch.manual_seed(0)
+        model: Any = nn.Sequential(nn.Conv2d(3, 8, 16, 16), nn.Conv2d(8, 8, 1))
+        targets, settings = ["1"], {"patch": 16}
+    else:
+        model = vit if kind == "timm" else of_transformers(kind)
+        targets = ["qkv"] if kind == "timm" else ["q_proj", "query"]
+    adapter = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    adapted = peft.get_peft_model(copy.deepcopy(model), adapter).eval()
+    merged = copy.deepcopy(adapted).merge_and_unload()
+    images = IMAGES[..., :40]
+    expected = tokens(merged, images, **settings)
+    assert_close(tokens(adapted, images, **settings), expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(expected, tokens(model, images, **settings), atol=1e-3)
+
+
+class Around(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"logits": self.model(2 * images)}
+
+
+def test_a_model_inside_of_another_module_is_named(vit: Any) -> None:
+    expected = tokens(vit, 2 * IMAGES)
+    alone = r"give model.get_submodule\('model'\) for that alone"
+    for settings in ({}, {"patch": 16}, {"layers": -1}):
+        with pytest.raises(ValueError, match=rf"{alone}; layers='model.norm' runs the whole Aro"):
+            tokens(Around(vit), **settings)
+    assert_close(tokens(Around(vit), layers="model.norm"), expected)
+    assert_close(tokens(Around(vit).get_submodule("model"), 2 * IMAGES), expected)
+    averaged = torch.optim.swa_utils.AveragedModel(vit)
+    assert_close(tokens(averaged, 2 * IMAGES, layers="module.norm"), expected)
+
+
+class Int8Linear(nn.Module):
+    """As those of bitsandbytes: weights in integers, which are no floating parameters."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.register_buffer("scale", linear.weight.detach().abs().amax(1, keepdim=True) / 127)
+        weight = (linear.weight.detach() / self.scale).round().to(torch.int8)
+        self.weight, self.bias = nn.Parameter(weight, requires_grad=False), linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight * self.scale, self.bias)
+
+
+def test_quantised_models(vit: Any) -> None:
+    expected = tokens(vit)
+    for block in vit.blocks:
+        block.attn.qkv = Int8Linear(block.attn.qkv)
+    actual = tokens(vit)
+    assert 0 < (actual - expected).abs().max() < 0.05
+    assert SRT(vit, 4).cost(64).operations > 0
+    copied = copy.deepcopy(SRT(vit, ITSELF, stride=16, upsample="nearest"))
+    assert_close(copied(IMAGES).field.flatten(2).transpose(1, 2), actual)

@@ -1,0 +1,151 @@
+"""What lies around a model: wrappers, other models that contain it, and hooks on its own call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+# Names of the final norm in the models of libraries.
+FINAL_NORMS = ("layernorm", "norm", "rms_norm", "post_layernorm")
+
+# ---- wrappers -----------------------------------------------------------------------------------
+
+
+def wrappers(model: Any) -> list[Any]:
+    """The model as it was given, and what its wrappers hold, down to the model itself.
+
+    Only wrappers that leave the result of a forward as it is: those of torch.compile, DataParallel,
+    DistributedDataParallel and PEFT.
+    """
+    found = [model]
+    while True:
+        model = found[-1]
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            found.append(model.module)
+        elif hasattr(model, "_orig_mod"):
+            found.append(model._orig_mod)
+        elif callable(getattr(model, "get_base_model", None)):
+            found.append(model.get_base_model())
+        else:
+            return found
+
+
+def unwrap(model: Any) -> Any:
+    """The model itself, without its wrappers."""
+    return wrappers(model)[-1]
+
+
+def is_transformers(model: object) -> bool:
+    names = [(kind.__module__, kind.__name__) for kind in type(model).__mro__]
+    return ("transformers.modeling_utils", "PreTrainedModel") in names
+
+
+def is_timm(model: object) -> bool:
+    return hasattr(model, "forward_intermediates") and hasattr(model, "feature_info")
+
+
+def is_dino(model: object) -> bool:
+    return hasattr(model, "get_intermediate_layers")
+
+
+def contained(model: Any) -> tuple[str, Any] | None:
+    """The first model of a library inside of another module, and its name there."""
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    for name, module in modules:
+        if name and (is_timm(module) or is_transformers(module) or is_dino(module)):
+            return name, module
+    return None
+
+
+def contained_hint(model: Any) -> str:
+    """How to give a model that is inside of another module; empty if there is none."""
+    found = contained(model)
+    if found is None:
+        return ""
+    name, module = found
+    norms = [child for child, _ in module.named_children() if child in FINAL_NORMS]
+    layer = f"{name}.{(norms or ['MODULE'])[-1]}"
+    by_name = f"layers={layer!r} runs the whole {type(model).__name__}"
+    if is_fsdp1(model):  # its forward gathers the weights
+        return f". It contains a {type(module).__name__}: {by_name}"
+    kind = type(module).__name__
+    return f". It contains a {kind}: give model.get_submodule({name!r}) for that alone; {by_name}"
+
+
+# ---- hooks --------------------------------------------------------------------------------------
+
+
+def has_hooks(module: Any) -> bool:
+    """Whether something is to run before or after a forward of the module."""
+    hooks = (module._forward_pre_hooks, module._forward_hooks)
+    return any(hooks) or hasattr(module, "_hf_hook") or is_fsdp1(module)
+
+
+def call_method(model: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+    """``model.method(...)`` with the hooks of the model's own call.
+
+    PyTorch runs them only for a call of the module: those that change its input, that gather its
+    weights (FSDP2) or that load them (accelerate).
+    """
+    if not isinstance(model, nn.Module) or not has_hooks(model):
+        return getattr(model, method)(*args, **kwargs)
+    loader = getattr(model, "_hf_hook", None)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if loader is None:
+            return getattr(model, method)(*args, **kwargs)
+        args, kwargs = loader.pre_forward(model, *args, **kwargs)
+        return loader.post_forward(model, getattr(model, method)(*args, **kwargs))
+
+    # It shares all parts with the model, which other threads may run meanwhile. Not copy.copy,
+    # which FSDP2 overrides.
+    twin = object.__new__(type(model))
+    twin.__dict__.update(model.__dict__, forward=forward, _compiled_call_impl=None)
+    return twin(*args, **kwargs)
+
+
+def check_hooks(model: Any, *, called: Any = None, through: Any = None) -> None:
+    """Refuses hooks that would be bypassed.
+
+    Args:
+        model: as it was given, with its wrappers.
+        called: the module that is called; its hooks run.
+        through: the module that :func:`call_method` runs: hooks on its output, which is another
+            than the model's, do not fit.
+    """
+    for module in wrappers(model):
+        if module is called or not isinstance(module, nn.Module):
+            continue
+        hooks: list[Callable[..., Any]] = list(module._forward_hooks.values())
+        if module is through:
+            hooks = [hook for hook in hooks if not _is_distributed(hook)]
+        else:
+            hooks += module._forward_pre_hooks.values()
+        replaced = module.__dict__.get("forward")
+        if replaced is not None and not hasattr(module, "_hf_hook") and not _is_compiled(replaced):
+            hooks.append(replaced)
+        if hooks:
+            name = getattr(hooks[0], "__qualname__", type(hooks[0]).__name__)
+            kind = type(module).__name__
+            if module is unwrap(model):
+                way = "Give layers by name, which call the model itself"
+            else:
+                way = f"Register it on the {type(unwrap(model)).__name__} inside"
+            raise ValueError(
+                "SRT: the model's own call must have no hooks where its features are read by "
+                f"another method, which bypasses them; got {name} on {kind}. {way}"
+            )
+
+
+def _is_distributed(hook: object) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.")
+
+
+def _is_compiled(function: object) -> bool:
+    return hasattr(function, "_torchdynamo_orig_callable")
+
+
+def is_fsdp1(module: object) -> bool:
+    return type(module).__name__ == "FullyShardedDataParallel"
