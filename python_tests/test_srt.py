@@ -183,14 +183,22 @@ ORIGIN = torch.zeros(2, 2)
         ({"prefix": 1.0}, TypeError, "prefix must be an integer >= 0; got 1.0"),
         ({"stride": (2,)}, ValueError, "stride must be two integers >= 1"),
         ({"stride": 2.0}, TypeError, "stride must be two integers >= 1, .*; got 2.0"),
-        ({"view_batch": 0}, ValueError, "view_batch must be an integer >= 1; got 0"),
-        ({"view_batch": 2.5}, TypeError, "view_batch must be an integer >= 1; got 2.5"),
+        ({"view_batch": 0}, ValueError, "view_batch must be an integer >= 1, or 'auto'; got 0"),
+        ({"view_batch": 2.5}, TypeError, "view_batch must be an integer >= 1, or 'auto'; got 2.5"),
         ({"border": "mirror"}, ValueError, "border must be one of .*; got 'mirror'"),
         ({"border": None}, TypeError, "border must be a string"),
         ({"padding": "mirror"}, ValueError, "padding must be one of"),
         # Views are checked before the model runs; test_views.py has the rest.
-        ({"views": torch.tensor([[0.0, torch.nan]])}, ValueError, "offsets must be finite"),
-        ({"views": (ORIGIN, torch.tensor([1.0, -1]))}, ValueError, "weights must be finite and"),
+        (
+            {"views": torch.tensor([[0.0, torch.nan]])},
+            ValueError,
+            "offsets of views must be finite",
+        ),
+        (
+            {"views": (ORIGIN, torch.tensor([1.0, -1]))},
+            ValueError,
+            "weights of views must be fini",
+        ),
         ({"views": (ORIGIN, torch.zeros(2))}, ValueError, r"not all be 0; got \[0.0, 0.0\]"),
     ],
 )

@@ -43,7 +43,7 @@ def pair(op: str, name: str, value: Any) -> Any:
 
 def _check_types(op: str, schema: Any, *args: object, **modes: object) -> None:
     """Of arguments that the dispatcher has refused: no tensor, no two integers, no string."""
-    checks = {"Tensor": check_tensor, "List[int]": check_pair, "str": check_string}
+    checks: dict[str, Any] = {"Tensor": check_tensor, "List[int]": check_pair, "str": check_string}
     names = [argument.name for argument in schema.arguments]
     given = {**dict(zip(names, args, strict=False)), **modes}
     for argument in schema.arguments:

@@ -5,23 +5,32 @@ Method: Lao et al., "Sub-token ViT Embedding via Stochastic Resonance Transforme
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from numbers import Integral, Real
-from types import NoneType
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from . import views as designs
 from ._cost import fake_copy, free_bytes, operations_and_bytes, peak_bytes
-from ._validation import check_count, check_pair, check_tensor, check_words, wrong
+from ._validation import (
+    check_count,
+    check_number,
+    check_pair,
+    check_tensor,
+    check_words,
+    is_integer,
+    wrong,
+)
 from .backbones import Backbone, Features, HookBackbone, Layer, Model, describe, force_eager
-from .ops import ensemble, ensemble_moments, shift
+from .ops import check_views, ensemble, ensemble_moments, shift
 from .options import Border, Interpolation, Padding, Quality, Reduce, Upsample
 from .streaming import RunningMean, RunningMedian, RunningMoments
 from .views import Views
@@ -208,15 +217,17 @@ class SRT(torch.nn.Module):
             _check_inject(inject, layers, stride)
         self._injects = inject is not None
         requested = inject if self._injects else layers
-        self._settings: Any = {"layers": requested, "norm": norm, "patch": patch, "prefix": prefix}
+        settings = {"layers": requested, "norm": norm, "patch": patch, "prefix": prefix}
+        # Copies: lists and arrays may change later.
+        self._settings: Any = {name: copy.copy(value) for name, value in settings.items()}
         self._is_fixed = isinstance(model, Backbone)
         self._backbone = self._describe(model)
         self.model = self._backbone.model  # a submodule if it is a module
-        self._request = (views, scale, quality)
-        self._scale, self._views = self._setting(*self._request)
-        self.stride, self.view_batch = check_pair("SRT", "stride", stride), view_batch
-        if view_batch != "auto":
-            check_count("SRT", "view_batch", view_batch, 1)
+        self._scale, self._views = self._setting(views, scale, quality)
+        # What depends on the model, and is resolved again for another one.
+        by_model = views is None or isinstance(views, str) or is_integer(views)
+        self._request = (views, scale, quality) if by_model else None
+        self.stride, self.view_batch = check_pair("SRT", "stride", stride), _view_batch(view_batch)
         if upsample is None:
             upsample = "nearest" if self._injects else "bilinear"
         check_words("SRT", reduce=reduce, upsample=upsample, border=border)
@@ -235,8 +246,9 @@ class SRT(torch.nn.Module):
 
     @property
     def views(self) -> Views:
-        """The views, with their offsets in pixels of the image."""
-        return self._views._replace(offsets=self._views.offsets / self.scale)
+        """A copy of the views, with their offsets in pixels of the image."""
+        views = _copied(self._views)
+        return views._replace(offsets=views.offsets / self.scale)
 
     @property
     def backbone(self) -> Backbone:
@@ -248,7 +260,7 @@ class SRT(torch.nn.Module):
                     f"{type(self.model).__name__}"
                 )
             self._backbone = self._describe(self.model)
-            if isinstance(self._request[0], (str, Integral, NoneType)):  # depend on the model
+            if self._request is not None:
                 self._scale, self._views = self._setting(*self._request)
         return self._backbone
 
@@ -263,7 +275,8 @@ class SRT(torch.nn.Module):
         buffers, which .half() would round.
         """
         scale, views = self._chosen(views, scale, quality)
-        return scale, _checked(designs.resolve(views, self._backbone.patch, scale))
+        with _with_values():
+            return scale, _checked(designs.resolve(views, self._backbone.patch, scale))
 
     def _chosen(self, views: Any, scale: Any, quality: Any) -> tuple[float, Any]:
         """(scale, views), of a preset where they are not given."""
@@ -337,7 +350,7 @@ class SRT(torch.nn.Module):
             [5, 2] [5, 2, 12, 5] (4, 3) (8, 8)
             [4, 2] [4, 2, 12, 5] (4, 3) (8, 8)
         """
-        return self._batches(self._frame(images), self._views)
+        return self._batches(self._frame(images), _copied(self._views))
 
     def cost(
         self,
@@ -371,7 +384,8 @@ class SRT(torch.nn.Module):
         height, width = check_pair("SRT", "size", size)
         check_count("SRT", "batch", batch, 1)
         parameters = self.model.parameters() if isinstance(self.model, torch.nn.Module) else ()
-        like = next((p for p in parameters if p.is_floating_point()), torch.empty(0))
+        default = torch.empty(0, dtype=torch.float32, device="cpu")
+        like = next((p for p in parameters if p.is_floating_point()), default)
         try:
             # A model may keep what it computes, which is fake here: so a copy of it.
             backbone, mode = fake_copy(self.backbone)
@@ -550,12 +564,29 @@ def _even(count: int, most: int) -> int:
     return -(-count // -(-count // most)) if count else 1
 
 
+@contextmanager
+def _with_values() -> Iterator[None]:
+    """Tensors that are made have values, and can be used in every mode."""
+    with torch.inference_mode(False), torch.no_grad(), unset_fake_temporarily():
+        yield
+
+
+def _copied(views: Views) -> Views:
+    """A copy on the CPU."""
+    with _with_values():
+        parts = (None if part is None else part.detach().cpu().clone() for part in views)
+        return Views(*parts)  # type: ignore[arg-type]
+
+
 def _checked(views: Views) -> Views:
-    """A copy of the views on the CPU; a wrong one is an error before the model has run."""
-    parts = (None if part is None else part.detach().cpu().clone() for part in views)
-    offsets, weights, _ = views = Views(*parts)  # type: ignore[arg-type]
-    # The op checks them: one token per view.
-    ensemble(torch.zeros(len(offsets), 1, 1, 1), offsets, (1, 1), (1, 1), weights)
+    """A copy of the views; a wrong one is an error before the model has run."""
+    offsets, weights, _ = views = _copied(views)
+    token = torch.zeros(len(offsets), 1, 1, 1, dtype=torch.float32, device="cpu")
+    try:
+        check_views("ensemble", token, offsets, (1, 1), (1, 1), weights)
+    except (TypeError, ValueError) as error:
+        reason = str(error).removeprefix("srt::ensemble: ").replace("must", "of views must", 1)
+        raise type(error)(f"SRT: {reason}") from None
     if weights is not None and not weights.sum() > 0:
         raise ValueError(f"SRT: weights of views must not all be 0; got {weights.tolist()}")
     return views
@@ -563,15 +594,25 @@ def _checked(views: Views) -> Views:
 
 def _check_scale(scale: Any) -> float:
     rule = "scale must be a finite number >= 1"
-    if isinstance(scale, bool) or not isinstance(scale, Real):
-        raise wrong(TypeError, "SRT", rule, repr(scale))
-    if not 1 <= float(scale) < math.inf:
+    value = check_number("SRT", rule, scale)
+    if not 1 <= value < math.inf:
         raise wrong(ValueError, "SRT", rule, scale)
-    return float(scale)
+    return value
+
+
+def _view_batch(value: Any) -> int | str:
+    rule = "view_batch must be an integer >= 1, or 'auto'"
+    if isinstance(value, str) and value == "auto":
+        return value
+    if not is_integer(value):
+        raise wrong(TypeError, "SRT", rule, repr(value))
+    if value < 1:
+        raise wrong(ValueError, "SRT", rule, value)
+    return int(value)
 
 
 def _check_inject(inject: object, layers: object, stride: object) -> None:
-    if not isinstance(inject, (int, str)) or isinstance(inject, bool):
+    if not isinstance(inject, str) and not is_integer(inject):
         raise TypeError(f"SRT: inject must be one index or name of a module; got {inject!r}")
     if layers is not None:
         raise ValueError(f"SRT: layers must be None with inject; got {layers!r}")
