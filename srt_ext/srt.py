@@ -606,7 +606,7 @@ def _view_batch(value: Any) -> int | str:
         return value
     if not is_integer(value):
         raise wrong(TypeError, "SRT", rule, repr(value))
-    if value < 1:
+    if int(value) < 1:
         raise wrong(ValueError, "SRT", rule, value)
     return int(value)
 

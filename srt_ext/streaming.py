@@ -186,7 +186,7 @@ class Stream(Generic[A, N]):
         if settings != own:
             self._fail(f"the state must have the settings {own}", settings)
         views, dtype, state = (state_dict[key] for key in values)
-        number = is_integer(views) and views >= 0
+        number = is_integer(views) and int(views) >= 0
         if not self._arrays.is_floating(dtype) or not number or not isinstance(state, dict):
             rule = "views, dtype and state must be a number, a floating dtype and arrays"
             self._fail(rule, (views, dtype))
