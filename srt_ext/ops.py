@@ -6,6 +6,7 @@ Method: Lao et al., "Sub-token ViT Embedding via Stochastic Resonance Transforme
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NoReturn, cast
 
@@ -14,6 +15,11 @@ import torch
 from ._library import cuda_unavailable
 from ._validation import check_cells, check_pair, check_string, check_tensor, stated_error, wrong
 from .options import Border, Interpolation, Padding, Pair, Reduce, Stride, Upsample
+
+
+def no_grad() -> AbstractContextManager[Any]:
+    """``torch.no_grad`` where it changes something: torch.export cuts its graph at each."""
+    return torch.no_grad() if torch.is_grad_enabled() else nullcontext()
 
 
 def _explain(error: RuntimeError, op: str, check: Callable[[], object]) -> NoReturn:

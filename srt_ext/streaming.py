@@ -360,7 +360,7 @@ class _Tensors:
     def writing(self) -> Iterator[None]:
         """While arrays of the state are made."""
         # Or the state could not be written outside of an inference mode in which it was made.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), ops.no_grad():
             yield
 
 

@@ -67,8 +67,10 @@ class HookBackbone(Backbone):
             )
         return cls(backbone.model, list(backbone.modules), backbone.patch, backbone.prefix)
 
+    # Compiled code does not call new hooks.
+    @torch.compiler.disable(reason="SRT reads layers by name by hooks, which run eagerly")
     def features(self, images: torch.Tensor) -> list[Features]:
-        return self._features(images)  # not compiled: compiled code does not call new hooks
+        return self._features(images)
 
     def _features(self, images: torch.Tensor) -> list[Features]:
         found: dict[str, Features] = {}
@@ -76,7 +78,8 @@ class HookBackbone(Backbone):
         def keep(name: str, output: object) -> None:
             if name not in found:
                 found[name] = parse_output(output, images, self.patch, self.prefix)[0]
-            if len(found) == len(set(self.modules)):
+            # torch.export follows each call of a module to its end.
+            if len(found) == len(set(self.modules)) and not torch.compiler.is_exporting():
                 raise _StopForward
 
         with suppress(_StopForward), self._hooks(keep):
@@ -112,6 +115,7 @@ class HookBackbone(Backbone):
                 handles.enter_context(module.register_forward_hook(hooked))
             yield
 
+    @torch.compiler.disable(reason="SRT replaces features by hooks, which run eagerly")
     def forward_with(
         self, images: torch.Tensor, replace: Callable[[Features], tuple[torch.Tensor, Any]]
     ) -> Any:
