@@ -183,14 +183,22 @@ ORIGIN = torch.zeros(2, 2)
         ({"prefix": 1.0}, TypeError, "prefix must be an integer >= 0; got 1.0"),
         ({"stride": (2,)}, ValueError, "stride must be two integers >= 1"),
         ({"stride": 2.0}, TypeError, "stride must be two integers >= 1, .*; got 2.0"),
-        ({"view_batch": 0}, ValueError, "view_batch must be an integer >= 1; got 0"),
-        ({"view_batch": 2.5}, TypeError, "view_batch must be an integer >= 1; got 2.5"),
+        ({"view_batch": 0}, ValueError, "view_batch must be an integer >= 1, or 'auto'; got 0"),
+        ({"view_batch": 2.5}, TypeError, "view_batch must be an integer >= 1, or 'auto'; got 2.5"),
         ({"border": "mirror"}, ValueError, "border must be one of .*; got 'mirror'"),
         ({"border": None}, TypeError, "border must be a string"),
         ({"padding": "mirror"}, ValueError, "padding must be one of"),
         # Views are checked before the model runs; test_views.py has the rest.
-        ({"views": torch.tensor([[0.0, torch.nan]])}, ValueError, "offsets must be finite"),
-        ({"views": (ORIGIN, torch.tensor([1.0, -1]))}, ValueError, "weights must be finite and"),
+        (
+            {"views": torch.tensor([[0.0, torch.nan]])},
+            ValueError,
+            "offsets of views must be finite",
+        ),
+        (
+            {"views": (ORIGIN, torch.tensor([1.0, -1]))},
+            ValueError,
+            "weights of views must be fini",
+        ),
         ({"views": (ORIGIN, torch.zeros(2))}, ValueError, r"not all be 0; got \[0.0, 0.0\]"),
     ],
 )
@@ -240,3 +248,66 @@ def test_srt_is_a_module_that_can_be_copied_and_cast() -> None:
     torch.testing.assert_close(field, srt(images).field, atol=1e-4, rtol=1e-4)
     srt.model = torch.nn.Conv2d(3, 5, PATCH, stride=PATCH)
     assert srt(images).field.shape == (1, 5, 32, 32)
+
+
+@pytest.mark.parametrize("scale", [1, 1.5])
+@pytest.mark.parametrize(
+    "form", ["tensor", "pair", "triple", "Views", "design and weights", "float64"]
+)
+def test_what_was_given_may_change_later(form: str, scale: float) -> None:
+    """SRT keeps its own copy of what it has checked, and hands out copies."""
+    design = views.flipped(views.ring(5, 3))
+    offsets, weights, mirror = (part.clone() for part in design)  # type: ignore[union-attr]
+    offsets = offsets.double() if form == "float64" else offsets
+    given: Any = {
+        "tensor": offsets,
+        "float64": offsets,
+        "pair": (offsets, weights),
+        "triple": (offsets, weights, mirror),
+        "Views": views.Views(offsets, weights, mirror),
+        "design and weights": (views.Views(offsets), weights),
+    }[form]
+    images = torch.rand(1, 3, 32, 20)
+    srt = SRT(with_prefix, given, patch=PATCH, prefix=2, scale=scale)
+    expected, seen = srt(images), srt.views
+
+    def unchanged() -> None:
+        assert all(map(torch.equal, srt(images), expected))
+        for part, before in zip(srt.views, seen_copy, strict=True):
+            assert part is before is None or torch.equal(part, before)
+
+    seen_copy = tuple(part if part is None else part.clone() for part in seen)
+    offsets.mul_(6)
+    weights.zero_()
+    mirror.logical_not_()
+    unchanged()
+    for part in seen:
+        if part is not None:
+            part.zero_()
+    unchanged()
+    for batch in srt.tokens(images):
+        batch.offsets.add_(7)
+        if batch.weights is not None:
+            batch.weights.zero_()
+    unchanged()
+    srt.model = lambda images: with_prefix(images)
+    unchanged()
+
+
+def test_lists_that_were_given_may_change_later() -> None:
+    class Two(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = torch.nn.Conv2d(3, 4, PATCH, stride=PATCH)
+            self.second = torch.nn.Conv2d(4, 5, 1)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(images))
+
+    layers, stride, patch = ["first", "second"], [2, 4], list(PATCH)
+    srt = SRT(Two(), 4, layers=layers, stride=stride, patch=patch)
+    layers[:], stride[:], patch[:] = ["second"], [1, 1], [1, 1]
+    images = torch.rand(1, 3, 32, 20)
+    for _ in range(2):
+        assert [field.shape for field, _ in srt(images)] == [(1, 4, 16, 5), (1, 5, 16, 5)]
+        srt.model = Two()  # is read with the same settings

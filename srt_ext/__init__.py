@@ -35,9 +35,13 @@ if _unavailable is None:
     from .srt import SRT, LayerTokens, SRTMoments, SRTOutput, ViewTokens
     from .streaming import RunningMean, RunningMedian, RunningMoments
 
-else:
 
-    def __getattr__(name: str) -> Any:
-        if name in __all__:
-            raise ImportError(f"srt_ext.{name} is not available: {_unavailable}")
-        raise AttributeError(f"module 'srt_ext' has no attribute {name!r}")
+def __getattr__(name: str) -> Any:
+    if _unavailable is not None and name in __all__:
+        raise ImportError(f"srt_ext.{name} is not available: {_unavailable}")
+    if _unavailable is None and name == "array":
+        import warnings
+
+        warnings.warn("srt_ext.array is now srt_ext.dlpack", DeprecationWarning, stacklevel=2)
+        return dlpack
+    raise AttributeError(f"module 'srt_ext' has no attribute {name!r}")

@@ -83,7 +83,7 @@ def _values(
     The mean is the sum of share * value; unit is the share for a weight of 1.
     """
     pixels = views.pixels(tokens.device)
-    weights = [torch.ones((), dtype=torch.float64)] * len(pixels)
+    weights = [torch.ones((), dtype=torch.float64, device="cpu")] * len(pixels)
     if views.weights is not None:  # on a GPU they may be invalid: such a view does not count
         given = torch.where((views.weights > 0) & views.weights.isfinite(), views.weights, 0)
         given = given.double()

@@ -5,8 +5,10 @@ The rules for the arguments of the ops are those of csrc/srt/validation.cpp. No 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
+from numbers import Real
 from operator import index
 from typing import get_args
 
@@ -48,20 +50,32 @@ def check_words(where: str, **words: object) -> None:
             raise wrong(ValueError, where, rule, f"'{word}'")
 
 
+def is_integer(value: object) -> bool:
+    """Of any library: what has ``__index__`` and no dimensions, and is no bool."""
+    if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
+        return False
+    try:
+        index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return False
+    return tuple(getattr(value, "shape", ())) == ()
+
+
 def _index(value: object) -> int:
-    if isinstance(value, bool):
+    if not is_integer(value):
         raise TypeError
     return index(value)  # type: ignore[arg-type]
 
 
-def check_pair(where: str, name: str, value: object) -> tuple[int, int]:
-    """(y, x); one integer stands for both."""
-    rule = f"{name} must be two integers >= 1, (y, x)"
+def check_pair(where: str, name: str, value: object, least: int = 1) -> tuple[int, int]:
+    """(y, x), in a sequence or an array [2]; one integer stands for both."""
+    rule = f"{name} must be two integers >= {least}, (y, x)"
+    several = isinstance(value, Sequence) or len(getattr(value, "shape", ())) == 1
     try:
-        pair = list(map(_index, value if isinstance(value, Sequence) else (value, value)))
+        pair = list(map(_index, value if several else (value, value)))  # type: ignore[call-overload]
     except TypeError:
         raise wrong(TypeError, where, rule, repr(value)) from None
-    if len(pair) != 2 or min(pair) < 1:
+    if len(pair) != 2 or min(pair) < least:
         raise wrong(ValueError, where, rule, pair)
     if max(pair) >= 2**63:
         raise wrong(ValueError, where, f"{name} must be below 2^63", pair)
@@ -80,8 +94,19 @@ def check_cells(where: str, grid: object, patch: object, stride: object) -> tupl
 
 def check_count(where: str, name: str, value: object, least: int) -> int:
     rule = f"{name} must be an integer >= {least}"
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not is_integer(value):
         raise wrong(TypeError, where, rule, repr(value))
-    if value < least:
-        raise wrong(ValueError, where, rule, value)
-    return value
+    count = _index(value)
+    if count < least:
+        raise wrong(ValueError, where, rule, count)
+    return count
+
+
+def check_number(where: str, rule: str, value: object) -> float:
+    """A real number of Python or NumPy."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise wrong(TypeError, where, rule, repr(value))
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf  # a huge integer, which every rule refuses

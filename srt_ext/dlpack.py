@@ -124,7 +124,7 @@ def _values(op: str, name: str, values: Any) -> torch.Tensor:
         return _to_tensor(op, name, values)
     if isinstance(values, Sequence):
         try:
-            return torch.tensor(values, dtype=torch.float64)
+            return torch.tensor(values, dtype=torch.float64, device="cpu")
         except (RuntimeError, TypeError, ValueError):
             pass
     raise _error(op, f"{name} must be an array or a sequence of numbers", values)
@@ -224,6 +224,7 @@ def ensemble(
     framework = _Framework(op, "tokens", tokens)
     tensors = _view_tensors(op, tokens, offsets, weights)
     call = *tensors[:2], grid, patch, tensors[2]
+    stride = ops.pair(op, "stride", stride)
     modes: dict[str, Any] = {"upsample": upsample, "border": border, "stride": stride}
     target = dense = None
     if out is not None:

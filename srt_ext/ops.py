@@ -6,6 +6,7 @@ Method: Lao et al., "Sub-token ViT Embedding via Stochastic Resonance Transforme
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NoReturn, cast
 
@@ -14,6 +15,11 @@ import torch
 from ._library import cuda_unavailable
 from ._validation import check_cells, check_pair, check_string, check_tensor, stated_error, wrong
 from .options import Border, Interpolation, Padding, Pair, Reduce, Stride, Upsample
+
+
+def no_grad() -> AbstractContextManager[Any]:
+    """``torch.no_grad`` where it changes something: torch.export cuts its graph at each."""
+    return torch.no_grad() if torch.is_grad_enabled() else nullcontext()
 
 
 def _explain(error: RuntimeError, op: str, check: Callable[[], object]) -> NoReturn:
@@ -30,9 +36,20 @@ def _explain(error: RuntimeError, op: str, check: Callable[[], object]) -> NoRet
     raise error
 
 
+def pair(op: str, name: str, value: Any) -> Any:
+    """Integers as the dispatcher takes them. C++ has their other rules.
+
+    By itself it reads bools and floating 0-d tensors as integers, and refuses a lone NumPy integer.
+    """
+    several = value if type(value) in (tuple, list) else (value,)
+    if torch.compiler.is_compiling() or all(type(n) is int for n in several):
+        return value
+    return check_pair(f"srt::{op}", name, value)
+
+
 def _check_types(op: str, schema: Any, *args: object, **modes: object) -> None:
     """Of arguments that the dispatcher has refused: no tensor, no two integers, no string."""
-    checks = {"Tensor": check_tensor, "List[int]": check_pair, "str": check_string}
+    checks: dict[str, Any] = {"Tensor": check_tensor, "List[int]": check_pair, "str": check_string}
     names = [argument.name for argument in schema.arguments]
     given = {**dict(zip(names, args, strict=False)), **modes}
     for argument in schema.arguments:
@@ -168,12 +185,12 @@ def ensemble(
         >>> ensemble(tokens, torch.zeros(1, 2), grid=(1, 2), patch=(1, 4))[0, 0, 0]
         tensor([0.0000, 0.0000, 0.5000, 1.5000, 2.5000, 3.5000, 4.0000, 4.0000])
     """
-    args = (tokens, offsets, grid, patch, weights)
-    modes = {"reduce": reduce, "upsample": upsample, "border": border, "stride": stride}
-    op = torch.ops.srt.ensemble
+    name, op = "ensemble", torch.ops.srt.ensemble
+    args = (tokens, offsets, pair(name, "grid", grid), pair(name, "patch", patch), weights)
+    modes = {"upsample": upsample, "border": border, "stride": pair(name, "stride", stride)}
     if out is None:
-        return cast(torch.Tensor, _call("ensemble", op.default, *args, **modes))
-    _call("ensemble", op.out, *args, **modes, out=out)
+        return cast(torch.Tensor, _call(name, op.default, *args, **modes, reduce=reduce))
+    _call(name, op.out, *args, **modes, reduce=reduce, out=out)
     return out
 
 
@@ -211,9 +228,10 @@ def ensemble_moments(
         >>> mean.item(), var.item()
         (2.0, 1.0)
     """
-    args = (tokens, offsets, grid, patch, weights)
-    modes = {"upsample": upsample, "border": border, "stride": stride}
-    mean, var = _call("ensemble_moments", torch.ops.srt.ensemble_moments.default, *args, **modes)
+    name, op = "ensemble_moments", torch.ops.srt.ensemble_moments.default
+    args = (tokens, offsets, pair(name, "grid", grid), pair(name, "patch", patch), weights)
+    modes = {"upsample": upsample, "border": border, "stride": pair(name, "stride", stride)}
+    mean, var = _call(name, op, *args, **modes)
     return mean, var
 
 

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from ._validation import check_words
+from ._validation import check_pair, check_words
 from .options import Border, Interpolation, Padding, Reduce, Upsample
 
 # The constant of cubic convolution (Keys 1981) that PyTorch uses.
 _A = -0.75
+_WHERE = "srt_ext.reference"
 
 
 def _taps(f: torch.Tensor, interpolation: Interpolation) -> list[tuple[int, torch.Tensor]]:
@@ -48,7 +49,7 @@ def _pad_index(i: torch.Tensor, n: int, padding: Padding) -> tuple[torch.Tensor,
 
 def _weighted(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """weight * value, and 0 where the weight is 0, whatever the value."""
-    return torch.where(weight == 0, torch.zeros((), dtype=value.dtype), weight * value)
+    return torch.where(weight == 0, value.new_zeros(()), weight * value)
 
 
 def _shift_axis(
@@ -56,11 +57,11 @@ def _shift_axis(
 ) -> torch.Tensor:
     """``x`` [..., H, W] moved by ``d`` pixels along ``dim``."""
     n = x.shape[dim]
-    y = torch.arange(n)
-    delta = torch.tensor(d, dtype=torch.float64)
+    y = torch.arange(n, device=x.device)
+    delta = torch.tensor(d, dtype=torch.float64, device=x.device)
     along = (-1, 1) if dim == -2 else (1, -1)
     if interpolation == "nearest":
-        reads = [(y + torch.floor(0.5 - delta).long(), torch.ones(()))]
+        reads = [(y + torch.floor(0.5 - delta).long(), torch.ones_like(delta))]
     else:
         whole, nearest = torch.floor(-delta), torch.floor(0.5 - delta)
         if (nearest + delta).abs() < 2.0**-40:  # a whole pixel, by the op's contract
@@ -92,10 +93,10 @@ def shift(
 
 
 def _axis(
-    d: float, tokens: int, patch: int, upsample: Upsample, border: Border
+    d: float, tokens: int, patch: int, upsample: Upsample, border: Border, device: torch.device
 ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor, torch.Tensor]:
     """For each pixel of one axis: (token, weight) reads, whether it is seen, whether it counts."""
-    p = torch.arange(tokens * patch, dtype=torch.float64) + 0.5 + d
+    p = torch.arange(tokens * patch, dtype=torch.float64, device=device) + 0.5 + d
     covered = (p >= 0) & (p < tokens * patch)
     everywhere = torch.ones_like(covered)
     seen = everywhere if border == "clamp" else covered
@@ -128,18 +129,18 @@ def _view_sums(
     dtype: torch.dtype,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Of each view: the weight, sums over cells [B, C, H', W'], counts [H', W']."""
-    stride = (stride, stride) if isinstance(stride, int) else stride
+    grid, patch = check_pair(_WHERE, "grid", grid), check_pair(_WHERE, "patch", patch)
+    stride = check_pair(_WHERE, "stride", stride)
     views, batch, _, channels = tokens.shape
     maps = tokens.to(dtype).reshape(views, batch, *grid, channels).permute(0, 1, 4, 2, 3)
-    scales = torch.ones(views) if weights is None else weights
-    for view, (dy, dx), scale in zip(
-        maps, offsets.double().tolist(), scales.to(dtype), strict=True
-    ):
-        reads_y, seen_y, counted_y = _axis(dy, grid[0], patch[0], upsample, border)
-        reads_x, seen_x, counted_x = _axis(dx, grid[1], patch[1], upsample, border)
+    scales = maps.new_ones(views) if weights is None else weights.to(maps)
+    modes = upsample, border, maps.device
+    for view, (dy, dx), scale in zip(maps, offsets.double().tolist(), scales, strict=True):
+        reads_y, seen_y, counted_y = _axis(dy, grid[0], patch[0], *modes)
+        reads_x, seen_x, counted_x = _axis(dx, grid[1], patch[1], *modes)
         if scale == 0:  # it is not read, and counts nowhere
             view, counted_y = torch.zeros_like(view), torch.zeros_like(counted_y)
-        pixels = torch.zeros((), dtype=dtype)
+        pixels = maps.new_zeros(())
         for token_y, weight_y in reads_y:
             for token_x, weight_x in reads_x:
                 weight = torch.outer(
@@ -173,7 +174,7 @@ def ensemble(
     check_words("srt_ext.reference.ensemble", reduce=reduce, upsample=upsample, border=border)
     sums = _view_sums(tokens, offsets, grid, patch, weights, upsample, border, stride, dtype)
     if reduce == "mean":
-        total = count = torch.zeros((), dtype=dtype)
+        total = count = torch.zeros((), dtype=dtype, device=tokens.device)
         for scale, view_sum, view_count in sums:
             total = total + scale * view_sum
             count = count + scale * view_count
@@ -205,7 +206,7 @@ def ensemble_moments(
     """As :func:`srt_ext.ensemble_moments`, computed and returned in ``dtype``."""
     modes: dict[str, Any] = {"upsample": upsample, "border": border, "stride": stride}
     mean = ensemble(tokens, offsets, grid, patch, weights, **modes, dtype=dtype)
-    total, count = torch.zeros_like(mean), torch.zeros((), dtype=dtype)
+    total, count = torch.zeros_like(mean), mean.new_zeros(())
     for scale, view_sum, view_count in _view_sums(
         tokens, offsets, grid, patch, weights, **modes, dtype=dtype
     ):

@@ -5,23 +5,33 @@ Method: Lao et al., "Sub-token ViT Embedding via Stochastic Resonance Transforme
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from numbers import Integral, Real
-from types import NoneType
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._pytree import _register_namedtuple  # there is no public one for named tuples
 
 from . import views as designs
 from ._cost import fake_copy, free_bytes, operations_and_bytes, peak_bytes
-from ._validation import check_count, check_pair, check_tensor, check_words, wrong
+from ._validation import (
+    check_count,
+    check_number,
+    check_pair,
+    check_tensor,
+    check_words,
+    is_integer,
+    wrong,
+)
 from .backbones import Backbone, Features, HookBackbone, Layer, Model, describe, force_eager
-from .ops import ensemble, ensemble_moments, shift
+from .ops import check_views, ensemble, ensemble_moments, no_grad, shift
 from .options import Border, Interpolation, Padding, Quality, Reduce, Upsample
 from .streaming import RunningMean, RunningMedian, RunningMoments
 from .views import Views
@@ -71,6 +81,11 @@ class Cost(NamedTuple):
     tokens: int  # patch tokens that the model computes, over all views and images
     memory: int  # bytes at the peak, without the weights of the model and the images
 
+
+# So that torch.export saves what has them, and torch.load reads them.
+for _type in (SRTOutput, SRTMoments, LayerTokens, ViewTokens, Cost, Views):
+    _register_namedtuple(_type, serialized_type_name=f"srt_ext.{_type.__name__}")
+    torch.serialization.add_safe_globals([_type])
 
 # (scale, number of views), chosen by research/quality.
 PRESETS: dict[str, tuple[float, int]] = {
@@ -208,15 +223,17 @@ class SRT(torch.nn.Module):
             _check_inject(inject, layers, stride)
         self._injects = inject is not None
         requested = inject if self._injects else layers
-        self._settings: Any = {"layers": requested, "norm": norm, "patch": patch, "prefix": prefix}
+        settings = {"layers": requested, "norm": norm, "patch": patch, "prefix": prefix}
+        # Copies: lists and arrays may change later.
+        self._settings: Any = {name: copy.copy(value) for name, value in settings.items()}
         self._is_fixed = isinstance(model, Backbone)
         self._backbone = self._describe(model)
         self.model = self._backbone.model  # a submodule if it is a module
-        self._request = (views, scale, quality)
-        self._scale, self._views = self._setting(*self._request)
-        self.stride, self.view_batch = check_pair("SRT", "stride", stride), view_batch
-        if view_batch != "auto":
-            check_count("SRT", "view_batch", view_batch, 1)
+        self._set_views(views, scale, quality)
+        # What depends on the model, and is resolved again for another one.
+        by_model = views is None or isinstance(views, str) or is_integer(views)
+        self._request = (views, scale, quality) if by_model else None
+        self.stride, self.view_batch = check_pair("SRT", "stride", stride), _view_batch(view_batch)
         if upsample is None:
             upsample = "nearest" if self._injects else "bilinear"
         check_words("SRT", reduce=reduce, upsample=upsample, border=border)
@@ -235,8 +252,14 @@ class SRT(torch.nn.Module):
 
     @property
     def views(self) -> Views:
-        """The views, with their offsets in pixels of the image."""
-        return self._views._replace(offsets=self._views.offsets / self.scale)
+        """A copy of the views, with their offsets in pixels of the image."""
+        views = _copied(self._views)
+        return views._replace(offsets=views.offsets / self.scale)
+
+    @property
+    def _views(self) -> Views:
+        """Those that are kept, with their offsets in pixels of the enlarged image."""
+        return self._known.views
 
     @property
     def backbone(self) -> Backbone:
@@ -248,22 +271,24 @@ class SRT(torch.nn.Module):
                     f"{type(self.model).__name__}"
                 )
             self._backbone = self._describe(self.model)
-            if isinstance(self._request[0], (str, Integral, NoneType)):  # depend on the model
-                self._scale, self._views = self._setting(*self._request)
+            if self._request is not None:
+                self._set_views(*self._request)
         return self._backbone
 
     def _describe(self, model: Model | Backbone) -> Backbone:
         backbone = describe(model, **self._settings)
         return HookBackbone.from_backbone(backbone) if self._injects else backbone
 
-    def _setting(self, views: Any, scale: Any, quality: Any) -> tuple[float, Views]:
-        """(scale, views) for the model.
+    def _set_views(self, views: Any, scale: Any, quality: Any) -> None:
+        """Sets the scale and the views for the model.
 
         The views are on the CPU, with their offsets in pixels of the enlarged image. They are no
         buffers, which .half() would round.
         """
-        scale, views = self._chosen(views, scale, quality)
-        return scale, _checked(designs.resolve(views, self._backbone.patch, scale))
+        self._scale, views = self._chosen(views, scale, quality)
+        with _with_values():
+            resolved = designs.resolve(views, self._backbone.patch, self._scale)
+            self._known = _ViewList.of(_checked(resolved))
 
     def _chosen(self, views: Any, scale: Any, quality: Any) -> tuple[float, Any]:
         """(scale, views), of a preset where they are not given."""
@@ -337,7 +362,8 @@ class SRT(torch.nn.Module):
             [5, 2] [5, 2, 12, 5] (4, 3) (8, 8)
             [4, 2] [4, 2, 12, 5] (4, 3) (8, 8)
         """
-        return self._batches(self._frame(images), self._views)
+        views = self._known._replace(views=_copied(self._views))
+        return self._batches(self._frame(images), views)
 
     def cost(
         self,
@@ -369,9 +395,10 @@ class SRT(torch.nn.Module):
             True
         """
         height, width = check_pair("SRT", "size", size)
-        check_count("SRT", "batch", batch, 1)
+        batch = check_count("SRT", "batch", batch, 1)
         parameters = self.model.parameters() if isinstance(self.model, torch.nn.Module) else ()
-        like = next((p for p in parameters if p.is_floating_point()), torch.empty(0))
+        default = torch.empty(0, dtype=torch.float32, device="cpu")
+        like = next((p for p in parameters if p.is_floating_point()), default)
         try:
             # A model may keep what it computes, which is fake here: so a copy of it.
             backbone, mode = fake_copy(self.backbone)
@@ -391,25 +418,29 @@ class SRT(torch.nn.Module):
             raise ValueError(f"SRT: {rule}; it raised {type(error).__name__}: {error}") from error
         patch, stride = backbone.patch, self.stride
         seen = _Frame.of(images, patch, patch if self._injects else stride, self.scale).image
-        forwards = len(self._views.offsets) + (self._injects and not self._unshifted())
+        forwards = self._known.count + (self._injects and not any(self._known.unshifted))
         tokens = (seen.shape[2] // patch[0]) * (seen.shape[3] // patch[1])
         return Cost(operations, batch * forwards * tokens, memory)
 
     # ---- one pass over the views ----------------------------------------------------------------
 
     def _batches(
-        self, frame: _Frame, views: Views, reduce: str | None = None
+        self, frame: _Frame, views: _ViewList, reduce: str | None = None
     ) -> Iterator[ViewTokens]:
         """The tokens of views of an image.
 
         With ``view_batch="auto"`` the batches leave the memory that ``reduce`` needs.
         """
-        image, total, done = frame.image, len(views.offsets), 0
+        image, total, done = frame.image, views.count, 0
 
         # Not on the generator: torch's wrapper of one would hold the last batch.
-        @torch.no_grad()
         def batch(count: int) -> ViewTokens:
-            offsets, weights, mirror = views.take(slice(done, done + count))
+            with no_grad():
+                return tokens_of(count)
+
+        def tokens_of(count: int) -> ViewTokens:
+            part = views.take(slice(done, done + count))
+            (offsets, weights, _), mirror = part.views, part.mirror
             modes: Any = {"padding": self.padding, "interpolation": self.interpolation}
             shifted = _mirrored(shift(image, offsets, **modes), mirror, (-2, -1))
             found = self.backbone.features(shifted.flatten(0, 1))
@@ -459,22 +490,14 @@ class SRT(torch.nn.Module):
         self, images: torch.Tensor, reduce: str, kind: Callable[..., Any], progress: Any
     ) -> Any:
         """``kind`` of the fields of each layer, cropped to the image, and mean prefix tokens."""
-        frame, views = self._frame(images), self._views
+        frame, views = self._frame(images), self._known
         if self.streaming and reduce == "median":
-            views = designs.spread(views)
+            views = views.take(designs.spread_order(views.count))
         outputs = []
         for field in self._fields(frame, views, views, reduce, frame.stride, progress):
             fields, prefix = field.result()
             outputs.append(kind(*map(frame.cropped, fields), prefix))
         return outputs if self.backbone.returns_list else outputs[0]
-
-    def _unshifted(self) -> list[int]:
-        """The index of the first view that is the image itself, if there is one."""
-        offsets, _, mirror = self._views
-        same = (offsets == 0).all(1)
-        same = same if mirror is None else same & ~mirror.any(1)
-        found: list[int] = same.nonzero().flatten().tolist()
-        return found[:1]
 
     def _inject(self, images: torch.Tensor, progress: Progress | None) -> Any:
         """What the model returns for images [B, 3, H, W], padded, from the tokens of all views."""
@@ -482,11 +505,11 @@ class SRT(torch.nn.Module):
         assert isinstance(hooks, HookBackbone)
         # The forward that runs to the end is that of the unshifted image. If that is one of the
         # views, it comes last.
-        identity = self._unshifted()
-        order = [i for i in range(len(self._views.offsets)) if i not in identity]
+        identity = [i for i, same in enumerate(self._known.unshifted) if same][:1]
+        order = [i for i in range(self._known.count) if i not in identity]
         if self.streaming and self.reduce == "median":
             order = [order[i] for i in designs.spread_order(len(order))]
-        views = self._views.take(order + identity)
+        views = self._known.take(order + identity)
         before = views.take(slice(len(order)))
         fields = self._fields(frame, before, views, self.reduce, None, progress)
 
@@ -501,14 +524,14 @@ class SRT(torch.nn.Module):
 
         result = hooks.forward_with(frame.image, ensemble_tokens)
         if progress is not None and identity:
-            progress(len(views.offsets))
+            progress(views.count)
         return result
 
     def _fields(
         self,
         frame: _Frame,
-        part: Views,
-        views: Views,
+        part: _ViewList,
+        views: _ViewList,
         reduce: str,
         stride: tuple[int, int] | None,
         progress: Progress | None,
@@ -550,12 +573,56 @@ def _even(count: int, most: int) -> int:
     return -(-count // -(-count // most)) if count else 1
 
 
+@contextmanager
+def _with_values() -> Iterator[None]:
+    """Tensors that are made have values, and can be used in every mode."""
+    with torch.inference_mode(False), torch.no_grad(), unset_fake_temporarily():
+        yield
+
+
+def _copied(views: Views) -> Views:
+    """A copy on the CPU."""
+    with _with_values():
+        parts = (None if part is None else part.detach().cpu().clone() for part in views)
+        return Views(*parts)  # type: ignore[arg-type]
+
+
+class _ViewList(NamedTuple):
+    """Views, with what Python reads of them: where a call is traced, tensors cannot be read."""
+
+    views: Views
+    unshifted: list[bool]  # of each view, whether it is the image itself
+    weights: list[float] | None
+    mirror: list[list[bool]] | None  # (y, x) of each view
+
+    @classmethod
+    def of(cls, views: Views) -> _ViewList:
+        lists: Any = (None if part is None else part.tolist() for part in views)
+        offsets, weights, mirror = lists
+        mirrored = [False] * len(offsets) if mirror is None else map(any, mirror)
+        unshifted = [not any(o) and not m for o, m in zip(offsets, mirrored, strict=True)]
+        return cls(views, unshifted, weights, mirror)
+
+    def take(self, index: slice | list[int]) -> _ViewList:
+        """The views at ``index``."""
+        places = range(self.count)[index] if isinstance(index, slice) else index
+        lists: Any = (None if part is None else [part[i] for i in places] for part in self[1:])
+        return _ViewList(self.views.take(index), *lists)
+
+    @property
+    def count(self) -> int:
+        return len(self.unshifted)
+
+
 def _checked(views: Views) -> Views:
-    """A copy of the views on the CPU; a wrong one is an error before the model has run."""
-    parts = (None if part is None else part.detach().cpu().clone() for part in views)
-    offsets, weights, _ = views = Views(*parts)  # type: ignore[arg-type]
-    # The op checks them: one token per view.
-    ensemble(torch.zeros(len(offsets), 1, 1, 1), offsets, (1, 1), (1, 1), weights)
+    """A copy of the views; a wrong one is an error before the model has run."""
+    offsets, weights, _ = views = _copied(views)
+    token = torch.zeros(len(offsets), 1, 1, 1, dtype=torch.float32, device="cpu")
+    try:
+        check_views("ensemble", token, offsets, (1, 1), (1, 1), weights)
+    except (TypeError, ValueError) as error:
+        reason = str(error).removeprefix("srt::ensemble: ").replace("must", "of views must", 1)
+        raise type(error)(f"SRT: {reason}") from None
     if weights is not None and not weights.sum() > 0:
         raise ValueError(f"SRT: weights of views must not all be 0; got {weights.tolist()}")
     return views
@@ -563,15 +630,25 @@ def _checked(views: Views) -> Views:
 
 def _check_scale(scale: Any) -> float:
     rule = "scale must be a finite number >= 1"
-    if isinstance(scale, bool) or not isinstance(scale, Real):
-        raise wrong(TypeError, "SRT", rule, repr(scale))
-    if not 1 <= float(scale) < math.inf:
+    value = check_number("SRT", rule, scale)
+    if not 1 <= value < math.inf:
         raise wrong(ValueError, "SRT", rule, scale)
-    return float(scale)
+    return value
+
+
+def _view_batch(value: Any) -> int | str:
+    rule = "view_batch must be an integer >= 1, or 'auto'"
+    if isinstance(value, str) and value == "auto":
+        return value
+    if not is_integer(value):
+        raise wrong(TypeError, "SRT", rule, repr(value))
+    if int(value) < 1:
+        raise wrong(ValueError, "SRT", rule, value)
+    return int(value)
 
 
 def _check_inject(inject: object, layers: object, stride: object) -> None:
-    if not isinstance(inject, (int, str)) or isinstance(inject, bool):
+    if not isinstance(inject, str) and not is_integer(inject):
         raise TypeError(f"SRT: inject must be one index or name of a module; got {inject!r}")
     if layers is not None:
         raise ValueError(f"SRT: layers must be None with inject; got {layers!r}")
@@ -639,21 +716,19 @@ def _enlarged(images: torch.Tensor, scale: float) -> torch.Tensor:
 
 
 def _mirrored(
-    parts: torch.Tensor, mirror: torch.Tensor | None, dims: tuple[int, int]
+    parts: torch.Tensor, mirror: list[list[bool]] | None, dims: tuple[int, int]
 ) -> torch.Tensor:
-    """parts [k, ...], each mirrored along those of ``dims``, (y, x), that mirror [k, 2] names."""
+    """parts [k, ...], each mirrored along those of ``dims``, (y, x), that ``mirror`` names."""
     if mirror is None:
         return parts
-    flips = [
-        [dim for dim, flip in zip(dims, axes, strict=True) if flip] for axes in mirror.tolist()
-    ]
+    flips = [[dim for dim, flip in zip(dims, axes, strict=True) if flip] for axes in mirror]
     return torch.stack([part.flip(dims) for part, dims in zip(parts, flips, strict=True)])
 
 
 def _layer_tokens(
-    features: Features, image: torch.Tensor, views: int, mirror: torch.Tensor | None
+    features: Features, image: torch.Tensor, views: int, mirror: list[list[bool]] | None
 ) -> LayerTokens:
-    """The features of ``views`` views of image [B, 3, H, W], mirrored back by mirror [views, 2]."""
+    """The features of ``views`` views of image [B, 3, H, W], mirrored back by ``mirror``."""
     size, grid = image.shape[-2:], features.grid
     if size[0] % grid[0] or size[1] % grid[1]:
         raise ValueError(
@@ -682,7 +757,7 @@ class _Field:
         self,
         srt: SRT,
         reduce: str,
-        views: Views,  # in the order in which they come
+        views: _ViewList,  # in the order in which they come
         stride: tuple[int, int] | None,  # None: that of the tokens
         frame: _Frame,
         first: LayerTokens,  # of the first batch
@@ -693,7 +768,7 @@ class _Field:
         self.running = _RUNNING[reduce](first.grid, first.patch, **modes)
         # The number of views whose tokens are held until they are aggregated: all for a median,
         # otherwise as many as have the tokens of one output, in whole batches.
-        total, batch, count = len(views.offsets), first.tokens.shape[0], first.tokens.shape[2]
+        total, batch, count = views.count, first.tokens.shape[0], first.tokens.shape[2]
         image = frame.image
         cells = (image.shape[2] // stride[0]) * (image.shape[3] // stride[1])
         self.holds = batch
@@ -713,7 +788,7 @@ class _Field:
         first = self.aggregated + self.waiting
         if layer.prefix is not None:
             self._add_prefix(layer.prefix, first)
-        last = first + views == len(self.views.offsets)
+        last = first + views == self.views.count
         if self.waiting + views > self.holds:
             self._aggregate_held()
         if views >= self.holds or (last and not self.waiting):
@@ -730,10 +805,12 @@ class _Field:
         """prefix [k, B, K, C], of the views from ``first``."""
         self.prefix_dtype = prefix.dtype
         part = prefix.to(torch.promote_types(prefix.dtype, torch.float32))
-        if self.views.weights is not None:
-            weights = self.views.weights[first : first + len(prefix)]
-            counted = weights.nonzero().flatten().tolist()  # 0 * inf is NaN
-            part = part[counted] * weights[counted].to(part)[:, None, None, None]
+        weights = self.views.views.weights
+        if self.views.weights is not None and weights is not None:
+            own = self.views.weights[first : first + len(prefix)]
+            counted = [i for i, weight in enumerate(own) if weight]  # 0 * inf is NaN
+            weights = weights[first : first + len(prefix)][counted].to(part)
+            part = part[counted] * weights[:, None, None, None]
         self.prefix = part.sum(0) if self.prefix is None else self.prefix + part.sum(0)
 
     def _aggregate_held(self) -> None:
@@ -744,7 +821,7 @@ class _Field:
     def _aggregate(self, tokens: torch.Tensor) -> None:
         """tokens [k, B, N, C] of the next views that are not aggregated."""
         part = slice(self.aggregated, self.aggregated + len(tokens))
-        offsets, weights, _ = self.views.take(part)
+        offsets, weights, _ = self.views.views.take(part)
         self.aggregated += len(tokens)
         if not self.at_once:
             self.running.update(tokens, offsets, weights)
@@ -763,5 +840,5 @@ class _Field:
         if self.prefix is None:
             return fields, None
         weights = self.views.weights
-        total = len(self.views.offsets) if weights is None else float(weights.sum())
+        total = self.views.count if weights is None else math.fsum(weights)
         return fields, (self.prefix / total).to(self.prefix_dtype)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any, Generic, NoReturn, TypeVar
 
 from . import _library
-from ._validation import check_cells, check_pair, check_tensor, check_words
+from ._validation import check_cells, check_pair, check_tensor, check_words, is_integer
 from .options import Border, Pair, Stride, Upsample
 
 if _library.unavailable is None:
@@ -186,7 +186,7 @@ class Stream(Generic[A, N]):
         if settings != own:
             self._fail(f"the state must have the settings {own}", settings)
         views, dtype, state = (state_dict[key] for key in values)
-        number = isinstance(views, int) and not isinstance(views, bool) and views >= 0
+        number = is_integer(views) and int(views) >= 0
         if not self._arrays.is_floating(dtype) or not number or not isinstance(state, dict):
             rule = "views, dtype and state must be a number, a floating dtype and arrays"
             self._fail(rule, (views, dtype))
@@ -198,7 +198,7 @@ class Stream(Generic[A, N]):
             with self._arrays.writing():
                 names = (*self._planes, self._total)
                 loaded = {name: self._copied(state[name]) for name in names}
-        self.views, self._dtype, self._state = views, dtype, loaded
+        self.views, self._dtype, self._state = int(views), dtype, loaded
 
     def _check_state(self, state: dict[str, Any], dtype: Any) -> None:
         """That these arrays are a state for tokens of this dtype."""
@@ -360,7 +360,7 @@ class _Tensors:
     def writing(self) -> Iterator[None]:
         """While arrays of the state are made."""
         # Or the state could not be written outside of an inference mode in which it was made.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), ops.no_grad():
             yield
 
 

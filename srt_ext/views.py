@@ -13,12 +13,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from numbers import Integral
 from typing import NamedTuple
 
 import torch
 
-from ._validation import check_count, check_pair, check_tensor, wrong
+from ._validation import check_count, check_number, check_pair, check_tensor, is_integer, wrong
 
 MAX_VIEWS = 2**16  # a larger number is a typing error
 MAX_RADIUS = 2**20  # pixels, the limit of the ops
@@ -40,20 +39,29 @@ class Views(NamedTuple):
         return Views(*(None if part is None else part[index] for part in self))  # type: ignore[arg-type]
 
 
-def _check_radius(where: str, radius: float, least: int = 0) -> None:
-    if not least <= radius <= MAX_RADIUS:  # written so that NaN is refused
-        rule = f"radius must be from {least} to 2^20 pixels"
-        raise ValueError(f"views.{where}: {rule}; got {radius}")
+def _check_radius(where: str, radius: float, least: int = 0) -> float:
+    rule = f"radius must be from {least} to 2^20 pixels"
+    value = check_number(f"views.{where}", rule, radius)
+    if not least <= value <= MAX_RADIUS:  # written so that NaN is refused
+        raise wrong(ValueError, f"views.{where}", rule, radius)
+    return value
 
 
-def _check_views(where: str, n: int, least: int = 1, name: str = "n") -> None:
-    if check_count(f"views.{where}", name, n, least) > MAX_VIEWS:
-        raise ValueError(f"views.{where}: at most {MAX_VIEWS} views; got {n}")
+def _check_views(where: str, n: int, least: int = 1, name: str = "n") -> int:
+    count = check_count(f"views.{where}", name, n, least)
+    if count > MAX_VIEWS:
+        raise ValueError(f"views.{where}: at most {MAX_VIEWS} views; got {count}")
+    return count
+
+
+# Designs are made on the CPU in a given dtype: torch's defaults change neither.
+def _indices(*bounds: int) -> torch.Tensor:
+    return torch.arange(*bounds, device="cpu")
 
 
 def _axis(n: int, radius: float) -> torch.Tensor:
     """[n], float64: evenly spaced from -radius to radius, exactly symmetric."""
-    return (2 * torch.arange(n) - (n - 1)).double() * radius / max(1, n - 1)
+    return (2 * _indices(n) - (n - 1)).double() * radius / max(1, n - 1)
 
 
 def _variance(radius: float) -> float:
@@ -75,9 +83,11 @@ def grid(radius: float, step: float = 1) -> Views:
         >>> grid(1).offsets.shape, grid(0.5).offsets[0]
         (torch.Size([9, 2]), tensor([-0.5000, -0.5000]))
     """
-    _check_radius("grid", radius)
+    radius = _check_radius("grid", radius)
+    rule = "step must be > 0 pixels, and finite"
+    step = check_number("views.grid", rule, step)
     if not 0 < step < math.inf:
-        raise ValueError(f"views.grid: step must be > 0 pixels, and finite; got {step}")
+        raise wrong(ValueError, "views.grid", rule, step)
     steps, got = 2 * radius / step, f"radius {radius}, step {step}"
     if steps + 1 > MAX_VIEWS**0.5:
         raise ValueError(f"views.grid: at most {MAX_VIEWS} views; got {got}")
@@ -97,7 +107,7 @@ def paper(radius: int) -> Views:
         torch.Size([50, 2])
     """
     whole = grid(check_count("views.paper", "radius", radius, 0))
-    return Views(torch.cat([torch.zeros(1, 2), whole.offsets]))
+    return Views(torch.cat([whole.offsets.new_zeros(1, 2), whole.offsets]))
 
 
 def _order(n: int, modulus: int, generator: int) -> torch.Tensor:
@@ -106,7 +116,7 @@ def _order(n: int, modulus: int, generator: int) -> torch.Tensor:
     Modulo n the rule is rotated to be symmetric about the middle. Modulo n + 1 it is symmetric; its
     point at the origin is left out.
     """
-    index = torch.arange(n)
+    index = _indices(n)
     if modulus > n:
         return generator * (index + 1) % modulus - 1
     odd = generator % 2 == 1  # if not, n is odd: they have no common factor
@@ -118,8 +128,8 @@ def _lattice(n: int) -> torch.Tensor:
     """[n], int64: the order whose views lie farthest from each other."""
     found: list[tuple[int, int, int]] = []
     for modulus in (n, n + 1):
-        generators = torch.arange(1, modulus)
-        generators = generators[torch.gcd(generators, torch.tensor(modulus)) == 1]
+        generators = _indices(1, modulus)
+        generators = generators[torch.gcd(generators, torch.full_like(generators, modulus)) == 1]
         least = torch.full_like(generators, 2 * modulus**2)
         # The shortest vector of a lattice with one point in m squares is at most 1.08 sqrt(m).
         for rows in range(1, math.isqrt(2 * modulus) + 1):
@@ -128,7 +138,7 @@ def _lattice(n: int) -> torch.Tensor:
         found += zip(least.tolist(), [modulus] * len(generators), generators.tolist(), strict=True)
     farthest = max(found)[0]
     orders = [_order(n, modulus, g) for least, modulus, g in found if least == farthest]
-    place = 2 * torch.arange(n) - (n - 1)
+    place = 2 * _indices(n) - (n - 1)
     return min(orders, key=lambda order: abs(int((place * place[order]).sum())))
 
 
@@ -162,8 +172,7 @@ def lattice(n: int, radius: float) -> Views:
                 [ 1.,  2.],
                 [ 2., -1.]])
     """
-    _check_views("lattice", n)
-    _check_radius("lattice", radius)
+    n, radius = _check_views("lattice", n), _check_radius("lattice", radius)
     return Views(_spread_evenly(n, (radius, radius)))
 
 
@@ -188,12 +197,14 @@ def sobol(n: int, radius: float, seed: int = 0) -> Views:
         >>> sobol(8, 3).offsets.shape
         torch.Size([8, 2])
     """
-    _check_views("sobol", n)
-    _check_radius("sobol", radius)
-    if check_count("views.sobol", "seed", seed, 0) >= 2**63:
+    n, radius = _check_views("sobol", n), _check_radius("sobol", radius)
+    seed = check_count("views.sobol", "seed", seed, 0)
+    if seed >= 2**63:
         raise ValueError(f"views.sobol: seed must be < 2^63; got {seed}")
     engine = torch.quasirandom.SobolEngine(2, scramble=True, seed=seed)
-    points = engine.draw(n, dtype=torch.float64)
+    # Of the first point the engine keeps a copy in torch's default dtype, in which it may overflow.
+    first = engine.quasi.float() / 2**engine.MAXBIT
+    points = torch.cat([first[None].double(), engine.draw(n, dtype=torch.float64)[1:]])
     return Views(((points - points.mean(0)) * 2 * radius).float())
 
 
@@ -215,14 +226,16 @@ def ring(n: int, radius: float) -> Views:
         >>> ring(5, 4).weights
         tensor([0.1667, 0.2083, 0.2083, 0.2083, 0.2083])
     """
-    _check_views("ring", n, 4)
-    _check_radius("ring", radius, 2)
-    angles = torch.arange(n - 1, dtype=torch.float64) * (2 * math.pi / (n - 1))
+    n, radius = _check_views("ring", n, 4), _check_radius("ring", radius, 2)
+    angles = _indices(n - 1).double() * (2 * math.pi / (n - 1))
     # Rounded, so that what lies on an axis is 0 there.
     circle = radius * torch.stack([angles.sin(), angles.cos()], 1).round(decimals=12)
     share = 2 * _variance(radius) / radius**2
-    weights = torch.tensor([1 - share] + [share / (n - 1)] * (n - 1))
-    return Views(torch.cat([torch.zeros(1, 2), circle.float()]), weights)
+    weights = [1 - share] + [share / (n - 1)] * (n - 1)
+    return Views(
+        torch.cat([circle.new_zeros(1, 2), circle]).float(),
+        torch.tensor(weights, dtype=torch.float32, device="cpu"),
+    )
 
 
 def radius_for(patch: int | tuple[int, int]) -> tuple[int, int]:
@@ -268,11 +281,9 @@ def best(count: int, radius: int | tuple[int, int] = 6) -> Views:
                 [ 3.,  5.],
                 [ 5., -3.]])
     """
-    _check_views("best", count, name="count")
-    radii = radius if isinstance(radius, tuple) else (radius, radius)
-    for each in radii:
-        _check_radius("best", check_count("views.best", "radius", each, 0))
-    y, x = radii
+    count = _check_views("best", count, name="count")
+    y, x = check_pair("views.best", "radius", radius, 0)
+    _check_radius("best", max(y, x))
     whole = (2 * y + 1) * (2 * x + 1)
     if count > whole:
         raise ValueError(
@@ -280,7 +291,7 @@ def best(count: int, radius: int | tuple[int, int] = 6) -> Views:
             "A larger radius has room for more"
         )
     if count == whole:
-        return Views(torch.cartesian_prod(*(_axis(2 * r + 1, r).float() for r in radii)))
+        return Views(torch.cartesian_prod(*(_axis(2 * r + 1, r).float() for r in (y, x))))
     # The mean square of n values evenly spaced from -a to a is a^2 (n + 1) / (n - 1) / 3.
     share = 3 * (count - 1) / (count + 1)
     reach = (math.sqrt(_variance(y) * share), math.sqrt(_variance(x) * share))
@@ -298,11 +309,11 @@ def flipped(views: Views) -> Views:
     if not isinstance(views, Views):
         raise wrong(TypeError, "views.flipped", "views must be Views", type(views).__name__)
     offsets, weights, mirror = views
-    given = torch.zeros(len(offsets), 2, dtype=torch.bool) if mirror is None else mirror
+    given = torch.zeros_like(offsets, dtype=torch.bool) if mirror is None else mirror
     return Views(
         torch.cat([offsets, offsets]),
         None if weights is None else torch.cat([weights, weights]) / 2,
-        torch.cat([given, given ^ torch.tensor([False, True])]),
+        torch.cat([given, torch.stack([given[:, 0], ~given[:, 1]], 1)]),
     )
 
 
@@ -409,9 +420,9 @@ def resolve(
     """What :class:`srt_ext.SRT` takes for ``views``.
 
     Args:
-        views: a design; offsets [V, 2], (dy, dx) in pixels; a pair of them and of weights [V] or
-            None, or a triple with mirror [V, 2], too; a string for :func:`parse`; or a number of
-            views for :func:`best`.
+        views: a design; offsets [V, 2], (dy, dx) in pixels; a pair of them, or of a design without
+            weights, and of weights [V] or None, or a triple with mirror [V, 2], too; a string for
+            :func:`parse`; or a number of views for :func:`best`.
         patch, scale: as for :func:`parse`. The offsets of :class:`Views` are rounded like those of
             words; those of tensors and tuples are not.
 
@@ -427,10 +438,12 @@ def resolve(
     """
     if isinstance(views, str):
         return parse(views, patch, scale)
-    if isinstance(views, Integral) and not isinstance(views, bool):
-        return best(int(views), radius_for(patch))
+    if is_integer(views):
+        return best(views, radius_for(patch))  # type: ignore[arg-type]
     parts = views if isinstance(views, tuple) and len(views) in (2, 3) else (views, None)
     offsets, weights, mirror = (*parts, None)[:3]
+    if isinstance(offsets, Views) and offsets[1:] == (None, None):  # a design with other weights
+        return resolve(Views(offsets.offsets, weights, mirror), patch, scale)
     if not isinstance(offsets, torch.Tensor):
         raise TypeError(
             "SRT: views must be a design of srt_ext.views, a torch.Tensor, (offsets, weights), a "

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from .._validation import is_integer
 from .base import Backbone, CallableBackbone, Features, Layer, Model, TimedBackbone
 from .dino import DinoBackbone
 from .hooks import HookBackbone, force_eager
@@ -54,7 +55,7 @@ def describe(
     if not callable(model):
         raise TypeError(f"SRT: model must be callable; got {type(model).__name__}")
     backbone = _backbone_of(model, _as_list(layers), norm, patch, prefix)
-    backbone.returns_list = not (layers is None or isinstance(layers, (int, str)))
+    backbone.returns_list = isinstance(layers, Sequence) and not isinstance(layers, str)
     return backbone
 
 
@@ -92,11 +93,9 @@ def _backbone_of(
 def _as_list(layers: Layer | Sequence[Layer] | None) -> list[Layer]:
     if layers is None:
         return []
-    several = [layers] if isinstance(layers, (int, str)) else layers
-    if not isinstance(several, Sequence) or not all(
-        isinstance(layer, (int, str)) and not isinstance(layer, bool) for layer in several
-    ):
+    several = layers if isinstance(layers, Sequence) and not isinstance(layers, str) else [layers]
+    if not all(isinstance(layer, str) or is_integer(layer) for layer in several):
         raise TypeError(f"SRT: layers must be indices or names of modules; got {layers!r}")
     if not several:
         raise ValueError("SRT: layers must name at least one; got none")
-    return list(several)
+    return [layer if isinstance(layer, str) else int(layer) for layer in several]

@@ -74,8 +74,10 @@ class HookBackbone(Backbone):
             )
         return cls(backbone.model, list(backbone.modules), backbone.patch, backbone.prefix)
 
+    # Compiled code does not call new hooks.
+    @torch.compiler.disable(reason="SRT reads layers by name by hooks, which run eagerly")
     def features(self, images: torch.Tensor) -> list[Features]:
-        return self._features(images)  # not compiled: compiled code does not call new hooks
+        return self._features(images)
 
     def _features(self, images: torch.Tensor) -> list[Features]:
         found: dict[str, Features] = {}
@@ -83,6 +85,8 @@ class HookBackbone(Backbone):
         # What accelerate and FSDP do behind the forward of a module must not be skipped.
         parents = {"", *(name[:i] for name in self.modules for i, c in enumerate(name) if c == ".")}
         runs_to_end = any(has_hooks(self.inner.get_submodule(name)) for name in parents)
+        # torch.export follows each call of a module to its end.
+        runs_to_end = runs_to_end or torch.compiler.is_exporting()
 
         def keep(name: str, output: object) -> None:
             if name not in found:
@@ -121,6 +125,7 @@ class HookBackbone(Backbone):
                 handles.enter_context(module.register_forward_hook(hooked))
             yield
 
+    @torch.compiler.disable(reason="SRT replaces features by hooks, which run eagerly")
     def forward_with(
         self, images: torch.Tensor, replace: Callable[[Features], tuple[torch.Tensor, Any]]
     ) -> Any:

@@ -170,13 +170,17 @@ class Network:
         self.name = name
         self.model, config = load_timm(name, weights)
         self.backbone = TimedBackbone(describe(self.model, layers))
-        self._mean, self._std = (torch.tensor(config[k])[:, None, None] for k in ("mean", "std"))
+        self._mean, self._std = (
+            torch.tensor(config[k], dtype=torch.float32, device="cpu")[:, None, None]
+            for k in ("mean", "std")
+        )
 
     def image(self, pixels: np.ndarray) -> torch.Tensor:
         """pixels [H, W, 3] uint8 -> [1, 3, H, W] float32, normalised."""
         import torch
 
-        return (torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255 - self._mean) / self._std
+        image = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
+        return (image - self._mean) / self._std
 
     def digest(self) -> str:
         """A hash of the weights, wherever they came from."""
