@@ -18,7 +18,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from . import views as designs
-from ._cost import fake_copy, free_bytes, operations_and_bytes, peak_bytes
+from ._cost import fake_copy, operations_and_bytes, peak_bytes
+from ._memory import free_bytes
 from ._validation import check_count, check_pair, check_tensor, check_words, wrong
 from .backbones import Backbone, Features, HookBackbone, Layer, Model, describe, force_eager
 from .ops import ensemble, ensemble_moments, shift
