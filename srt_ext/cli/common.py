@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -242,8 +243,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def save_figure(figure: Figure, path: Path, dpi: int) -> None:
+    drawing = BytesIO()  # of a full disk, some of matplotlib's formats raise AttributeErrors
+    figure.savefig(drawing, dpi=dpi, format=path.suffix[1:].lower())
     with replacing(path.resolve()) as partial:
-        figure.savefig(partial, dpi=dpi, format=path.suffix[1:].lower())
+        partial.write_bytes(drawing.getvalue())
 
 
 def utf8(name: str) -> str:
