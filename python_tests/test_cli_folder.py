@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import resource
 import shutil
 import socket
+import struct
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -99,6 +101,22 @@ def test_each_image_has_a_file(
         with safe_open(out / "alone.safetensors", "pt") as file:
             assert file.metadata()["views"] == "grid:1"
     assert all(alone[key].equal(tensors[key]) for key in ("field", "prefix"))
+
+
+def test_another_run_writes_the_same_bytes(photos: Path, out: Path, tmp_path: Path) -> None:
+    for place in (out, tmp_path / "again"):
+        extract(photos, place, workers=2 * (place == out))
+    assert list(made(tmp_path / "again")) == NAMES
+    for name in NAMES:
+        content = (out / name).read_bytes()
+        assert (tmp_path / "again" / name).read_bytes() == content
+        (size,) = struct.unpack_from("<Q", content)
+        assert size % 8 == 0
+        assert list(json.loads(content[8 : 8 + size])["__metadata__"])[-3:] == [
+            "photo",
+            "bytes",
+            "modified",
+        ]
 
 
 def test_a_second_run_writes_what_is_missing(photos: Path, out: Path) -> None:
@@ -204,7 +222,7 @@ def test_a_run_that_ends_early_leaves_whole_files(
     message: str,
 ) -> None:
     """In the middle of a file: it is not there, and the next run makes it."""
-    save, calls = folder.save_file, []
+    save, calls = folder.save, []
 
     def fail_once(tensors: Any, path: Path, metadata: Any) -> None:
         calls.append(path)
@@ -213,7 +231,7 @@ def test_a_run_that_ends_early_leaves_whole_files(
             raise error
         save(tensors, path, metadata)
 
-    monkeypatch.setattr(folder, "save_file", fail_once)
+    monkeypatch.setattr(folder, "save", fail_once)
     text = extract(photos, out, code)
     assert text.count("error: ") == 1
     assert message in text

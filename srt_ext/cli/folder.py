@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
-import re
 import signal
 import time
 from collections.abc import Iterator
@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import typer
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 
 from ..hub import by_descriptor
@@ -245,17 +244,26 @@ def _file_version(path: Path) -> dict[str, str]:
 
 
 def save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """A .safetensors file with the usual permissions: its library makes it private."""
-    path.touch()
-    mode = path.stat().st_mode
-    try:
-        save_file(tensors, path, metadata)
-    except SafetensorError as error:
-        code = re.search(r"\(os error (\d+)\)", str(error))
-        reason = (int(code[1]), os.strerror(int(code[1]))) if code else (None, str(error))
-        raise OSError(*reason) from None
-    path.chmod(mode)
+    """A .safetensors file, of dense tensors; an OSError where it cannot be written.
 
+    The library's function orders the metadata by chance, so the same features would be other bytes
+    in every run.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        about = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape)}
+        header[name] = {**about, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # for aligned tensors
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(tensor.flatten().view(torch.uint8).numpy().data)
+
+
+_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 # Of a file that cannot be written because of its own name. Of a full disk the others fail, too.
 _OF_ONE_NAME = {
