@@ -86,12 +86,17 @@ def _load(paths: list[Path], size: int, workers: int) -> Iterator[Any]:
             done += 1
 
 
+def _be_quiet(_worker: int) -> None:
+    """libtiff and others would write to the stream itself, in the middle of our lines."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
 class _WorkerError(RuntimeError):
     """A worker died."""
 
 
 def _from_workers(paths: list[Path], size: int, workers: int) -> Iterator[Any]:
-    settings: Any = {"num_workers": workers, "collate_fn": _no_collate}
+    settings: Any = {"num_workers": workers, "collate_fn": _no_collate, "worker_init_fn": _be_quiet}
     items = iter(DataLoader(_Pixels(paths, size), batch_size=None, **settings))
     # torch's handler would raise in the middle of another picture's features, in place of here.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
