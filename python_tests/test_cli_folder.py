@@ -284,6 +284,17 @@ def test_a_worker_that_dies_costs_at_most_its_picture(
     assert list(made(out)) == [name for name in NAMES if not always or "a.png" not in name]
 
 
+def test_without_shared_memory_the_run_decodes_itself(
+    photos: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: torch.Tensor) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", fail)
+    extract(photos, out, workers=1)
+    assert list(made(out)) == NAMES
+
+
 # ---- names and kinds ----------------------------------------------------------------------------
 
 

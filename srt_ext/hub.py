@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import IO, Any
@@ -188,14 +189,8 @@ def _load_weights(model: Any, name: str, weights: Path) -> None:
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{weights} is no readable safetensors file: {error}") from error
     wanted = model.state_dict()
-    state = _resampled(model, _without_prefix(state, next(iter(wanted))))
-    heads = _head_names(model)
-    ours, theirs = (
-        {k: v.shape for k, v in s.items() if k.startswith(heads)} for s in (wanted, state)
-    )
-    if ours != theirs:  # of other classes. Features need none; zeros are the same in every run
-        state = {key: value for key, value in state.items() if key not in theirs}
-        state |= {key: wanted[key].new_zeros(shape) for key, shape in ours.items()}
+    state = _resampled(model, _without_prefix(state))
+    state = _with_head(model, wanted, state)
     wrong = []
     for key in {**wanted, **state}:
         rule, got = (list(s[key].shape) if key in s else "absent" for s in (wanted, state))
@@ -210,19 +205,25 @@ def _load_weights(model: Any, name: str, weights: Path) -> None:
     model.load_state_dict(state)
 
 
-def _head_names(model: Any) -> tuple[str, ...]:
-    """What the names of the classifier's weights begin with."""
-    names = getattr(model, "pretrained_cfg", {}).get("classifier") or ("head", "fc")
-    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+def _with_head(model: Any, wanted: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
+    """With zeros for the classifier, if that of ``state`` is of other classes or missing.
 
-
-def _without_prefix(state: dict[str, Any], known: str) -> dict[str, Any]:
-    """Without ``module.``, ``model.``, ``timm_model.`` and the like before the name of a weight."""
-    prefixes = {key.removesuffix(known) for key in state if key.endswith(f".{known}")}
-    if known in state or len(prefixes) != 1:
+    Features need none, and zeros are the same in every run.
+    """
+    names = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    names = (names,) if isinstance(names, str) else names
+    begins = tuple(f"{n}." for n in names) or ("head.weight", "head.bias", "fc.weight", "fc.bias")
+    ours, theirs = ({k: s[k] for k in s if k.startswith(begins)} for s in (wanted, state))
+    if {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}:
         return state
-    (prefix,) = prefixes
-    return {key.removeprefix(prefix): value for key, value in state.items()}
+    body = {key: value for key, value in state.items() if key not in theirs}
+    return {**body, **{key: value.new_zeros(value.shape) for key, value in ours.items()}}
+
+
+def _without_prefix(state: dict[str, Any]) -> dict[str, Any]:
+    """Without ``module.``, ``timm_model.`` and the like, where all names begin with it."""
+    prefix, dot, _ = os.path.commonprefix(list(state)).rpartition(".")  # noqa: RUF071
+    return {key.removeprefix(prefix + dot): value for key, value in state.items()}
 
 
 def _resampled(model: Any, state: dict[str, Any]) -> dict[str, Any]:

@@ -105,6 +105,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
+def written(out: Path) -> int:
+    """The finished files in a folder."""
+    return sum(name[0] != "." for name in os.listdir(out)) if out.exists() else 0
+
+
 def good_pictures(folder: Path, count: int, rng: np.random.Generator) -> Path:
     folder.mkdir()
     for i in range(count):
@@ -216,21 +221,21 @@ def attack_by_damage(folder: Path, count: int, faults: Faults, rng: np.random.Ge
         good.add(name)
 
     result = run(photos, folder / "out", faults, limit=1800)
-    written = {name.removesuffix(".safetensors") for name in contents(folder / "out")}
+    done = {name.removesuffix(".safetensors") for name in contents(folder / "out")}
     reported = {
         match[1]
         for line in result.errors
         if (match := re.match(rf"error: {re.escape(str(photos))}/([^ :]+)", line))
     }
     faults.check(result.code == 1, f"status {result.code}, not 1")
-    faults.check(not written & reported, f"written and reported: {sorted(written & reported)[:5]}")
-    lost = (good | bad) - written - reported
+    faults.check(not done & reported, f"written and reported: {sorted(done & reported)[:5]}")
+    lost = (good | bad) - done - reported
     faults.check(not lost, f"{len(lost)} neither written nor reported: {sorted(lost)[:5]}")
-    faults.check(good <= written, f"good ones not written: {sorted(good - written)[:5]}")
-    for name in written:
+    faults.check(good <= done, f"good ones not written: {sorted(good - done)[:5]}")
+    for name in done:
         field = load_file(folder / "out" / f"{name}.safetensors")["field"]
         faults.check(bool(field.isfinite().all()) and field.shape[0] == 128, f"the field of {name}")
-    sums = f"{len(written)} written, {len(reported)} reported"
+    sums = f"{len(done)} written, {len(reported)} reported"
     print(f"damaged: {len(bad)}, and {len(good)} good: {sums}, {result.seconds:.0f} s", flush=True)
 
 
@@ -240,7 +245,7 @@ def attack_by_damage(folder: Path, count: int, faults: Faults, rng: np.random.Ge
 def attack_by_kill(
     folder: Path, kills: int, faults: Faults, rng: np.random.Generator, pictures: int = 300
 ) -> None:
-    """SIGKILL to the run, or to all of its processes, at moments spread over the whole of a run."""
+    """SIGKILL to the run, or to all of its processes, at random moments of a run."""
     photos = good_pictures(folder / "photos", pictures, rng)
     reference = run(photos, folder / "reference", faults)
     expected = contents(folder / "reference")
@@ -248,32 +253,36 @@ def attack_by_kill(
     again = run(photos, folder / "again", faults)
     faults.check(contents(folder / "again") == expected, "two undisturbed runs differ")
     begin, duration = time.perf_counter(), min(reference.seconds, again.seconds)
-    # Of a run with nothing to do, so that later moments fall into the work of a resumed one, too.
-    moments = duration * (rng.permutation(kills) + rng.random(kills)) / kills
     out, rounds, stages = folder / "killed", 0, {"start": 0, "work": 0, "end": 0}
-    for i, moment in enumerate(moments):
-        before = len(list(out.glob("*.safetensors"))) if out.exists() else 0
+    for i in range(kills):
+        before = written(out)
         process = start(photos, out)
-        time.sleep(moment)
+        if i % 2:  # while it writes
+            last = before + int(rng.integers(0, pictures - before))
+            while written(out) <= last and process.poll() is None:
+                time.sleep(0.001)
+            time.sleep(0.02 * rng.random())
+        else:  # from its first moment on
+            time.sleep(duration * rng.random())
         ended = process.poll() is not None
-        if not ended:
-            (os.killpg if i % 2 else os.kill)(process.pid, signal.SIGKILL)
+        if not ended:  # workers, if they are left alive, hold the lock for 5 seconds
+            (os.killpg if i % 4 < 2 else os.kill)(process.pid, signal.SIGKILL)
         process.communicate()
         files = contents(out) if out.exists() else {}
         whole = {name: file for name, file in files.items() if not name.startswith(".")}
         stage = "end" if ended else "work" if len(whole) > before else "start"
         stages[stage] += 1
         wrong = [name for name, file in whole.items() if expected.get(name) != file]
-        faults.check(not wrong, f"after a kill at {moment:.2f} s: {wrong[:5]}")
+        faults.check(not wrong, f"after kill {i}: {wrong[:5]}")
         if len(whole) == pictures or i == kills - 1 or rng.random() < 0.2:
             rounds += 1
-            last = run(photos, out, faults)
-            faults.check(last.code == 0, f"resumed: status {last.code}: {last.errors[-3:]}")
+            resumed = run(photos, out, faults)
+            faults.check(resumed.code == 0, f"resumed: {resumed.code}: {resumed.errors[-3:]}")
             faults.check(contents(out) == expected, "resumed: other files than undisturbed")
             shutil.rmtree(out)
     seconds = time.perf_counter() - begin
     print(
-        f"kills: {kills} over {duration:.1f} s ({stages['start']} before the first new file, "
+        f"kills: {kills} in runs of {duration:.1f} s ({stages['start']} before the first new file, "
         f"{stages['work']} after, {stages['end']} runs had ended), {rounds} times resumed to the "
         f"end, {pictures} pictures: {seconds:.0f} s",
         flush=True,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import typer
 from safetensors import SafetensorError, safe_open
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ..hub import by_descriptor
 from ..srt import SRT, SRTOutput
@@ -41,11 +41,22 @@ def to_tensors(output: SRTOutput, dtype: torch.dtype) -> dict[str, torch.Tensor]
     return tensors
 
 
+def _decode(path: Path, size: int) -> torch.Tensor | str:
+    """[H, W, 3] uint8, or the reason why there is none."""
+    try:
+        return torch.from_numpy(to_pixels(open_image(path), size))
+    except ImageError as error:  # which names the file
+        return str(error)
+    except Exception as error:  # memory above all
+        return f"{path}: {common.describe(error)}"
+
+
 class _Pixels(Dataset[Any]):
     """Decoded images: [H, W, 3] uint8, or the reason why there is none.
 
-    Tensors, not arrays: those would come through a pipe, on which a worker waits forever if the
-    run is killed.
+    In shared memory, whose content does not come through a pipe: a worker would wait on it forever
+    if the run is killed. None where that has no room (/dev/shm of a container); torch's workers
+    would lose the error, and the run would wait forever.
     """
 
     def __init__(self, paths: list[Path], size: int) -> None:
@@ -54,30 +65,37 @@ class _Pixels(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> torch.Tensor | str:
+    def __getitem__(self, index: int) -> torch.Tensor | str | None:
+        pixels = _decode(self.paths[index], self.size)
+        if isinstance(pixels, str) or get_worker_info() is None:
+            return pixels
         try:
-            return torch.from_numpy(to_pixels(open_image(self.paths[index]), self.size))
-        except ImageError as error:  # which names the file
-            return str(error)
-        except Exception as error:  # memory above all
-            return f"{self.paths[index]}: {common.describe(error)}"
+            pixels.share_memory_()
+        except (RuntimeError, OSError):
+            return None
+        return pixels
 
 
 def _no_collate(item: Any) -> Any:
     return item
 
 
-def _load(paths: list[Path], size: int, workers: int) -> Iterator[Any]:
-    """The items of _Pixels. Where a worker dies, another one tries the image once more, alone."""
+def _load(paths: list[Path], size: int, workers: int) -> Iterator[torch.Tensor | str]:
+    """Decoded images, or why there is none, as _decode.
+
+    What workers cannot hand over is decoded here. Where one dies, another one tries the image once
+    more, alone.
+    """
     done = 0
     while done < len(paths):
         try:
             for item in _from_workers(paths[done:], size, workers):
-                yield item
+                yield _decode(paths[done], size) if item is None else item
                 done += 1
         except _WorkerError:
             try:
-                yield from _from_workers(paths[done : done + 1], size, 1)
+                (item,) = _from_workers(paths[done : done + 1], size, 1)
+                yield _decode(paths[done], size) if item is None else item
             except _WorkerError as error:
                 yield (
                     f"{paths[done]}: the process that decoded it died ({error}). Too little "
