@@ -142,7 +142,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def describe(error: BaseException) -> str:
     """What happened, and for memory what to change."""
-    text = str(error).partition("\n")[0]  # torch adds where in C++
+    text = str(error).partition("\n")[0].rpartition("DefaultCPUAllocator: ")[2]
     if is_out_of_memory(error):
         return (
             f"memory does not suffice ({text or type(error).__name__}): take a smaller --size or "
