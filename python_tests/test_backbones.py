@@ -877,13 +877,6 @@ def test_peak_bytes_counts_what_is_held_at_one_time() -> None:
     assert _cost.peak_bytes(lambda: start.view(10, 100))[1] == 0
 
 
-def test_free_bytes_of_a_container_count_its_page_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert 2**20 < _cost.free_bytes(torch.device("cpu")) < 2**50
-    numbers = {"meminfo": 1000, "memory.max": 10000, "memory.current": 9000, "memory.stat": 8000}
-    monkeypatch.setattr(_cost, "_number", lambda path, name="": numbers[path.split("/")[-1]])
-    assert _cost.free_bytes(torch.device("cpu")) == 9000
-
-
 @pytest.mark.parametrize(
     ("how", "free", "batches"),
     [

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import json
+import os
 import re
+import resource
+import shutil
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from srt_ext import SRT, hub, views, viz
+from srt_ext.__main__ import main
 from srt_ext.cli import common
 from srt_ext.cli.images import open_image
 from srt_ext.demo.small import load_small
@@ -165,6 +175,32 @@ def test_a_video_as_frames_leaves_out_what_does_not_fit(frames: Path, tmp_path: 
     assert len(list((tmp_path / "other").iterdir())) == 3
 
 
+def test_a_frame_that_fails_is_left_out_and_the_next_one_gives_the_basis(
+    frames: Path, tmp_path: Path, drawn: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unreadable, or in the model, or in the middle of a drawing: the first one as any other."""
+    field, calls = viz.Comparison.field, []
+
+    def fail_once(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise RuntimeError("no field")
+        return field(*arguments)
+
+    monkeypatch.setattr(viz.Comparison, "field", fail_once)
+    (frames / "f0.png").write_text("no picture")
+    text = run("show", frames, "-o", tmp_path / "out.gif", *model(), *FAST, "--query=9,9", code=1)
+    assert "3 frames, 2 left out" in text
+    assert "f0.png is no readable picture" in text
+    assert "f1.png: RuntimeError: no field; left out" in text
+    again = shutil.ignore_patterns("f0.png", "f1.png")
+    shutil.copytree(frames, tmp_path / "again", ignore=again)
+    show(tmp_path / "again", tmp_path / "out.gif", "--query=9,9")
+    for (row,), (again,) in zip(drawn[:3], drawn[3:], strict=True):
+        for panel, other in zip(row, again, strict=True):
+            assert (panel.rgb == other.rgb).all()
+
+
 # ---- features of an image -----------------------------------------------------------------------
 
 
@@ -188,7 +224,15 @@ def test_16_bits_keep_their_shades_and_transparent_pixels_are_white(tmp_path: Pa
         ("show broken.jpg", "no readable picture"),
         ("show large.png", "no readable picture"),
         ("show dot.png SMALL", "fewer than 3 tokens"),
-        ("show float.tif SMALL", "is no picture of 8 or 16 bits"),
+        ("features empty.png -o out.npz", "no readable picture"),
+        ("features pipe.png -o out.npz", "pipe.png is no regular file"),
+        ("features /dev/zero -o out.npz", "/dev/zero is no regular file"),
+        ("features program.jpg -o out.npz", "no readable picture: cannot identify"),  # EPS
+        (f"features {'a' * 300}.png -o out.npz", "File name too long"),
+        (f"features photo.png -o {'a' * 300}.npz", "File name too long"),
+        ("features photo.png -o pipe.npz", "it is no regular file"),
+        ("show photo.png --weights pipe.png", "pipe.png is no file"),
+        ("show float.tif SMALL", "no readable picture: not of 8 or 16 bits"),
         ("show photo.png --model vit_nonsense", "timm has no model 'vit_nonsense'"),
         ("show photo.png --weights missing.safetensors", "missing.safetensors is no file"),
         ("show photo.png --weights .", "is no file"),
@@ -212,7 +256,10 @@ def test_16_bits_keep_their_shades_and_transparent_pixels_are_white(tmp_path: Pa
         ("show frames -o nowhere/out.gif", "does not exist"),
         ("show frames -o frames", "must be a new folder, or an empty one"),
         ("show frames --query 64,0", "--query must lie in the picture"),
-        ("show folder.png -o out.gif", "folder.png has no pictures"),
+        ("show broken -o out.gif", "none of 2 frames is a readable picture"),
+        ("show broken -o new", "none of 2 frames is a readable picture"),
+        ("show dots SMALL -o out.gif", "none of 1 frames could be drawn"),
+        ("show folder.png -o out.gif", "folder.png has no pictures; left out: 1 folders"),
         ("features folder.png -o out", "folder.png has no pictures"),
         ("features frames -o out.safetensors", "--output must be a folder"),
         ("features frames -o photo.png", "--output must be a folder"),
@@ -226,17 +273,300 @@ def test_an_error_is_one_line_and_nothing_is_written(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("broken.jpg").write_bytes(b"\xff\xd8\xff no picture")
-    Path("folder.png/inner").mkdir(parents=True)
-    Image.new("RGB", (3, 3)).save("dot.png")
+    for folder in ("folder.png/inner", "broken", "dots"):
+        Path(folder).mkdir(parents=True)
+    for pipe in ("pipe.png", "pipe.npz"):
+        os.mkfifo(pipe)
+    for empty in ("empty.png", "broken/1.png", "broken/2.png"):
+        Path(empty).touch()
+    for dot in ("dot.png", "dots/dot.png"):
+        Image.new("RGB", (3, 3)).save(dot)
+    Image.new("RGB", (3, 3)).save("program.jpg", "EPS")
     Image.new("F", (20, 20)).save("float.tif")
     Image.new("RGB", (100, 100)).save("large.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
     before = sorted(tmp_path.rglob("*"))
     text = run(*command.replace("SMALL", " ".join(map(str, model()))).split(), code=1)
-    assert text.count("error: ") == 1
+    assert text.count("error: ") == 1 + command.startswith("show dots")
     assert message in text
     assert "Traceback" not in text
     assert sorted(tmp_path.rglob("*")) == before
+
+
+# ---- the ends of memory and of a disk -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 2 bytes\nin C++"),
+        RuntimeError("std::bad_alloc"),
+        OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
+    ],
+)
+@pytest.mark.parametrize("command", ["features", "show"])
+def test_too_little_memory_is_one_line_that_says_what_to_change(
+    command: str, error: Exception, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(SRT, "_frame", fail)
+    output = tmp_path / ("out.png" if command == "show" else "out.npz")
+    text = run(command, photo, "-o", output, "--model", "small", *FAST, code=1)
+    (line,) = (line for line in text.splitlines() if line.startswith("error"))
+    assert "memory does not suffice" in line
+    assert "take a smaller --size or --scale, a larger --stride, a smaller --view-batch" in line
+
+
+def test_a_bug_keeps_its_traceback(
+    photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(SRT, "_frame", fail)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        run("features", photo, "-o", tmp_path / "out.npz", "--model", "small", *FAST)
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """Writing beyond it fails, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(
+    ("command", "output"),
+    [
+        *(("features photo.png", name) for name in ("out.npz", "out.safetensors", "out.NPZ")),
+        *(("show photo.png", name) for name in ("out.png", "out.JPG", "out.svg", "out.pdf")),
+        *(("show frames", name) for name in ("out.gif", "out.webp", "new")),
+        pytest.param("demo --scenes 1", "out.png", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.usefixtures("photo", "frames")
+def test_a_full_disk_is_one_line_and_keeps_the_earlier_file(
+    command: str, output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = () if command.startswith("demo") else (*model(), *FAST)
+    if "." in output:
+        Path(output).write_bytes(b"earlier")
+    with file_size_limit(1000):
+        text = run(*command.split(), "-o", output, *settings, code=1)
+    assert text.count("error: ") == 1
+    assert f"{output}{'' if '.' in output else '/00000.png'} cannot be written: " in text
+    new = {path.name for path in tmp_path.rglob("*")} - {"photo.png", "frames"}
+    assert new - {f"f{i}.png" for i in (1, 2, 10, 11)} == {output}
+    if "." in output:
+        assert Path(output).read_bytes() == b"earlier"
+
+
+def test_an_output_that_is_a_link_stays_one(photo: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out.npz").symlink_to("disk/out.npz")
+    features(photo, tmp_path / "out.npz", *model(), *FAST)
+    assert (tmp_path / "out.npz").is_symlink()
+    assert np.load(tmp_path / "disk/out.npz")["field"].shape == (64, 12, 16)
+
+
+# ---- names and kinds of pictures ----------------------------------------------------------------
+
+
+def test_a_name_that_stdout_cannot_encode_is_printed_with_escapes(
+    photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stdout = io.TextIOWrapper(io.BytesIO(), "latin-1", write_through=True)
+    monkeypatch.setattr("sys.stdout", stdout)
+    not_utf8 = os.fsdecode(b"caf\xe9\n\x1b[1m.safetensors")
+    for name, printed in (("\u56fe.npz", b"\\u56fe.npz"), (not_utf8, rb"caf\udce9\n\x1b[1m.saf")):
+        command = ["srt-ext", "features", photo, "-o", tmp_path / name, *model(), *FAST]
+        monkeypatch.setattr("sys.argv", [str(word) for word in command])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code in (0, None)
+        assert (tmp_path / name).exists()
+        assert b"wrote " + os.fsencode(tmp_path) + b"/" + printed in stdout.buffer.getvalue()
+
+
+def exif(entries: bytes) -> bytes:
+    """A TIFF header, and the entries of a directory: (tag, type, count, value or its place)."""
+    return b"Exif\0\0MM\0*" + struct.pack(">IH", 8, len(entries) // 12) + entries + bytes(4)
+
+
+ORIENTATION = struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0)  # to be turned by a quarter
+
+
+@pytest.mark.parametrize(
+    ("block", "size"),
+    [
+        (exif(ORIENTATION), (24, 40)),
+        (exif(ORIENTATION)[:-9], None),
+        (b"Exif\0\0", (40, 24)),
+        (b"Exif\0\0no header", (40, 24)),
+        (exif(struct.pack(">HHII", 0x0112, 2, 4, 0xFFFFFFF0)), (40, 24)),
+        (exif(struct.pack(">HHII", 0x8769, 4, 1, 8) + ORIENTATION), None),  # holds itself
+        (exif(struct.pack(">HHII", 0x010E, 2, 2**32 - 1, 8) + ORIENTATION), None),
+        (exif(ORIENTATION * 3000), (24, 40)),
+        (exif(struct.pack(">HHIHH", 0x0112, 3, 1, 99, 0)), (40, 24)),
+    ],
+)
+def test_a_picture_with_broken_exif_is_taken(
+    block: bytes, size: tuple[int, int] | None, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """In either direction, where part of it can be read."""
+    pixels = np.full((24, 40, 3), 99, np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=block)
+    image = open_image(tmp_path / "a.jpg")
+    assert image.size == size or (size is None and set(image.size) == {24, 40})
+    assert np.abs(np.asarray(image).astype(int) - 99).max() <= 1
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "I;16"]
+)
+def test_pictures_of_every_mode_are_rgb(mode: str, tmp_path: Path) -> None:
+    Image.new(mode, (5, 4)).save(tmp_path / "a.tif")
+    assert (open_image(tmp_path / "a.tif").mode, open_image(tmp_path / "a.tif").size) == (
+        "RGB",
+        (5, 4),
+    )
+
+
+def test_an_animation_is_its_first_frame(tmp_path: Path) -> None:
+    first, second = (Image.new("RGB", (9, 9), color) for color in ("red", "blue"))
+    for name in ("a.gif", "a.png", "a.webp", "a.tif"):
+        first.save(tmp_path / name, save_all=True, append_images=[second])
+        assert open_image(tmp_path / name).getpixel((4, 4))[0] > 240
+
+
+# ---- weights of one's own -----------------------------------------------------------------------
+
+
+def loaded(
+    state: dict[str, torch.Tensor], path: Path, name: str = SMALL
+) -> dict[str, torch.Tensor]:
+    save_file({key: value.contiguous() for key, value in state.items()}, path)
+    state = hub.load_timm(name, path)[0].state_dict()
+    assert all(value.isfinite().all() for value in state.values())
+    return dict(state)
+
+
+def test_weights_need_no_classifier_of_the_same_classes(tmp_path: Path) -> None:
+    state, file = load_file(small_weights()), tmp_path / "mine.safetensors"
+    plain = {key: value for key, value in state.items() if not key.startswith("head.")}
+    assert len(plain) == len(state) - 2
+    more = {"head.weight": torch.ones(10, 64), "head.bias": torch.ones(10)}
+    for mine in (plain, {**plain, **more}, {f"module.{k}": v for k, v in plain.items()}):
+        got = loaded(mine, file)
+        assert all(got[key].equal(value) for key, value in plain.items())
+        assert not got["head.weight"].any()  # the same in every run
+    assert loaded({f"timm_model.{k}": v for k, v in state.items()}, file)["head.weight"].any()
+    for wrong, message in (
+        ({**plain, "blocks.0.attn.more": torch.ones(1)}, "blocks.0.attn.more must be absent"),
+        (
+            {k: v for k, v in state.items() if k != "norm.bias"},
+            r"norm.bias must be \[64\], is absent",
+        ),
+    ):
+        with pytest.raises(hub.ModelError, match=message):
+            loaded(wrong, file)
+
+
+def test_position_embeddings_of_another_size_are_resampled_and_patches_are_not(
+    tmp_path: Path,
+) -> None:
+    state, file = load_file(small_weights()), tmp_path / "mine.safetensors"
+    large = timm.create_model(SMALL, img_size=192).state_dict()
+    assert large["pos_embed"].shape != state["pos_embed"].shape
+    large["pos_embed"] = torch.ones_like(large["pos_embed"])
+    torch.testing.assert_close(
+        loaded(large, file)["pos_embed"], torch.ones_like(state["pos_embed"])
+    )
+    state["patch_embed.proj.weight"] = torch.ones(64, 3, 14, 14)
+    with pytest.raises(hub.ModelError, match=r"proj.weight must be \[64, 3, 16, 16\], is .*14"):
+        loaded(state, file)
+
+
+def model_folder(path: Path, weights: str) -> Path:
+    """As timm's push_to_hf_hub leaves it; another number of classes."""
+    path.mkdir(parents=True)
+    config = {"architecture": SMALL, "num_classes": 10, "model_args": {"img_size": 96}}
+    config["pretrained_cfg"] = {
+        "mean": [0.1, 0.2, 0.3],
+        "num_classes": 10,
+        "input_size": [3, 96, 96],
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    state = timm.create_model(SMALL, num_classes=10, img_size=96).state_dict()
+    if weights.endswith(".safetensors"):
+        save_file(state, path / weights)
+    else:
+        torch.save(state, path / weights)
+    return path
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "best.safetensors"])
+def test_a_local_folder_of_timm(tmp_path: Path, photo: Path, weights: str) -> None:
+    path = model_folder(tmp_path / "caf\u00e9 [1]", weights)
+    vit, config = hub.load_timm(f"local-dir:{path}")
+    assert vit.head.out_features == 10
+    assert config["mean"] == [0.1, 0.2, 0.3]
+    state = load_file(path / weights)
+    assert all(value.equal(state[key]) for key, value in vit.state_dict().items())
+    _, tensors = features(photo, tmp_path / "out.npz", "--model", f"local-dir:{path}", *FAST)
+    image = normalised(photo, config["mean"], config["std"])
+    torch.testing.assert_close(tensors["field"], SRT(vit, "grid:1", stride=4)(image).field[0])
+
+
+def test_pickles_are_not_loaded(
+    tmp_path: Path, fake_hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("torch.load")
+
+    def absent(*_: Any, **__: Any) -> None:
+        raise OSError("404")
+
+    monkeypatch.setattr(torch, "load", fail)
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fail)
+    path = model_folder(tmp_path / "model", "pytorch_model.bin")
+    with pytest.raises(
+        hub.ModelError, match=r"has no model.safetensors; other formats are pickles"
+    ):
+        hub.load_timm(f"local-dir:{path}")
+    fake_hub.answers = True
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", absent)
+    with pytest.raises(hub.PretrainedError, match=r"no model.safetensors of timm/test_vit.r160"):
+        hub.load_timm(f"{SMALL}.r160_in1k")
+    only_url = timm.get_pretrained_cfg(SMALL)
+    only_url.hf_hub_id, only_url.url = None, "https://example.org/vit.pth"
+    monkeypatch.setattr(timm, "get_pretrained_cfg", lambda _name: only_url)
+    with pytest.raises(hub.PretrainedError, match=r"vit.pth is a pickle, which is not loaded"):
+        hub.load_timm(SMALL)
+
+
+def test_a_model_of_the_hub_comes_from_its_cache(tmp_path: Path, fake_hub: Hub) -> None:
+    name = "hf-hub:timm/mine"
+    with pytest.raises(hub.PretrainedError, match="not in the hub's cache"):
+        hub.load_timm(name)
+    assert len(fake_hub.asked) == 1
+    path = model_folder(tmp_path / "model", "model.safetensors")
+    fake_hub.keep("mine", load_file(path / "model.safetensors"))
+    snapshot = fake_hub.folder / "models--timm--mine/snapshots/abc"
+    shutil.copy(path / "config.json", snapshot / "config.json")
+    vit, config = hub.load_timm(name)
+    assert (vit.head.out_features, config["mean"]) == (10, [0.1, 0.2, 0.3])
+    assert len(fake_hub.asked) == 1
 
 
 # ---- the default model --------------------------------------------------------------------------
@@ -323,26 +653,25 @@ def test_the_default_is_a_dinov2_from_the_cache(photo: Path, fake_hub: Hub, tmp_
 
 
 def test_the_hub_is_asked_once(fake_hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """timm is called only if the hub answers, and its errors are reported."""
-    name, made = f"{SMALL}.r160_in1k", timm.create_model
+    """Its client is called only if the hub answers, and its errors are reported."""
+    name = f"{SMALL}.r160_in1k"
     tried: list[Any] = []
 
-    def create_model(*arguments: Any, **settings: Any) -> Any:
+    def download(*arguments: Any, **_: Any) -> None:
         tried.append(arguments)
-        if settings == {"dynamic_img_size": True} and arguments == (name, True):
-            raise OSError("no such file there")
-        return made(*arguments, **settings)
+        raise OSError("no such file there")
 
-    monkeypatch.setattr(timm, "create_model", create_model)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     with pytest.raises(hub.PretrainedError, match="does not answer: ConnectionError"):
         hub.load_timm(name)
     assert (len(fake_hub.asked), len(tried)) == (1, 0)
     fake_hub.answers = True
     with pytest.raises(hub.PretrainedError, match="OSError: no such file there"):
         hub.load_timm(name)
-    assert (len(fake_hub.asked), len(tried)) == (2, 1)
+    assert len(fake_hub.asked) == 2
+    assert tried == [("timm/test_vit.r160_in1k", "model.safetensors")]
 
-    state = made(name).state_dict()
+    state = timm.create_model(name).state_dict()
     fake_hub.keep(name, state)
     loaded = hub.load_timm(name)[0].state_dict()
     assert all(tensor.equal(loaded[key]) for key, tensor in state.items())

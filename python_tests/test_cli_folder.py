@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import resource
 import shutil
+import socket
+import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +20,11 @@ from cli import SMALL, run, small_weights
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load, load_file
+from torch.utils.data import dataloader
 
 from srt_ext import SRT
 from srt_ext.cli import common, folder
-from srt_ext.cli.images import ImageError, open_image, to_pixels
+from srt_ext.cli.images import ImageError, find_images, open_image, to_pixels
 from srt_ext.srt import SRTOutput
 
 
@@ -70,6 +76,7 @@ def test_each_image_has_a_file(
     text = extract(photos, out, dtype=dtype, workers=workers, layer=2)
     assert list(made(out)) == NAMES
     assert "3 pictures: 3 written, 0 were there, 0 failed" in text
+    assert "left out, no pictures by their names: 1 .txt" in text
     network = common.Network(SMALL, small_weights(), 2)
     srt = SRT(network.backbone, "grid:1", stride=8)
     for name in NAMES:
@@ -96,6 +103,22 @@ def test_each_image_has_a_file(
     assert all(alone[key].equal(tensors[key]) for key in ("field", "prefix"))
 
 
+def test_another_run_writes_the_same_bytes(photos: Path, out: Path, tmp_path: Path) -> None:
+    for place in (out, tmp_path / "again"):
+        extract(photos, place, workers=2 * (place == out))
+    assert list(made(tmp_path / "again")) == NAMES
+    for name in NAMES:
+        content = (out / name).read_bytes()
+        assert (tmp_path / "again" / name).read_bytes() == content
+        (size,) = struct.unpack_from("<Q", content)
+        assert size % 8 == 0
+        assert list(json.loads(content[8 : 8 + size])["__metadata__"])[-3:] == [
+            "photo",
+            "bytes",
+            "modified",
+        ]
+
+
 def test_a_second_run_writes_what_is_missing(photos: Path, out: Path) -> None:
     extract(photos, out)
     first = made(out)
@@ -105,7 +128,9 @@ def test_a_second_run_writes_what_is_missing(photos: Path, out: Path) -> None:
     (out / NAMES[0]).unlink()
     content = (out / NAMES[1]).read_bytes()
     (out / NAMES[1]).write_bytes(content[: len(content) // 2])  # of a disk that died
-    (out / f".{NAMES[0]}.partial").write_bytes(b"of a run that was killed")
+    with suppress(ZeroDivisionError), common.replacing(out / NAMES[0]) as partial:
+        raise ZeroDivisionError
+    partial.write_bytes(b"of a run that was killed")
     before = load_file(out / NAMES[2])["field"]
     Image.new("RGB", (40, 64), "red").save(photos / "trip/day 2/b.PNG")
     assert "3 written (1 had changed since), 0 were there" in extract(photos, out)
@@ -156,7 +181,7 @@ def test_images_that_fail_are_reported_and_skipped(
         "a.png is no readable",
         "b[red].jpg is no readable",
         "gone.png does not exist",
-        "tall.png: out of memory",
+        "tall.png: memory does not suffice (out of memory): take a smaller --size",
     ):
         assert message in text
     assert list(made(out)) == [NAMES[0], NAMES[2]]
@@ -197,7 +222,7 @@ def test_a_run_that_ends_early_leaves_whole_files(
     message: str,
 ) -> None:
     """In the middle of a file: it is not there, and the next run makes it."""
-    save, calls = folder.save_file, []
+    save, calls = folder.save, []
 
     def fail_once(tensors: Any, path: Path, metadata: Any) -> None:
         calls.append(path)
@@ -206,7 +231,7 @@ def test_a_run_that_ends_early_leaves_whole_files(
             raise error
         save(tensors, path, metadata)
 
-    monkeypatch.setattr(folder, "save_file", fail_once)
+    monkeypatch.setattr(folder, "save", fail_once)
     text = extract(photos, out, code)
     assert text.count("error: ") == 1
     assert message in text
@@ -239,14 +264,183 @@ def test_workers_decode_the_images(
         assert (str(os.getpid()) in processes) == (workers == 0)
 
 
-@pytest.mark.slow
-def test_a_worker_that_dies_ends_the_run(
+@pytest.mark.parametrize("always", [True, False])
+def test_a_worker_that_dies_costs_at_most_its_picture(
+    photos: Path, out: Path, always: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die_of_one(path: Path) -> Any:
+        if path.name == "a.png" and (always or not (photos / "tried").exists()):
+            (photos / "tried").touch()
+            os._exit(1)
+        return open_image(path)
+
+    wait = dataloader._MultiProcessingDataLoaderIter._try_get_data
+    monkeypatch.setattr(wait, "__defaults__", (0.3,))  # seconds, until a death is seen
+    monkeypatch.setattr(folder, "open_image", die_of_one)
+    text = extract(photos, out, int(always), workers=1)
+    if always:
+        assert "a.png: the process that decoded it died" in text
+        assert text.count("error: ") == 1
+    assert list(made(out)) == [name for name in NAMES if not always or "a.png" not in name]
+
+
+def test_without_shared_memory_the_run_decodes_itself(
     photos: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folder, "open_image", lambda _path: os._exit(1))
-    text = extract(photos, out, 1, workers=1)
-    assert "a worker died" in text
-    assert "0 written" in text
+    def fail(_: torch.Tensor) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", fail)
+    extract(photos, out, workers=1)
+    assert list(made(out)) == NAMES
+
+
+# ---- names and kinds ----------------------------------------------------------------------------
+
+
+def copies(photos: Path, *names: bytes | str) -> None:
+    """The same picture under other names."""
+    for name in names:
+        shutil.copy(photos / "a.png", photos / os.fsdecode(name))
+
+
+def test_a_picture_may_have_any_name(photos: Path, out: Path) -> None:
+    names = ["-a.png", "new\nline.png", "[red]%s{0}.png", "a.png.safetensors.png", "图\u202e.png"]
+    long = "m" + "照" * 78 + ".png"  # 239 bytes
+    copies(photos, b"caf\xe9.png", *names, long)
+    (photos / os.fsdecode(b"sub\xff")).mkdir()
+    copies(photos, b"sub\xff/\xfe.png")
+    text = extract(photos, out)
+    assert "11 pictures: 11 written" in text
+    assert {*names, long} <= {name.removesuffix(".safetensors") for name in made(out)}
+    assert "11 pictures: 0 written, 11 were there" in extract(photos, out)
+    metadata = folder._metadata(out / os.fsdecode(b"sub\xff/\xfe.png.safetensors"))
+    assert metadata["photo"] == r"sub\xff/\xfe.png"
+
+
+def test_a_target_that_is_not_possible_is_reported_and_the_others_are_done(
+    photos: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the model runs for it, where the name shows it."""
+    too_long = "m" * 240 + ".png"
+    copies(photos, too_long)
+    (out / NAMES[1]).mkdir(parents=True)
+    (out / "trip").touch()
+    text = extract(photos, out, 1)
+    assert "4 pictures: 1 written, 0 were there, 3 failed" in text
+    for name, reason in (
+        (f"{too_long}.safetensors", "File name too long"),
+        (NAMES[1], "Is a directory"),
+        (NAMES[2], "Not a directory"),
+    ):
+        assert f"{out / name} cannot be written: {reason}" in text
+    assert list(made(out)) == [NAMES[0], "trip"]
+
+
+def test_suffixes_are_those_that_pillow_reads(photos: Path, out: Path) -> None:
+    names = ["a.jfif", "b.JPE", "c.Tif", "d.jp2", "e.bmp", "f.ppm", "g.tga", "h.webp", "i.jpeg"]
+    copies(photos, *names, "a.pdf", "b.eps", "c.h5", "d.pfm", "e.mpg", "none", "f.jpg~")
+    text = extract(photos, out)
+    assert set(made(out)) == {f"{name}.safetensors" for name in names} | set(NAMES)
+    assert "no pictures by their names: 1 .pdf, 1 .eps, 1 .h5, 1 .pfm, 1 .mpg, 3 others" in text
+
+
+def test_linked_folders_are_folders_each_read_once(photos: Path, out: Path, tmp_path: Path) -> None:
+    shutil.copytree(photos / "trip", tmp_path / "elsewhere")
+    (photos / "first").symlink_to("trip")  # which has its pictures under its own name
+    (photos / "linked").symlink_to(tmp_path / "elsewhere")
+    (photos / "linked too").symlink_to(tmp_path / "elsewhere")
+    (photos / "trip/loop").symlink_to("..")
+    (photos / "itself").symlink_to("itself")
+    text = extract(photos, out)
+    assert set(made(out)) == {*NAMES, "linked/day 2/b.PNG.safetensors"}
+    assert "by their names: 3 linked again, 1 without a suffix, 1 .txt" in text
+    assert "4 pictures: 0 written, 4 were there" in extract(photos, out)
+
+
+def test_pipes_and_sockets_are_not_opened(photos: Path, out: Path) -> None:
+    os.mkfifo(photos / "pipe.png")
+    out.mkdir(parents=True)
+    os.mkfifo(out / "c.safetensors")
+    (photos / "zero.png").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as unix:
+        unix.bind(os.path.relpath(photos / "socket.png"))
+        text = extract(photos, out, 1, workers=1)
+    assert "6 pictures: 3 written, 0 were there, 3 failed" in text
+    for name in ("pipe.png", "socket.png", "zero.png"):
+        assert f"{photos / name} is no regular file" in text
+
+
+def test_a_folder_that_cannot_be_read_is_reported(
+    photos: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listdir = os.listdir
+
+    def refuse(path: Path) -> list[str]:
+        if path.name == "trip":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    text = extract(photos, out, 1)
+    assert f"{photos}/trip cannot be read: Permission denied" in text
+    assert "2 pictures: 2 written, 0 were there, 0 failed" in text
+
+
+@pytest.mark.slow
+def test_a_deep_tree_is_read(tmp_path: Path) -> None:
+    """Deeper than Python's recursion."""
+    place = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(1500):
+        os.mkdir("a", dir_fd=place)
+        inner = os.open("a", os.O_RDONLY, dir_fd=place)
+        os.close(place)
+        place = inner
+    os.close(os.open("b.png", os.O_CREAT, dir_fd=place))
+    os.close(place)
+    found = find_images(tmp_path, nested=True)
+    assert [path.name for path in found.files] == ["b.png"]
+    assert not found.errors
+    for depth in (1000, 500, 0):  # shutil.rmtree of pytest is recursive
+        shutil.rmtree(tmp_path.joinpath(*["a"] * (depth + 1)))
+
+
+def test_a_picture_that_changes_into_a_link_is_replaced_not_written_through(
+    photos: Path, out: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "precious").write_bytes(b"of others")
+    out.mkdir(parents=True)
+    (out / NAMES[0]).symlink_to(tmp_path / "precious")
+    extract(photos, out)
+    assert (tmp_path / "precious").read_bytes() == b"of others"
+    assert not (out / NAMES[0]).is_symlink()
+
+
+def test_anything_that_one_picture_raises_is_reported(
+    photos: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors = iter([ZeroDivisionError("a"), RecursionError("b"), IndexError("c")])
+
+    def fail(*_: Any) -> None:
+        raise next(errors)
+
+    monkeypatch.setattr(SRT, "forward", fail)
+    text = extract(photos, out, 1)
+    for line in ("a.jpg: ZeroDivisionError: a", "a.png: RecursionError: b", "b.PNG: IndexError: c"):
+        assert line in text
+
+
+def test_a_disk_that_gets_full_ends_the_run(photos: Path, out: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        text = extract(photos, out, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert text.count("error: ") == 1
+    assert f"{out / NAMES[0]} cannot be written: File too large" in text
+    assert "3 pictures: 0 written" in text
+    assert made(out) == {}
 
 
 def test_values_beyond_float16_are_refused() -> None:

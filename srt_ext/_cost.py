@@ -1,11 +1,10 @@
-"""What calls take: floating-point operations and memory; and the memory that is free."""
+"""What calls take: floating-point operations and memory."""
 
 from __future__ import annotations
 
 import copy
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -89,26 +88,3 @@ def _attention_flops(
     query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object
 ) -> int:
     return int(sdpa_flop(query, key, value))
-
-
-def free_bytes(device: torch.device) -> int:
-    """What may still be allocated there."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + cached
-    free = _number("/proc/meminfo", "MemAvailable:") * 1024
-    limit = _number("/sys/fs/cgroup/memory.max")  # of a container
-    if limit:
-        used = _number("/sys/fs/cgroup/memory.current")
-        used -= _number("/sys/fs/cgroup/memory.stat", "inactive_file")  # a cache that gives way
-        free = min(free or limit, max(0, limit - used))
-    return free or 2**32  # no Linux: 4 GiB
-
-
-def _number(path: str, name: str = "") -> int:
-    """The number in a file, after ``name`` if there is one; 0 if there is none."""
-    try:
-        words = Path(path).read_text().split()
-        return int(words[words.index(name) + 1 if name else 0])
-    except (OSError, ValueError, IndexError):
-        return 0

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 SMALL = "small"  # the model of srt_ext.demo, which needs no network
 HUB_TIMEOUT = 3.0  # seconds
+SAFETENSORS = "model.safetensors"  # in a repository of the hub, or a folder
 
 
 class ModelError(RuntimeError):
@@ -27,8 +30,9 @@ class PretrainedError(ModelError):
 def load_timm(name: str, weights: Path | None = None) -> tuple[Any, dict[str, Any]]:
     """A model of timm in eval mode, for any image size if it can, and its data configuration.
 
-    ``name`` is one of timm's, with or without its pretrained tag, or ``small``, the ViT that comes
-    with this package; ``weights`` a .safetensors state dict, or None for the pretrained weights.
+    ``name`` is one of timm's, with or without its pretrained tag, or timm's ``local-dir:FOLDER`` or
+    ``hf-hub:OWNER/NAME``, or ``small``, the ViT that comes with this package; ``weights`` a
+    .safetensors state dict, or None for the pretrained weights. Pickles are never loaded.
     Raises a ModelError for an unknown model, weights that do not fit, or (PretrainedError) no
     pretrained weights within reach.
     """
@@ -36,6 +40,9 @@ def load_timm(name: str, weights: Path | None = None) -> tuple[Any, dict[str, An
         from .demo.small import load_small
 
         model, config = load_small()
+    elif (folder := _model_folder(name)) is not None:
+        weights = weights or _weights_of(folder)
+        model, config = _create(f"local-dir:{folder}", pretrained=False)
     else:
         model, config = _create(name, pretrained=weights is None)
     if weights is not None:
@@ -43,12 +50,34 @@ def load_timm(name: str, weights: Path | None = None) -> tuple[Any, dict[str, An
     return model.eval(), config
 
 
+def _model_folder(name: str) -> Path | None:
+    """The folder of ``local-dir:`` and ``hf-hub:`` names: config.json and weights."""
+    source, _, place = name.partition(":")
+    if source == "local-dir":
+        return Path(place)
+    if source not in ("hf-hub", "hf_hub"):
+        return None
+    repository, _, revision = place.partition("@")
+    _fetch(name, repository, revision, SAFETENSORS)
+    return _fetch(name, repository, revision, "config.json").parent
+
+
+def _weights_of(folder: Path) -> Path:
+    for file in (folder / SAFETENSORS, *sorted(folder.glob("*.safetensors"))):
+        if file.is_file():
+            return file
+    raise ModelError(
+        f"{folder} has no {SAFETENSORS}; other formats are pickles, which can run any code and are "
+        "not loaded: write the weights with safetensors.torch.save_file"
+    )
+
+
 def _create(name: str, *, pretrained: bool) -> tuple[Any, dict[str, Any]]:
     import timm
     from timm.data.config import resolve_model_data_config
 
     plain = name.split(".")[0]
-    if not timm.is_model(plain):
+    if ":" not in name and not timm.is_model(plain):
         first = plain.split("_")[0]
         near = ", ".join((timm.list_models(f"{plain}*") or timm.list_models(f"*{first}*"))[:3])
         hint = f" (for instance {near})" if near else ""
@@ -69,47 +98,85 @@ def _create(name: str, *, pretrained: bool) -> tuple[Any, dict[str, Any]]:
     return model, resolve_model_data_config(model)
 
 
-def cached_weights(name: str) -> str | None:
+def cached_weights(name: str) -> Path | None:
     """The file of timm's pretrained weights in the hub's cache. Uses no network."""
     import timm
-    from huggingface_hub import try_to_load_from_cache
 
     config = timm.get_pretrained_cfg(name)
     if config is None or not config.hf_hub_id:
         return None
     repository, _, revision = config.hf_hub_id.partition("@")
+    return _cached(repository, revision, _file_name(config))
+
+
+def _file_name(config: Any) -> str:
+    """That of the weights in a repository of the hub, which has them without pickle, too."""
     file = config.hf_hub_filename or "pytorch_model.bin"
-    # In the order in which timm looks for them.
-    choices = (file.replace("pytorch_model.bin", "model.safetensors"), file)
-    found = [try_to_load_from_cache(repository, c, revision=revision or None) for c in choices]
+    if file.endswith((".safetensors", ".npz")):
+        return str(file)
+    safe = file.replace("pytorch_model.bin", SAFETENSORS)
+    return str(Path(safe).with_suffix(".safetensors"))
+
+
+def _cached(repository: str, revision: str, file: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repository, file, revision=revision or None)
     # Not None, nor the mark of a file that the hub does not have.
-    return next((path for path in found if isinstance(path, str)), None)
+    return Path(found) if isinstance(found, str) else None
 
 
-def _weight_source(name: str) -> dict[str, Any]:
-    """Arguments of ``timm.create_model`` for a cached file, without which the hub must answer.
+def _fetch(name: str, repository: str, revision: str, file: str) -> Path:
+    """A file from the hub's cache, or from the hub if it answers.
 
-    timm asks the hub even for cached files, and the hub's client retries for most of a minute when
-    there is no network. A single request with a short timeout replaces that; a PretrainedError if
-    the file is not cached, and the hub does not answer.
+    The hub's client asks even for cached files, and retries for most of a minute when there is no
+    network. A single request with a short timeout replaces that. Raises a PretrainedError.
     """
-    import timm
-    from huggingface_hub import constants, get_session
+    import huggingface_hub
+    from huggingface_hub import constants
 
-    config = timm.get_pretrained_cfg(name)
-    if config is None or not config.hf_hub_id:
-        return {}  # timm looks elsewhere, or reports that there are none
-    file = cached_weights(name)
-    if file is not None:
-        # A custom loader reads the file of the model's url, unless it is declared for the hub's.
-        custom = str(config.custom_load) == "hf"
-        return {"pretrained_cfg_overlay": {"file": file, "custom_load": custom}}
+    found = _cached(repository, revision, file)
+    if found is not None:
+        return found
     try:
-        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
+        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
     except Exception as error:  # whatever the transport raises, and HF_HUB_OFFLINE
         reason = f"not in the hub's cache, and {constants.ENDPOINT} does not answer"
         raise PretrainedError(name, f"{reason}: {type(error).__name__}") from error
-    return {}
+    try:
+        return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision or None))
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}".rstrip(".")
+        raise PretrainedError(name, f"no {file} of {repository} ({reason})") from error
+
+
+def _weight_source(name: str) -> dict[str, Any]:
+    """Arguments of ``timm.create_model`` for a file of the hub, which is no pickle.
+
+    Raises a PretrainedError where there is none.
+    """
+    import timm
+
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not (config.hf_hub_id or config.url):
+        return {}  # timm reports that there are none
+    if not config.hf_hub_id:
+        if str(config.url).endswith(".npz"):
+            return {}
+        raise PretrainedError(name, f"{config.url} is a pickle, which is not loaded")
+    repository, _, revision = config.hf_hub_id.partition("@")
+    file = _fetch(name, repository, revision, _file_name(config))
+    # A custom loader reads the file of the model's url, unless it is declared for the hub's.
+    custom = str(config.custom_load) == "hf"
+    return {"pretrained_cfg_overlay": {"file": str(file), "custom_load": custom}}
+
+
+# ---- weights from a file ------------------------------------------------------------------------
+
+
+def by_descriptor(file: IO[bytes]) -> str:
+    """A path of an open file for safetensors, which refuses those that are no UTF-8."""
+    return f"/dev/fd/{file.fileno()}"
 
 
 def _load_weights(model: Any, name: str, weights: Path) -> None:
@@ -117,10 +184,13 @@ def _load_weights(model: Any, name: str, weights: Path) -> None:
     from safetensors.torch import load_file
 
     try:
-        state = load_file(weights)
+        with weights.open("rb") as file:
+            state = load_file(by_descriptor(file))
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{weights} is no readable safetensors file: {error}") from error
     wanted = model.state_dict()
+    state = _resampled(model, _without_prefix(state))
+    state = _with_head(model, wanted, state)
     wrong = []
     for key in {**wanted, **state}:
         rule, got = (list(s[key].shape) if key in s else "absent" for s in (wanted, state))
@@ -133,3 +203,39 @@ def _load_weights(model: Any, name: str, weights: Path) -> None:
             "Name the model that they are of with --model"
         )
     model.load_state_dict(state)
+
+
+def _with_head(model: Any, wanted: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
+    """With zeros for the classifier, if that of ``state`` is of other classes or missing.
+
+    Features need none, and zeros are the same in every run.
+    """
+    names = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    names = (names,) if isinstance(names, str) else names
+    begins = tuple(f"{n}." for n in names) or ("head.weight", "head.bias", "fc.weight", "fc.bias")
+    ours, theirs = ({k: s[k] for k in s if k.startswith(begins)} for s in (wanted, state))
+    if {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}:
+        return state
+    body = {key: value for key, value in state.items() if key not in theirs}
+    return {**body, **{key: value.new_zeros(value.shape) for key, value in ours.items()}}
+
+
+def _without_prefix(state: dict[str, Any]) -> dict[str, Any]:
+    """Without ``module.``, ``timm_model.`` and the like, where all names begin with it."""
+    prefix, dot, _ = os.path.commonprefix(list(state)).rpartition(".")  # noqa: RUF071
+    return {key.removeprefix(prefix + dot): value for key, value in state.items()}
+
+
+def _resampled(model: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """With position embeddings for the model's image size, by timm's own function.
+
+    It would also resample patches to another size, which makes another model: those stay as they
+    are, and do not fit.
+    """
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    try:
+        converted = dict(convert(dict(state), model)) if convert else state
+    except Exception:  # weights of another model: the check for names and shapes says how
+        return state
+    kept = {k for k in converted if k in state and state[k].shape != converted[k].shape}
+    return {k: state[k] if k in kept and "pos" not in k else v for k, v in converted.items()}

@@ -20,7 +20,8 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import _register_namedtuple  # there is no public one for named tuples
 
 from . import views as designs
-from ._cost import fake_copy, free_bytes, operations_and_bytes, peak_bytes
+from ._cost import fake_copy, operations_and_bytes, peak_bytes
+from ._memory import free_bytes
 from ._validation import (
     check_count,
     check_number,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
 
-from ._cost import free_bytes
+from ._memory import free_bytes
 from .backbones import Backbone
 from .ops import ensemble, ensemble_moments
 from .options import Quality, Reduce
@@ -160,9 +159,11 @@ class Comparison:
         layers = self.tokens(image, progress)
         self.srt_seconds = time.perf_counter() - start
         first = not self._styles
-        self._styles = self._styles or [_LayerStyle(layer.plain) for layer in layers]
-        rows = zip(layers, self._styles, strict=True)
-        return [self._row(layer, style, pixels, first) for layer, style in rows]
+        styles = self._styles or [_LayerStyle(layer.plain) for layer in layers]
+        pairs = zip(layers, styles, strict=True)
+        rows = [self._row(layer, style, pixels, first) for layer, style in pairs]
+        self._styles = styles  # of an image that did not fail
+        return rows
 
     def tokens(
         self, image: torch.Tensor, progress: Callable[[int], object] | None = None
@@ -313,21 +314,3 @@ def render(figure: Figure) -> Any:
     canvas: Any = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-
-
-def write_frames(frames: Iterable[Any], output: Path, fps: float) -> int:
-    """Writes images of Pillow, of one size, and returns their number.
-
-    To a .gif or .webp, an animation of ``fps`` frames a second, which is held in memory until the
-    last frame; or to a folder: 00000.png and so on, each as it comes.
-    """
-    if not output.suffix:
-        count = 0
-        for count, frame in enumerate(frames, 1):
-            frame.save(output / f"{count - 1:05}.png")
-        return count
-    kept = list(frames)
-    settings = {"append_images": kept[1:], "duration": round(1000 / fps), "loop": 0}
-    for first in kept[:1]:
-        first.save(output, save_all=True, **settings)
-    return len(kept)

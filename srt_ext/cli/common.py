@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,6 +25,7 @@ from ..options import Quality
 
 if TYPE_CHECKING:
     import torch
+    from matplotlib.figure import Figure
 
 # Of timm. The small model of srt_ext.demo replaces it where its weights are not available.
 DEFAULT_MODEL = "vit_small_patch14_dinov2.lvd142m"
@@ -33,14 +37,16 @@ ModelName = Annotated[
     str | None,
     typer.Option(
         "--model",
-        help="A model of timm; or small, which comes with srt_ext and needs no network. Without it "
-        "a DINOv2 ViT-S/14, or small where the weights of that cannot be had.",
+        help="A model of timm, also local-dir:FOLDER or hf-hub:OWNER/NAME; or small, which comes "
+        "with srt_ext and needs no network. Without it a DINOv2 ViT-S/14, or small where the "
+        "weights of that cannot be had.",
     ),
 ]
 Weights = Annotated[
     Path | None,
     typer.Option(
-        help="A .safetensors state dict of the model; without it the pretrained weights are taken."
+        help="A .safetensors state dict of the model, its classifier may be another or missing; "
+        "without it the pretrained weights are taken."
     ),
 ]
 Views = Annotated[
@@ -72,8 +78,20 @@ ViewBatch = Annotated[int, typer.Option(min=1, help="Views in one forward of the
 # ---- messages -----------------------------------------------------------------------------------
 
 
+def one_line(text: str) -> str:
+    """With escapes for what would end the line, move the cursor or could not be encoded."""
+    return "".join(
+        char.encode("unicode_escape").decode() if unicodedata.category(char) in _ESCAPED else char
+        for char in text
+    )
+
+
+_ESCAPED = ("Cc", "Cs", "Zl", "Zp")  # control, surrogates (names that are no UTF-8), separators
+
+
 def _diagnose(level: str, color: str, message: str) -> None:
-    text = Text.assemble((f"{level}: ", color), message)  # no markup: a name may hold brackets
+    # No markup: a name may hold brackets.
+    text = Text.assemble((f"{level}: ", color), one_line(message))
     Console(stderr=True).print(text, highlight=False, soft_wrap=True)
 
 
@@ -89,23 +107,70 @@ def fatal(message: str) -> typer.Exit:
 
 def echo(*lines: str) -> None:
     for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(one_line(line), markup=False, highlight=False, soft_wrap=True)
+
+
+# ---- errors -------------------------------------------------------------------------------------
+
+
+class OutputError(RuntimeError):
+    """An output that must not or cannot be written; the message says why, ``errno`` if it can."""
+
+    def __init__(self, message: str, errno: int | None = None) -> None:
+        super().__init__(message)
+        self.errno = errno
+
+    @classmethod
+    def of(cls, path: Path, error: OSError) -> OutputError:
+        return cls(f"{path} cannot be written: {error.strerror or error}", error.errno)
+
+
+# torch, its libraries and ours say it in many ways.
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|can.?(no)?t allocate|bad_alloc|ALLOC_FAILED|failed to map segment"
+    r"|can't start new thread|could not (create|execute) a primitive",
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    kinds = (RuntimeError, OSError, ImportError)
+    return isinstance(error, MemoryError) or (
+        isinstance(error, kinds) and _OUT_OF_MEMORY.search(str(error)) is not None
+    )
+
+
+def describe(error: BaseException) -> str:
+    """What happened, and for memory what to change."""
+    text = str(error).partition("\n")[0].rpartition("DefaultCPUAllocator: ")[2]
+    if is_out_of_memory(error):
+        return (
+            f"memory does not suffice ({text or type(error).__name__}): take a smaller --size or "
+            "--scale, a larger --stride, a smaller --view-batch or fewer --views"
+        )
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
 
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Reports what a user can correct in one line, without a traceback."""
+    """Reports what a user can correct in one line, without a traceback. Decorates a command."""
     if unavailable is not None:
         raise fatal(unavailable)
     try:
-        from ..hub import ModelError
-        from .folder import FolderError
-
         yield
-    except (ValueError, OSError, ModelError, FolderError) as reason:
-        raise fatal(str(reason)) from None
-    except ImportError as reason:
-        raise fatal(f"{reason}; pip install 'srt_ext[models]' has all that is needed") from None
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as reason:
+        from ..hub import ModelError
+
+        if isinstance(reason, (ModelError, OutputError, OSError)) and not is_out_of_memory(reason):
+            raise fatal(str(reason)) from None
+        if isinstance(reason, ValueError) or is_out_of_memory(reason):
+            raise fatal(describe(reason)) from None
+        if isinstance(reason, ImportError):
+            has_all = "pip install 'srt_ext[models]' has all that is needed"
+            raise fatal(f"{reason}; {has_all}") from None
+        raise
 
 
 @contextmanager
@@ -147,8 +212,46 @@ def check_output(path: Path, suffixes: tuple[str, ...]) -> None:
     folder = path.absolute().parent
     if not folder.is_dir():
         raise fatal(f"the folder {folder} does not exist")
-    if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
-        raise fatal(f"{path} cannot be written")
+    there = path.exists()  # an OSError for a name that is too long
+    if there and not path.is_file():
+        raise fatal(f"{path} cannot be written: it is no regular file")
+    for place in (folder, path) if there else (folder,):
+        if not os.access(place, os.W_OK):
+            raise fatal(f"{path} cannot be written: no permission for {place}")
+
+
+# ---- output -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to, whose file replaces that of ``path`` if the block ends without an error.
+
+    So there is always the file as it was before or the whole new one. The name has one length,
+    whatever that of ``path``; it is hidden, and the same in the next run. Raises an OutputError.
+    """
+    name = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
+    partial = path.with_name(f".{name}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        raise OutputError.of(path, error) from None
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def save_figure(figure: Figure, path: Path, dpi: int) -> None:
+    drawing = BytesIO()  # of a full disk, some of matplotlib's formats raise AttributeErrors
+    figure.savefig(drawing, dpi=dpi, format=path.suffix[1:].lower())
+    with replacing(path.resolve()) as partial:
+        partial.write_bytes(drawing.getvalue())
+
+
+def utf8(name: str) -> str:
+    """For the metadata of a file: the name of a path may be other bytes, which get escapes."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 # ---- the model ----------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from . import common
 from .images import open_image, to_pixels
 
 
+@common.user_errors()
 def command(
     output: Annotated[Path, typer.Option("--output", "-o", help="The picture to write.")] = Path(
         "srt-demo.png"
@@ -30,35 +31,34 @@ def command(
     and a photograph.
     """
     common.check_output(output, common.FIGURE_SUFFIXES)
-    with common.user_errors():
-        from ..demo.quality import (
-            HELD_OUT,
-            PHOTO,
-            SCALE,
-            SIDE,
-            Evaluation,
-            first_with_rods,
-            frames,
-        )
-        from ..hub import SMALL
-        from ..viz import draw
+    from ..demo.quality import (
+        HELD_OUT,
+        PHOTO,
+        SCALE,
+        SIDE,
+        Evaluation,
+        first_with_rods,
+        frames,
+    )
+    from ..hub import SMALL
+    from ..viz import draw
 
-        common.check_inputs(views, None)
-        evaluation = Evaluation(common.Network(SMALL, None, None), views)
-        first = HELD_OUT + 1000 * seed
-        with common.progress_bar("scenes", scenes) as progress:
-            scores = evaluation.scores((frames(first + i) for i in range(scenes)), progress)
-        table = Table("", "all solids", "thin solids", "outlines", "ms/frame")
-        for method, (*values, milliseconds) in scores.items():
-            cells = [f"{value:.3f}" for value in values]
-            table.add_row(method, *cells, f"{milliseconds:.0f}")
-        common.console.print(table)
-        common.echo(
-            f"{scenes} scenes of {SIDE} x {SIDE} pixels, labels propagated to a second frame",
-            "solids: mean IoU of all, of those not wider than a patch; outlines: F within a pixel",
-            f"SRT: views {views}; scale {SCALE}: of frames enlarged by {SCALE}",
-        )
-        photo = to_pixels(open_image(PHOTO), 2 * SIDE)
-        names, rows = zip(*evaluation.rows(first_with_rods(first), photo), strict=True)
-        draw(rows, names).savefig(output, dpi=100)
+    common.check_inputs(views, None)
+    evaluation = Evaluation(common.Network(SMALL, None, None), views)
+    first = HELD_OUT + 1000 * seed
+    with common.progress_bar("scenes", scenes) as progress:
+        scores = evaluation.scores((frames(first + i) for i in range(scenes)), progress)
+    table = Table("", "all solids", "thin solids", "outlines", "ms/frame")
+    for method, (*values, milliseconds) in scores.items():
+        cells = [f"{value:.3f}" for value in values]
+        table.add_row(method, *cells, f"{milliseconds:.0f}")
+    common.console.print(table)
+    common.echo(
+        f"{scenes} scenes of {SIDE} x {SIDE} pixels, labels propagated to a second frame",
+        "solids: mean IoU of all, of those not wider than a patch; outlines: F within a pixel",
+        f"SRT: views {views}; scale {SCALE}: of frames enlarged by {SCALE}",
+    )
+    photo = to_pixels(open_image(PHOTO), 2 * SIDE)
+    names, rows = zip(*evaluation.rows(first_with_rods(first), photo), strict=True)
+    common.save_figure(draw(rows, names), output, dpi=100)
     common.echo(f"wrote {output}")

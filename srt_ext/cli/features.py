@@ -23,6 +23,7 @@ class DType(str, Enum):
     bfloat16 = "bfloat16"
 
 
+@common.user_errors()
 def command(
     photo: Annotated[
         Path,
@@ -68,51 +69,51 @@ def command(
             raise common.fatal(f"--dtype bfloat16 does not exist in .npz files; got {output}")
     elif output.suffix.lower() in (".npz", ".safetensors") or output.is_file():
         raise common.fatal(f"--output must be a folder for the pictures of a folder; got {output}")
-    with common.user_errors():
-        import torch
+    import torch
 
-        from ..srt import SRT
-        from .folder import lock_folder, save, to_tensors, write_folder
+    from ..srt import SRT
+    from .folder import lock_folder, save, to_tensors, write_folder
 
-        common.check_inputs(views, weights)
-        if many:
-            inside = None if output.resolve() == photo.resolve() else output
-            paths = find_images(photo, nested=True, without=inside)
-        else:
-            pixels = to_pixels(open_image(photo), size)
-        network = common.load_network(model, weights, layer)
-        setting: Any = {"scale": scale, "quality": quality}
-        with common.warnings_as_notes():
-            srt = SRT(network.backbone, views, stride=stride, view_batch=view_batch, **setting)
-        count = len(srt.views.offsets)
-        torch_dtype = getattr(torch, dtype.value)
-        settings = {
-            "srt_ext": __version__,
-            "model": network.name,
-            "weights": network.digest(),
-            "views": views or str(count),
-            "scale": f"{srt.scale:g}",
-            "stride": str(stride),
-            "size": str(size),
-            "layer": "last" if layer is None else str(layer),
-            "dtype": dtype.value,
-        }
-        if many:
-            with lock_folder(output):
-                options = (size, torch_dtype, workers)
-                write_folder(photo, paths, output, settings, network, srt, *options)
-            return
-        with common.progress_bar("views", count) as progress:
-            start = time.perf_counter()
-            result = srt(network.image(pixels), progress)
-            seconds = time.perf_counter() - start
-        tensors = to_tensors(result, torch_dtype)
+    common.check_inputs(views, weights)
+    if many:
+        inside = None if output.resolve() == photo.resolve() else output
+        found = find_images(photo, nested=True, without=inside)
+    else:
+        pixels = to_pixels(open_image(photo), size)
+    network = common.load_network(model, weights, layer)
+    setting: Any = {"scale": scale, "quality": quality}
+    with common.warnings_as_notes():
+        srt = SRT(network.backbone, views, stride=stride, view_batch=view_batch, **setting)
+    count = len(srt.views.offsets)
+    torch_dtype = getattr(torch, dtype.value)
+    settings = {
+        "srt_ext": __version__,
+        "model": common.utf8(network.name),
+        "weights": network.digest(),
+        "views": views or str(count),
+        "scale": f"{srt.scale:g}",
+        "stride": str(stride),
+        "size": str(size),
+        "layer": "last" if layer is None else str(layer),
+        "dtype": dtype.value,
+    }
+    if many:
+        with lock_folder(output):
+            options = (size, torch_dtype, workers)
+            write_folder(photo, found, output, settings, network, srt, *options)
+        return
+    with common.progress_bar("views", count) as progress:
+        start = time.perf_counter()
+        result = srt(network.image(pixels), progress)
+        seconds = time.perf_counter() - start
+    tensors = to_tensors(result, torch_dtype)
+    with common.replacing(output.resolve()) as partial:
         if output.suffix.lower() == ".npz":
             arrays: Any = {name: tensor.numpy() for name, tensor in tensors.items()}
-            with output.open("wb") as file:  # savez would add its own suffix to .NPZ
+            with partial.open("wb") as file:  # savez would add its own suffix
                 np.savez(file, **arrays)
         else:
-            save(tensors, output, {**settings, "photo": photo.name})
+            save(tensors, partial, {**settings, "photo": common.utf8(photo.name)})
     height, width = pixels.shape[:2]
     shape = " x ".join(str(n) for n in tensors["field"].shape)
     common.echo(

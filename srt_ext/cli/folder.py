@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import json
 import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,18 +16,15 @@ from typing import Any
 import torch
 import typer
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from ..hub import by_descriptor
 from ..srt import SRT, SRTOutput
 from . import common
-from .images import ImageError, open_image, to_pixels
+from .common import OutputError
+from .images import Found, ImageError, find_files, open_image, to_pixels
 
 LOCK_TIMEOUT = 10.0  # seconds; the workers of a run that was killed outlive it by 5
-
-
-class FolderError(RuntimeError):
-    """An output that must not or cannot be written to; the message says why."""
 
 
 def to_tensors(output: SRTOutput, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -41,11 +41,22 @@ def to_tensors(output: SRTOutput, dtype: torch.dtype) -> dict[str, torch.Tensor]
     return tensors
 
 
+def _decode(path: Path, size: int) -> torch.Tensor | str:
+    """[H, W, 3] uint8, or the reason why there is none."""
+    try:
+        return torch.from_numpy(to_pixels(open_image(path), size))
+    except ImageError as error:  # which names the file
+        return str(error)
+    except Exception as error:  # memory above all
+        return f"{path}: {common.describe(error)}"
+
+
 class _Pixels(Dataset[Any]):
     """Decoded images: [H, W, 3] uint8, or the reason why there is none.
 
-    Tensors, not arrays: those would come through a pipe, on which a worker waits forever if the
-    run is killed.
+    In shared memory, whose content does not come through a pipe: a worker would wait on it forever
+    if the run is killed. None where that has no room (/dev/shm of a container); torch's workers
+    would lose the error, and the run would wait forever.
     """
 
     def __init__(self, paths: list[Path], size: int) -> None:
@@ -54,25 +65,67 @@ class _Pixels(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> torch.Tensor | str:
+    def __getitem__(self, index: int) -> torch.Tensor | str | None:
+        pixels = _decode(self.paths[index], self.size)
+        if isinstance(pixels, str) or get_worker_info() is None:
+            return pixels
         try:
-            return torch.from_numpy(to_pixels(open_image(self.paths[index]), self.size))
-        except ImageError as error:
-            return str(error)
+            pixels.share_memory_()
+        except (RuntimeError, OSError):
+            return None
+        return pixels
 
 
 def _no_collate(item: Any) -> Any:
     return item
 
 
-def _load(dataset: _Pixels, workers: int) -> Iterator[Any]:
-    loader = DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=_no_collate)
-    try:
-        yield from loader
-    except RuntimeError as error:  # a worker was killed
-        raise FolderError(
-            f"a worker died ({error}). Too little memory, or /dev/shm? Take fewer --workers"
-        ) from error
+def _load(paths: list[Path], size: int, workers: int) -> Iterator[torch.Tensor | str]:
+    """Decoded images, or why there is none, as _decode.
+
+    What workers cannot hand over is decoded here. Where one dies, another one tries the image once
+    more, alone.
+    """
+    done = 0
+    while done < len(paths):
+        try:
+            for item in _from_workers(paths[done:], size, workers):
+                yield _decode(paths[done], size) if item is None else item
+                done += 1
+        except _WorkerError:
+            try:
+                (item,) = _from_workers(paths[done : done + 1], size, 1)
+                yield _decode(paths[done], size) if item is None else item
+            except _WorkerError as error:
+                yield (
+                    f"{paths[done]}: the process that decoded it died ({error}). Too little "
+                    "memory, or /dev/shm? Take fewer --workers"
+                )
+            done += 1
+
+
+def _be_quiet(_worker: int) -> None:
+    """libtiff and others would write to the stream itself, in the middle of our lines."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+class _WorkerError(RuntimeError):
+    """A worker died."""
+
+
+def _from_workers(paths: list[Path], size: int, workers: int) -> Iterator[Any]:
+    settings: Any = {"num_workers": workers, "collate_fn": _no_collate, "worker_init_fn": _be_quiet}
+    items = iter(DataLoader(_Pixels(paths, size), batch_size=None, **settings))
+    # torch's handler would raise in the middle of another picture's features, in place of here.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    while True:
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            raise _WorkerError(str(error)) from None
+        yield item
 
 
 @contextmanager
@@ -82,7 +135,7 @@ def lock_folder(out: Path) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
         handle = os.open(out, os.O_RDONLY)
     except OSError as error:
-        raise FolderError(f"{out} cannot be written: {error.strerror}") from None
+        raise OutputError.of(out, error) from None
     deadline = time.monotonic() + LOCK_TIMEOUT
     try:
         with suppress(OSError):  # a file system without locks
@@ -92,8 +145,10 @@ def lock_folder(out: Path) -> Iterator[None]:
                     break
                 except BlockingIOError:
                     if time.monotonic() > deadline:
-                        raise FolderError(f"another run is writing to {out}") from None
+                        raise OutputError(f"another run is writing to {out}") from None
                     time.sleep(0.1)
+        if not os.access(out, os.W_OK):
+            raise OutputError(f"{out} cannot be written: no permission")
         yield
     finally:
         os.close(handle)
@@ -101,7 +156,7 @@ def lock_folder(out: Path) -> Iterator[None]:
 
 def write_folder(
     folder: Path,
-    images: list[Path],
+    found: Found,
     out: Path,
     settings: dict[str, str],
     network: common.Network,
@@ -116,62 +171,68 @@ def write_folder(
     holds its settings as metadata. Finished ones are skipped; if any in ``out`` has other settings,
     nothing is done. Images that fail are reported and skipped.
 
-    ``out`` may be ``folder``, or lie in it. ``settings``: everything that the features depend on.
-    Raises a FolderError if ``out`` has features of other settings or cannot be written, or a worker
-    died; typer.Exit if images failed, or it was interrupted.
+    ``out`` may be ``folder``, or lie in it. A file is replaced, never written to: a link of its
+    name does not lead elsewhere. ``settings``: everything that the features depend on. Raises an
+    OutputError if ``out`` has features of other settings or cannot be written; typer.Exit if images
+    failed, or it was interrupted.
     """
+    images = found.files
     targets = {out / f"{path.relative_to(folder)}.safetensors": path for path in images}
     finished = _finished(out, targets, settings)
     todo: list[tuple[Path, Path, dict[str, str]]] = []  # image, target, metadata
     for target, path in targets.items():
-        source = {"photo": path.relative_to(folder).as_posix(), **_file_version(path)}
+        source = {"photo": common.utf8(path.relative_to(folder).as_posix()), **_file_version(path)}
         if target not in finished or not source.items() <= finished[target].items():
             todo.append((path, target, {**settings, **source}))
     again = sum(target in finished for _, target, _ in todo)  # the image has changed since
     there, failed, written = len(images) - len(todo), 0, []
+    for message in found.errors:
+        common.error(message)
     start = time.perf_counter()
     try:
-        loaded = _load(_Pixels([path for path, _, _ in todo], size), workers)
+        loaded = _load([path for path, _, _ in todo], size, workers)
         with common.progress_bar("pictures", len(images)) as progress:
             progress(there)
             for (path, target, metadata), pixels in zip(todo, loaded, strict=True):
                 try:
                     if isinstance(pixels, str):
                         raise ImageError(pixels)
+                    _check_name(target)
                     tensors = to_tensors(srt(network.image(pixels.numpy())), dtype)
-                except (ValueError, RuntimeError, MemoryError) as error:
-                    failed += 1
-                    # An ImageError names its file.
-                    named = isinstance(error, ImageError)
-                    common.error(str(error) if named else f"{path}: {error}")
-                else:
                     written.append(_write(target, tensors, metadata))
+                except Exception as error:  # one image never ends the run
+                    if isinstance(error, OutputError) and error.errno not in _OF_ONE_NAME:
+                        raise
+                    failed += 1
+                    named = isinstance(error, (ImageError, OutputError))
+                    common.error(str(error) if named else f"{path}: {common.describe(error)}")
                 progress(there + failed + len(written))
     except KeyboardInterrupt:
         common.error("interrupted; the same command goes on")
         raise typer.Exit(130) from None
     finally:
         changed = f" ({again} had changed since)" if again else ""
+        left_out = found.left_out_kinds()
         common.echo(
             f"{len(images)} pictures: {len(written)} written{changed}, "
             f"{there} were there, {failed} failed",
+            *[f"left out, no pictures by their names: {left_out}"] * bool(left_out),
             f"{sum(written) / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s, "
             f"{network.backbone.seconds:.1f} s of them in the model",
             f"wrote to {out}",
         )
-    if failed:
+    if failed or found.errors:
         raise typer.Exit(1)
 
 
 def _finished(out: Path, targets: Any, settings: dict[str, str]) -> dict[Path, dict[str, str]]:
     """The metadata of the files in ``out``, none of which may have other settings."""
-    found = {}
-    for path in sorted(out.rglob("*.safetensors")):
+    metadata_of = {}
+    for path in sorted({*targets, *find_files(out, (".safetensors",)).files}):
         try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
+            metadata = _metadata(path)
         except (OSError, SafetensorError):
-            continue  # broken: made again if it is one of the targets
+            continue  # absent, or broken: made again if it is one of the targets
         if path not in targets and "srt_ext" not in metadata:
             continue  # not written by srt_ext
         others = [
@@ -180,12 +241,20 @@ def _finished(out: Path, targets: Any, settings: dict[str, str]) -> dict[Path, d
             if metadata.get(key) != value
         ]
         if others:
-            raise FolderError(
+            raise OutputError(
                 f"{path} was made with other settings ({'; '.join(others)}): choose another "
                 f"--output, or remove the features in {out}"
             )
-        found[path] = metadata
-    return found
+        metadata_of[path] = metadata
+    return metadata_of
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """Of a whole .safetensors file."""
+    if not path.is_file():  # a pipe may never end
+        raise FileNotFoundError(path)
+    with path.open("rb") as file, safe_open(by_descriptor(file), "pt") as tensors:
+        return dict(tensors.metadata() or {})
 
 
 def _file_version(path: Path) -> dict[str, str]:
@@ -198,22 +267,51 @@ def _file_version(path: Path) -> dict[str, str]:
 
 
 def save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """A .safetensors file with the usual permissions: its library makes it private."""
-    path.touch()
-    mode = path.stat().st_mode
-    save_file(tensors, path, metadata)
-    path.chmod(mode)
+    """A .safetensors file, of dense tensors; an OSError where it cannot be written.
+
+    The library's function orders the metadata by chance, so the same features would be other bytes
+    in every run.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        about = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape)}
+        header[name] = {**about, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # for aligned tensors
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(tensor.flatten().view(torch.uint8).numpy().data)
+
+
+_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+# Of a file that cannot be written because of its own name. Of a full disk the others fail, too.
+_OF_ONE_NAME = {
+    *(errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL, errno.ELOOP),
+    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOENT),
+    *(errno.EACCES, errno.EPERM),
+}
+
+
+def _check_name(target: Path) -> None:
+    """Before an image is worked on: raises an OutputError if its target's name is not possible."""
+    try:
+        target.lstat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise OutputError.of(target, error) from None
 
 
 def _write(target: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> int:
-    """Writes under another name first, so that a target is always complete. Returns its bytes."""
-    partial = target.with_name(f".{target.name}.partial")
+    """Returns the bytes written."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError.of(target, error) from None
+    with common.replacing(target) as partial:
         save(tensors, partial, metadata)
-        partial.replace(target)
-    except (OSError, SafetensorError) as error:  # a full disk, which is full for the others, too
-        raise FolderError(f"{target} cannot be written: {error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
     return target.stat().st_size

@@ -2,43 +2,87 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
+import stat
+import warnings
+from collections import Counter, deque
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-# What counts as an image in a folder. A file that is named may be of any kind that Pillow reads.
-_KINDS = ("avif", "bmp", "gif", "jp2", "jpeg", "jpg", "pgm", "png", "ppm", "tif", "tiff", "webp")
-SUFFIXES = tuple(f".{kind}" for kind in _KINDS)
+# Of Pillow's formats: measured data, videos, and what another program would have to draw. EPS and
+# WMF are programs themselves, which a file named .jpg may hold, too.
+_NO_IMAGES = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 
 
 class ImageError(ValueError):
     """An image or a folder that cannot be used; the message says which, and why."""
 
 
+@functools.cache
+def formats() -> list[str]:
+    """The formats that are read, by the names that Pillow has for them."""
+    from PIL import Image
+
+    Image.init()
+    return sorted(set(Image.OPEN) - _NO_IMAGES)
+
+
+@functools.cache
+def suffixes() -> frozenset[str]:
+    """What counts as an image in a folder. A file that is named may have any suffix."""
+    from PIL import Image
+
+    known = {*formats(), "MPO"}  # which is read as a JPEG
+    found = {suffix for suffix, kind in Image.registered_extensions().items() if kind in known}
+    return frozenset(found - {".pfm"})  # depth, not light
+
+
 def open_image(path: Path) -> Any:
     """An RGB image of Pillow, upright.
 
-    Transparent pixels become white; 16 bits a channel are reduced to 8. Raises an ImageError if
-    there is no such file, or none that Pillow reads to its end.
+    Of an animation the first frame. Transparent pixels become white; 16 bits a channel are reduced
+    to 8. Raises an ImageError if there is no such file, or none that Pillow reads to its end.
     """
-    from PIL import Image, ImageOps
-
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
+        # A pipe or a device may never end.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ImageError(f"{path} is no regular file")
+        with warnings.catch_warnings():  # of what Pillow can read in spite of it
+            warnings.simplefilter("ignore")
+            return _to_rgb(_upright(path))
     except FileNotFoundError:
         raise ImageError(f"{path} does not exist") from None
+    except (ImageError, MemoryError):
+        raise
     except Exception as error:  # decoders raise anything on a broken file
         raise ImageError(f"{path} is no readable picture: {error}") from None
+
+
+def _upright(path: Path) -> Any:
+    from PIL import Image, ImageOps
+
+    with Image.open(path, formats=formats()) as file:
+        file.load()
+        try:
+            return ImageOps.exif_transpose(file)
+        except MemoryError:
+            raise
+        except Exception:  # broken EXIF, or none that can be written again: the pixels are there
+            return file.copy()
+
+
+def _to_rgb(image: Any) -> Any:
+    from PIL import Image
+
     if image.mode in ("F", "I") or image.mode.startswith("I;"):
         values = np.asarray(image, dtype=np.float64)
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise ImageError(
-                f"{path} is no picture of 8 or 16 bits: its values go to {values.max():g}"
-            )
+            raise ValueError(f"not of 8 or 16 bits, its values go to {values.max():g}")
         image = Image.fromarray(np.rint(values / 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -56,26 +100,81 @@ def to_pixels(image: Any, size: int) -> np.ndarray:
     return np.array(image)
 
 
-def find_images(folder: Path, *, nested: bool = False, without: Path | None = None) -> list[Path]:
-    """The images of a folder by their suffixes, 2.png before 10.png; hidden files are skipped.
+# ---- folders ------------------------------------------------------------------------------------
 
-    ``nested``: in its folders, too, but in no hidden one, nor in ``without``. Raises an ImageError
-    if there is none, or a folder cannot be read.
+
+class Found(NamedTuple):
+    """What a folder holds."""
+
+    files: list[Path]
+    left_out: Counter[str]  # by kind
+    errors: list[str]  # of folders that cannot be read
+
+    def left_out_kinds(self) -> str:
+        """Such as ``3 .txt, 1 without a suffix``; empty if nothing was left out."""
+        common = self.left_out.most_common(5)
+        kinds = [f"{count} {kind}" for kind, count in common]
+        others = self.left_out.total() - sum(count for _, count in common)
+        return ", ".join(kinds + ([f"{others} others"] if others else []))
+
+
+def find_files(
+    folder: Path, suffixes: Collection[str], *, nested: bool = True, without: Path | None = None
+) -> Found:
+    """The files of a folder by their suffixes, 2.png before 10.png; hidden ones are skipped.
+
+    ``nested``: in its folders, too, but in no hidden one, nor in ``without``. Each folder is read
+    once: a linked one after all others, and not if it was reached before.
     """
+    found = Found([], Counter(), [])
+    seen = {_identity(without)} if without and without.exists() else set()
+    waiting = deque([folder])
+    while waiting:
+        parent = waiting.popleft()
+        identity = _identity(parent)
+        if identity and identity in seen and parent != folder:
+            if parent.is_symlink():
+                found.left_out["linked again"] += 1
+            continue
+        seen.add(identity)
+        try:
+            paths = [parent / name for name in sorted(os.listdir(parent)) if name[0] != "."]
+        except OSError as error:
+            found.errors.append(f"{parent} cannot be read: {error.strerror}")
+            continue
+        for path in paths:
+            if os.path.isdir(path):  # False, not an error, for what cannot be looked at
+                if not nested:
+                    found.left_out["folders"] += 1
+                elif path.is_symlink():
+                    waiting.append(path)
+                else:
+                    waiting.appendleft(path)
+            elif path.suffix.lower() in suffixes:
+                found.files.append(path)
+            else:
+                found.left_out[path.suffix.lower() or "without a suffix"] += 1
+    found.files.sort(key=_natural_key)
+    return found
 
-    def fail(error: OSError) -> None:  # os.walk would skip the folder silently
-        raise ImageError(f"{error.filename} cannot be read: {error.strerror}")
 
-    found: list[Path] = []
-    skipped = without and without.resolve()
-    for parent, folders, names in os.walk(folder, onerror=fail):
-        folders[:] = [f for f in folders if nested and Path(parent, f).resolve() != skipped]
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        paths = [Path(parent, name) for name in names if not name.startswith(".")]
-        found += [path for path in paths if path.suffix.lower() in SUFFIXES]
-    if not found:
-        raise ImageError(f"{folder} has no pictures ({', '.join(SUFFIXES)})")
-    return sorted(found, key=_natural_key)
+def find_images(folder: Path, *, nested: bool = False, without: Path | None = None) -> Found:
+    """:func:`find_files` for images; an ImageError if there is none."""
+    found = find_files(folder, suffixes(), nested=nested, without=without)
+    if not found.files:
+        left_out = found.left_out_kinds()
+        reasons = [f"left out: {left_out}"] * bool(left_out) + found.errors
+        raise ImageError("; ".join([f"{folder} has no pictures", *reasons]))
+    return found
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """The same for every path of a folder; None if there is none."""
+    try:
+        state = folder.stat()
+    except OSError:
+        return None
+    return state.st_dev, state.st_ino
 
 
 def _natural_key(path: Path) -> list[list[Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from ..viz import Comparison
 
 
+@common.user_errors()
 def command(
     photo: Annotated[
         Path,
@@ -73,43 +75,56 @@ def command(
         common.check_output(output, common.FIGURE_SUFFIXES)
     elif output.suffix:
         common.check_output(output, (".gif", ".webp"))
-    with common.user_errors():
-        from ..viz import Comparison, draw, write_frames
+    from ..viz import Comparison, draw
 
-        common.check_inputs(views, weights)
-        paths = find_images(photo) if video else [photo]
-        first = open_image(paths[0])
-        point = None if query is None else parse_query(query, first.size)
-        if video and not output.suffix:
-            # Empty: frames of an earlier, longer video would be taken for the end of this one.
-            if output.exists() and (not output.is_dir() or any(output.iterdir())):
-                raise common.fatal(f"{output} must be a new folder, or an empty one")
-            output.mkdir(parents=True, exist_ok=True)
-        network = common.load_network(model, weights, layer or [-1])
-        settings: Any = {"stride": stride, "view_batch": view_batch, "noise": noise, "query": point}
-        with common.warnings_as_notes():
-            comparison = Comparison(
-                network.backbone, views, scale=scale, quality=quality, **settings
-            )
-        count = len(comparison.srt.views.offsets)
-        names = [f"layer {index}" for index in layer or [-1]]
-        if video:
-            frames = draw_frames(paths, comparison, network, names, size)
-            written = write_frames(frames, output, fps)
-            common.echo(f"{written} frames, {len(paths) - written} left out", f"wrote {output}")
-            if written < len(paths):
-                raise typer.Exit(1)
-            return
-        pixels = to_pixels(first, size)
-        with common.progress_bar("views", count) as progress:
-            rows = comparison(network.image(pixels), pixels, progress)
-        draw(rows, names).savefig(output, dpi=150)
+    common.check_inputs(views, weights)
+    if video:
+        found = find_images(photo)
+        first = first_readable(found.files)
+    else:
+        first = open_image(photo)
+    point = None if query is None else parse_query(query, first.size)
+    if video and not output.suffix:
+        # Empty: frames of an earlier, longer video would be taken for the end of this one.
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise common.fatal(f"{output} must be a new folder, or an empty one")
+        output.mkdir(parents=True, exist_ok=True)
+    network = common.load_network(model, weights, layer or [-1])
+    settings: Any = {"stride": stride, "view_batch": view_batch, "noise": noise, "query": point}
+    with common.warnings_as_notes():
+        comparison = Comparison(network.backbone, views, scale=scale, quality=quality, **settings)
+    count = len(comparison.srt.views.offsets)
+    names = [f"layer {index}" for index in layer or [-1]]
+    if video:
+        frames = draw_frames(found.files, comparison, network, names, size)
+        written = write_frames(frames, output, fps)
+        if not written:
+            raise common.fatal(f"none of {len(found.files)} frames could be drawn")
+        failed = len(found.files) - written
+        if left_out := found.left_out_kinds():
+            common.echo(f"left out, no pictures by their names: {left_out}")
+        common.echo(f"{written} frames, {failed} left out", f"wrote {output}")
+        if failed:
+            raise typer.Exit(1)
+        return
+    pixels = to_pixels(first, size)
+    with common.progress_bar("views", count) as progress:
+        rows = comparison(network.image(pixels), pixels, progress)
+    common.save_figure(draw(rows, names), output, dpi=150)
     height, width = pixels.shape[:2]
     common.echo(
         f"picture {width} x {height}, scale {comparison.srt.scale:g}, {count} views",
         common.timing(network.backbone.seconds, comparison.srt_seconds),
         f"wrote {output}",
     )
+
+
+def first_readable(paths: list[Path]) -> Any:
+    """The first image of a video, as :func:`open_image`; an ImageError if none can be read."""
+    for path in paths:
+        with suppress(ImageError):
+            return open_image(path)
+    raise ImageError(f"none of {len(paths)} frames is a readable picture, such as {paths[0]}")
 
 
 def parse_query(text: str, size: tuple[int, int]) -> tuple[float, float]:
@@ -127,7 +142,10 @@ def parse_query(text: str, size: tuple[int, int]) -> tuple[float, float]:
 def draw_frames(
     paths: list[Path], comparison: Comparison, network: common.Network, names: list[str], size: int
 ) -> Iterator[Any]:
-    """A frame for each image. Unreadable ones, and those of another size, are skipped."""
+    """A frame for each image, of Pillow.
+
+    Images that fail, and those of another size than the first, are reported and skipped.
+    """
     from ..viz import draw, render
 
     first_size = None
@@ -139,10 +157,32 @@ def draw_frames(
                 if image.size != first_size:
                     rule = "frames must be of one size, {} x {}".format(*first_size)
                     raise ImageError("{}; {} is {} x {}".format(rule, path, *image.size))
-            except ImageError as reason:
+                pixels = to_pixels(image, size)
+                frame = render(draw(comparison(network.image(pixels), pixels), names))
+            except Exception as error:  # one frame never ends the video
+                named = isinstance(error, ImageError)
+                reason = str(error) if named else f"{path}: {common.describe(error)}"
                 common.error(f"{reason}; left out")
             else:
-                pixels = to_pixels(image, size)
-                rows = comparison(network.image(pixels), pixels)
-                yield render(draw(rows, names))
+                yield frame
             progress(i + 1)
+
+
+def write_frames(frames: Iterator[Any], output: Path, fps: float) -> int:
+    """Writes images of Pillow, of one size, and returns their number.
+
+    To a .gif or .webp, an animation of ``fps`` frames a second, which is held in memory until the
+    last frame; or to a folder: 00000.png and so on, each as it comes.
+    """
+    if not output.suffix:
+        count = 0
+        for count, frame in enumerate(frames, 1):
+            with common.replacing(output / f"{count - 1:05}.png") as partial:
+                frame.save(partial, "PNG")
+        return count
+    kept = list(frames)
+    settings = {"append_images": kept[1:], "duration": round(1000 / fps), "loop": 0}
+    for first in kept[:1]:
+        with common.replacing(output.resolve()) as partial:
+            first.save(partial, output.suffix[1:].upper(), save_all=True, **settings)
+    return len(kept)
