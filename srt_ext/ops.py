@@ -5,15 +5,23 @@ Method: Lao et al., "Sub-token ViT Embedding via Stochastic Resonance Transforme
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NoReturn, cast
 
 import torch
 
 from ._library import cuda_unavailable
-from ._validation import check_cells, check_pair, check_string, check_tensor, stated_error, wrong
-from .options import Border, Interpolation, Padding, Pair, Reduce, Stride, Upsample
+from ._validation import (
+    check_cells,
+    check_pair,
+    check_string,
+    check_tensor,
+    check_words,
+    stated_error,
+    wrong,
+)
+from .options import OPTIONS, Border, Interpolation, Padding, Pair, Reduce, Stride, Upsample
 
 
 def _explain(error: RuntimeError, op: str, check: Callable[[], object]) -> NoReturn:
@@ -31,7 +39,7 @@ def _explain(error: RuntimeError, op: str, check: Callable[[], object]) -> NoRet
 
 
 def _check_types(op: str, schema: Any, *args: object, **modes: object) -> None:
-    """Of arguments that the dispatcher has refused: no tensor, no two integers, no string."""
+    """Of arguments that the dispatcher has refused: no dense tensor, no two integers, no word."""
     checks = {"Tensor": check_tensor, "List[int]": check_pair, "str": check_string}
     names = [argument.name for argument in schema.arguments]
     given = {**dict(zip(names, args, strict=False)), **modes}
@@ -42,6 +50,8 @@ def _check_types(op: str, schema: Any, *args: object, **modes: object) -> None:
             kind = "Tensor"
         if kind in checks:
             checks[kind](f"srt::{op}", name, value)
+        if name in OPTIONS:  # a word may be no UTF-8
+            check_words(f"srt::{op}", **{name: value})
 
 
 def _call(name: str, op: Any, *args: Any, **modes: Any) -> Any:
@@ -258,6 +268,14 @@ def _check_meta(where: str, given: torch.Tensor, **numbers: torch.Tensor | None)
             raise wrong(ValueError, where, rule, values.device)
 
 
+def _check_written(where: str, tokens: torch.Tensor, **written: torch.Tensor) -> None:
+    """With one on the meta device nothing would be written, without a word."""
+    for name, tensor in written.items():
+        if tensor.is_meta != tokens.is_meta:
+            rule = f"{name} must be on the device of tokens"
+            raise wrong(ValueError, where, rule, tensor.device)
+
+
 def _new_field(op: str, tokens: torch.Tensor, *args: Any, **modes: Any) -> torch.Tensor:
     _, channels, height, width = shape = field_shape(op, tokens, *args, **modes)
     # As the schema promises, also where a size is 0 or 1: channels_last.
@@ -289,16 +307,21 @@ def _(*args: Any, out: torch.Tensor, **modes: Any) -> None:
     shape = field_shape("ensemble", *args, **modes)
     if list(out.shape) != shape:
         raise wrong(ValueError, "srt::ensemble", f"out must be {shape}", list(out.shape))
+    _check_written("srt::ensemble", args[0], out=out)
 
 
-def _fake_accumulate(op: str, parts: int, *args: Any, **modes: Any) -> None:
-    """``parts``: tensors of the state, the first arguments."""
-    field_shape(op, *args[parts:], **modes)
+def _fake_accumulate(op: str, names: Sequence[str], *args: Any, **modes: Any) -> None:
+    """``names`` of the tensors of the state, the first arguments."""
+    state, views = args[: len(names)], args[len(names) :]
+    field_shape(op, *views, **modes)
+    _check_written(f"srt::{op}", views[0], **dict(zip(names, state, strict=True)))
 
 
-for _op, _parts in {"mean": 2, "moments": 3, "median": 2}.items():
+for _op in ("mean", "moments", "median"):
     _name = f"accumulate_{_op}_"
-    torch.library.register_fake(f"srt::{_name}", partial(_fake_accumulate, _name, _parts))
+    _arguments = getattr(torch.ops.srt, _name).default._schema.arguments
+    _state = [a.name for a in _arguments if a.alias_info is not None]
+    torch.library.register_fake(f"srt::{_name}", partial(_fake_accumulate, _name, _state))
 
 
 @torch.library.register_fake("srt::_check_views")
@@ -308,9 +331,21 @@ def _(*args: Any, **modes: Any) -> None:
 
 @torch.library.register_fake("srt::_shift_backward")
 def _(grad: torch.Tensor, offsets: torch.Tensor, **modes: Any) -> torch.Tensor:
+    _check_rank("srt::_shift_backward", "grad", grad, 5, "must have 5 dimensions, [V, B, C, H, W]")
+    _check_meta("srt::_shift_backward", grad, offsets=offsets)
     return grad.new_empty(grad.shape[1:])
 
 
 @torch.library.register_fake("srt::_mean_backward")
-def _(grad: torch.Tensor, offsets: Any, grid: Pair, *args: Any, **modes: Any) -> torch.Tensor:
+def _(
+    grad: torch.Tensor,
+    offsets: Any,
+    grid: Pair,
+    patch: Pair,
+    weights: Any,
+    **modes: Any,
+) -> torch.Tensor:
+    _check_rank("srt::_mean_backward", "grad", grad, 4, "must have 4 dimensions, [B, C, H', W']")
+    _check_meta("srt::_mean_backward", grad, offsets=offsets, weights=weights)
+    grid = check_pair("srt::_mean_backward", "grid", grid)
     return grad.new_empty(offsets.shape[0], grad.shape[0], grid[0] * grid[1], grad.shape[1])
