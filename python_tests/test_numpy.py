@@ -265,7 +265,7 @@ def call(**changes: Any) -> dict[str, Any]:
         (TypeError, "offsets", np.ma.zeros((2, 2)), f"{ARRAY} MaskedArray"),
         (TypeError, "out", [], f"{ARRAY} list"),
         (TypeError, "stride", True, "must be two integers >= 1, (y, x); got True"),
-        (ValueError, "upsample", "\udc80", "must be one of 'nearest', 'bilinear'; got '\udc80'"),
+        (ValueError, "upsample", "\udc80", "must be one of 'nearest', 'bilinear'; got '\\udc80'"),
     ],
     ids=str,
 )

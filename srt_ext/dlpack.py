@@ -78,8 +78,9 @@ def _from_numpy(op: str, name: str, array: np.ndarray[Any, Any]) -> torch.Tensor
     """Not by DLPack: NumPy exports no bfloat16 and, before 2.1, no read-only array."""
     if array.dtype.name == "bfloat16":  # of ml_dtypes
         return _from_numpy(op, name, array.view(np.uint16)).view(torch.bfloat16)
-    if array.dtype.kind not in "biufc" or not array.dtype.isnative:
-        rule = f"{name} must be numbers in the byte order of this machine"
+    kind, size = array.dtype.kind, array.dtype.itemsize
+    if kind not in "biufc" or size > (16 if kind == "c" else 8) or not array.dtype.isnative:
+        rule = f"{name} must be numbers as torch has them, in the byte order of this machine"
         raise TypeError(f"srt::{op}: {rule}; got {array.dtype}")
     if array.size and any(stride % array.itemsize for stride in array.strides):
         rule = f"{name} must have strides of whole elements, {array.itemsize} bytes each"

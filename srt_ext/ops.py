@@ -5,9 +5,9 @@ Method: Lao et al., "Sub-token ViT Embedding via Stochastic Resonance Transforme
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import torch
 
@@ -15,7 +15,6 @@ from ._library import cuda_unavailable
 from ._validation import (
     check_cells,
     check_pair,
-    check_string,
     check_tensor,
     check_words,
     stated_error,
@@ -24,8 +23,13 @@ from ._validation import (
 from .options import OPTIONS, Border, Interpolation, Padding, Pair, Reduce, Stride, Upsample
 
 
-def _explain(error: RuntimeError, op: str, check: Callable[[], object]) -> NoReturn:
-    """Raises the ValueError or TypeError that the op states, or what ``check`` finds."""
+def _explain(
+    error: RuntimeError, op: str, schema: Any, args: Sequence[Any], modes: dict[str, Any]
+) -> dict[str, Any]:
+    """Raises the ValueError or TypeError that the op states, or that an argument's type gives.
+
+    Or returns the arguments for another call, where the dispatcher refused integers of NumPy.
+    """
     message = str(error)
     stated = stated_error(message)
     if stated is not None:
@@ -34,24 +38,29 @@ def _explain(error: RuntimeError, op: str, check: Callable[[], object]) -> NoRet
         raise NotImplementedError(
             f"srt::{op}: CUDA kernels are not available: {cuda_unavailable}"
         ) from error
-    check()
-    raise error
+    given = _checked(op, schema, *args, **modes)
+    if "'List[int]'" not in message:
+        raise error
+    return given
 
 
-def _check_types(op: str, schema: Any, *args: object, **modes: object) -> None:
-    """Of arguments that the dispatcher has refused: no dense tensor, no two integers, no word."""
-    checks = {"Tensor": check_tensor, "List[int]": check_pair, "str": check_string}
+def _checked(op: str, schema: Any, *args: Any, **modes: Any) -> dict[str, Any]:
+    """Arguments by name, with plain integers; raises for one that the dispatcher refuses.
+
+    That is no dense tensor, no two integers, no word.
+    """
     names = [argument.name for argument in schema.arguments]
     given = {**dict(zip(names, args, strict=False)), **modes}
     for argument in schema.arguments:
         name, kind = argument.name, str(argument.type)
         value = given.get(name, argument.default_value)
-        if kind == "Optional[Tensor]" and value is not None:
-            kind = "Tensor"
-        if kind in checks:
-            checks[kind](f"srt::{op}", name, value)
-        if name in OPTIONS:  # a word may be no UTF-8
+        if kind == "Tensor" or (kind == "Optional[Tensor]" and value is not None):
+            check_tensor(f"srt::{op}", name, value)
+        elif kind == "List[int]":
+            given[name] = check_pair(f"srt::{op}", name, value)
+        elif name in OPTIONS:  # a string may be no UTF-8
             check_words(f"srt::{op}", **{name: value})
+    return given
 
 
 def _call(name: str, op: Any, *args: Any, **modes: Any) -> Any:
@@ -61,7 +70,8 @@ def _call(name: str, op: Any, *args: Any, **modes: Any) -> Any:
     try:
         return op(*args, **modes)
     except RuntimeError as error:
-        _explain(error, name, lambda: _check_types(name, op._schema, *args, **modes))
+        given = _explain(error, name, op._schema, args, modes)
+    return _call(name, op, **given)
 
 
 def accumulate(op: str, *args: Any, **modes: Any) -> None:
