@@ -37,7 +37,7 @@ import typer
 
 import srt_ext
 from research.robustness.hostile import STATES, STREAMS, WAYS, Case, make, to_jax
-from srt_ext import dlpack, ops
+from srt_ext import _numpy, dlpack, ops
 from srt_ext import numpy as numpy_binding
 
 # isort: split
@@ -353,7 +353,7 @@ def attempt(function: Callable[[], Any]) -> Any:
 def check(case: Case) -> str:
     """Makes the call; raises AssertionError if anything is wrong with what it does."""
     torch.ops.srt._force_cpu_kernels(case.kernels)
-    numpy_binding._numpy.force_cpu_kernels(case.kernels)
+    _numpy.force_cpu_kernels(case.kernels)
     memory = [values.clone() for values in case.memory]
     # Before the call, which may write to offsets that overlap its output. Either may fail: the
     # arguments need not be tensors.
