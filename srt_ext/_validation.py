@@ -56,7 +56,8 @@ def check_words(where: str, **words: object) -> None:
 def _quoted(word: object) -> str:
     """A word of the caller, printable and not longer than a line, as csrc/srt/validation.cpp."""
     longest, text = 40, str(word)
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:longest])
+    codes = (f"\\x{ord(c):02x}" if c < " " or c == "\x7f" else c for c in text[:longest])
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in codes)
     return f"'{shown}...'" if len(text) > longest else f"'{shown}'"
 
 

@@ -19,15 +19,20 @@ std::string format_number(double value) {
 
 // A word of the caller in quotes: printable, and not longer than a line.
 std::string quote(std::string_view word) {
-  constexpr size_t kLongest = 40;
+  size_t longest = 40;
+  if (word.size() <= longest) {
+    longest = word.size();
+  } else {  // not within a character of UTF-8
+    while (longest > 0 && (static_cast<unsigned char>(word[longest]) & 0xC0) == 0x80) --longest;
+  }
   std::string text = "'";
-  for (const char c : word.substr(0, kLongest)) {
+  for (const char c : word.substr(0, longest)) {
     char escaped[8];
     const auto code = static_cast<unsigned char>(c);
     std::snprintf(escaped, sizeof(escaped), code < 0x20 || code == 0x7f ? "\\x%02x" : "%c", code);
     text += escaped;
   }
-  return text + (word.size() > kLongest ? "...'" : "'");
+  return text + (longest < word.size() ? "...'" : "'");
 }
 
 // A size of 0 counts as 1: the strides of an empty tensor are products of the others.
