@@ -101,10 +101,10 @@ def shift(
 
     Args:
         image: [B, C, H, W], float32, float16, bfloat16, float64 or uint8.
-        offsets: [V, 2], (dy, dx) in pixels, any real numbers up to 2^20 in size; float32 or
-            float64, on the CPU or on the device of ``image``. Content moves down and right by them.
-            CUDA offsets are not validated (that would synchronise): a view with one that is not
-            finite or too large is 0.
+        offsets: [V, 2], (dy, dx) in pixels, any real numbers up to 2^20 in size, V from 1 to 2^20;
+            float32 or float64, on the CPU or on the device of ``image``. Content moves down and
+            right by them. CUDA offsets are not validated (that would synchronise): a view with one
+            that is not finite or too large is 0.
         padding: what lies beyond the image: ``zeros``, ``border``, ``reflect`` (the edge is not
             repeated) or ``circular``.
         interpolation: ``nearest``, ``bilinear`` or ``bicubic`` (a = -0.75). Whole-pixel offsets
@@ -149,7 +149,8 @@ def ensemble(
     tokens. No pixel-scale map of a view is ever made.
 
     Args:
-        tokens: [V, B, N, C], N = h * w tokens in row order; float32, float16, bfloat16 or float64.
+        tokens: [V, B, N, C], N = h * w tokens in row order, V from 1 to 2^20 views; float32,
+            float16, bfloat16 or float64.
             The last dimension is dense; other strides are free, so ``out[:, :, prefix:]`` is read
             in place. Sums are kept in float32 (float64 for float64).
         offsets: [V, 2], (dy, dx) in pixels by which the content of each view moved, as given to

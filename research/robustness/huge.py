@@ -57,11 +57,10 @@ def pattern(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Whole numbers up to 255 that no shift of rows or columns keeps."""
     height, width = shape[-2:]
     image = torch.empty(shape, dtype=dtype)
-    rows, columns = (torch.arange(n) for n in (height, width))
+    rows, columns = (torch.arange(n).mul(k).to(torch.uint8) for n, k in ((height, 13), (width, 7)))
     for plane in image.view(-1, height, width):
-        for y in range(0, height, 1024):
-            part = (rows[y : y + 1024, None] * 13).bitwise_xor(columns * 7)
-            plane[y : y + 1024] = part.bitwise_and_(255)
+        for y in range(0, height, 1024):  # uint8 wraps
+            plane[y : y + 1024] = rows[y : y + 1024, None].bitwise_xor(columns)
     return image
 
 
