@@ -322,6 +322,8 @@ def ensemble(**changes: Any) -> Any:
 
 # Memory that can be taken, in a kind that nothing can be made into; and memory that is read-only.
 ENDLESS = SimpleNamespace(__dlpack__=None, __dlpack_device__=None)
+RECORDS = np.zeros((2, 1, 6, 3), "f4,u1")["f0"]
+BESIDE = np.zeros(4 * 36 + 1, np.uint8)[1:].view(np.float32).reshape(2, 1, 6, 3)
 LOCKED = np.broadcast_to(np.float32(0), (1, 3, 8, 15))
 
 
@@ -336,6 +338,18 @@ LOCKED = np.broadcast_to(np.float32(0), (1, 3, 8, 15))
         ({"tokens": ENDLESS}, TypeError, "tokens must have __array_namespace__.*; got SimpleN"),
         ({"offsets": "abc"}, TypeError, "offsets must be an array or a sequence .*; got str"),
         ({"offsets": [[0, 0], [1]]}, TypeError, "offsets must be an array or a seq.*; got list"),
+        (
+            {"offsets": [[10**400, 0]] * 2},
+            TypeError,
+            "offsets must be an array or a seq.*; got list",
+        ),
+        ({"offsets": np.zeros((2, 2), ">f4")}, TypeError, "offsets must be numbers .* byte order"),
+        ({"offsets": np.zeros((2, 2), "S4")}, TypeError, r"offsets must be numbers .*; got \|S4"),
+        ({"weights": np.ones(2, object)}, TypeError, "weights must be numbers .*; got object"),
+        ({"tokens": np.zeros((2, 1, 6, 3), "f4,f4")}, TypeError, "tokens must be numbers as torch"),
+        ({"tokens": TOKENS.astype(np.longdouble)}, TypeError, "tokens must be numbers as torch"),
+        ({"tokens": RECORDS}, ValueError, "tokens must have strides of whole elements, 4 bytes"),
+        ({"tokens": BESIDE}, ValueError, "tokens must be aligned to its elements, of 4 bytes"),
         ({"weights": {}}, TypeError, "weights must be an array or a sequence .*; got dict"),
         ({"out": [1]}, TypeError, "out must be an array with __dlpack__, without a mask; got list"),
         ({"out": LOCKED}, TypeError, "out must be an array that can be written to"),
@@ -351,6 +365,12 @@ def test_wrong_arguments_are_refused(
 ) -> None:
     with pytest.raises(error, match="srt::ensemble: " + message):
         ensemble(**changes)
+
+
+def test_offsets_of_torch_that_have_a_gradient() -> None:
+    """NumPy sees none of it."""
+    offsets = torch.zeros(2, 2, requires_grad=True)
+    np.testing.assert_array_equal(ensemble(offsets=offsets), ensemble(offsets=offsets.detach()))
 
 
 # ---- import -------------------------------------------------------------------------------------

@@ -90,6 +90,11 @@ class Wrong:
         return f"{self.op}-{self.rule[:40]}-{self.got}"
 
 
+def shown(word: str) -> str:
+    """As a message quotes it."""
+    return "'{}'".format(word.replace("\0", "\\x00").replace("\n", "\\x0a"))
+
+
 wrong_type = partial(Wrong, error=TypeError)
 wrong_shift = partial(Wrong, op="shift")
 wrong_mean = partial(Wrong, op="accumulate_mean_")
@@ -169,6 +174,15 @@ TABLE = [
         image=huge(1, 1, 2**24, 2**24),
         offsets=huge(2**20, 2),
     ),
+    Wrong(
+        "tokens must hold at most 2^20 views",
+        str([2**20 + 1, 1, 6, 3]),
+        tokens=dense_huge(2**20 + 1, 1, 6, 3),
+        offsets=huge(2**20 + 1, 2),
+    ),
+    wrong_shift(
+        "offsets must hold at most 2^20 views", str([2**20 + 1, 2]), offsets=huge(2**20 + 1, 2)
+    ),
     # Values of offsets and weights.
     *(
         Wrong(OFFSETS, got, op=op, offsets=torch.tensor(values, dtype=double))
@@ -199,11 +213,13 @@ TABLE = [
     ),
     # Words.
     *(
-        Wrong(f"{name} must be one of {options}", f"'{word}'", op=op, **{name: word})
+        Wrong(f"{name} must be one of {options}", shown(word), op=op, **{name: word})
         for op, name, options, words in (
             ("ensemble", "reduce", "'mean', 'median'", ("", "sum", "Mean", "mean ")),
             ("ensemble", "upsample", "'nearest', 'bilinear'", ("bicubic",)),
             ("ensemble", "border", "'coverage', 'zeros', 'clamp'", ("covéragé",)),
+            # Printed on one line: a NUL would end the message, a line break its first line.
+            ("ensemble", "border", "'coverage', 'zeros', 'clamp'", ("a\0b", "a\nb")),
             ("shift", "padding", "'zeros', 'border', 'reflect', 'circular'", ("clamp",)),
             ("shift", "interpolation", "'nearest', 'bilinear', 'bicubic'", ("area",)),
         )
@@ -339,6 +355,15 @@ def test_the_error_states_the_rule_and_the_value(
         assert str(caught.value) == message
 
 
+@pytest.mark.parametrize("word", ["x" * 10**5, "xx" + "é" * 99])
+def test_long_words_are_shortened(word: str) -> None:
+    """Not within a character: the rest of one is no UTF-8."""
+    for through in WAYS:
+        with pytest.raises((ValueError, RuntimeError), match=r"got 'xx[xé]+\.\.\.'") as caught:
+            through(Wrong("", "", border=word))
+        assert len(str(caught.value)) < 2000  # from torch.ops with the place in the source
+
+
 def test_memory_beside_the_output_is_allowed() -> None:
     """The neighbours of the two invalid cases of shared memory."""
     for part, rest in ((memory[:36], memory[36:396]), (memory[-36:], memory[-396:-36])):
@@ -370,6 +395,7 @@ WRONG_TYPES = [
         for name, value in (("grid", (2.0, 3.0)), ("patch", "16"), ("stride", [1, None]))
     ),
     Wrong("patch must be below 2^63", f"[4, {2**63}]", patch=[4, 2**63]),
+    Wrong(BORDERS, r"'\ud800'", border="\ud800"),
 ]
 
 
@@ -382,6 +408,119 @@ def test_wrong_python_types(case: Wrong) -> None:
         with pytest.raises(case.error) as caught:
             through(case)
         assert str(caught.value) == case.message
+
+
+def nested(values: torch.Tensor) -> torch.Tensor:
+    return torch.nested.nested_tensor(list(values))
+
+
+def quantized(values: torch.Tensor) -> torch.Tensor:
+    return torch.quantize_per_tensor(values, 0.1, 0, torch.quint8)
+
+
+DENSE_TENSOR = "must be a dense tensor, not sparse, nested or quantized"
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, of tensors that are new or go
+@pytest.mark.parametrize("name", ["tokens", "offsets"])
+@pytest.mark.parametrize(
+    ("make", "got"),
+    [
+        pytest.param(torch.Tensor.to_sparse, "a torch.sparse_coo tensor", id="sparse"),
+        pytest.param(nested, "a nested tensor", id="nested"),
+        pytest.param(quantized, "a quantized tensor", id="quantized"),
+    ],
+)
+def test_tensors_that_are_not_dense(name: str, make: Any, got: str) -> None:
+    call = ensemble_call()
+    case = wrong_type(f"{name} {DENSE_TENSOR}", got, **{name: make(call[name])})
+    with pytest.raises(TypeError) as caught:
+        through_python(case)
+    assert str(caught.value) == case.message
+    with pytest.raises(NotImplementedError):  # torch's own words
+        through_op(case)
+
+
+def misaligned(values: torch.Tensor) -> torch.Tensor:
+    """The same values, one byte beside the place of an element."""
+    memory = bytearray(values.numel() * values.element_size() + 8)
+    flat = torch.frombuffer(memory, dtype=values.dtype, offset=1, count=values.numel())
+    return flat.copy_(values.flatten()).view(values.shape)
+
+
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [
+        ("ensemble", "tokens"),
+        ("ensemble", "out"),
+        ("accumulate_mean_", "mean"),
+        ("accumulate_mean_", "weight"),
+        ("accumulate_median_", "window"),
+        ("shift", "image"),
+    ],
+)
+def test_misaligned_tensors(op: str, name: str) -> None:
+    call = {**({"out": out} if name == "out" else {}), **Wrong("", "", op=op).arguments()}
+    case = Wrong("", "", op=op, **{name: misaligned(call[name])})
+    size = call[name].element_size()
+    rule = f"srt::{op}: {name} must be aligned to its elements, of {size} bytes; got address"
+    for through in (through_python, through_op):
+        with pytest.raises((ValueError, RuntimeError), match=rule):
+            through(case)
+
+
+def test_misaligned_gradients() -> None:
+    call = ensemble_call()
+    modes = {"upsample": "bilinear", "border": "coverage", "stride": [1, 1]}
+    place = (call["offsets"], call["grid"], call["patch"], None)
+    grad = misaligned(torch.ones(1, 8, 15, 3)).permute(0, 3, 1, 2)  # others are copied
+    with pytest.raises(RuntimeError, match="srt::_mean_backward: grad must be aligned"):
+        torch.ops.srt._mean_backward(grad, *place, **modes)
+    grad, words = misaligned(torch.ones(2, 1, 2, 5, 6)), ("zeros", "nearest")
+    with pytest.raises(RuntimeError, match="srt::_shift_backward: grad must be aligned"):
+        torch.ops.srt._shift_backward(
+            grad, call["offsets"], padding=words[0], interpolation=words[1]
+        )
+
+
+def test_misaligned_offsets_and_weights_are_read() -> None:
+    offsets, weights = torch.tensor([(0.5, -1), (2, 0.25)]), torch.tensor([1.0, 2.0])
+    call = ensemble_call(tokens=torch.randn(2, 1, 6, 3))
+    expected = srt_ext.ensemble(**{**call, "offsets": offsets, "weights": weights})
+    call |= {"offsets": misaligned(offsets), "weights": misaligned(weights)}
+    assert torch.equal(srt_ext.ensemble(**call), expected)
+
+
+def test_a_gradient_of_too_many_tokens() -> None:
+    """As large as nothing else that the call is given."""
+    modes = {"upsample": "nearest", "border": "coverage", "stride": [2**24, 2**24]}
+    place = (huge(2**20, 2), [2**24, 2**24], [1, 1], None)
+    with pytest.raises(RuntimeError, match=r"tokens must have fewer than 2\^63 bytes"):
+        torch.ops.srt._mean_backward(torch.ones(1, 1, 1, 1), *place, **modes)
+
+
+@pytest.mark.parametrize("op", ["ensemble", *STATES])
+def test_one_device_for_tokens_and_what_is_written(op: str) -> None:
+    """With one of them on the meta device nothing would be written, without an error."""
+    call = {**({"out": out} if op == "ensemble" else {}), **Wrong("", "", op=op).arguments()}
+    written = list(STATES.get(op, ["out"]))
+    for name in (*written, "tokens"):
+        case = Wrong("", "", op=op, **{**call, name: call[name].to("meta")})
+        with pytest.raises(ValueError, match=f"srt::{op}: .* must be on the device of tokens"):
+            through_python(case)
+    every = {name: call[name].to("meta") for name in (*written, "tokens")}
+    through_python(Wrong("", "", op=op, **{**call, **every}))  # shapes alone
+
+
+@pytest.mark.parametrize("op", STATES)
+def test_no_state(op: str) -> None:
+    """The dispatcher takes None for a tensor."""
+    for name in STATES[op]:
+        case = wrong_type(f"{name} {NOT_A_TENSOR}", "NoneType", op=op, **{name: None})
+        for through in (through_python, through_op):
+            with pytest.raises(TypeError) as caught:
+                through(case)
+            assert str(caught.value) == case.message
 
 
 @pytest.mark.parametrize(
@@ -469,6 +608,9 @@ EXTREMES: dict[str, Callable[[Any], Any]] = {
     "views beyond a vector": lambda srt: srt.ensemble(huge(2**61, 1, 1, 1), huge(2**61, 2), *UNIT),
     "pixels": lambda srt: srt.ensemble(tokens(1, 1, 1, 1), STILL, *LARGE),
     "moments": lambda srt: srt.ensemble_moments(tokens(1, 1, 1, 1), STILL, *LARGE),
+    "tables": lambda srt: srt.ensemble(
+        huge(2**18, 1, 2**24, 1), torch.rand(2**18, 2), [2**24, 1], [1, 1]
+    ),
     "no batch": lambda srt: srt.ensemble(dense_huge(1, 0, 1, 2**20), STILL, *LARGE),
     "no channels": lambda srt: srt.ensemble(huge(1, FAR, 1, 0), STILL, *LARGE),
     "no channels, out": lambda srt: srt.ensemble(
@@ -512,9 +654,13 @@ def survive() -> None:
     for module in filter(None, (srt_ext, numpy_binding)):
         for name, call in EXTREMES.items():
             print(name, flush=True)
+            text = ""
             try:
                 result = call(Library(module))
-            except (MemoryError, RuntimeError, ValueError):
+            except (MemoryError, RuntimeError, ValueError) as error:
+                text = str(error)
+            assert "std::" not in text
+            if text:
                 continue
             assert 0 in result.shape
     print("survived", flush=True)

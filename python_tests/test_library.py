@@ -70,12 +70,13 @@ def test_cuda_kernels_are_there_or_the_reason_is() -> None:
 def test_a_call_on_cuda_without_kernels_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     """With torch's own error where no CUDA kernel is registered."""
     refusal = "Could not run 'srt::shift' with arguments from the 'CUDA' backend."
+    call = "shift", torch.ops.srt.shift.default._schema, (torch.ones(1, 1, 2, 2), torch.ones(1, 2))
     monkeypatch.setattr(srt_ext.ops, "cuda_unavailable", "nvcc was not found")
     with pytest.raises(NotImplementedError, match=r"srt::shift: CUDA .* available: nvcc was not"):
-        srt_ext.ops._explain(NotImplementedError(refusal), "shift", lambda: None)
+        srt_ext.ops._explain(NotImplementedError(refusal), *call, {})
     monkeypatch.setattr(srt_ext.ops, "cuda_unavailable", None)
     with pytest.raises(NotImplementedError, match="Could not run"):
-        srt_ext.ops._explain(NotImplementedError(refusal), "shift", lambda: None)
+        srt_ext.ops._explain(NotImplementedError(refusal), *call, {})
 
 
 def test_numpy_knows_nothing_of_torch() -> None:

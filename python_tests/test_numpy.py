@@ -264,8 +264,10 @@ def call(**changes: Any) -> dict[str, Any]:
         (TypeError, "tokens", np.ma.ones(TOKENS), f"{ARRAY} MaskedArray"),
         (TypeError, "offsets", np.ma.zeros((2, 2)), f"{ARRAY} MaskedArray"),
         (TypeError, "out", [], f"{ARRAY} list"),
+        (TypeError, "offsets", [[10**400, 0]] * 2, "must be float32 or float64, or numbers in"),
+        (ValueError, "offsets", [torch.ones(2, requires_grad=True)] * 2, "must be float32 or"),
         (TypeError, "stride", True, "must be two integers >= 1, (y, x); got True"),
-        (ValueError, "upsample", "\udc80", "must be one of 'nearest', 'bilinear'; got '\udc80'"),
+        (ValueError, "upsample", "\udc80", "must be one of 'nearest', 'bilinear'; got '\\udc80'"),
     ],
     ids=str,
 )

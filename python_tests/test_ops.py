@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch._inductor.config
@@ -368,6 +369,16 @@ def test_vmap_of_vmap_and_of_an_empty_batch() -> None:
 
 
 # ---- modes of torch -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("one", [np.uint8(1), np.int64(1), (np.int32(1), np.uint64(1))], ids=repr)
+def test_integers_of_numpy(one: Any) -> None:
+    """torch's dispatcher refuses some of them."""
+    tokens, offsets = torch.randn(3, 1, 1, 2), torch.zeros(3, 2)
+    expected = srt_ext.ensemble(tokens, offsets, (1, 1), (1, 1))
+    assert torch.equal(srt_ext.ensemble(tokens, offsets, one, one, stride=one), expected)
+    with pytest.raises(ValueError, match="srt::ensemble: grid must hold the N = 1 tokens"):
+        srt_ext.ensemble(tokens, offsets, np.uint8(2), one)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -18,6 +18,8 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map
 
+from ._validation import check_tensor
+
 _library = torch.library.Library("srt", "FRAGMENT")
 _ops = torch.ops.srt
 
@@ -511,6 +513,8 @@ def _register_mutation(op: Any, subject: str) -> None:
 
     def targets(args: tuple[Any, ...], modes: dict[str, Any]) -> dict[str, torch.Tensor]:
         values = {**dict(zip(names, args, strict=False)), **modes}
+        for name in written:  # the dispatcher takes None for an undefined tensor
+            check_tensor(where, name, values[name])
         return {name: values[name] for name in written}
 
     def autograd(*args: Any, **modes: Any) -> None:

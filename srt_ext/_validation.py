@@ -33,6 +33,11 @@ def check_tensor(where: str, name: str, value: object) -> None:
 
     if not isinstance(value, torch.Tensor):
         raise wrong(TypeError, where, f"{name} must be a torch.Tensor", type(value).__name__)
+    if value.layout != torch.strided or value.is_nested or value.is_quantized:
+        kind = "a quantized" if value.is_quantized else f"a {value.layout}"
+        kind = "a nested tensor" if value.is_nested else f"{kind} tensor"
+        rule = f"{name} must be a dense tensor, not sparse, nested or quantized"
+        raise wrong(TypeError, where, rule, kind)
 
 
 def check_string(where: str, name: str, value: object) -> None:
@@ -47,7 +52,15 @@ def check_words(where: str, **words: object) -> None:
         options = get_args(OPTIONS[name])
         if word not in options:
             rule = f"{name} must be one of " + ", ".join(f"'{option}'" for option in options)
-            raise wrong(ValueError, where, rule, f"'{word}'")
+            raise wrong(ValueError, where, rule, _quoted(word))
+
+
+def _quoted(word: object) -> str:
+    """A word of the caller, printable and not longer than a line, as csrc/srt/validation.cpp."""
+    longest, text = 40, str(word)
+    codes = (f"\\x{ord(c):02x}" if c < " " or c == "\x7f" else c for c in text[:longest])
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in codes)
+    return f"'{shown}...'" if len(text) > longest else f"'{shown}'"
 
 
 def is_integer(value: object) -> bool:

@@ -74,10 +74,17 @@ class _Writable:
         self.__array_interface__ = {**array.__array_interface__, "data": (pointer, False)}
 
 
-def _from_numpy(array: np.ndarray[Any, Any]) -> torch.Tensor:
+def _from_numpy(op: str, name: str, array: np.ndarray[Any, Any]) -> torch.Tensor:
     """Not by DLPack: NumPy exports no bfloat16 and, before 2.1, no read-only array."""
     if array.dtype.name == "bfloat16":  # of ml_dtypes
-        return _from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+        return _from_numpy(op, name, array.view(np.uint16)).view(torch.bfloat16)
+    kind, size = array.dtype.kind, array.dtype.itemsize
+    if kind not in "biufc" or size > (16 if kind == "c" else 8) or not array.dtype.isnative:
+        rule = f"{name} must be numbers as torch has them, in the byte order of this machine"
+        raise TypeError(f"srt::{op}: {rule}; got {array.dtype}")
+    if array.size and any(stride % array.itemsize for stride in array.strides):
+        rule = f"{name} must have strides of whole elements, {array.itemsize} bytes each"
+        raise ValueError(f"srt::{op}: {rule}; got strides of {list(array.strides)} bytes")
     if not array.flags.writeable:
         array = np.asarray(_Writable(array))  # inputs are never written to
     return torch.from_numpy(array)
@@ -106,7 +113,7 @@ def _to_tensor(op: str, name: str, array: Any) -> torch.Tensor:
     if strides and min(strides) < 0:
         raise ValueError(f"srt::{op}: {name} must have strides >= 0; got {strides}")
     if isinstance(array, np.ndarray):
-        tensor = _from_numpy(array)
+        tensor = _from_numpy(op, name, array)
     else:
         kind, index = array.__dlpack_device__()
         # CuPy synchronises with the current stream of the current device.
@@ -120,12 +127,12 @@ def _values(op: str, name: str, values: Any) -> torch.Tensor:
     """offsets or weights: arrays as they are, sequences of numbers as float64 on the CPU."""
     if _has_dlpack(values):
         if isinstance(values, np.ndarray):
-            return _from_numpy(values.copy())  # so few that a copy is simpler than rules
+            return _from_numpy(op, name, values.copy())  # so few that a copy is simpler than rules
         return _to_tensor(op, name, values)
     if isinstance(values, Sequence):
         try:
             return torch.tensor(values, dtype=torch.float64, device="cpu")
-        except (RuntimeError, TypeError, ValueError):
+        except Exception:  # rows of different lengths, elements that cannot be numbers
             pass
     raise _error(op, f"{name} must be an array or a sequence of numbers", values)
 
@@ -153,6 +160,7 @@ class _Framework:
         """An array on the memory of ``tensor``, which the current stream may yet write."""
         if isinstance(self.like, torch.Tensor):
             return tensor
+        tensor = tensor.detach()  # others see no derivative: offsets may be a tensor that has one
         if isinstance(self.like, np.ndarray):
             if tensor.dtype == torch.bfloat16:
                 return tensor.view(torch.uint16).numpy().view(self.like.dtype)

@@ -78,7 +78,7 @@ def _numbers(where: str, name: str, value: object) -> NDArray[np.float64]:
     elif isinstance(value, Sequence):
         try:
             value = np.asarray(value)
-        except ValueError:  # rows of different lengths
+        except Exception:  # rows of different lengths, elements that cannot be numbers
             raise wrong(ValueError, where, rule, "rows that make no array") from None
         if value.dtype.kind not in "fiu":
             raise wrong(TypeError, where, rule, value.dtype)

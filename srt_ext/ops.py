@@ -5,7 +5,7 @@ Method: Lao et al., "Sub-token ViT Embedding via Stochastic Resonance Transforme
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NoReturn, cast
@@ -13,27 +13,20 @@ from typing import Any, NoReturn, cast
 import torch
 
 from ._library import cuda_unavailable
-from ._validation import check_cells, check_pair, check_string, check_tensor, stated_error, wrong
-from .options import Border, Interpolation, Padding, Pair, Reduce, Stride, Upsample
+from ._validation import (
+    check_cells,
+    check_pair,
+    check_tensor,
+    check_words,
+    stated_error,
+    wrong,
+)
+from .options import OPTIONS, Border, Interpolation, Padding, Pair, Reduce, Stride, Upsample
 
 
 def no_grad() -> AbstractContextManager[Any]:
     """``torch.no_grad`` where it changes something: torch.export cuts its graph at each."""
     return torch.no_grad() if torch.is_grad_enabled() else nullcontext()
-
-
-def _explain(error: RuntimeError, op: str, check: Callable[[], object]) -> NoReturn:
-    """Raises the ValueError or TypeError that the op states, or what ``check`` finds."""
-    message = str(error)
-    stated = stated_error(message)
-    if stated is not None:
-        raise stated from None
-    if isinstance(error, NotImplementedError) and "'CUDA'" in message and cuda_unavailable:
-        raise NotImplementedError(
-            f"srt::{op}: CUDA kernels are not available: {cuda_unavailable}"
-        ) from error
-    check()
-    raise error
 
 
 def pair(op: str, name: str, value: Any) -> Any:
@@ -47,18 +40,35 @@ def pair(op: str, name: str, value: Any) -> Any:
     return check_pair(f"srt::{op}", name, value)
 
 
+def _explain(
+    error: RuntimeError, op: str, schema: Any, args: Sequence[Any], modes: dict[str, Any]
+) -> NoReturn:
+    """Raises the ValueError or TypeError that the op states, or that an argument's type gives."""
+    message = str(error)
+    stated = stated_error(message)
+    if stated is not None:
+        raise stated from None
+    if isinstance(error, NotImplementedError) and "'CUDA'" in message and cuda_unavailable:
+        raise NotImplementedError(
+            f"srt::{op}: CUDA kernels are not available: {cuda_unavailable}"
+        ) from error
+    _check_types(op, schema, *args, **modes)
+    raise error
+
+
 def _check_types(op: str, schema: Any, *args: object, **modes: object) -> None:
-    """Of arguments that the dispatcher has refused: no tensor, no two integers, no string."""
-    checks: dict[str, Any] = {"Tensor": check_tensor, "List[int]": check_pair, "str": check_string}
+    """Of arguments that the dispatcher has refused: no dense tensor, no two integers, no word."""
     names = [argument.name for argument in schema.arguments]
     given = {**dict(zip(names, args, strict=False)), **modes}
     for argument in schema.arguments:
         name, kind = argument.name, str(argument.type)
         value = given.get(name, argument.default_value)
-        if kind == "Optional[Tensor]" and value is not None:
-            kind = "Tensor"
-        if kind in checks:
-            checks[kind](f"srt::{op}", name, value)
+        if kind == "Tensor" or (kind == "Optional[Tensor]" and value is not None):
+            check_tensor(f"srt::{op}", name, value)
+        elif kind == "List[int]":
+            check_pair(f"srt::{op}", name, value)
+        elif name in OPTIONS:  # a string may be no UTF-8
+            check_words(f"srt::{op}", **{name: value})
 
 
 def _call(name: str, op: Any, *args: Any, **modes: Any) -> Any:
@@ -68,7 +78,7 @@ def _call(name: str, op: Any, *args: Any, **modes: Any) -> Any:
     try:
         return op(*args, **modes)
     except RuntimeError as error:
-        _explain(error, name, lambda: _check_types(name, op._schema, *args, **modes))
+        _explain(error, name, op._schema, args, modes)
 
 
 def accumulate(op: str, *args: Any, **modes: Any) -> None:
@@ -98,10 +108,10 @@ def shift(
 
     Args:
         image: [B, C, H, W], float32, float16, bfloat16, float64 or uint8.
-        offsets: [V, 2], (dy, dx) in pixels, any real numbers up to 2^20 in size; float32 or
-            float64, on the CPU or on the device of ``image``. Content moves down and right by them.
-            CUDA offsets are not validated (that would synchronise): a view with one that is not
-            finite or too large is 0.
+        offsets: [V, 2], (dy, dx) in pixels, any real numbers up to 2^20 in size, V from 1 to 2^20;
+            float32 or float64, on the CPU or on the device of ``image``. Content moves down and
+            right by them. CUDA offsets are not validated (that would synchronise): a view with one
+            that is not finite or too large is 0.
         padding: what lies beyond the image: ``zeros``, ``border``, ``reflect`` (the edge is not
             repeated) or ``circular``.
         interpolation: ``nearest``, ``bilinear`` or ``bicubic`` (a = -0.75). Whole-pixel offsets
@@ -146,7 +156,8 @@ def ensemble(
     tokens. No pixel-scale map of a view is ever made.
 
     Args:
-        tokens: [V, B, N, C], N = h * w tokens in row order; float32, float16, bfloat16 or float64.
+        tokens: [V, B, N, C], N = h * w tokens in row order, V from 1 to 2^20 views; float32,
+            float16, bfloat16 or float64.
             The last dimension is dense; other strides are free, so ``out[:, :, prefix:]`` is read
             in place. Sums are kept in float32 (float64 for float64).
         offsets: [V, 2], (dy, dx) in pixels by which the content of each view moved, as given to
@@ -276,6 +287,14 @@ def _check_meta(where: str, given: torch.Tensor, **numbers: torch.Tensor | None)
             raise wrong(ValueError, where, rule, values.device)
 
 
+def _check_written(where: str, tokens: torch.Tensor, **written: torch.Tensor) -> None:
+    """With one on the meta device nothing would be written, without a word."""
+    for name, tensor in written.items():
+        if tensor.is_meta != tokens.is_meta:
+            rule = f"{name} must be on the device of tokens"
+            raise wrong(ValueError, where, rule, tensor.device)
+
+
 def _new_field(op: str, tokens: torch.Tensor, *args: Any, **modes: Any) -> torch.Tensor:
     _, channels, height, width = shape = field_shape(op, tokens, *args, **modes)
     # As the schema promises, also where a size is 0 or 1: channels_last.
@@ -307,16 +326,21 @@ def _(*args: Any, out: torch.Tensor, **modes: Any) -> None:
     shape = field_shape("ensemble", *args, **modes)
     if list(out.shape) != shape:
         raise wrong(ValueError, "srt::ensemble", f"out must be {shape}", list(out.shape))
+    _check_written("srt::ensemble", args[0], out=out)
 
 
-def _fake_accumulate(op: str, parts: int, *args: Any, **modes: Any) -> None:
-    """``parts``: tensors of the state, the first arguments."""
-    field_shape(op, *args[parts:], **modes)
+def _fake_accumulate(op: str, names: Sequence[str], *args: Any, **modes: Any) -> None:
+    """``names`` of the tensors of the state, the first arguments."""
+    state, views = args[: len(names)], args[len(names) :]
+    field_shape(op, *views, **modes)
+    _check_written(f"srt::{op}", views[0], **dict(zip(names, state, strict=True)))
 
 
-for _op, _parts in {"mean": 2, "moments": 3, "median": 2}.items():
+for _op in ("mean", "moments", "median"):
     _name = f"accumulate_{_op}_"
-    torch.library.register_fake(f"srt::{_name}", partial(_fake_accumulate, _name, _parts))
+    _arguments = getattr(torch.ops.srt, _name).default._schema.arguments
+    _state = [a.name for a in _arguments if a.alias_info is not None]
+    torch.library.register_fake(f"srt::{_name}", partial(_fake_accumulate, _name, _state))
 
 
 @torch.library.register_fake("srt::_check_views")
@@ -326,9 +350,21 @@ def _(*args: Any, **modes: Any) -> None:
 
 @torch.library.register_fake("srt::_shift_backward")
 def _(grad: torch.Tensor, offsets: torch.Tensor, **modes: Any) -> torch.Tensor:
+    _check_rank("srt::_shift_backward", "grad", grad, 5, "must have 5 dimensions, [V, B, C, H, W]")
+    _check_meta("srt::_shift_backward", grad, offsets=offsets)
     return grad.new_empty(grad.shape[1:])
 
 
 @torch.library.register_fake("srt::_mean_backward")
-def _(grad: torch.Tensor, offsets: Any, grid: Pair, *args: Any, **modes: Any) -> torch.Tensor:
+def _(
+    grad: torch.Tensor,
+    offsets: Any,
+    grid: Pair,
+    patch: Pair,
+    weights: Any,
+    **modes: Any,
+) -> torch.Tensor:
+    _check_rank("srt::_mean_backward", "grad", grad, 4, "must have 4 dimensions, [B, C, H', W']")
+    _check_meta("srt::_mean_backward", grad, offsets=offsets, weights=weights)
+    grid = check_pair("srt::_mean_backward", "grid", grid)
     return grad.new_empty(offsets.shape[0], grad.shape[0], grid[0] * grid[1], grad.shape[1])

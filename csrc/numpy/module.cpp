@@ -63,9 +63,6 @@ ArrayView view_of(const char* op, const char* name, const py::array& array) {
       fail(op, subject + " must have strides of whole elements, " + size + " bytes each",
            "strides of " + format_shape(bytes) + " bytes");
   }
-  if (!(array.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_))
-    fail(op, subject + " must be aligned to its elements, of " + size + " bytes",
-         "address " + std::to_string(reinterpret_cast<uintptr_t>(array.data())));
   return view;
 }
 

@@ -72,6 +72,8 @@ SRT_HD constexpr int64_t div_up(int64_t n, int64_t size) { return (n + size - 1)
 // Bounds the axis tables, and keeps a pixel coordinate exact in every type that holds one.
 constexpr int64_t kMaxPixels = int64_t{1} << 24;
 constexpr int64_t kMaxOffset = int64_t{1} << 20;
+// Of one call: with the two above, no size of a table or of scratch overflows.
+constexpr int64_t kMaxViews = int64_t{1} << 20;
 
 // The parallel runtime, injected (torch's, a thread pool, a serial one in tests). `run` calls
 // body(begin, end, context) on disjoint ranges that cover [0, n). A body must not throw.

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <utility>
 
 namespace srt {
@@ -14,6 +15,24 @@ std::string format_number(double value) {
   char text[32];
   std::snprintf(text, sizeof(text), "%g", value);
   return text;
+}
+
+// A word of the caller in quotes: printable, and not longer than a line.
+std::string quote(std::string_view word) {
+  size_t longest = 40;
+  if (word.size() <= longest) {
+    longest = word.size();
+  } else {  // not within a character of UTF-8
+    while (longest > 0 && (static_cast<unsigned char>(word[longest]) & 0xC0) == 0x80) --longest;
+  }
+  std::string text = "'";
+  for (const char c : word.substr(0, longest)) {
+    char escaped[8];
+    const auto code = static_cast<unsigned char>(c);
+    std::snprintf(escaped, sizeof(escaped), code < 0x20 || code == 0x7f ? "\\x%02x" : "%c", code);
+    text += escaped;
+  }
+  return text + (longest < word.size() ? "...'" : "'");
 }
 
 // A size of 0 counts as 1: the strides of an empty tensor are products of the others.
@@ -59,7 +78,7 @@ Mode parse(const char* op, const std::string& name, std::string_view word,
     if (modes[i].first == word) return modes[i].second;
     rule += (i ? ", '" : "'") + std::string(modes[i].first) + "'";
   }
-  fail(op, rule, "'" + std::string(word) + "'");
+  fail(op, rule, quote(word));
 }
 
 std::vector<double> read_numbers(const ArrayView& array) {
@@ -71,8 +90,11 @@ std::vector<double> read_numbers(const ArrayView& array) {
     int64_t rest = static_cast<int64_t>(i), at = 0;
     for (size_t d = array.shape.size(); d-- > 0; rest /= array.shape[d])
       at += rest % array.shape[d] * array.strides[d];
-    numbers[i] = f32 ? static_cast<double>(static_cast<const float*>(array.data)[at])
-                     : static_cast<const double*>(array.data)[at];
+    // They are the only ones that need not be aligned: so few that copies cost nothing.
+    const char* const from = static_cast<const char*>(array.data) + at * array.element_size;
+    float single = 0;
+    std::memcpy(f32 ? static_cast<void*>(&single) : &numbers[i], from, f32 ? 4 : 8);
+    if (f32) numbers[i] = static_cast<double>(single);
   }
   return numbers;
 }
@@ -133,6 +155,7 @@ void check_written(const char* op, const std::string& name, const ArrayView& wri
   if (written.shape != shape)
     fail(op, name + " must be " + format_shape(shape), format_shape(written.shape));
   if (std::find(shape.begin(), shape.end(), 0) != shape.end()) return;
+  check_aligned(op, name, written);
   // Sufficient, and true of every view that slicing forwards and permuting make.
   std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
   for (size_t d = 0; d < shape.size(); ++d)
@@ -159,6 +182,7 @@ std::vector<int64_t> check_shapes(const char* op, const EnsembleInputs& given, i
   if (tokens.size() != 4)
     fail(op, "tokens must have 4 dimensions, [V, B, N, C]", format_shape(tokens));
   if (tokens[0] < least) fail(op, "tokens must hold at least one view", format_shape(tokens));
+  if (tokens[0] > kMaxViews) fail(op, "tokens must hold at most 2^20 views", format_shape(tokens));
   if (offsets.size() != 2 || offsets[0] != tokens[0] || offsets[1] != 2)
     fail(op, "offsets must be [V, 2] with V = " + std::to_string(tokens[0]), format_shape(offsets));
   if (given.weights && given.weights->shape != std::vector<int64_t>{tokens[0]})
@@ -188,6 +212,8 @@ std::vector<int64_t> check_shapes(const char* op, const EnsembleInputs& given, i
   if (product_overflows({tokens[1], tokens[3], cells[0], cells[1], given.tokens.element_size}))
     fail(op, "the output must have fewer than 2^63 bytes",
          format_shape({tokens[1], tokens[3], cells[0], cells[1]}));
+  if (product_overflows({tokens[0], tokens[1], tokens[2], tokens[3], given.tokens.element_size}))
+    fail(op, "tokens must have fewer than 2^63 bytes", format_shape(tokens));
   return cells;
 }
 
@@ -224,6 +250,15 @@ DType check_dtype(const char* op, const std::string& name, const ArrayView& arra
        array.dtype, Error::Kind::type);
 }
 
+void check_aligned(const char* op, const std::string& name, const ArrayView& array) {
+  const auto address = reinterpret_cast<uintptr_t>(array.data);
+  if (address % static_cast<uintptr_t>(array.element_size) != 0)
+    fail(op,
+         name + " must be aligned to its elements, of " + std::to_string(array.element_size) +
+             " bytes",
+         "address " + std::to_string(address));
+}
+
 Reduce parse_reduce(std::string_view word) {
   return parse<Reduce>("ensemble", "reduce", word,
                        {{"mean", Reduce::mean}, {"median", Reduce::median}});
@@ -238,6 +273,7 @@ CheckedEnsemble::CheckedEnsemble(const char* name, const EnsembleInputs& given, 
     fail(op, "weights must be None where reduce is 'median'", "weights");
   const std::vector<int64_t>& shape = tokens.shape;
   const std::vector<int64_t> cells = check_shapes(op, given, least);
+  if (std::find(shape.begin(), shape.end(), 0) == shape.end()) check_aligned(op, "tokens", tokens);
   if (tokens.strides[3] != 1 && shape[3] > 1)
     fail(op, "tokens must be dense in the last dimension",
          "stride " + std::to_string(tokens.strides[3]));
@@ -331,6 +367,8 @@ CheckedShift::CheckedShift(const char* op, const std::string& name, const ArrayV
     fail(op, name + " must have at most 2^24 pixels on each axis", format_shape(shape));
   if (offsets.shape.size() != 2 || offsets.shape[0] < 1 || offsets.shape[1] != 2)
     fail(op, "offsets must be [V, 2] with V >= 1", format_shape(offsets.shape));
+  if (offsets.shape[0] > kMaxViews)
+    fail(op, "offsets must hold at most 2^20 views", format_shape(offsets.shape));
   out_shape = {offsets.shape[0], shape[0], shape[1], shape[2], shape[3]};
   if (product_overflows(
           {offsets.shape[0], shape[0], shape[1], shape[2], shape[3], image.element_size}))

@@ -44,6 +44,9 @@ struct ArrayView {
 DType check_dtype(const char* op, const std::string& name, const ArrayView& array,
                   bool allow_uint8);
 
+// The address of an array that is not empty, which is read or written in place.
+void check_aligned(const char* op, const std::string& name, const ArrayView& array);
+
 Reduce parse_reduce(std::string_view word);  // mean or median, of ensemble
 
 // What ensemble, ensemble_moments and accumulate_* are given alike. The lists have whatever length

@@ -47,6 +47,7 @@ Tensor EnsembleCall::set_gradient() {
     dense = new_out();
     torch::stable::copy_(dense, input);
   }
+  if (dense.numel() > 0) check_aligned(op, "grad", view_of(dense));
   args.out = const_cast<void*>(dense.const_data_ptr());
   for (int d = 0; d < 4; ++d) args.out_strides[d] = dense.stride(d);
   return dense;

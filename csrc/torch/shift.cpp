@@ -29,6 +29,9 @@ ShiftCall::ShiftCall(const Tensor& given, const Tensor& offsets, const std::stri
       input(given.is_contiguous() ? given : torch::stable::contiguous(given)),
       backward(is_backward),
       device_offsets(on_device(offsets)) {
+  if (input.numel() > 0)
+    check_aligned(is_backward ? "_shift_backward" : "shift", is_backward ? "grad" : "image",
+                  view_of(input));
   args.image = input.const_data_ptr();
   if (backward) args.out = const_cast<void*>(args.image);
 }

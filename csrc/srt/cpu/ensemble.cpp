@@ -20,14 +20,15 @@ std::vector<double> chunk_weights(const EnsembleArgs& args) {
 
 void ensemble_cpu(const EnsembleArgs& args, const Parallel& parallel) {
   std::vector<double> added;
-  if (args.total_weight) added = chunk_weights(args);
-  if (args.batch > 0 && args.channels > 0) {
+  cpu::with_memory([&] {
+    if (args.total_weight) added = chunk_weights(args);
+    if (args.batch == 0 || args.channels == 0) return;
     if (args.reduce == Reduce::mean) {
       cpu::run_mean(args, parallel);
     } else {
       cpu::run_per_view(args, parallel);
     }
-  }
+  });
   for (size_t cell = 0; cell < added.size(); ++cell) args.total_weight[cell] += added[cell];
 }
 

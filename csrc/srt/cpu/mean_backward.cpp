@@ -170,7 +170,7 @@ void mean_backward_cpu(const EnsembleArgs& args, void* grad_tokens, const Parall
   for (int64_t v = 0; v < args.views; ++v) any = any || counts(v);
   dispatch_floating(args.dtype, [&](auto element) {
     using T = decltype(element);
-    if (any) cpu::mean_backward<T>(args, grad_tokens, parallel);
+    if (any) cpu::with_memory([&] { cpu::mean_backward<T>(args, grad_tokens, parallel); });
     const int64_t size = args.batch * args.grid[0] * args.grid[1] * args.channels;
     for (int64_t v = 0; v < args.views; ++v) {
       if (counts(v)) continue;

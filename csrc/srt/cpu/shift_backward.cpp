@@ -45,19 +45,21 @@ struct RowReads {
 void shift_backward_cpu(const ShiftArgs& args, void* grad_image, const Parallel& parallel) {
   using namespace cpu;
   if (args.planes == 0 || args.height == 0 || args.width == 0) return;
-  const ShiftViews views(args);
-  const RowReads rows(args, views);
-  ShiftBackwardPlan plan{};
-  static_cast<ShiftPlan&>(plan) = views.plan(args);
-  plan.read_begin = rows.begin.data();
-  plan.reads = rows.reads.data();
-  plan.grad_image = grad_image;
-  const Kernel<ShiftBackwardPlan> kernel = dispatch_floating(
-      args.dtype, [](auto element) { return kernels().of<decltype(element)>().shift_backward; });
-  const int64_t tasks = args.planes * args.height;
-  const int64_t bytes = 3 * (args.width + 128) * static_cast<int64_t>(sizeof(double));
-  run_tasks(plan, kernel, tasks, shift_workers(args.views * tasks, args, parallel), bytes,
-            parallel);
+  with_memory([&] {
+    const ShiftViews views(args);
+    const RowReads rows(args, views);
+    ShiftBackwardPlan plan{};
+    static_cast<ShiftPlan&>(plan) = views.plan(args);
+    plan.read_begin = rows.begin.data();
+    plan.reads = rows.reads.data();
+    plan.grad_image = grad_image;
+    const Kernel<ShiftBackwardPlan> kernel = dispatch_floating(
+        args.dtype, [](auto element) { return kernels().of<decltype(element)>().shift_backward; });
+    const int64_t tasks = args.planes * args.height;
+    const int64_t bytes = 3 * (args.width + 128) * static_cast<int64_t>(sizeof(double));
+    run_tasks(plan, kernel, tasks, shift_workers(args.views * tasks, args, parallel), bytes,
+              parallel);
+  });
 }
 
 }  // namespace srt

@@ -37,6 +37,23 @@ inline int64_t fitting_channels(int64_t channels, int64_t block, int64_t bytes) 
   return div_up(blocks, div_up(blocks, fit)) * block;  // parts of equal size
 }
 
+// Of memory beside the result. A binding makes a MemoryError of it, with these words.
+struct OutOfMemory : std::bad_alloc {
+  const char* what() const noexcept override {
+    return "srt: not enough memory for the tables of the offsets and the scratch of the threads; "
+           "give fewer views at a time";
+  }
+};
+
+template <class Call>
+void with_memory(Call&& call) {
+  try {
+    call();
+  } catch (const std::bad_alloc&) {
+    throw OutOfMemory();
+  }
+}
+
 // Places arrays one behind the other.
 struct Layout {
   int64_t bytes = 0;
@@ -66,9 +83,11 @@ void run_tasks(const Plan& plan, Kernel<Plan> kernel, int64_t tasks, int64_t wor
   };
   workers = std::max<int64_t>(1, std::min({workers, tasks, parallel.threads}));
   scratch_bytes = align_up(scratch_bytes);
+  int64_t all_bytes;
+  if (__builtin_mul_overflow(workers, scratch_bytes, &all_bytes)) throw std::bad_alloc();
   Call call{plan, kernel, tasks, workers, scratch_bytes, {nullptr, &std::free}};
   call.scratch.reset(
-      static_cast<char*>(std::aligned_alloc(kAlign, static_cast<size_t>(workers * scratch_bytes))));
+      static_cast<char*>(std::aligned_alloc(kAlign, static_cast<size_t>(all_bytes))));
   if (!call.scratch) throw std::bad_alloc();
 
   const auto body = [](int64_t begin, int64_t end, void* context) {
