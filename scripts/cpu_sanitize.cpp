@@ -328,7 +328,7 @@ void overflow() {
 }
 
 void leak() {
-  char* volatile memory = new char[1000];
+  [[maybe_unused]] char* volatile memory = new char[1000];
   memory = nullptr;
 }
 
