@@ -484,6 +484,9 @@ class SRT(torch.nn.Module):
             raise ValueError(f"SRT: images must be [B, 3, H, W]; got {list(images.shape)}")
         if 0 in images.shape[2:]:
             raise ValueError(f"SRT: images must have pixels; got {list(images.shape)}")
+        if not images.is_floating_point():
+            rule = "images must be floating-point, normalised as the model wants them"
+            raise wrong(TypeError, "SRT", rule, images.dtype)
         patch = self.backbone.patch
         return _Frame.of(images, patch, patch if self._injects else self.stride, self.scale)
 
