@@ -219,6 +219,8 @@ def test_wrong_inputs_are_refused() -> None:
             SRT(model, 4, patch=PATCH, **settings)(images)
     with pytest.raises(TypeError, match="callable"):
         SRT(3, patch=PATCH)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"images must be floating-point, .*; got torch.uint8"):
+        SRT(pooled, 4, patch=PATCH)(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
     with pytest.raises(TypeError, match=r"images must be a torch.Tensor; got list"):
         SRT(pooled, 4, patch=PATCH)([[0.0]])
 

@@ -5,8 +5,8 @@ Method: Lao et al., "Sub-token ViT Embedding via Stochastic Resonance Transforme
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NoReturn, cast
 
@@ -27,6 +27,15 @@ from .options import OPTIONS, Border, Interpolation, Padding, Pair, Reduce, Stri
 def no_grad() -> AbstractContextManager[Any]:
     """``torch.no_grad`` where it changes something: torch.export cuts its graph at each."""
     return torch.no_grad() if torch.is_grad_enabled() else nullcontext()
+
+
+@contextmanager
+def state_mode() -> Iterator[None]:
+    """For tensors that are kept: without gradients, and no inference tensors."""
+    # torch.inference_mode(False) enables gradients, which torch.export does not see.
+    inference = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+    with torch.inference_mode(False) if inference else nullcontext(), no_grad():
+        yield
 
 
 def pair(op: str, name: str, value: Any) -> Any:

@@ -32,7 +32,7 @@ from ._validation import (
     wrong,
 )
 from .backbones import Backbone, Features, HookBackbone, Layer, Model, describe, force_eager
-from .ops import check_views, ensemble, ensemble_moments, no_grad, shift
+from .ops import check_views, ensemble, ensemble_moments, no_grad, shift, state_mode
 from .options import Border, Interpolation, Padding, Quality, Reduce, Upsample
 from .streaming import RunningMean, RunningMedian, RunningMoments
 from .views import Views
@@ -136,7 +136,7 @@ class SRT(torch.nn.Module):
             the order of :func:`srt_ext.views.spread` (:class:`srt_ext.RunningMedian`).
         view_batch: the most views in one forward of the model; times the batch, they bound its
             memory. ``auto``: as many as fit into half of the free memory, measured on the first
-            view, and at most 8 on a CPU and 64 on a GPU.
+            view, and at most 8 on a CPU and 64 on a GPU; 8 in ``torch.export``.
         patch: (Ph, Pw), pixels per token, or one for both. For a layer by name: at that layer.
         prefix: number of class and register tokens before the patches.
         upsample: as in :func:`srt_ext.ensemble`; None is ``bilinear``, with ``inject`` ``nearest``,
@@ -419,7 +419,7 @@ class SRT(torch.nn.Module):
             raise ValueError(f"SRT: {rule}; it raised {type(error).__name__}: {error}") from error
         patch, stride = backbone.patch, self.stride
         seen = _Frame.of(images, patch, patch if self._injects else stride, self.scale).image
-        forwards = self._known.total + (self._injects and not any(self._known.unshifted))
+        forwards = self._known.number + (self._injects and not any(self._known.unshifted))
         tokens = (seen.shape[2] // patch[0]) * (seen.shape[3] // patch[1])
         return Cost(operations, batch * forwards * tokens, memory)
 
@@ -432,7 +432,7 @@ class SRT(torch.nn.Module):
 
         With ``view_batch="auto"`` the batches leave the memory that ``reduce`` needs.
         """
-        image, total, done = frame.image, views.total, 0
+        image, total, done = frame.image, views.number, 0
 
         # Not on the generator: torch's wrapper of one would hold the last batch.
         def batch(count: int) -> ViewTokens:
@@ -448,8 +448,9 @@ class SRT(torch.nn.Module):
             layers = [_layer_tokens(f, image, len(offsets), mirror) for f in found]
             return ViewTokens(offsets, weights, layers)
 
-        if self.view_batch != "auto":
-            step = _even(total, int(self.view_batch))
+        exporting = torch.compiler.is_exporting()  # for a machine that is not known
+        if self.view_batch != "auto" or exporting:
+            step = _even(total, 8 if self.view_batch == "auto" else int(self.view_batch))
         elif total:
             with force_eager(self.model):  # allocations in compiled code are not counted
                 first, peak = peak_bytes(lambda: batch(1))
@@ -484,6 +485,9 @@ class SRT(torch.nn.Module):
             raise ValueError(f"SRT: images must be [B, 3, H, W]; got {list(images.shape)}")
         if 0 in images.shape[2:]:
             raise ValueError(f"SRT: images must have pixels; got {list(images.shape)}")
+        if not images.is_floating_point():
+            rule = "images must be floating-point, normalised as the model wants them"
+            raise wrong(TypeError, "SRT", rule, images.dtype)
         patch = self.backbone.patch
         return _Frame.of(images, patch, patch if self._injects else self.stride, self.scale)
 
@@ -493,7 +497,7 @@ class SRT(torch.nn.Module):
         """``kind`` of the fields of each layer, cropped to the image, and mean prefix tokens."""
         frame, views = self._frame(images), self._known
         if self.streaming and reduce == "median":
-            views = views.take(designs.spread_order(views.total))
+            views = views.take(designs.spread_order(views.number))
         outputs = []
         for field in self._fields(frame, views, views, reduce, frame.stride, progress):
             fields, prefix = field.result()
@@ -507,7 +511,7 @@ class SRT(torch.nn.Module):
         # The forward that runs to the end is that of the unshifted image. If that is one of the
         # views, it comes last.
         identity = [i for i, same in enumerate(self._known.unshifted) if same][:1]
-        order = [i for i in range(self._known.total) if i not in identity]
+        order = [i for i in range(self._known.number) if i not in identity]
         if self.streaming and self.reduce == "median":
             order = [order[i] for i in designs.spread_order(len(order))]
         views = self._known.take(order + identity)
@@ -525,7 +529,7 @@ class SRT(torch.nn.Module):
 
         result = hooks.forward_with(frame.image, ensemble_tokens)
         if progress is not None and identity:
-            progress(views.total)
+            progress(views.number)
         return result
 
     def _fields(
@@ -577,7 +581,7 @@ def _even(count: int, most: int) -> int:
 @contextmanager
 def _with_values() -> Iterator[None]:
     """Tensors that are made have values, and can be used in every mode."""
-    with torch.inference_mode(False), torch.no_grad(), unset_fake_temporarily():
+    with state_mode(), unset_fake_temporarily():
         yield
 
 
@@ -606,12 +610,12 @@ class _ViewList(NamedTuple):
 
     def take(self, index: slice | list[int]) -> _ViewList:
         """The views at ``index``."""
-        places = range(self.total)[index] if isinstance(index, slice) else index
+        places = range(self.number)[index] if isinstance(index, slice) else index
         lists: Any = (None if part is None else [part[i] for i in places] for part in self[1:])
         return _ViewList(self.views.take(index), *lists)
 
     @property
-    def total(self) -> int:
+    def number(self) -> int:
         return len(self.unshifted)
 
 
@@ -769,7 +773,7 @@ class _Field:
         self.running = _RUNNING[reduce](first.grid, first.patch, **modes)
         # The number of views whose tokens are held until they are aggregated: all for a median,
         # otherwise as many as have the tokens of one output, in whole batches.
-        total, batch, count = views.total, first.tokens.shape[0], first.tokens.shape[2]
+        total, batch, count = views.number, first.tokens.shape[0], first.tokens.shape[2]
         image = frame.image
         cells = (image.shape[2] // stride[0]) * (image.shape[3] // stride[1])
         self.holds = batch
@@ -789,7 +793,7 @@ class _Field:
         first = self.aggregated + self.waiting
         if layer.prefix is not None:
             self._add_prefix(layer.prefix, first)
-        last = first + views == self.views.total
+        last = first + views == self.views.number
         if self.waiting + views > self.holds:
             self._aggregate_held()
         if views >= self.holds or (last and not self.waiting):
@@ -841,5 +845,5 @@ class _Field:
         if self.prefix is None:
             return fields, None
         weights = self.views.weights
-        total = self.views.total if weights is None else math.fsum(weights)
+        total = self.views.number if weights is None else math.fsum(weights)
         return fields, (self.prefix / total).to(self.prefix_dtype)

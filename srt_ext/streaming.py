@@ -8,8 +8,8 @@ need no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Generic, NoReturn, TypeVar
 
 from . import _library
@@ -356,12 +356,10 @@ class _Tensors:
         """Overwrites the elements of ``target`` that ``where`` names."""
         torch.where(where, value, target, out=target)
 
-    @contextmanager
-    def writing(self) -> Iterator[None]:
+    def writing(self) -> AbstractContextManager[None]:
         """While arrays of the state are made."""
         # Or the state could not be written outside of an inference mode in which it was made.
-        with torch.inference_mode(False), ops.no_grad():
-            yield
+        return ops.state_mode()
 
 
 class RunningMean(MeanStream["torch.Tensor", "torch.Tensor"]):
@@ -399,7 +397,7 @@ class RunningMean(MeanStream["torch.Tensor", "torch.Tensor"]):
                 f"{type(self).__name__}: all processes must have a stream of the same settings, "
                 f"dtype and size; got {[one[:4] for one in every]}"
             )
-        with torch.inference_mode(False), torch.no_grad():
+        with ops.state_mode():
             total = self._sum_over(self._state["weight"], group)
             share = self._shares(self._state["weight"], total)
             self._state = {**self._reduced(share, group), "weight": total}

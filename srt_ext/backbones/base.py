@@ -224,10 +224,10 @@ def parse_output(
             f"SRT: the model must return tokens [B, K + N, C] or a map; got {got}. "
             "layers=NAME reads a module that does"
         )
-    if len(output) != len(images):  # windows of an image, or tokens before the batch
+    if output.shape[0] != images.shape[0]:  # windows of an image, or tokens before the batch
         raise ValueError(
-            f"SRT: the model must return one row of tokens, or one map, for each of {len(images)} "
-            f"pictures; got {list(output.shape)}"
+            "SRT: the model must return one row of tokens, or one map, for each of "
+            f"{images.shape[0]} pictures; got {list(output.shape)}"
         )
     if output.dim() == 3:
         return split_prefix(output, grid_of(images, patch), prefix), "NLC"

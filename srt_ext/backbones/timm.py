@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -75,10 +76,14 @@ def image_size_errors(images: torch.Tensor) -> Iterator[None]:
     """Explains how to change the image size, where a model of timm refuses it."""
     try:
         yield
-    except AssertionError as error:
+    except (AssertionError, RuntimeError) as error:  # the latter from compiled code
+        found = re.search(r"Input [a-z ]+ \(.*?\) .*?\(.*?\)", str(error))
+        if found is None and isinstance(error, RuntimeError):
+            raise
+        reason = found[0] if found else str(error).rstrip(".")
         raise ValueError(
             f"SRT: the model must take pictures of {list(images.shape[2:])}, whole patches; it "
-            f"says: {str(error).rstrip('.')}. timm's create_model(..., dynamic_img_size=True) or "
+            f"says: {reason}. timm's create_model(..., dynamic_img_size=True) or "
             "model.set_input_size(...) change what it takes, where it can"
         ) from error
 

@@ -160,7 +160,7 @@ def mask_arguments(model: Any, images: torch.Tensor, patch: tuple[int, int]) -> 
             f"got {ratio}"
         )
     height, width = base.grid_of(images, patch)
-    return {"noise": torch.arange(height * width, device=images.device).expand(len(images), -1)}
+    return {"noise": torch.arange(height * width, device=images.device).expand(images.shape[0], -1)}
 
 
 def declared_prefix(model: Any) -> int | None:
