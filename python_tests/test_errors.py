@@ -421,7 +421,10 @@ def quantized(values: torch.Tensor) -> torch.Tensor:
 DENSE_TENSOR = "must be a dense tensor, not sparse, nested or quantized"
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's, of tensors that are new or go
+NEW_KINDS = pytest.mark.filterwarnings("ignore")  # torch's, of tensors that are new or go
+
+
+@NEW_KINDS
 @pytest.mark.parametrize("name", ["tokens", "offsets"])
 @pytest.mark.parametrize(
     ("make", "got"),
@@ -439,6 +442,18 @@ def test_tensors_that_are_not_dense(name: str, make: Any, got: str) -> None:
     assert str(caught.value) == case.message
     with pytest.raises(NotImplementedError):  # torch's own words
         through_op(case)
+
+
+@NEW_KINDS
+def test_a_state_that_is_not_dense() -> None:
+    running = srt_ext.RunningMean(grid=(2, 3), patch=(4, 5))
+    running.update(tokens(), torch.zeros(2, 2))
+    for make in (torch.Tensor.to_sparse, nested, quantized):
+        saved = running.state_dict()
+        saved["state"]["mean"] = make(saved["state"]["mean"])
+        with pytest.raises(ValueError, match=r"RunningMean: .*(must have the arrays|must be)"):
+            running.load_state_dict(saved)
+    assert (running.result() == 1).all()
 
 
 def misaligned(values: torch.Tensor) -> torch.Tensor:

@@ -166,9 +166,8 @@ def ensemble(
 
     Args:
         tokens: [V, B, N, C], N = h * w tokens in row order, V from 1 to 2^20 views; float32,
-            float16, bfloat16 or float64.
-            The last dimension is dense; other strides are free, so ``out[:, :, prefix:]`` is read
-            in place. Sums are kept in float32 (float64 for float64).
+            float16, bfloat16 or float64. The last dimension is dense; other strides are free, so
+            ``out[:, :, prefix:]`` is read in place. Sums are kept in float32 (float64 for float64).
         offsets: [V, 2], (dy, dx) in pixels by which the content of each view moved, as given to
             :func:`shift`; float32 or float64, on the CPU or on the device of ``tokens``. On a GPU
             they and ``weights`` are not validated (that would synchronise): a view with values that

@@ -327,7 +327,10 @@ class _Tensors:
         float32, float64, moveaxis = torch.float32, torch.float64, staticmethod(torch.moveaxis)
 
     def is_array(self, value: object) -> bool:
-        return isinstance(value, torch.Tensor)
+        """A dense tensor."""
+        if not isinstance(value, torch.Tensor) or value.is_nested:
+            return False
+        return value.layout == torch.strided
 
     def is_floating(self, dtype: object) -> bool:
         """Whether tokens may have this dtype."""

@@ -511,7 +511,7 @@ def integers(rng: Rng, case: Case) -> str:
     if how < 3:
         value[int(rng.integers(len(value)))] = pick(rng, INTEGERS if how < 2 else NUMBERS)
     elif how == 3:
-        value = pick(rng, ([], [1], [1, 1, 1], value * 50000, [value, value]))
+        value = pick(rng, ([], [1], [1, 1, 1], [1, 1] * 50000, [[1, 1], [1, 1]]))
     else:
         value = pick(rng, (*OTHERS, *NUMBERS, tuple(value), np.array(value), torch.Size([2, 2])))
     case.given[name] = value
