@@ -5,8 +5,8 @@
 #   scripts/sanitize.sh address [PYTEST ARGUMENT ...]   AddressSanitizer and UndefinedBehaviorSanitizer: the
 #                      tests of the ops and of their bindings (or those that the arguments name) with one
 #                      thread and with two; cpu_sanitize, and whether it leaks
-#   scripts/sanitize.sh thread [ROUNDS]   ThreadSanitizer: cpu_sanitize. Its threads are those of
-#                      srt_ext.numpy; the OpenMP of torch is not instrumented, so torch is left out
+#   scripts/sanitize.sh thread [ROUNDS [INSTRUCTION SET]]   ThreadSanitizer: cpu_sanitize. Its threads are
+#                      those of srt_ext.numpy; the OpenMP of torch is not instrumented, so torch is left out
 set -euo pipefail
 cd "$(dirname "$0")/.."
 kind=${1:-}
