@@ -435,6 +435,8 @@ def test_a_forked_process_has_threads_of_its_own(threads: Callable[[int], None])
     threads(3)
     expected = busy_call(1)  # starts the threads
     assert child_status(expected) == 0
+    with ThreadPoolExecutor(1) as pool:  # forked by another thread than the main one
+        assert pool.submit(child_status, expected).result() == 0
     # While other threads of the parent are anywhere in a call.
     stop = threading.Event()
 

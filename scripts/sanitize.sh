@@ -5,8 +5,8 @@
 #   scripts/sanitize.sh address [PYTEST ARGUMENT ...]   AddressSanitizer and UndefinedBehaviorSanitizer: the
 #                      tests of the ops and of their bindings (or those that the arguments name) with one
 #                      thread and with two; cpu_sanitize, and whether it leaks
-#   scripts/sanitize.sh thread [ROUNDS]   ThreadSanitizer: cpu_sanitize. Its threads are those of
-#                      srt_ext.numpy; the OpenMP of torch is not instrumented, so torch is left out
+#   scripts/sanitize.sh thread [ROUNDS [INSTRUCTION SET]]   ThreadSanitizer: cpu_sanitize. Its threads are
+#                      those of srt_ext.numpy; the OpenMP of torch is not instrumented, so torch is left out
 set -euo pipefail
 cd "$(dirname "$0")/.."
 kind=${1:-}
@@ -19,7 +19,7 @@ build() { # FLAGS TARGET ...
   local flags=$1
   shift
   cmake -G Ninja -S . -B "$work/build" -DSRT_CUDA=0 -DSRT_SANITIZE=1 -DPython3_EXECUTABLE="$python" \
-    -DCMAKE_CXX_FLAGS="$flags -fno-omit-frame-pointer" -DCMAKE_CXX_FLAGS_RELEASE="-O1 -g1" >/dev/null
+    -DCMAKE_CXX_FLAGS="$flags" -DCMAKE_CXX_FLAGS_RELEASE="-O1 -g1" >/dev/null
   cmake --build "$work/build" --target "$@" | tail -n 1
 }
 
@@ -34,7 +34,7 @@ reports() { # TEXT COMMAND ...: the command must fail, with a report of that tex
 }
 
 thread() {
-  build -fsanitize=thread cpu_sanitize
+  build "-fsanitize=thread -fno-omit-frame-pointer" cpu_sanitize
   reports "data race" "$work/build/cpu_sanitize" --fault race
   "$work/build/cpu_sanitize" "$@"
 }
@@ -64,7 +64,7 @@ sanitized() { # ARGUMENTS of Python
 
 address() {
   build "-fsanitize=address,undefined,float-divide-by-zero,float-cast-overflow -fno-sanitize-recover=all \
--D_GLIBCXX_ASSERTIONS" all
+-fno-omit-frame-pointer -D_GLIBCXX_ASSERTIONS" all
   for text in overflow leak undefined; do
     reports "ERROR: .*$text\|runtime error: .*overflow" "$work/build/cpu_sanitize" --fault "$text"
   done

@@ -4,8 +4,8 @@
 thread and from another, while nothing else runs and while two threads are inside of calls; and
 pools of multiprocessing. Each child computes; its result must be right, within a time limit.
 
-``leaks``: many calls of each kind, valid ones and ones that raise. After a warm-up the resident
-memory must not grow, and no tensor, hook or setting may stay behind.
+``leaks``: many calls of each kind, valid ones and ones that raise. After a warm-up the memory
+must not grow, and no tensor, hook or setting may stay behind.
 
 Exit status 1 if there is a finding. Linux only.
 """
@@ -17,6 +17,7 @@ import gc
 import hashlib
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
@@ -145,12 +146,12 @@ def report(name: str, statuses: list[int], start: float) -> int:
 MEGABYTE = 2**20
 
 
-def resident() -> int:
-    """Bytes, after what can be freed has been."""
+def used() -> int:
+    """Bytes of memory without files, which Linux drops at will, after what can be freed has been."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    status = Path("/proc/self/status").read_text()
+    return 1024 * sum(map(int, re.findall(r"^(?:RssAnon|VmSwap):\s*(\d+) kB$", status, re.M)))
 
 
 def raises(call: Callable[[], Any]) -> None:
@@ -313,10 +314,10 @@ def grows(call: Callable[[], Any], count: int) -> tuple[int, int]:
     """Bytes and tensors that ``count`` calls add, after a tenth as many that fill the caches."""
     for _ in range(max(10, count // 10)):
         call()
-    tensors, before = live_tensors(), resident()
+    tensors, before = live_tensors(), used()
     for _ in range(count):
         call()
-    return resident() - before, live_tensors() - tensors
+    return used() - before, live_tensors() - tensors
 
 
 def check_that_leaks_are_seen() -> None:

@@ -17,7 +17,7 @@ int64_t largest_tile(const MeanPlan<Acc>& plan, int64_t block, int64_t row_bytes
   int64_t largest = kernels().max_tile;
   const auto too_large = [&] {
     const int64_t tasks = plan.batch * div_up(plan.channels, block) * div_up(plan.height, largest);
-    return largest * row_bytes * piece > sums_bytes() || tasks < threads;
+    return largest * row_bytes * piece > sums_bytes || tasks < threads;
   };
   while (largest > 1 && too_large()) largest /= 2;
   return largest;

@@ -99,7 +99,7 @@ std::vector<CellSpan> choose_segments(const TransposedTable<Acc>& x, int64_t cel
     spans = std::move(shorter);
     plan.segment = segment;
     plan.longest_span = longest;
-    if (segment == 1 || longest * cell_bytes <= sums_bytes()) break;
+    if (segment == 1 || longest * cell_bytes <= sums_bytes) break;
   }
   plan.segments = static_cast<int64_t>(spans.size());
   plan.spans = spans.data();

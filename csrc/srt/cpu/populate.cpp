@@ -16,12 +16,13 @@ constexpr int64_t kFreshBytes = int64_t{32} << 20;
 constexpr int kPopulateWrite = 23;
 // What a thread gets at a time.
 constexpr int64_t kPart = int64_t{2} << 20;
+// Not a local static: a process forked while another thread initialises one would wait forever.
+const int64_t page = sysconf(_SC_PAGESIZE);
 
 }  // namespace
 
 void fault_in(void* data, int64_t bytes, const Parallel& parallel) {
   if (bytes < kFreshBytes) return;
-  static const int64_t page = sysconf(_SC_PAGESIZE);
   struct Range {
     char *begin, *end;
   };

@@ -19,21 +19,20 @@ constexpr int64_t kAlign = 64;
 inline int64_t align_up(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 
 // For the sums of a task: what stays in the second-level cache beside the tokens and the output.
-inline int64_t sums_bytes() {
-  static const int64_t bytes = [] {
+// Read when the library is loaded: a process forked while another thread initialises a local static
+// would wait for that thread forever.
+inline const int64_t sums_bytes = [] {
 #if defined(_SC_LEVEL2_CACHE_SIZE)
-    const int64_t cache = sysconf(_SC_LEVEL2_CACHE_SIZE);
-    if (cache > 0) return cache / 4 * 3;
+  const int64_t cache = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (cache > 0) return cache / 4 * 3;
 #endif
-    return int64_t{768 * 1024};
-  }();
-  return bytes;
-}
+  return int64_t{768 * 1024};
+}();
 
 // Channels, in whole blocks, of which `bytes` each fit the cache.
 inline int64_t fitting_channels(int64_t channels, int64_t block, int64_t bytes) {
   const int64_t blocks = div_up(channels, block);
-  const int64_t fit = std::clamp<int64_t>(sums_bytes() / (bytes * block), 1, blocks);
+  const int64_t fit = std::clamp<int64_t>(sums_bytes / (bytes * block), 1, blocks);
   return div_up(blocks, div_up(blocks, fit)) * block;  // parts of equal size
 }
 
