@@ -147,7 +147,7 @@ MEGABYTE = 2**20
 
 
 def used() -> int:
-    """Bytes of memory without files, which Linux drops at will, after what can be freed has been."""
+    """Bytes without those of files, which Linux drops at will; what can be freed has been."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     status = Path("/proc/self/status").read_text()
