@@ -266,6 +266,8 @@ def call(**changes: Any) -> dict[str, Any]:
         (TypeError, "out", [], f"{ARRAY} list"),
         (TypeError, "offsets", [[10**400, 0]] * 2, "must be float32 or float64, or numbers in"),
         (ValueError, "offsets", [torch.ones(2, requires_grad=True)] * 2, "must be float32 or"),
+        (ValueError, "offsets", np.broadcast_to(0.5, (2**31, 2)), "must be of at most 2^20 views"),
+        (ValueError, "weights", np.broadcast_to(0.5, (2**40,)), "must be of at most 2^20 views"),
         (TypeError, "stride", True, "must be two integers >= 1, (y, x); got True"),
         (ValueError, "upsample", "\udc80", "must be one of 'nearest', 'bilinear'; got '\\udc80'"),
     ],

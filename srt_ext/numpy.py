@@ -55,6 +55,7 @@ __all__ = [
     "shift",
 ]
 
+MAX_VIEWS = 2**20  # of one call, as csrc/srt/types.h
 MAX_THREADS = 1024  # a slip of the keyboard asks for more
 
 # What offsets and weights are made of: float32 or float64, or numbers in (nested) sequences.
@@ -75,6 +76,8 @@ def _numbers(where: str, name: str, value: object) -> NDArray[np.float64]:
         _check_array(where, name, value)
         if value.dtype.kind != "f" or value.dtype.itemsize not in (4, 8):
             raise wrong(TypeError, where, rule, value.dtype)
+        if value.size > 4 * MAX_VIEWS:  # before it is copied: strides may be 0
+            raise wrong(ValueError, where, f"{name} must be of at most 2^20 views", value.shape)
     elif isinstance(value, Sequence):
         try:
             value = np.asarray(value)
