@@ -170,6 +170,12 @@ class SRT(torch.nn.Module):
     kept. Put the model in eval mode first. For the result of ``torch.compile(model)`` the features
     are compiled with its settings; with ``inject`` and with layers by name the model runs eagerly.
 
+    A model inside of ``torch.compile``, ``DataParallel``, ``DistributedDataParallel`` or PEFT is read
+    as the model itself. Pre-hooks on the model's call run, FSDP2 and accelerate load its weights;
+    hooks that would be bypassed are an error. The first call for each dtype runs the model on a few
+    tokens: a last layer that differs from ``forward_features`` or ``last_hidden_state`` is an
+    error, because its final norm was not found.
+
     With ``inject`` the blocks up to that layer run for every view, and once for the unshifted image
     if the offset 0 is not among the views. The other blocks and the head run once, on the unshifted
     image with the new tokens. Class and register tokens become their averages. The result is that
@@ -412,9 +418,9 @@ class SRT(torch.nn.Module):
             # Outside of the mode only what is made of the images is fake: offsets have values.
             with force_eager(backbone.model):
                 operations, memory = operations_and_bytes(lambda: twin(images))
-        except (TypeError, ValueError):
-            raise
         except Exception as error:
+            if str(error).startswith(("SRT: ", "srt::")):  # of the settings
+                raise
             rule = "model must run on fake tensors for cost"
             raise ValueError(f"SRT: {rule}; it raised {type(error).__name__}: {error}") from error
         patch, stride = backbone.patch, self.stride

@@ -164,13 +164,12 @@ def _relative_error(tokens: torch.Tensor, own: object) -> float:
     """Of tokens [B, K + N, C] against a model's own, or a map of them; 0 where shapes differ."""
     if not isinstance(own, torch.Tensor) or not own.isfinite().all():
         return 0.0
+    tokens, own = tokens.detach().float(), own.detach().float()
     forms = [own]
     if own.dim() == 4:
         forms = [own.flatten(2).transpose(1, 2), own.flatten(1, 2)]  # NCHW, NHWC
     errors = [
-        float((tokens.float() - form.float()).norm() / form.float().norm())
-        for form in forms
-        if form.shape == tokens.shape
+        float((tokens - form).norm() / form.norm()) for form in forms if form.shape == tokens.shape
     ]
     return min(errors, default=0.0)
 
