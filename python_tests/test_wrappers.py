@@ -133,6 +133,14 @@ def test_the_norm_is_compared_once_for_each_dtype(
         SRT(vit, ITSELF)(IMAGES.to(dtype))
 
 
+def test_a_model_of_zeros_is_equal_to_itself(vit: Any) -> None:
+    with torch.no_grad():
+        for parameter in vit.parameters():
+            parameter.zero_()
+    assert tokens(vit).abs().max() == 0
+    assert SRT(vit.to("meta"), ITSELF)(IMAGES.to("meta")).field.is_meta
+
+
 # ---- hooks --------------------------------------------------------------------------------------
 
 

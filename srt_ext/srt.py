@@ -170,8 +170,8 @@ class SRT(torch.nn.Module):
     kept. Put the model in eval mode first. For the result of ``torch.compile(model)`` the features
     are compiled with its settings; with ``inject`` and with layers by name the model runs eagerly.
 
-    A model inside of ``torch.compile``, ``DataParallel``, ``DistributedDataParallel`` or PEFT is read
-    as the model itself. Pre-hooks on the model's call run, FSDP2 and accelerate load its weights;
+    A model in ``torch.compile``, ``DataParallel``, ``DistributedDataParallel`` or PEFT is read as
+    the model itself. Pre-hooks on the model's call run, and FSDP2 and accelerate load its weights;
     hooks that would be bypassed are an error. The first call for each dtype runs the model on a few
     tokens: a last layer that differs from ``forward_features`` or ``last_hidden_state`` is an
     error, because its final norm was not found.

@@ -83,7 +83,7 @@ class Backbone(ABC):
 
         The final norm is found by its name, and new models may have others.
         """
-        traced = torch.compiler.is_compiling() or isinstance(images, FakeTensor)
+        traced = torch.compiler.is_compiling() or images.is_meta or isinstance(images, FakeTensor)
         traced = traced or (images.is_cuda and torch.cuda.is_current_stream_capturing())
         if images.dtype in self._compared or traced or getattr(self.inner, "training", False):
             return
@@ -169,7 +169,9 @@ def _relative_error(tokens: torch.Tensor, own: object) -> float:
     if own.dim() == 4:
         forms = [own.flatten(2).transpose(1, 2), own.flatten(1, 2)]  # NCHW, NHWC
     errors = [
-        float((tokens - form).norm() / form.norm()) for form in forms if form.shape == tokens.shape
+        float((tokens - form).norm() / form.norm().clamp(min=1e-30))  # all zero: equal
+        for form in forms
+        if form.shape == tokens.shape
     ]
     return min(errors, default=0.0)
 
