@@ -31,7 +31,7 @@ from ._validation import (
     is_integer,
     wrong,
 )
-from .backbones import Backbone, Features, HookBackbone, Layer, Model, describe, force_eager
+from .backbones import Backbone, Features, Layer, Model, describe, force_eager
 from .ops import check_views, ensemble, ensemble_moments, no_grad, shift, state_mode
 from .options import Border, Interpolation, Padding, Quality, Reduce, Upsample
 from .streaming import RunningMean, RunningMedian, RunningMoments
@@ -284,7 +284,11 @@ class SRT(torch.nn.Module):
 
     def _describe(self, model: Model | Backbone) -> Backbone:
         backbone = describe(model, **self._settings)
-        return HookBackbone.from_backbone(backbone) if self._injects else backbone
+        if not self._injects:
+            return backbone
+        from .backbones.hooks import HookBackbone
+
+        return HookBackbone.from_backbone(backbone)
 
     def _set_views(self, views: Any, scale: Any, quality: Any) -> None:
         """Sets the scale and the views for the model.
@@ -512,8 +516,8 @@ class SRT(torch.nn.Module):
 
     def _inject(self, images: torch.Tensor, progress: Progress | None) -> Any:
         """What the model returns for images [B, 3, H, W], padded, from the tokens of all views."""
-        frame, hooks = self._frame(images), self.backbone
-        assert isinstance(hooks, HookBackbone)
+        frame = self._frame(images)
+        hooks: Any = self.backbone  # a HookBackbone
         # The forward that runs to the end is that of the unshifted image. If that is one of the
         # views, it comes last.
         identity = [i for i, same in enumerate(self._known.unshifted) if same][:1]

@@ -11,15 +11,21 @@ from typing import Any
 from .._validation import is_integer
 from .base import Backbone, CallableBackbone, Features, Layer, Model, TimedBackbone
 from .dino import DinoBackbone
-from .hooks import HookBackbone, force_eager
 from .timm import TimmBackbone
 from .transformers import TransformersBackbone
-from .wrappers import contained_hint, is_dino, is_fsdp1, is_timm, is_transformers, unwrap
+from .wrappers import (
+    contained_hint,
+    force_eager,
+    is_dino,
+    is_fsdp1,
+    is_timm,
+    is_transformers,
+    unwrap,
+)
 
 __all__ = [
     "Backbone",
     "Features",
-    "HookBackbone",
     "Layer",
     "Model",
     "TimedBackbone",
@@ -67,6 +73,8 @@ def _backbone_of(
     if names:
         if indices:
             raise TypeError(f"SRT: layers must be all indices or all names; got {layers!r}")
+        from .hooks import HookBackbone
+
         return HookBackbone(model, names, patch, prefix)
     inner, settings = unwrap(model), (indices or [-1], norm, patch, prefix)
     if not is_fsdp1(inner):  # it has the attributes of what it holds, but not the weights

@@ -1,10 +1,13 @@
-"""Modules by name, in any model, by forward hooks."""
+"""Modules by name, in any model, by forward hooks.
+
+Imported where it is needed: it imports torch's compiler.
+"""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -13,7 +16,15 @@ import torch
 from . import transformers
 from .base import Backbone, Features, Model, declared_patch, parse_output, resolve_prefix
 from .timm import image_size_errors, patch_sides
-from .wrappers import check_hooks, contained, has_hooks, is_timm, is_transformers, unwrap, wrappers
+from .wrappers import (
+    check_hooks,
+    contained,
+    force_eager,
+    has_hooks,
+    is_timm,
+    is_transformers,
+    unwrap,
+)
 
 
 class _StopForward(Exception):  # noqa: N818
@@ -168,35 +179,3 @@ class HookBackbone(Backbone):
                 f"SRT: the model must call its layer in its forward; it left out {self.modules[0]}"
             )
         return result
-
-
-def force_eager(model: Any) -> AbstractContextManager[Any]:
-    """Runs compiled models eagerly: compiled code does not call new hooks."""
-    compiled = any(
-        hasattr(part, "dynamo_ctx") or getattr(part, "_compiled_call_impl", None)
-        for part in wrappers(model)
-    )
-    return _eager_stance if compiled else nullcontext()
-
-
-class _EagerStance:
-    """torch's stance is per process: the first thread in sets it, the last one out resets it."""
-
-    def __init__(self) -> None:
-        self.lock, self.threads = threading.Lock(), 0
-        self.stance: Any = None
-
-    def __enter__(self) -> None:
-        with self.lock:
-            if self.threads == 0:
-                self.stance = torch.compiler.set_stance("force_eager")
-            self.threads += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self.lock:
-            self.threads -= 1
-            if self.threads == 0:
-                self.stance.__exit__(None, None, None)
-
-
-_eager_stance = _EagerStance()

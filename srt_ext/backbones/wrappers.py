@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import nn
 
 # Names of the final norm in the models of libraries.
@@ -149,3 +152,38 @@ def _is_compiled(function: object) -> bool:
 
 def is_fsdp1(module: object) -> bool:
     return type(module).__name__ == "FullyShardedDataParallel"
+
+
+# ---- compiled models ----------------------------------------------------------------------------
+
+
+def force_eager(model: Any) -> AbstractContextManager[Any]:
+    """Runs compiled models eagerly: compiled code does not call new hooks."""
+    compiled = any(
+        hasattr(part, "dynamo_ctx") or getattr(part, "_compiled_call_impl", None)
+        for part in wrappers(model)
+    )
+    return _eager_stance if compiled else nullcontext()
+
+
+class _EagerStance:
+    """torch's stance is per process: the first thread in sets it, the last one out resets it."""
+
+    def __init__(self) -> None:
+        self.lock, self.threads = threading.Lock(), 0
+        self.stance: Any = None
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if self.threads == 0:
+                self.stance = torch.compiler.set_stance("force_eager")
+            self.threads += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.threads -= 1
+            if self.threads == 0:
+                self.stance.__exit__(None, None, None)
+
+
+_eager_stance = _EagerStance()
