@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from research.robustness import calls, hostile
-
 pytest.importorskip("srt_ext.numpy")
+calls = pytest.importorskip("research.robustness.calls")
+hostile = pytest.importorskip("research.robustness.hostile")
 
 
 @pytest.fixture(autouse=True)
