@@ -296,3 +296,10 @@ def test_import_never_fails(
         (tmp_path / name).write_text(content)
     script = IMPORT.format(path=str(tmp_path), before=before, use=use)
     assert reason in run_python("-c", script, cwd=tmp_path).stdout
+
+
+@pytest.mark.slow
+def test_import_leaves_the_compiler_of_torch_alone(tmp_path: Path) -> None:
+    """It takes a second, and ops, SRT and its models by index do not need it."""
+    script = "import srt_ext, sys; print('torch._dynamo' in sys.modules)"
+    assert run_python("-c", script, cwd=tmp_path).stdout.strip() == "False"
