@@ -301,5 +301,6 @@ def test_import_never_fails(
 @pytest.mark.slow
 def test_import_leaves_the_compiler_of_torch_alone(tmp_path: Path) -> None:
     """It takes a second, and ops, SRT and its models by index do not need it."""
-    script = "import srt_ext, sys; print('torch._dynamo' in sys.modules)"
+    use = "print('torch._dynamo' in sys.modules)"
+    script = IMPORT.format(path=str(PACKAGE.parent), before="", use=use)
     assert run_python("-c", script, cwd=tmp_path).stdout.strip() == "False"
