@@ -19,6 +19,7 @@ pytest.importorskip("timm")
 
 ITSELF = torch.zeros(1, 2)
 IMAGES = torch.rand(2, 3, 48, 64, generator=torch.Generator().manual_seed(0))
+SQUARE = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 TINY = {"depth": 2, "embed_dim": 48, "num_heads": 3, "dynamic_img_size": True}
 SIZE = {
     "hidden_size": 48,
@@ -81,18 +82,39 @@ def test_the_last_layer_is_the_last_hidden_state(kind: str, settings: dict[str, 
     assert_close(tokens(model, images), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_nested_model_whose_hidden_states_are_normalised() -> None:
+def ovis2() -> tuple[Any, torch.Tensor]:
     pytest.importorskip("transformers")
     from transformers.models.ovis2.configuration_ovis2 import Ovis2VisionConfig
     from transformers.models.ovis2.modeling_ovis2 import Ovis2VisionModel
 
-    model, images = with_random_norms(Ovis2VisionModel(Ovis2VisionConfig(**SIZE))), IMAGES
-    images = nn.functional.pad(images, (0, 0, 0, 16))
+    torch.manual_seed(0)
+    model = with_random_norms(Ovis2VisionModel(Ovis2VisionConfig(**SIZE)))
     with torch.no_grad():
-        expected = model.transformer(pixel_values=images).last_hidden_state
-    assert_close(tokens(model, images), expected, atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match=r"norm must be True.*layers='transformer.encoder.lay"):
-        tokens(model, images, norm=False)
+        return model, model.transformer(pixel_values=SQUARE).last_hidden_state
+
+
+def tied_vit() -> tuple[Any, torch.Tensor]:
+    model = of_transformers("ViT", tie_last_hidden_states=True)
+    with torch.no_grad():
+        return model, model(pixel_values=SQUARE).last_hidden_state[:, 1:]
+
+
+@pytest.mark.parametrize("first", ["eager", "train", "export", "compile"])
+@pytest.mark.parametrize("make", [ovis2, tied_vit])
+def test_hidden_states_that_are_normalised_already(make: Any, first: str) -> None:
+    """The model returns its last_hidden_state in place of the last of its hidden_states."""
+    model, expected = make()
+    srt = SRT(model.train(first == "train"), ITSELF, stride=16, upsample="nearest")
+    call: Any = srt
+    if first == "export":
+        call = torch.export.export(srt, (SQUARE,), strict=False).module()
+    elif first == "compile":
+        call = torch.compile(srt, backend="eager")
+    actual = call(SQUARE).field.flatten(2).transpose(1, 2)
+    assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    raw = tokens(model, SQUARE, norm=False)
+    assert not torch.allclose(raw, expected, atol=1e-3)
+    assert_close(raw, tokens(model, SQUARE, layers=srt.backbone.modules[-1]))
 
 
 def test_another_norm_is_an_error() -> None:
@@ -141,6 +163,22 @@ def test_a_model_of_zeros_is_equal_to_itself(vit: Any) -> None:
     assert SRT(vit.to("meta"), ITSELF)(IMAGES.to("meta")).field.is_meta
 
 
+def test_nothing_is_compared_where_a_forward_is_recorded(vit: Any) -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def refuse(_images: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("called while tracing")
+
+    vit.requires_grad_(False).forward_features = refuse
+    srt = SRT(vit, ITSELF)
+    assert len(make_fx(srt)(IMAGES).graph.nodes) > 10
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.trace(lambda x: srt(x).field, IMAGES, check_trace=False)
+    torch.export.export(srt, (IMAGES,), strict=False)
+    assert not srt.backbone._compared
+
+
 # ---- hooks --------------------------------------------------------------------------------------
 
 
@@ -160,6 +198,40 @@ def test_hooks_on_the_input_of_a_model_run(vit: Any) -> None:
     assert "forward" not in vit.__dict__
     vit.compile(backend="eager")  # in place: the call of a module is compiled
     assert_close(tokens(vit), expected)
+
+
+def test_what_hooks_store_on_the_model_is_kept(vit: Any) -> None:
+    def count(module: Any, _inputs: Any) -> None:
+        module.calls = getattr(module, "calls", 0) + 1
+        module.shift = module.pos_embed + 1
+
+    vit.register_forward_pre_hook(count)
+    srt = SRT(vit, ITSELF, norm=False)
+    srt(IMAGES), srt(IMAGES)
+    assert vit.calls == 2
+    assert_close(vit.shift, vit.pos_embed + 1)
+
+
+def test_a_tensor_that_a_hook_makes_is_that_of_the_call(vit: Any) -> None:
+    """Pruning sets the masked parameter before each forward."""
+    from torch.nn.utils import prune
+
+    prune.l1_unstructured(vit, "pos_embed", 0.5)
+    with torch.no_grad():
+        vit.pos_embed_orig.mul_(3)
+        own = vit.forward_features  # reads what the hook has set at the last call
+        vit(torch.nn.functional.pad(IMAGES, (0, 160, 0, 176)))
+        expected = own(IMAGES)[:, 1:]
+    vit.pos_embed = torch.zeros_like(vit.pos_embed)  # stale
+    assert_close(tokens(vit), expected)
+
+
+def test_hooks_on_every_module_run_for_the_model(vit: Any) -> None:
+    seen = []
+    hook = nn.modules.module.register_module_forward_pre_hook(lambda m, _i: seen.append(type(m)))
+    with hook:
+        tokens(vit, norm=False)
+    assert type(vit) in seen
 
 
 @pytest.mark.parametrize("how", [{}, {"with_kwargs": True}])
@@ -316,3 +388,12 @@ def test_quantised_models(vit: Any) -> None:
     assert SRT(vit, 4).cost(64).operations > 0
     copied = copy.deepcopy(SRT(vit, ITSELF, stride=16, upsample="nearest"))
     assert_close(copied(IMAGES).field.flatten(2).transpose(1, 2), actual)
+
+
+def test_models_that_torchao_quantises(vit: Any) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    expected = tokens(vit)
+    quantization.quantize_(vit, quantization.Int8WeightOnlyConfig())
+    actual = tokens(vit)
+    assert 0 < (actual - expected).abs().max() < 0.05
+    assert_close(tokens(vit, layers="norm"), actual)

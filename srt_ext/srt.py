@@ -15,8 +15,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import _register_namedtuple  # there is no public one for named tuples
 
 from . import views as designs
@@ -31,7 +29,8 @@ from ._validation import (
     is_integer,
     wrong,
 )
-from .backbones import Backbone, Features, Layer, Model, describe, force_eager
+from .backbones import Backbone, Features, Layer, Model, describe
+from .backbones.wrappers import changes_in_training, force_eager
 from .ops import check_views, ensemble, ensemble_moments, no_grad, shift, state_mode
 from .options import Border, Interpolation, Padding, Quality, Reduce, Upsample
 from .streaming import RunningMean, RunningMedian, RunningMoments
@@ -124,7 +123,8 @@ class SRT(torch.nn.Module):
         norm: apply the final norm of the model to the features, as DINO's
             ``get_intermediate_layers`` does. Layers without one (all but the last stage of Swin;
             Hiera, ConvNeXt, ResNet) and layers by name are returned as they are. For SAM, whose
-            last norm is its neck, the neck's output.
+            last norm is its neck, the neck's output. The last layer is compared with the model's
+            own output; see below.
         inject: a layer, as in ``layers``, whose tokens are replaced by the ensemble: calling this
             gives what the model itself returns from there. See below.
         reduce: ``mean`` or ``median``.
@@ -191,7 +191,8 @@ class SRT(torch.nn.Module):
     one field in float32 for a mean, two for moments, 8 for a median.
 
     Raises:
-        TypeError, ValueError: as the ops, and for tokens whose number does not fit the picture.
+        TypeError, ValueError: as the ops; for tokens whose number does not fit the picture; for
+            hooks that would be bypassed; for a final norm that is not the model's.
 
     Example:
         >>> def mean_colour(x):  # a "model" whose tokens are the mean colours of 8 x 8 patches
@@ -568,14 +569,7 @@ class SRT(torch.nn.Module):
 
 def _warn_if_training(model: object) -> None:
     """Warns of a model in training mode, if that changes its features."""
-    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
-
-    def changes(module: torch.nn.Module) -> bool:
-        drops = module.p if isinstance(module, _DropoutNd) else 0
-        drops = drops or getattr(module, "drop_prob", None) or 0  # stochastic depth
-        return module.training and (isinstance(module, _BatchNorm) or drops > 0)
-
-    if any(map(changes, modules)):
+    if changes_in_training(model):
         warnings.warn(
             "SRT: the model is in training mode: dropout disturbs the views, and they change the "
             "statistics of its norms. Call model.eval() first",

@@ -60,6 +60,8 @@ def describe(
         return model
     if not callable(model):
         raise TypeError(f"SRT: model must be callable; got {type(model).__name__}")
+    if getattr(layers, "ndim", 0) == 1:  # an array
+        layers = layers.tolist()  # type: ignore[union-attr]
     backbone = _backbone_of(model, _as_list(layers), norm, patch, prefix)
     backbone.returns_list = isinstance(layers, Sequence) and not isinstance(layers, str)
     return backbone

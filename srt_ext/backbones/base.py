@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .._validation import check_count, check_pair
-from .wrappers import check_hooks, unwrap
+from .wrappers import call_method, changes_in_training, check_hooks, unwrap
 
 Layer = int | str
 Model = Callable[..., Any]
@@ -74,7 +75,7 @@ class Backbone(ABC):
     def _last_layer(self, images: torch.Tensor) -> tuple[torch.Tensor, Any] | None:
         """The last layer with its norm, as it is read here and as the model itself returns it.
 
-        None if the norm was not requested.
+        None if it was not requested.
         """
         return None
 
@@ -83,24 +84,23 @@ class Backbone(ABC):
 
         The final norm is found by its name, and new models may have others.
         """
-        traced = torch.compiler.is_compiling() or images.is_meta or isinstance(images, FakeTensor)
-        traced = traced or (images.is_cuda and torch.cuda.is_current_stream_capturing())
-        if images.dtype in self._compared or traced or getattr(self.inner, "training", False):
+        if torch.compiler.is_compiling() or images.dtype in self._compared:
             return
-        sizes = [tuple(images.shape[2:])]
-        if self.any_size:
-            sizes.insert(0, (2 * self.patch[0], 3 * self.patch[1]))
-        for size in sizes:
+        if is_traced(images) or changes_in_training(self.inner):
+            return
+        few = (2 * self.patch[0], 3 * self.patch[1])
+        for size in [few, images.shape[2:]] if self.any_size else [images.shape[2:]]:
             seeded = torch.Generator("cpu").manual_seed(0)
-            few = torch.rand(1, 3, *size, generator=seeded, dtype=torch.float32, device="cpu")
+            picture = torch.rand(1, 3, *size, generator=seeded, dtype=torch.float32, device="cpu")
             try:
-                found = self._last_layer(few.to(images))
+                with torch.no_grad():
+                    found = self._last_layer(picture.to(images))
+                    error = 0.0 if found is None else _relative_error(*found)
                 break
             except Exception:  # the forward of the images themselves says what is wrong
                 continue
         else:
             return
-        error = 0.0 if found is None else _relative_error(*found)
         half = images.dtype.itemsize < 4 or torch.is_autocast_enabled(images.device.type)
         if not error <= (1e-2 if half else 1e-4):  # NaN, too
             raise ValueError(
@@ -160,11 +160,29 @@ class TimedBackbone(Backbone):
         return features
 
 
+def own_output(model: Any, method: str, images: torch.Tensor) -> Any:
+    """What a method of the model returns; None where there is none that takes images alone."""
+    try:
+        return call_method(model, method, images)
+    except Exception:
+        return None
+
+
+def is_traced(images: torch.Tensor) -> bool:
+    """Whether a forward is recorded, or has no values."""
+    tracing = torch._C._is_tracing() or _get_current_dispatch_mode() is not None
+    captured = images.is_cuda and torch.cuda.is_current_stream_capturing()
+    return tracing or captured or images.is_meta or isinstance(images, FakeTensor)
+
+
 def _relative_error(tokens: torch.Tensor, own: object) -> float:
-    """Of tokens [B, K + N, C] against a model's own, or a map of them; 0 where shapes differ."""
+    """The error of tokens [B, K + N, C] relative to a model's own tokens or map.
+
+    0 where their shapes differ, or the model's have values that are not finite.
+    """
     if not isinstance(own, torch.Tensor) or not own.isfinite().all():
         return 0.0
-    tokens, own = tokens.detach().float(), own.detach().float()
+    tokens, own = tokens.float(), own.float()
     forms = [own]
     if own.dim() == 4:
         forms = [own.flatten(2).transpose(1, 2), own.flatten(1, 2)]  # NCHW, NHWC

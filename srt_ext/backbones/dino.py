@@ -53,8 +53,8 @@ class DinoBackbone(Backbone):
         return features
 
     def _last_layer(self, images: torch.Tensor) -> tuple[torch.Tensor, Any] | None:
-        if not self.norm or not hasattr(self.inner, self.own_output):
+        if not self.norm or self.count - 1 not in self.indices:
             return None
-        (last,) = self._read(images, [self.count - 1])
-        own = call_method(self.inner, self.own_output, images)
-        return last.tokens, own.get("x_norm_patchtokens") if isinstance(own, dict) else None
+        (features,) = self._read(images, [self.count - 1])
+        own = base.own_output(self.inner, self.own_output, images)
+        return features.tokens, own.get("x_norm_patchtokens") if isinstance(own, dict) else None

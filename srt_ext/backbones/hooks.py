@@ -54,9 +54,11 @@ class HookBackbone(Backbone):
                 f"modules have tokens in an order of their own; got {layers}"
             )
         # The model of a library that has the layers: this one, or one inside.
-        place, owner = contained(inner) or ("", inner)
-        if not all(name.startswith(place + ".") for name in layers):
-            place, owner = "", inner
+        place, owner = "", inner
+        for inside, model_inside in contained(inner):
+            if all(name.startswith(inside + ".") for name in layers):
+                place, owner = inside, model_inside
+                break
         if patch is None:
             infos = getattr(owner, "feature_info", [])
             reductions = {i["module"]: i["reduction"] for i in infos}

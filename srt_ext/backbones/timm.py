@@ -64,11 +64,14 @@ class TimmBackbone(Backbone):
         return features
 
     def _last_layer(self, images: torch.Tensor) -> tuple[torch.Tensor, Any] | None:
-        if not self.norm:
+        last = len(self.inner.feature_info) - 1
+        if not self.norm or last not in self.indices:
             return None
-        (last,) = self._read(images, [len(self.inner.feature_info) - 1])
-        tokens = last.tokens if last.prefix is None else torch.cat([last.prefix, last.tokens], 1)
-        return tokens, call_method(self.inner, self.own_output, images)
+        (features,) = self._read(images, [last])
+        tokens = features.tokens
+        if features.prefix is not None:
+            tokens = torch.cat([features.prefix, tokens], 1)
+        return tokens, base.own_output(self.inner, self.own_output, images)
 
 
 @contextmanager

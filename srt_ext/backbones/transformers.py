@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-import threading
 from typing import Any
 
 import torch
 
 from . import base
 from .base import Backbone, Features, Model
-from .wrappers import FINAL_NORMS, check_hooks, contained_hint, is_transformers, unwrap
+from .wrappers import FINAL_NORMS, check_hooks, contained_hint, is_transformers, twin_of, unwrap
 
 _PREFIX_PARAMETERS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
 
@@ -35,14 +35,14 @@ class TransformersBackbone(Backbone):
                 f"got {layers}{contained_hint(encoder)}"
             )
         self.indices = base.normalize_indices(layers, depth)
-        self.last, self.last_block = depth - 1, f"{blocks}.{depth - 1}"
+        self.last = depth - 1
         # Of the encoder, not of its patch embedding or its pooling: the least nested, the last.
         outside = [n for n in modules if norm and not n.startswith(blocks + ".")]
         norms = [n for n in outside if n.rpartition(".")[2] in FINAL_NORMS]
         self.norm = min(reversed(norms), key=lambda name: name.count("."), default="")
         self.normalizes = norm
         self.neck = norm and any(n.rpartition(".")[2] == "neck" for n in modules)
-        self.is_tied = False  # hidden_states[-1] is last_hidden_state
+        self.is_tied = ties_last_hidden_state(encoder)
         self.arguments = {"output_hidden_states": True, **any_size_arguments(encoder)}
         if accepts(encoder, "return_dict") or accepts(encoder, "kwargs"):
             self.arguments["return_dict"] = True  # whatever the configuration says
@@ -53,7 +53,12 @@ class TransformersBackbone(Backbone):
         self.any_size = takes_any_size(encoder)
 
     def _run(self, encoder: Any, images: torch.Tensor) -> Any:
-        return call_model(encoder, images, self.patch, self.arguments)
+        if not self.is_tied:
+            return call_model(encoder, images, self.patch, self.arguments)
+        config = copy.copy(encoder.config)
+        config.tie_last_hidden_states = False
+        with twin_of(encoder, config=config) as untied:
+            return call_model(untied, images, self.patch, self.arguments)
 
     def _features(self, images: torch.Tensor) -> list[Features]:
         encoder = vision_encoder(self.inner)
@@ -65,17 +70,10 @@ class TransformersBackbone(Backbone):
             )
         for i in self.indices:
             tokens = output.hidden_states[i + 1]  # the first is that of the patch embedding
-            is_normalized = self.is_tied and i == self.last
-            if is_normalized and not self.normalizes:
-                raise ValueError(
-                    f"SRT: norm must be True for the last layer of {type(encoder).__name__}, whose "
-                    f"hidden_states have it normalised; got False. layers={self.modules[-1]!r} "
-                    "reads it by name"
-                )
             if self.neck and i == self.last:
                 features.append(base.from_map(output.last_hidden_state))
                 continue
-            if self.norm and not is_normalized:
+            if self.norm:
                 tokens = encoder.get_submodule(self.norm)(tokens)
             # SAM's are NHWC.
             features.append(base.parse_output(tokens, images, self.patch, self.prefix)[0])
@@ -85,22 +83,13 @@ class TransformersBackbone(Backbone):
         check_hooks(self.model, called=vision_encoder(self.inner))
 
     def _last_layer(self, images: torch.Tensor) -> tuple[torch.Tensor, Any] | None:
-        if self.neck:
+        if self.neck or not self.normalizes or self.last not in self.indices:
             return None
-        encoder, thread, found = vision_encoder(self.inner), threading.get_ident(), []
-
-        def keep(_module: object, _input: object, output: Any) -> None:
-            if threading.get_ident() == thread:
-                found.append(output if isinstance(output, torch.Tensor) else output[0])
-
-        with encoder.get_submodule(self.last_block).register_forward_hook(keep):
-            output = self._run(encoder, images)
-        tokens, own = found[0], output.last_hidden_state
-        self.is_tied = not torch.equal(output.hidden_states[-1], tokens)
-        if not self.normalizes:
-            return None
-        pooled = getattr(output, "pooler_output", None)
+        encoder = vision_encoder(self.inner)
+        output = self._run(encoder, images)
+        tokens, own = output.hidden_states[-1], output.last_hidden_state
         last = encoder.get_submodule(self.norm)(tokens) if self.norm else tokens
+        pooled = getattr(output, "pooler_output", None)
         if pooled is not None and torch.equal(own, tokens) and not torch.equal(own, last):
             return last[:, 0], pooled  # CLIP normalises the pooled token alone
         return last, own
@@ -119,6 +108,21 @@ def vision_encoder(model: Any) -> Any:
         if hasattr(encoder, tower) and hasattr(encoder, other):
             return getattr(encoder, tower)
     return encoder
+
+
+def ties_last_hidden_state(encoder: Any) -> bool:
+    """Whether a model returns ``last_hidden_state`` in place of the last of ``hidden_states``."""
+    configured = getattr(encoder.config, "tie_last_hidden_states", None)
+    if configured is not None:
+        return bool(configured)
+    function: Any = type(encoder).forward
+    while function is not None:  # an argument of a decorator
+        names = function.__code__.co_freevars
+        if "tie_last_hidden_states" in names:
+            cell = function.__closure__[names.index("tie_last_hidden_states")]
+            return bool(cell.cell_contents)
+        function = getattr(function, "__wrapped__", None)
+    return False
 
 
 def accepts(model: Any, argument: str) -> bool:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as _module
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 # Names of the final norm in the models of libraries.
 FINAL_NORMS = ("layernorm", "norm", "rms_norm", "post_layernorm")
@@ -53,18 +56,17 @@ def is_dino(model: object) -> bool:
     return hasattr(model, "get_intermediate_layers")
 
 
-def contained(model: Any) -> tuple[str, Any] | None:
-    """The first model of a library inside of another module, and its name there."""
+def contained(model: Any) -> Iterator[tuple[str, Any]]:
+    """The models of libraries inside of another module, and their names there."""
     modules = model.named_modules() if isinstance(model, nn.Module) else ()
     for name, module in modules:
         if name and (is_timm(module) or is_transformers(module) or is_dino(module)):
-            return name, module
-    return None
+            yield name, module
 
 
 def contained_hint(model: Any) -> str:
     """How to give a model that is inside of another module; empty if there is none."""
-    found = contained(model)
+    found = next(contained(model), None)
     if found is None:
         return ""
     name, module = found
@@ -82,8 +84,9 @@ def contained_hint(model: Any) -> str:
 
 def has_hooks(module: Any) -> bool:
     """Whether something is to run before or after a forward of the module."""
-    hooks = (module._forward_pre_hooks, module._forward_hooks)
-    return any(hooks) or hasattr(module, "_hf_hook") or is_fsdp1(module)
+    own = module._forward_pre_hooks or module._forward_hooks
+    every = _module._global_forward_pre_hooks or _module._global_forward_hooks
+    return bool(own or every) or hasattr(module, "_hf_hook") or is_fsdp1(module)
 
 
 def call_method(model: Any, method: str, *args: Any, **kwargs: Any) -> Any:
@@ -94,19 +97,31 @@ def call_method(model: Any, method: str, *args: Any, **kwargs: Any) -> Any:
     """
     if not isinstance(model, nn.Module) or not has_hooks(model):
         return getattr(model, method)(*args, **kwargs)
-    loader = getattr(model, "_hf_hook", None)
+    loader = getattr(model, "_hf_hook", None)  # of accelerate
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if loader is None:
-            return getattr(model, method)(*args, **kwargs)
+            return getattr(twin, method)(*args, **kwargs)
         args, kwargs = loader.pre_forward(model, *args, **kwargs)
-        return loader.post_forward(model, getattr(model, method)(*args, **kwargs))
+        return loader.post_forward(model, getattr(twin, method)(*args, **kwargs))
 
-    # It shares all parts with the model, which other threads may run meanwhile. Not copy.copy,
-    # which FSDP2 overrides.
+    with twin_of(model, forward=forward, _compiled_call_impl=None) as twin:
+        return twin(*args, **kwargs)
+
+
+@contextmanager
+def twin_of(model: Any, **own: Any) -> Iterator[Any]:
+    """A module that shares all parts with the model but for its ``own`` attributes.
+
+    The model is left as it is, for other threads may run it meanwhile; but what a forward or a hook
+    stores is stored there, too. Not copy.copy, which FSDP2 overrides.
+    """
     twin = object.__new__(type(model))
-    twin.__dict__.update(model.__dict__, forward=forward, _compiled_call_impl=None)
-    return twin(*args, **kwargs)
+    twin.__dict__.update(model.__dict__, **own)
+    try:
+        yield twin
+    finally:
+        model.__dict__.update({k: v for k, v in twin.__dict__.items() if k not in own})
 
 
 def check_hooks(model: Any, *, called: Any = None, through: Any = None) -> None:
@@ -187,3 +202,17 @@ class _EagerStance:
 
 
 _eager_stance = _EagerStance()
+
+
+# ---- training -----------------------------------------------------------------------------------
+
+
+def changes_in_training(model: Any) -> bool:
+    """Whether a model is in training mode, and this changes its features."""
+
+    def changes(module: nn.Module) -> bool:
+        drops = module.p if isinstance(module, _DropoutNd) else 0
+        drops = drops or getattr(module, "drop_prob", None) or 0  # stochastic depth
+        return module.training and (isinstance(module, _BatchNorm) or drops > 0)
+
+    return any(map(changes, model.modules() if isinstance(model, nn.Module) else ()))
