@@ -14,6 +14,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from srt_ext import SRT
+from srt_ext.backbones.wrappers import unwrap
 
 pytest.importorskip("timm")
 
@@ -133,6 +134,30 @@ def test_another_norm_is_an_error() -> None:
             srt(images)
     assert tokens(model, images, norm=False).shape == (2, 16, 48)
     assert tokens(model, images, layers="layers.0").shape == (2, 16, 48)
+
+
+@pytest.mark.parametrize("kind", ["dict", "tensor"])
+def test_another_norm_of_a_model_with_intermediate_layers_is_an_error(kind: str) -> None:
+    class Dino(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch_size, self.blocks = 16, nn.ModuleList([nn.Identity()])
+            self.embed = nn.Conv2d(3, 8, 16, 16)
+
+        def get_intermediate_layers(
+            self, x: torch.Tensor, n: list[int], return_class_token: bool, norm: bool
+        ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+            found = self.embed(x).flatten(2).transpose(1, 2)
+            return [(found, found[:, 0]) for _ in n]
+
+        def forward_features(self, x: torch.Tensor) -> Any:
+            found = 2 * self.embed(x).flatten(2).transpose(1, 2)
+            every = torch.cat([found[:, :1], found], 1)
+            return {"x_norm_patchtokens": found} if kind == "dict" else every
+
+    with pytest.raises(ValueError, match="must equal the output of forward_features of Dino"):
+        tokens(Dino())
+    assert tokens(Dino(), norm=False).shape == (2, 12, 8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -279,6 +304,29 @@ def test_weights_that_accelerate_loads(vit: Any) -> None:
         assert_close(SRT(offloaded, ITSELF, inject=0)(IMAGES), vit(IMAGES))
 
 
+def test_a_forward_that_a_subclass_overrides_is_a_warning(vit: Any) -> None:
+    class Normalised(type(vit)):  # type: ignore[misc]
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return super().forward(2 * images)  # type: ignore[no-any-return]
+
+    expected = tokens(vit, 2 * IMAGES)
+    vit.__class__ = Normalised
+    with pytest.warns(UserWarning, match="does not run the forward that Normalised overrides"):
+        SRT(vit)
+    assert_close(tokens(vit, layers="norm"), expected)
+
+
+def test_errors_of_the_model_itself_are_kept(vit: Any) -> None:
+    def check(_module: nn.Module, _inputs: Any) -> None:
+        raise AssertionError("a check of the user")
+
+    with pytest.raises(RuntimeError, match="should be the same"):
+        tokens(vit, IMAGES.double())
+    vit.register_forward_pre_hook(check)
+    with pytest.raises(AssertionError, match="a check of the user"):
+        tokens(vit)
+
+
 # ---- wrappers -----------------------------------------------------------------------------------
 
 
@@ -309,6 +357,8 @@ def test_parallel_wrappers(vit: Any, one_process: None) -> None:
     ):
         assert_close(tokens(model), expected)
         assert_close(tokens(model, patch=16, layers="norm"), expected)
+        path = next(n for n, module in model.named_modules() if module is unwrap(model))
+        assert_close(tokens(model, layers=f"{path}.norm".lstrip(".")), expected)
 
 
 def test_fully_sharded_modules_are_read_by_names(vit: Any, one_process: None) -> None:

@@ -5,7 +5,6 @@ Method: Lao et al., "Sub-token ViT Embedding via Stochastic Resonance Transforme
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -123,7 +122,8 @@ class SRT(torch.nn.Module):
         norm: apply the final norm of the model to the features, as DINO's
             ``get_intermediate_layers`` does. Layers without one (all but the last stage of Swin;
             Hiera, ConvNeXt, ResNet) and layers by name are returned as they are. For SAM, whose
-            last norm is its neck, the neck's output. The last layer is compared with the model's
+            last norm is its neck, the neck's output. For CLIP, which normalises its pooled token
+            alone, that norm. The last layer is compared with the model's
             own output; see below.
         inject: a layer, as in ``layers``, whose tokens are replaced by the ensemble: calling this
             gives what the model itself returns from there. See below.
@@ -231,9 +231,12 @@ class SRT(torch.nn.Module):
             _check_inject(inject, layers, stride)
         self._injects = inject is not None
         requested = inject if self._injects else layers
-        settings = {"layers": requested, "norm": norm, "patch": patch, "prefix": prefix}
+        settings: Any = {"layers": requested, "norm": norm, "patch": patch, "prefix": prefix}
         # Copies: lists and arrays may change later.
-        self._settings: Any = {name: copy.copy(value) for name, value in settings.items()}
+        self._settings: Any = {
+            name: value.copy() if hasattr(value, "copy") else value
+            for name, value in settings.items()
+        }
         self._is_fixed = isinstance(model, Backbone)
         self._backbone = self._describe(model)
         self.model = self._backbone.model  # a submodule if it is a module

@@ -9,7 +9,7 @@ import torch
 
 from . import base
 from .base import Backbone, Features, Model
-from .wrappers import call_method, unwrap
+from .wrappers import call_method, unwrap, warn_if_overridden
 
 
 class DinoBackbone(Backbone):
@@ -19,7 +19,13 @@ class DinoBackbone(Backbone):
 
     def __init__(self, model: Model, layers: list[int], norm: bool, patch: object, prefix: object):
         inner = unwrap(model)
-        count = getattr(inner, "n_blocks", None) or len(inner.blocks)
+        blocks = getattr(inner, "blocks", ())
+        count = getattr(inner, "n_blocks", None) or len(blocks)
+        if not count:
+            raise ValueError(
+                "SRT: layers must be names of modules, with patch, for a model with "
+                f"get_intermediate_layers and without blocks; got {type(inner).__name__}"
+            )
         self.indices, self.count, self.norm = base.normalize_indices(layers, count), count, norm
         self.accepts = tuple(inspect.signature(inner.get_intermediate_layers).parameters)
         if not norm and "norm" not in self.accepts:
@@ -28,8 +34,9 @@ class DinoBackbone(Backbone):
                 "normalises; got False"
             )
         self.prefix = base.resolve_prefix(prefix, None)
-        names = [f"blocks.{i}" for i in self.indices] if len(inner.blocks) == count else []
+        names = [f"blocks.{i}" for i in self.indices] if len(blocks) == count else []
         super().__init__(model, base.resolve_patch(patch, base.declared_patch(inner)), names)
+        warn_if_overridden(inner, "get_intermediate_layers")
         positions = ("interpolate_pos_encoding", "rope_embed")  # of DINO and DINOv2; of DINOv3
         self.any_size = any(hasattr(inner, name) for name in positions)
 
@@ -46,6 +53,7 @@ class DinoBackbone(Backbone):
         arguments = {"reshape": False, "return_class_token": True, "norm": self.norm}
         if "return_extra_tokens" in self.accepts:  # DINOv3: registers, too
             arguments["return_extra_tokens"] = True
+        arguments = {name: value for name, value in arguments.items() if name in self.accepts}
         features = []
         for tokens, *others in call_method(self.inner, get, images, n=indices, **arguments):
             prefix = torch.cat([t if t.dim() == 3 else t[:, None] for t in others], 1)
@@ -57,4 +65,8 @@ class DinoBackbone(Backbone):
             return None
         (features,) = self._read(images, [self.count - 1])
         own = base.own_output(self.inner, self.own_output, images)
-        return features.tokens, own.get("x_norm_patchtokens") if isinstance(own, dict) else None
+        if isinstance(own, dict):
+            own = own.get("x_norm_patchtokens")
+        elif isinstance(own, torch.Tensor) and own.dim() == 3:
+            own = own[:, -features.tokens.shape[1] :]  # behind class and register tokens
+        return features.tokens, own

@@ -21,6 +21,7 @@ from .wrappers import (
     contained,
     force_eager,
     has_hooks,
+    is_dino,
     is_timm,
     is_transformers,
     unwrap,
@@ -37,6 +38,10 @@ class HookBackbone(Backbone):
     def __init__(self, model: Model, layers: list[str], patch: object, prefix: object):
         inner = unwrap(model)
         known = dict(inner.named_modules()) if isinstance(inner, torch.nn.Module) else {}
+        # Names may be those of the wrapper, too: `module.blocks.0` of DataParallel.
+        outer = model.named_modules() if isinstance(model, torch.nn.Module) else ()
+        path = next((f"{n}." for n, module in outer if n and module is inner), "")
+        layers = [name if name in known else name.removeprefix(path) for name in layers]
         for name in layers:
             if name not in known or name == "":
                 rule = f"layers must be indices, or names of modules of {type(inner).__name__}"
@@ -55,7 +60,8 @@ class HookBackbone(Backbone):
             )
         # The model of a library that has the layers: this one, or one inside.
         place, owner = "", inner
-        for inside, model_inside in contained(inner):
+        is_library = is_timm(inner) or is_transformers(inner) or is_dino(inner)
+        for inside, model_inside in () if is_library else contained(inner):
             if all(name.startswith(inside + ".") for name in layers):
                 place, owner = inside, model_inside
                 break

@@ -12,7 +12,7 @@ import torch
 
 from . import base
 from .base import Backbone, Features, Model
-from .wrappers import call_method, unwrap
+from .wrappers import call_method, unwrap, warn_if_overridden
 
 
 class TimmBackbone(Backbone):
@@ -33,6 +33,7 @@ class TimmBackbone(Backbone):
         names = [info[i]["module"] for i in self.indices]
         super().__init__(model, base.resolve_patch(patch, declared), names)
         self.any_size = takes_any_size(inner)
+        warn_if_overridden(inner, "forward_intermediates")
         base.resolve_prefix(prefix, self.prefix)
         # Hiera's modules permute the tokens; some models declare modules that do not exist.
         if hasattr(inner, "reroll") or not set(names) <= {n for n, _ in inner.named_modules() if n}:
@@ -74,14 +75,18 @@ class TimmBackbone(Backbone):
         return tokens, base.own_output(self.inner, self.own_output, images)
 
 
+_SIZE = re.compile(r"Input (height|width|size|image|img)[^\n]*?\([^\n]*?\)[^\n]*?\([^\n]*?\)")
+
+
 @contextmanager
 def image_size_errors(images: torch.Tensor) -> Iterator[None]:
     """Explains how to change the image size, where a model of timm refuses it."""
     try:
         yield
     except (AssertionError, RuntimeError) as error:  # the latter from compiled code
-        found = re.search(r"Input [a-z ]+ \(.*?\) .*?\(.*?\)", str(error))
-        if found is None and isinstance(error, RuntimeError):
+        found, words = _SIZE.search(str(error)), str(error).lower()
+        about_sizes = not words or any(w in words for w in ("height", "width", "size", "divisible"))
+        if found is None and (isinstance(error, RuntimeError) or not about_sizes):
             raise
         reason = found[0] if found else str(error).rstrip(".")
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -34,6 +35,8 @@ def wrappers(model: Any) -> list[Any]:
             found.append(model._orig_mod)
         elif callable(getattr(model, "get_base_model", None)):
             found.append(model.get_base_model())
+        elif type(model).__name__ == "PeftMixedModel":
+            found.append(model.base_model.model)
         else:
             return found
 
@@ -48,12 +51,13 @@ def is_transformers(model: object) -> bool:
     return ("transformers.modeling_utils", "PreTrainedModel") in names
 
 
+# By the type: a module around a model may pass attributes on.
 def is_timm(model: object) -> bool:
-    return hasattr(model, "forward_intermediates") and hasattr(model, "feature_info")
+    return hasattr(type(model), "forward_intermediates") and hasattr(model, "feature_info")
 
 
 def is_dino(model: object) -> bool:
-    return hasattr(model, "get_intermediate_layers")
+    return hasattr(type(model), "get_intermediate_layers")
 
 
 def contained(model: Any) -> Iterator[tuple[str, Any]]:
@@ -77,6 +81,20 @@ def contained_hint(model: Any) -> str:
         return f". It contains a {type(module).__name__}: {by_name}"
     kind = type(module).__name__
     return f". It contains a {kind}: give model.get_submodule({name!r}) for that alone; {by_name}"
+
+
+def warn_if_overridden(model: Any, method: str) -> None:
+    """Warns of a subclass whose ``forward`` does what ``method`` does not know."""
+    kinds = type(model).__mro__
+    places = (
+        next((i for i, k in enumerate(kinds) if n in vars(k)), 0) for n in ("forward", method)
+    )
+    if next(places) < next(places):
+        warnings.warn(
+            f"SRT: features are read by {method}, which does not run the forward that "
+            f"{type(model).__name__} overrides. Layers by name run it",
+            stacklevel=2,
+        )
 
 
 # ---- hooks --------------------------------------------------------------------------------------
@@ -142,7 +160,9 @@ def check_hooks(model: Any, *, called: Any = None, through: Any = None) -> None:
         else:
             hooks += module._forward_pre_hooks.values()
         replaced = module.__dict__.get("forward")
-        if replaced is not None and not hasattr(module, "_hf_hook") and not _is_compiled(replaced):
+        # accelerate offloads weights and enters autocast by such a forward.
+        of_accelerate = hasattr(module, "_hf_hook") or hasattr(module, "_original_forward")
+        if replaced is not None and not of_accelerate and not _is_compiled(replaced):
             hooks.append(replaced)
         if hooks:
             name = getattr(hooks[0], "__qualname__", type(hooks[0]).__name__)
