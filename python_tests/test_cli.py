@@ -370,6 +370,45 @@ def test_a_full_disk_is_one_line_and_keeps_the_earlier_file(
         assert Path(output).read_bytes() == b"earlier"
 
 
+def test_two_runs_at_once_leave_one_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / ("照" * 78 + ".safetensors")  # which leaves no room for a suffix
+    with common.replacing(path) as first, first.open("wb") as one:
+        one.write(b"a" * 10)
+        with common.replacing(path) as second, second.open("wb") as two:
+            one.write(b"a" * 10)
+            one.flush()
+            two.write(b"b" * 15)
+        assert path.read_bytes() == b"b" * 15
+        one.write(b"a" * 10)
+    assert path.read_bytes() == b"a" * 30
+    assert list(tmp_path.iterdir()) == [path]
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("plant", ["link", "pipe"])
+def test_a_temporary_file_is_never_one_of_others(
+    tmp_path: Path, plant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if its name is known."""
+    (tmp_path / "precious").write_bytes(b"of others")
+    path = tmp_path / "out.npz"
+    monkeypatch.setattr("secrets.token_hex", lambda n: "0" * 2 * n)
+    with common.replacing(path) as partial:
+        pass
+    path.unlink()
+    if plant == "link":
+        partial.symlink_to("precious")
+    else:
+        os.mkfifo(partial)
+    with pytest.raises(common.OutputError, match="File exists"), common.replacing(path) as again:
+        again.write_bytes(b"ours")
+    common.remove_partials([path])
+    assert (partial.is_symlink(), partial.is_fifo()) == (plant == "link", plant == "pipe")
+    assert (tmp_path / "precious").read_bytes() == b"of others"
+    assert not path.exists()
+
+
 def test_an_output_that_is_a_link_stays_one(photo: Path, tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "out.npz").symlink_to("disk/out.npz")

@@ -131,10 +131,12 @@ def test_a_second_run_writes_what_is_missing(photos: Path, out: Path) -> None:
     with suppress(ZeroDivisionError), common.replacing(out / NAMES[0]) as partial:
         raise ZeroDivisionError
     partial.write_bytes(b"of a run that was killed")
+    others = partial.with_name(f".{'0' * 16}-{'0' * 16}.partial")
+    others.write_bytes(b"of a run that writes to another file")
     before = load_file(out / NAMES[2])["field"]
     Image.new("RGB", (40, 64), "red").save(photos / "trip/day 2/b.PNG")
     assert "3 written (1 had changed since), 0 were there" in extract(photos, out)
-    assert list(made(out)) == NAMES
+    assert list(made(out)) == [others.name, *NAMES]
     assert load_file(out / NAMES[1])["field"].equal(load(content)["field"])
     assert load_file(out / NAMES[2])["field"].shape != before.shape
 

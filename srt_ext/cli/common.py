@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import secrets
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from io import BytesIO
@@ -227,19 +228,38 @@ def check_output(path: Path, suffixes: tuple[str, ...]) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to, whose file replaces that of ``path`` if the block ends without an error.
 
-    So there is always the file as it was before or the whole new one. The name has one length,
-    whatever that of ``path``; it is hidden, and the same in the next run. Raises an OutputError.
+    So there is always the file as it was before or the whole new one. The temporary file is hidden,
+    its name is random and short. Raises an OutputError.
     """
-    name = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
-    partial = path.with_name(f".{name}.partial")
+    partial = path.with_name(f"{_partial_stem(path)}{secrets.token_hex(8)}.partial")
     try:
-        yield partial
-        partial.replace(path)
+        partial.touch(exist_ok=False)  # O_EXCL: no file or link of others; mode as of any new file
+        try:
+            yield partial
+            partial.replace(path)
+        finally:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
     except OSError as error:
         raise OutputError.of(path, error) from None
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+
+
+def remove_partials(paths: Iterable[Path]) -> None:
+    """Removes what killed runs left of :func:`replacing`; no other run may write to ``paths``."""
+    stems: dict[Path, set[str]] = {}
+    for path in paths:
+        stems.setdefault(path.parent, set()).add(_partial_stem(path))
+    for folder, ours in stems.items():
+        with suppress(OSError), os.scandir(folder) as entries:
+            for entry in entries:
+                stem = re.sub(r"[0-9a-f]{16}\.partial$", "", entry.name)
+                if stem != entry.name and stem in ours and entry.is_file(follow_symlinks=False):
+                    os.unlink(entry)
+
+
+def _partial_stem(path: Path) -> str:
+    """A hash, because the name of ``path`` may leave no room for a suffix."""
+    return f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}-"
 
 
 def save_figure(figure: Figure, path: Path, dpi: int) -> None:

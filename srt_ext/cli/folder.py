@@ -179,6 +179,7 @@ def write_folder(
     images = found.files
     targets = {out / f"{path.relative_to(folder)}.safetensors": path for path in images}
     finished = _finished(out, targets, settings)
+    common.remove_partials(targets)
     todo: list[tuple[Path, Path, dict[str, str]]] = []  # image, target, metadata
     for target, path in targets.items():
         source = {"photo": common.utf8(path.relative_to(folder).as_posix()), **_file_version(path)}
