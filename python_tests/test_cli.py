@@ -234,6 +234,14 @@ def test_16_bits_keep_their_shades_and_transparent_pixels_are_white(tmp_path: Pa
         ("show photo.png --weights pipe.png", "pipe.png is no file"),
         ("show float.tif SMALL", "no readable picture: not of 8 or 16 bits"),
         ("show photo.png --model vit_nonsense", "timm has no model 'vit_nonsense'"),
+        ("show photo.png --model foo:bar", "timm has no model 'foo:bar'"),
+        ("show photo.png --model local-dir:/nothere", "the model folder /nothere does not exist"),
+        ("show photo.png --model local-dir:frames", "frames has no config.json, which names"),
+        ("show photo.png --model hf-hub:", "--model must be hf-hub:OWNER/NAME; got 'hf-hub:'"),
+        (
+            "show photo.png --model hf-hub:a/b/c",
+            "--model must be hf-hub:OWNER/NAME; got 'hf-hub:a/",
+        ),
         ("show photo.png --weights missing.safetensors", "missing.safetensors is no file"),
         ("show photo.png --weights .", "is no file"),
         ("show photo.png SMALL --weights broken.jpg", "no readable safetensors file"),
@@ -594,7 +602,17 @@ def test_pickles_are_not_loaded(
         hub.load_timm(SMALL)
 
 
-def test_a_model_of_the_hub_comes_from_its_cache(tmp_path: Path, fake_hub: Hub) -> None:
+@pytest.mark.parametrize("name", ["foo:bar", "local-dir:/nothere", "hf-hub:", "hf-hub:a b"])
+def test_a_wrong_name_is_a_model_error(name: str) -> None:
+    with pytest.raises(hub.ModelError) as error:
+        hub.load_timm(name)
+    assert type(error.value) is hub.ModelError
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "open_clip_model.safetensors"])
+def test_a_model_of_the_hub_comes_from_its_cache(
+    tmp_path: Path, fake_hub: Hub, weights: str
+) -> None:
     name = "hf-hub:timm/mine"
     with pytest.raises(hub.PretrainedError, match="not in the hub's cache"):
         hub.load_timm(name)
@@ -603,9 +621,11 @@ def test_a_model_of_the_hub_comes_from_its_cache(tmp_path: Path, fake_hub: Hub) 
     fake_hub.keep("mine", load_file(path / "model.safetensors"))
     snapshot = fake_hub.folder / "models--timm--mine/snapshots/abc"
     shutil.copy(path / "config.json", snapshot / "config.json")
+    (snapshot / "model.safetensors").rename(snapshot / weights)
     vit, config = hub.load_timm(name)
     assert (vit.head.out_features, config["mean"]) == (10, [0.1, 0.2, 0.3])
-    assert len(fake_hub.asked) == 1
+    # For the first of both files: the cache does not know that the hub does not have it.
+    assert len(fake_hub.asked) == 1 + (weights != "model.safetensors")
 
 
 # ---- the default model --------------------------------------------------------------------------
@@ -671,7 +691,7 @@ def test_a_named_model_is_never_replaced(
     output = tmp_path / "out.npz"
     text = run("features", photo, "-o", output, "--model", SMALL + tag, code=1)
     assert text.count("\n") == 1
-    assert text.startswith(f"error: the pretrained weights of {SMALL + tag} cannot be had: ")
+    assert text.startswith(f"error: the pretrained weights of {SMALL + tag} are not available: ")
     assert ("tag (nonsense)" if tag == ".nonsense" else "does not answer: Conn") in text
     assert "--weights" in text
     assert not output.exists()

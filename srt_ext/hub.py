@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 SMALL = "small"  # the model of srt_ext.demo, which needs no network
 HUB_TIMEOUT = 3.0  # seconds
+CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"  # in a repository of the hub, or a folder
+OPEN_CLIP_SAFETENSORS = "open_clip_model.safetensors"  # where that is missing
 
 
 class ModelError(RuntimeError):
@@ -21,7 +24,7 @@ class PretrainedError(ModelError):
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(
-            f"the pretrained weights of {name} cannot be had: {reason}. Give a state dict with "
+            f"the pretrained weights of {name} are not available: {reason}. Give a state dict with "
             f"--weights FILE.safetensors, or take --model {SMALL}, which needs no network"
         )
         self.reason = reason
@@ -54,12 +57,33 @@ def _model_folder(name: str) -> Path | None:
     """The folder of ``local-dir:`` and ``hf-hub:`` names: config.json and weights."""
     source, _, place = name.partition(":")
     if source == "local-dir":
-        return Path(place)
+        folder = Path(place)
+        if not folder.is_dir():
+            raise ModelError(f"the model folder {folder} does not exist")
+        if not (folder / CONFIG).is_file():
+            raise ModelError(f"{folder} has no {CONFIG}, which names the architecture of the model")
+        return folder
     if source not in ("hf-hub", "hf_hub"):
         return None
+    from huggingface_hub.utils import HFValidationError
+
     repository, _, revision = place.partition("@")
-    _fetch(name, repository, revision, SAFETENSORS)
-    return _fetch(name, repository, revision, "config.json").parent
+    try:
+        folder = _fetch(name, repository, revision, CONFIG).parent
+        _fetch_weights(name, repository, revision)
+    except HFValidationError as error:
+        raise ModelError(f"--model must be hf-hub:OWNER/NAME; got {name!r} ({error})") from error
+    return folder
+
+
+def _fetch_weights(name: str, repository: str, revision: str) -> None:
+    try:
+        _fetch(name, repository, revision, SAFETENSORS)
+    except PretrainedError:
+        with suppress(PretrainedError):
+            _fetch(name, repository, revision, OPEN_CLIP_SAFETENSORS)
+            return
+        raise
 
 
 def _weights_of(folder: Path) -> Path:
@@ -77,7 +101,7 @@ def _create(name: str, *, pretrained: bool) -> tuple[Any, dict[str, Any]]:
     from timm.data.config import resolve_model_data_config
 
     plain = name.split(".")[0]
-    if ":" not in name and not timm.is_model(plain):
+    if not name.startswith("local-dir:") and not timm.is_model(plain):
         first = plain.split("_")[0]
         near = ", ".join((timm.list_models(f"{plain}*") or timm.list_models(f"*{first}*"))[:3])
         hint = f" (for instance {near})" if near else ""
