@@ -73,7 +73,7 @@ def command(
     import torch
 
     from ..srt import SRT
-    from .folder import lock_folder, save, to_tensors, write_folder
+    from .folder import Extraction, lock_folder, save, to_tensors, write_folder
 
     common.check_inputs(views, weights)
     if many:
@@ -100,8 +100,8 @@ def command(
     }
     if many:
         with lock_folder(output):
-            options = (size, torch_dtype, workers)
-            write_folder(photo, found, output, settings, network, srt, *options)
+            extraction = Extraction(network, srt, size, torch_dtype, settings)
+            write_folder(photo, found, output, extraction, workers)
         return
     with common.progress_bar("views", count) as progress:
         start = time.perf_counter()

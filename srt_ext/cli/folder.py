@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import typer
@@ -154,75 +154,98 @@ def lock_folder(out: Path) -> Iterator[None]:
         os.close(handle)
 
 
+class Extraction(NamedTuple):
+    """What to extract; ``settings`` is everything that the features depend on, for metadata."""
+
+    network: common.Network
+    srt: SRT
+    size: int
+    dtype: torch.dtype
+    settings: dict[str, str]
+
+
+class _Task(NamedTuple):
+    path: Path
+    target: Path
+    metadata: dict[str, str]
+    again: bool  # the image has changed since it was written
+
+
 def write_folder(
-    folder: Path,
-    found: Found,
-    out: Path,
-    settings: dict[str, str],
-    network: common.Network,
-    srt: SRT,
-    size: int,
-    dtype: torch.dtype,
-    workers: int,
+    folder: Path, found: Found, out: Path, extraction: Extraction, workers: int
 ) -> None:
     """Writes the features of the images in a folder, with a progress bar and a summary.
 
     ``a/b.jpg`` becomes ``OUT/a/b.jpg.safetensors``, so that ``b.png`` has another name. The
-    metadata of each file has ``settings``, everything that the features depend on. Finished files
-    are skipped. Images that fail are reported and skipped.
+    metadata of each file has the settings. Finished files are skipped. Images that fail are
+    reported and skipped.
 
     ``out`` may be ``folder`` or be inside it. Existing files are replaced, and links are not
     followed. Raises an OutputError if ``out`` has features of other settings, before any work, or
     cannot be written; typer.Exit if images failed or the run was interrupted.
     """
-    images = found.files
-    targets = {out / f"{path.relative_to(folder)}.safetensors": path for path in images}
-    finished = _finished(out, targets, settings)
-    common.remove_partials(targets)
-    todo: list[tuple[Path, Path, dict[str, str]]] = []  # image, target, metadata
-    for target, path in targets.items():
-        source = {"photo": common.utf8(path.relative_to(folder).as_posix()), **_file_version(path)}
-        if target not in finished or not source.items() <= finished[target].items():
-            todo.append((path, target, {**settings, **source}))
-    again = sum(target in finished for _, target, _ in todo)  # their images have changed
-    there, failed, written = len(images) - len(todo), 0, []
+    tasks = _tasks(folder, found, out, extraction.settings)
+    done = len(found.files) - len(tasks)
+    written: list[int | None] = []  # bytes; None for images that failed
     for message in found.errors:
         common.error(message)
     start = time.perf_counter()
     try:
-        loaded = _load([path for path, _, _ in todo], size, workers)
-        with common.progress_bar("pictures", len(images)) as progress:
-            progress(there)
-            for (path, target, metadata), pixels in zip(todo, loaded, strict=True):
-                try:
-                    if isinstance(pixels, str):
-                        raise ImageError(pixels)
-                    _check_name(target)
-                    tensors = to_tensors(srt(network.image(pixels.numpy())), dtype)
-                    written.append(_write(target, tensors, metadata))
-                except Exception as error:  # an image must not end the run
-                    if isinstance(error, OutputError) and error.errno not in _OF_ONE_NAME:
-                        raise
-                    failed += 1
-                    named = isinstance(error, (ImageError, OutputError))
-                    common.error(str(error) if named else f"{path}: {common.describe(error)}")
-                progress(there + failed + len(written))
+        with common.progress_bar("pictures", len(found.files)) as progress:
+            progress(done)
+            for result in _write_all(tasks, extraction, workers):
+                written.append(result)
+                progress(done + len(written))
     except KeyboardInterrupt:
         common.error("interrupted; the same command resumes")
         raise typer.Exit(130) from None
     finally:
+        again, skipped = sum(task.again for task in tasks), found.skipped_kinds()
         changed = f" ({again} because the picture has changed)" if again else ""
-        skipped = found.skipped_kinds()
+        sizes = [result for result in written if result is not None]
         common.echo(
-            f"{len(images)} pictures: {len(written)} written{changed}, "
-            f"{there} skipped (already done), {failed} failed",
+            f"{len(found.files)} pictures: {len(sizes)} written{changed}, "
+            f"{done} skipped (already done), {written.count(None)} failed",
             *[f"skipped (not images): {skipped}"] * bool(skipped),
-            f"{sum(written) / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s, "
-            f"{network.backbone.seconds:.1f} s of it in the model",
+            f"{sum(sizes) / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s, "
+            f"{extraction.network.backbone.seconds:.1f} s of it in the model",
             f"wrote to {out}",
         )
-    if failed or found.errors:
+    if None in written or found.errors:
         raise typer.Exit(1)
+
+
+def _tasks(folder: Path, found: Found, out: Path, settings: dict[str, str]) -> list[_Task]:
+    """The images that are not finished. Removes the temporary files of killed runs."""
+    targets = {out / f"{path.relative_to(folder)}.safetensors": path for path in found.files}
+    finished = _finished(out, targets, settings)
+    common.remove_partials(targets)
+    tasks = []
+    for target, path in targets.items():
+        source = {"photo": common.utf8(path.relative_to(folder).as_posix()), **_file_version(path)}
+        if target not in finished or not source.items() <= finished[target].items():
+            tasks.append(_Task(path, target, {**settings, **source}, target in finished))
+    return tasks
+
+
+def _write_all(tasks: list[_Task], extraction: Extraction, workers: int) -> Iterator[int | None]:
+    """Yields the bytes written for each image, or None if it failed, which is reported."""
+    network, srt, size, dtype, _ = extraction
+    loaded = _load([task.path for task in tasks], size, workers)
+    for task, pixels in zip(tasks, loaded, strict=True):
+        written = None
+        try:
+            if isinstance(pixels, str):
+                raise ImageError(pixels)
+            _check_name(task.target)
+            tensors = to_tensors(srt(network.image(pixels.numpy())), dtype)
+            written = _write(task.target, tensors, task.metadata)
+        except Exception as error:  # an image must not end the run
+            if isinstance(error, OutputError) and error.errno not in _OF_ONE_NAME:
+                raise
+            named = isinstance(error, (ImageError, OutputError))
+            common.error(str(error) if named else f"{task.path}: {common.describe(error)}")
+        yield written
 
 
 def _finished(out: Path, targets: Any, settings: dict[str, str]) -> dict[Path, dict[str, str]]:

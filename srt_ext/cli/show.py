@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import common
-from .images import ImageError, find_images, open_image, to_pixels
+from .images import Found, ImageError, find_images, open_image, to_pixels
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ..viz import Comparison
 
 
@@ -75,39 +77,36 @@ def command(
         common.check_output(output, common.FIGURE_SUFFIXES)
     elif output.suffix:
         common.check_output(output, (".gif", ".webp"))
-    from ..viz import Comparison, draw
+    from ..viz import Comparison
 
     common.check_inputs(views, weights)
-    if video:
-        found = find_images(photo)
-        first = first_readable(found.files)
-    else:
-        first = open_image(photo)
+    found = find_images(photo) if video else None
+    first = open_image(photo) if found is None else first_readable(found.files)
     point = None if query is None else parse_query(query, first.size)
     if video and not output.suffix:
-        # It must be empty: frames of an earlier, longer video would seem to belong to this one.
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise common.fatal(f"{output} must be a new folder, or an empty one")
-        output.mkdir(parents=True, exist_ok=True)
+        make_frame_folder(output)
     network = common.load_network(model, weights, layer or [-1])
     settings: Any = {"stride": stride, "view_batch": view_batch, "noise": noise, "query": point}
     with common.warnings_as_notes():
         comparison = Comparison(network.backbone, views, scale=scale, quality=quality, **settings)
-    count = len(comparison.srt.views.offsets)
     names = [f"layer {index}" for index in layer or [-1]]
-    if video:
-        frames = draw_frames(found.files, comparison, network, names, size)
-        written = write_frames(frames, output, fps)
-        if not written:
-            raise common.fatal(f"none of {len(found.files)} frames could be drawn")
-        failed = len(found.files) - written
-        if skipped := found.skipped_kinds():
-            common.echo(f"skipped (not images): {skipped}")
-        common.echo(f"{written} frames, {failed} skipped", f"wrote {output}")
-        if failed:
-            raise typer.Exit(1)
-        return
-    pixels = to_pixels(first, size)
+    if found is None:
+        draw_photo(to_pixels(first, size), comparison, network, names, output)
+    else:
+        write_video(found, draw_frames(found.files, comparison, network, names, size), output, fps)
+
+
+def draw_photo(
+    pixels: np.ndarray,
+    comparison: Comparison,
+    network: common.Network,
+    names: list[str],
+    output: Path,
+) -> None:
+    """pixels: [H, W, 3] uint8; names: those of the rows."""
+    from ..viz import draw
+
+    count = len(comparison.srt.views.offsets)
     with common.progress_bar("views", count) as progress:
         rows = comparison(network.image(pixels), pixels, progress)
     common.save_figure(draw(rows, names), output, dpi=150)
@@ -117,6 +116,26 @@ def command(
         common.timing(network.backbone.seconds, comparison.srt_seconds),
         f"wrote {output}",
     )
+
+
+def write_video(found: Found, frames: Iterator[Any], output: Path, fps: float) -> None:
+    """Writes the frames and prints a summary; raises typer.Exit if any failed."""
+    written = write_frames(frames, output, fps)
+    if not written:
+        raise common.fatal(f"none of {len(found.files)} frames could be drawn")
+    failed = len(found.files) - written
+    if skipped := found.skipped_kinds():
+        common.echo(f"skipped (not images): {skipped}")
+    common.echo(f"{written} frames, {failed} skipped", f"wrote {output}")
+    if failed:
+        raise typer.Exit(1)
+
+
+def make_frame_folder(folder: Path) -> None:
+    """It must be empty: frames of an earlier, longer video would seem to belong to this one."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise common.fatal(f"{folder} must be a new folder, or an empty one")
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def first_readable(paths: list[Path]) -> Any:
