@@ -147,7 +147,7 @@ def test_a_video_is_an_animation_in_one_basis(
     frames: Path, tmp_path: Path, suffix: str, drawn: Any
 ) -> None:
     output = tmp_path / f"out{suffix}"
-    assert "4 frames, 0 left out" in show(frames, output, "--fps", 5, "--query", "5,5")
+    assert "4 frames, 0 skipped" in show(frames, output, "--fps", 5, "--query", "5,5")
     with Image.open(output) as video:
         assert video.n_frames == 4
         video.seek(1)
@@ -169,9 +169,9 @@ def test_a_video_as_frames_leaves_out_what_does_not_fit(frames: Path, tmp_path: 
     (frames / "f2.png").write_bytes((frames / "f2.png").read_bytes()[:500])
     Image.new("RGB", (40, 40)).save(frames / "f3.png")
     text = run("show", frames, "-o", tmp_path / "other", *model(), *FAST, code=1)
-    assert "f2.png is no readable picture" in text
-    assert "f3.png is 40 x 40; left out" in text
-    assert "3 frames, 2 left out" in text
+    assert "f2.png is not a readable picture" in text
+    assert "f3.png is 40 x 40; skipped" in text
+    assert "3 frames, 2 skipped" in text
     assert len(list((tmp_path / "other").iterdir())) == 3
 
 
@@ -190,9 +190,9 @@ def test_a_frame_that_fails_is_left_out_and_the_next_one_gives_the_basis(
     monkeypatch.setattr(viz.Comparison, "field", fail_once)
     (frames / "f0.png").write_text("no picture")
     text = run("show", frames, "-o", tmp_path / "out.gif", *model(), *FAST, "--query=9,9", code=1)
-    assert "3 frames, 2 left out" in text
-    assert "f0.png is no readable picture" in text
-    assert "f1.png: RuntimeError: no field; left out" in text
+    assert "3 frames, 2 skipped" in text
+    assert "f0.png is not a readable picture" in text
+    assert "f1.png: RuntimeError: no field; skipped" in text
     again = shutil.ignore_patterns("f0.png", "f1.png")
     shutil.copytree(frames, tmp_path / "again", ignore=again)
     show(tmp_path / "again", tmp_path / "out.gif", "--query=9,9")
@@ -221,25 +221,33 @@ def test_16_bits_keep_their_shades_and_transparent_pixels_are_white(tmp_path: Pa
     [
         ("show missing.jpg", "missing.jpg does not exist"),
         ("show no[/b]picture[red].png", "no[/b]picture[red].png does not exist"),
-        ("show broken.jpg", "no readable picture"),
-        ("show large.png", "no readable picture"),
+        ("show broken.jpg", "not a readable picture"),
+        ("show large.png", "not a readable picture"),
         ("show dot.png SMALL", "fewer than 3 tokens"),
-        ("features empty.png -o out.npz", "no readable picture"),
-        ("features pipe.png -o out.npz", "pipe.png is no regular file"),
-        ("features /dev/zero -o out.npz", "/dev/zero is no regular file"),
-        ("features program.jpg -o out.npz", "no readable picture: cannot identify"),  # EPS
+        ("features empty.png -o out.npz", "not a readable picture"),
+        ("features pipe.png -o out.npz", "pipe.png is not a regular file"),
+        ("features /dev/zero -o out.npz", "/dev/zero is not a regular file"),
+        ("features program.jpg -o out.npz", "not a readable picture: cannot identify"),  # EPS
         (f"features {'a' * 300}.png -o out.npz", "File name too long"),
         (f"features photo.png -o {'a' * 300}.npz", "File name too long"),
-        ("features photo.png -o pipe.npz", "it is no regular file"),
-        ("show photo.png --weights pipe.png", "pipe.png is no file"),
-        ("show float.tif SMALL", "no readable picture: not of 8 or 16 bits"),
+        ("features photo.png -o pipe.npz", "it is not a regular file"),
+        ("show photo.png --weights pipe.png", "pipe.png is not a file"),
+        ("show float.tif SMALL", "not a readable picture: not of 8 or 16 bits"),
         ("show photo.png --model vit_nonsense", "timm has no model 'vit_nonsense'"),
-        ("show photo.png --weights missing.safetensors", "missing.safetensors is no file"),
-        ("show photo.png --weights .", "is no file"),
-        ("show photo.png SMALL --weights broken.jpg", "no readable safetensors file"),
+        ("show photo.png --model foo:bar", "timm has no model 'foo:bar'"),
+        ("show photo.png --model local-dir:/nothere", "the model folder /nothere does not exist"),
+        ("show photo.png --model local-dir:frames", "frames has no config.json, which names"),
+        ("show photo.png --model hf-hub:", "--model must be hf-hub:OWNER/NAME; got 'hf-hub:'"),
+        (
+            "show photo.png --model hf-hub:a/b/c",
+            "--model must be hf-hub:OWNER/NAME; got 'hf-hub:a/",
+        ),
+        ("show photo.png --weights missing.safetensors", "missing.safetensors is not a file"),
+        ("show photo.png --weights .", "is not a file"),
+        ("show photo.png SMALL --weights broken.jpg", "not a readable safetensors file"),
         ("show photo.png SMALL --model test_vit.x", "timm cannot make"),
         ("show photo.png SMALL --model test_resnet", "do not fit test_resnet: "),
-        ("show photo.png SMALL --model test_resnet", "more). Name the model that they are of wi"),
+        ("show photo.png SMALL --model test_resnet", "more). Name their model with --model"),
         ("show photo.png SMALL --model vit_tiny_patch16_224", " must be [1, 1, 192], is"),
         ("show photo.png --views ring", "views must be"),
         ("show photo.png SMALL --quality fast --views 3", "views and scale must be left out with"),
@@ -259,7 +267,7 @@ def test_16_bits_keep_their_shades_and_transparent_pixels_are_white(tmp_path: Pa
         ("show broken -o out.gif", "none of 2 frames is a readable picture"),
         ("show broken -o new", "none of 2 frames is a readable picture"),
         ("show dots SMALL -o out.gif", "none of 1 frames could be drawn"),
-        ("show folder.png -o out.gif", "folder.png has no pictures; left out: 1 folders"),
+        ("show folder.png -o out.gif", "folder.png has no pictures; skipped: 1 folders"),
         ("features folder.png -o out", "folder.png has no pictures"),
         ("features frames -o out.safetensors", "--output must be a folder"),
         ("features frames -o photo.png", "--output must be a folder"),
@@ -317,8 +325,8 @@ def test_too_little_memory_is_one_line_that_says_what_to_change(
     output = tmp_path / ("out.png" if command == "show" else "out.npz")
     text = run(command, photo, "-o", output, "--model", "small", *FAST, code=1)
     (line,) = (line for line in text.splitlines() if line.startswith("error"))
-    assert "memory does not suffice" in line
-    assert "take a smaller --size or --scale, a larger --stride, a smaller --view-batch" in line
+    assert "not enough memory" in line
+    assert "use a smaller --size or --scale, a larger --stride, a smaller --view-batch" in line
 
 
 def test_a_bug_keeps_its_traceback(
@@ -368,6 +376,45 @@ def test_a_full_disk_is_one_line_and_keeps_the_earlier_file(
     assert new - {f"f{i}.png" for i in (1, 2, 10, 11)} == {output}
     if "." in output:
         assert Path(output).read_bytes() == b"earlier"
+
+
+def test_two_runs_at_once_leave_one_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / ("照" * 78 + ".safetensors")  # which leaves no room for a suffix
+    with common.replacing(path) as first, first.open("wb") as one:
+        one.write(b"a" * 10)
+        with common.replacing(path) as second, second.open("wb") as two:
+            one.write(b"a" * 10)
+            one.flush()
+            two.write(b"b" * 15)
+        assert path.read_bytes() == b"b" * 15
+        one.write(b"a" * 10)
+    assert path.read_bytes() == b"a" * 30
+    assert list(tmp_path.iterdir()) == [path]
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("plant", ["link", "pipe"])
+def test_a_temporary_file_is_never_one_of_others(
+    tmp_path: Path, plant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if its name is known."""
+    (tmp_path / "precious").write_bytes(b"of others")
+    path = tmp_path / "out.npz"
+    monkeypatch.setattr("secrets.token_hex", lambda n: "0" * 2 * n)
+    with common.replacing(path) as partial:
+        pass
+    path.unlink()
+    if plant == "link":
+        partial.symlink_to("precious")
+    else:
+        os.mkfifo(partial)
+    with pytest.raises(common.OutputError, match="File exists"), common.replacing(path) as again:
+        again.write_bytes(b"ours")
+    common.remove_partials([path])
+    assert (partial.is_symlink(), partial.is_fifo()) == (plant == "link", plant == "pipe")
+    assert (tmp_path / "precious").read_bytes() == b"of others"
+    assert not path.exists()
 
 
 def test_an_output_that_is_a_link_stays_one(photo: Path, tmp_path: Path) -> None:
@@ -555,7 +602,17 @@ def test_pickles_are_not_loaded(
         hub.load_timm(SMALL)
 
 
-def test_a_model_of_the_hub_comes_from_its_cache(tmp_path: Path, fake_hub: Hub) -> None:
+@pytest.mark.parametrize("name", ["foo:bar", "local-dir:/nothere", "hf-hub:", "hf-hub:a b"])
+def test_a_wrong_name_is_a_model_error(name: str) -> None:
+    with pytest.raises(hub.ModelError) as error:
+        hub.load_timm(name)
+    assert type(error.value) is hub.ModelError
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "open_clip_model.safetensors"])
+def test_a_model_of_the_hub_comes_from_its_cache(
+    tmp_path: Path, fake_hub: Hub, weights: str
+) -> None:
     name = "hf-hub:timm/mine"
     with pytest.raises(hub.PretrainedError, match="not in the hub's cache"):
         hub.load_timm(name)
@@ -564,9 +621,11 @@ def test_a_model_of_the_hub_comes_from_its_cache(tmp_path: Path, fake_hub: Hub) 
     fake_hub.keep("mine", load_file(path / "model.safetensors"))
     snapshot = fake_hub.folder / "models--timm--mine/snapshots/abc"
     shutil.copy(path / "config.json", snapshot / "config.json")
+    (snapshot / "model.safetensors").rename(snapshot / weights)
     vit, config = hub.load_timm(name)
     assert (vit.head.out_features, config["mean"]) == (10, [0.1, 0.2, 0.3])
-    assert len(fake_hub.asked) == 1
+    # For the first of both files: the cache does not know that the hub does not have it.
+    assert len(fake_hub.asked) == 1 + (weights != "model.safetensors")
 
 
 # ---- the default model --------------------------------------------------------------------------
@@ -608,9 +667,9 @@ def test_without_a_network_the_default_is_the_small_model(
 ) -> None:
     output = tmp_path / "out.safetensors"
     text, _ = features(photo, output, *FAST)
-    note = f"note: the weights of {common.DEFAULT_MODEL} cannot be had (not in the hub's cache"
+    note = f"note: the weights of {common.DEFAULT_MODEL} are not available (not in the hub's cache"
     assert text.count(note) == 1
-    assert "using the small ViT that comes with srt_ext; --model or --weights" in text
+    assert "using the small ViT that comes with srt_ext; choose another with --model or" in text
     assert len(fake_hub.asked) == 1
     assert metadata(output)["model"] == "small"
 
@@ -622,7 +681,7 @@ def test_the_fallback_is_one_line_of_stderr(photo: Path, tmp_path: Path) -> None
     offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path), "PYTHONWARNINGS": "ignore"}
     errors = run_python("-m", "srt_ext", *options, env=offline, cwd=ROOT).stderr
     assert errors.count("\n") == 1
-    assert errors.startswith(f"note: the weights of {common.DEFAULT_MODEL} cannot be had ")
+    assert errors.startswith(f"note: the weights of {common.DEFAULT_MODEL} are not available ")
 
 
 @pytest.mark.parametrize("tag", ["", ".r160_in1k", ".nonsense"])
@@ -632,7 +691,7 @@ def test_a_named_model_is_never_replaced(
     output = tmp_path / "out.npz"
     text = run("features", photo, "-o", output, "--model", SMALL + tag, code=1)
     assert text.count("\n") == 1
-    assert text.startswith(f"error: the pretrained weights of {SMALL + tag} cannot be had: ")
+    assert text.startswith(f"error: the pretrained weights of {SMALL + tag} are not available: ")
     assert ("tag (nonsense)" if tag == ".nonsense" else "does not answer: Conn") in text
     assert "--weights" in text
     assert not output.exists()

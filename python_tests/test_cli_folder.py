@@ -75,8 +75,8 @@ def test_each_image_has_a_file(
     """With the features that the image has alone."""
     text = extract(photos, out, dtype=dtype, workers=workers, layer=2)
     assert list(made(out)) == NAMES
-    assert "3 pictures: 3 written, 0 were there, 0 failed" in text
-    assert "left out, no pictures by their names: 1 .txt" in text
+    assert "3 pictures: 3 written, 0 skipped (already done), 0 failed" in text
+    assert "skipped (not images): 1 .txt" in text
     network = common.Network(SMALL, small_weights(), 2)
     srt = SRT(network.backbone, "grid:1", stride=8)
     for name in NAMES:
@@ -122,7 +122,7 @@ def test_another_run_writes_the_same_bytes(photos: Path, out: Path, tmp_path: Pa
 def test_a_second_run_writes_what_is_missing(photos: Path, out: Path) -> None:
     extract(photos, out)
     first = made(out)
-    assert "3 pictures: 0 written, 3 were there, 0 failed" in extract(photos, out)
+    assert "3 pictures: 0 written, 3 skipped (already done), 0 failed" in extract(photos, out)
     assert made(out) == first
 
     (out / NAMES[0]).unlink()
@@ -131,10 +131,14 @@ def test_a_second_run_writes_what_is_missing(photos: Path, out: Path) -> None:
     with suppress(ZeroDivisionError), common.replacing(out / NAMES[0]) as partial:
         raise ZeroDivisionError
     partial.write_bytes(b"of a run that was killed")
+    others = partial.with_name(f".{'0' * 16}-{'0' * 16}.partial")
+    others.write_bytes(b"of a run that writes to another file")
     before = load_file(out / NAMES[2])["field"]
     Image.new("RGB", (40, 64), "red").save(photos / "trip/day 2/b.PNG")
-    assert "3 written (1 had changed since), 0 were there" in extract(photos, out)
-    assert list(made(out)) == NAMES
+    assert "3 written (1 because the picture has changed), 0 skipped (already done)" in extract(
+        photos, out
+    )
+    assert list(made(out)) == [others.name, *NAMES]
     assert load_file(out / NAMES[1])["field"].equal(load(content)["field"])
     assert load_file(out / NAMES[2])["field"].shape != before.shape
 
@@ -155,7 +159,7 @@ def test_other_settings_are_refused(photos: Path, out: Path, tmp_path: Path) -> 
     assert made(out) == first
     # The same weights from elsewhere are the same.
     moved = shutil.copy(small_weights(), tmp_path / "moved.safetensors")
-    assert "1 written, 2 were there" in extract(photos, out, weights=moved, workers=1)
+    assert "1 written, 2 skipped (already done)" in extract(photos, out, weights=moved, workers=1)
 
 
 def test_images_that_fail_are_reported_and_skipped(
@@ -175,18 +179,18 @@ def test_images_that_fail_are_reported_and_skipped(
     (photos / "gone.png").symlink_to("nowhere.png")
     Image.new("RGB", (40, 64)).save(photos / "tall.png")
     text = extract(photos, out, 1, workers=1)
-    assert "6 pictures: 2 written, 0 were there, 4 failed" in text
+    assert "6 pictures: 2 written, 0 skipped (already done), 4 failed" in text
     assert text.count("error: ") == 4
     for message in (
-        "a.png is no readable",
-        "b[red].jpg is no readable",
+        "a.png is not a readable",
+        "b[red].jpg is not a readable",
         "gone.png does not exist",
-        "tall.png: memory does not suffice (out of memory): take a smaller --size",
+        "tall.png: not enough memory (out of memory): use a smaller --size",
     ):
         assert message in text
     assert list(made(out)) == [NAMES[0], NAMES[2]]
     (photos / "a.png").write_bytes(whole)
-    assert "1 written, 2 were there, 3 failed" in extract(photos, out, 1)
+    assert "1 written, 2 skipped (already done), 3 failed" in extract(photos, out, 1)
 
 
 @pytest.mark.parametrize(("out", "count"), [(".", 4), ("features", 3), ("trip", 3)])
@@ -195,7 +199,9 @@ def test_the_output_may_lie_among_the_images(photos: Path, out: str, count: int)
     (photos / "features").mkdir()
     Image.new("RGB", (40, 40)).save(photos / "features/plot.png")
     assert f"{count} pictures: {count} written" in extract(photos, photos / out)
-    assert f"{count} pictures: 0 written, {count} were there" in extract(photos, photos / out)
+    assert f"{count} pictures: 0 written, {count} skipped (already done)" in extract(
+        photos, photos / out
+    )
 
 
 def test_files_of_others_are_left_alone(photos: Path) -> None:
@@ -209,7 +215,7 @@ def test_files_of_others_are_left_alone(photos: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (KeyboardInterrupt(), 130, "interrupted; the same command goes on"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command resumes"),
         (OSError("No space left on device"), 1, "cannot be written: No space left on device"),
     ],
 )
@@ -237,7 +243,7 @@ def test_a_run_that_ends_early_leaves_whole_files(
     assert message in text
     assert "1 written" in text
     assert list(made(out)) == NAMES[:1]
-    assert "2 written, 1 were there" in extract(photos, out)
+    assert "2 written, 1 skipped (already done)" in extract(photos, out)
     assert list(made(out)) == NAMES
 
 
@@ -313,7 +319,7 @@ def test_a_picture_may_have_any_name(photos: Path, out: Path) -> None:
     text = extract(photos, out)
     assert "11 pictures: 11 written" in text
     assert {*names, long} <= {name.removesuffix(".safetensors") for name in made(out)}
-    assert "11 pictures: 0 written, 11 were there" in extract(photos, out)
+    assert "11 pictures: 0 written, 11 skipped (already done)" in extract(photos, out)
     metadata = folder._metadata(out / os.fsdecode(b"sub\xff/\xfe.png.safetensors"))
     assert metadata["photo"] == r"sub\xff/\xfe.png"
 
@@ -327,7 +333,7 @@ def test_a_target_that_is_not_possible_is_reported_and_the_others_are_done(
     (out / NAMES[1]).mkdir(parents=True)
     (out / "trip").touch()
     text = extract(photos, out, 1)
-    assert "4 pictures: 1 written, 0 were there, 3 failed" in text
+    assert "4 pictures: 1 written, 0 skipped (already done), 3 failed" in text
     for name, reason in (
         (f"{too_long}.safetensors", "File name too long"),
         (NAMES[1], "Is a directory"),
@@ -342,7 +348,7 @@ def test_suffixes_are_those_that_pillow_reads(photos: Path, out: Path) -> None:
     copies(photos, *names, "a.pdf", "b.eps", "c.h5", "d.pfm", "e.mpg", "none", "f.jpg~")
     text = extract(photos, out)
     assert set(made(out)) == {f"{name}.safetensors" for name in names} | set(NAMES)
-    assert "no pictures by their names: 1 .pdf, 1 .eps, 1 .h5, 1 .pfm, 1 .mpg, 3 others" in text
+    assert "skipped (not images): 1 .pdf, 1 .eps, 1 .h5, 1 .pfm, 1 .mpg, 3 others" in text
 
 
 def test_linked_folders_are_folders_each_read_once(photos: Path, out: Path, tmp_path: Path) -> None:
@@ -354,8 +360,8 @@ def test_linked_folders_are_folders_each_read_once(photos: Path, out: Path, tmp_
     (photos / "itself").symlink_to("itself")
     text = extract(photos, out)
     assert set(made(out)) == {*NAMES, "linked/day 2/b.PNG.safetensors"}
-    assert "by their names: 3 linked again, 1 without a suffix, 1 .txt" in text
-    assert "4 pictures: 0 written, 4 were there" in extract(photos, out)
+    assert "skipped (not images): 3 linked twice, 1 without a suffix, 1 .txt" in text
+    assert "4 pictures: 0 written, 4 skipped (already done)" in extract(photos, out)
 
 
 def test_pipes_and_sockets_are_not_opened(photos: Path, out: Path) -> None:
@@ -366,9 +372,9 @@ def test_pipes_and_sockets_are_not_opened(photos: Path, out: Path) -> None:
     with socket.socket(socket.AF_UNIX) as unix:
         unix.bind(os.path.relpath(photos / "socket.png"))
         text = extract(photos, out, 1, workers=1)
-    assert "6 pictures: 3 written, 0 were there, 3 failed" in text
+    assert "6 pictures: 3 written, 0 skipped (already done), 3 failed" in text
     for name in ("pipe.png", "socket.png", "zero.png"):
-        assert f"{photos / name} is no regular file" in text
+        assert f"{photos / name} is not a regular file" in text
 
 
 def test_a_folder_that_cannot_be_read_is_reported(
@@ -384,7 +390,7 @@ def test_a_folder_that_cannot_be_read_is_reported(
     monkeypatch.setattr(os, "listdir", refuse)
     text = extract(photos, out, 1)
     assert f"{photos}/trip cannot be read: Permission denied" in text
-    assert "2 pictures: 2 written, 0 were there, 0 failed" in text
+    assert "2 pictures: 2 written, 0 skipped (already done), 0 failed" in text
 
 
 @pytest.mark.slow

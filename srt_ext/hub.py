@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 SMALL = "small"  # the model of srt_ext.demo, which needs no network
 HUB_TIMEOUT = 3.0  # seconds
+CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"  # in a repository of the hub, or a folder
+OPEN_CLIP_SAFETENSORS = "open_clip_model.safetensors"  # where that is missing
 
 
 class ModelError(RuntimeError):
@@ -21,8 +24,8 @@ class PretrainedError(ModelError):
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(
-            f"the pretrained weights of {name} cannot be had: {reason}. Give a state dict with "
-            f"--weights FILE.safetensors, or take --model {SMALL}, which needs no network"
+            f"the pretrained weights of {name} are not available: {reason}. Give a state dict with "
+            f"--weights FILE.safetensors, or use --model {SMALL}, which needs no network"
         )
         self.reason = reason
 
@@ -54,12 +57,33 @@ def _model_folder(name: str) -> Path | None:
     """The folder of ``local-dir:`` and ``hf-hub:`` names: config.json and weights."""
     source, _, place = name.partition(":")
     if source == "local-dir":
-        return Path(place)
+        folder = Path(place)
+        if not folder.is_dir():
+            raise ModelError(f"the model folder {folder} does not exist")
+        if not (folder / CONFIG).is_file():
+            raise ModelError(f"{folder} has no {CONFIG}, which names the architecture of the model")
+        return folder
     if source not in ("hf-hub", "hf_hub"):
         return None
+    from huggingface_hub.errors import HFValidationError
+
     repository, _, revision = place.partition("@")
-    _fetch(name, repository, revision, SAFETENSORS)
-    return _fetch(name, repository, revision, "config.json").parent
+    try:
+        folder = _fetch(name, repository, revision, CONFIG).parent
+        _fetch_weights(name, repository, revision)
+    except HFValidationError as error:
+        raise ModelError(f"--model must be hf-hub:OWNER/NAME; got {name!r} ({error})") from error
+    return folder
+
+
+def _fetch_weights(name: str, repository: str, revision: str) -> None:
+    try:
+        _fetch(name, repository, revision, SAFETENSORS)
+    except PretrainedError:
+        with suppress(PretrainedError):
+            _fetch(name, repository, revision, OPEN_CLIP_SAFETENSORS)
+            return
+        raise
 
 
 def _weights_of(folder: Path) -> Path:
@@ -77,7 +101,7 @@ def _create(name: str, *, pretrained: bool) -> tuple[Any, dict[str, Any]]:
     from timm.data.config import resolve_model_data_config
 
     plain = name.split(".")[0]
-    if ":" not in name and not timm.is_model(plain):
+    if not name.startswith("local-dir:") and not timm.is_model(plain):
         first = plain.split("_")[0]
         near = ", ".join((timm.list_models(f"{plain}*") or timm.list_models(f"*{first}*"))[:3])
         hint = f" (for instance {near})" if near else ""
@@ -86,11 +110,11 @@ def _create(name: str, *, pretrained: bool) -> tuple[Any, dict[str, Any]]:
         source = _weight_source(name) if pretrained else {}
         try:
             model = timm.create_model(name, pretrained, dynamic_img_size=True, **source)
-        except TypeError:  # it has no such argument
+        except TypeError:  # the model has no such argument
             model = timm.create_model(name, pretrained, **source)
     except PretrainedError:
         raise
-    except Exception as error:  # the hub client raises whatever its transport does
+    except Exception as error:  # the hub's client raises any error of its transport
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}".rstrip(".")
         if pretrained:
             raise PretrainedError(name, reason) from error
@@ -99,7 +123,7 @@ def _create(name: str, *, pretrained: bool) -> tuple[Any, dict[str, Any]]:
 
 
 def cached_weights(name: str) -> Path | None:
-    """The file of timm's pretrained weights in the hub's cache. Uses no network."""
+    """The file of timm's pretrained weights in the hub's cache, or None. Uses no network."""
     import timm
 
     config = timm.get_pretrained_cfg(name)
@@ -110,7 +134,7 @@ def cached_weights(name: str) -> Path | None:
 
 
 def _file_name(config: Any) -> str:
-    """That of the weights in a repository of the hub, which has them without pickle, too."""
+    """The weights' name in a repository of the hub: the .safetensors beside a pickle."""
     file = config.hf_hub_filename or "pytorch_model.bin"
     if file.endswith((".safetensors", ".npz")):
         return str(file)
@@ -122,7 +146,7 @@ def _cached(repository: str, revision: str, file: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(repository, file, revision=revision or None)
-    # Not None, nor the mark of a file that the hub does not have.
+    # Else None, or a marker of a file that the hub does not have.
     return Path(found) if isinstance(found, str) else None
 
 
@@ -140,7 +164,7 @@ def _fetch(name: str, repository: str, revision: str, file: str) -> Path:
         return found
     try:
         huggingface_hub.get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
-    except Exception as error:  # whatever the transport raises, and HF_HUB_OFFLINE
+    except Exception as error:  # any error of the transport, or HF_HUB_OFFLINE
         reason = f"not in the hub's cache, and {constants.ENDPOINT} does not answer"
         raise PretrainedError(name, f"{reason}: {type(error).__name__}") from error
     try:
@@ -151,9 +175,9 @@ def _fetch(name: str, repository: str, revision: str, file: str) -> Path:
 
 
 def _weight_source(name: str) -> dict[str, Any]:
-    """Arguments of ``timm.create_model`` for a file of the hub, which is no pickle.
+    """Arguments of ``timm.create_model`` for a file of the hub that is not a pickle.
 
-    Raises a PretrainedError where there is none.
+    Raises a PretrainedError if there is none.
     """
     import timm
 
@@ -175,7 +199,7 @@ def _weight_source(name: str) -> dict[str, Any]:
 
 
 def by_descriptor(file: IO[bytes]) -> str:
-    """A path of an open file for safetensors, which refuses those that are no UTF-8."""
+    """A path of an open file for safetensors, which refuses paths that are not UTF-8."""
     return f"/dev/fd/{file.fileno()}"
 
 
@@ -187,7 +211,7 @@ def _load_weights(model: Any, name: str, weights: Path) -> None:
         with weights.open("rb") as file:
             state = load_file(by_descriptor(file))
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{weights} is no readable safetensors file: {error}") from error
+        raise ModelError(f"{weights} is not a readable safetensors file: {error}") from error
     wanted = model.state_dict()
     state = _resampled(model, _without_prefix(state))
     state = _with_head(model, wanted, state)
@@ -200,15 +224,15 @@ def _load_weights(model: Any, name: str, weights: Path) -> None:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise ModelError(
             f"the weights in {weights} do not fit {name}: {wrong[0]}{more}. "
-            "Name the model that they are of with --model"
+            "Name their model with --model"
         )
     model.load_state_dict(state)
 
 
 def _with_head(model: Any, wanted: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
-    """With zeros for the classifier, if that of ``state`` is of other classes or missing.
+    """Fills the classifier with zeros if that of ``state`` has other classes or is missing.
 
-    Features need none, and zeros are the same in every run.
+    Features do not need it, and zeros are the same in every run.
     """
     names = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
     names = (names,) if isinstance(names, str) else names
@@ -221,21 +245,21 @@ def _with_head(model: Any, wanted: dict[str, Any], state: dict[str, Any]) -> dic
 
 
 def _without_prefix(state: dict[str, Any]) -> dict[str, Any]:
-    """Without ``module.``, ``timm_model.`` and the like, where all names begin with it."""
+    """Removes a prefix of all names, such as ``module.`` or ``timm_model.``."""
     prefix, dot, _ = os.path.commonprefix(list(state)).rpartition(".")  # noqa: RUF071
     return {key.removeprefix(prefix + dot): value for key, value in state.items()}
 
 
 def _resampled(model: Any, state: dict[str, Any]) -> dict[str, Any]:
-    """With position embeddings for the model's image size, by timm's own function.
+    """Resamples position embeddings to the model's image size with timm's function.
 
-    It would also resample patches to another size, which makes another model: those stay as they
-    are, and do not fit.
+    That function also resamples patch embeddings to another patch size, which would be another
+    model: they are kept, so that the check of the shapes refuses them.
     """
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     try:
         converted = dict(convert(dict(state), model)) if convert else state
-    except Exception:  # weights of another model: the check for names and shapes says how
+    except Exception:  # weights of another model: the check of names and shapes reports it
         return state
     kept = {k for k in converted if k in state and state[k].shape != converted[k].shape}
     return {k: state[k] if k in kept and "pos" not in k else v for k, v in converted.items()}

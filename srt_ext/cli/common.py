@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import secrets
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from io import BytesIO
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     import torch
     from matplotlib.figure import Figure
 
-# Of timm. The small model of srt_ext.demo replaces it where its weights are not available.
+# A model of timm. Where its weights are not available, the small model of srt_ext.demo is used.
 DEFAULT_MODEL = "vit_small_patch14_dinov2.lvd142m"
 FIGURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp")
 
@@ -37,16 +38,16 @@ ModelName = Annotated[
     str | None,
     typer.Option(
         "--model",
-        help="A model of timm, also local-dir:FOLDER or hf-hub:OWNER/NAME; or small, which comes "
-        "with srt_ext and needs no network. Without it a DINOv2 ViT-S/14, or small where the "
-        "weights of that cannot be had.",
+        help="A model of timm, local-dir:FOLDER, hf-hub:OWNER/NAME, or small, which comes with "
+        "srt_ext and needs no network. Default: a DINOv2 ViT-S/14, or small if its weights are not "
+        "available.",
     ),
 ]
 Weights = Annotated[
     Path | None,
     typer.Option(
-        help="A .safetensors state dict of the model, its classifier may be another or missing; "
-        "without it the pretrained weights are taken."
+        help="A .safetensors state dict of the model; its classifier may differ or be missing. "
+        "Default: the pretrained weights."
     ),
 ]
 Views = Annotated[
@@ -65,12 +66,13 @@ QualityName = Annotated[
     Quality | None,
     typer.Option(
         "--quality",
-        help="Preset of scale and views, in place of both. Without any of the three: balanced.",
+        help="Preset that replaces --scale and --views. Default without those: balanced.",
     ),
 ]
 Stride = Annotated[int, typer.Option(min=1, help="Pixels per output cell; 1 is pixel scale.")]
 Size = Annotated[
-    int, typer.Option(min=0, help="Longer side to which a larger picture is reduced; 0 keeps it.")
+    int,
+    typer.Option(min=0, help="Pictures whose longer side is larger are reduced to it; 0: never."),
 ]
 ViewBatch = Annotated[int, typer.Option(min=1, help="Views in one forward of the model.")]
 
@@ -79,14 +81,19 @@ ViewBatch = Annotated[int, typer.Option(min=1, help="Views in one forward of the
 
 
 def one_line(text: str) -> str:
-    """With escapes for what would end the line, move the cursor or could not be encoded."""
+    """Escapes characters that would end the line, move the cursor or could not be encoded."""
     return "".join(
         char.encode("unicode_escape").decode() if unicodedata.category(char) in _ESCAPED else char
         for char in text
     )
 
 
-_ESCAPED = ("Cc", "Cs", "Zl", "Zp")  # control, surrogates (names that are no UTF-8), separators
+_ESCAPED = (
+    "Cc",
+    "Cs",
+    "Zl",
+    "Zp",
+)  # control, surrogates (from names that are not UTF-8), separators
 
 
 def _diagnose(level: str, color: str, message: str) -> None:
@@ -100,7 +107,7 @@ error = partial(_diagnose, "error", "red")
 
 
 def fatal(message: str) -> typer.Exit:
-    """Prints an error; the result is to be raised."""
+    """Prints an error and returns the exception to raise."""
     error(message)
     return typer.Exit(1)
 
@@ -114,7 +121,7 @@ def echo(*lines: str) -> None:
 
 
 class OutputError(RuntimeError):
-    """An output that must not or cannot be written; the message says why, ``errno`` if it can."""
+    """An output that must not or cannot be written. ``errno`` is that of the OSError, if any."""
 
     def __init__(self, message: str, errno: int | None = None) -> None:
         super().__init__(message)
@@ -125,7 +132,7 @@ class OutputError(RuntimeError):
         return cls(f"{path} cannot be written: {error.strerror or error}", error.errno)
 
 
-# torch, its libraries and ours say it in many ways.
+# The messages of torch, of its libraries and of ours.
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|can.?(no)?t allocate|bad_alloc|ALLOC_FAILED|failed to map segment"
     r"|can't start new thread|could not (create|execute) a primitive",
@@ -141,11 +148,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def describe(error: BaseException) -> str:
-    """What happened, and for memory what to change."""
+    """The error in one line; if memory ran out, with the options to change."""
     text = str(error).partition("\n")[0].rpartition("DefaultCPUAllocator: ")[2]
     if is_out_of_memory(error):
         return (
-            f"memory does not suffice ({text or type(error).__name__}): take a smaller --size or "
+            f"not enough memory ({text or type(error).__name__}): use a smaller --size or "
             "--scale, a larger --stride, a smaller --view-batch or fewer --views"
         )
     return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
@@ -153,7 +160,7 @@ def describe(error: BaseException) -> str:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Reports what a user can correct in one line, without a traceback. Decorates a command."""
+    """Reports errors that a user can correct in one line, without a traceback."""
     if unavailable is not None:
         raise fatal(unavailable)
     try:
@@ -168,14 +175,13 @@ def user_errors() -> Iterator[None]:
         if isinstance(reason, ValueError) or is_out_of_memory(reason):
             raise fatal(describe(reason)) from None
         if isinstance(reason, ImportError):
-            has_all = "pip install 'srt_ext[models]' has all that is needed"
-            raise fatal(f"{reason}; {has_all}") from None
+            raise fatal(f"{reason}; run pip install 'srt_ext[models]'") from None
         raise
 
 
 @contextmanager
 def progress_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A function that shows how many are done."""
+    """Yields a function that sets the number of items done."""
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -188,12 +194,12 @@ def progress_bar(description: str, total: int) -> Iterator[Callable[[int], None]
 
 
 def timing(model: float, total: float) -> str:
-    """Seconds of the model and of SRT, whose sum is ``total``."""
+    """Reports the seconds of the model and of SRT, which add up to ``total``."""
     share = 100 * (total - model) / max(total, 1e-9)
     return f"model {model:.2f} s, SRT {total - model:.3f} s ({share:.1f} %)"
 
 
-# ---- checks before hours of work ----------------------------------------------------------------
+# ---- checks before the work starts ---------------------------------------------------------------
 
 
 def check_inputs(views: str | None, weights: Path | None) -> None:
@@ -201,9 +207,9 @@ def check_inputs(views: str | None, weights: Path | None) -> None:
     from ..views import parse
 
     if weights is not None and not weights.is_file():
-        raise fatal(f"{weights} is no file")
+        raise fatal(f"{weights} is not a file")
     if views is not None:
-        parse(views, patch=2**16)  # which has room for any number of views
+        parse(views, patch=2**16)  # large enough for any number of views
 
 
 def check_output(path: Path, suffixes: tuple[str, ...]) -> None:
@@ -212,9 +218,9 @@ def check_output(path: Path, suffixes: tuple[str, ...]) -> None:
     folder = path.absolute().parent
     if not folder.is_dir():
         raise fatal(f"the folder {folder} does not exist")
-    there = path.exists()  # an OSError for a name that is too long
+    there = path.exists()  # raises an OSError if the name is too long
     if there and not path.is_file():
-        raise fatal(f"{path} cannot be written: it is no regular file")
+        raise fatal(f"{path} cannot be written: it is not a regular file")
     for place in (folder, path) if there else (folder,):
         if not os.access(place, os.W_OK):
             raise fatal(f"{path} cannot be written: no permission for {place}")
@@ -225,32 +231,54 @@ def check_output(path: Path, suffixes: tuple[str, ...]) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, whose file replaces that of ``path`` if the block ends without an error.
+    """Yields a temporary path, which replaces ``path`` if the block ends without an error.
 
-    So there is always the file as it was before or the whole new one. The name has one length,
-    whatever that of ``path``; it is hidden, and the same in the next run. Raises an OutputError.
+    So ``path`` is always the earlier file or the whole new one. The temporary file is in the same
+    folder, hidden, and has a random short name. Raises an OutputError.
     """
-    name = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
-    partial = path.with_name(f".{name}.partial")
+    partial = path.with_name(f"{_partial_stem(path)}{secrets.token_hex(8)}.partial")
     try:
-        yield partial
-        partial.replace(path)
+        partial.touch(exist_ok=False)  # O_EXCL: never an existing file or link
+        try:
+            yield partial
+            partial.replace(path)
+        finally:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
     except OSError as error:
         raise OutputError.of(path, error) from None
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+
+
+def remove_partials(paths: Iterable[Path]) -> None:
+    """Removes temporary files of :func:`replacing` that killed runs left.
+
+    No other run may be writing to ``paths``.
+    """
+    stems: dict[Path, set[str]] = {}
+    for path in paths:
+        stems.setdefault(path.parent, set()).add(_partial_stem(path))
+    for folder, ours in stems.items():
+        with suppress(OSError), os.scandir(folder) as entries:
+            for entry in entries:
+                stem = re.sub(r"[0-9a-f]{16}\.partial$", "", entry.name)
+                if stem != entry.name and stem in ours and entry.is_file(follow_symlinks=False):
+                    os.unlink(entry)
+
+
+def _partial_stem(path: Path) -> str:
+    """Starts the temporary names for ``path``; a hash, because a long name has no room for more."""
+    return f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}-"
 
 
 def save_figure(figure: Figure, path: Path, dpi: int) -> None:
-    drawing = BytesIO()  # of a full disk, some of matplotlib's formats raise AttributeErrors
+    drawing = BytesIO()  # on a full disk, some formats of matplotlib raise AttributeErrors
     figure.savefig(drawing, dpi=dpi, format=path.suffix[1:].lower())
     with replacing(path.resolve()) as partial:
         partial.write_bytes(drawing.getvalue())
 
 
 def utf8(name: str) -> str:
-    """For the metadata of a file: the name of a path may be other bytes, which get escapes."""
+    """The name of a path for metadata; bytes that are not UTF-8 are escaped."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
@@ -258,7 +286,7 @@ def utf8(name: str) -> str:
 
 
 class Network:
-    """A frozen model, and images as it wants them; ``backbone`` has the seconds that it took.
+    """A frozen model and its image normalisation; ``backbone`` measures the model's seconds.
 
     Arguments and errors are those of :func:`srt_ext.hub.load_timm` and
     :func:`srt_ext.backbones.describe`.
@@ -286,7 +314,7 @@ class Network:
         return (image - self._mean) / self._std
 
     def digest(self) -> str:
-        """A hash of the weights, wherever they came from."""
+        """A hash of the weights, independent of the file that they came from."""
         sha256 = hashlib.sha256()
         for name, tensor in self.model.state_dict().items():
             sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -296,7 +324,7 @@ class Network:
 
 @contextmanager
 def warnings_as_notes() -> Iterator[None]:
-    """Prints the warnings of this package in one line each."""
+    """Prints each warning of this package in one line."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
@@ -307,8 +335,9 @@ def warnings_as_notes() -> Iterator[None]:
 def load_network(
     model: str | None, weights: Path | None, layers: int | list[int] | None
 ) -> Network:
-    """The named model; by default DEFAULT_MODEL, or, with a note, the small one without a network.
+    """Loads the named model, or by default DEFAULT_MODEL.
 
+    If the weights of the default model are not available, the small model replaces it, with a note.
     A named model is never replaced.
     """
     from ..hub import SMALL, PretrainedError
@@ -319,7 +348,7 @@ def load_network(
         if model is not None:
             raise
         note(
-            f"the weights of {DEFAULT_MODEL} cannot be had ({reason.reason}): using the small ViT "
-            "that comes with srt_ext; --model or --weights choose another"
+            f"the weights of {DEFAULT_MODEL} are not available ({reason.reason}): using the small "
+            "ViT that comes with srt_ext; choose another with --model or --weights"
         )
     return Network(SMALL, None, layers)

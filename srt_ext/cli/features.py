@@ -16,7 +16,7 @@ from .images import find_images, open_image, to_pixels
 
 
 class DType(str, Enum):
-    """Of features in a file."""
+    """Data types of features in a file."""
 
     float32 = "float32"
     float16 = "float16"
@@ -28,8 +28,7 @@ def command(
     photo: Annotated[
         Path,
         typer.Argument(
-            help="A picture, of any kind that Pillow reads; or a folder of pictures and of such "
-            "folders."
+            help="A picture that Pillow can read, or a folder of pictures, with its subfolders."
         ),
     ],
     output: Annotated[
@@ -37,7 +36,7 @@ def command(
         typer.Option(
             "--output",
             "-o",
-            help="A .npz or .safetensors file. Of a folder: a folder of .safetensors files.",
+            help="A .npz or .safetensors file. For a folder: a folder for .safetensors files.",
         ),
     ],
     model: common.ModelName = None,
@@ -50,17 +49,19 @@ def command(
     view_batch: common.ViewBatch = 8,
     layer: Annotated[
         int | None,
-        typer.Option(help="The block or stage, from 0, or from the end; or else the last."),
+        typer.Option(
+            help="Index of a block or stage; a negative one counts from the end. Default: the last."
+        ),
     ] = None,
-    dtype: Annotated[DType, typer.Option(help="Of what is written.")] = DType.float32,
+    dtype: Annotated[DType, typer.Option(help="Data type of the output.")] = DType.float32,
     workers: Annotated[
         int, typer.Option(min=0, help="Processes that decode the pictures of a folder; 0: none.")
     ] = 2,
 ) -> None:
     """Writes the SRT field of photographs: `field` [C, H', W'] and `prefix` [K, C].
 
-    Of FOLDER/a/b.jpg: OUTPUT/a/b.jpg.safetensors. The same command again goes on where it was
-    stopped: what is finished is skipped. Files with other settings are an error, not a mixture.
+    FOLDER/a/b.jpg becomes OUTPUT/a/b.jpg.safetensors. The same command resumes a run that was
+    stopped: it skips the files that are done. An OUTPUT with files of other settings is an error.
     """
     many = photo.is_dir()
     if not many:
@@ -72,7 +73,7 @@ def command(
     import torch
 
     from ..srt import SRT
-    from .folder import lock_folder, save, to_tensors, write_folder
+    from .folder import Extraction, lock_folder, save, to_tensors, write_folder
 
     common.check_inputs(views, weights)
     if many:
@@ -99,8 +100,8 @@ def command(
     }
     if many:
         with lock_folder(output):
-            options = (size, torch_dtype, workers)
-            write_folder(photo, found, output, settings, network, srt, *options)
+            extraction = Extraction(network, srt, size, torch_dtype, settings)
+            write_folder(photo, found, output, extraction, workers)
         return
     with common.progress_bar("views", count) as progress:
         start = time.perf_counter()
@@ -110,7 +111,7 @@ def command(
     with common.replacing(output.resolve()) as partial:
         if output.suffix.lower() == ".npz":
             arrays: Any = {name: tensor.numpy() for name, tensor in tensors.items()}
-            with partial.open("wb") as file:  # savez would add its own suffix
+            with partial.open("wb") as file:  # given a path, savez would append a suffix
                 np.savez(file, **arrays)
         else:
             save(tensors, partial, {**settings, "photo": common.utf8(photo.name)})

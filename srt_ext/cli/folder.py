@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import typer
@@ -24,7 +24,7 @@ from . import common
 from .common import OutputError
 from .images import Found, ImageError, find_files, open_image, to_pixels
 
-LOCK_TIMEOUT = 10.0  # seconds; the workers of a run that was killed outlive it by 5
+LOCK_TIMEOUT = 10.0  # seconds; workers live up to 5 s longer than a run that was killed
 
 
 def to_tensors(output: SRTOutput, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -42,21 +42,21 @@ def to_tensors(output: SRTOutput, dtype: torch.dtype) -> dict[str, torch.Tensor]
 
 
 def _decode(path: Path, size: int) -> torch.Tensor | str:
-    """[H, W, 3] uint8, or the reason why there is none."""
+    """[H, W, 3] uint8, or why the file cannot be decoded."""
     try:
         return torch.from_numpy(to_pixels(open_image(path), size))
-    except ImageError as error:  # which names the file
+    except ImageError as error:  # its message names the file
         return str(error)
-    except Exception as error:  # memory above all
+    except Exception as error:  # mostly too little memory
         return f"{path}: {common.describe(error)}"
 
 
 class _Pixels(Dataset[Any]):
-    """Decoded images: [H, W, 3] uint8, or the reason why there is none.
+    """Decoded images: [H, W, 3] uint8, or why a file cannot be decoded.
 
-    In shared memory, whose content does not come through a pipe: a worker would wait on it forever
-    if the run is killed. None where that has no room (/dev/shm of a container); torch's workers
-    would lose the error, and the run would wait forever.
+    Workers return images in shared memory, not through a pipe: a worker would block on a full pipe
+    forever if the run is killed. They return None if shared memory is full (/dev/shm in a
+    container); torch's workers would lose the error, and the run would wait forever.
     """
 
     def __init__(self, paths: list[Path], size: int) -> None:
@@ -81,10 +81,10 @@ def _no_collate(item: Any) -> Any:
 
 
 def _load(paths: list[Path], size: int, workers: int) -> Iterator[torch.Tensor | str]:
-    """Decoded images, or why there is none, as _decode.
+    """Yields decoded images, or why a file cannot be decoded, as _decode.
 
-    What workers cannot hand over is decoded here. Where one dies, another one tries the image once
-    more, alone.
+    This process decodes the images that a worker cannot return. If a worker dies, a new one retries
+    its image alone.
     """
     done = 0
     while done < len(paths):
@@ -99,13 +99,13 @@ def _load(paths: list[Path], size: int, workers: int) -> Iterator[torch.Tensor |
             except _WorkerError as error:
                 yield (
                     f"{paths[done]}: the process that decoded it died ({error}). Too little "
-                    "memory, or /dev/shm? Take fewer --workers"
+                    "memory or /dev/shm is possible: use fewer --workers"
                 )
             done += 1
 
 
 def _be_quiet(_worker: int) -> None:
-    """libtiff and others would write to the stream itself, in the middle of our lines."""
+    """Discards what libtiff and others write to stderr, in the middle of our lines."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
@@ -116,7 +116,7 @@ class _WorkerError(RuntimeError):
 def _from_workers(paths: list[Path], size: int, workers: int) -> Iterator[Any]:
     settings: Any = {"num_workers": workers, "collate_fn": _no_collate, "worker_init_fn": _be_quiet}
     items = iter(DataLoader(_Pixels(paths, size), batch_size=None, **settings))
-    # torch's handler would raise in the middle of another picture's features, in place of here.
+    # torch's handler would raise during the features of another picture, not here.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     while True:
         try:
@@ -130,7 +130,7 @@ def _from_workers(paths: list[Path], size: int, workers: int) -> Iterator[Any]:
 
 @contextmanager
 def lock_folder(out: Path) -> Iterator[None]:
-    """Makes the folder, and locks it until the last process with the handle ends."""
+    """Makes and locks the folder; the lock ends with the last process that has the handle."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         handle = os.open(out, os.O_RDONLY)
@@ -138,7 +138,7 @@ def lock_folder(out: Path) -> Iterator[None]:
         raise OutputError.of(out, error) from None
     deadline = time.monotonic() + LOCK_TIMEOUT
     try:
-        with suppress(OSError):  # a file system without locks
+        with suppress(OSError):  # some file systems have no locks
             while True:
                 try:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -154,85 +154,108 @@ def lock_folder(out: Path) -> Iterator[None]:
         os.close(handle)
 
 
+class Extraction(NamedTuple):
+    """What to extract; ``settings`` is everything that the features depend on, for metadata."""
+
+    network: common.Network
+    srt: SRT
+    size: int
+    dtype: torch.dtype
+    settings: dict[str, str]
+
+
+class _Task(NamedTuple):
+    path: Path
+    target: Path
+    metadata: dict[str, str]
+    again: bool  # the image has changed since it was written
+
+
 def write_folder(
-    folder: Path,
-    found: Found,
-    out: Path,
-    settings: dict[str, str],
-    network: common.Network,
-    srt: SRT,
-    size: int,
-    dtype: torch.dtype,
-    workers: int,
+    folder: Path, found: Found, out: Path, extraction: Extraction, workers: int
 ) -> None:
-    """Writes the features of images in a folder, with a progress bar and, at its end, a summary.
+    """Writes the features of the images in a folder, with a progress bar and a summary.
 
-    ``a/b.jpg`` becomes ``OUT/a/b.jpg.safetensors``, so that ``b.png`` has another name. Each file
-    holds its settings as metadata. Finished ones are skipped; if any in ``out`` has other settings,
-    nothing is done. Images that fail are reported and skipped.
+    ``a/b.jpg`` becomes ``OUT/a/b.jpg.safetensors``, so that ``b.png`` has another name. The
+    metadata of each file has the settings. Finished files are skipped. Images that fail are
+    reported and skipped.
 
-    ``out`` may be ``folder``, or lie in it. A file is replaced, never written to: a link of its
-    name does not lead elsewhere. ``settings``: everything that the features depend on. Raises an
-    OutputError if ``out`` has features of other settings or cannot be written; typer.Exit if images
-    failed, or it was interrupted.
+    ``out`` may be ``folder`` or be inside it. Existing files are replaced, and links are not
+    followed. Raises an OutputError if ``out`` has features of other settings, before any work, or
+    cannot be written; typer.Exit if images failed or the run was interrupted.
     """
-    images = found.files
-    targets = {out / f"{path.relative_to(folder)}.safetensors": path for path in images}
-    finished = _finished(out, targets, settings)
-    todo: list[tuple[Path, Path, dict[str, str]]] = []  # image, target, metadata
-    for target, path in targets.items():
-        source = {"photo": common.utf8(path.relative_to(folder).as_posix()), **_file_version(path)}
-        if target not in finished or not source.items() <= finished[target].items():
-            todo.append((path, target, {**settings, **source}))
-    again = sum(target in finished for _, target, _ in todo)  # the image has changed since
-    there, failed, written = len(images) - len(todo), 0, []
+    tasks = _tasks(folder, found, out, extraction.settings)
+    done = len(found.files) - len(tasks)
+    written: list[int | None] = []  # bytes; None for images that failed
     for message in found.errors:
         common.error(message)
     start = time.perf_counter()
     try:
-        loaded = _load([path for path, _, _ in todo], size, workers)
-        with common.progress_bar("pictures", len(images)) as progress:
-            progress(there)
-            for (path, target, metadata), pixels in zip(todo, loaded, strict=True):
-                try:
-                    if isinstance(pixels, str):
-                        raise ImageError(pixels)
-                    _check_name(target)
-                    tensors = to_tensors(srt(network.image(pixels.numpy())), dtype)
-                    written.append(_write(target, tensors, metadata))
-                except Exception as error:  # one image never ends the run
-                    if isinstance(error, OutputError) and error.errno not in _OF_ONE_NAME:
-                        raise
-                    failed += 1
-                    named = isinstance(error, (ImageError, OutputError))
-                    common.error(str(error) if named else f"{path}: {common.describe(error)}")
-                progress(there + failed + len(written))
+        with common.progress_bar("pictures", len(found.files)) as progress:
+            progress(done)
+            for result in _write_all(tasks, extraction, workers):
+                written.append(result)
+                progress(done + len(written))
     except KeyboardInterrupt:
-        common.error("interrupted; the same command goes on")
+        common.error("interrupted; the same command resumes")
         raise typer.Exit(130) from None
     finally:
-        changed = f" ({again} had changed since)" if again else ""
-        left_out = found.left_out_kinds()
+        again, skipped = sum(task.again for task in tasks), found.skipped_kinds()
+        changed = f" ({again} because the picture has changed)" if again else ""
+        sizes = [result for result in written if result is not None]
         common.echo(
-            f"{len(images)} pictures: {len(written)} written{changed}, "
-            f"{there} were there, {failed} failed",
-            *[f"left out, no pictures by their names: {left_out}"] * bool(left_out),
-            f"{sum(written) / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s, "
-            f"{network.backbone.seconds:.1f} s of them in the model",
+            f"{len(found.files)} pictures: {len(sizes)} written{changed}, "
+            f"{done} skipped (already done), {written.count(None)} failed",
+            *[f"skipped (not images): {skipped}"] * bool(skipped),
+            f"{sum(sizes) / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s, "
+            f"{extraction.network.backbone.seconds:.1f} s of it in the model",
             f"wrote to {out}",
         )
-    if failed or found.errors:
+    if None in written or found.errors:
         raise typer.Exit(1)
 
 
+def _tasks(folder: Path, found: Found, out: Path, settings: dict[str, str]) -> list[_Task]:
+    """The images that are not finished. Removes the temporary files of killed runs."""
+    targets = {out / f"{path.relative_to(folder)}.safetensors": path for path in found.files}
+    finished = _finished(out, targets, settings)
+    common.remove_partials(targets)
+    tasks = []
+    for target, path in targets.items():
+        source = {"photo": common.utf8(path.relative_to(folder).as_posix()), **_file_version(path)}
+        if target not in finished or not source.items() <= finished[target].items():
+            tasks.append(_Task(path, target, {**settings, **source}, target in finished))
+    return tasks
+
+
+def _write_all(tasks: list[_Task], extraction: Extraction, workers: int) -> Iterator[int | None]:
+    """Yields the bytes written for each image, or None if it failed, which is reported."""
+    network, srt, size, dtype, _ = extraction
+    loaded = _load([task.path for task in tasks], size, workers)
+    for task, pixels in zip(tasks, loaded, strict=True):
+        written = None
+        try:
+            if isinstance(pixels, str):
+                raise ImageError(pixels)
+            _check_name(task.target)
+            tensors = to_tensors(srt(network.image(pixels.numpy())), dtype)
+            written = _write(task.target, tensors, task.metadata)
+        except Exception as error:  # an image must not end the run
+            if isinstance(error, OutputError) and error.errno not in _OF_ONE_NAME:
+                raise
+            named = isinstance(error, (ImageError, OutputError))
+            common.error(str(error) if named else f"{task.path}: {common.describe(error)}")
+        yield written
+
+
 def _finished(out: Path, targets: Any, settings: dict[str, str]) -> dict[Path, dict[str, str]]:
-    """The metadata of the files in ``out``, none of which may have other settings."""
+    """The metadata of the files in ``out``; an OutputError if one has other settings."""
     metadata_of = {}
     for path in sorted({*targets, *find_files(out, (".safetensors",)).files}):
         try:
             metadata = _metadata(path)
         except (OSError, SafetensorError):
-            continue  # absent, or broken: made again if it is one of the targets
+            continue  # absent or broken: written again if it is one of the targets
         if path not in targets and "srt_ext" not in metadata:
             continue  # not written by srt_ext
         others = [
@@ -250,27 +273,27 @@ def _finished(out: Path, targets: Any, settings: dict[str, str]) -> dict[Path, d
 
 
 def _metadata(path: Path) -> dict[str, str]:
-    """Of a whole .safetensors file."""
-    if not path.is_file():  # a pipe may never end
+    """The metadata of a .safetensors file; raises an error if the file is not complete."""
+    if not path.is_file():  # reading a pipe may never end
         raise FileNotFoundError(path)
     with path.open("rb") as file, safe_open(by_descriptor(file), "pt") as tensors:
         return dict(tensors.metadata() or {})
 
 
 def _file_version(path: Path) -> dict[str, str]:
-    """Size and time, which differ after a change."""
+    """Size and modification time, which show that an image has changed."""
     try:
         state = path.stat()
-    except OSError:  # gone, or a broken link: reported when it is opened
+    except OSError:  # absent or a broken link: reported when it is opened
         return {"bytes": "", "modified": ""}
     return {"bytes": str(state.st_size), "modified": str(state.st_mtime_ns)}
 
 
 def save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """A .safetensors file, of dense tensors; an OSError where it cannot be written.
+    """Writes dense tensors to a .safetensors file; raises an OSError if it cannot be written.
 
-    The library's function orders the metadata by chance, so the same features would be other bytes
-    in every run.
+    The function of safetensors writes metadata in random order, so the bytes of the same features
+    would differ from run to run.
     """
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
@@ -279,7 +302,7 @@ def save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str])
         about = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape)}
         header[name] = {**about, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # for aligned tensors
+    text += b" " * (-len(text) % 8)  # aligns the tensors
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
@@ -288,7 +311,7 @@ def save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str])
 
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
-# Of a file that cannot be written because of its own name. Of a full disk the others fail, too.
+# Errors that only one name causes. Others, such as a full disk, would fail for every file.
 _OF_ONE_NAME = {
     *(errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL, errno.ELOOP),
     *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOENT),
@@ -297,7 +320,7 @@ _OF_ONE_NAME = {
 
 
 def _check_name(target: Path) -> None:
-    """Before an image is worked on: raises an OutputError if its target's name is not possible."""
+    """Raises an OutputError if the name of the target is not possible, before the model runs."""
     try:
         target.lstat()
     except FileNotFoundError:
@@ -307,7 +330,7 @@ def _check_name(target: Path) -> None:
 
 
 def _write(target: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> int:
-    """Returns the bytes written."""
+    """Returns the number of bytes written."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -51,7 +51,7 @@ def open_image(path: Path) -> Any:
     try:
         # A pipe or a device may never end.
         if not stat.S_ISREG(path.stat().st_mode):
-            raise ImageError(f"{path} is no regular file")
+            raise ImageError(f"{path} is not a regular file")
         with warnings.catch_warnings():  # of what Pillow can read in spite of it
             warnings.simplefilter("ignore")
             return _to_rgb(_upright(path))
@@ -60,7 +60,7 @@ def open_image(path: Path) -> Any:
     except (ImageError, MemoryError):
         raise
     except Exception as error:  # decoders raise anything on a broken file
-        raise ImageError(f"{path} is no readable picture: {error}") from None
+        raise ImageError(f"{path} is not a readable picture: {error}") from None
 
 
 def _upright(path: Path) -> Any:
@@ -107,14 +107,14 @@ class Found(NamedTuple):
     """What a folder holds."""
 
     files: list[Path]
-    left_out: Counter[str]  # by kind
+    skipped: Counter[str]  # by kind
     errors: list[str]  # of folders that cannot be read
 
-    def left_out_kinds(self) -> str:
-        """Such as ``3 .txt, 1 without a suffix``; empty if nothing was left out."""
-        common = self.left_out.most_common(5)
+    def skipped_kinds(self) -> str:
+        """Such as ``3 .txt, 1 without a suffix``; empty if nothing was skipped."""
+        common = self.skipped.most_common(5)
         kinds = [f"{count} {kind}" for kind, count in common]
-        others = self.left_out.total() - sum(count for _, count in common)
+        others = self.skipped.total() - sum(count for _, count in common)
         return ", ".join(kinds + ([f"{others} others"] if others else []))
 
 
@@ -134,7 +134,7 @@ def find_files(
         identity = _identity(parent)
         if identity and identity in seen and parent != folder:
             if parent.is_symlink():
-                found.left_out["linked again"] += 1
+                found.skipped["linked twice"] += 1
             continue
         seen.add(identity)
         try:
@@ -145,7 +145,7 @@ def find_files(
         for path in paths:
             if os.path.isdir(path):  # False, not an error, for what cannot be looked at
                 if not nested:
-                    found.left_out["folders"] += 1
+                    found.skipped["folders"] += 1
                 elif path.is_symlink():
                     waiting.append(path)
                 else:
@@ -153,7 +153,7 @@ def find_files(
             elif path.suffix.lower() in suffixes:
                 found.files.append(path)
             else:
-                found.left_out[path.suffix.lower() or "without a suffix"] += 1
+                found.skipped[path.suffix.lower() or "without a suffix"] += 1
     found.files.sort(key=_natural_key)
     return found
 
@@ -162,8 +162,8 @@ def find_images(folder: Path, *, nested: bool = False, without: Path | None = No
     """:func:`find_files` for images; an ImageError if there is none."""
     found = find_files(folder, suffixes(), nested=nested, without=without)
     if not found.files:
-        left_out = found.left_out_kinds()
-        reasons = [f"left out: {left_out}"] * bool(left_out) + found.errors
+        skipped = found.skipped_kinds()
+        reasons = [f"skipped: {skipped}"] * bool(skipped) + found.errors
         raise ImageError("; ".join([f"{folder} has no pictures", *reasons]))
     return found
 

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import common
-from .images import ImageError, find_images, open_image, to_pixels
+from .images import Found, ImageError, find_images, open_image, to_pixels
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ..viz import Comparison
 
 
@@ -22,8 +24,8 @@ def command(
     photo: Annotated[
         Path,
         typer.Argument(
-            help="A picture, of any kind that Pillow reads; or a folder: the frames of a video, by "
-            "the numbers in their names."
+            help="A picture that Pillow can read, or a folder with the frames of a video, in the "
+            "order of the numbers in their names."
         ),
     ],
     output: Annotated[
@@ -31,8 +33,8 @@ def command(
         typer.Option(
             "--output",
             "-o",
-            help="The picture to write (srt.png). Of a video: a .gif or .webp (srt.gif), or, for a "
-            "long one, a new folder of frames.",
+            help="The picture to write (srt.png). For a video: a .gif or .webp (srt.gif), or a new "
+            "folder of frames, which suits a long video.",
             show_default=False,
         ),
     ] = None,
@@ -47,27 +49,27 @@ def command(
     layer: Annotated[
         list[int] | None,
         typer.Option(
-            help="A block or stage, from 0, or from the end; or else the last. Again for more: "
-            "a row each.",
+            help="Index of a block or stage; negative ones count from the end. Repeat it for more "
+            "rows. Default: the last.",
             show_default=False,
         ),
     ] = None,
     noise: Annotated[
-        bool, typer.Option("--noise", help="Also draw how far the views differ: the noise map.")
+        bool, typer.Option("--noise", help="Also draw the noise map: how much the views differ.")
     ] = False,
     query: Annotated[
         str | None,
         typer.Option(
-            help="x,y in pixels of the picture: also draw the cosine similarity to the features "
-            "there (of a video: in the first frame)."
+            help="Also draw the cosine similarity to the features at x,y, in pixels of the picture "
+            "(for a video: of the first frame)."
         ),
     ] = None,
     fps: Annotated[float, typer.Option(min=0.1, max=50, help="Frames a second of a video.")] = 10,
 ) -> None:
     """Draws a photograph, its plain tokens, the same upsampled, and SRT's mean and median.
 
-    All in one PCA basis, a row for each layer. Of a video the basis is that of the first frame. The
-    tokens of all views are held in memory.
+    All panels of a layer share a PCA basis, and each layer has a row. A video uses the basis of its
+    first frame. The tokens of all views are kept in memory.
     """
     video = photo.is_dir()
     output = output or Path("srt.gif" if video else "srt.png")
@@ -75,39 +77,36 @@ def command(
         common.check_output(output, common.FIGURE_SUFFIXES)
     elif output.suffix:
         common.check_output(output, (".gif", ".webp"))
-    from ..viz import Comparison, draw
+    from ..viz import Comparison
 
     common.check_inputs(views, weights)
-    if video:
-        found = find_images(photo)
-        first = first_readable(found.files)
-    else:
-        first = open_image(photo)
+    found = find_images(photo) if video else None
+    first = open_image(photo) if found is None else first_readable(found.files)
     point = None if query is None else parse_query(query, first.size)
     if video and not output.suffix:
-        # Empty: frames of an earlier, longer video would be taken for the end of this one.
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise common.fatal(f"{output} must be a new folder, or an empty one")
-        output.mkdir(parents=True, exist_ok=True)
+        make_frame_folder(output)
     network = common.load_network(model, weights, layer or [-1])
     settings: Any = {"stride": stride, "view_batch": view_batch, "noise": noise, "query": point}
     with common.warnings_as_notes():
         comparison = Comparison(network.backbone, views, scale=scale, quality=quality, **settings)
-    count = len(comparison.srt.views.offsets)
     names = [f"layer {index}" for index in layer or [-1]]
-    if video:
-        frames = draw_frames(found.files, comparison, network, names, size)
-        written = write_frames(frames, output, fps)
-        if not written:
-            raise common.fatal(f"none of {len(found.files)} frames could be drawn")
-        failed = len(found.files) - written
-        if left_out := found.left_out_kinds():
-            common.echo(f"left out, no pictures by their names: {left_out}")
-        common.echo(f"{written} frames, {failed} left out", f"wrote {output}")
-        if failed:
-            raise typer.Exit(1)
-        return
-    pixels = to_pixels(first, size)
+    if found is None:
+        draw_photo(to_pixels(first, size), comparison, network, names, output)
+    else:
+        write_video(found, draw_frames(found.files, comparison, network, names, size), output, fps)
+
+
+def draw_photo(
+    pixels: np.ndarray,
+    comparison: Comparison,
+    network: common.Network,
+    names: list[str],
+    output: Path,
+) -> None:
+    """pixels: [H, W, 3] uint8; names: those of the rows."""
+    from ..viz import draw
+
+    count = len(comparison.srt.views.offsets)
     with common.progress_bar("views", count) as progress:
         rows = comparison(network.image(pixels), pixels, progress)
     common.save_figure(draw(rows, names), output, dpi=150)
@@ -119,12 +118,32 @@ def command(
     )
 
 
+def write_video(found: Found, frames: Iterator[Any], output: Path, fps: float) -> None:
+    """Writes the frames and prints a summary; raises typer.Exit if any failed."""
+    written = write_frames(frames, output, fps)
+    if not written:
+        raise common.fatal(f"none of {len(found.files)} frames could be drawn")
+    failed = len(found.files) - written
+    if skipped := found.skipped_kinds():
+        common.echo(f"skipped (not images): {skipped}")
+    common.echo(f"{written} frames, {failed} skipped", f"wrote {output}")
+    if failed:
+        raise typer.Exit(1)
+
+
+def make_frame_folder(folder: Path) -> None:
+    """It must be empty: frames of an earlier, longer video would seem to belong to this one."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise common.fatal(f"{folder} must be a new folder, or an empty one")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
 def first_readable(paths: list[Path]) -> Any:
     """The first image of a video, as :func:`open_image`; an ImageError if none can be read."""
     for path in paths:
         with suppress(ImageError):
             return open_image(path)
-    raise ImageError(f"none of {len(paths)} frames is a readable picture, such as {paths[0]}")
+    raise ImageError(f"none of {len(paths)} frames is a readable picture, for example {paths[0]}")
 
 
 def parse_query(text: str, size: tuple[int, int]) -> tuple[float, float]:
@@ -142,9 +161,9 @@ def parse_query(text: str, size: tuple[int, int]) -> tuple[float, float]:
 def draw_frames(
     paths: list[Path], comparison: Comparison, network: common.Network, names: list[str], size: int
 ) -> Iterator[Any]:
-    """A frame for each image, of Pillow.
+    """Yields a frame, an image of Pillow, for each path.
 
-    Images that fail, and those of another size than the first, are reported and skipped.
+    Images that fail or differ in size from the first are reported and skipped.
     """
     from ..viz import draw, render
 
@@ -162,17 +181,17 @@ def draw_frames(
             except Exception as error:  # one frame never ends the video
                 named = isinstance(error, ImageError)
                 reason = str(error) if named else f"{path}: {common.describe(error)}"
-                common.error(f"{reason}; left out")
+                common.error(f"{reason}; skipped")
             else:
                 yield frame
             progress(i + 1)
 
 
 def write_frames(frames: Iterator[Any], output: Path, fps: float) -> int:
-    """Writes images of Pillow, of one size, and returns their number.
+    """Writes images of Pillow, all of one size, and returns their number.
 
-    To a .gif or .webp, an animation of ``fps`` frames a second, which is held in memory until the
-    last frame; or to a folder: 00000.png and so on, each as it comes.
+    A .gif or .webp is an animation of ``fps`` frames per second; all frames are kept in memory. A
+    folder gets 00000.png and so on, each as soon as it is drawn.
     """
     if not output.suffix:
         count = 0
