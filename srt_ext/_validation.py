@@ -63,21 +63,24 @@ def _quoted(word: object) -> str:
     return f"'{shown}...'" if len(text) > longest else f"'{shown}'"
 
 
-def is_integer(value: object) -> bool:
-    """Of any library: what has ``__index__`` and no dimensions, and is no bool."""
-    if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
-        return False
+def _index(value: object) -> int:
+    """The integer that ``value`` is, of any library; TypeError for bools, floats and arrays [N]."""
+    dtype, shape = getattr(value, "dtype", ""), getattr(value, "shape", ())
+    if isinstance(value, bool) or "bool" in str(dtype) or tuple(shape) != ():
+        raise TypeError
     try:
-        index(value)  # type: ignore[arg-type]
+        return index(value)  # type: ignore[arg-type]
+    except RuntimeError:  # a meta tensor, which has no value
+        raise TypeError from None
+
+
+def is_integer(value: object) -> bool:
+    """Whether ``value`` is an integer of any library, also a 0-d array or tensor; no bool."""
+    try:
+        _index(value)
     except TypeError:
         return False
-    return tuple(getattr(value, "shape", ())) == ()
-
-
-def _index(value: object) -> int:
-    if not is_integer(value):
-        raise TypeError
-    return index(value)  # type: ignore[arg-type]
+    return True
 
 
 def check_pair(where: str, name: str, value: object, least: int = 1) -> tuple[int, int]:
@@ -105,21 +108,29 @@ def check_cells(where: str, grid: object, patch: object, stride: object) -> tupl
     return pixels[0] // stride[0], pixels[1] // stride[1]
 
 
-def check_count(where: str, name: str, value: object, least: int) -> int:
-    rule = f"{name} must be an integer >= {least}"
-    if not is_integer(value):
-        raise wrong(TypeError, where, rule, repr(value))
-    count = _index(value)
+def check_count(where: str, name: str, value: object, least: int, other: str = "") -> int:
+    """``other``: what the message offers beside an integer, as ", or 'auto'"."""
+    rule = f"{name} must be an integer >= {least}{other}"
+    try:
+        count = _index(value)
+    except TypeError:
+        raise wrong(TypeError, where, rule, repr(value)) from None
     if count < least:
         raise wrong(ValueError, where, rule, count)
     return count
 
 
 def check_number(where: str, rule: str, value: object) -> float:
-    """A real number of Python or NumPy."""
-    if isinstance(value, bool) or not isinstance(value, Real):
+    """A real number of any library, also a 0-d array or tensor; no bool."""
+    number = value
+    if tuple(getattr(value, "shape", (1,))) == ():
+        try:
+            number = value.item()  # type: ignore[attr-defined]
+        except RuntimeError:  # a meta tensor, which has no value
+            raise wrong(TypeError, where, rule, repr(value)) from None
+    if isinstance(number, bool) or not isinstance(number, Real):
         raise wrong(TypeError, where, rule, repr(value))
     try:
-        return float(value)
+        return float(number)
     except OverflowError:
         return math.inf  # a huge integer, which every rule refuses
