@@ -1,4 +1,4 @@
-"""Checks in Python: of what torch's dispatcher refuses before C++ runs, and of settings.
+"""Checks in Python, for settings and for what torch's dispatcher refuses before C++ runs.
 
 The rules for the arguments of the ops are those of csrc/srt/validation.cpp. No torch here.
 """
@@ -15,6 +15,8 @@ from typing import get_args
 from .options import OPTIONS
 
 Wrong = type[ValueError] | type[TypeError]
+
+MAX_VIEWS = 2**20  # in one call: kMaxViews of csrc/srt/types.h
 
 
 def wrong(kind: Wrong, where: str, rule: str, got: object) -> ValueError | TypeError:
@@ -46,7 +48,7 @@ def check_string(where: str, name: str, value: object) -> None:
 
 
 def check_words(where: str, **words: object) -> None:
-    """``words``: options by the names of their arguments."""
+    """``words``: the values of options, by the names of their arguments."""
     for name, word in words.items():
         check_string(where, name, word)
         options = get_args(OPTIONS[name])
@@ -56,7 +58,7 @@ def check_words(where: str, **words: object) -> None:
 
 
 def _quoted(word: object) -> str:
-    """A word of the caller, printable and not longer than a line, as csrc/srt/validation.cpp."""
+    """The word in quotes, printable and cut to a line, as csrc/srt/validation.cpp quotes it."""
     longest, text = 40, str(word)
     codes = (f"\\x{ord(c):02x}" if c < " " or c == "\x7f" else c for c in text[:longest])
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in codes)
