@@ -355,7 +355,10 @@ def test_bools_and_floats_are_no_integers(value: Any) -> None:
             call()
 
 
-@pytest.mark.parametrize("value", [torch.tensor(4.0), torch.tensor([4]), torch.tensor([[4]])])
+@pytest.mark.parametrize(
+    "value",
+    [torch.tensor(4.0), torch.tensor([4]), torch.tensor([[4]]), torch.tensor(4, device="meta")],
+)
 def test_other_tensors_are_no_integers(value: torch.Tensor) -> None:
     for call in (
         lambda: srt_ext.ensemble(TOKENS, torch.zeros(9, 2), (value, value), (8, 8)),
@@ -366,15 +369,19 @@ def test_other_tensors_are_no_integers(value: torch.Tensor) -> None:
             call()
 
 
-@pytest.mark.parametrize("number", [np.float32, np.float64, np.float16])
-def test_numbers_of_numpy_are_numbers(number: Any) -> None:
+NUMBERS = [np.float32, np.float64, np.float16, np.array, torch.tensor]
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_numbers_of_other_libraries_are_numbers(number: Any) -> None:
     assert_same(views.grid(number(1.5), number(0.5)), views.grid(1.5, 0.5))
     assert_same(views.ring(5, number(3.5)), views.ring(5, 3.5))
     assert_same(views.sobol(5, number(3.5)), views.sobol(5, 3.5))
     one, two = (SRT(pooled, "grid:1", scale=s, patch=PATCH, prefix=1) for s in (number(1.25), 1.25))
     assert type(one.scale) is float
     assert_same(one(IMAGES), two(IMAGES))
-    for wrong in ("3", True, None, torch.tensor(3.0)):
+    some = [torch.tensor([3.0]), torch.tensor(True), torch.tensor(3j), np.array("3")]
+    for wrong in ("3", True, None, *some, torch.tensor(3.0, device="meta")):
         with pytest.raises(TypeError, match="radius must be"):
             views.grid(wrong)  # type: ignore[arg-type]
         with pytest.raises((TypeError, ValueError), match="must be"):

@@ -141,6 +141,25 @@ def test_errors_of_fake_kernels() -> None:
             srt.shift(torch.ones(2, 2), offsets)
 
 
+@pytest.mark.parametrize("kind", ["fake", "meta"])
+def test_fake_kernels_limit_the_views(kind: str) -> None:
+    def calls(count: int) -> list[tuple[str, Callable[[], Any]]]:
+        tokens, offsets = torch.ones(1, 1, 6, 3).expand(count, 1, 6, 3), torch.zeros(count, 2)
+        image, place = torch.ones(1, 1, 1, 1), (tokens, offsets, [2, 3], [4, 5])
+        return [
+            ("tokens", lambda: srt.ensemble(*place)),
+            ("tokens", lambda: srt.ensemble_moments(*place)),
+            ("offsets", lambda: srt.shift(image, offsets)),
+        ]
+
+    with FakeTensorMode() if kind == "fake" else torch.device("meta"):
+        for _, call in calls(2**20):
+            call()
+        for name, call in calls(2**20 + 1):
+            with pytest.raises(ValueError, match=rf"{name} must hold at most 2\^20 views"):
+                call()
+
+
 # ---- compile and export -------------------------------------------------------------------------
 
 

@@ -337,7 +337,7 @@ class _Function(torch.autograd.function._SingleLevelFunction):
 
 
 def _arguments(ctx: Any, saved: Sequence[Any]) -> list[Any]:
-    """Of a node, in the order of the schema."""
+    """The inputs of a node, in the order of the schema."""
     return [o if t is None else t for t, o in zip(saved, ctx.others, strict=True)]
 
 

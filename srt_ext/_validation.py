@@ -1,4 +1,4 @@
-"""Checks in Python: of what torch's dispatcher refuses before C++ runs, and of settings.
+"""Checks in Python, for settings and for what torch's dispatcher refuses before C++ runs.
 
 The rules for the arguments of the ops are those of csrc/srt/validation.cpp. No torch here.
 """
@@ -15,6 +15,8 @@ from typing import get_args
 from .options import OPTIONS
 
 Wrong = type[ValueError] | type[TypeError]
+
+MAX_VIEWS = 2**20  # in one call: kMaxViews of csrc/srt/types.h
 
 
 def wrong(kind: Wrong, where: str, rule: str, got: object) -> ValueError | TypeError:
@@ -46,7 +48,7 @@ def check_string(where: str, name: str, value: object) -> None:
 
 
 def check_words(where: str, **words: object) -> None:
-    """``words``: options by the names of their arguments."""
+    """``words``: the values of options, by the names of their arguments."""
     for name, word in words.items():
         check_string(where, name, word)
         options = get_args(OPTIONS[name])
@@ -56,28 +58,31 @@ def check_words(where: str, **words: object) -> None:
 
 
 def _quoted(word: object) -> str:
-    """A word of the caller, printable and not longer than a line, as csrc/srt/validation.cpp."""
+    """The word in quotes, printable and cut to a line, as csrc/srt/validation.cpp quotes it."""
     longest, text = 40, str(word)
     codes = (f"\\x{ord(c):02x}" if c < " " or c == "\x7f" else c for c in text[:longest])
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in codes)
     return f"'{shown}...'" if len(text) > longest else f"'{shown}'"
 
 
-def is_integer(value: object) -> bool:
-    """Of any library: what has ``__index__`` and no dimensions, and is no bool."""
-    if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
-        return False
+def _index(value: object) -> int:
+    """The integer that ``value`` is, of any library; TypeError for bools, floats and arrays [N]."""
+    dtype, shape = getattr(value, "dtype", ""), getattr(value, "shape", ())
+    if isinstance(value, bool) or "bool" in str(dtype) or tuple(shape) != ():
+        raise TypeError
     try:
-        index(value)  # type: ignore[arg-type]
+        return index(value)  # type: ignore[arg-type]
+    except RuntimeError:  # a meta tensor, which has no value
+        raise TypeError from None
+
+
+def is_integer(value: object) -> bool:
+    """Whether ``value`` is an integer of any library, also a 0-d array or tensor; no bool."""
+    try:
+        _index(value)
     except TypeError:
         return False
-    return tuple(getattr(value, "shape", ())) == ()
-
-
-def _index(value: object) -> int:
-    if not is_integer(value):
-        raise TypeError
-    return index(value)  # type: ignore[arg-type]
+    return True
 
 
 def check_pair(where: str, name: str, value: object, least: int = 1) -> tuple[int, int]:
@@ -105,21 +110,29 @@ def check_cells(where: str, grid: object, patch: object, stride: object) -> tupl
     return pixels[0] // stride[0], pixels[1] // stride[1]
 
 
-def check_count(where: str, name: str, value: object, least: int) -> int:
-    rule = f"{name} must be an integer >= {least}"
-    if not is_integer(value):
-        raise wrong(TypeError, where, rule, repr(value))
-    count = _index(value)
+def check_count(where: str, name: str, value: object, least: int, other: str = "") -> int:
+    """``other``: what the message offers beside an integer, as ", or 'auto'"."""
+    rule = f"{name} must be an integer >= {least}{other}"
+    try:
+        count = _index(value)
+    except TypeError:
+        raise wrong(TypeError, where, rule, repr(value)) from None
     if count < least:
         raise wrong(ValueError, where, rule, count)
     return count
 
 
 def check_number(where: str, rule: str, value: object) -> float:
-    """A real number of Python or NumPy."""
-    if isinstance(value, bool) or not isinstance(value, Real):
+    """A real number of any library, also a 0-d array or tensor; no bool."""
+    number = value
+    if tuple(getattr(value, "shape", (1,))) == ():
+        try:
+            number = value.item()  # type: ignore[attr-defined]
+        except RuntimeError:  # a meta tensor, which has no value
+            raise wrong(TypeError, where, rule, repr(value)) from None
+    if isinstance(number, bool) or not isinstance(number, Real):
         raise wrong(TypeError, where, rule, repr(value))
     try:
-        return float(value)
+        return float(number)
     except OverflowError:
         return math.inf  # a huge integer, which every rule refuses

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import streaming
-from ._validation import check_count, check_pair, check_words, wrong
+from ._validation import MAX_VIEWS, check_count, check_pair, check_words, wrong
 from .options import Border, Interpolation, Padding, Pair, Reduce, Stride, Upsample
 
 try:
@@ -55,7 +55,6 @@ __all__ = [
     "shift",
 ]
 
-MAX_VIEWS = 2**20  # of one call, as csrc/srt/types.h
 MAX_THREADS = 1024  # a slip of the keyboard asks for more
 
 # What offsets and weights are made of: float32 or float64, or numbers in (nested) sequences.

@@ -14,6 +14,7 @@ import torch
 
 from ._library import cuda_unavailable
 from ._validation import (
+    MAX_VIEWS,
     check_cells,
     check_pair,
     check_tensor,
@@ -39,9 +40,9 @@ def state_mode() -> Iterator[None]:
 
 
 def pair(op: str, name: str, value: Any) -> Any:
-    """Integers as the dispatcher takes them. C++ has their other rules.
+    """Converts ``value`` to integers that the dispatcher takes; C++ checks the other rules.
 
-    By itself it reads bools and floating 0-d tensors as integers, and refuses a lone NumPy integer.
+    The dispatcher reads bools and floating 0-d tensors as integers, and refuses a NumPy integer.
     """
     several = value if type(value) in (tuple, list) else (value,)
     if torch.compiler.is_compiling() or all(type(n) is int for n in several):
@@ -66,7 +67,7 @@ def _explain(
 
 
 def _check_types(op: str, schema: Any, *args: object, **modes: object) -> None:
-    """Of arguments that the dispatcher has refused: no dense tensor, no two integers, no word."""
+    """Raises for the argument whose type the dispatcher refused: a tensor, a pair or a word."""
     names = [argument.name for argument in schema.arguments]
     given = {**dict(zip(names, args, strict=False)), **modes}
     for argument in schema.arguments:
@@ -81,7 +82,7 @@ def _check_types(op: str, schema: Any, *args: object, **modes: object) -> None:
 
 
 def _call(name: str, op: Any, *args: Any, **modes: Any) -> Any:
-    """``op``, which raises ValueError or TypeError for wrong arguments, in the name of ``name``."""
+    """Calls ``op``; for wrong arguments raises ValueError or TypeError that name ``name``."""
     if torch.compiler.is_compiling():
         return op(*args, **modes)
     try:
@@ -98,9 +99,9 @@ def accumulate(op: str, *args: Any, **modes: Any) -> None:
 def check_views(
     op: str, *args: Any, reduce: str = "mean", stream: bool = False, **modes: Any
 ) -> None:
-    """The rules for tokens, offsets, grid, patch, weights and modes of ``op``: nothing is made.
+    """Checks tokens, offsets, grid, patch, weights and modes by the rules of ``op``.
 
-    ``stream``: for a chunk of one, which may have no views.
+    ``stream``: they are a chunk of a stream, which may have no views.
     """
     check = torch.ops.srt._check_views.default
     _call(op, check, op, *args, reduce=reduce, stream=stream, **modes)
@@ -272,6 +273,7 @@ def field_shape(
     """[B, C, H', W'] of the field that the op makes of these arguments."""
     where = f"srt::{op}"
     _check_rank(where, "tokens", tokens, 4, "must have 4 dimensions, [V, B, N, C]")
+    _check_view_count(where, "tokens", tokens)
     _, batch, count, channels = tokens.shape
     grid = check_pair(where, "grid", grid)
     cells = check_cells(where, grid, patch, stride)
@@ -287,6 +289,14 @@ def _check_rank(where: str, name: str, tensor: torch.Tensor, rank: int, rule: st
         raise wrong(ValueError, where, f"{name} {rule}", list(tensor.shape))
 
 
+def _check_view_count(where: str, name: str, tensor: torch.Tensor) -> None:
+    """The limit of the views, [V, ...]; a symbolic V is left to the op, for it would be a guard."""
+    count: int | torch.SymInt = tensor.shape[0]
+    if isinstance(count, int) and count > MAX_VIEWS:
+        rule = f"{name} must hold at most 2^20 views"
+        raise wrong(ValueError, where, rule, list(tensor.shape))
+
+
 def _check_meta(where: str, given: torch.Tensor, **numbers: torch.Tensor | None) -> None:
     """One tensor on the meta device is enough to get here, where results have no values."""
     for name, values in numbers.items():
@@ -296,7 +306,7 @@ def _check_meta(where: str, given: torch.Tensor, **numbers: torch.Tensor | None)
 
 
 def _check_written(where: str, tokens: torch.Tensor, **written: torch.Tensor) -> None:
-    """With one on the meta device nothing would be written, without a word."""
+    """If one were on the meta device, the call would write nothing and raise no error."""
     for name, tensor in written.items():
         if tensor.is_meta != tokens.is_meta:
             rule = f"{name} must be on the device of tokens"
@@ -314,6 +324,7 @@ def _new_field(op: str, tokens: torch.Tensor, *args: Any, **modes: Any) -> torch
 def _(image: torch.Tensor, offsets: torch.Tensor, **modes: Any) -> torch.Tensor:
     _check_rank("srt::shift", "image", image, 4, "must have 4 dimensions, [B, C, H, W]")
     _check_rank("srt::shift", "offsets", offsets, 2, "must be [V, 2] with V >= 1")
+    _check_view_count("srt::shift", "offsets", offsets)
     _check_meta("srt::shift", image, offsets=offsets)
     return image.new_empty([offsets.shape[0], *image.shape])
 

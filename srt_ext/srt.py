@@ -649,14 +649,9 @@ def _check_scale(scale: Any) -> float:
 
 
 def _view_batch(value: Any) -> int | str:
-    rule = "view_batch must be an integer >= 1, or 'auto'"
     if isinstance(value, str) and value == "auto":
         return value
-    if not is_integer(value):
-        raise wrong(TypeError, "SRT", rule, repr(value))
-    if int(value) < 1:
-        raise wrong(ValueError, "SRT", rule, value)
-    return int(value)
+    return check_count("SRT", "view_batch", value, 1, other=", or 'auto'")
 
 
 def _check_inject(inject: object, layers: object, stride: object) -> None:

@@ -202,7 +202,7 @@ def sobol(n: int, radius: float, seed: int = 0) -> Views:
     if seed >= 2**63:
         raise ValueError(f"views.sobol: seed must be < 2^63; got {seed}")
     engine = torch.quasirandom.SobolEngine(2, scramble=True, seed=seed)
-    # Of the first point the engine keeps a copy in torch's default dtype, in which it may overflow.
+    # The engine keeps its first point in torch's default dtype, which may overflow.
     first = engine.quasi.float() / 2**engine.MAXBIT
     points = torch.cat([first[None].double(), engine.draw(n, dtype=torch.float64)[1:]])
     return Views(((points - points.mean(0)) * 2 * radius).float())

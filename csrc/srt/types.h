@@ -1,5 +1,4 @@
-// What the kernels share: element types, modes, limits, and the parallel runtime that a caller
-// injects.
+// Element types, modes and limits of all kernels, and the parallel runtime that a caller injects.
 #pragma once
 #include <cstdint>
 #include <type_traits>
@@ -27,7 +26,7 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// What sums are kept in: float, and double for double.
+// The type of sums: double for double, float for others.
 template <class T>
 struct AccumulatorOf {
   using type = float;
@@ -54,7 +53,7 @@ auto dispatch_dtype(DType dtype, Body&& body) {
   }
   return body(float{});
 }
-// For what is floating: tokens, and everything that has a gradient.
+// The same for floating types alone: tokens, and everything that has a gradient.
 template <class Body>
 auto dispatch_floating(DType dtype, Body&& body) {
   return dispatch_dtype(dtype, [&](auto element) {
@@ -72,7 +71,8 @@ SRT_HD constexpr int64_t div_up(int64_t n, int64_t size) { return (n + size - 1)
 // Bounds the axis tables, and keeps a pixel coordinate exact in every type that holds one.
 constexpr int64_t kMaxPixels = int64_t{1} << 24;
 constexpr int64_t kMaxOffset = int64_t{1} << 20;
-// Of one call: with the two above, no size of a table or of scratch overflows.
+// Views of one call. With kMaxPixels and kMaxOffset, it keeps the sizes of tables and of scratch
+// below 2^63.
 constexpr int64_t kMaxViews = int64_t{1} << 20;
 
 // The parallel runtime, injected (torch's, a thread pool, a serial one in tests). `run` calls

@@ -17,7 +17,7 @@ CUstream_st* current_stream(const Tensor& tensor) {
   return static_cast<CUstream_st*>(stream);
 }
 
-// Of the host, or of the device if they lie there.
+// A view of the values on the host, or of `device` if they are there.
 ViewArray pointers(const double* host, const std::optional<Tensor>& device) {
   if (!device) return {host, nullptr, DType::f64};
   const bool f64 = device->scalar_type() == ScalarType::Double;

@@ -43,7 +43,7 @@ from srt_ext import _numpy, dlpack, ops
 from srt_ext import numpy as numpy_binding
 
 # isort: split
-# Of python_tests, which hostile.py has put on the path.
+# These are in python_tests; hostile.py puts it on the path.
 import oracle
 from arrays import tensor
 from bounds import EnsembleBounds
@@ -64,7 +64,7 @@ def library_of(case: Case) -> Any:
 
 
 def call_stream(case: Case, given: dict[str, Any]) -> Any:
-    """A chunk of the valid call, then the case; nothing is added by one that is refused."""
+    """Updates a stream with a valid chunk, then with the case, which adds nothing if refused."""
     modes = ("upsample", "border", "stride")
     stream_type = getattr(library_of(case), case.op)
     stream = stream_type(given["grid"], given["patch"], **{m: given[m] for m in modes})
@@ -126,7 +126,7 @@ OF_MEMORY = ("allocate", "not enough memory")
 
 
 def check_error(case: Case, error: BaseException) -> str:
-    """Raises for an error that says too little; the kind of a good one."""
+    """The kind of the error; raises AssertionError if its message is not good enough."""
     text, name = str(error), type(error).__name__
     said = text.split("frame #0")[0]
     memory = any(words in said for words in OF_MEMORY)
@@ -249,7 +249,7 @@ def bounded(kernel: str, sample: Any, values: torch.Tensor) -> tuple[torch.Tenso
 
 
 def compare(case: Case, sample: Any, values: torch.Tensor, result: Any) -> bool:
-    """With the oracle; False where there is nothing to compare."""
+    """Compares the result with the oracle; False where there is nothing to compare."""
     median = str(case.given.get("reduce")) == "median"
     if case.way == "gradient" and (median or case.op not in ("shift", "ensemble")):
         return False  # composed of other ops
@@ -276,7 +276,7 @@ def compare(case: Case, sample: Any, values: torch.Tensor, result: Any) -> bool:
 
 
 def compare_state(case: Case, sample: Any, values: torch.Tensor) -> bool:
-    """Of a stream that begins with this call."""
+    """Compares the state of a stream after this call, its first; False if it cannot."""
     changed = any(how in change for change in case.changes for how in (" has ", "overlaps"))
     if case.reduce == "median" or changed:
         return False
@@ -388,7 +388,7 @@ def resident() -> int:
 
 
 def work(connection: Any, seed: int, begin: int, end: int, ways: Sequence[str]) -> None:
-    """The worker: announces each case, then tells what came of it."""
+    """The worker: announces each case, then sends its outcome."""
     import warnings
 
     warnings.simplefilter("ignore")

@@ -49,7 +49,7 @@ class Case:
     given: dict[str, Any]
     changes: list[str] = field(default_factory=list)
     valid: bool = True  # must not be refused
-    large: bool = False  # may be refused for want of memory
+    large: bool = False  # may raise for too little memory
     memory: list[torch.Tensor] = field(default_factory=list)
     first: dict[str, Any] = field(default_factory=dict)  # of a stream: the views before
     kernels: str = "auto"  # the instruction set

@@ -38,7 +38,7 @@ app = typer.Typer(add_completion=False)
 
 
 def digest() -> str:
-    """Of results of all kernels, large enough to be split over threads; no torch in it."""
+    """Hash of the results of all kernels. They are large enough for several threads. No torch."""
     random = np.random.default_rng(0)
     tokens = random.normal(size=(9, 1, 63, 65)).astype(np.float32)
     offsets = random.uniform(-4, 4, (9, 2))
@@ -66,7 +66,7 @@ def child_status(expected: str, limit: int) -> int:
 
 @contextmanager
 def busy(threads: int) -> Iterator[None]:
-    """Other threads are inside of calls meanwhile."""
+    """``threads`` other threads compute meanwhile."""
     stop = threading.Event()
 
     def work() -> None:
@@ -166,7 +166,7 @@ PLACE: Any = ((3, 5), (4, 6))  # grid and patch
 
 
 def calls_of_module(m: Any, tokens: Any, offsets: Any, weights: Any, image: Any, out: Any) -> Any:
-    """Of a module that has the functions: name: call, each with wrong calls beside the valid."""
+    """{name: call} for the functions of ``m``. Each makes valid and invalid calls."""
 
     def ensemble() -> None:
         m.ensemble(tokens, offsets, *PLACE, weights)
@@ -201,7 +201,7 @@ def calls_of_module(m: Any, tokens: Any, offsets: Any, weights: Any, image: Any,
 
 
 def calls_of_ops() -> dict[str, Callable[[], Any]]:
-    """Of the functions for tensors, arrays and DLPack, of the ops themselves, and of gradients."""
+    """{name: call} for functions on tensors, arrays and DLPack, for the ops and for gradients."""
     import torch
 
     import srt_ext
@@ -233,7 +233,7 @@ class ModelError(Exception):
 
 
 def calls_of_srt() -> tuple[dict[str, Callable[[], Any]], Callable[[], int]]:
-    """Of SRT: name: call; and the number of hooks on its model."""
+    """{name: call} for SRT, and a function that counts the hooks on its model."""
     import timm
     import torch
 

@@ -7,8 +7,8 @@
 namespace srt::cpu {
 namespace {
 
-// Of channels that are gathered at a time: the values of 49 views and the two tokens that each
-// reads stay in the first-level cache.
+// Vectors of channels that are gathered at a time: the values of 49 views and the two tokens that
+// each view reads stay in the first-level cache.
 constexpr int kValueVectors = 2;
 
 // Cells [y, y_end) x [x, x_end) that all views give the same values, and n channels of them.
@@ -110,7 +110,7 @@ Vec<Acc> lower_median(Acc* values, int64_t count, int64_t step) {
   }
 }
 
-// Of one vector of channels; NaN if a value is. Overwrites the values.
+// The median of one vector of channels; NaN if a value is. Overwrites the values.
 template <class Acc>
 Vec<Acc> median_of(Acc* value, int64_t count, bool finite) {
   constexpr int64_t block = kValueVectors * kLanes<Acc>;
@@ -182,7 +182,7 @@ struct StreamMedian {
 
 // ---- the moments --------------------------------------------------------------------------------
 
-// Of the values of a cell, in two passes over them.
+// The moments of the values of a cell, in two passes over them.
 template <class Acc>
 void moments_of(const CellValues<Acc>& values, Vec<Acc> (&mean)[kValueVectors],
                 Vec<Acc> (&variance)[kValueVectors]) {

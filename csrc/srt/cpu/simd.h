@@ -136,7 +136,7 @@ __attribute__((noinline)) inline void store(Half* p, Vec<float> v) {
 }
 #endif
 
-// Of lanes that are 0 or NaN: whether none is NaN.
+// Whether no lane is NaN, for lanes that are 0 or NaN.
 template <class V>
 inline bool no_nan(V v) {
   auto sum = v[0];

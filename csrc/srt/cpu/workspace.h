@@ -1,4 +1,4 @@
-// Memory of the workers of one call, and the split of its tasks between them.
+// Allocates the memory of the workers of one call and splits its tasks between them.
 #pragma once
 #if defined(__linux__)
 #include <unistd.h>
@@ -18,7 +18,7 @@ namespace srt::cpu {
 constexpr int64_t kAlign = 64;
 inline int64_t align_up(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 
-// For the sums of a task: what stays in the second-level cache beside the tokens and the output.
+// Bytes of the second-level cache for the sums of a task; the rest is for tokens and output.
 // Read when the library is loaded: a process forked while another thread initialises a local static
 // would wait for that thread forever.
 inline const int64_t sums_bytes = [] {
@@ -29,14 +29,15 @@ inline const int64_t sums_bytes = [] {
   return int64_t{768 * 1024};
 }();
 
-// Channels, in whole blocks, of which `bytes` each fit the cache.
+// Returns how many channels, in whole blocks, fit the cache at `bytes` per channel.
 inline int64_t fitting_channels(int64_t channels, int64_t block, int64_t bytes) {
   const int64_t blocks = div_up(channels, block);
   const int64_t fit = std::clamp<int64_t>(sums_bytes / (bytes * block), 1, blocks);
   return div_up(blocks, div_up(blocks, fit)) * block;  // parts of equal size
 }
 
-// Of memory beside the result. A binding makes a MemoryError of it, with these words.
+// There is not enough memory for tables or scratch. torch and pybind11 raise it in Python as a
+// MemoryError with this text; torch's own allocator raises a RuntimeError for the result.
 struct OutOfMemory : std::bad_alloc {
   const char* what() const noexcept override {
     return "srt: not enough memory for the tables of the offsets and the scratch of the threads; "
@@ -63,8 +64,7 @@ struct Layout {
   }
 };
 
-// Multiply-adds in all; below about a hundred microseconds of them a second thread costs more than
-// it brings.
+// `work`: multiply-adds. A second thread costs more than it saves below about 100 microseconds.
 inline int64_t workers_for(double work, const Parallel& parallel) {
   return work < 2e6 ? 1 : parallel.threads;
 }

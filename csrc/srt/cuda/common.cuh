@@ -271,7 +271,7 @@ struct ShiftPlan {
   bool keep_in_l2;  // out
   void* out;
 
-  // Of offset number i; none for a view that covers nothing.
+  // The taps of offset i; none for a view that covers nothing.
   __device__ ShiftTaps taps(const InlineArrays& inline_offsets, int64_t i, Interpolation of) const {
     const double offset = offsets.data ? offsets[i] : inline_offsets.at[i];
     const bool counts = fabs(offset) <= static_cast<double>(kMaxOffset);

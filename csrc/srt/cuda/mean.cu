@@ -272,7 +272,7 @@ __device__ void fill_columns(const MeanPlan<Acc>& plan, int64_t tile) {
     }
     __syncthreads();
     const int64_t v = v0 + local;
-    // Of the views that share a dx the first one makes the columns.
+    // The first of the views that share a dx makes the columns.
     const bool makes = v < plan.views && leads(plan.sorted, v);
     if (makes && cell >= 0) {
       const CellReads reads = read_cell(plan.x.axis, plan.sorted[v].dx, cell);

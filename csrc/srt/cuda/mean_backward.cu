@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardResident)
       shared.channels = b < plan.batch ? static_cast<int>(channels) : 0;
       shared.token = static_cast<int>(j);
       shared.begin = static_cast<int>(segment * plan.segment);
-      // Of an odd number of columns the last one has no neighbour.
+      // Where the number of columns is odd, the last one has no neighbour.
       shared.end = j < w ? static_cast<int>(min((segment + 1) * plan.segment, h)) : shared.begin;
       shared.column = j < w ? tables.x.span[part * w + j] : CellSpan{0, 0};
       shared.rows = tables.y.span + part * h;

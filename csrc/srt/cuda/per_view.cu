@@ -49,7 +49,7 @@ struct PerViewPlan : FieldPlan {
   int64_t tile;    // cells of a block
   int64_t groups;  // of 32 channels, that a block makes one after the other
   void* variance;  // as out
-  // Of a stream (ensemble.h).
+  // For a stream alone (ensemble.h).
   int64_t plane_stride;
   double* total_weight;  // [H', W']
   double* scale;         // of the weights, in units of `total_weight`
@@ -286,7 +286,7 @@ struct Cell {
     }
   }
 
-  // Of any number of taps.
+  // The value for any number of taps.
   __device__ Acc value(int64_t slot_y, int64_t slot_x, const T* token) const {
     const Acc* const wy = plan.y.weight + slot_y * plan.y.max_taps;
     const Acc* const wx = plan.x.weight + slot_x * plan.x.max_taps;
@@ -389,7 +389,7 @@ struct NanOrder {
 #endif
 };
 
-// Of up to N views, in registers.
+// The median of up to N views, in registers.
 template <class T, int N>
 struct NetworkMedian : Common<T> {
   using Acc = typename AccumulatorOf<T>::type;
@@ -418,8 +418,8 @@ struct NetworkMedian : Common<T> {
   }
 };
 
-// Of any number of views: the bits of the result are found from the top, by counting the values
-// below, which are gathered again each time. A number is ordered as its key, an integer.
+// The median of any number of views. It finds the bits of the result from the top, by counting the
+// values below, which it gathers again for each bit. Numbers are compared by integer keys.
 template <class T>
 struct CountingMedian : Common<T> {
   using Acc = typename AccumulatorOf<T>::type;

@@ -21,7 +21,7 @@ struct AxisTaps {
   int32_t first, taps;
   Acc weight[kMostTaps];
 
-  // Of the positions that the output pixels of an axis of n pixels read; the first one is `first`.
+  // The output pixels of an axis of n pixels read the positions from `first` to this one.
   __device__ int last(int n) const { return first + n + taps - 2; }
 };
 
@@ -123,7 +123,7 @@ __device__ void add_own_rows(const ShiftPlan& plan, const T* grad, const AxisTap
                         });
 }
 
-// What one view gives to the pixel (y, x) at the rows where it stands in the padding.
+// The part of one view in the gradient of pixel (y, x), from the rows that read it as padding.
 template <class T, class Acc>
 __device__ Acc sum_padded_rows(const ShiftPlan& plan, const T* grad, const AxisTaps<Acc>& taps_y,
                                const AxisTaps<Acc>& taps_x, int y, int x) {
