@@ -524,6 +524,7 @@ def test_weights_need_no_classifier_of_the_same_classes(tmp_path: Path) -> None:
             {k: v for k, v in state.items() if k != "norm.bias"},
             r"norm.bias must be \[64\], is absent",
         ),
+        ({**plain, "norm.bias": torch.ones(64, dtype=torch.int8)}, "floating-point, is torch.int8"),
     ):
         with pytest.raises(hub.ModelError, match=message):
             loaded(wrong, file)

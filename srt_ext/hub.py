@@ -220,6 +220,8 @@ def _load_weights(model: Any, name: str, weights: Path) -> None:
         rule, got = (list(s[key].shape) if key in s else "absent" for s in (wanted, state))
         if rule != got:
             wrong.append(f"{key} must be {rule}, is {got}")
+        elif wanted[key].is_floating_point() and not state[key].is_floating_point():
+            wrong.append(f"{key} must be floating-point, is {state[key].dtype}")
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise ModelError(
