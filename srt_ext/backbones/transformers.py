@@ -117,7 +117,7 @@ def ties_last_hidden_state(encoder: Any) -> bool:
         return bool(configured)
     function: Any = type(encoder).forward
     while function is not None:  # an argument of a decorator
-        names = function.__code__.co_freevars
+        names = getattr(getattr(function, "__code__", None), "co_freevars", ())
         if "tie_last_hidden_states" in names:
             cell = function.__closure__[names.index("tie_last_hidden_states")]
             return bool(cell.cell_contents)
@@ -146,10 +146,12 @@ def any_size_arguments(model: Any) -> dict[str, Any]:
 def call_model(
     model: Any, images: torch.Tensor, patch: tuple[int, int], arguments: dict[str, Any]
 ) -> Any:
-    """``model(images)``, by name where one of its hooks takes keyword arguments."""
+    """``model(images)``; of transformers by name, unless a hook takes positional arguments."""
     arguments = {**arguments, **mask_arguments(model, images, patch)}
-    if is_transformers(model) and model._forward_pre_hooks_with_kwargs:
-        return model(pixel_values=images, **arguments)
+    if is_transformers(model):
+        by_name = model._forward_pre_hooks_with_kwargs
+        if all(hook in by_name for hook in model._forward_pre_hooks):
+            return model(pixel_values=images, **arguments)
     return model(images, **arguments)
 
 

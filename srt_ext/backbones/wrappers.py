@@ -134,12 +134,13 @@ def twin_of(model: Any, **own: Any) -> Iterator[Any]:
     The model is left as it is, for other threads may run it meanwhile; but what a forward or a hook
     stores is stored there, too. Not copy.copy, which FSDP2 overrides.
     """
-    twin = object.__new__(type(model))
-    twin.__dict__.update(model.__dict__, **own)
+    twin, before = object.__new__(type(model)), {**model.__dict__, **own}
+    twin.__dict__.update(before)
     try:
         yield twin
     finally:
-        model.__dict__.update({k: v for k, v in twin.__dict__.items() if k not in own})
+        changed = {k: v for k, v in twin.__dict__.items() if k not in before or v is not before[k]}
+        model.__dict__.update(changed)
 
 
 def check_hooks(model: Any, *, called: Any = None, through: Any = None) -> None:
