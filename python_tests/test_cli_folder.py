@@ -268,6 +268,9 @@ def test_workers_decode_the_images(
         processes = set(re.findall(r"process (\d+)\.", extract(photos, out, 1, workers=workers)))
         assert len(processes) == max(1, workers)
         assert (str(os.getpid()) in processes) == (workers == 0)
+    # Workers would hang where few files can be open.
+    monkeypatch.setattr(resource, "getrlimit", lambda _kind: (40, 40))
+    assert f"process {os.getpid()}." in extract(photos, out, 1, workers=2)
 
 
 @pytest.mark.parametrize("always", [True, False])

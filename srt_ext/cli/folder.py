@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import resource
 import signal
 import time
 from collections.abc import Iterator
@@ -83,9 +84,12 @@ def _no_collate(item: Any) -> Any:
 def _load(paths: list[Path], size: int, workers: int) -> Iterator[torch.Tensor | str]:
     """Yields decoded images, or why a file cannot be decoded, as _decode.
 
-    This process decodes the images that a worker cannot return. If a worker dies, a new one retries
-    its image alone.
+    This process decodes the images that a worker cannot return, and all of them if few files can be
+    open: each image in shared memory is one, and a worker that cannot open it would be waited for.
+    If a worker dies, a new one retries its image alone.
     """
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 64 + 8 * workers:
+        workers = 0
     done = 0
     while done < len(paths):
         try:
