@@ -93,7 +93,12 @@ def shift(
 
 
 def _axis(
-    d: float, tokens: int, patch: int, upsample: Upsample, border: Border, device: torch.device
+    d: float,
+    tokens: int,
+    patch: int,
+    upsample: Upsample,
+    border: Border,
+    device: torch.device | str = "cpu",
 ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor, torch.Tensor]:
     """For each pixel of one axis: (token, weight) reads, whether it is seen, whether it counts."""
     p = torch.arange(tokens * patch, dtype=torch.float64, device=device) + 0.5 + d
