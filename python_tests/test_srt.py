@@ -296,6 +296,15 @@ def test_what_was_given_may_change_later(form: str, scale: float) -> None:
     unchanged()
 
 
+def test_a_scale_that_was_given_may_change_later() -> None:
+    scale = torch.tensor(1.5)
+    srt = SRT(with_prefix, 4, scale=scale, patch=PATCH, prefix=2)  # type: ignore[arg-type]
+    scale.mul_(2)
+    srt.model = lambda images: with_prefix(images)
+    assert srt(torch.rand(1, 3, 32, 20)).field.shape[-2:] == (32, 20)
+    assert srt.scale == 1.5
+
+
 def test_lists_that_were_given_may_change_later() -> None:
     class Two(torch.nn.Module):
         def __init__(self) -> None:

@@ -243,6 +243,7 @@ class SRT(torch.nn.Module):
         self._set_views(views, scale, quality)
         # What depends on the model, and is resolved again for another one.
         by_model = views is None or isinstance(views, str) or is_integer(views)
+        scale = None if scale is None else self._scale  # that may have been a tensor
         self._request = (views, scale, quality) if by_model else None
         self.stride, self.view_batch = check_pair("SRT", "stride", stride), _view_batch(view_batch)
         if upsample is None:
@@ -450,16 +451,13 @@ class SRT(torch.nn.Module):
 
         # Not on the generator: torch's wrapper of one would hold the last batch.
         def batch(count: int) -> ViewTokens:
-            with no_grad():
-                return tokens_of(count)
-
-        def tokens_of(count: int) -> ViewTokens:
             part = views.take(slice(done, done + count))
             (offsets, weights, _), mirror = part.views, part.mirror
             modes: Any = {"padding": self.padding, "interpolation": self.interpolation}
-            shifted = _mirrored(shift(image, offsets, **modes), mirror, (-2, -1))
-            found = self.backbone.features(shifted.flatten(0, 1))
-            layers = [_layer_tokens(f, image, len(offsets), mirror) for f in found]
+            with no_grad():
+                shifted = _mirrored(shift(image, offsets, **modes), mirror, (-2, -1))
+                found = self.backbone.features(shifted.flatten(0, 1))
+                layers = [_layer_tokens(f, image, len(offsets), mirror) for f in found]
             return ViewTokens(offsets, weights, layers)
 
         exporting = torch.compiler.is_exporting()  # for a machine that is not known
@@ -603,7 +601,7 @@ class _ViewList(NamedTuple):
     """Views, with what Python reads of them: where a call is traced, tensors cannot be read."""
 
     views: Views
-    unshifted: list[bool]  # of each view, whether it is the image itself
+    unshifted: list[bool]  # whether each view is the image itself
     weights: list[float] | None
     mirror: list[list[bool]] | None  # (y, x) of each view
 
