@@ -29,22 +29,13 @@ def pooled(images: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+def changed(change: Callable[[Any], object], value: object, before: object) -> Iterator[None]:
+    """A setting of torch while a test runs, and what it was before."""
+    change(value)
     try:
         yield
     finally:
-        torch.set_default_dtype(before)
-
-
-@contextmanager
-def default_device(device: str) -> Iterator[None]:
-    torch.set_default_device(device)
-    try:
-        yield
-    finally:
-        torch.set_default_device(None)
+        change(before)
 
 
 @contextmanager
@@ -57,35 +48,6 @@ def deterministic() -> Iterator[None]:
     finally:
         torch.utils.deterministic.fill_uninitialized_memory = filled
         torch.use_deterministic_algorithms(False)
-
-
-@contextmanager
-def denormals_flushed() -> Iterator[None]:
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(False)
-
-
-@contextmanager
-def matmul_precision() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class Passing(TorchDispatchMode):
@@ -105,18 +67,18 @@ class PassingFunctions(torch.overrides.TorchFunctionMode):
 
 
 SETTINGS: dict[str, Callable[[], Any]] = {
-    "float64": lambda: default_dtype(torch.float64),
-    "float16": lambda: default_dtype(torch.float16),
-    "bfloat16": lambda: default_dtype(torch.bfloat16),
-    "default device": lambda: default_device("meta"),
+    "float64": lambda: changed(torch.set_default_dtype, torch.float64, torch.float32),
+    "float16": lambda: changed(torch.set_default_dtype, torch.float16, torch.float32),
+    "bfloat16": lambda: changed(torch.set_default_dtype, torch.bfloat16, torch.float32),
+    "default device": lambda: changed(torch.set_default_device, "meta", None),
     "device context": lambda: torch.device("meta"),
     "deterministic": deterministic,
     "inference": torch.inference_mode,
     "no_grad": torch.no_grad,
-    "flush denormals": denormals_flushed,
-    "matmul precision": matmul_precision,
-    "one thread": lambda: threads(1),
-    "many threads": lambda: threads(64),
+    "flush denormals": lambda: changed(torch.set_flush_denormal, True, False),
+    "matmul precision": lambda: changed(torch.set_float32_matmul_precision, "medium", "highest"),
+    "one thread": lambda: changed(torch.set_num_threads, 1, torch.get_num_threads()),
+    "many threads": lambda: changed(torch.set_num_threads, 64, torch.get_num_threads()),
     "anomaly": torch.autograd.detect_anomaly,
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "dispatch mode": Passing,

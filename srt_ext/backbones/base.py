@@ -72,6 +72,13 @@ class Backbone(ABC):
     def _check_hooks(self) -> None:
         check_hooks(self.model, through=self.inner)
 
+    def _own_output(self, images: torch.Tensor) -> Any:
+        """What the method ``own_output`` returns; None if there is none that takes images alone."""
+        try:
+            return call_method(self.inner, self.own_output, images)
+        except Exception:
+            return None
+
     def _last_layer(self, images: torch.Tensor) -> tuple[torch.Tensor, Any] | None:
         """The last layer with its norm, as it is read here and as the model itself returns it.
 
@@ -158,14 +165,6 @@ class TimedBackbone(Backbone):
         features = self.other.features(images)
         self.seconds += time.perf_counter() - start
         return features
-
-
-def own_output(model: Any, method: str, images: torch.Tensor) -> Any:
-    """What a method of the model returns; None where there is none that takes images alone."""
-    try:
-        return call_method(model, method, images)
-    except Exception:
-        return None
 
 
 def is_traced(images: torch.Tensor) -> bool:

@@ -64,7 +64,7 @@ class DinoBackbone(Backbone):
         if not self.norm or self.count - 1 not in self.indices:
             return None
         (features,) = self._read(images, [self.count - 1])
-        own = base.own_output(self.inner, self.own_output, images)
+        own = self._own_output(images)
         if isinstance(own, dict):
             own = own.get("x_norm_patchtokens")
         elif isinstance(own, torch.Tensor) and own.dim() == 3:

@@ -72,7 +72,7 @@ class TimmBackbone(Backbone):
         tokens = features.tokens
         if features.prefix is not None:
             tokens = torch.cat([features.prefix, tokens], 1)
-        return tokens, base.own_output(self.inner, self.own_output, images)
+        return tokens, self._own_output(images)
 
 
 _SIZE = re.compile(r"Input (height|width|size|image|img)[^\n]*?\([^\n]*?\)[^\n]*?\([^\n]*?\)")

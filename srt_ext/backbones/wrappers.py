@@ -85,11 +85,8 @@ def contained_hint(model: Any) -> str:
 
 def warn_if_overridden(model: Any, method: str) -> None:
     """Warns of a subclass whose ``forward`` does what ``method`` does not know."""
-    kinds = type(model).__mro__
-    places = (
-        next((i for i, k in enumerate(kinds) if n in vars(k)), 0) for n in ("forward", method)
-    )
-    if next(places) < next(places):
+    definers = [kind for kind in type(model).__mro__ if {"forward", method} & set(vars(kind))]
+    if definers and method not in vars(definers[0]):
         warnings.warn(
             f"SRT: features are read by {method}, which does not run the forward that "
             f"{type(model).__name__} overrides. Layers by name run it",

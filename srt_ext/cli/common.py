@@ -88,12 +88,8 @@ def one_line(text: str) -> str:
     )
 
 
-_ESCAPED = (
-    "Cc",
-    "Cs",
-    "Zl",
-    "Zp",
-)  # control, surrogates (from names that are not UTF-8), separators
+# Control characters, surrogates (from names that are not UTF-8), separators of lines.
+_ESCAPED = ("Cc", "Cs", "Zl", "Zp")
 
 
 def _diagnose(level: str, color: str, message: str) -> None:

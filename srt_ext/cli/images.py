@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# Of Pillow's formats: measured data, videos, and what another program would have to draw. EPS and
-# WMF are programs themselves, which a file named .jpg may hold, too.
+# Formats of Pillow that are measured data, videos, or drawn by another program. EPS and WMF are
+# programs themselves, which a file named .jpg may hold, too.
 _NO_IMAGES = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 
 
@@ -45,14 +45,15 @@ def suffixes() -> frozenset[str]:
 def open_image(path: Path) -> Any:
     """An RGB image of Pillow, upright.
 
-    Of an animation the first frame. Transparent pixels become white; 16 bits a channel are reduced
-    to 8. Raises an ImageError if there is no such file, or none that Pillow reads to its end.
+    An animation gives its first frame. Transparent pixels become white; 16 bits a channel are
+    reduced to 8. Raises an ImageError if there is no such file, or none that Pillow reads to its
+    end.
     """
     try:
         # A pipe or a device may never end.
         if not stat.S_ISREG(path.stat().st_mode):
             raise ImageError(f"{path} is not a regular file")
-        with warnings.catch_warnings():  # of what Pillow can read in spite of it
+        with warnings.catch_warnings():  # Pillow warns of files that it can still read
             warnings.simplefilter("ignore")
             return _to_rgb(_upright(path))
     except FileNotFoundError:
