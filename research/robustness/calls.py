@@ -111,7 +111,10 @@ def call(case: Case) -> Any:
             op.out(**given)
             return given["out"]
         return op.default(**given)
-    if case.op in STATES:
+    if case.op in STATES:  # as a stream calls it, which has checked these
+        for size in ("grid", "patch", "stride"):
+            if size in given:
+                given[size] = ops.pair(name, size, given[size])
         state = [given.pop(n) for n in STATES[case.op]]
         views = ("tokens", "offsets", "grid", "patch", "weights")
         place = [given.pop(n) for n in views if n in given]
