@@ -530,6 +530,26 @@ def test_weights_need_no_classifier_of_the_same_classes(tmp_path: Path) -> None:
             loaded(wrong, file)
 
 
+def test_weights_may_be_a_part_of_a_larger_module(tmp_path: Path, photo: Path) -> None:
+    state, file = load_file(small_weights()), tmp_path / "mine.safetensors"
+    other = {"n_averaged": torch.ones(()), "model.decoder.weight": torch.ones(3, 64)}
+    mine = {**{f"model.backbone.{key}": value for key, value in state.items()}, **other}
+    with pytest.warns(UserWarning, match=r"the tensors model.backbone.\* are used; .* 1 more left"):
+        got = loaded(mine, file)
+    assert all(got[key].equal(value) for key, value in state.items())
+    options = ("--model", SMALL, "--weights", file, *FAST)
+    assert "note: of " in run("features", photo, "-o", tmp_path / "out.npz", *options)
+    two = {
+        f"{name}.{key}": value.clone()
+        for name in ("student", "teacher")
+        for key, value in state.items()
+    }
+    with pytest.raises(hub.ModelError, match=r"the prefixes 'student\.', 'teacher\.'\. Save"):
+        loaded(two, file)
+    with pytest.raises(hub.ModelError, match=r"norm.bias must be finite, has NaN or infinities"):
+        loaded({**state, "norm.bias": torch.full((64,), 1e300, dtype=torch.float64)}, file)
+
+
 def test_position_embeddings_of_another_size_are_resampled_and_patches_are_not(
     tmp_path: Path,
 ) -> None:

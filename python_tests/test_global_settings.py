@@ -236,6 +236,15 @@ def test_vmap_over_srt() -> None:
         torch.testing.assert_close(torch.vmap(lambda x, s=srt: s(x).field)(many), expected)
 
 
+def test_the_first_call_for_a_model_may_be_in_vmap() -> None:
+    timm = pytest.importorskip("timm")
+    vit = timm.create_model("test_vit", dynamic_img_size=True).eval()
+    many = torch.rand(3, 1, 3, 32, 48)
+    first = torch.vmap(SRT(vit, 2, stride=8))(many).field
+    expected = torch.stack([SRT(vit, 2, stride=8)(images).field for images in many])
+    torch.testing.assert_close(first, expected)
+
+
 # ---- integers and numbers of other libraries ----------------------------------------------------
 
 

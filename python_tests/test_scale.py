@@ -217,7 +217,7 @@ def test_a_preset_enlarges_only_for_models_that_take_any_size(vit: Any) -> None:
         ({"quality": 2}, TypeError, "quality must be a string"),
         ({"quality": "fast", "views": 4}, ValueError, "views and scale must be left out .* 4"),
         ({"quality": "fast", "scale": 1}, ValueError, "left out with quality; got .*scale 1"),
-        ({"scale": 0.5}, ValueError, "scale must be a finite number >= 1; got 0.5"),
+        ({"scale": 0.5}, ValueError, r"scale must be a number from 1 to 2\^24; got 0.5"),
         ({"scale": math.nan}, ValueError, "got nan"),
         ({"scale": math.inf}, ValueError, "got inf"),
         ({"scale": "2"}, TypeError, "got '2'"),
@@ -232,6 +232,13 @@ def test_wrong_settings_are_refused(
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 8, stride=8))
     with pytest.raises(error, match=message):
         SRT(model, **{"patch": 8, **arguments})
+
+
+@pytest.mark.parametrize("settings", [{"scale": 2**24}, {"stride": 2**62}, {"stride": 2**25}])
+def test_images_beyond_the_largest_size_are_refused(settings: dict[str, Any]) -> None:
+    rule = r"images, enlarged by scale and padded .* at most 2\^24 pixels on each axis; got \d+"
+    with pytest.raises(ValueError, match=rule):
+        SRT(pooled((8, 8)), patch=8, views=4, **settings)(torch.rand(1, 3, 32, 30))
 
 
 def test_views_are_copied() -> None:

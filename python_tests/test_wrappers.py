@@ -416,6 +416,19 @@ def test_a_model_inside_of_another_module_is_named(vit: Any) -> None:
     assert_close(tokens(averaged, 2 * IMAGES, layers="module.norm"), expected)
 
 
+def test_only_a_model_that_can_be_read_is_named() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 1], "window_size": 2}
+    swin = transformers.SwinModel(transformers.SwinConfig(**sizes)).eval()
+    rule = "layers must be names of modules, with patch, for SwinModel"
+    with pytest.raises(ValueError, match=rf"{rule}: it has no list .*; got None$"):
+        tokens(swin, SQUARE)
+    srt = SRT(swin, ITSELF, layers="layernorm", patch=8, stride=8, upsample="nearest")
+    images = SQUARE[:, :, :32, :32]
+    found = srt(images).field.flatten(2).transpose(1, 2)
+    assert_close(found, swin(images).last_hidden_state)
+
+
 class Int8Linear(nn.Module):
     """As those of bitsandbytes: weights in integers, which are no floating parameters."""
 

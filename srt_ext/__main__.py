@@ -28,7 +28,10 @@ def main() -> None:
             + (f"no ops: {unavailable}" if unavailable else "torch.ops.srt is available")
             + f"\n{arrays}"
         )
-    app()
+    try:
+        app()
+    except OSError as error:  # stdout is full
+        sys.exit(f"srt-ext: {error}")
 
 
 if __name__ == "__main__":

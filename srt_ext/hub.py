@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
+import warnings
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -213,7 +214,7 @@ def _load_weights(model: Any, name: str, weights: Path) -> None:
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{weights} is not a readable safetensors file: {error}") from error
     wanted = model.state_dict()
-    state = _resampled(model, _without_prefix(state))
+    state = _resampled(model, _without_prefix(state, wanted, weights))
     state = _with_head(model, wanted, state)
     wrong = []
     for key in {**wanted, **state}:
@@ -222,6 +223,8 @@ def _load_weights(model: Any, name: str, weights: Path) -> None:
             wrong.append(f"{key} must be {rule}, is {got}")
         elif wanted[key].is_floating_point() and not state[key].is_floating_point():
             wrong.append(f"{key} must be floating-point, is {state[key].dtype}")
+        elif not state[key].to(wanted[key].dtype).isfinite().all():
+            wrong.append(f"{key} must be finite, has NaN or infinities")
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise ModelError(
@@ -246,10 +249,33 @@ def _with_head(model: Any, wanted: dict[str, Any], state: dict[str, Any]) -> dic
     return {**body, **{key: value.new_zeros(value.shape) for key, value in ours.items()}}
 
 
-def _without_prefix(state: dict[str, Any]) -> dict[str, Any]:
-    """Removes a prefix of all names, such as ``module.`` or ``timm_model.``."""
-    prefix, dot, _ = os.path.commonprefix(list(state)).rpartition(".")  # noqa: RUF071
-    return {key.removeprefix(prefix + dot): value for key, value in state.items()}
+def _without_prefix(state: dict[str, Any], wanted: dict[str, Any], weights: Path) -> dict[str, Any]:
+    """Removes the prefix of the model's names, such as ``module.`` or ``backbone.``.
+
+    Tensors with other names are parts of a larger module: they are left out, with a warning.
+    """
+    prefixes: Counter[str] = Counter()
+    for key in state:
+        parts = key.split(".")
+        for i in range(len(parts)):
+            if ".".join(parts[i:]) in wanted:
+                prefixes["".join(f"{part}." for part in parts[:i])] += 1
+    found = [prefix for prefix, count in prefixes.items() if 2 * count > len(wanted)]
+    if len(found) > 1:
+        raise ModelError(
+            f"{weights} must hold the weights of one model; its names fit with the prefixes "
+            f"{', '.join(map(repr, found))}. Save those of one alone"
+        )
+    if not found:  # another model, which the check of names and shapes reports
+        return state
+    others = [key for key in state if not key.startswith(found[0])]
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        warnings.warn(
+            f"SRT: of {weights} the tensors {found[0]}* are used; {others[0]}{more} left out",
+            stacklevel=2,
+        )
+    return {k.removeprefix(found[0]): v for k, v in state.items() if k.startswith(found[0])}
 
 
 def _resampled(model: Any, state: dict[str, Any]) -> dict[str, Any]:

@@ -141,7 +141,8 @@ class SRT(torch.nn.Module):
         prefix: number of class and register tokens before the patches.
         upsample: as in :func:`srt_ext.ensemble`; None is ``bilinear``, with ``inject`` ``nearest``,
             for which one unshifted view changes nothing.
-        border: as in :func:`srt_ext.ensemble`.
+        border: as in :func:`srt_ext.ensemble`. With ``coverage`` the field is 0 where every view
+            is off the image: the default views leave no such pixels, 2 views two small corners.
         padding, interpolation: as in :func:`srt_ext.shift`.
 
     Presets have 4 views and differ in their scale. They were measured in ``research/quality`` with
@@ -639,9 +640,9 @@ def _checked(views: Views) -> Views:
 
 
 def _check_scale(scale: Any) -> float:
-    rule = "scale must be a finite number >= 1"
+    rule = "scale must be a number from 1 to 2^24"
     value = check_number("SRT", rule, scale)
-    if not 1 <= value < math.inf:
+    if not 1 <= value <= _MAX_SIDE:
         raise wrong(ValueError, "SRT", rule, scale)
     return value
 
@@ -675,20 +676,24 @@ class _Frame(NamedTuple):
         cls, images: torch.Tensor, patch: tuple[int, int], stride: tuple[int, int], scale: float
     ) -> _Frame:
         """images [B, 3, H, W] enlarged by ``scale``; ``stride`` in their pixels."""
-        enlarged = images if scale == 1 else _enlarged(images, scale)
-        size, pad, made, ratio = [], [], [], []
+        size, enlarged, pad, made, ratio = [], [], [], [], []
         for axis in range(2):
             cell = stride[axis] * scale
             made.append(math.floor(cell + _ROUNDING))
             ratio.append(1.0 if abs(cell - made[axis]) < _ROUNDING else cell / made[axis])
             size.append(-(-images.shape[2 + axis] // stride[axis]))
-            needed = max(enlarged.shape[2 + axis], math.ceil(size[axis] * cell - _ROUNDING))
-            pad.append(
-                needed - enlarged.shape[2 + axis] + -needed % math.lcm(patch[axis], made[axis])
-            )
+            enlarged.append(_enlarged_side(images.shape[2 + axis], scale))
+            needed = max(enlarged[axis], math.ceil(size[axis] * cell - _ROUNDING))
+            pad.append(needed - enlarged[axis] + -needed % math.lcm(patch[axis], made[axis]))
+            if enlarged[axis] + pad[axis] > _MAX_SIDE:
+                raise ValueError(
+                    "SRT: images, enlarged by scale and padded to whole patches and cells, must "
+                    f"have at most 2^24 pixels on each axis; got {enlarged[axis] + pad[axis]}"
+                )
+        image = images if scale == 1 else _enlarged(images, enlarged, scale)
         if any(pad):
-            enlarged = F.pad(enlarged, (0, pad[1], 0, pad[0]), mode="replicate")
-        return cls(enlarged, (made[0], made[1]), (ratio[0], ratio[1]), (size[0], size[1]))
+            image = F.pad(image, (0, pad[1], 0, pad[0]), mode="replicate")
+        return cls(image, (made[0], made[1]), (ratio[0], ratio[1]), (size[0], size[1]))
 
     @property
     def cells(self) -> int:
@@ -707,15 +712,19 @@ class _Frame(NamedTuple):
 
 # F.interpolate accepts a size or a scale factor, not both, and rounds the size down for a factor.
 _resample: Any = torch.ops.aten
+_MAX_SIDE = 1 << 24  # pixels, as in the ops
 _ROUNDING = 1e-6  # pixels, far above the rounding of sizes and far below what can be seen
 
 
-def _enlarged(images: torch.Tensor, scale: float) -> torch.Tensor:
-    """images [B, 3, H, W] -> [B, 3, ceil(H * scale), ceil(W * scale)], bicubic.
+def _enlarged_side(pixels: int, scale: float) -> int:
+    return pixels if scale == 1 else math.ceil(pixels * scale - _ROUNDING)
+
+
+def _enlarged(images: torch.Tensor, size: list[int], scale: float) -> torch.Tensor:
+    """images [B, 3, H, W] -> [B, 3, *size], bicubic; size is (H, W) * scale, rounded up.
 
     Pixel y samples the image at (y + 0.5) / scale - 0.5, also where H * scale is not whole.
     """
-    size = [math.ceil(n * scale - _ROUNDING) for n in images.shape[2:]]
     enlarged: torch.Tensor = _resample.upsample_bicubic2d(images, size, False, scale, scale)
     return enlarged
 

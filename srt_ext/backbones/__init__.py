@@ -5,6 +5,7 @@ None of them changes the model.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from .._validation import is_integer
 from .base import Backbone, CallableBackbone, Features, Layer, Model, TimedBackbone
 from .dino import DinoBackbone
 from .timm import TimmBackbone
-from .transformers import TransformersBackbone
+from .transformers import TransformersBackbone, blocks_of, vision_encoder
 from .wrappers import (
     contained_hint,
     force_eager,
@@ -83,13 +84,20 @@ def _backbone_of(
         if is_timm(inner):
             return TimmBackbone(model, *settings)
         if is_transformers(inner):
-            return TransformersBackbone(model, *settings)
+            encoder = vision_encoder(inner)
+            if blocks_of(encoder):
+                return TransformersBackbone(model, *settings)
+            raise ValueError(
+                f"SRT: layers must be names of modules, with patch, for {type(encoder).__name__}: "
+                "it has no list of num_hidden_layers layers whose tokens are all of one size; "
+                f"got {indices or None}{contained_hint(encoder, _is_readable)}"
+            )
         if is_dino(inner):
             return DinoBackbone(model, *settings)
     rule = (
         "for a model that is neither of timm nor of transformers, without get_intermediate_layers"
     )
-    hint = contained_hint(inner)
+    hint = contained_hint(inner, _is_readable)
     if layers:
         raise ValueError(
             f"SRT: layers must be names of modules, with patch, {rule}; got {layers!r}{hint}"
@@ -98,6 +106,17 @@ def _backbone_of(
         got = f"None with {type(inner).__name__}"
         raise ValueError(f"SRT: patch must be given {rule}; got {got}{hint}")
     return CallableBackbone(model, patch, prefix, hint)
+
+
+def _is_readable(model: Model) -> bool:
+    """Whether the model alone is enough, so that a message may name it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _backbone_of(model, [], True, None, None)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _as_list(layers: Layer | Sequence[Layer] | None) -> list[Layer]:

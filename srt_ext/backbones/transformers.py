@@ -10,7 +10,7 @@ import torch
 
 from . import base
 from .base import Backbone, Features, Model
-from .wrappers import FINAL_NORMS, check_hooks, contained_hint, is_transformers, twin_of, unwrap
+from .wrappers import FINAL_NORMS, check_hooks, is_transformers, twin_of, unwrap
 
 _PREFIX_PARAMETERS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
 
@@ -22,18 +22,8 @@ class TransformersBackbone(Backbone):
 
     def __init__(self, model: Model, layers: list[int], norm: bool, patch: object, prefix: object):
         encoder = vision_encoder(unwrap(model))
-        config = encoder.config
-        depth: Any = getattr(config, "num_hidden_layers", None)
-        modules = dict(encoder.named_modules())
-        lists = {n: m for n, m in modules.items() if isinstance(m, torch.nn.ModuleList)}
-        blocks = next((name for name, module in lists.items() if len(module) == depth), None)
-        # Stages (Swin, ConvNeXt) have pitches, layouts and norms of their own.
-        if not blocks or not hasattr(config, "patch_size") or hasattr(config, "depths"):
-            raise ValueError(
-                f"SRT: layers must be names of modules, with patch, for {type(encoder).__name__}: "
-                "it has no list of num_hidden_layers layers whose tokens are all of one size; "
-                f"got {layers}{contained_hint(encoder)}"
-            )
+        config, modules = encoder.config, dict(encoder.named_modules())
+        blocks, depth = blocks_of(encoder), config.num_hidden_layers
         self.indices = base.normalize_indices(layers, depth)
         self.last = depth - 1
         # Of the encoder, not of its patch embedding or its pooling: the least nested, the last.
@@ -93,6 +83,19 @@ class TransformersBackbone(Backbone):
         if pooled is not None and torch.equal(own, tokens) and not torch.equal(own, last):
             return last[:, 0], pooled  # CLIP normalises the pooled token alone
         return last, own
+
+
+def blocks_of(encoder: Any) -> str:
+    """Name of the list of the layers; empty where their tokens are not all of one size."""
+    config = encoder.config
+    # Stages (Swin, ConvNeXt) have pitches, layouts and norms of their own.
+    if not hasattr(config, "patch_size") or hasattr(config, "depths"):
+        return ""
+    depth = getattr(config, "num_hidden_layers", None)
+    for name, module in encoder.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
+            return str(name)
+    return ""
 
 
 def vision_encoder(model: Any) -> Any:

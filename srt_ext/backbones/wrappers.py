@@ -68,9 +68,9 @@ def contained(model: Any) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def contained_hint(model: Any) -> str:
+def contained_hint(model: Any, is_readable: Callable[[Any], bool]) -> str:
     """How to give a model that is inside of another module; empty if there is none."""
-    found = next(contained(model), None)
+    found = next((pair for pair in contained(model) if is_readable(pair[1])), None)
     if found is None:
         return ""
     name, module = found

@@ -46,8 +46,8 @@ ModelName = Annotated[
 Weights = Annotated[
     Path | None,
     typer.Option(
-        help="A .safetensors state dict of the model; its classifier may differ or be missing. "
-        "Default: the pretrained weights."
+        help="A .safetensors state dict of the model, or of a module that contains it; the "
+        "classifier may differ or be missing. Default: the pretrained weights."
     ),
 ]
 Views = Annotated[
@@ -322,7 +322,7 @@ class Network:
 def warnings_as_notes() -> Iterator[None]:
     """Prints each warning of this package in one line."""
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+        warnings.simplefilter("always", UserWarning)
         yield
     for warning in caught:
         note(str(warning.message).removeprefix("SRT: "))
@@ -339,7 +339,8 @@ def load_network(
     from ..hub import SMALL, PretrainedError
 
     try:
-        return Network(DEFAULT_MODEL if model is None else model, weights, layers)
+        with warnings_as_notes():
+            return Network(DEFAULT_MODEL if model is None else model, weights, layers)
     except PretrainedError as reason:
         if model is not None:
             raise
