@@ -267,7 +267,7 @@ def test_16_bits_keep_their_shades_and_transparent_pixels_are_white(tmp_path: Pa
         ("show broken -o out.gif", "none of 2 frames is a readable picture"),
         ("show broken -o new", "none of 2 frames is a readable picture"),
         ("show dots SMALL -o out.gif", "none of 1 frames could be drawn"),
-        ("show folder.png -o out.gif", "folder.png has no pictures; skipped: 1 folders"),
+        ("show folder.png -o out.gif", "folder.png has no pictures; left out: 1 folders"),
         ("features folder.png -o out", "folder.png has no pictures"),
         ("features frames -o out.safetensors", "--output must be a folder"),
         ("features frames -o photo.png", "--output must be a folder"),

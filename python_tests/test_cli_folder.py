@@ -76,7 +76,7 @@ def test_each_image_has_a_file(
     text = extract(photos, out, dtype=dtype, workers=workers, layer=2)
     assert list(made(out)) == NAMES
     assert "3 pictures: 3 written, 0 skipped (already done), 0 failed" in text
-    assert "skipped (not images): 1 .txt" in text
+    assert "left out: 2 hidden, 1 .txt" in text
     network = common.Network(SMALL, small_weights(), 2)
     srt = SRT(network.backbone, "grid:1", stride=8)
     for name in NAMES:
@@ -351,7 +351,7 @@ def test_suffixes_are_those_that_pillow_reads(photos: Path, out: Path) -> None:
     copies(photos, *names, "a.pdf", "b.eps", "c.h5", "d.pfm", "e.mpg", "none", "f.jpg~")
     text = extract(photos, out)
     assert set(made(out)) == {f"{name}.safetensors" for name in names} | set(NAMES)
-    assert "skipped (not images): 1 .pdf, 1 .eps, 1 .h5, 1 .pfm, 1 .mpg, 3 others" in text
+    assert "left out: 2 hidden, 1 .pdf, 1 .eps, 1 .h5, 1 .pfm, 4 others" in text
 
 
 def test_linked_folders_are_folders_each_read_once(photos: Path, out: Path, tmp_path: Path) -> None:
@@ -363,7 +363,7 @@ def test_linked_folders_are_folders_each_read_once(photos: Path, out: Path, tmp_
     (photos / "itself").symlink_to("itself")
     text = extract(photos, out)
     assert set(made(out)) == {*NAMES, "linked/day 2/b.PNG.safetensors"}
-    assert "skipped (not images): 3 linked twice, 1 without a suffix, 1 .txt" in text
+    assert "left out: 3 linked twice, 2 hidden, 1 without a suffix, 1 .txt" in text
     assert "4 pictures: 0 written, 4 skipped (already done)" in extract(photos, out)
 
 

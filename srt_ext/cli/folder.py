@@ -210,7 +210,7 @@ def write_folder(
         common.echo(
             f"{len(found.files)} pictures: {len(sizes)} written{changed}, "
             f"{done} skipped (already done), {written.count(None)} failed",
-            *[f"skipped (not images): {skipped}"] * bool(skipped),
+            *[f"left out: {skipped}"] * bool(skipped),
             f"{sum(sizes) / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s, "
             f"{extraction.network.backbone.seconds:.1f} s of it in the model",
             f"wrote to {out}",

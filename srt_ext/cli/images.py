@@ -122,7 +122,7 @@ class Found(NamedTuple):
 def find_files(
     folder: Path, suffixes: Collection[str], *, nested: bool = True, without: Path | None = None
 ) -> Found:
-    """The files of a folder by their suffixes, 2.png before 10.png; hidden ones are skipped.
+    """The files of a folder by their suffixes, 2.png before 10.png; hidden ones are left out.
 
     ``nested``: in its folders, too, but in no hidden one, nor in ``without``. Each folder is read
     once: a linked one after all others, and not if it was reached before.
@@ -139,12 +139,15 @@ def find_files(
             continue
         seen.add(identity)
         try:
-            paths = [parent / name for name in sorted(os.listdir(parent)) if name[0] != "."]
+            names = sorted(os.listdir(parent))
         except OSError as error:
             found.errors.append(f"{parent} cannot be read: {error.strerror}")
             continue
-        for path in paths:
-            if os.path.isdir(path):  # False, not an error, for what cannot be looked at
+        for name in names:
+            path = parent / name
+            if name[0] == ".":
+                found.skipped["hidden"] += 1
+            elif os.path.isdir(path):  # False, not an error, for what cannot be looked at
                 if not nested:
                     found.skipped["folders"] += 1
                 elif path.is_symlink():
@@ -164,7 +167,7 @@ def find_images(folder: Path, *, nested: bool = False, without: Path | None = No
     found = find_files(folder, suffixes(), nested=nested, without=without)
     if not found.files:
         skipped = found.skipped_kinds()
-        reasons = [f"skipped: {skipped}"] * bool(skipped) + found.errors
+        reasons = [f"left out: {skipped}"] * bool(skipped) + found.errors
         raise ImageError("; ".join([f"{folder} has no pictures", *reasons]))
     return found
 

@@ -125,7 +125,7 @@ def write_video(found: Found, frames: Iterator[Any], output: Path, fps: float) -
         raise common.fatal(f"none of {len(found.files)} frames could be drawn")
     failed = len(found.files) - written
     if skipped := found.skipped_kinds():
-        common.echo(f"skipped (not images): {skipped}")
+        common.echo(f"left out: {skipped}")
     common.echo(f"{written} frames, {failed} skipped", f"wrote {output}")
     if failed:
         raise typer.Exit(1)
