@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import types
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from srt_ext import SRT
-from srt_ext.backbones.wrappers import unwrap
+from srt_ext.backbones.wrappers import changes_in_training, unwrap
 
 pytest.importorskip("timm")
 
@@ -116,6 +118,36 @@ def test_hidden_states_that_are_normalised_already(make: Any, first: str) -> Non
     raw = tokens(model, SQUARE, norm=False)
     assert not torch.allclose(raw, expected, atol=1e-3)
     assert_close(raw, tokens(model, SQUARE, layers=srt.backbone.modules[-1]))
+
+
+@pytest.mark.parametrize("kind", ["ViT", "Dinov2", "CLIPVision"])
+def test_a_model_of_transformers_is_pickled_behind_a_call(kind: str) -> None:
+    model = of_transformers(kind)
+    srt = SRT(model, 2, stride=8)
+    expected, seen = srt(SQUARE).field, model(SQUARE, output_hidden_states=True).hidden_states
+    for copied in (pickle.loads(pickle.dumps((srt, model))), copy.deepcopy((srt, model))):
+        assert_close(copied[0](SQUARE).field, expected)
+        assert_close(copied[1](SQUARE, output_hidden_states=True).hidden_states, seen)
+
+
+def test_first_calls_of_one_model_by_several_threads() -> None:
+    model, expected = tied_vit()
+    srt = SRT(model, ITSELF, stride=16, upsample="nearest")
+    with ThreadPoolExecutor(4) as pool:
+        for output in pool.map(srt, [SQUARE] * 4):
+            assert_close(output.field.flatten(2).transpose(1, 2), expected)
+
+
+def test_a_part_of_the_model_behind_the_last_layer_is_an_error() -> None:
+    """XCiT's last layers, which attend to the class token, change the others, too."""
+    import timm
+
+    torch.manual_seed(0)
+    model = with_random_norms(timm.create_model("xcit_nano_12_p16_224", depth=2))
+    with pytest.raises(ValueError, match="must equal the output of forward_features of Xcit"):
+        tokens(model)
+    found = tokens(model, layers="norm", patch=16, prefix=1)
+    assert_close(found, model.forward_features(IMAGES)[:, 1:])
 
 
 def test_another_norm_is_an_error() -> None:
@@ -300,8 +332,24 @@ def test_weights_that_accelerate_loads(vit: Any) -> None:
     assert_close(tokens(offloaded), expected)
     assert_close(tokens(offloaded, layers="norm"), expected)
     assert offloaded.cls_token.is_meta  # what it loaded is gone again
+    restored = accelerate.hooks.remove_hook_from_module(copy.deepcopy(offloaded), recurse=True)
+    assert_close(tokens(restored), expected)  # its own forward is an attribute
     with torch.no_grad():
         assert_close(SRT(offloaded, ITSELF, inject=0)(IMAGES), vit(IMAGES))
+
+
+def test_autocast_of_accelerate_is_not_bypassed(vit: Any) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    plain, expected = copy.deepcopy(vit), tokens(vit)
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    prepared = accelerator.prepare_model(vit)
+    with pytest.raises(ValueError, match="must have no hooks.*Give layers by name"):
+        tokens(prepared)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = tokens(plain)
+    assert_close(tokens(prepared, layers="norm"), half, atol=0.1, rtol=0.1)
+    restored = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    assert_close(tokens(restored), expected)
 
 
 def test_a_forward_that_a_subclass_overrides_is_a_warning(vit: Any) -> None:
@@ -314,6 +362,22 @@ def test_a_forward_that_a_subclass_overrides_is_a_warning(vit: Any) -> None:
     with pytest.warns(UserWarning, match="does not run the forward that Normalised overrides"):
         SRT(vit)
     assert_close(tokens(vit, layers="norm"), expected)
+
+
+@pytest.mark.parametrize("where", ["transformers", "torch", "timm"])
+def test_dropout_by_a_function_is_training_mode(where: str) -> None:
+    import timm
+
+    if where == "transformers":
+        model = of_transformers("ViT", attention_probs_dropout_prob=0.1, hidden_dropout_prob=0.0)
+    elif where == "timm":
+        model = timm.create_model("vit_tiny_patch16_224", **TINY, patch_drop_rate=0.5)
+    else:
+        model = nn.Sequential(
+            nn.Conv2d(3, 8, 16, 16), nn.Flatten(2), nn.MultiheadAttention(8, 2, 0.1)
+        )
+    assert not changes_in_training(model.eval())
+    assert changes_in_training(model.train())
 
 
 def test_errors_of_the_model_itself_are_kept(vit: Any) -> None:

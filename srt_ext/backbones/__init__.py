@@ -1,6 +1,6 @@
 """How SRT reads a model: one module for each interface through which libraries expose features.
 
-None of them changes the model.
+None of them changes the model, but for the hooks by which transformers records hidden states.
 """
 
 from __future__ import annotations

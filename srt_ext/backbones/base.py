@@ -187,6 +187,8 @@ def _relative_error(tokens: torch.Tensor, own: object) -> float:
     forms = [own]
     if own.dim() == 4:
         forms = [own.flatten(2).transpose(1, 2), own.flatten(1, 2)]  # NCHW, NHWC
+    elif own.dim() == 3:
+        forms = [own[:, -tokens.shape[1] :]]  # behind prefix tokens that were not read
     errors = [
         float((tokens - form).norm() / form.norm().clamp(min=1e-30))  # all zero: equal
         for form in forms

@@ -22,6 +22,7 @@ class TransformersBackbone(Backbone):
 
     def __init__(self, model: Model, layers: list[int], norm: bool, patch: object, prefix: object):
         encoder = vision_encoder(unwrap(model))
+        install_recording_hooks(encoder)
         config, modules = encoder.config, dict(encoder.named_modules())
         blocks, depth = blocks_of(encoder), config.num_hidden_layers
         self.indices = base.normalize_indices(layers, depth)
@@ -77,12 +78,52 @@ class TransformersBackbone(Backbone):
             return None
         encoder = vision_encoder(self.inner)
         output = self._run(encoder, images)
-        tokens, own = output.hidden_states[-1], output.last_hidden_state
+        tokens, own = output.hidden_states[self.last + 1], output.last_hidden_state
         last = encoder.get_submodule(self.norm)(tokens) if self.norm else tokens
         pooled = getattr(output, "pooler_output", None)
         if pooled is not None and torch.equal(own, tokens) and not torch.equal(own, last):
             return last[:, 0], pooled  # CLIP normalises the pooled token alone
         return last, own
+
+
+def install_recording_hooks(encoder: Any) -> None:
+    """Installs the hooks by which transformers records hidden states.
+
+    The library installs them in the first call that records any: once for each twin that runs
+    meanwhile, and by a lock that torch.export cannot trace. They are local functions, so that the
+    model could no longer be pickled: each is replaced by one that can.
+    """
+    try:
+        from transformers.utils import output_capturing
+    except ImportError:  # older releases have none
+        return
+    output_capturing.maybe_install_capturing_hooks(encoder)
+    for module in encoder.modules():
+        for key, hook in module._forward_hooks.items():
+            if getattr(hook, "__module__", "") == output_capturing.__name__:
+                module._forward_hooks[key] = _RecordingHook(hook)
+
+
+class _RecordingHook:
+    def __init__(self, hook: Any) -> None:
+        self.hook = hook
+
+    def __call__(self, *args: Any) -> Any:
+        return self.hook(*args)
+
+    def __reduce__(self) -> Any:
+        settings = inspect.getclosurevars(self.hook).nonlocals
+        names = ("key", "index", "capture_initial_hidden_state")
+        return _recording_hook, tuple(settings[name] for name in names)
+
+
+def _recording_hook(*settings: Any) -> _RecordingHook:
+    from transformers.utils.output_capturing import install_output_capuring_hook
+
+    module = torch.nn.Module()
+    install_output_capuring_hook(module, *settings)
+    (hook,) = module._forward_hooks.values()
+    return _RecordingHook(hook)
 
 
 def blocks_of(encoder: Any) -> str:

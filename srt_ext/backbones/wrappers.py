@@ -157,11 +157,11 @@ def check_hooks(model: Any, *, called: Any = None, through: Any = None) -> None:
             hooks = [hook for hook in hooks if not _is_distributed(hook)]
         else:
             hooks += module._forward_pre_hooks.values()
-        replaced = module.__dict__.get("forward")
-        # accelerate offloads weights and enters autocast by such a forward.
-        of_accelerate = hasattr(module, "_hf_hook") or hasattr(module, "_original_forward")
-        if replaced is not None and not of_accelerate and not _is_compiled(replaced):
-            hooks.append(replaced)
+        forward = module.__dict__.get("forward")
+        # accelerate loads weights by such a forward; what it leaves behind is the module's own.
+        own = getattr(forward, "__func__", None) is type(module).forward
+        if not (forward is None or own or hasattr(module, "_hf_hook") or _is_compiled(forward)):
+            hooks.append(forward)
         if hooks:
             name = getattr(hooks[0], "__qualname__", type(hooks[0]).__name__)
             kind = type(module).__name__
@@ -225,12 +225,17 @@ _eager_stance = _EagerStance()
 # ---- training -----------------------------------------------------------------------------------
 
 
+# Attributes of modules that drop features or patches by a function.
+_DROPPED = ("drop_prob", "dropout", "dropout_prob", "attention_dropout", "prob")
+
+
 def changes_in_training(model: Any) -> bool:
     """Whether a model is in training mode, and this changes its features."""
 
     def changes(module: nn.Module) -> bool:
-        drops = module.p if isinstance(module, _DropoutNd) else 0
-        drops = drops or getattr(module, "drop_prob", None) or 0  # stochastic depth
-        return module.training and (isinstance(module, _BatchNorm) or drops > 0)
+        shares = [module.p] if isinstance(module, _DropoutNd) else []
+        shares += [getattr(module, name, None) for name in _DROPPED]
+        drops = any(isinstance(share, float) and share > 0 for share in shares)
+        return module.training and (isinstance(module, _BatchNorm) or drops)
 
     return any(map(changes, model.modules() if isinstance(model, nn.Module) else ()))
