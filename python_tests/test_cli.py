@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import json
 import os
 import re
@@ -261,6 +260,9 @@ def test_16_bits_keep_their_shades_and_transparent_pixels_are_white(tmp_path: Pa
             for query in ("64,0", "0,48", "-1,3", "1.5,3", "3", "1,2,3", "a,b")
         ),
         ("show frames -o out.png", "--output must end in .gif or .webp"),
+        ("show photo.png -o photo.png", "--output must not be one of the pictures"),
+        ("show frames -o linked.gif", "--output must not be one of the pictures"),
+        ("show photo.png -o loop.png", "loop.png cannot be written: "),
         ("show frames -o nowhere/out.gif", "does not exist"),
         ("show frames -o frames", "must be a new folder, or an empty one"),
         ("show frames --query 64,0", "--query must lie in the picture"),
@@ -285,6 +287,8 @@ def test_an_error_is_one_line_and_nothing_is_written(
         Path(folder).mkdir(parents=True)
     for pipe in ("pipe.png", "pipe.npz"):
         os.mkfifo(pipe)
+    Path("linked.gif").symlink_to("frames/f1.png")
+    Path("loop.png").symlink_to("loop.png")
     for empty in ("empty.png", "broken/1.png", "broken/2.png"):
         Path(empty).touch()
     for dot in ("dot.png", "dots/dot.png"):
@@ -431,17 +435,35 @@ def test_an_output_that_is_a_link_stays_one(photo: Path, tmp_path: Path) -> None
 def test_a_name_that_stdout_cannot_encode_is_printed_with_escapes(
     photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stdout = io.TextIOWrapper(io.BytesIO(), "latin-1", write_through=True)
-    monkeypatch.setattr("sys.stdout", stdout)
+    printed_to = tmp_path / "stdout"
+    stdout = printed_to.open("w", encoding="latin-1")
     not_utf8 = os.fsdecode(b"caf\xe9\n\x1b[1m.safetensors")
     for name, printed in (("\u56fe.npz", b"\\u56fe.npz"), (not_utf8, rb"caf\udce9\n\x1b[1m.saf")):
         command = ["srt-ext", "features", photo, "-o", tmp_path / name, *model(), *FAST]
         monkeypatch.setattr("sys.argv", [str(word) for word in command])
+        monkeypatch.setattr("sys.stdout", stdout)
         with pytest.raises(SystemExit) as end:
             main()
         assert end.value.code in (0, None)
         assert (tmp_path / name).exists()
-        assert b"wrote " + os.fsencode(tmp_path) + b"/" + printed in stdout.buffer.getvalue()
+        assert b"wrote " + os.fsencode(tmp_path) + b"/" + printed in printed_to.read_bytes()
+
+
+def test_an_output_that_cannot_be_written_does_not_stop_the_work(
+    photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)  # as `| head` leaves it
+    full, full_disk = os.open("/dev/full", os.O_WRONLY), "stdout cannot be written: No space left"
+    for handle, message in ((writer, None), (full, full_disk)):
+        stdout, output = os.fdopen(handle, "w"), tmp_path / f"{handle}.npz"
+        monkeypatch.setattr("sys.stdout", stdout)
+        command = ["srt-ext", "features", photo, "-o", output, *model(), *FAST]
+        monkeypatch.setattr("sys.argv", [str(word) for word in command])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert message in end.value.code if message else end.value.code in (0, None)
+        assert output.exists()
 
 
 def exif(entries: bytes) -> bytes:

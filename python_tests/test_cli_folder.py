@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -9,6 +10,8 @@ import resource
 import shutil
 import socket
 import struct
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -301,6 +304,28 @@ def test_without_shared_memory_the_run_decodes_itself(
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", fail)
     extract(photos, out, workers=1)
+    assert list(made(out)) == NAMES
+
+
+def test_without_semaphores_the_run_decodes_itself(
+    photos: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("_multiprocessing.SemLock", fail)  # /dev/shm is full or read-only
+    extract(photos, out, workers=1)
+    assert list(made(out)) == NAMES
+
+
+@pytest.mark.slow
+def test_a_run_without_stdin_stdout_and_stderr(photos: Path, out: Path) -> None:
+    options = f"--model {SMALL} --weights {small_weights()} --views grid:1 --stride 8 --size 48"
+    command = f'exec "{sys.executable}" -m srt_ext features "{photos}" -o "{out}" {options}'
+    done = subprocess.run(
+        ["bash", "-c", f"{command} <&- >&- 2>&-"], timeout=120, cwd=Path(__file__).parents[1]
+    )
+    assert done.returncode == 0
     assert list(made(out)) == NAMES
 
 

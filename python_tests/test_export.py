@@ -265,7 +265,7 @@ def test_results_and_views_are_loaded_without_code() -> None:
         assert_close(torch.load(file, weights_only=True), value)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, through_pickle, through_torch])
+@pytest.mark.parametrize("copied", COPIES)
 @pytest.mark.parametrize("library", [srt_ext, srt_numpy])
 @pytest.mark.parametrize("kind", ["RunningMean", "RunningMoments", "RunningMedian"])
 def test_streams_are_copied(copied: Any, library: Any, kind: str) -> None:

@@ -32,7 +32,7 @@ V1_USED, V2_USED = "memory.usage_in_bytes", "memory.current"
         ({f"{V2}/memory.max": "10", f"{V2}/{V2_USED}": "20"}, 0),
         (
             {
-                "/proc/self/cgroup": "0::/slurm/job_7/step\n",
+                "/proc/self/cgroup": "1:name=x:/a\nb\n0::/slurm/job_7/step\n",
                 f"{V2}/slurm/job_7/step/memory.max": "max",
                 f"{V2}/slurm/job_7/memory.max": "7000",
                 f"{V2}/slurm/job_7/{V2_USED}": "1000",

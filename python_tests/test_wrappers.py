@@ -343,7 +343,7 @@ def test_autocast_of_accelerate_is_not_bypassed(vit: Any) -> None:
     plain, expected = copy.deepcopy(vit), tokens(vit)
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     prepared = accelerator.prepare_model(vit)
-    with pytest.raises(ValueError, match="must have no hooks.*Give layers by name"):
+    with pytest.raises(ValueError, match=r"must have no hooks.*Give layers by name"):
         tokens(prepared)
     with torch.autocast("cpu", torch.bfloat16):
         half = tokens(plain)

@@ -2,15 +2,49 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 import sys
 from importlib import import_module
-from io import TextIOWrapper
+from typing import Any
+
+
+class _Output(io.FileIO):
+    """stdout or stderr. A write that fails does not stop the work: ``error`` keeps the first."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.error = self.error or error
+            return memoryview(data).nbytes
+
+
+def open_outputs() -> dict[str, _Output]:
+    """Replaces stdout and stderr where they are files: also for names in another encoding."""
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # closed: what is opened next would become stdin, stdout or stderr
+    os.close(handle)
+    outputs = {}
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        try:
+            output = _Output(stream.fileno(), "w", closefd=False)
+        except (AttributeError, OSError):  # closed, or replaced
+            continue
+        outputs[name] = output
+        text = io.TextIOWrapper(
+            io.BufferedWriter(output), stream.encoding, "backslashreplace", line_buffering=True
+        )
+        setattr(sys, name, text)
+    return outputs
 
 
 def main() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # None where it is closed
-            stream.reconfigure(errors="backslashreplace")  # for names in another encoding
+    outputs = open_outputs()
     try:
         from .cli import app
     except ImportError as error:
@@ -30,8 +64,11 @@ def main() -> None:
         )
     try:
         app()
-    except OSError as error:  # stdout is full
-        sys.exit(f"srt-ext: {error}")
+    finally:
+        for name, output in outputs.items():
+            getattr(sys, name).flush()
+            if output.error is not None and output.error.errno != errno.EPIPE:
+                sys.exit(f"srt-ext: {name} cannot be written: {output.error.strerror}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ Method: Lao et al., "Sub-token ViT Embedding via Stochastic Resonance Transforme
 
 from __future__ import annotations
 
+import copy
 import math
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -233,11 +235,7 @@ class SRT(torch.nn.Module):
         self._injects = inject is not None
         requested = inject if self._injects else layers
         settings: Any = {"layers": requested, "norm": norm, "patch": patch, "prefix": prefix}
-        # Copies: lists and arrays may change later.
-        self._settings: Any = {
-            name: value.copy() if hasattr(value, "copy") else value
-            for name, value in settings.items()
-        }
+        self._settings: Any = copy.deepcopy(settings)  # lists, arrays and tensors may change later
         self._is_fixed = isinstance(model, Backbone)
         self._backbone = self._describe(model)
         self.model = self._backbone.model  # a submodule if it is a module
@@ -245,6 +243,8 @@ class SRT(torch.nn.Module):
         # What depends on the model, and is resolved again for another one.
         by_model = views is None or isinstance(views, str) or is_integer(views)
         scale = None if scale is None else self._scale  # that may have been a tensor
+        if is_integer(views):
+            views = operator.index(views)  # type: ignore[arg-type]
         self._request = (views, scale, quality) if by_model else None
         self.stride, self.view_batch = check_pair("SRT", "stride", stride), _view_batch(view_batch)
         if upsample is None:
@@ -362,7 +362,7 @@ class SRT(torch.nn.Module):
         are in memory.
 
         Args:
-            images: [B, 3, H, W], normalised as the model wants them.
+            images: [B, 3, H, W], normalised as the model wants them. They are read for each batch.
 
         Yields:
             :class:`ViewTokens` of at most ``view_batch`` views, in the order of ``views``, in the

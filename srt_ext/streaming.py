@@ -8,6 +8,7 @@ need no torch.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Generic, NoReturn, TypeVar
@@ -56,6 +57,9 @@ class Stream(Generic[A, N]):
         self.stride = check_pair(name, "stride", stride)
         self.upsample, self.border = upsample, border
         self.reset()
+
+    def __copy__(self) -> Stream[A, N]:
+        return copy.deepcopy(self)  # views that are added to one are not added to the other
 
     def reset(self) -> None:
         """Forgets every view, and the sizes and dtype of the tokens."""

@@ -233,7 +233,7 @@ def changes_in_training(model: Any) -> bool:
     """Whether a model is in training mode, and this changes its features."""
 
     def changes(module: nn.Module) -> bool:
-        shares = [module.p] if isinstance(module, _DropoutNd) else []
+        shares: list[Any] = [module.p] if isinstance(module, _DropoutNd) else []
         shares += [getattr(module, name, None) for name in _DROPPED]
         drops = any(isinstance(share, float) and share > 0 for share in shares)
         return module.training and (isinstance(module, _BatchNorm) or drops)

@@ -146,6 +146,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 def describe(error: BaseException) -> str:
     """The error in one line; if memory ran out, with the options to change."""
     text = str(error).partition("\n")[0].rpartition("DefaultCPUAllocator: ")[2]
+    if "new thread" in text:
+        return (
+            f"not enough memory, or too few threads are allowed ({text}): use a smaller --size, "
+            "fewer --workers and OMP_NUM_THREADS=1, or a larger ulimit -u"
+        )
     if is_out_of_memory(error):
         return (
             f"not enough memory ({text or type(error).__name__}): use a smaller --size or "
@@ -208,13 +213,19 @@ def check_inputs(views: str | None, weights: Path | None) -> None:
         parse(views, patch=2**16)  # large enough for any number of views
 
 
-def check_output(path: Path, suffixes: tuple[str, ...]) -> None:
+def check_output(path: Path, suffixes: tuple[str, ...], inputs: Iterable[Path] = ()) -> None:
+    """``inputs`` must not be replaced."""
     if path.suffix.lower() not in suffixes:
         raise fatal(f"--output must end in {' or '.join(suffixes)}; got {path}")
-    folder = path.absolute().parent
+    there = path.exists()  # raises an OSError if the name is too long
+    try:
+        folder = path.resolve().parent
+    except RuntimeError as error:
+        raise fatal(f"{path} cannot be written: {error}") from None
     if not folder.is_dir():
         raise fatal(f"the folder {folder} does not exist")
-    there = path.exists()  # raises an OSError if the name is too long
+    if there and any(picture.exists() and path.samefile(picture) for picture in inputs):
+        raise fatal(f"--output must not be one of the pictures, which it would replace; got {path}")
     if there and not path.is_file():
         raise fatal(f"{path} cannot be written: it is not a regular file")
     for place in (folder, path) if there else (folder,):

@@ -84,11 +84,12 @@ def _no_collate(item: Any) -> Any:
 def _load(paths: list[Path], size: int, workers: int) -> Iterator[torch.Tensor | str]:
     """Yields decoded images, or why a file cannot be decoded, as _decode.
 
-    This process decodes the images that a worker cannot return, and all of them if few files can be
-    open: each image in shared memory is one, and a worker that cannot open it would be waited for.
+    This process decodes the images that a worker cannot return, and all of them if /dev/shm is full
+    or read-only, or if few files can be open: each image in shared memory is one, and a worker that
+    cannot open it would be waited for.
     If a worker dies, a new one retries its image alone.
     """
-    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 64 + 8 * workers:
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 64 + 8 * workers or not _has_semaphores():
         workers = 0
     done = 0
     while done < len(paths):
@@ -106,6 +107,15 @@ def _load(paths: list[Path], size: int, workers: int) -> Iterator[torch.Tensor |
                     "memory or /dev/shm is possible: use fewer --workers"
                 )
             done += 1
+
+
+def _has_semaphores() -> bool:
+    """Whether a queue to a worker can be made: its semaphores are files in /dev/shm."""
+    try:
+        torch.multiprocessing.get_context().BoundedSemaphore(1)
+    except OSError:
+        return False
+    return True
 
 
 def _be_quiet(_worker: int) -> None:

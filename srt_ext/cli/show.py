@@ -74,13 +74,15 @@ def command(
     video = photo.is_dir()
     output = output or Path("srt.gif" if video else "srt.png")
     if not video:
-        common.check_output(output, common.FIGURE_SUFFIXES)
+        common.check_output(output, common.FIGURE_SUFFIXES, [photo])
     elif output.suffix:
         common.check_output(output, (".gif", ".webp"))
     from ..viz import Comparison
 
     common.check_inputs(views, weights)
     found = find_images(photo) if video else None
+    if found is not None and output.suffix:
+        common.check_output(output, (".gif", ".webp"), found.files)
     first = open_image(photo) if found is None else first_readable(found.files)
     point = None if query is None else parse_query(query, first.size)
     if video and not output.suffix:
@@ -135,7 +137,10 @@ def make_frame_folder(folder: Path) -> None:
     """It must be empty: frames of an earlier, longer video would seem to belong to this one."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise common.fatal(f"{folder} must be a new folder, or an empty one")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise common.OutputError.of(folder, error) from None
 
 
 def first_readable(paths: list[Path]) -> Any:
