@@ -550,6 +550,35 @@ def test_weights_may_be_a_part_of_a_larger_module(tmp_path: Path, photo: Path) -
         loaded({**state, "norm.bias": torch.full((64,), 1e300, dtype=torch.float64)}, file)
 
 
+@pytest.mark.parametrize(
+    "part", ["module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"]
+)
+@pytest.mark.parametrize("prefix", ["", "backbone.module."])
+def test_wrappers_of_blocks_are_removed_from_the_names(
+    part: str, prefix: str, tmp_path: Path
+) -> None:
+    state, file = load_file(small_weights()), tmp_path / "mine.safetensors"
+    mine = {
+        prefix + re.sub(r"(^blocks\.\d+\.|attn\.)", rf"\1{part}.", key): value
+        for key, value in state.items()
+    }
+    assert f"{prefix}blocks.0.{part}.attn.{part}.qkv.weight" in mine
+    got = loaded(mine, file)
+    assert all(got[key].equal(value) for key, value in state.items())
+    twice = {**mine, f"{prefix}blocks.0.norm1.bias": torch.ones(64)}
+    with pytest.raises(hub.ModelError, match=rf"{part}.norm1.bias and .* are the same weight"):
+        loaded(twice, file)
+
+
+@pytest.mark.skipif(not timm.is_model("iformer_t"), reason="an older timm")
+def test_parts_of_the_model_with_the_name_of_a_wrapper_are_kept(tmp_path: Path) -> None:
+    state = timm.create_model("iformer_t").state_dict()
+    assert any(".module." in key for key in state)
+    mine = {f"module.{key}": value for key, value in state.items()}
+    got = loaded(mine, tmp_path / "mine.safetensors", "iformer_t")
+    assert all(got[key].equal(value) for key, value in state.items())
+
+
 def test_position_embeddings_of_another_size_are_resampled_and_patches_are_not(
     tmp_path: Path,
 ) -> None:

@@ -249,16 +249,49 @@ def _with_head(model: Any, wanted: dict[str, Any], state: dict[str, Any]) -> dic
     return {**body, **{key: value.new_zeros(value.shape) for key, value in ours.items()}}
 
 
+# Modules of torch around another: DataParallel, compile, checkpoint_wrapper, FSDP.
+WRAPPERS = {"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+
+
 def _without_prefix(state: dict[str, Any], wanted: dict[str, Any], weights: Path) -> dict[str, Any]:
     """Removes the prefix of the model's names, such as ``module.`` or ``backbone.``.
 
-    Tensors with other names are parts of a larger module: they are left out, with a warning.
+    Wrappers of parts of the model are removed, too. Tensors with other names are parts of a larger
+    module: they are left out, with a warning.
     """
+    wrappers = WRAPPERS - {part for key in wanted for part in key.split(".")}
+    prefix = _prefix(state, wanted, wrappers, weights)
+    if prefix is None:  # another model, which the check of names and shapes reports
+        return state
+    ours: dict[str, str] = {}  # the model's name: that in the file
+    for key in state:
+        if key.startswith(prefix):
+            name = _unwrapped(key.removeprefix(prefix).split("."), wrappers)
+            if name in ours:
+                raise ModelError(
+                    f"{weights} must hold the weights of one model; {ours[name]} and {key} are the "
+                    "same weight of it. Save one alone"
+                )
+            ours[name] = key
+    others = [key for key in state if not key.startswith(prefix)]
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        warnings.warn(
+            f"SRT: of {weights} the tensors {prefix}* are used; {others[0]}{more} left out",
+            stacklevel=2,
+        )
+    return {name: state[key] for name, key in ours.items()}
+
+
+def _prefix(
+    state: dict[str, Any], wanted: dict[str, Any], wrappers: set[str], weights: Path
+) -> str | None:
+    """The prefix with which most of the model's names are in ``state``, or None."""
     prefixes: Counter[str] = Counter()
     for key in state:
         parts = key.split(".")
-        for i in range(len(parts)):
-            if ".".join(parts[i:]) in wanted:
+        for i, part in enumerate(parts):
+            if part not in wrappers and _unwrapped(parts[i:], wrappers) in wanted:
                 prefixes["".join(f"{part}." for part in parts[:i])] += 1
     found = [prefix for prefix, count in prefixes.items() if 2 * count > len(wanted)]
     if len(found) > 1:
@@ -266,16 +299,11 @@ def _without_prefix(state: dict[str, Any], wanted: dict[str, Any], weights: Path
             f"{weights} must hold the weights of one model; its names fit with the prefixes "
             f"{', '.join(map(repr, found))}. Save those of one alone"
         )
-    if not found:  # another model, which the check of names and shapes reports
-        return state
-    others = [key for key in state if not key.startswith(found[0])]
-    if others:
-        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-        warnings.warn(
-            f"SRT: of {weights} the tensors {found[0]}* are used; {others[0]}{more} left out",
-            stacklevel=2,
-        )
-    return {k.removeprefix(found[0]): v for k, v in state.items() if k.startswith(found[0])}
+    return found[0] if found else None
+
+
+def _unwrapped(parts: list[str], wrappers: set[str]) -> str:
+    return ".".join(part for part in parts if part not in wrappers)
 
 
 def _resampled(model: Any, state: dict[str, Any]) -> dict[str, Any]:
