@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
 import sys
 import warnings
 from collections import Counter
@@ -14,6 +17,12 @@ HUB_TIMEOUT = 3.0  # seconds
 CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"  # in a repository of the hub, or a folder
 OPEN_CLIP_SAFETENSORS = "open_clip_model.safetensors"  # where that is missing
+NO_PICKLES = (
+    "Pickles (.pt, .pth, .bin) can run any code and are not loaded; write the weights with "
+    "safetensors.torch.save_file"
+)
+SAVE = "timm.models.save_for_hf(model, FOLDER, model_args=ARGUMENTS, safe_serialization=True)"
+NO_RGB = "The command reads RGB pictures; for other images, use srt_ext.SRT in Python"
 
 
 class ModelError(RuntimeError):
@@ -58,11 +67,13 @@ def _model_folder(name: str) -> Path | None:
     """The folder of ``local-dir:`` and ``hf-hub:`` names: config.json and weights."""
     source, _, place = name.partition(":")
     if source == "local-dir":
-        folder = Path(place)
+        # Shells do not expand ~ after the colon; Path.expanduser fails for an unknown user.
+        folder = Path(os.path.expanduser(place))
         if not folder.is_dir():
             raise ModelError(f"the model folder {folder} does not exist")
         if not (folder / CONFIG).is_file():
             raise ModelError(f"{folder} has no {CONFIG}, which names the architecture of the model")
+        _read_config(folder)
         return folder
     if source not in ("hf-hub", "hf_hub"):
         return None
@@ -71,10 +82,31 @@ def _model_folder(name: str) -> Path | None:
     repository, _, revision = place.partition("@")
     try:
         folder = _fetch(name, repository, revision, CONFIG).parent
+        _read_config(folder)
         _fetch_weights(name, repository, revision)
     except HFValidationError as error:
         raise ModelError(f"--model must be hf-hub:OWNER/NAME; got {name!r} ({error})") from error
     return folder
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """config.json. Raises a ModelError if it does not name an architecture of timm."""
+    import timm
+
+    file = folder / CONFIG
+    try:
+        config: Any = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{file} must be JSON: {error}") from error
+    settings: dict[str, Any] = config if isinstance(config, dict) else {}
+    name = settings.get("architecture")
+    if not isinstance(name, str) or not timm.is_model(name):
+        raise ModelError(
+            f"the architecture in {file} must be a model of timm; got {name!r}. "
+            f"{SAVE} writes such a folder; for a model of another library, use "
+            "srt_ext.SRT in Python"
+        )
+    return settings
 
 
 def _fetch_weights(name: str, repository: str, revision: str) -> None:
@@ -91,10 +123,7 @@ def _weights_of(folder: Path) -> Path:
     for file in (folder / SAFETENSORS, *sorted(folder.glob("*.safetensors"))):
         if file.is_file():
             return file
-    raise ModelError(
-        f"{folder} has no {SAFETENSORS}; other formats are pickles, which can run any code and are "
-        "not loaded: write the weights with safetensors.torch.save_file"
-    )
+    raise ModelError(f"{folder} has no {SAFETENSORS}. {NO_PICKLES}")
 
 
 def _create(name: str, *, pretrained: bool) -> tuple[Any, dict[str, Any]]:
@@ -119,7 +148,8 @@ def _create(name: str, *, pretrained: bool) -> tuple[Any, dict[str, Any]]:
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}".rstrip(".")
         if pretrained:
             raise PretrainedError(name, reason) from error
-        raise ModelError(f"timm cannot make {name}: {reason}") from error
+        hint = f". {SAVE} writes a folder that it can read" if name.startswith("local-dir:") else ""
+        raise ModelError(f"timm cannot make {name}: {reason}{hint}") from error
     return model, resolve_model_data_config(model)
 
 
@@ -204,15 +234,31 @@ def by_descriptor(file: IO[bytes]) -> str:
     return f"/dev/fd/{file.fileno()}"
 
 
+def check_file(weights: Path) -> None:
+    """Raises a ModelError if ``weights`` is not a file."""
+    if weights.is_dir():
+        raise ModelError(
+            f"--weights must be a .safetensors file; got the folder {weights}. Give the file in "
+            f"it, or, if it has a {CONFIG} of timm, --model local-dir:{weights}"
+        )
+    if not weights.is_file():
+        raise ModelError(f"{weights} is not a file")
+
+
 def _load_weights(model: Any, name: str, weights: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    check_file(weights)
     try:
         with weights.open("rb") as file:
             state = load_file(by_descriptor(file))
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{weights} is not a readable safetensors file: {error}") from error
+    except OSError as error:
+        raise ModelError(f"{weights} cannot be read: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise ModelError(
+            f"{weights} is not a readable safetensors file: {error}. {NO_PICKLES}"
+        ) from error
     wanted = model.state_dict()
     state = _resampled(model, _without_prefix(state, wanted, weights))
     state = _with_head(model, wanted, state)
@@ -229,9 +275,37 @@ def _load_weights(model: Any, name: str, weights: Path) -> None:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise ModelError(
             f"the weights in {weights} do not fit {name}: {wrong[0]}{more}. "
-            "Name their model with --model"
+            f"{_remedy(name, wanted, state)}"
         )
     model.load_state_dict(state)
+
+
+def _remedy(name: str, wanted: dict[str, Any], state: dict[str, Any]) -> str:
+    """What to do about weights ``state`` that do not fit the model ``name``."""
+    if {k: v.shape for k, v in wanted.items()} == {k: v.shape for k, v in state.items()}:
+        return "Give weights that are floating-point and finite"
+    if any(_PEFT.search(key) for key in state):
+        return "They are those of a PEFT model: save the state dict of its merge_and_unload()"
+    if any(".parametrizations." in key for key in state):
+        return "Call torch.nn.utils.parametrize.remove_parametrizations before you save them"
+    if any(_other_channels(wanted[key], state[key]) for key in wanted.keys() & state.keys()):
+        return NO_RGB
+    if name.startswith("local-dir:"):
+        return f"The model_args in {CONFIG} must hold the arguments of their timm.create_model"
+    return (
+        "Name their model of timm with --model; if it has other arguments, write it with "
+        f"{SAVE} and give --model local-dir:FOLDER"
+    )
+
+
+def _other_channels(ours: Any, theirs: Any) -> bool:
+    """Whether both [N, C, H, W] are weights of a first convolution, ours for RGB images only."""
+    if not ours.ndim == theirs.ndim == 4 or ours[:, :1].shape != theirs[:, :1].shape:
+        return False
+    return bool(ours.shape[1] == 3 != theirs.shape[1])
+
+
+_PEFT = re.compile(r"(^|\.)base_model\.model\.|\.base_layer\.(weight|bias)$")
 
 
 def _with_head(model: Any, wanted: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
