@@ -617,6 +617,7 @@ def test_weights_that_do_not_fit_say_how_to_save_them(
         ({"img_size": (128, 256)}, "pos_embed must be"),
         ({"reg_tokens": 4}, "pos_embed must be"),
         ({"qk_norm": True}, "k_norm.bias must be absent"),
+        ({"in_chans": 1}, "proj.weight must be"),
     ],
 )
 def test_models_with_other_arguments_load_from_the_folder_that_the_error_names(
@@ -628,6 +629,11 @@ def test_models_with_other_arguments_load_from_the_folder_that_the_error_names(
     scope = {"timm": timm, "model": vit, "FOLDER": tmp_path / "mine", "ARGUMENTS": arguments}
     eval(hub.SAVE, scope)
     options = ("--model", f"local-dir:{tmp_path / 'mine'}", *FAST)
+    if "in_chans" in arguments:
+        assert str(error.value).endswith(hub.NO_RGB)
+        text = run("features", photo, "-o", tmp_path / "out.npz", *options, code=1)
+        assert "must have in_chans=3; got in_chans=1. The command reads RGB pictures" in text
+        return
     assert f"{hub.SAVE} and give --model local-dir:FOLDER" in str(error.value)
     state = hub.load_timm(f"local-dir:{tmp_path / 'mine'}")[0].state_dict()
     assert all(state[key].equal(value) for key, value in vit.state_dict().items())
@@ -644,13 +650,19 @@ def test_models_with_other_arguments_load_from_the_folder_that_the_error_names(
         ("{", "config.json must be JSON: Expecting property name"),
         (b"\xff", "config.json must be JSON: 'utf-8' codec"),
         ({"architecture": SMALL, "model_args": {"foo": 1}}, "timm cannot make .*foo.*save_for_hf"),
+        ({"architecture": SMALL, "model_args": {"in_chans": 6}}, "=3; got in_chans=6. The command"),
+        ({"architecture": SMALL, "input_size": [1, 160, 160]}, "=3; got in_chans=1"),
+        ({"architecture": SMALL, "mean": 0.5}, "mean in .*config.json must be 3 numbers; got 0.5"),
+        ({"architecture": SMALL, "std": [1] * 4}, r"std in .*config.json must be .*; got \[1, 1"),
         (
             {"architecture": SMALL, "model_args": {"global_pool": "avg"}},
             "fc_norm.weight must be .*The model_args in config.json must hold the arguments",
         ),
     ],
 )
-def test_a_folder_must_be_of_timm(config: Any, message: str, tmp_path: Path) -> None:
+def test_a_folder_must_be_of_timm_and_for_rgb_images(
+    config: Any, message: str, tmp_path: Path
+) -> None:
     shutil.copy(small_weights(), tmp_path / "model.safetensors")
     if isinstance(config, dict) and "model_args" in config:
         config["pretrained_cfg"] = {"input_size": [3, 160, 160]}

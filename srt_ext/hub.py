@@ -56,6 +56,7 @@ def load_timm(name: str, weights: Path | None = None) -> tuple[Any, dict[str, An
     elif (folder := _model_folder(name)) is not None:
         weights = weights or _weights_of(folder)
         model, config = _create(f"local-dir:{folder}", pretrained=False)
+        _check_images(folder, config)
     else:
         model, config = _create(name, pretrained=weights is None)
     if weights is not None:
@@ -107,6 +108,20 @@ def _read_config(folder: Path) -> dict[str, Any]:
             "srt_ext.SRT in Python"
         )
     return settings
+
+
+def _check_images(folder: Path, config: dict[str, Any]) -> None:
+    """Raises a ModelError if the model is not one of RGB images, or its normalisation is not."""
+    arguments = dict(_read_config(folder).get("model_args") or {})
+    channels = arguments.get("in_chans", config["input_size"][0])
+    if channels != 3:
+        raise ModelError(
+            f"the model in {folder} must have in_chans=3; got in_chans={channels}. {NO_RGB}"
+        )
+    for key in ("mean", "std"):
+        value = config[key]
+        if not isinstance(value, (list, tuple)) or len(value) not in (1, 3):
+            raise ModelError(f"{key} in {folder / CONFIG} must be 3 numbers; got {value!r}")
 
 
 def _fetch_weights(name: str, repository: str, revision: str) -> None:
