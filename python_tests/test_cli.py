@@ -242,11 +242,15 @@ def test_16_bits_keep_their_shades_and_transparent_pixels_are_white(tmp_path: Pa
             "--model must be hf-hub:OWNER/NAME; got 'hf-hub:a/",
         ),
         ("show photo.png --weights missing.safetensors", "missing.safetensors is not a file"),
-        ("show photo.png --weights .", "is not a file"),
-        ("show photo.png SMALL --weights broken.jpg", "not a readable safetensors file"),
+        ("show photo.png --weights frames", "got the folder frames. Give the file in it, or"),
+        ("show photo.png SMALL --weights broken.jpg", "file: Error while"),
+        ("show photo.png SMALL --weights broken.jpg", ". Pickles (.pt, .pth, .bin) can run any"),
         ("show photo.png SMALL --model test_vit.x", "timm cannot make"),
         ("show photo.png SMALL --model test_resnet", "do not fit test_resnet: "),
-        ("show photo.png SMALL --model test_resnet", "more). Name their model with --model"),
+        (
+            "show photo.png SMALL --model test_resnet",
+            "more). Name their model of timm with --model",
+        ),
         ("show photo.png SMALL --model vit_tiny_patch16_224", " must be [1, 1, 192], is"),
         ("show photo.png --views ring", "views must be"),
         ("show photo.png SMALL --quality fast --views 3", "views and scale must be left out with"),
@@ -546,7 +550,10 @@ def test_weights_need_no_classifier_of_the_same_classes(tmp_path: Path) -> None:
             {k: v for k, v in state.items() if k != "norm.bias"},
             r"norm.bias must be \[64\], is absent",
         ),
-        ({**plain, "norm.bias": torch.ones(64, dtype=torch.int8)}, "floating-point, is torch.int8"),
+        (
+            {**plain, "norm.bias": torch.ones(64, dtype=torch.int8)},
+            "floating-point, is torch.int8. Give weights that are floating-point and finite",
+        ),
     ):
         with pytest.raises(hub.ModelError, match=message):
             loaded(wrong, file)
@@ -570,6 +577,121 @@ def test_weights_may_be_a_part_of_a_larger_module(tmp_path: Path, photo: Path) -
         loaded(two, file)
     with pytest.raises(hub.ModelError, match=r"norm.bias must be finite, has NaN or infinities"):
         loaded({**state, "norm.bias": torch.full((64,), 1e300, dtype=torch.float64)}, file)
+
+
+@pytest.mark.parametrize(
+    "part", ["module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"]
+)
+@pytest.mark.parametrize("prefix", ["", "backbone.module."])
+def test_wrappers_of_blocks_are_removed_from_the_names(
+    part: str, prefix: str, tmp_path: Path
+) -> None:
+    state, file = load_file(small_weights()), tmp_path / "mine.safetensors"
+    mine = {
+        prefix + re.sub(r"(^blocks\.\d+\.|attn\.)", rf"\1{part}.", key): value
+        for key, value in state.items()
+    }
+    assert f"{prefix}blocks.0.{part}.attn.{part}.qkv.weight" in mine
+    got = loaded(mine, file)
+    assert all(got[key].equal(value) for key, value in state.items())
+    twice = {**mine, f"{prefix}blocks.0.norm1.bias": torch.ones(64)}
+    with pytest.raises(hub.ModelError, match=rf"{part}.norm1.bias and .* are the same weight"):
+        loaded(twice, file)
+
+
+@pytest.mark.skipif(not timm.is_model("iformer_t"), reason="an older timm")
+def test_parts_of_the_model_with_the_name_of_a_wrapper_are_kept(tmp_path: Path) -> None:
+    state = timm.create_model("iformer_t").state_dict()
+    assert any(".module." in key for key in state)
+    mine = {f"module.{key}": value for key, value in state.items()}
+    got = loaded(mine, tmp_path / "mine.safetensors", "iformer_t")
+    assert all(got[key].equal(value) for key, value in state.items())
+
+
+ADAPTED = "blocks.0.attn.qkv."
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ((f"base_model.model.{ADAPTED}base_layer.weight",), "save the .* its merge_and_unload"),
+        ((f"{ADAPTED}base_layer.weight", f"{ADAPTED}lora_A.default.weight"), "merge_and_unload"),
+        ((f"model.base_model.model.{ADAPTED}lora_A.weight",), "merge_and_unload"),
+        ((f"{ADAPTED}parametrizations.weight.original1",), "Call .*remove_parametrizations before"),
+        (("base_layer.0.weight",), "Name their model of timm with --model"),  # as in timm's DLA
+    ],
+)
+def test_weights_that_do_not_fit_say_how_to_save_them(
+    names: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    state = load_file(small_weights())
+    weight = state.pop(f"{ADAPTED}weight")
+    mine = {**state, **{name: weight.clone() for name in names}}
+    with pytest.raises(hub.ModelError, match=message):
+        loaded(mine, tmp_path / "mine.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rule"),
+    [
+        ({"global_pool": "avg"}, "norm.weight must be"),
+        ({"class_token": False, "global_pool": "avg"}, "cls_token must be"),
+        ({"img_size": (128, 256)}, "pos_embed must be"),
+        ({"reg_tokens": 4}, "pos_embed must be"),
+        ({"qk_norm": True}, "k_norm.bias must be absent"),
+        ({"in_chans": 1}, "proj.weight must be"),
+    ],
+)
+def test_models_with_other_arguments_load_from_the_folder_that_the_error_names(
+    arguments: dict[str, Any], rule: str, tmp_path: Path, photo: Path
+) -> None:
+    vit = timm.create_model(SMALL, **arguments).eval()
+    with pytest.raises(hub.ModelError, match=rule) as error:
+        loaded(vit.state_dict(), tmp_path / "mine.safetensors")
+    scope = {"timm": timm, "model": vit, "FOLDER": tmp_path / "mine", "ARGUMENTS": arguments}
+    eval(hub.SAVE, scope)
+    options = ("--model", f"local-dir:{tmp_path / 'mine'}", *FAST)
+    if "in_chans" in arguments:
+        assert str(error.value).endswith(hub.NO_RGB)
+        text = run("features", photo, "-o", tmp_path / "out.npz", *options, code=1)
+        assert "must have in_chans=3; got in_chans=1. The command reads RGB pictures" in text
+        return
+    assert f"{hub.SAVE} and give --model local-dir:FOLDER" in str(error.value)
+    state = hub.load_timm(f"local-dir:{tmp_path / 'mine'}")[0].state_dict()
+    assert all(state[key].equal(value) for key, value in vit.state_dict().items())
+    run("features", photo, "-o", tmp_path / "out.npz", *options)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"architectures": ["ViTModel"]}, "must be a model of timm; got None. timm.models.save"),
+        ({"architecture": "vit_mine"}, "must be a model of timm; got 'vit_mine'"),
+        ({"architecture": [SMALL]}, "must be a model of timm; got .*; for a model of another"),
+        ([], "must be a model of timm; got None"),
+        ("{", "config.json must be JSON: Expecting property name"),
+        (b"\xff", "config.json must be JSON: 'utf-8' codec"),
+        ({"architecture": SMALL, "model_args": {"foo": 1}}, "timm cannot make .*foo.*save_for_hf"),
+        ({"architecture": SMALL, "model_args": {"in_chans": 6}}, "=3; got in_chans=6. The command"),
+        ({"architecture": SMALL, "input_size": [1, 160, 160]}, "=3; got in_chans=1"),
+        ({"architecture": SMALL, "mean": 0.5}, "mean in .*config.json must be 3 numbers; got 0.5"),
+        ({"architecture": SMALL, "std": [1] * 4}, r"std in .*config.json must be .*; got \[1, 1"),
+        (
+            {"architecture": SMALL, "model_args": {"global_pool": "avg"}},
+            "fc_norm.weight must be .*The model_args in config.json must hold the arguments",
+        ),
+    ],
+)
+def test_a_folder_must_be_of_timm_and_for_rgb_images(
+    config: Any, message: str, tmp_path: Path
+) -> None:
+    shutil.copy(small_weights(), tmp_path / "model.safetensors")
+    if isinstance(config, dict) and "model_args" in config:
+        config["pretrained_cfg"] = {"input_size": [3, 160, 160]}
+    text = config if isinstance(config, (str, bytes)) else json.dumps(config)
+    (tmp_path / "config.json").write_bytes(text.encode() if isinstance(text, str) else text)
+    with pytest.raises(hub.ModelError, match=message):
+        hub.load_timm(f"local-dir:{tmp_path}")
 
 
 def test_position_embeddings_of_another_size_are_resampled_and_patches_are_not(
@@ -606,9 +728,12 @@ def model_folder(path: Path, weights: str) -> Path:
 
 
 @pytest.mark.parametrize("weights", ["model.safetensors", "best.safetensors"])
-def test_a_local_folder_of_timm(tmp_path: Path, photo: Path, weights: str) -> None:
+def test_a_local_folder_of_timm(
+    tmp_path: Path, photo: Path, weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = model_folder(tmp_path / "caf\u00e9 [1]", weights)
-    vit, config = hub.load_timm(f"local-dir:{path}")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    vit, config = hub.load_timm(f"local-dir:~/{path.name}")
     assert vit.head.out_features == 10
     assert config["mean"] == [0.1, 0.2, 0.3]
     state = load_file(path / weights)
@@ -631,7 +756,7 @@ def test_pickles_are_not_loaded(
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fail)
     path = model_folder(tmp_path / "model", "pytorch_model.bin")
     with pytest.raises(
-        hub.ModelError, match=r"has no model.safetensors; other formats are pickles"
+        hub.ModelError, match=r"has no model.safetensors. Pickles .* are not loaded; write"
     ):
         hub.load_timm(f"local-dir:{path}")
     fake_hub.answers = True
@@ -645,7 +770,9 @@ def test_pickles_are_not_loaded(
         hub.load_timm(SMALL)
 
 
-@pytest.mark.parametrize("name", ["foo:bar", "local-dir:/nothere", "hf-hub:", "hf-hub:a b"])
+@pytest.mark.parametrize(
+    "name", ["foo:bar", "local-dir:/nothere", "local-dir:~nobody_/x", "hf-hub:", "hf-hub:a b"]
+)
 def test_a_wrong_name_is_a_model_error(name: str) -> None:
     with pytest.raises(hub.ModelError) as error:
         hub.load_timm(name)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
 import sys
 import warnings
 from collections import Counter
@@ -14,6 +17,12 @@ HUB_TIMEOUT = 3.0  # seconds
 CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"  # in a repository of the hub, or a folder
 OPEN_CLIP_SAFETENSORS = "open_clip_model.safetensors"  # where that is missing
+NO_PICKLES = (
+    "Pickles (.pt, .pth, .bin) can run any code and are not loaded; write the weights with "
+    "safetensors.torch.save_file"
+)
+SAVE = "timm.models.save_for_hf(model, FOLDER, model_args=ARGUMENTS, safe_serialization=True)"
+NO_RGB = "The command reads RGB pictures; for other images, use srt_ext.SRT in Python"
 
 
 class ModelError(RuntimeError):
@@ -47,6 +56,7 @@ def load_timm(name: str, weights: Path | None = None) -> tuple[Any, dict[str, An
     elif (folder := _model_folder(name)) is not None:
         weights = weights or _weights_of(folder)
         model, config = _create(f"local-dir:{folder}", pretrained=False)
+        _check_images(folder, config)
     else:
         model, config = _create(name, pretrained=weights is None)
     if weights is not None:
@@ -58,11 +68,13 @@ def _model_folder(name: str) -> Path | None:
     """The folder of ``local-dir:`` and ``hf-hub:`` names: config.json and weights."""
     source, _, place = name.partition(":")
     if source == "local-dir":
-        folder = Path(place)
+        # Shells do not expand ~ after the colon; Path.expanduser fails for an unknown user.
+        folder = Path(os.path.expanduser(place))
         if not folder.is_dir():
             raise ModelError(f"the model folder {folder} does not exist")
         if not (folder / CONFIG).is_file():
             raise ModelError(f"{folder} has no {CONFIG}, which names the architecture of the model")
+        _read_config(folder)
         return folder
     if source not in ("hf-hub", "hf_hub"):
         return None
@@ -71,10 +83,45 @@ def _model_folder(name: str) -> Path | None:
     repository, _, revision = place.partition("@")
     try:
         folder = _fetch(name, repository, revision, CONFIG).parent
+        _read_config(folder)
         _fetch_weights(name, repository, revision)
     except HFValidationError as error:
         raise ModelError(f"--model must be hf-hub:OWNER/NAME; got {name!r} ({error})") from error
     return folder
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """config.json. Raises a ModelError if it does not name an architecture of timm."""
+    import timm
+
+    file = folder / CONFIG
+    try:
+        config: Any = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{file} must be JSON: {error}") from error
+    settings: dict[str, Any] = config if isinstance(config, dict) else {}
+    name = settings.get("architecture")
+    if not isinstance(name, str) or not timm.is_model(name):
+        raise ModelError(
+            f"the architecture in {file} must be a model of timm; got {name!r}. "
+            f"{SAVE} writes such a folder; for a model of another library, use "
+            "srt_ext.SRT in Python"
+        )
+    return settings
+
+
+def _check_images(folder: Path, config: dict[str, Any]) -> None:
+    """Raises a ModelError if the model is not one of RGB images, or its normalisation is not."""
+    arguments = dict(_read_config(folder).get("model_args") or {})
+    channels = arguments.get("in_chans", config["input_size"][0])
+    if channels != 3:
+        raise ModelError(
+            f"the model in {folder} must have in_chans=3; got in_chans={channels}. {NO_RGB}"
+        )
+    for key in ("mean", "std"):
+        value = config[key]
+        if not isinstance(value, (list, tuple)) or len(value) not in (1, 3):
+            raise ModelError(f"{key} in {folder / CONFIG} must be 3 numbers; got {value!r}")
 
 
 def _fetch_weights(name: str, repository: str, revision: str) -> None:
@@ -91,10 +138,7 @@ def _weights_of(folder: Path) -> Path:
     for file in (folder / SAFETENSORS, *sorted(folder.glob("*.safetensors"))):
         if file.is_file():
             return file
-    raise ModelError(
-        f"{folder} has no {SAFETENSORS}; other formats are pickles, which can run any code and are "
-        "not loaded: write the weights with safetensors.torch.save_file"
-    )
+    raise ModelError(f"{folder} has no {SAFETENSORS}. {NO_PICKLES}")
 
 
 def _create(name: str, *, pretrained: bool) -> tuple[Any, dict[str, Any]]:
@@ -119,7 +163,8 @@ def _create(name: str, *, pretrained: bool) -> tuple[Any, dict[str, Any]]:
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}".rstrip(".")
         if pretrained:
             raise PretrainedError(name, reason) from error
-        raise ModelError(f"timm cannot make {name}: {reason}") from error
+        hint = f". {SAVE} writes a folder that it can read" if name.startswith("local-dir:") else ""
+        raise ModelError(f"timm cannot make {name}: {reason}{hint}") from error
     return model, resolve_model_data_config(model)
 
 
@@ -204,15 +249,31 @@ def by_descriptor(file: IO[bytes]) -> str:
     return f"/dev/fd/{file.fileno()}"
 
 
+def check_file(weights: Path) -> None:
+    """Raises a ModelError if ``weights`` is not a file."""
+    if weights.is_dir():
+        raise ModelError(
+            f"--weights must be a .safetensors file; got the folder {weights}. Give the file in "
+            f"it, or, if it has a {CONFIG} of timm, --model local-dir:{weights}"
+        )
+    if not weights.is_file():
+        raise ModelError(f"{weights} is not a file")
+
+
 def _load_weights(model: Any, name: str, weights: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    check_file(weights)
     try:
         with weights.open("rb") as file:
             state = load_file(by_descriptor(file))
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{weights} is not a readable safetensors file: {error}") from error
+    except OSError as error:
+        raise ModelError(f"{weights} cannot be read: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise ModelError(
+            f"{weights} is not a readable safetensors file: {error}. {NO_PICKLES}"
+        ) from error
     wanted = model.state_dict()
     state = _resampled(model, _without_prefix(state, wanted, weights))
     state = _with_head(model, wanted, state)
@@ -229,9 +290,37 @@ def _load_weights(model: Any, name: str, weights: Path) -> None:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise ModelError(
             f"the weights in {weights} do not fit {name}: {wrong[0]}{more}. "
-            "Name their model with --model"
+            f"{_remedy(name, wanted, state)}"
         )
     model.load_state_dict(state)
+
+
+def _remedy(name: str, wanted: dict[str, Any], state: dict[str, Any]) -> str:
+    """What to do about weights ``state`` that do not fit the model ``name``."""
+    if {k: v.shape for k, v in wanted.items()} == {k: v.shape for k, v in state.items()}:
+        return "Give weights that are floating-point and finite"
+    if any(_PEFT.search(key) for key in state):
+        return "They are those of a PEFT model: save the state dict of its merge_and_unload()"
+    if any(".parametrizations." in key for key in state):
+        return "Call torch.nn.utils.parametrize.remove_parametrizations before you save them"
+    if any(_other_channels(wanted[key], state[key]) for key in wanted.keys() & state.keys()):
+        return NO_RGB
+    if name.startswith("local-dir:"):
+        return f"The model_args in {CONFIG} must hold the arguments of their timm.create_model"
+    return (
+        "Name their model of timm with --model; if it has other arguments, write it with "
+        f"{SAVE} and give --model local-dir:FOLDER"
+    )
+
+
+def _other_channels(ours: Any, theirs: Any) -> bool:
+    """Whether both [N, C, H, W] are weights of a first convolution, ours for RGB images only."""
+    if not ours.ndim == theirs.ndim == 4 or ours[:, :1].shape != theirs[:, :1].shape:
+        return False
+    return bool(ours.shape[1] == 3 != theirs.shape[1])
+
+
+_PEFT = re.compile(r"(^|\.)base_model\.model\.|\.base_layer\.(weight|bias)$")
 
 
 def _with_head(model: Any, wanted: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
@@ -249,16 +338,49 @@ def _with_head(model: Any, wanted: dict[str, Any], state: dict[str, Any]) -> dic
     return {**body, **{key: value.new_zeros(value.shape) for key, value in ours.items()}}
 
 
+# Modules of torch around another: DataParallel, compile, checkpoint_wrapper, FSDP.
+WRAPPERS = {"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+
+
 def _without_prefix(state: dict[str, Any], wanted: dict[str, Any], weights: Path) -> dict[str, Any]:
     """Removes the prefix of the model's names, such as ``module.`` or ``backbone.``.
 
-    Tensors with other names are parts of a larger module: they are left out, with a warning.
+    Wrappers of parts of the model are removed, too. Tensors with other names are parts of a larger
+    module: they are left out, with a warning.
     """
+    wrappers = WRAPPERS - {part for key in wanted for part in key.split(".")}
+    prefix = _prefix(state, wanted, wrappers, weights)
+    if prefix is None:  # another model, which the check of names and shapes reports
+        return state
+    ours: dict[str, str] = {}  # the model's name: that in the file
+    for key in state:
+        if key.startswith(prefix):
+            name = _unwrapped(key.removeprefix(prefix).split("."), wrappers)
+            if name in ours:
+                raise ModelError(
+                    f"{weights} must hold the weights of one model; {ours[name]} and {key} are the "
+                    "same weight of it. Save one alone"
+                )
+            ours[name] = key
+    others = [key for key in state if not key.startswith(prefix)]
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        warnings.warn(
+            f"SRT: of {weights} the tensors {prefix}* are used; {others[0]}{more} left out",
+            stacklevel=2,
+        )
+    return {name: state[key] for name, key in ours.items()}
+
+
+def _prefix(
+    state: dict[str, Any], wanted: dict[str, Any], wrappers: set[str], weights: Path
+) -> str | None:
+    """The prefix with which most of the model's names are in ``state``, or None."""
     prefixes: Counter[str] = Counter()
     for key in state:
         parts = key.split(".")
-        for i in range(len(parts)):
-            if ".".join(parts[i:]) in wanted:
+        for i, part in enumerate(parts):
+            if part not in wrappers and _unwrapped(parts[i:], wrappers) in wanted:
                 prefixes["".join(f"{part}." for part in parts[:i])] += 1
     found = [prefix for prefix, count in prefixes.items() if 2 * count > len(wanted)]
     if len(found) > 1:
@@ -266,16 +388,11 @@ def _without_prefix(state: dict[str, Any], wanted: dict[str, Any], weights: Path
             f"{weights} must hold the weights of one model; its names fit with the prefixes "
             f"{', '.join(map(repr, found))}. Save those of one alone"
         )
-    if not found:  # another model, which the check of names and shapes reports
-        return state
-    others = [key for key in state if not key.startswith(found[0])]
-    if others:
-        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-        warnings.warn(
-            f"SRT: of {weights} the tensors {found[0]}* are used; {others[0]}{more} left out",
-            stacklevel=2,
-        )
-    return {k.removeprefix(found[0]): v for k, v in state.items() if k.startswith(found[0])}
+    return found[0] if found else None
+
+
+def _unwrapped(parts: list[str], wrappers: set[str]) -> str:
+    return ".".join(part for part in parts if part not in wrappers)
 
 
 def _resampled(model: Any, state: dict[str, Any]) -> dict[str, Any]:

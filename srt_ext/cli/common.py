@@ -205,10 +205,11 @@ def timing(model: float, total: float) -> str:
 
 def check_inputs(views: str | None, weights: Path | None) -> None:
     """Checks what can be checked before a model is loaded."""
+    from ..hub import check_file
     from ..views import parse
 
-    if weights is not None and not weights.is_file():
-        raise fatal(f"{weights} is not a file")
+    if weights is not None:
+        check_file(weights)
     if views is not None:
         parse(views, patch=2**16)  # large enough for any number of views
 
