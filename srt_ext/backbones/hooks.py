@@ -32,6 +32,21 @@ class _StopForward(Exception):  # noqa: N818
     """Ends a forward as soon as every requested module has run."""
 
 
+def _owner(inner: Any, layers: list[str]) -> tuple[str, Any]:
+    """The model of a library that has the layers and declares its patch, and its name in inner.
+
+    Another model of the library may lie around it, as TimmWrapperModel does.
+    """
+    is_library = is_timm(inner) or is_transformers(inner) or is_dino(inner)
+    for place, model in [*([("", inner)] if is_library else []), *contained(inner)]:
+        if all(not place or name.startswith(f"{place}.") for name in layers):
+            with suppress(ValueError):
+                if not is_timm(model):  # which declares it for each layer
+                    declared_patch(model)
+                return place, model
+    return "", inner
+
+
 class HookBackbone(Backbone):
     """The outputs of named modules. The hooks are removed after each forward."""
 
@@ -53,18 +68,12 @@ class HookBackbone(Backbone):
                 "SRT: model must run on pictures alone for inject and for layers by name, as the "
                 f"vision_model of CLIP does; got {type(inner).__name__}"
             )
-        if hasattr(inner, "reroll"):
+        place, owner = _owner(inner, layers)
+        if hasattr(owner, "reroll"):
             raise ValueError(
                 "SRT: layers must be indices, and inject must be left out, for Hiera, whose "
                 f"modules have tokens in an order of their own; got {layers}"
             )
-        # The model of a library that has the layers: this one, or one inside.
-        place, owner = "", inner
-        is_library = is_timm(inner) or is_transformers(inner) or is_dino(inner)
-        for inside, model_inside in () if is_library else contained(inner):
-            if all(name.startswith(inside + ".") for name in layers):
-                place, owner = inside, model_inside
-                break
         if patch is None:
             infos = getattr(owner, "feature_info", [])
             reductions = {i["module"]: i["reduction"] for i in infos}
