@@ -328,6 +328,47 @@ def test_errors_of_the_model_itself_are_kept(vit: Any) -> None:
         tokens(vit)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+@pytest.mark.parametrize("how", ["trace", "script", "export", "fx"])
+@pytest.mark.parametrize("around", ["itself", "Sequential", "DataParallel"])
+def test_layers_of_code_that_calls_no_hooks_are_refused(how: str, around: str) -> None:
+    original = nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 16, 16)), nn.Conv2d(8, 8, 1)).eval()
+    make: Any = {
+        "trace": lambda: torch.jit.trace(original, IMAGES),
+        "script": lambda: torch.jit.script(original),
+        "export": lambda: torch.export.export(original, (IMAGES,)).module(),
+        "fx": lambda: torch.fx.symbolic_trace(original),  # calls 0.0, which is a part of 0
+    }
+    wrap: Any = {
+        "itself": lambda m: m,
+        "Sequential": nn.Sequential,
+        "DataParallel": nn.DataParallel,
+    }
+    model, place = wrap[around](make[how]()), "0." if around == "Sequential" else ""
+    with pytest.raises(ValueError, match="must be modules that Python code calls") as error:
+        SRT(model, ITSELF, layers=f"{place}0", patch=16)
+    assert "Give the model from which it was made, or patch without layers" in str(error.value)
+    with pytest.raises(ValueError, match="must be modules that Python code calls"):
+        SRT(model, ITSELF, inject=f"{place}0", patch=16)
+    assert_close(tokens(model, patch=16), tokens(original, layers="1", patch=16))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+def test_graphs_that_call_modules_are_read_by_name() -> None:
+    own = nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 16, 16)), nn.Conv2d(8, 8, 1)).eval()
+    expected = tokens(own, layers="0", patch=16)
+    traced = torch.fx.symbolic_trace(own)
+    unflattened = torch.export.unflatten(torch.export.export(own, (IMAGES,)))
+    for model, layer in (
+        (traced, "0.0"),
+        (nn.Sequential(traced), "0.0.0"),
+        (unflattened, "0"),
+        (nn.Sequential(torch.jit.trace(own[0], IMAGES), own[1]), "0"),
+        (nn.Sequential(own[0], torch.jit.script(own[1])), "0"),
+    ):
+        assert_close(tokens(model, layers=layer, patch=16), expected)
+
+
 # ---- wrappers -----------------------------------------------------------------------------------
 
 

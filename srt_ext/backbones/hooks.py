@@ -47,6 +47,27 @@ def _owner(inner: Any, layers: list[str]) -> tuple[str, Any]:
     return "", inner
 
 
+def _check_is_called(modules: dict[str, Any], name: str) -> None:
+    """Refuses a module inside of code that was traced, scripted or exported: it calls no hooks."""
+    for end in (0, *(i for i, letter in enumerate(name) if letter == "."), len(name)):
+        module, inside = modules.get(name[:end]), name[end:].lstrip(".")
+        if isinstance(module, torch.jit.ScriptModule):
+            # Python code may call a traced module itself. A scripted one takes no hooks.
+            runs = not inside and isinstance(module, torch.jit._trace.TopLevelTracedModule)
+        elif isinstance(module, torch.fx.GraphModule) and inside and name in modules:
+            calls = [str(node.target) for node in module.graph.nodes if node.op == "call_module"]
+            runs = any(f"{inside}.".startswith(f"{target}.") for target in calls)
+        else:
+            runs = True
+        if not runs:
+            raise ValueError(
+                "SRT: inject and layers by name must be modules that Python code calls, not those "
+                "of code that was traced, scripted or exported, which calls no hooks; got "
+                f"{name!r} with {type(module).__name__}. Give the model from which it was made, or "
+                "patch without layers, which reads what the model returns"
+            )
+
+
 class HookBackbone(Backbone):
     """The outputs of named modules. The hooks are removed after each forward."""
 
@@ -58,6 +79,7 @@ class HookBackbone(Backbone):
         path = next((f"{n}." for n, module in outer if n and module is inner), "")
         layers = [name if name in known else name.removeprefix(path) for name in layers]
         for name in layers:
+            _check_is_called(known, name)
             if name not in known or name == "":
                 rule = f"layers must be indices, or names of modules of {type(inner).__name__}"
                 near = [n for n in known if n.endswith(".0")][:3]
