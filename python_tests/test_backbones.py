@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import SHARED
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import avg_pool2d, interpolate, normalize, pad
 from torch.testing import assert_close
 
@@ -912,6 +913,19 @@ def test_peak_bytes_counts_what_is_held_at_one_time() -> None:
     result, peak = _cost.peak_bytes(call)
     assert (result.dtype, peak) == (torch.float64, 28000)
     assert _cost.peak_bytes(lambda: start.view(10, 100))[1] == 0
+
+
+def test_products_with_packed_weights_are_counted() -> None:
+    with FakeTensorMode():
+        x, scales = torch.rand(20, 64, dtype=torch.bfloat16), torch.rand(2, 32, 2).bfloat16()
+        integers = torch.zeros(32, 64, dtype=torch.int8)  # [N, K]
+        packed = torch.zeros(32, 32, dtype=torch.uint8)
+        for product in (
+            lambda: torch._int_mm(x.to(torch.int8), integers.T),
+            lambda: torch._weight_int8pack_mm(x, integers, scales[0, :, 0]),
+            lambda: torch._weight_int4pack_mm_for_cpu(x, packed, 32, scales),
+        ):
+            assert _cost.operations_and_bytes(product)[0] == 2 * 20 * 64 * 32
 
 
 @pytest.mark.parametrize(
