@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import SHARED
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import avg_pool2d, interpolate, normalize, pad
 from torch.testing import assert_close
 
@@ -234,6 +235,43 @@ def test_stages_without_a_module_have_features_but_no_injection() -> None:
         SRT(model, inject=0)
 
 
+@pytest.mark.parametrize("how", ["slice", "prune", "features_only", "stages", "DINO", "chunks"])
+def test_models_whose_last_layers_are_cut_off(how: str) -> None:
+    """What declares the layers still declares those that are gone."""
+    settings = {**ANY, "depth": 3}
+    model: Any = (
+        create("test_convnext") if how == "stages" else create(TIMM["ViT"].name, **settings)
+    )
+    own, images, patch = model.forward_features, torch.randn(2, 3, 48, 64), 16
+    if how == "slice":
+        model.blocks = model.blocks[:2]
+    elif how == "prune":
+        model.prune_intermediate_layers([1], prune_norm=True)
+    elif how == "features_only":
+        one = {"features_only": True, "out_indices": [1]}
+        model = create(TIMM["ViT"].name, **settings, **one).get_submodule("model")
+        own = model.forward_features
+    elif how == "stages":
+        model.stages, model.head, patch = model.stages[:2], nn.Identity(), 8
+    else:
+        model = Dino(model)
+        model.n_blocks, model.vit.blocks = 3, model.vit.blocks[:2]
+        model.blocks = model.vit.blocks
+        if how == "chunks":
+            chunks = [nn.ModuleList([nn.Identity()] * i + [model.vit.blocks[i]]) for i in range(2)]
+            model.blocks = nn.ModuleList(chunks)
+
+    def tokens_of(view: torch.Tensor) -> torch.Tensor:
+        layout = "NCHW" if how == "stages" else "NLC"
+        return mapped(own(view), layout, (48 // patch, 64 // patch))
+
+    assert_field(SRT(model, OFFSETS, stride=8)(images).field, tokens_of, images, 8)
+    with pytest.raises(ValueError, match=r"layers must be in -2 \.\.\. 1; got 2"):
+        SRT(model, layers=2)
+    if how not in ("DINO", "chunks"):  # here they lie in a model inside, with other names
+        assert_injected(model, images, inject=-1)
+
+
 def test_several_layers_take_one_pass(vit: Any) -> None:
     srt, done = SRT(vit, OFFSETS, layers=[0, 1, -1], stride=8, view_batch=2), []
     srt(IMAGES)  # compares the final norm with the model's, once
@@ -441,9 +479,9 @@ def test_the_vision_tower_of_a_model_is_found(name: str) -> None:
 class Dino(nn.Module):
     """The interface of DINOv2's repository, around a real ViT."""
 
-    def __init__(self) -> None:
+    def __init__(self, vit: Any = None) -> None:
         super().__init__()
-        self.vit = timm_model("ViT")
+        self.vit = vit or timm_model("ViT")
         self.blocks, self.norm, self.patch_size = self.vit.blocks, self.vit.norm, 16
 
     def get_intermediate_layers(
@@ -875,6 +913,19 @@ def test_peak_bytes_counts_what_is_held_at_one_time() -> None:
     result, peak = _cost.peak_bytes(call)
     assert (result.dtype, peak) == (torch.float64, 28000)
     assert _cost.peak_bytes(lambda: start.view(10, 100))[1] == 0
+
+
+def test_products_with_packed_weights_are_counted() -> None:
+    with FakeTensorMode():
+        x, scales = torch.rand(20, 64, dtype=torch.bfloat16), torch.rand(2, 32, 2).bfloat16()
+        integers = torch.zeros(32, 64, dtype=torch.int8)  # [N, K]
+        packed = torch.zeros(32, 32, dtype=torch.uint8)
+        for product in (
+            lambda: torch._int_mm(x.to(torch.int8), integers.T),
+            lambda: torch._weight_int8pack_mm(x, integers, scales[0, :, 0]),
+            lambda: torch._weight_int4pack_mm_for_cpu(x, packed, 32, scales),
+        ):
+            assert _cost.operations_and_bytes(product)[0] == 2 * 20 * 64 * 32
 
 
 @pytest.mark.parametrize(

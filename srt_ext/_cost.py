@@ -77,9 +77,23 @@ def operations_and_bytes(call: Callable[[], object]) -> tuple[int, int]:
     Returns:
         Floating-point operations, two for each multiply-add, and bytes as :func:`peak_bytes`.
     """
-    # The attention of the CPU has no formula in torch.
-    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    with FlopCounterMode(display=False, custom_mapping={attention: _attention_flops}) as counter:
+    aten, quantized = torch.ops.aten, torch.ops.quantized
+    products = (
+        aten._int_mm,
+        aten._weight_int8pack_mm,
+        aten._weight_int4pack_mm,
+        aten._weight_int4pack_mm_for_cpu,
+        quantized.linear_dynamic,
+        quantized.linear_dynamic_fp16,
+        quantized.linear_relu_dynamic,
+        quantized.linear_relu_dynamic_fp16,
+    )
+    # These have no formula in torch, which would count nothing.
+    formulas = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+        **dict.fromkeys(products, _product_flops),
+    }
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         peak = peak_bytes(call)[1]
     return counter.get_total_flops(), peak
 
@@ -88,3 +102,8 @@ def _attention_flops(
     query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object
 ) -> int:
     return int(sdpa_flop(query, key, value))
+
+
+def _product_flops(left: torch.Size, *_: object, out_shape: torch.Size, **__: object) -> int:
+    """left [..., K] times a matrix, which may be packed, -> [..., N]."""
+    return 2 * left.numel() * out_shape[-1]

@@ -6,8 +6,10 @@ None of them changes the model, but for the hooks by which transformers records 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+from torch import nn
 
 from .._validation import is_integer
 from .base import Backbone, CallableBackbone, Features, Layer, Model, TimedBackbone
@@ -15,7 +17,8 @@ from .dino import DinoBackbone
 from .timm import TimmBackbone
 from .transformers import TransformersBackbone, blocks_of, vision_encoder
 from .wrappers import (
-    contained_hint,
+    FINAL_NORMS,
+    contained,
     force_eager,
     is_dino,
     is_fsdp1,
@@ -90,33 +93,74 @@ def _backbone_of(
             raise ValueError(
                 f"SRT: layers must be names of modules, with patch, for {type(encoder).__name__}: "
                 "it has no list of num_hidden_layers layers whose tokens are all of one size; "
-                f"got {indices or None}{contained_hint(encoder, _is_readable)}"
+                f"got {indices or None}{_contained_hint(model)}"
             )
         if is_dino(inner):
             return DinoBackbone(model, *settings)
     rule = (
-        "for a model that is neither of timm nor of transformers, without get_intermediate_layers"
+        "for a model without forward_intermediates (timm), get_intermediate_layers (DINO) or the "
+        "interface of transformers"
     )
-    hint = contained_hint(inner, _is_readable)
     if layers:
         raise ValueError(
-            f"SRT: layers must be names of modules, with patch, {rule}; got {layers!r}{hint}"
+            f"SRT: layers must be names of modules, with patch, {rule}; got {layers!r}"
+            f"{_contained_hint(model)}"
         )
     if patch is None:
-        got = f"None with {type(inner).__name__}"
-        raise ValueError(f"SRT: patch must be given {rule}; got {got}{hint}")
-    return CallableBackbone(model, patch, prefix, hint)
+        got = f"None with {type(inner).__name__}{_contained_hint(model)}"
+        raise ValueError(f"SRT: patch must be given {rule}; got {got}")
+    return CallableBackbone(model, patch, prefix, _contained_hint)
 
 
-def _is_readable(model: Model) -> bool:
-    """Whether the model alone is enough, so that a message may name it."""
+def _contained_hint(model: Model) -> str:
+    """How to give the models that are inside of another module; empty if there are none."""
+    found: dict[str, Backbone] = {}
+    for name, module in contained(model):
+        if len(found) < 3 and not any(name.startswith(f"{outer}.") for outer in found):
+            backbone = _without_settings(module, [])
+            if backbone is not None:
+                found[name] = backbone
+    return "".join(_hint(model, name, backbone) for name, backbone in found.items())
+
+
+def _hint(model: Any, name: str, backbone: Backbone) -> str:
+    """The ways to read one of them that work without settings."""
+    ways = []
+    if not any(map(is_fsdp1, model.modules())):  # its forward gathers the weights
+        ways.append(f"give model.get_submodule({name!r}) for that alone")
+    for layer in _last_layers(backbone):
+        alone = _without_settings(backbone.model, [layer])
+        within = _without_settings(model, [f"{name}.{layer}"])
+        if alone and within and within.patch == backbone.patch:
+            whole = type(unwrap(model)).__name__
+            ways.append(f"layers={f'{name}.{layer}'!r} runs the whole {whole}")
+            break
+    return f". It contains a {type(backbone.model).__name__}: {'; '.join(ways)}" if ways else ""
+
+
+def _without_settings(model: Model, layers: list[Layer]) -> Backbone | None:
+    """The backbone of a model that needs no settings, so that a message may name it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            _backbone_of(model, [], True, None, None)
+            return _backbone_of(model, layers, True, None, None)
     except (TypeError, ValueError):
-        return False
-    return True
+        return None
+
+
+def _last_layers(backbone: Backbone) -> Iterator[str]:
+    """Names of modules that return the tokens of the last layer: its norm, then its block."""
+    modules = backbone.inner.named_modules()
+    # An identity may never be called. CLIP's post_layernorm takes the pooled token alone.
+    known = {name for name, module in modules if not isinstance(module, nn.Identity)}
+    block = (*backbone.modules, "")[0]
+    places = [block[:i] for i, letter in enumerate(block) if letter == "."]
+    for place in (*reversed(places), ""):
+        for norm in FINAL_NORMS:
+            name = f"{place}.{norm}".lstrip(".")
+            if name in known and norm != "post_layernorm":
+                yield name
+    yield from backbone.modules
 
 
 def _as_list(layers: Layer | Sequence[Layer] | None) -> list[Layer]:

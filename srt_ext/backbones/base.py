@@ -126,7 +126,10 @@ class Backbone(ABC):
 class CallableBackbone(Backbone):
     """What the model returns when it is called: tokens, a map, or a pyramid of maps."""
 
-    def __init__(self, model: Model, patch: object, prefix: object, hint: str = ""):
+    def __init__(
+        self, model: Model, patch: object, prefix: object, hint: Callable[[Model], str]
+    ) -> None:
+        """``hint`` returns what errors say of the models inside of this one."""
         super().__init__(model, patch)
         self.prefix, self.hint = resolve_prefix(prefix, None), hint
 
@@ -135,20 +138,23 @@ class CallableBackbone(Backbone):
 
     def _features(self, images: torch.Tensor) -> list[Features]:
         output = self.model(images)
-        if isinstance(output, (list, tuple)) and len(output) > 1:  # a pyramid, as timm's
-            grid = grid_of(images, self.patch)
-            shapes = [getattr(part, "shape", ()) for part in output]
-            fits = [s[2:] == grid or s[1:3] == grid for s in shapes]
-            if sum(fits) != 1:
-                raise ValueError(
-                    f"SRT: of the outputs of the model one must lie on a grid of {list(grid)}; got "
-                    f"{[list(shape) for shape in shapes]}. Is patch right?"
-                )
-            output = output[fits.index(True)]
         try:
+            if isinstance(output, (list, tuple)) and len(output) > 1:  # a pyramid, as timm's
+                output = self._map_of(output, grid_of(images, self.patch))
             return [parse_output(output, images, self.patch, self.prefix)[0]]
         except ValueError as error:
-            raise ValueError(f"{error}{self.hint}") from None
+            raise ValueError(f"{error}{self.hint(self.model)}") from None
+
+    def _map_of(self, pyramid: Sequence[Any], grid: tuple[int, int]) -> Any:
+        shapes = [getattr(part, "shape", ()) for part in pyramid]
+        fits = [s[2:] == grid or s[1:3] == grid for s in shapes]
+        if sum(fits) != 1:
+            way = "layers=NAME reads one module" if any(fits) else "Is patch right?"
+            raise ValueError(
+                f"SRT: of the outputs of the model one must lie on a grid of {list(grid)}; got "
+                f"{sum(fits)} that do, of {[list(shape) for shape in shapes]}. {way}"
+            )
+        return pyramid[fits.index(True)]
 
 
 class TimedBackbone(Backbone):

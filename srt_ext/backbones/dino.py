@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 import torch
+from torch import nn
 
 from . import base
 from .base import Backbone, Features, Model
@@ -19,8 +20,11 @@ class DinoBackbone(Backbone):
 
     def __init__(self, model: Model, layers: list[int], norm: bool, patch: object, prefix: object):
         inner = unwrap(model)
-        blocks = getattr(inner, "blocks", ())
-        count = getattr(inner, "n_blocks", None) or len(blocks)
+        blocks: Any = getattr(inner, "blocks", ())
+        # Those of a model that was cut, whose n_blocks is stale. A chunk, as those for FSDP, is a
+        # list that starts with as many identities as there are blocks before it.
+        chunk = blocks[-1] if len(blocks) and isinstance(blocks[-1], nn.ModuleList) else blocks
+        count = len(chunk) or getattr(inner, "n_blocks", 0)
         if not count:
             raise ValueError(
                 "SRT: layers must be names of modules, with patch, for a model with "

@@ -32,6 +32,42 @@ class _StopForward(Exception):  # noqa: N818
     """Ends a forward as soon as every requested module has run."""
 
 
+def _owner(inner: Any, layers: list[str]) -> tuple[str, Any]:
+    """The model of a library that has the layers and declares its patch, and its name in inner.
+
+    Another model of the library may lie around it, as TimmWrapperModel does.
+    """
+    is_library = is_timm(inner) or is_transformers(inner) or is_dino(inner)
+    for place, model in [*([("", inner)] if is_library else []), *contained(inner)]:
+        if all(not place or name.startswith(f"{place}.") for name in layers):
+            with suppress(ValueError):
+                if not is_timm(model):  # which declares it for each layer
+                    declared_patch(model)
+                return place, model
+    return "", inner
+
+
+def _check_is_called(modules: dict[str, Any], name: str) -> None:
+    """Refuses a module inside of code that was traced, scripted or exported: it calls no hooks."""
+    for end in (0, *(i for i, letter in enumerate(name) if letter == "."), len(name)):
+        module, inside = modules.get(name[:end]), name[end:].lstrip(".")
+        if isinstance(module, torch.jit.ScriptModule):
+            # Python code may call a traced module itself. A scripted one takes no hooks.
+            runs = not inside and isinstance(module, torch.jit._trace.TopLevelTracedModule)
+        elif isinstance(module, torch.fx.GraphModule) and inside and name in modules:
+            calls = [str(node.target) for node in module.graph.nodes if node.op == "call_module"]
+            runs = any(f"{inside}.".startswith(f"{target}.") for target in calls)
+        else:
+            runs = True
+        if not runs:
+            raise ValueError(
+                "SRT: inject and layers by name must be modules that Python code calls, not those "
+                "of code that was traced, scripted or exported, which calls no hooks; got "
+                f"{name!r} with {type(module).__name__}. Give the model from which it was made, or "
+                "patch without layers, which reads what the model returns"
+            )
+
+
 class HookBackbone(Backbone):
     """The outputs of named modules. The hooks are removed after each forward."""
 
@@ -43,6 +79,7 @@ class HookBackbone(Backbone):
         path = next((f"{n}." for n, module in outer if n and module is inner), "")
         layers = [name if name in known else name.removeprefix(path) for name in layers]
         for name in layers:
+            _check_is_called(known, name)
             if name not in known or name == "":
                 rule = f"layers must be indices, or names of modules of {type(inner).__name__}"
                 near = [n for n in known if n.endswith(".0")][:3]
@@ -53,18 +90,12 @@ class HookBackbone(Backbone):
                 "SRT: model must run on pictures alone for inject and for layers by name, as the "
                 f"vision_model of CLIP does; got {type(inner).__name__}"
             )
-        if hasattr(inner, "reroll"):
+        place, owner = _owner(inner, layers)
+        if hasattr(owner, "reroll"):
             raise ValueError(
                 "SRT: layers must be indices, and inject must be left out, for Hiera, whose "
                 f"modules have tokens in an order of their own; got {layers}"
             )
-        # The model of a library that has the layers: this one, or one inside.
-        place, owner = "", inner
-        is_library = is_timm(inner) or is_transformers(inner) or is_dino(inner)
-        for inside, model_inside in () if is_library else contained(inner):
-            if all(name.startswith(inside + ".") for name in layers):
-                place, owner = inside, model_inside
-                break
         if patch is None:
             infos = getattr(owner, "feature_info", [])
             reductions = {i["module"]: i["reduction"] for i in infos}

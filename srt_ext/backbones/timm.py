@@ -22,8 +22,8 @@ class TimmBackbone(Backbone):
 
     def __init__(self, model: Model, layers: list[int], norm: bool, patch: object, prefix: object):
         inner = unwrap(model)
-        info = list(inner.feature_info)
-        self.indices = base.normalize_indices(layers, len(info))
+        info = layers_of(inner)
+        self.indices, self.count = base.normalize_indices(layers, len(info)), len(info)
         parameters = inspect.signature(inner.forward_intermediates).parameters
         self.returns_tokens = "return_prefix_tokens" in parameters  # not maps
         declared = patch_sides(inner, max(info[i]["reduction"] for i in self.indices))
@@ -65,7 +65,7 @@ class TimmBackbone(Backbone):
         return features
 
     def _last_layer(self, images: torch.Tensor) -> tuple[torch.Tensor, Any] | None:
-        last = len(self.inner.feature_info) - 1
+        last = self.count - 1
         if not self.norm or last not in self.indices:
             return None
         (features,) = self._read(images, [last])
@@ -73,6 +73,15 @@ class TimmBackbone(Backbone):
         if features.prefix is not None:
             tokens = torch.cat([features.prefix, tokens], 1)
         return tokens, self._own_output(images)
+
+
+def layers_of(model: Any) -> list[dict[str, Any]]:
+    """``feature_info`` of the layers that a model still has: its last ones may be cut off."""
+    existing = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    info: list[dict[str, Any]] = list(model.feature_info)
+    while info and info[-1]["module"] not in existing:
+        info.pop()
+    return info or list(model.feature_info)  # some models declare modules that never exist
 
 
 _SIZE = re.compile(r"Input (height|width|size|image|img)[^\n]*?\([^\n]*?\)[^\n]*?\([^\n]*?\)")

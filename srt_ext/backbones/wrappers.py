@@ -68,21 +68,6 @@ def contained(model: Any) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def contained_hint(model: Any, is_readable: Callable[[Any], bool]) -> str:
-    """How to give a model that is inside of another module; empty if there is none."""
-    found = next((pair for pair in contained(model) if is_readable(pair[1])), None)
-    if found is None:
-        return ""
-    name, module = found
-    norms = [child for child, _ in module.named_children() if child in FINAL_NORMS]
-    layer = f"{name}.{(norms or ['MODULE'])[-1]}"
-    by_name = f"layers={layer!r} runs the whole {type(model).__name__}"
-    if is_fsdp1(model):  # its forward gathers the weights
-        return f". It contains a {type(module).__name__}: {by_name}"
-    kind = type(module).__name__
-    return f". It contains a {kind}: give model.get_submodule({name!r}) for that alone; {by_name}"
-
-
 def warn_if_overridden(model: Any, method: str) -> None:
     """Warns of a subclass whose ``forward`` does what ``method`` does not know."""
     definers = [kind for kind in type(model).__mro__ if {"forward", method} & set(vars(kind))]
@@ -236,6 +221,6 @@ def changes_in_training(model: Any) -> bool:
         shares: list[Any] = [module.p] if isinstance(module, _DropoutNd) else []
         shares += [getattr(module, name, None) for name in _DROPPED]
         drops = any(isinstance(share, float) and share > 0 for share in shares)
-        return module.training and (isinstance(module, _BatchNorm) or drops)
+        return getattr(module, "training", False) and (isinstance(module, _BatchNorm) or drops)
 
     return any(map(changes, model.modules() if isinstance(model, nn.Module) else ()))
