@@ -203,6 +203,7 @@ def test_srt_helps_on_exact_labels(evaluation: Evaluation) -> None:
     assert srt.thin > unmoved.thin + 0.05
 
 
+@pytest.mark.slow
 def test_the_command_draws_and_scores(tmp_path: Path) -> None:
     picture = tmp_path / "demo.png"
     text = run("demo", "-o", picture, "--scenes", 1, "--views", "best:4:3")

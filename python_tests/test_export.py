@@ -133,7 +133,7 @@ def test_strict_export(name: str, tmp_path: Path) -> None:
     assert_close(through_a_file(program, tmp_path)(images_of(1)), srt(images_of(1)))
 
 
-@pytest.mark.parametrize("name", some_fast(SETTINGS, "layers", "inject"))
+@pytest.mark.parametrize("name", some_fast(SETTINGS, "inject"))
 def test_compiled(name: str) -> None:
     """Several of one model, compiled one after the other."""
     model = ViT().eval()

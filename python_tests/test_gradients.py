@@ -333,7 +333,12 @@ def test_gradcheck(case: Ensemble, reduce: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "reduce"),
-    [("zeros", "mean"), ("plain", "median"), ("nearest", "median"), ("weights", "moments")],
+    [
+        ("zeros", "mean"),
+        ("plain", "median"),
+        ("nearest", "median"),
+        pytest.param("weights", "moments", marks=pytest.mark.slow),
+    ],
 )
 def test_gradgradcheck(name: str, reduce: str) -> None:
     case = replace(SMALL[name], grid=(2, 2))

@@ -280,7 +280,7 @@ def vit_operations(tokens: int, depth: int = 12, width: int = 384, patch: int = 
     return 2 * (embed + depth * (linear + attention))
 
 
-@pytest.mark.parametrize("size", [(224, 224), (470, 850)])
+@pytest.mark.parametrize("size", [(224, 224), pytest.param((470, 850), marks=pytest.mark.slow)])
 def test_operations_are_those_of_the_closed_form(size: tuple[int, int]) -> None:
     timm = pytest.importorskip("timm")
     model = timm.create_model("vit_small_patch16_224", dynamic_img_size=True).eval()

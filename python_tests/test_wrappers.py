@@ -104,7 +104,7 @@ def tied_vit() -> tuple[Any, torch.Tensor]:
 
 
 @pytest.mark.parametrize("first", ["eager", "train", "export", "compile"])
-@pytest.mark.parametrize("make", [ovis2, tied_vit])
+@pytest.mark.parametrize("make", [pytest.param(ovis2, marks=pytest.mark.slow), tied_vit])
 def test_hidden_states_that_are_normalised_already(make: Any, first: str) -> None:
     """The model returns its last_hidden_state in place of the last of its hidden_states."""
     model, expected = make()
