@@ -24,7 +24,7 @@ class _Output(io.FileIO):
 
 
 def open_outputs() -> dict[str, _Output]:
-    """Replaces stdout and stderr where they are files: also for names in another encoding."""
+    """Replaces stdout and stderr where they are files; escapes what they cannot encode."""
     while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass  # closed: what is opened next would become stdin, stdout or stderr
     os.close(handle)
@@ -64,11 +64,12 @@ def main() -> None:
         )
     try:
         app()
-    finally:
+    except SystemExit:
         for name, output in outputs.items():
             getattr(sys, name).flush()
             if output.error is not None and output.error.errno != errno.EPIPE:
                 sys.exit(f"srt-ext: {name} cannot be written: {output.error.strerror}")
+        raise
 
 
 if __name__ == "__main__":

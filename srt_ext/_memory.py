@@ -59,9 +59,9 @@ def _memberships() -> Iterator[tuple[_Version, str]]:
     Both versions may be mounted. The roots are always among them: in a container they are its own.
     """
     for line in ["0::/", "0:memory:/", *_read("/proc/self/cgroup").splitlines()]:
-        _, controllers, path = (*line.split(":", 2), "", "")[:3]
-        if not path:  # a name with a line break goes on here
+        if line.count(":") < 2:  # the rest of a name with a line break
             continue
+        _, controllers, path = line.split(":", 2)
         if not controllers:
             yield _V2, path
         elif "memory" in controllers.split(","):

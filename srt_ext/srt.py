@@ -242,7 +242,7 @@ class SRT(torch.nn.Module):
         self._set_views(views, scale, quality)
         # What depends on the model, and is resolved again for another one.
         by_model = views is None or isinstance(views, str) or is_integer(views)
-        scale = None if scale is None else self._scale  # that may have been a tensor
+        scale = None if scale is None else self._scale  # a number; a tensor may change later
         if is_integer(views):
             views = operator.index(views)  # type: ignore[arg-type]
         self._request = (views, scale, quality) if by_model else None
@@ -681,8 +681,9 @@ class _Frame(NamedTuple):
             cell = stride[axis] * scale
             made.append(math.floor(cell + _ROUNDING))
             ratio.append(1.0 if abs(cell - made[axis]) < _ROUNDING else cell / made[axis])
-            size.append(-(-images.shape[2 + axis] // stride[axis]))
-            enlarged.append(_enlarged_side(images.shape[2 + axis], scale))
+            pixels = images.shape[2 + axis]
+            size.append(-(-pixels // stride[axis]))
+            enlarged.append(pixels if scale == 1 else math.ceil(pixels * scale - _ROUNDING))
             needed = max(enlarged[axis], math.ceil(size[axis] * cell - _ROUNDING))
             pad.append(needed - enlarged[axis] + -needed % math.lcm(patch[axis], made[axis]))
             if enlarged[axis] + pad[axis] > _MAX_SIDE:
@@ -714,10 +715,6 @@ class _Frame(NamedTuple):
 _resample: Any = torch.ops.aten
 _MAX_SIDE = 1 << 24  # pixels, as in the ops
 _ROUNDING = 1e-6  # pixels, far above the rounding of sizes and far below what can be seen
-
-
-def _enlarged_side(pixels: int, scale: float) -> int:
-    return pixels if scale == 1 else math.ceil(pixels * scale - _ROUNDING)
 
 
 def _enlarged(images: torch.Tensor, size: list[int], scale: float) -> torch.Tensor:

@@ -98,9 +98,8 @@ class Backbone(ABC):
         few = (2 * self.patch[0], 3 * self.patch[1])
         for size in [few, images.shape[2:]] if self.any_size else [images.shape[2:]]:
             # Not random, which torch.vmap refuses.
-            count: Any = {"dtype": torch.float32, "device": "cpu"}
-            picture = torch.arange(3 * size[0] * size[1], **count).mul_(0.618034).frac_()
-            picture = picture.view(1, 3, *size)
+            count = torch.arange(3 * size[0] * size[1], dtype=torch.float32, device="cpu")
+            picture = (count * 0.618034).frac().view(1, 3, *size)
             try:
                 with torch.no_grad():
                     found = self._last_layer(picture.to(images))

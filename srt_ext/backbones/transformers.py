@@ -94,17 +94,19 @@ def install_recording_hooks(encoder: Any) -> None:
     model could no longer be pickled: each is replaced by one that can.
     """
     try:
-        from transformers.utils import output_capturing
+        from transformers.utils.output_capturing import maybe_install_capturing_hooks
     except ImportError:  # older releases have none
         return
-    output_capturing.maybe_install_capturing_hooks(encoder)
+    maybe_install_capturing_hooks(encoder)
     for module in encoder.modules():
         for key, hook in module._forward_hooks.items():
-            if getattr(hook, "__module__", "") == output_capturing.__name__:
+            if getattr(hook, "__module__", "") == maybe_install_capturing_hooks.__module__:
                 module._forward_hooks[key] = _RecordingHook(hook)
 
 
 class _RecordingHook:
+    """A hook of transformers that can be pickled."""
+
     def __init__(self, hook: Any) -> None:
         self.hook = hook
 

@@ -73,16 +73,14 @@ def command(
     """
     video = photo.is_dir()
     output = output or Path("srt.gif" if video else "srt.png")
-    if not video:
+    found = find_images(photo) if video else None
+    if found is None:
         common.check_output(output, common.FIGURE_SUFFIXES, [photo])
     elif output.suffix:
-        common.check_output(output, (".gif", ".webp"))
+        common.check_output(output, (".gif", ".webp"), found.files)
     from ..viz import Comparison
 
     common.check_inputs(views, weights)
-    found = find_images(photo) if video else None
-    if found is not None and output.suffix:
-        common.check_output(output, (".gif", ".webp"), found.files)
     first = open_image(photo) if found is None else first_readable(found.files)
     point = None if query is None else parse_query(query, first.size)
     if video and not output.suffix:
