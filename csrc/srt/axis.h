@@ -25,41 +25,53 @@ struct Axis {
   }
 };
 
-// What one output cell reads. Calls tap(token, weight) for each token of positive weight,
-// ascending, and returns the number of pixels that count. `offset`: pixels that the view's content
-// moved. An axis has at most kMaxPixels, so positions fit 32 bits.
-template <class Tap>
-SRT_HD int32_t visit_axis_cell(const Axis& axis, double offset, int64_t cell, Tap&& tap) {
+// What pixel y of a view reads: a token with weight 1 - after, the one behind it with weight after.
+struct PixelRead {
+  bool counts;    // in the weight of its cell
+  int32_t token;  // -1 for none
+  double after;
+  double slope;  // from pixel to pixel `after` grows by so much; 0 at the edges, and under nearest
+};
+
+// `offset`: pixels that the view's content moved. An axis has at most kMaxPixels, so positions fit
+// 32 bits.
+SRT_HD inline PixelRead read_pixel(const Axis& axis, double offset, int64_t y) {
   // A non-finite offset covers nothing. On CUDA values are not validated.
-  if (!(std::fabs(offset) <= static_cast<double>(kMaxOffset))) return 0;
-  const double extent = static_cast<double>(axis.pixels());
+  if (!(std::fabs(offset) <= static_cast<double>(kMaxOffset))) return {false, -1, 0, 0};
   const double patch = static_cast<double>(axis.patch);
   const double last = static_cast<double>(axis.tokens - 1);
+  const double p = static_cast<double>(y) + 0.5 + offset;
+  const bool covered = p >= 0 && p < static_cast<double>(axis.pixels());
+  if (!covered && axis.border != Border::clamp) return {axis.border == Border::zeros, -1, 0, 0};
 
+  const bool nearest = axis.upsample == Upsample::nearest;
+  const double q = p / patch - (nearest ? 0 : 0.5);
+  const double inside = q < 0 ? 0 : (q > last ? last : q);
+  const int32_t token = static_cast<int32_t>(inside);
+  if (nearest) return {true, token, 0, 0};
+  return {true, token, inside - static_cast<double>(token), q < 0 || q >= last ? 0 : 1 / patch};
+}
+
+// What one output cell reads. Calls tap(token, weight) for each token of positive weight,
+// ascending, and returns the number of pixels that count.
+template <class Tap>
+SRT_HD int32_t visit_axis_cell(const Axis& axis, double offset, int64_t cell, Tap&& tap) {
   // Pixels of a cell read non-decreasing tokens, so two running sums, for token `at` and the one
   // after it, hold the weights in double and each is rounded once.
   int32_t counted = 0, at = -1;
   double here = 0, next = 0;
-  const int32_t end = static_cast<int32_t>((cell + 1) * axis.stride);
-  for (int32_t y = end - static_cast<int32_t>(axis.stride); y < end; ++y) {
-    const double p = static_cast<double>(y) + 0.5 + offset;
-    const bool covered = p >= 0 && p < extent;
-    if (covered || axis.border != Border::coverage) ++counted;
-    if (!covered && axis.border != Border::clamp) continue;
-
-    const bool nearest = axis.upsample == Upsample::nearest;
-    double q = p / patch - (nearest ? 0 : 0.5);
-    q = q < 0 ? 0 : (q > last ? last : q);
-    const int32_t token = static_cast<int32_t>(q);
-    const double after = nearest ? 0 : q - static_cast<double>(token);
-    if (at < 0) at = token;
-    for (; at < token; ++at) {
+  for (int64_t y = cell * axis.stride; y < (cell + 1) * axis.stride; ++y) {
+    const PixelRead read = read_pixel(axis, offset, y);
+    counted += read.counts;
+    if (read.token < 0) continue;
+    if (at < 0) at = read.token;
+    for (; at < read.token; ++at) {
       if (here > 0) tap(at, here);
       here = next;
       next = 0;
     }
-    here += 1 - after;
-    next += after;
+    here += 1 - read.after;
+    next += read.after;
   }
   // A tap of weight zero is no tap: it would let a non-finite token reach a cell that ignores it.
   if (here > 0) tap(at, here);

@@ -1,0 +1,70 @@
+// The sums of the mean along one axis, at stride 1, as a walk. From pixel to pixel the weight of a
+// token is linear, but for a kink where a view passes the centre of a token. So is the sum over all
+// views: value + t * slope, with t the distance from the centre of an interval of pixels. A step
+// changes value and slope at a kink; in between a pixel costs one multiply-add, however many views
+// there are. Host and device share this file.
+#pragma once
+#include <cstdint>
+
+#include "axis.h"
+
+namespace srt {
+
+// The sums start anew in every interval: neither rounding nor a token that is large reaches
+// farther. At most 16 pixels, and one token.
+SRT_HD inline int64_t walk_interval(const Axis& axis) { return axis.patch < 16 ? axis.patch : 16; }
+
+// The distance of pixel y from the centre of its interval.
+SRT_HD inline double walk_position(const Axis& axis, int64_t y) {
+  const int64_t interval = walk_interval(axis);
+  return static_cast<double>(y % interval) - 0.5 * static_cast<double>(interval - 1);
+}
+
+// What a view reads around a pixel: token `token + 1` with weight after + t * slope, `token` with
+// the rest of 1.
+struct Line {
+  int32_t token;  // -1 for none
+  double after, slope;
+
+  SRT_HD double value_of(int32_t i) const {
+    return token < 0 ? 0 : (i == token ? 1 - after : (i == token + 1 ? after : 0));
+  }
+  SRT_HD double slope_of(int32_t i) const {
+    return i == token ? -slope : (i == token + 1 ? slope : 0);
+  }
+};
+
+SRT_HD inline Line line_at(const Axis& axis, double offset, int64_t y) {
+  const PixelRead read = read_pixel(axis, offset, y);
+  return {read.token, read.after - walk_position(axis, y) * read.slope, read.slope};
+}
+
+// Whether a view reads the pixel before y and not y. There the sums start anew, too: it may have a
+// weight beside which the views that go on are less than its rounding.
+SRT_HD inline bool stops_at(const Axis& axis, double offset, int64_t y) {
+  return y > 0 && read_pixel(axis, offset, y).token < 0 &&
+         read_pixel(axis, offset, y - 1).token >= 0;
+}
+
+// The step of one view at pixel y: calls tap(token, value, slope) with what is added for a token,
+// ascending; `anew`, at the start of an interval and where a view stops: to sums of 0.
+template <class Tap>
+SRT_HD void visit_step(const Axis& axis, double offset, int64_t y, bool anew, Tap&& tap) {
+  const Line to = line_at(axis, offset, y);
+  Line from{-1, 0, 0};
+  if (!anew) {
+    const PixelRead before = read_pixel(axis, offset, y - 1);
+    if (before.token == to.token && before.slope == to.slope) return;
+    from = line_at(axis, offset, y - 1);
+  }
+  if (from.token < 0 && to.token < 0) return;
+  const int32_t first = from.token < 0 ? to.token : from.token;
+  const int32_t last = to.token < 0 ? from.token : to.token;
+  for (int32_t i = first; i <= last + 1; ++i) {
+    const double value = to.value_of(i) - from.value_of(i);
+    const double slope = to.slope_of(i) - from.slope_of(i);
+    if (value != 0 || slope != 0) tap(i, value, slope);
+  }
+}
+
+}  // namespace srt
