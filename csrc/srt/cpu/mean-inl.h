@@ -5,48 +5,88 @@
 namespace srt::cpu {
 namespace {
 
-// The rows of every group, summed for X output rows of tile number `tile`, from its row `first` on,
-// and n channels: sums [X, groups, tokens_x, pass], with zeros up to a whole block. X is a whole
-// tile, or 1 with `kExact`. Returns whether all of them are finite.
-template <int X, bool kExact, class T, class Acc>
-bool combine_rows(const MeanPlan<Acc>& plan, int64_t tile, int64_t first, const T* tokens,
-                  int64_t n, char* base) {
+// What a task makes in one pass: cells [x, x_end) of the rows of a band, n channels of them.
+template <class T, class Out>
+struct MeanPart {
+  int64_t y, y_end, x, x_end;
+  Span columns;      // of tokens that are read
+  const T* tokens;   // of view 0, token 0
+  Out* out;          // of cell (y, x)
+  int64_t n;
+};
+
+// ---- rows of tokens: the sum over the views of every group --------------------------------------
+
+// The rows of tile number `tile`, X of them: sums [X, groups, columns, pass], with zeros up to a
+// whole block. Returns whether they are small enough to go on with: see kLargestSum.
+template <int X, class T, class Out, class Acc>
+bool sum_tile(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64_t tile, char* base) {
   const TileTable<Acc>& table = plan.tile_y;
-  const int64_t pitch = kExact ? table.tile : X;
   int64_t* const at = in(base, plan.scratch.at);
   Acc* const weights = in(base, plan.scratch.weights);
-  const int64_t row = plan.groups * plan.tokens_x * plan.pass;
-  Acc* const sums = in(base, plan.scratch.sums) + first * row;
-  const int64_t stride_n = plan.token_strides[2];
-  Vec<Acc> check = {};
-  for (int64_t g = 0; g < plan.groups; ++g) {
+  Acc* sums = in(base, plan.scratch.sums);
+  Vec<Acc> size = {};
+  for (int64_t g = 0; g < plan.groups; ++g, sums += plan.columns * plan.pass) {
     int64_t count = 0;
     for (int64_t i = plan.group_begin[g]; i < plan.group_begin[g + 1]; ++i) {
       const auto& view = plan.counted_views[i];
       const int64_t slot = view.dy * table.tiles + tile;
       for (int64_t k = table.begin[slot]; k < table.begin[slot + 1]; ++k, ++count) {
-        at[count] = view.index * plan.token_strides[0] + table.input[k] * plan.tokens_x * stride_n;
-        for (int64_t x = 0; x < pitch; ++x)
-          weights[count * pitch + x] = view.weight * table.weight[k * pitch + x];
+        at[count] = view.index * plan.token_strides[0] +
+                    table.input[k] * plan.tokens_x * plan.token_strides[2];
+        for (int64_t x = 0; x < X; ++x)
+          weights[count * X + x] = view.weight * table.weight[k * X + x];
       }
     }
-    for (int64_t j = 0; j < plan.tokens_x; ++j) {
-      store_sums<X, kExact>(tokens + j * stride_n, at, weights + first, pitch, count, n,
-                            sums + (g * plan.tokens_x + j) * plan.pass, row, check);
-    }
+    for (int64_t j = part.columns.begin; j < part.columns.end; ++j)
+      store_sums<X, false>(part.tokens + j * plan.token_strides[2], at, weights, X, count, part.n,
+                           sums + (j - part.columns.begin) * plan.pass,
+                           plan.groups * plan.columns * plan.pass, size);
   }
-  return no_nan(check);
+  return all_below(size, kLargestSum<Acc>);
 }
 
-// A cell from its sums: out = inverse * sum, and where there is a `keep`, keep * out is added.
-// Whole vectors of channels.
+// Row y from the table of the axis, whatever the tokens are: sums [groups, columns, pass].
+template <class T, class Out, class Acc>
+void sum_row(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64_t y, char* base) {
+  int64_t* const at = in(base, plan.scratch.at);
+  Acc* const weights = in(base, plan.scratch.weights);
+  Acc* sums = in(base, plan.scratch.sums);
+  Vec<Acc> size = {};  // not looked at
+  for (int64_t g = 0; g < plan.groups; ++g, sums += plan.columns * plan.pass) {
+    int64_t count = 0;
+    for (int64_t i = plan.group_begin[g]; i < plan.group_begin[g + 1]; ++i) {
+      const auto& view = plan.counted_views[i];
+      const int64_t slot = view.dy * plan.height + y;
+      for (int64_t k = 0; k < plan.y.taps[slot]; ++k, ++count) {
+        at[count] = view.index * plan.token_strides[0] +
+                    (plan.y.first[slot] + k) * plan.tokens_x * plan.token_strides[2];
+        weights[count] = view.weight * plan.y.weight[slot * plan.y.max_taps + k];
+      }
+    }
+    for (int64_t j = part.columns.begin; j < part.columns.end; ++j)
+      store_sums<1, true>(part.tokens + j * plan.token_strides[2], at, weights, 1, count, part.n,
+                          sums + (j - part.columns.begin) * plan.pass, 0, size);
+  }
+}
+
+// ---- cells: from the sums of all groups ---------------------------------------------------------
+
+// A cell from its sum: out = inverse * sum, and where there is a `keep`, keep * out is added.
 template <int V, class Out, class Acc>
-SRT_INLINE void write_cell(Vec<Acc> (&sum)[V], Acc inverse, Acc keep, Out* out) {
+SRT_INLINE void write_cell(Vec<Acc> (&sum)[V], Acc inverse, Acc keep, Out* out, bool past_cache) {
 #pragma GCC unroll 4
-  for (int v = 0; v < V; ++v) {
-    sum[v] = inverse != 0 ? sum[v] * inverse : Vec<Acc>{};
-    if (keep != 0) sum[v] += keep * load(out + v * kLanes<Acc>);
-    store(out + v * kLanes<Acc>, sum[v]);
+  for (int v = 0; v < V; ++v) sum[v] = sum[v] * inverse + Acc{0};  // not -0
+  if (keep != 0) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sum[v] += keep * load(out + v * kLanes<Acc>);
+  }
+  if (past_cache) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) store_past_cache(out + v * kLanes<Acc>, sum[v]);
+  } else {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) store(out + v * kLanes<Acc>, sum[v]);
   }
 }
 
@@ -54,81 +94,142 @@ SRT_INLINE void write_cell(Vec<Acc> (&sum)[V], Acc inverse, Acc keep, Out* out) 
 template <int V, class Out, class Acc>
 __attribute__((noinline)) void write_part(const Acc* sums, Acc inverse, Acc keep, Out* out,
                                           int64_t stride_c, int64_t n) {
-  Vec<Acc> sum[V], before[V];
-  for (int v = 0; v < V; ++v) {
-    sum[v] = inverse != 0 ? load(sums + v * kLanes<Acc>) * inverse : Vec<Acc>{};
-    before[v] = Vec<Acc>{};
-  }
-  if (keep != 0) {
-    load_block(out, stride_c, n, before);
-    for (int v = 0; v < V; ++v) sum[v] += keep * before[v];
-  }
+  Vec<Acc> sum[V], before[V] = {};
+  load_block(sums, 1, V * kLanes<Acc>, sum);
+  if (keep != 0) load_block(out, stride_c, n, before);
+  for (int v = 0; v < V; ++v) sum[v] = sum[v] * inverse + Acc{0};
+  for (int v = 0; keep != 0 && v < V; ++v) sum[v] += keep * before[v];
   store_block(out, stride_c, n, sum);
 }
 
-// The rows of a band from their sums, X cells at a time: a whole tile, or 1 with `kExact`.
-template <int X, bool kExact, class Out, class Acc>
-void filter_rows(const MeanPlan<Acc>& plan, int64_t rows, int64_t n, Out* out, char* base) {
+// Writes the first `cells` of X cells from x on, row r of the band; channels from c on.
+template <int X, int V, class T, class Out, class Acc>
+SRT_INLINE void write_cells(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64_t r,
+                            int64_t x, int64_t cells, int64_t c, Vec<Acc> (&sum)[X][V],
+                            char* base) {
+  constexpr int64_t block = V * kLanes<Acc>;
+  const int64_t stride_c = plan.out_strides[1], stride_x = plan.out_strides[3];
+  const int64_t cell = r * plan.part + x - part.x;
+  const Acc* const inverse = in(base, plan.scratch.inverse) + cell;
+  const Acc* const keep = plan.total_weight ? in(base, plan.scratch.keep) + cell : nullptr;
+  Out* const to = part.out + r * plan.out_strides[2] + (x - part.x) * stride_x + c * stride_c;
+  if (stride_c == 1 && part.n - c >= block) {
+#pragma GCC unroll 8
+    for (int i = 0; i < X; ++i)
+      if (i < cells)
+        write_cell(sum[i], inverse[i], keep ? keep[i] : Acc{0}, to + i * stride_x, plan.past_cache);
+    return;
+  }
+  Acc sums[X * block];
+#pragma GCC unroll 8
+  for (int i = 0; i < X; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) store(sums + i * block + v * kLanes<Acc>, sum[i][v]);
+  }
+  for (int64_t i = 0; i < cells; ++i)
+    write_part<V>(sums + i * block, inverse[i], keep ? keep[i] : Acc{0}, to + i * stride_x,
+                  stride_c, part.n - c);
+}
+
+// Row r of the band by a walk along it.
+template <class T, class Out, class Acc>
+void walk_along(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64_t r, char* base) {
+  constexpr int V = kVectors, lanes = kLanes<Acc>;
+  const WalkTable<Acc>& walk = plan.walk_x;
+  const Acc* const sums = in(base, plan.scratch.sums) +
+                          (r * plan.groups * plan.columns - part.columns.begin) * plan.pass;
+  for (int64_t c = 0; c < part.n; c += V * lanes) {
+    Vec<Acc> value[V] = {}, slope[V] = {};
+    const auto* tap = walk.taps + walk.begin[part.x];
+    for (int64_t x = part.x; x < part.x_end; ++x) {
+      if (walk.anew[x]) {
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) value[v] = slope[v] = Vec<Acc>{};
+      }
+      for (const auto* const last = walk.taps + walk.begin[x + 1]; tap != last; ++tap) {
+        const Acc* const from = sums + tap->input * plan.pass + c;
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) {
+          const Vec<Acc> sum = load(from + v * lanes);
+          value[v] += tap->value * sum;
+          slope[v] += tap->slope * sum;
+        }
+      }
+      Vec<Acc> sum[1][V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sum[0][v] = value[v] + walk.position[x] * slope[v];
+      write_cells(plan, part, r, x, 1, c, sum, base);
+    }
+  }
+}
+
+// The rows of a band, X cells at a time.
+template <int X, class T, class Out, class Acc>
+void filter_tiles(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, char* base) {
   const TileTable<Acc>& table = plan.tile_x;
-  const int64_t pitch = kExact ? table.tile : X;
   constexpr int V = kTileVectors<X>;
   constexpr int64_t block = V * kLanes<Acc>;
-  const Acc* const inverses = in(base, plan.scratch.inverse);
-  const Acc* const keeps = in(base, plan.scratch.keep);
-  const int64_t stride_c = plan.out_strides[1], stride_x = plan.out_strides[3];
-  const Acc* from = in(base, plan.scratch.sums);
-  for (int64_t r = 0; r < rows; ++r, from += plan.groups * plan.tokens_x * plan.pass) {
-    for (int64_t x = 0; x < plan.width; x += X) {
-      const int64_t first = table.begin[x / pitch], count = table.begin[x / pitch + 1] - first;
-      const Acc* const weight = table.weight + first * pitch + x % pitch;
-      const Acc* const inverse = inverses + r * plan.width + x;
-      const Acc* const keep = keeps + r * plan.width + x;
-      const int64_t cells = least(plan.width - x, X);
-      for (int64_t c = 0; c < n; c += block) {
+  const Acc* sums = in(base, plan.scratch.sums) - part.columns.begin * plan.pass;
+  for (int64_t r = 0; r < part.y_end - part.y; ++r, sums += plan.groups * plan.columns * plan.pass) {
+    for (int64_t x = part.x; x < part.x_end; x += X) {
+      const int64_t first = table.begin[x / X], count = table.begin[x / X + 1] - first;
+      for (int64_t c = 0; c < part.n; c += block) {
         Vec<Acc> sum[X][V];
-        sum_inputs<X, kExact>(from + c, table.input + first, plan.pass, weight, pitch, count, block,
-                              sum);
-        Out* const to = out + r * plan.out_strides[2] + x * stride_x + c * stride_c;
-        const auto keep_of = [&](int64_t i) { return plan.total_weight ? keep[i] : Acc{0}; };
-        if (stride_c == 1 && n - c >= block) {
-#pragma GCC unroll 8
-          for (int i = 0; i < X; ++i)
-            if (i < cells) write_cell(sum[i], inverse[i], keep_of(i), to + i * stride_x);
-        } else {
-          Acc sums[X * block];
-#pragma GCC unroll 8
-          for (int i = 0; i < X; ++i) {
-#pragma GCC unroll 4
-            for (int v = 0; v < V; ++v) store(sums + i * block + v * kLanes<Acc>, sum[i][v]);
-          }
-          for (int64_t i = 0; i < cells; ++i)
-            write_part<V>(sums + i * block, inverse[i], keep_of(i), to + i * stride_x, stride_c,
-                          n - c);
-        }
+        sum_inputs<X, false>(sums + c, table.input + first, plan.pass, table.weight + first * X, X,
+                             count, block, sum);
+        write_cells(plan, part, r, x, least(part.x_end - x, X), c, sum, base);
       }
     }
   }
 }
 
-// For output row y, row r of its band: what the sums of a cell are multiplied by, and what is there
-// already in a stream.
-template <class Acc>
-void fill_inverse(const MeanPlan<Acc>& plan, int64_t y, int64_t r, char* base) {
+// Row r of the band from the table of the axis, whatever the sums are.
+template <class T, class Out, class Acc>
+void filter_row(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64_t r, char* base) {
+  int64_t* const at = in(base, plan.scratch.at);
+  Acc* const weights = in(base, plan.scratch.weights);
+  const Acc* const sums = in(base, plan.scratch.sums);
+  for (int64_t x = part.x; x < part.x_end; ++x) {
+    int64_t count = 0;
+    for (int64_t g = 0; g < plan.groups; ++g) {
+      const int64_t slot = g * plan.width + x;
+      for (int64_t k = 0; k < plan.x.taps[slot]; ++k, ++count) {
+        at[count] = g * plan.columns + plan.x.first[slot] + k - part.columns.begin;
+        weights[count] = plan.x.weight[slot * plan.x.max_taps + k];
+      }
+    }
+    constexpr int64_t block = kVectors * kLanes<Acc>;
+    for (int64_t c = 0; c < part.n; c += block) {
+      Vec<Acc> sum[1][kVectors];
+      sum_inputs<1, true>(sums + c, at, plan.pass, weights, 1, count, block, sum);
+      write_cells(plan, part, r, x, 1, c, sum, base);
+    }
+  }
+}
+
+// ---- tasks --------------------------------------------------------------------------------------
+
+// For row r of the band: what the sums of a cell are multiplied by, and what is there already in a
+// stream.
+template <class T, class Out, class Acc>
+void fill_inverse(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64_t r, char* base) {
+  const int64_t y = part.y + r, cells = part.x_end - part.x;
   double* const count = in(base, plan.scratch.count);
-  Acc* const inverse = in(base, plan.scratch.inverse) + r * plan.width;
-  Acc* const keep = in(base, plan.scratch.keep) + r * plan.width;
-  for (int64_t x = 0; x < plan.width; ++x) count[x] = 0;
+  Acc* const inverse = in(base, plan.scratch.inverse) + r * plan.part;
+  Acc* const keep = in(base, plan.scratch.keep) + r * plan.part;
+  for (int64_t x = 0; x < cells; ++x) count[x] = 0;
   for (int64_t g = 0; g < plan.groups; ++g) {
     double count_y = 0;
     for (int64_t i = plan.group_begin[g]; i < plan.group_begin[g + 1]; ++i)
       count_y += static_cast<double>(plan.counted_views[i].weight) *
                  plan.y.count[plan.counted_views[i].dy * plan.height + y];
     if (!(count_y > 0)) continue;
-    const double* const count_x = plan.x.count + g * plan.width;
-    for (int64_t x = 0; x < plan.width; ++x) count[x] += count_y * count_x[x];
+    const double* const count_x = plan.x.count + g * plan.width + part.x;
+    for (int64_t x = 0; x < cells; ++x) count[x] += count_y * count_x[x];
   }
-  for (int64_t x = 0; x < plan.width; ++x) {
-    const double before = plan.total_weight ? plan.total_weight[y * plan.width + x] : 0;
+  for (int64_t x = 0; x < cells; ++x) {
+    const double before =
+        plan.total_weight ? plan.total_weight[y * plan.width + part.x + x] : 0;
     const double total = before + plan.scale * count[x];
     inverse[x] = total > 0 ? static_cast<Acc>(plan.scale / total) : 0;
     if (plan.total_weight) keep[x] = total > 0 ? static_cast<Acc>(before / total) : 0;
@@ -136,37 +237,50 @@ void fill_inverse(const MeanPlan<Acc>& plan, int64_t y, int64_t r, char* base) {
 }
 
 template <class T, class Out, class Acc>
+void mean_of_part(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, char* base) {
+  const bool small = with_tile(plan.tile_y.tile, [&](auto tile) {
+    return sum_tile<tile.value>(plan, part, part.y / plan.band, base);
+  });
+  if (small && !plan.walks) {
+    with_tile(plan.tile_x.tile, [&](auto tile) { filter_tiles<tile.value>(plan, part, base); });
+    return;
+  }
+  for (int64_t r = 0; r < part.y_end - part.y; ++r) {
+    if (small) {
+      walk_along(plan, part, r, base);
+    } else {
+      sum_row(plan, part, part.y + r, base);
+      filter_row(plan, part, r, base);
+    }
+  }
+}
+
+template <class T, class Out, class Acc>
 void mean(const MeanPlan<Acc>& plan, int64_t begin, int64_t end, void* scratch) {
   char* const base = static_cast<char*>(scratch);
   const int64_t chunks = (plan.channels + plan.chunk - 1) / plan.chunk;
-  const int64_t bands = plan.tile_y.tiles;
-
+  const int64_t bands = (plan.height + plan.band - 1) / plan.band;
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t band = task / chunks % bands;
-    const int64_t b = task / chunks / bands;
-    const int64_t y = band * plan.band;
-    const int64_t rows = least(plan.height - y, plan.band);
-    for (int64_t r = 0; r < rows; ++r) fill_inverse(plan, y + r, r, base);
-
     const int64_t chunk = task % chunks * plan.chunk;
+    const int64_t p = task / chunks % plan.parts;
+    const int64_t b = task / chunks / plan.parts / bands;
+    MeanPart<T, Out> part{};
+    part.y = task / chunks / plan.parts % bands * plan.band;
+    part.y_end = least(part.y + plan.band, plan.height);
+    part.x = p * plan.part;
+    part.x_end = least(part.x + plan.part, plan.width);
+    part.columns = plan.columns_of[p];
+    for (int64_t r = 0; r < part.y_end - part.y; ++r) fill_inverse(plan, part, r, base);
     const int64_t chunk_end = least(chunk + plan.chunk, plan.channels);
     for (int64_t c = chunk; c < chunk_end; c += plan.pass) {
-      const int64_t n = least(chunk_end - c, plan.pass);
-      const T* const tokens = static_cast<const T*>(plan.tokens) + b * plan.token_strides[1] + c;
-      Out* const out = static_cast<Out*>(plan.out) + b * plan.out_strides[0] +
-                       c * plan.out_strides[1] + y * plan.out_strides[2];
-      const bool finite = with_tile(plan.tile_y.tile, [&](auto tile) {
-        return combine_rows<tile.value, false>(plan, band, 0, tokens, n, base);
-      });
-      if (finite) {
-        with_tile(plan.tile_x.tile,
-                  [&](auto tile) { filter_rows<tile.value, false>(plan, rows, n, out, base); });
-        continue;
-      }
-      for (int64_t r = 0; r < rows; ++r) combine_rows<1, true>(plan, band, r, tokens, n, base);
-      filter_rows<1, true>(plan, rows, n, out, base);
+      part.n = least(chunk_end - c, plan.pass);
+      part.tokens = static_cast<const T*>(plan.tokens) + b * plan.token_strides[1] + c;
+      part.out = static_cast<Out*>(plan.out) + b * plan.out_strides[0] + c * plan.out_strides[1] +
+                 part.y * plan.out_strides[2] + part.x * plan.out_strides[3];
+      mean_of_part(plan, part, base);
     }
   }
+  if (plan.past_cache) fence_past_cache();
 }
 
 }  // namespace

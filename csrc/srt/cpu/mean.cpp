@@ -1,37 +1,128 @@
 // The mean on the CPU: its plan, and its tasks over threads.
 #include <algorithm>
+#include <type_traits>
+#include <vector>
 
 #include "../ensemble.h"
+#include "../walk.h"
 #include "dispatch.h"
 #include "ensemble_views.h"
 
 namespace srt::cpu {
 namespace {
 
-// The largest tile of rows. It is not split: its sums must fit the cache, for a piece of channels
-// or more, and each thread must get one. `row_bytes`: the sums of a row and a channel.
+// A part of a row takes at least so many tokens, and reads two more, and so many cells. Larger
+// parts read fewer tokens twice, smaller ones leave the cache to fewer sums.
+constexpr int64_t kPartTokens = 4, kPartCells = 64;
+
+// An output from this size on would evict more from the caches than its next reader finds there.
+constexpr int64_t kPastCacheBytes = int64_t{8} << 20;
+
+// The tables of one call, owned.
 template <class Acc>
-int64_t largest_tile(const MeanPlan<Acc>& plan, int64_t block, int64_t row_bytes, int64_t threads) {
+struct MeanTables {
+  using Tap = typename WalkTable<Acc>::Tap;
+  std::vector<int64_t> begin{0};  // of the walk
+  std::vector<Tap> taps;
+  std::vector<uint8_t> anew;
+  std::vector<Acc> position;
+  TileStorage<Acc> tile_y, tile_x;
+  std::vector<Span> columns;
+
+  void make_walk(const Axis& axis, const std::vector<double>& dx, MeanPlan<Acc>& plan) {
+    for (int64_t x = 0; x < plan.width; ++x) {
+      bool all = x % walk_interval(axis) == 0;
+      for (const double offset : dx) all = all || stops_at(axis, offset, x);
+      for (size_t g = 0; g < dx.size(); ++g) {
+        visit_step(axis, dx[g], x, all, [&](int32_t token, double value, double slope) {
+          taps.push_back({static_cast<int64_t>(g) * plan.tokens_x + token, static_cast<Acc>(value),
+                          static_cast<Acc>(slope)});
+        });
+      }
+      begin.push_back(static_cast<int64_t>(taps.size()));
+      anew.push_back(all);
+      position.push_back(static_cast<Acc>(walk_position(axis, x)));
+    }
+    split_row(axis, walk_interval(axis), 1, begin, taps,
+              [](Tap& tap) -> int64_t& { return tap.input; }, plan);
+    plan.walk_x = {begin.data(), taps.data(), anew.data(), position.data()};
+  }
+
+  void make_tiles(const Axis& axis, int64_t largest, MeanPlan<Acc>& plan) {
+    const int64_t tile = choose_tile(plan.x, plan.groups, largest, kLoadSums, once);
+    for (int64_t cell = 0; cell < plan.width; cell += tile) {
+      for (int64_t g = 0; g < plan.groups; ++g)
+        tile_x.add(plan.x, g, cell, tile, g * plan.tokens_x);
+      tile_x.close();
+    }
+    split_row(axis, tile, tile, tile_x.begin, tile_x.input,
+              [](int64_t& input) -> int64_t& { return input; }, plan);
+    plan.tile_x = tile_x.table(tile, plan.width);
+  }
+
+  // Splits a row into parts of whole `unit`s of cells, and finds the columns of tokens that each
+  // reads: inputs [groups, tokens_x] become [groups, columns]. begin[i]: the first one of cell
+  // i * step.
+  template <class Inputs, class InputOf>
+  void split_row(const Axis& axis, int64_t unit, int64_t step, const std::vector<int64_t>& begin,
+                 Inputs& inputs, InputOf&& input_of, MeanPlan<Acc>& plan) {
+    const int64_t least = std::max(kPartCells, kPartTokens * axis.patch / axis.stride);
+    plan.part = div_up(least, unit) * unit;
+    plan.parts = div_up(plan.width, plan.part);
+    for (int64_t p = 0; p < plan.parts; ++p) {
+      Span own{plan.tokens_x, 0};
+      const int64_t x_end = std::min((p + 1) * plan.part, plan.width);
+      const int64_t end = begin[static_cast<size_t>(div_up(x_end, step))];
+      for (int64_t i = begin[static_cast<size_t>(p * plan.part / step)]; i < end; ++i) {
+        const int64_t token = input_of(inputs[static_cast<size_t>(i)]) % plan.tokens_x;
+        own = {std::min(own.begin, token), std::max(own.end, token + 1)};
+      }
+      own.begin = std::min(own.begin, own.end);
+      columns.push_back(own);
+      plan.columns = std::max(plan.columns, own.end - own.begin);
+    }
+    for (auto& of : inputs) {
+      int64_t& input = input_of(of);
+      input = input / plan.tokens_x * plan.columns + input % plan.tokens_x;
+    }
+    plan.columns_of = columns.data();
+  }
+};
+
+// The largest tile of rows: its sums must fit the cache, for a piece of channels or more, and each
+// thread must get one. `row_bytes`: the sums of a row and a channel.
+template <class Acc>
+int64_t largest_tile(const MeanPlan<Acc>& plan, int64_t block, int64_t row_bytes,
+                     int64_t threads) {
   const int64_t piece = std::min(div_up(plan.channels, block) * block,
                                  kPieceBytes / static_cast<int64_t>(sizeof(Acc)));
   int64_t largest = kernels().max_tile;
-  const auto too_large = [&] {
-    const int64_t tasks = plan.batch * div_up(plan.channels, block) * div_up(plan.height, largest);
-    return largest * row_bytes * piece > sums_bytes || tasks < threads;
-  };
-  while (largest > 1 && too_large()) largest /= 2;
+  while (largest > 1 && (largest * row_bytes * piece > sums_bytes ||
+                         plan.batch * div_up(plan.height, largest) < threads))
+    largest /= 2;
   return largest;
+}
+
+// Whether the output is written around the cache: large, and in whole aligned vectors.
+template <class Out>
+bool goes_past_cache(const EnsembleArgs& args, int64_t elements) {
+  constexpr int64_t line = 64, size = sizeof(Out);
+  const auto whole = [&](int64_t stride) { return stride * size % line == 0; };
+  return !args.total_weight && elements * size >= kPastCacheBytes && args.out_strides[1] == 1 &&
+         reinterpret_cast<uintptr_t>(args.out) % line == 0 && whole(args.out_strides[0]) &&
+         whole(args.out_strides[2]) && whole(args.out_strides[3]);
 }
 
 template <class Acc>
 int64_t place_scratch(int64_t inputs, MeanPlan<Acc>& plan) {
+  const int64_t row = plan.groups * plan.columns * plan.pass;
   Layout layout;
-  layout.place(plan.scratch.sums, plan.band * plan.groups * plan.tokens_x * plan.pass);
+  layout.place(plan.scratch.sums, plan.band * row);
   layout.place(plan.scratch.at, inputs);
   layout.place(plan.scratch.weights, inputs * plan.band);
-  layout.place(plan.scratch.count, plan.width);
-  layout.place(plan.scratch.inverse, plan.band * plan.width);
-  layout.place(plan.scratch.keep, plan.total_weight ? plan.band * plan.width : 0);
+  layout.place(plan.scratch.count, plan.part);
+  layout.place(plan.scratch.inverse, plan.band * plan.part);
+  layout.place(plan.scratch.keep, plan.total_weight ? plan.band * plan.part : 0);
   return layout.bytes;
 }
 
@@ -40,30 +131,36 @@ void mean_of(const EnsembleArgs& args, const Parallel& parallel) {
   const Kernels& isa = kernels();
   MeanPlan<Acc> plan{};
   const Views<Acc> views(args, /*divide=*/false, plan);
-  const int64_t block = isa.block_bytes / static_cast<int64_t>(sizeof(Acc));
-  // With all weights 0 there is no group.
-  const int64_t row_bytes =
-      std::max<int64_t>(1, plan.groups) * plan.tokens_x * static_cast<int64_t>(sizeof(Acc));
-  plan.band =
-      choose_tile(plan.y, plan.offsets_y, largest_tile(plan, block, row_bytes, parallel.threads),
-                  kLoadTokens, once);
-  const int64_t tile_x = choose_tile(plan.x, plan.groups, isa.max_tile, kLoadSums, once);
-  TileStorage<Acc> y, x;
-  y.add_rows(plan.y, plan.offsets_y, plan.band);
-  for (int64_t cell = 0; cell < plan.width; cell += tile_x) {
-    for (int64_t g = 0; g < plan.groups; ++g) x.add(plan.x, g, cell, tile_x, g * plan.tokens_x);
-    x.close();
+  constexpr auto kSize = static_cast<int64_t>(sizeof(Acc));
+  const int64_t block = isa.block_bytes / kSize;
+  const Axis axis_x{args.grid[1], args.patch[1], args.stride[1], args.upsample, args.border};
+  MeanTables<Acc> tables;
+  plan.walks = args.stride[1] == 1;
+  if (plan.walks) {
+    tables.make_walk(axis_x, views.dx, plan);
+  } else {
+    tables.make_tiles(axis_x, isa.max_tile, plan);
   }
-  plan.tile_y = y.table(plan.band, plan.height);
-  plan.tile_x = x.table(tile_x, plan.width);
+  // With all weights 0 there is no group.
+  const int64_t row_bytes = std::max<int64_t>(1, plan.groups * plan.columns) * kSize;
+  plan.band = choose_tile(plan.y, plan.offsets_y,
+                          largest_tile(plan, block, row_bytes, parallel.threads), kLoadTokens, once);
+  tables.tile_y.add_rows(plan.y, plan.offsets_y, plan.band);
+  plan.tile_y = tables.tile_y.table(plan.band, plan.height);
+  plan.past_cache =
+      goes_past_cache<T>(args, plan.batch * plan.channels * plan.height * plan.width);
 
-  plan.chunk = div_up(plan.channels, block) * block;
+  plan.pass = fitting_channels(plan.channels, block, plan.band * row_bytes);
+  plan.chunk = div_up(plan.channels, plan.pass) * plan.pass;
   const auto count_tasks = [&] {
-    return plan.batch * plan.tile_y.tiles * div_up(plan.channels, plan.chunk);
+    return plan.batch * div_up(plan.height, plan.band) * plan.parts *
+           div_up(plan.channels, plan.chunk);
   };
-  split_channels(block, parallel.threads, plan.chunk, count_tasks);
-  plan.pass = fitting_channels(plan.chunk, block, plan.band * row_bytes);
-  const int64_t scratch_bytes = place_scratch(views.largest_group() * y.largest(), plan);
+  split_channels(plan.pass, parallel.threads, plan.chunk, count_tasks);
+  const int64_t taps = std::max(views.largest_group() * plan.y.max_taps,
+                                plan.groups * plan.x.max_taps);
+  const int64_t inputs = std::max(taps, views.largest_group() * tables.tile_y.largest());
+  const int64_t scratch_bytes = place_scratch(inputs, plan);
   const double work = static_cast<double>(plan.batch) *
                       static_cast<double>(args.channels * plan.height) *
                       static_cast<double>(plan.groups * plan.width * plan.x.max_taps +

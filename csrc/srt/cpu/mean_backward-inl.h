@@ -8,10 +8,10 @@ namespace {
 // sums [X, longest_span, pass]: for X offsets of tile number `tile`, from its offset `first` on,
 // the gradient rows that read token row i, summed, at the cells of `span` and n channels from
 // `grad` on; zeros up to a whole block. X is a whole tile, or 1 with `kExact`. Returns whether all
-// of them are finite.
+// of them are finite: see kLargestSum.
 template <int X, bool kExact, class T, class Acc>
 bool sum_rows(const MeanBackwardPlan<Acc>& plan, int64_t i, int64_t tile, int64_t first,
-              const CellSpan& span, const T* grad, int64_t n, char* base) {
+              const Span& span, const T* grad, int64_t n, char* base) {
   const TileTable<Acc>& table = plan.tile_y;
   const int64_t pitch = kExact ? table.tile : X;
   int64_t* const at = in(base, plan.scratch.at);
@@ -19,7 +19,7 @@ bool sum_rows(const MeanBackwardPlan<Acc>& plan, int64_t i, int64_t tile, int64_
   const int64_t row = plan.longest_span * plan.pass;
   Acc* const sums = in(base, plan.scratch.sums) + first * row;
   const int64_t slot = i * table.tiles + tile;
-  Vec<Acc> check = {};
+  Vec<Acc> size = {};
   for (int64_t x = span.begin; x < span.end; ++x) {
     int64_t count = 0;
     for (int64_t k = table.begin[slot]; k < table.begin[slot + 1]; ++k) {
@@ -31,9 +31,9 @@ bool sum_rows(const MeanBackwardPlan<Acc>& plan, int64_t i, int64_t tile, int64_
       ++count;
     }
     store_sums<X, kExact>(grad + x * plan.out_strides[3], at, weights + first, pitch, count, n,
-                          sums + (x - span.begin) * plan.pass, row, check);
+                          sums + (x - span.begin) * plan.pass, row, size);
   }
-  return no_nan(check);
+  return all_below(size, kLargestSum<Acc>);
 }
 
 // The gradient of token j for the views `own`: sums over the cells of `span` in `sums` [span,
@@ -41,7 +41,7 @@ bool sum_rows(const MeanBackwardPlan<Acc>& plan, int64_t i, int64_t tile, int64_
 // itself.
 template <int X, bool kExact, class T, class Acc>
 void sum_cells(const MeanBackwardPlan<Acc>& plan, const TileViews& own, int64_t j,
-               const CellSpan& span, const Acc* sums, int64_t n, T* to, char* base) {
+               const Span& span, const Acc* sums, int64_t n, T* to, char* base) {
   const TileTable<Acc>& table = plan.tile_x;
   const int64_t pitch = kExact ? table.tile : X;
   constexpr int V = kTileVectors<X>, lanes = kLanes<Acc>;
@@ -84,7 +84,7 @@ void sum_cells(const MeanBackwardPlan<Acc>& plan, const TileViews& own, int64_t 
 // Tokens [j, j_end) of row i, n channels of them. `to`: of view 0, token 0 of the row.
 template <class T, class Acc>
 void segment_backward(const MeanBackwardPlan<Acc>& plan, int64_t i, int64_t j, int64_t j_end,
-                      const CellSpan& span, const T* grad, int64_t n, T* to, char* base) {
+                      const Span& span, const T* grad, int64_t n, T* to, char* base) {
   const int64_t tile_y = plan.tile_y.tile, row = plan.longest_span * plan.pass;
   for (int64_t t = 0; t < plan.tile_y.tiles; ++t) {
     const int64_t offsets = least(plan.offsets_y - t * tile_y, tile_y);

@@ -81,12 +81,12 @@ struct ViewsByDy {
 // cells overlap: where the offsets alone reach farther than that, shorter ones would only read
 // more.
 template <class Acc>
-std::vector<CellSpan> choose_segments(const TransposedTable<Acc>& x, int64_t cell_bytes,
+std::vector<Span> choose_segments(const TransposedTable<Acc>& x, int64_t cell_bytes,
                                       MeanBackwardPlan<Acc>& plan) {
-  std::vector<CellSpan> spans;
+  std::vector<Span> spans;
   for (int64_t segments = 1;; segments *= 2) {
     const int64_t segment = div_up(plan.tokens_x, segments);
-    std::vector<CellSpan> shorter;
+    std::vector<Span> shorter;
     int64_t longest = 1, read = 0;
     for (int64_t j = 0; j < plan.tokens_x; j += segment) {
       const int64_t j_end = std::min(j + segment, plan.tokens_x);

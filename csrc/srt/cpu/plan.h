@@ -17,6 +17,11 @@ struct ScratchArray {
   int64_t offset;  // bytes
 };
 
+// Cells or tokens [begin, end) of an axis.
+struct Span {
+  int64_t begin, end;
+};
+
 // What the kernels of ensemble share. A task is one image, one band of output rows and one chunk of
 // channels. Views of weight 0 are left out, the others are sorted by dx; those that share a dx form
 // a group, which shares a row of the x table.
@@ -54,19 +59,39 @@ struct TileTable {
   const Acc* weight;     // [inputs, tile]
 };
 
+// The steps of a walk along an axis (walk.h).
+template <class Acc>
+struct WalkTable {
+  struct Tap {
+    int64_t input;
+    Acc value, slope;
+  };
+  const int64_t* begin;   // [cells + 1], into taps
+  const Tap* taps;
+  const uint8_t* anew;    // [cells] whether the sums start from 0
+  const Acc* position;    // [cells] from the centre of the interval
+};
+
 // The weighted mean: for each group of views, their rows are summed once for a tile of output rows;
-// then one filter along each row. Both are products with a TileTable.
+// then one filter along each row: a walk if cells are pixels, otherwise products with a TileTable.
+// A task is one image, one tile of rows, one part of their cells and one chunk of channels.
 template <class Acc>
 struct MeanPlan : ViewsPlan<Acc> {
   TileTable<Acc> tile_y;  // output rows that read token rows; a set for each distinct dy
-  TileTable<Acc> tile_x;  // cells that read [groups, tokens_x]; one set
-  int64_t pass;           // channels whose sums fit the cache, whole blocks
+  bool walks;             // along x
+  WalkTable<Acc> walk_x;  // over [groups, columns]
+  TileTable<Acc> tile_x;  // cells that read [groups, columns]; one set
+  int64_t part, parts;    // cells of a row, and how many parts there are
+  const Span* columns_of;  // [parts] the columns of tokens that each reads
+  int64_t columns;         // the most of them
+  int64_t pass;            // channels whose sums fit the cache, whole blocks
+  bool past_cache;         // the output is written around the cache
   struct Scratch {
-    ScratchArray<Acc> sums;           // [tile_y, groups, tokens_x, pass]
-    ScratchArray<int64_t> at;         // the inputs of a tile, in elements
+    ScratchArray<Acc> sums;           // [tile_y, groups, columns, pass]
+    ScratchArray<int64_t> at;         // the inputs of a tile or cell
     ScratchArray<Acc> weights;        // theirs
-    ScratchArray<double> count;       // [width]
-    ScratchArray<Acc> inverse, keep;  // [tile_y, width]
+    ScratchArray<double> count;       // [part]
+    ScratchArray<Acc> inverse, keep;  // [tile_y, part]
   };
   Scratch scratch;
 };
@@ -104,11 +129,6 @@ struct TileViews {
   int64_t tile, begin, end;  // into by_dy
 };
 
-// The cells [begin, end) that read a segment of a row of tokens, which is made in segments.
-struct CellSpan {
-  int64_t begin, end;
-};
-
 // The gradient of the tokens of a mean: the filters of MeanPlan transposed, in the other order. For
 // each distinct dy the gradient rows that read a token row are summed, then, for each view, the
 // cells of that. A task is one image, one row of tokens and one chunk of channels. `out` is the
@@ -122,7 +142,7 @@ struct MeanBackwardPlan : ViewsPlan<Acc> {
   const int64_t* tile_views_begin;  // [distinct dy + 1], into tile_views: those of each dy
   const Acc* inverse;               // [H', W']: 1 / the weight of a cell, or 0
   int64_t segment, segments;        // tokens, and how many there are
-  const CellSpan* spans;            // [segments]
+  const Span* spans;                // [segments] the cells that read each
   int64_t longest_span;             // cells
   int64_t pass;                     // channels whose sums fit the cache, whole blocks
   void* grad_tokens;                // [V, B, h*w, C], dense

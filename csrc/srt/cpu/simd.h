@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "../types.h"
-#if defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -78,11 +78,9 @@ inline void store(uint8_t* p, Vec<float> v) {
 }
 // Rounds half to even; a NaN keeps its sign and stays a NaN.
 inline void store(BFloat16* p, Vec<float> v) {
-  const VecU32 bits = bits_as<VecU32>(v);
-  const VecU32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const VecU32 quiet = (bits >> 16) | 0x40u;
-  const VecU16 half =
-      __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded, VecU16);
+  const VecU32 bits = bits_as<VecU32>(v), even = VecU32{} + 0x7fffu, odd = VecU32{} + 0x8000u;
+  const VecU32 rounded = bits + ((bits & 0x10000u) != 0 ? odd : even);
+  const VecU16 half = __builtin_convertvector((v != v ? bits | 0x400000u : rounded) >> 16, VecU16);
   std::memcpy(p, &half, sizeof(half));
 }
 
@@ -136,12 +134,58 @@ __attribute__((noinline)) inline void store(Half* p, Vec<float> v) {
 }
 #endif
 
+// Writes around the cache: to whole lines, one after the other, without reading them first. Only a
+// fence makes it visible to other threads. Aligned.
+template <class T, class V>
+inline void store_past_cache(T* p, V v) {
+#if defined(__SSE2__)
+  constexpr int kBytes = static_cast<int>(sizeof(T)) * kLanes<typename AccumulatorOf<T>::type>;
+  alignas(kBytes) T lanes[kBytes / sizeof(T)];
+  store(lanes, v);
+#if defined(__AVX512F__)
+  if constexpr (kBytes == 64) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), read<__m512i>(lanes));
+    return;
+  }
+#endif
+#if defined(__AVX2__)
+  if constexpr (kBytes == 32) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), read<__m256i>(lanes));
+    return;
+  }
+#endif
+  if constexpr (kBytes == 16) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), read<__m128i>(lanes));
+    return;
+  }
+#endif
+  store(p, v);
+}
+inline void fence_past_cache() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+inline Vec<float> absolute(Vec<float> v) {
+  return bits_as<Vec<float>>(bits_as<VecU32>(v) & 0x7fffffffu);
+}
+inline Vec<double> absolute(Vec<double> v) { return v < 0 ? -v : v; }
+
 // Whether no lane is NaN, for lanes that are 0 or NaN.
 template <class V>
 inline bool no_nan(V v) {
   auto sum = v[0];
   for (int i = 1; i < kVectorBytes / static_cast<int>(sizeof(v[0])); ++i) sum += v[i];
   return sum == 0;
+}
+
+// Whether all lanes are below a limit; NaN is not.
+template <class V, class Acc>
+inline bool all_below(V v, Acc limit) {
+  bool below = true;
+  for (int i = 0; i < kLanes<Acc>; ++i) below = below && v[i] < limit;
+  return below;
 }
 
 // The first n lanes; the others read as zero.

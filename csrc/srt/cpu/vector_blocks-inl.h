@@ -53,6 +53,20 @@ SRT_INLINE void load_block(const T* from, int64_t stride, int64_t n, V (&value)[
   }
 }
 
+// A block of n channels, or its first n and then zeros.
+template <int N, class T, class V>
+SRT_INLINE void load_inputs(const T* from, int64_t n, V (&value)[N]) {
+  constexpr int lanes = kLanes<typename AccumulatorOf<T>::type>;
+  if (n >= N * lanes) {
+#pragma GCC unroll 4
+    for (int v = 0; v < N; ++v) value[v] = load(from + v * lanes);
+  } else {
+#pragma GCC unroll 4
+    for (int v = 0; v < N; ++v) value[v] = V{};
+    load_block(from, 1, n, value);
+  }
+}
+
 // The sums of a tile of X outputs that stay in registers, by V vectors of channels.
 #if defined(__AVX512F__)
 constexpr int kMaxTile = 8, kTileSums = 16;
@@ -84,7 +98,6 @@ template <int X, bool kExact, int V, class T, class Acc>
 SRT_INLINE void sum_inputs(const T* from, const int64_t* at, int64_t scale, const Acc* weight,
                            int64_t pitch, int64_t count, int64_t n, Vec<Acc> (&sum)[X][V]) {
   static_assert(!kExact || X == 1);
-  constexpr int lanes = kLanes<Acc>;
 #pragma GCC unroll 8
   for (int i = 0; i < X; ++i) {
 #pragma GCC unroll 4
@@ -94,14 +107,7 @@ SRT_INLINE void sum_inputs(const T* from, const int64_t* at, int64_t scale, cons
     if (kExact && weight[k * pitch] == 0) continue;
     const T* const p = from + at[k] * scale;
     Vec<Acc> in[V];
-    if (n >= V * lanes) {
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) in[v] = load(p + v * lanes);
-    } else {
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) in[v] = Vec<Acc>{};
-      load_block(p, 1, n, in);
-    }
+    load_inputs(p, n, in);
 #pragma GCC unroll 8
     for (int i = 0; i < X; ++i) {
 #pragma GCC unroll 4
@@ -116,11 +122,16 @@ SRT_INLINE void sum_inputs(const T* from, const int64_t* at, int64_t scale, cons
   }
 }
 
+// Sums whose absolute values add up to less than this are finite, and so is what is made of them: a
+// walk multiplies each by factors of up to 8 in all.
+template <class Acc>
+constexpr Acc kLargestSum = static_cast<Acc>(sizeof(Acc) == 4 ? 0x1p123 : 0x1p1019);
+
 // The sums of X outputs over n channels, from `to` on and `row` apart, with zeros up to a whole
-// block; the inputs are those of sum_inputs. Adds 0 to `check`, or NaN where one is not finite.
+// block; the inputs are those of sum_inputs. Adds their absolute values to `size`.
 template <int X, bool kExact, class T, class Acc>
 SRT_INLINE void store_sums(const T* from, const int64_t* at, const Acc* weight, int64_t pitch,
-                           int64_t count, int64_t n, Acc* to, int64_t row, Vec<Acc>& check) {
+                           int64_t count, int64_t n, Acc* to, int64_t row, Vec<Acc>& size) {
   constexpr int V = kTileVectors<X>;
   constexpr int64_t block = V * kLanes<Acc>, whole = kBlockBytes / sizeof(Acc);
   const int64_t padded = (n + whole - 1) / whole * whole;
@@ -132,7 +143,7 @@ SRT_INLINE void store_sums(const T* from, const int64_t* at, const Acc* weight, 
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
         store(to + i * row + c + v * kLanes<Acc>, sum[i][v]);
-        check += sum[i][v] * Acc{0};  // Inf * 0 is NaN
+        size += absolute(sum[i][v]);
       }
     }
   }
