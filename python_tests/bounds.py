@@ -80,12 +80,15 @@ class EnsembleBounds:
         """[B, C, H', W'] of ensemble and of the mean of ensemble_moments."""
         args, modes = self.case.call(self.tokens.double().abs())
         bound = self._gamma(self.count) * reference.ensemble(*args, **modes)
-        runs = 1 in self.case.stride and self.case.upsample == "bilinear"
-        if self.dtype == torch.float64 or not runs:
+        if self.case.stride[1] > 1:
             return bound
-        # CUDA sums the ends of a run and interpolates: fma(t, last - first, first). t is rounded
-        # twice, the difference once, of a size up to 2 * largest: 6; and the fma: 7. Two axes: 14.
-        return bound + self._gamma(self.fixed) * self.largest
+        # The walk along x (csrc/srt/walk.h). In an interval the line of a view enters value and
+        # slope times t with weights of absolute values up to 2 and 1, since |t| slope <= 1/2; a
+        # step to its next line at a kink, of which there is one, adds (1, -2, 1) / patch times the
+        # distance of the kink, up to P/2, and t: 4. All of these belong to views that count. At
+        # most 5 taps a view, each rounded in its weight, product and sum; the product with t and
+        # its sum.
+        return bound + self._gamma(self.fixed + 5 * self.views + 2) * 7 * self.largest
 
     def median(self) -> torch.Tensor:
         """[B, C, 1, 1]: if no value is off by more, neither is any order statistic."""

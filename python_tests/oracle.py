@@ -142,7 +142,7 @@ def check_result(kernel: str, case: Case, dtype: torch.dtype, result: torch.Tens
         zip(result, exact, same, strict=True) if kernel == "moments" else [(result, exact, same)]
     )
     for field in fields:
-        assert_within_budget(*field)
+        assert_within_budget(*field, times=4 if kernel == "mean" else 2)
 
 
 def check_sample(
@@ -153,7 +153,10 @@ def check_sample(
 
 
 def check_containment(kernel: str, backend: Backend, case: Case, values: torch.Tensor) -> None:
-    """A non-finite value reaches the outputs that read it, and changes no others."""
+    """A non-finite value reaches the outputs that read it, and changes no others.
+
+    A mean at stride 1 near it is computed another way, so that its rounding may differ.
+    """
     result, expected = run(backend, kernel, case, values), truth(kernel, case, values)
     reached = ~expected.isfinite()
     assert torch.equal(~result.isfinite(), reached)
@@ -161,9 +164,12 @@ def check_containment(kernel: str, backend: Backend, case: Case, values: torch.T
         # An infinite value that is not the median leaves no trace. A variance may be Inf or NaN.
         first = 0 if kernel == "moments" else ...
         assert torch.equal(result[first].isinf(), expected[first].isinf())
+        return
+    clean = torch.where(values.isfinite(), values, 0)
+    if kernel == "mean" and case.stride[1] == 1:
+        check("mean", case, clean, torch.where(reached, truth("mean", case, clean).to(result.dtype), result))
     else:
-        clean = run(backend, kernel, case, torch.where(values.isfinite(), values, 0))
-        backend.assert_same(result[~reached], clean[~reached])
+        backend.assert_same(result[~reached], run(backend, kernel, case, clean)[~reached])
 
 
 def large_enough(case: Ensemble, dtype: torch.dtype, values: int = 304) -> Ensemble:

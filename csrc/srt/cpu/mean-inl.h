@@ -9,9 +9,9 @@ namespace {
 template <class T, class Out>
 struct MeanPart {
   int64_t y, y_end, x, x_end;
-  Span columns;      // of tokens that are read
-  const T* tokens;   // of view 0, token 0
-  Out* out;          // of cell (y, x)
+  Span columns;     // of tokens that are read
+  const T* tokens;  // of view 0, token 0
+  Out* out;         // of cell (y, x)
   int64_t n;
 };
 
@@ -72,11 +72,22 @@ void sum_row(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64_t y,
 
 // ---- cells: from the sums of all groups ---------------------------------------------------------
 
+// An inverse of 0 leaves nothing of an infinite sum.
+template <int V, class Acc, class Sums>
+SRT_INLINE void scale_sums(Sums (&sum)[V], Acc inverse) {
+  if (inverse != 0) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sum[v] *= inverse;
+  } else {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sum[v] = Sums{};
+  }
+}
+
 // A cell from its sum: out = inverse * sum, and where there is a `keep`, keep * out is added.
 template <int V, class Out, class Acc>
 SRT_INLINE void write_cell(Vec<Acc> (&sum)[V], Acc inverse, Acc keep, Out* out, bool past_cache) {
-#pragma GCC unroll 4
-  for (int v = 0; v < V; ++v) sum[v] = sum[v] * inverse + Acc{0};  // not -0
+  scale_sums(sum, inverse);
   if (keep != 0) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) sum[v] += keep * load(out + v * kLanes<Acc>);
@@ -97,7 +108,7 @@ __attribute__((noinline)) void write_part(const Acc* sums, Acc inverse, Acc keep
   Vec<Acc> sum[V], before[V] = {};
   load_block(sums, 1, V * kLanes<Acc>, sum);
   if (keep != 0) load_block(out, stride_c, n, before);
-  for (int v = 0; v < V; ++v) sum[v] = sum[v] * inverse + Acc{0};
+  scale_sums(sum, inverse);
   for (int v = 0; keep != 0 && v < V; ++v) sum[v] += keep * before[v];
   store_block(out, stride_c, n, sum);
 }
@@ -170,7 +181,8 @@ void filter_tiles(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, char*
   constexpr int V = kTileVectors<X>;
   constexpr int64_t block = V * kLanes<Acc>;
   const Acc* sums = in(base, plan.scratch.sums) - part.columns.begin * plan.pass;
-  for (int64_t r = 0; r < part.y_end - part.y; ++r, sums += plan.groups * plan.columns * plan.pass) {
+  for (int64_t r = 0; r < part.y_end - part.y;
+       ++r, sums += plan.groups * plan.columns * plan.pass) {
     for (int64_t x = part.x; x < part.x_end; x += X) {
       const int64_t first = table.begin[x / X], count = table.begin[x / X + 1] - first;
       for (int64_t c = 0; c < part.n; c += block) {
@@ -228,8 +240,7 @@ void fill_inverse(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64
     for (int64_t x = 0; x < cells; ++x) count[x] += count_y * count_x[x];
   }
   for (int64_t x = 0; x < cells; ++x) {
-    const double before =
-        plan.total_weight ? plan.total_weight[y * plan.width + part.x + x] : 0;
+    const double before = plan.total_weight ? plan.total_weight[y * plan.width + part.x + x] : 0;
     const double total = before + plan.scale * count[x];
     inverse[x] = total > 0 ? static_cast<Acc>(plan.scale / total) : 0;
     if (plan.total_weight) keep[x] = total > 0 ? static_cast<Acc>(before / total) : 0;

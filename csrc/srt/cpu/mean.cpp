@@ -43,8 +43,9 @@ struct MeanTables {
       anew.push_back(all);
       position.push_back(static_cast<Acc>(walk_position(axis, x)));
     }
-    split_row(axis, walk_interval(axis), 1, begin, taps,
-              [](Tap& tap) -> int64_t& { return tap.input; }, plan);
+    split_row(
+        axis, walk_interval(axis), 1, begin, taps, [](Tap& tap) -> int64_t& { return tap.input; },
+        plan);
     plan.walk_x = {begin.data(), taps.data(), anew.data(), position.data()};
   }
 
@@ -55,8 +56,9 @@ struct MeanTables {
         tile_x.add(plan.x, g, cell, tile, g * plan.tokens_x);
       tile_x.close();
     }
-    split_row(axis, tile, tile, tile_x.begin, tile_x.input,
-              [](int64_t& input) -> int64_t& { return input; }, plan);
+    split_row(
+        axis, tile, tile, tile_x.begin, tile_x.input,
+        [](int64_t& input) -> int64_t& { return input; }, plan);
     plan.tile_x = tile_x.table(tile, plan.width);
   }
 
@@ -92,8 +94,7 @@ struct MeanTables {
 // The largest tile of rows: its sums must fit the cache, for a piece of channels or more, and each
 // thread must get one. `row_bytes`: the sums of a row and a channel.
 template <class Acc>
-int64_t largest_tile(const MeanPlan<Acc>& plan, int64_t block, int64_t row_bytes,
-                     int64_t threads) {
+int64_t largest_tile(const MeanPlan<Acc>& plan, int64_t block, int64_t row_bytes, int64_t threads) {
   const int64_t piece = std::min(div_up(plan.channels, block) * block,
                                  kPieceBytes / static_cast<int64_t>(sizeof(Acc)));
   int64_t largest = kernels().max_tile;
@@ -143,12 +144,12 @@ void mean_of(const EnsembleArgs& args, const Parallel& parallel) {
   }
   // With all weights 0 there is no group.
   const int64_t row_bytes = std::max<int64_t>(1, plan.groups * plan.columns) * kSize;
-  plan.band = choose_tile(plan.y, plan.offsets_y,
-                          largest_tile(plan, block, row_bytes, parallel.threads), kLoadTokens, once);
+  plan.band =
+      choose_tile(plan.y, plan.offsets_y, largest_tile(plan, block, row_bytes, parallel.threads),
+                  kLoadTokens, once);
   tables.tile_y.add_rows(plan.y, plan.offsets_y, plan.band);
   plan.tile_y = tables.tile_y.table(plan.band, plan.height);
-  plan.past_cache =
-      goes_past_cache<T>(args, plan.batch * plan.channels * plan.height * plan.width);
+  plan.past_cache = goes_past_cache<T>(args, plan.batch * plan.channels * plan.height * plan.width);
 
   plan.pass = fitting_channels(plan.channels, block, plan.band * row_bytes);
   plan.chunk = div_up(plan.channels, plan.pass) * plan.pass;
@@ -157,8 +158,8 @@ void mean_of(const EnsembleArgs& args, const Parallel& parallel) {
            div_up(plan.channels, plan.chunk);
   };
   split_channels(plan.pass, parallel.threads, plan.chunk, count_tasks);
-  const int64_t taps = std::max(views.largest_group() * plan.y.max_taps,
-                                plan.groups * plan.x.max_taps);
+  const int64_t taps =
+      std::max(views.largest_group() * plan.y.max_taps, plan.groups * plan.x.max_taps);
   const int64_t inputs = std::max(taps, views.largest_group() * tables.tile_y.largest());
   const int64_t scratch_bytes = place_scratch(inputs, plan);
   const double work = static_cast<double>(plan.batch) *

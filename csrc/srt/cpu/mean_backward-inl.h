@@ -40,8 +40,8 @@ bool sum_rows(const MeanBackwardPlan<Acc>& plan, int64_t i, int64_t tile, int64_
 // pass]. X is a whole tile of groups. `to`: of view 0, channel 0. With `kExact` each view by
 // itself.
 template <int X, bool kExact, class T, class Acc>
-void sum_cells(const MeanBackwardPlan<Acc>& plan, const TileViews& own, int64_t j,
-               const Span& span, const Acc* sums, int64_t n, T* to, char* base) {
+void sum_cells(const MeanBackwardPlan<Acc>& plan, const TileViews& own, int64_t j, const Span& span,
+               const Acc* sums, int64_t n, T* to, char* base) {
   const TileTable<Acc>& table = plan.tile_x;
   const int64_t pitch = kExact ? table.tile : X;
   constexpr int V = kTileVectors<X>, lanes = kLanes<Acc>;

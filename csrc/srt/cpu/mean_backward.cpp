@@ -82,7 +82,7 @@ struct ViewsByDy {
 // more.
 template <class Acc>
 std::vector<Span> choose_segments(const TransposedTable<Acc>& x, int64_t cell_bytes,
-                                      MeanBackwardPlan<Acc>& plan) {
+                                  MeanBackwardPlan<Acc>& plan) {
   std::vector<Span> spans;
   for (int64_t segments = 1;; segments *= 2) {
     const int64_t segment = div_up(plan.tokens_x, segments);

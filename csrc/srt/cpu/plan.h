@@ -66,10 +66,10 @@ struct WalkTable {
     int64_t input;
     Acc value, slope;
   };
-  const int64_t* begin;   // [cells + 1], into taps
+  const int64_t* begin;  // [cells + 1], into taps
   const Tap* taps;
-  const uint8_t* anew;    // [cells] whether the sums start from 0
-  const Acc* position;    // [cells] from the centre of the interval
+  const uint8_t* anew;  // [cells] whether the sums start from 0
+  const Acc* position;  // [cells] from the centre of the interval
 };
 
 // The weighted mean: for each group of views, their rows are summed once for a tile of output rows;
@@ -77,11 +77,11 @@ struct WalkTable {
 // A task is one image, one tile of rows, one part of their cells and one chunk of channels.
 template <class Acc>
 struct MeanPlan : ViewsPlan<Acc> {
-  TileTable<Acc> tile_y;  // output rows that read token rows; a set for each distinct dy
-  bool walks;             // along x
-  WalkTable<Acc> walk_x;  // over [groups, columns]
-  TileTable<Acc> tile_x;  // cells that read [groups, columns]; one set
-  int64_t part, parts;    // cells of a row, and how many parts there are
+  TileTable<Acc> tile_y;   // output rows that read token rows; a set for each distinct dy
+  bool walks;              // along x
+  WalkTable<Acc> walk_x;   // over [groups, columns]
+  TileTable<Acc> tile_x;   // cells that read [groups, columns]; one set
+  int64_t part, parts;     // cells of a row, and how many parts there are
   const Span* columns_of;  // [parts] the columns of tokens that each reads
   int64_t columns;         // the most of them
   int64_t pass;            // channels whose sums fit the cache, whole blocks
