@@ -167,7 +167,12 @@ def check_containment(kernel: str, backend: Backend, case: Case, values: torch.T
         return
     clean = torch.where(values.isfinite(), values, 0)
     if kernel == "mean" and case.stride[1] == 1:
-        check("mean", case, clean, torch.where(reached, truth("mean", case, clean).to(result.dtype), result))
+        check(
+            "mean",
+            case,
+            clean,
+            torch.where(reached, truth("mean", case, clean).to(result.dtype), result),
+        )
     else:
         backend.assert_same(result[~reached], run(backend, kernel, case, clean)[~reached])
 

@@ -28,6 +28,7 @@ from samples import (
     ENSEMBLES,
     UPSAMPLES,
     Ensemble,
+    Pairs,
     each_border,
     each_dtype,
     ensembles,
@@ -87,6 +88,55 @@ def test_positions_far_from_0_in_float64(grid: tuple[int, int], backend: Backend
 def test_zero_if_all_weights_are_zero(border: str, backend: Backend) -> None:
     case = replace(ENSEMBLES["one_view"], weights=(0.0,), border=border)
     assert not backend.ensemble(case, torch.full_like(case.tokens(), NAN)).any()
+
+
+# ---- the walk of the mean from pixel to pixel ---------------------------------------------------
+
+_FAR_VIEWS = tuple(((-25.0 + 7.1 * v) % 25, (25.0 - 4.3 * v) % 50 - 25) for v in range(7))
+_WHOLE_VIEWS = tuple((float(y), float(x)) for y, x in zip((-7, -3, 0, 5, 8), (6, 1, 0, -8, -3)))
+
+
+@pytest.mark.parametrize("offsets", [_FAR_VIEWS, _WHOLE_VIEWS], ids=["far", "whole"])
+@pytest.mark.parametrize("patch", [(14, 14), (16, 16), (32, 32), (20, 3)], ids=str)
+def test_error_budget_of_real_patches(
+    patch: tuple[int, int], offsets: Pairs, backend: Backend
+) -> None:
+    case = Ensemble((2, 3), patch, offsets, channels=40, batch=1)
+    for upsample in UPSAMPLES:
+        check_sample("mean", backend, replace(case, upsample=upsample), torch.float32)
+
+
+@pytest.mark.parametrize("upsample", UPSAMPLES)
+@pytest.mark.parametrize("patch", [(14, 14), (16, 16), (32, 32)], ids=str)
+def test_a_large_token_stays_with_its_cells(
+    patch: tuple[int, int], upsample: str, backend: Backend
+) -> None:
+    """Cells that do not read it change by at most 2^-22 of it, the rounding of a sum near it."""
+    case = Ensemble((2, 5), patch, _FAR_VIEWS, channels=8, batch=1, upsample=upsample)
+    tokens = case.tokens()
+    without = tokens.clone()
+    without[:, :, 7] = 0
+    tokens[:, :, 7] *= 1000
+    beyond = oracle(case, (tokens != without).double()) == 0
+    change = backend.ensemble(case, tokens) - backend.ensemble(case, without)
+    assert beyond.any()
+    assert change[beyond].abs().max() <= 2.0**-22 * tokens[:, :, 7].abs().max()
+
+
+def test_a_view_that_stops_leaves_nothing(backend: Backend) -> None:
+    """Its rounding would be more than all of a view that weighs 2^-70 of it."""
+    case = Ensemble((1, 3), (16, 16), ((0.0, 5.0), (0.0, -3.0)), weights=(1.0, 2.0**-70))
+    tokens = case.tokens()
+    field = backend.ensemble(case, tokens)
+    alone = backend.ensemble(replace(case, weights=(0.0, 1.0)), tokens)
+    torch.testing.assert_close(field[..., -5:], alone[..., -5:], rtol=1e-5, atol=1e-6)
+
+
+def test_values_near_the_largest_number(backend: Backend) -> None:
+    """What the field is in range for is not lost to steps that are larger than the field."""
+    case = Ensemble((2, 4), (16, 16), ((0.0, 0.0),), channels=8, batch=1)
+    tokens = case.tokens().sign() * torch.finfo(torch.float32).max
+    assert backend.ensemble(case, tokens).isfinite().all()
 
 
 # ---- the variance -------------------------------------------------------------------------------
