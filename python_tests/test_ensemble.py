@@ -92,8 +92,8 @@ def test_zero_if_all_weights_are_zero(border: str, backend: Backend) -> None:
 
 # ---- the walk of the mean from pixel to pixel ---------------------------------------------------
 
-_FAR_VIEWS = tuple(((-25.0 + 7.1 * v) % 25, (25.0 - 4.3 * v) % 50 - 25) for v in range(7))
-_WHOLE_VIEWS = tuple((float(y), float(x)) for y, x in zip((-7, -3, 0, 5, 8), (6, 1, 0, -8, -3)))
+_FAR_VIEWS: Pairs = ((-25.0, 24.9), (7.1, -20.7), (0.3, 15.4), (-14.6, -3.9), (20.0, 8.2))
+_WHOLE_VIEWS: Pairs = ((-7.0, 6.0), (-3.0, 1.0), (0.0, 0.0), (5.0, -8.0), (8.0, -3.0))
 
 
 @pytest.mark.parametrize("offsets", [_FAR_VIEWS, _WHOLE_VIEWS], ids=["far", "whole"])
