@@ -17,11 +17,14 @@ struct MeanPart {
 
 // ---- rows of tokens: the sum over the views of every group --------------------------------------
 
-// The rows of tile number `tile`, X of them: sums [X, groups, columns, pass], with zeros up to a
-// whole block. Returns whether they are small enough to go on with: see kLargestSum.
-template <int X, class T, class Out, class Acc>
-bool sum_tile(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64_t tile, char* base) {
+// Rows of tile number `tile`, X of them from its row `first` on: sums [X, groups, columns, pass],
+// with zeros up to a whole block. X is a whole tile, or 1 with `kExact`. Returns whether they are
+// small enough to go on with: see kLargestSum.
+template <int X, bool kExact, class T, class Out, class Acc>
+bool sum_rows(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64_t tile, int64_t first,
+              char* base) {
   const TileTable<Acc>& table = plan.tile_y;
+  const int64_t pitch = kExact ? table.tile : X;
   int64_t* const at = in(base, plan.scratch.at);
   Acc* const weights = in(base, plan.scratch.weights);
   Acc* sums = in(base, plan.scratch.sums);
@@ -34,83 +37,54 @@ bool sum_tile(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64_t t
       for (int64_t k = table.begin[slot]; k < table.begin[slot + 1]; ++k, ++count) {
         at[count] = view.index * plan.token_strides[0] +
                     table.input[k] * plan.tokens_x * plan.token_strides[2];
-        for (int64_t x = 0; x < X; ++x)
-          weights[count * X + x] = view.weight * table.weight[k * X + x];
+        for (int64_t y = 0; y < pitch; ++y)
+          weights[count * pitch + y] = view.weight * table.weight[k * pitch + y];
       }
     }
     for (int64_t j = part.columns.begin; j < part.columns.end; ++j)
-      store_sums<X, false>(part.tokens + j * plan.token_strides[2], at, weights, X, count, part.n,
-                           sums + (j - part.columns.begin) * plan.pass,
-                           plan.groups * plan.columns * plan.pass, size);
+      store_sums<X, kExact>(part.tokens + j * plan.token_strides[2], at, weights + first, pitch,
+                            count, part.n, sums + (j - part.columns.begin) * plan.pass,
+                            plan.groups * plan.columns * plan.pass, size);
   }
   return all_below(size, kLargestSum<Acc>);
 }
 
-// Row y from the table of the axis, whatever the tokens are: sums [groups, columns, pass].
-template <class T, class Out, class Acc>
-void sum_row(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64_t y, char* base) {
-  int64_t* const at = in(base, plan.scratch.at);
-  Acc* const weights = in(base, plan.scratch.weights);
-  Acc* sums = in(base, plan.scratch.sums);
-  Vec<Acc> size = {};  // not looked at
-  for (int64_t g = 0; g < plan.groups; ++g, sums += plan.columns * plan.pass) {
-    int64_t count = 0;
-    for (int64_t i = plan.group_begin[g]; i < plan.group_begin[g + 1]; ++i) {
-      const auto& view = plan.counted_views[i];
-      const int64_t slot = view.dy * plan.height + y;
-      for (int64_t k = 0; k < plan.y.taps[slot]; ++k, ++count) {
-        at[count] = view.index * plan.token_strides[0] +
-                    (plan.y.first[slot] + k) * plan.tokens_x * plan.token_strides[2];
-        weights[count] = view.weight * plan.y.weight[slot * plan.y.max_taps + k];
-      }
-    }
-    for (int64_t j = part.columns.begin; j < part.columns.end; ++j)
-      store_sums<1, true>(part.tokens + j * plan.token_strides[2], at, weights, 1, count, part.n,
-                          sums + (j - part.columns.begin) * plan.pass, 0, size);
-  }
-}
-
 // ---- cells: from the sums of all groups ---------------------------------------------------------
 
-// An inverse of 0 leaves nothing of an infinite sum.
-template <int V, class Acc, class Sums>
-SRT_INLINE void scale_sums(Sums (&sum)[V], Acc inverse) {
-  if (inverse != 0) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sum[v] *= inverse;
-  } else {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sum[v] = Sums{};
-  }
+// keep * out is added to n channels of any stride. Not inlined: it would be compiled for each cell
+// of a tile.
+template <int V, class Out, class Acc>
+__attribute__((noinline)) void write_part(const Acc* sums, Acc keep, Out* out, int64_t stride_c,
+                                          int64_t n) {
+  Vec<Acc> sum[V], before[V] = {};
+  load_block(sums, 1, V * kLanes<Acc>, sum);
+  if (keep != 0) load_block(out, stride_c, n, before);
+  for (int v = 0; keep != 0 && v < V; ++v) sum[v] += keep * before[v];
+  store_block(out, stride_c, n, sum);
 }
 
 // A cell from its sum: out = inverse * sum, and where there is a `keep`, keep * out is added.
 template <int V, class Out, class Acc>
-SRT_INLINE void write_cell(Vec<Acc> (&sum)[V], Acc inverse, Acc keep, Out* out, bool past_cache) {
-  scale_sums(sum, inverse);
-  if (keep != 0) {
+SRT_INLINE void write_cell(Vec<Acc> (&sum)[V], Acc inverse, Acc keep, Out* out, int64_t stride_c,
+                           int64_t n, bool past_cache) {
+  constexpr int lanes = kLanes<Acc>;
+  if (inverse != 0) {
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sum[v] += keep * load(out + v * kLanes<Acc>);
+    for (int v = 0; v < V; ++v) sum[v] *= inverse;
+  } else {  // nothing, of an infinite sum either
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sum[v] = Vec<Acc>{};
   }
-  if (past_cache) {
+  if (stride_c != 1 || n < V * lanes || keep != 0) {
+    Acc sums[V * lanes];
+    store_block(sums, 1, V * lanes, sum);
+    write_part<V>(sums, keep, out, stride_c, n);
+  } else if (past_cache) {
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store_past_cache(out + v * kLanes<Acc>, sum[v]);
+    for (int v = 0; v < V; ++v) store_past_cache(out + v * lanes, sum[v]);
   } else {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store(out + v * kLanes<Acc>, sum[v]);
+    store_block(out, 1, V * lanes, sum);
   }
-}
-
-// The same of n channels of any stride. Not inlined: it would be compiled for each cell of a tile.
-template <int V, class Out, class Acc>
-__attribute__((noinline)) void write_part(const Acc* sums, Acc inverse, Acc keep, Out* out,
-                                          int64_t stride_c, int64_t n) {
-  Vec<Acc> sum[V], before[V] = {};
-  load_block(sums, 1, V * kLanes<Acc>, sum);
-  if (keep != 0) load_block(out, stride_c, n, before);
-  scale_sums(sum, inverse);
-  for (int v = 0; keep != 0 && v < V; ++v) sum[v] += keep * before[v];
-  store_block(out, stride_c, n, sum);
 }
 
 // Writes the first `cells` of X cells from x on, row r of the band; channels from c on.
@@ -118,28 +92,17 @@ template <int X, int V, class T, class Out, class Acc>
 SRT_INLINE void write_cells(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64_t r,
                             int64_t x, int64_t cells, int64_t c, Vec<Acc> (&sum)[X][V],
                             char* base) {
-  constexpr int64_t block = V * kLanes<Acc>;
-  const int64_t stride_c = plan.out_strides[1], stride_x = plan.out_strides[3];
   const int64_t cell = r * plan.part + x - part.x;
   const Acc* const inverse = in(base, plan.scratch.inverse) + cell;
   const Acc* const keep = plan.total_weight ? in(base, plan.scratch.keep) + cell : nullptr;
-  Out* const to = part.out + r * plan.out_strides[2] + (x - part.x) * stride_x + c * stride_c;
-  if (stride_c == 1 && part.n - c >= block) {
-#pragma GCC unroll 8
-    for (int i = 0; i < X; ++i)
-      if (i < cells)
-        write_cell(sum[i], inverse[i], keep ? keep[i] : Acc{0}, to + i * stride_x, plan.past_cache);
-    return;
-  }
-  Acc sums[X * block];
+  Out* const to = part.out + r * plan.out_strides[2] + (x - part.x) * plan.out_strides[3] +
+                  c * plan.out_strides[1];
 #pragma GCC unroll 8
   for (int i = 0; i < X; ++i) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store(sums + i * block + v * kLanes<Acc>, sum[i][v]);
+    if (i < cells)
+      write_cell(sum[i], inverse[i], keep ? keep[i] : Acc{0}, to + i * plan.out_strides[3],
+                 plan.out_strides[1], part.n - c, plan.past_cache);
   }
-  for (int64_t i = 0; i < cells; ++i)
-    write_part<V>(sums + i * block, inverse[i], keep ? keep[i] : Acc{0}, to + i * stride_x,
-                  stride_c, part.n - c);
 }
 
 // Row r of the band by a walk along it.
@@ -195,7 +158,7 @@ void filter_tiles(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, char*
   }
 }
 
-// Row r of the band from the table of the axis, whatever the sums are.
+// Row r of the band a cell at a time, from the table of the axis: only what a cell reads enters it.
 template <class T, class Out, class Acc>
 void filter_row(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64_t r, char* base) {
   int64_t* const at = in(base, plan.scratch.at);
@@ -249,8 +212,9 @@ void fill_inverse(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64
 
 template <class T, class Out, class Acc>
 void mean_of_part(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, char* base) {
+  const int64_t tile_y = part.y / plan.band;
   const bool small = with_tile(plan.tile_y.tile, [&](auto tile) {
-    return sum_tile<tile.value>(plan, part, part.y / plan.band, base);
+    return sum_rows<tile.value, false>(plan, part, tile_y, 0, base);
   });
   if (small && !plan.walks) {
     with_tile(plan.tile_x.tile, [&](auto tile) { filter_tiles<tile.value>(plan, part, base); });
@@ -260,7 +224,7 @@ void mean_of_part(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, char*
     if (small) {
       walk_along(plan, part, r, base);
     } else {
-      sum_row(plan, part, part.y + r, base);
+      sum_rows<1, true>(plan, part, tile_y, r, base);
       filter_row(plan, part, r, base);
     }
   }

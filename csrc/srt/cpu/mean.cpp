@@ -21,21 +21,21 @@ constexpr int64_t kPastCacheBytes = int64_t{8} << 20;
 // The tables of one call, owned.
 template <class Acc>
 struct MeanTables {
-  using Tap = typename WalkTable<Acc>::Tap;
   std::vector<int64_t> begin{0};  // of the walk
-  std::vector<Tap> taps;
+  std::vector<typename WalkTable<Acc>::Tap> taps;
   std::vector<uint8_t> anew;
   std::vector<Acc> position;
   TileStorage<Acc> tile_y, tile_x;
   std::vector<Span> columns;
 
   void make_walk(const Axis& axis, const std::vector<double>& dx, MeanPlan<Acc>& plan) {
+    split_row(axis, walk_interval(axis), plan);
     for (int64_t x = 0; x < plan.width; ++x) {
       bool all = x % walk_interval(axis) == 0;
       for (const double offset : dx) all = all || stops_at(axis, offset, x);
       for (size_t g = 0; g < dx.size(); ++g) {
         visit_step(axis, dx[g], x, all, [&](int32_t token, double value, double slope) {
-          taps.push_back({static_cast<int64_t>(g) * plan.tokens_x + token, static_cast<Acc>(value),
+          taps.push_back({static_cast<int64_t>(g) * plan.columns + token, static_cast<Acc>(value),
                           static_cast<Acc>(slope)});
         });
       }
@@ -43,49 +43,34 @@ struct MeanTables {
       anew.push_back(all);
       position.push_back(static_cast<Acc>(walk_position(axis, x)));
     }
-    split_row(
-        axis, walk_interval(axis), 1, begin, taps, [](Tap& tap) -> int64_t& { return tap.input; },
-        plan);
     plan.walk_x = {begin.data(), taps.data(), anew.data(), position.data()};
   }
 
   void make_tiles(const Axis& axis, int64_t largest, MeanPlan<Acc>& plan) {
     const int64_t tile = choose_tile(plan.x, plan.groups, largest, kLoadSums, once);
+    split_row(axis, tile, plan);
     for (int64_t cell = 0; cell < plan.width; cell += tile) {
-      for (int64_t g = 0; g < plan.groups; ++g)
-        tile_x.add(plan.x, g, cell, tile, g * plan.tokens_x);
+      for (int64_t g = 0; g < plan.groups; ++g) tile_x.add(plan.x, g, cell, tile, g * plan.columns);
       tile_x.close();
     }
-    split_row(
-        axis, tile, tile, tile_x.begin, tile_x.input,
-        [](int64_t& input) -> int64_t& { return input; }, plan);
     plan.tile_x = tile_x.table(tile, plan.width);
   }
 
-  // Splits a row into parts of whole `unit`s of cells, and finds the columns of tokens that each
-  // reads: inputs [groups, tokens_x] become [groups, columns]. begin[i]: the first one of cell
-  // i * step.
-  template <class Inputs, class InputOf>
-  void split_row(const Axis& axis, int64_t unit, int64_t step, const std::vector<int64_t>& begin,
-                 Inputs& inputs, InputOf&& input_of, MeanPlan<Acc>& plan) {
-    const int64_t least = std::max(kPartCells, kPartTokens * axis.patch / axis.stride);
-    plan.part = div_up(least, unit) * unit;
+  // Splits a row into parts of whole `unit`s of cells.
+  void split_row(const Axis& axis, int64_t unit, MeanPlan<Acc>& plan) {
+    const int64_t cells = std::max(kPartCells, kPartTokens * axis.patch / axis.stride);
+    plan.part = div_up(cells, unit) * unit;
     plan.parts = div_up(plan.width, plan.part);
-    for (int64_t p = 0; p < plan.parts; ++p) {
+    for (int64_t x = 0; x < plan.width; x += plan.part) {
       Span own{plan.tokens_x, 0};
-      const int64_t x_end = std::min((p + 1) * plan.part, plan.width);
-      const int64_t end = begin[static_cast<size_t>(div_up(x_end, step))];
-      for (int64_t i = begin[static_cast<size_t>(p * plan.part / step)]; i < end; ++i) {
-        const int64_t token = input_of(inputs[static_cast<size_t>(i)]) % plan.tokens_x;
-        own = {std::min(own.begin, token), std::max(own.end, token + 1)};
+      for (int64_t g = 0; g < plan.groups; ++g) {
+        const auto [first, end] = inputs_of_tile(plan.x, g, x, plan.part);
+        if (first < end) own = {std::min(own.begin, first), std::max(own.end, end)};
       }
-      own.begin = std::min(own.begin, own.end);
+      // A walk has a tap of the next token, too, where its weight is 0 in the last pixel.
+      own = {std::min(own.begin, own.end), std::min(own.end + 1, plan.tokens_x)};
       columns.push_back(own);
       plan.columns = std::max(plan.columns, own.end - own.begin);
-    }
-    for (auto& of : inputs) {
-      int64_t& input = input_of(of);
-      input = input / plan.tokens_x * plan.columns + input % plan.tokens_x;
     }
     plan.columns_of = columns.data();
   }
@@ -144,20 +129,24 @@ void mean_of(const EnsembleArgs& args, const Parallel& parallel) {
   }
   // With all weights 0 there is no group.
   const int64_t row_bytes = std::max<int64_t>(1, plan.groups * plan.columns) * kSize;
-  plan.band =
-      choose_tile(plan.y, plan.offsets_y, largest_tile(plan, block, row_bytes, parallel.threads),
-                  kLoadTokens, once);
+  plan.band = choose_tile(plan.y, plan.offsets_y,
+                          largest_tile(plan, block, row_bytes, plan.walks ? 1 : parallel.threads),
+                          kLoadTokens, once);
   tables.tile_y.add_rows(plan.y, plan.offsets_y, plan.band);
   plan.tile_y = tables.tile_y.table(plan.band, plan.height);
   plan.past_cache = goes_past_cache<T>(args, plan.batch * plan.channels * plan.height * plan.width);
 
   plan.pass = fitting_channels(plan.channels, block, plan.band * row_bytes);
-  plan.chunk = div_up(plan.channels, plan.pass) * plan.pass;
+  // Where tokens are not finite, a pass is summed in another order than that of a walk: it must not
+  // depend on the number of threads.
+  const int64_t unit = plan.walks ? plan.pass : block;
+  plan.chunk = div_up(plan.channels, unit) * unit;
   const auto count_tasks = [&] {
     return plan.batch * div_up(plan.height, plan.band) * plan.parts *
            div_up(plan.channels, plan.chunk);
   };
-  split_channels(plan.pass, parallel.threads, plan.chunk, count_tasks);
+  split_channels(unit, parallel.threads, plan.chunk, count_tasks);
+  plan.pass = std::min(plan.pass, plan.chunk);
   const int64_t taps =
       std::max(views.largest_group() * plan.y.max_taps, plan.groups * plan.x.max_taps);
   const int64_t inputs = std::max(taps, views.largest_group() * tables.tile_y.largest());

@@ -136,7 +136,7 @@ SRT_INLINE void store_sums(const T* from, const int64_t* at, const Acc* weight, 
   constexpr int64_t block = V * kLanes<Acc>, whole = kBlockBytes / sizeof(Acc);
   const int64_t padded = (n + whole - 1) / whole * whole;
   for (int64_t c = 0; c < padded; c += block) {
-    // More inputs than the processor follows by itself.
+    // There are more inputs than the processor prefetches by itself.
     for (int64_t k = 0; k < count; ++k) {
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) __builtin_prefetch(from + at[k] + c + block + v * kLanes<Acc>);
