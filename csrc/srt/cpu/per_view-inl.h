@@ -95,21 +95,6 @@ __attribute__((noinline)) Vec<Acc> median_by_bits(Acc* values, int64_t count, in
   return bits_as<Vec<Acc>>(flip(key));
 }
 
-template <size_t I = 0, class Acc>
-Vec<Acc> lower_median(Acc* values, int64_t count, int64_t step) {
-  if constexpr (I == sizeof(kNetworkSizes) / sizeof(int)) {
-    return median_by_bits(values, count, step);
-  } else {
-    // Every other size is enough for float64: each is a thousand instructions to compile.
-    constexpr bool exists = sizeof(Acc) < sizeof(double) || I % 2 == 1;
-    if constexpr (exists) {
-      if (count <= kNetworkSizes[I])
-        return median_by_network<kNetworkSizes[I]>(values, count, step);
-    }
-    return lower_median<I + 1>(values, count, step);
-  }
-}
-
 // The median of one vector of channels; NaN if a value is. Overwrites the values.
 template <class Acc>
 Vec<Acc> median_of(Acc* value, int64_t count, bool finite) {
@@ -119,7 +104,9 @@ Vec<Acc> median_of(Acc* value, int64_t count, bool finite) {
     const Vec<Acc> x = load(value + i * block);
     poison = x != x ? x : poison;
   }
-  const Vec<Acc> median = lower_median(value, count, block);
+  const Vec<Acc> median = with_network(
+      count, [&](auto n) { return median_by_network<n>(value, count, block); },
+      [&] { return median_by_bits(value, count, block); });
   return poison != poison ? poison : median;
 }
 

@@ -643,11 +643,9 @@ using Kernel = void (*)(PerViewPlan<typename AccumulatorOf<T>::type>);
 template <class T>
 Kernel<T> choose_median(const EnsembleArgs& args) {
   if (args.total_weight) return per_view_kernel<T, StreamMedian<T>>;
-  // Fewer sizes than on the CPU: each is a kernel for every dtype and architecture.
-  if (args.views <= 9) return per_view_kernel<T, NetworkMedian<T, 9>>;
-  if (args.views <= 25) return per_view_kernel<T, NetworkMedian<T, 25>>;
-  if (args.views <= 50) return per_view_kernel<T, NetworkMedian<T, 50>>;
-  return per_view_kernel<T, CountingMedian<T>>;
+  return with_network(
+      args.views, [](auto n) -> Kernel<T> { return per_view_kernel<T, NetworkMedian<T, n>>; },
+      []() -> Kernel<T> { return per_view_kernel<T, CountingMedian<T>>; });
 }
 
 template <class T>
