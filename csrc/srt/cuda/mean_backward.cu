@@ -109,12 +109,14 @@ constexpr int kBackwardResident = 2;
 // summed for each view into the tokens that are open: a token row is open while its cells go by
 // (two warps an open row, 4 entries each, 8 lanes along the channels). It stays in registers, and
 // is written when they have gone.
-template <class T>
+// kVector: the channels of a thread in one access, which needs aligned rows of them on both sides.
+// Otherwise a thread has one channel.
+template <class T, bool kVector>
 struct GradTile {
   using Acc = typename AccumulatorOf<T>::type;
   static constexpr int lanes = 8;
   static constexpr int quarters = kWarpThreads / lanes;
-  static constexpr int vector = sizeof(Acc) == 8 ? 2 : 4;  // channels of a thread
+  static constexpr int vector = !kVector ? 1 : sizeof(Acc) == 8 ? 2 : 4;  // channels of a thread
   static constexpr int channels = lanes * vector;
   static constexpr int halves = 2;
   static constexpr int rows = kThreads / lanes / halves;
@@ -126,9 +128,8 @@ struct GradTile {
 };
 
 // The shared memory of a block.
-template <class T>
+template <class T, class Tile>
 struct GradShared {
-  using Tile = GradTile<T>;
   using Acc = typename Tile::Acc;
   static constexpr int padded = Tile::slots + Tile::slots % 2;
   Pack<Acc, Tile::vector> sums[Tile::halves][kEntries][Tile::rows][Tile::lanes];
@@ -149,21 +150,19 @@ struct GradShared {
   int staged;                   // the first of the cells whose column weights are there
 };
 
-// One thread of a block. kVector: the channels of a thread in one access, which needs aligned rows
-// of them on both sides.
-template <class T, bool kVector>
+// One thread of a block.
+template <class T, class Tile>
 struct GradThread {
-  using Tile = GradTile<T>;
   using Acc = typename Tile::Acc;
   static constexpr int kVec = Tile::vector, kRows = Tile::rows, kOpen = Tile::open;
   static constexpr int kSlots = Tile::slots;
   const GradPlan<Acc>& plan;
-  GradShared<T>& shared;
+  GradShared<T, Tile>& shared;
   // Whose cells this thread sums, and whose rows: a place among the open tokens, and an entry.
   int lane, half, own_row, place, entry;
   Acc total[kSlots][kVec];  // of the open token, by view
 
-  __device__ GradThread(const GradPlan<Acc>& plan, GradShared<T>& shared)
+  __device__ GradThread(const GradPlan<Acc>& plan, GradShared<T, Tile>& shared)
       : plan(plan), shared(shared), total{} {
     const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarpThreads;
     const int quarter = thread / Tile::lanes % Tile::quarters;
@@ -245,18 +244,6 @@ struct GradThread {
     __syncthreads();
   }
 
-  __device__ Pack<T, kVec> load_cell(const T* at) const {
-    Pack<T, kVec> grad;
-    if constexpr (kVector) {
-      grad = load(reinterpret_cast<const Pack<T, kVec>*>(at));
-    } else {
-#pragma unroll
-      for (int c = 0; c < kVec; ++c)
-        grad.at[c] = c < channels() ? load(at + c * plan.grad_strides[1]) : T{};
-    }
-    return grad;
-  }
-
   // Sums the cells of row y + own_row for each entry. A weight of 0 is not multiplied: the gradient
   // may not be finite. Where no view counts, the weight is not 0, but no row of the sum is used.
   __device__ void sum_cells(int y) const {
@@ -273,7 +260,8 @@ struct GradThread {
 #pragma unroll Tile::ahead
       for (int x = x0 + half; x < end; x += Tile::halves) {
         const Acc inverse = load(inverses + x);
-        const auto value = to_acc(load_cell(grad + x * plan.grad_strides[3]));
+        const T* const cell = grad + x * plan.grad_strides[3];
+        const auto value = to_acc(load(reinterpret_cast<const Pack<T, kVec>*>(cell)));
         const auto weight = shared.column_weight[x - x0];
         Acc share[kVec];
 #pragma unroll
@@ -331,13 +319,7 @@ struct GradThread {
         Pack<T, kVec> pack;
 #pragma unroll
         for (int c = 0; c < kVec; ++c) pack.at[c] = from_acc<T>(weight * total[s][c]);
-        if constexpr (kVector) {
-          store(reinterpret_cast<Pack<T, kVec>*>(to), pack, plan.keep_in_l2);
-        } else {
-#pragma unroll
-          for (int c = 0; c < kVec; ++c)
-            if (c < channels()) store(to + c, pack.at[c], plan.keep_in_l2);
-        }
+        store(reinterpret_cast<Pack<T, kVec>*>(to), pack, plan.keep_in_l2);
       }
 #pragma unroll
       for (int c = 0; c < kVec; ++c) total[s][c] = 0;
@@ -379,11 +361,12 @@ struct GradThread {
 template <class T, bool kVector>
 __global__ void __launch_bounds__(kThreads, kBackwardResident)
     mean_backward_kernel(const __grid_constant__ GradPlan<typename AccumulatorOf<T>::type> plan) {
-  static_assert(sizeof(GradShared<T>) <= 48 * 1024);
-  __shared__ GradShared<T> shared;
-  GradThread<T, kVector> own(plan, shared);
+  using Tile = GradTile<T, kVector>;
+  static_assert(sizeof(GradShared<T, Tile>) <= 48 * 1024);
+  __shared__ GradShared<T, Tile> shared;
+  GradThread<T, Tile> own(plan, shared);
   const int64_t parts = div_up(*plan.entries, kEntries);
-  const int64_t chunks = div_up(plan.channels, GradTile<T>::channels);
+  const int64_t chunks = div_up(plan.channels, Tile::channels);
   const int64_t pairs = div_up(plan.tables.x.axis.tokens, 2);
   SRT_FOR_BLOCK(task, 2 * chunks * parts * pairs * plan.segments * plan.batch) {
     __syncthreads();  // nobody needs the last task any more
@@ -412,10 +395,10 @@ int64_t choose_segment(int64_t rows, int64_t columns_of_blocks, int64_t resident
   return best;
 }
 
-template <class T>
+template <class T, bool kVector>
 int64_t mean_backward(const Call& call, void* grad_tokens) {
   const EnsembleArgs& args = call.args;
-  using Tile = GradTile<T>;
+  using Tile = GradTile<T, kVector>;
   using Acc = typename Tile::Acc;
   Workspace workspace(call.workspace);
   GradPlan<Acc> plan{};
@@ -448,13 +431,6 @@ int64_t mean_backward(const Call& call, void* grad_tokens) {
   plan.segment = choose_segment(args.grid[0], columns, resident);
   plan.segments = div_up(args.grid[0], plan.segment);
 
-  const auto aligned = [](const void* p) {
-    return reinterpret_cast<uintptr_t>(p) % (Tile::vector * sizeof(T)) == 0;
-  };
-  const auto fits = [&](int64_t stride) { return stride % Tile::vector == 0; };
-  const bool vector = aligned(args.out) && aligned(grad_tokens) && fits(args.channels) &&
-                      args.out_strides[1] == 1 && (args.batch == 1 || fits(args.out_strides[0])) &&
-                      fits(args.out_strides[2]) && fits(args.out_strides[3]);
   const int64_t reads = args.views * plan.tables.cells();
   sort_views(call, raw, parameters, plan.tables.sorted, nullptr, nullptr, 0);
   launch(call.op, list_entries<Acc>, div_up(std::max(plan.spans(), args.views), kThreads),
@@ -463,9 +439,21 @@ int64_t mean_backward(const Call& call, void* grad_tokens) {
   launch(call.op, fill_spans_and_inverse<Acc>, div_up(std::max(reads, cells), kThreads),
          call.stream, plan);
   const int64_t tasks = columns / parts * plan.parts * plan.segments;
-  launch(call.op, vector ? mean_backward_kernel<T, true> : mean_backward_kernel<T, false>,
-         std::min(tasks, resident), call.stream, plan);
+  launch(call.op, mean_backward_kernel<T, kVector>, std::min(tasks, resident), call.stream, plan);
   return workspace.bytes();
+}
+
+// Whether rows of channels can be accessed as vectors.
+template <class T>
+bool are_vectors(const EnsembleArgs& args, const void* grad_tokens) {
+  constexpr int64_t kChannels = GradTile<T, true>::vector;
+  const auto aligned = [](const void* p) {
+    return reinterpret_cast<uintptr_t>(p) % (kChannels * sizeof(T)) == 0;
+  };
+  const auto fits = [](int64_t stride) { return stride % kChannels == 0; };
+  return aligned(args.out) && aligned(grad_tokens) && fits(args.channels) &&
+         args.out_strides[1] == 1 && (args.batch == 1 || fits(args.out_strides[0])) &&
+         fits(args.out_strides[2]) && fits(args.out_strides[3]);
 }
 
 int64_t dispatch(const Call& call, void* grad_tokens) {
@@ -473,7 +461,9 @@ int64_t dispatch(const Call& call, void* grad_tokens) {
   if (args.batch == 0 || args.channels == 0) return 0;
   check_views(call.op, args.views);
   return dispatch_floating(args.dtype, [&](auto element) {
-    return mean_backward<decltype(element)>(call, grad_tokens);
+    using T = decltype(element);
+    return are_vectors<T>(args, grad_tokens) ? mean_backward<T, true>(call, grad_tokens)
+                                             : mean_backward<T, false>(call, grad_tokens);
   });
 }
 

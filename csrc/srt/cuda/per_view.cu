@@ -72,7 +72,6 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- values -------------------------------------------------------------------------------------
 
-constexpr int kWarps = kThreads / kWarpThreads;
 // In a tile, at most; static shared memory has 48 KB.
 template <class Acc>
 constexpr int kRuns = sizeof(Acc) == 8 ? kColumns : 16;
@@ -135,21 +134,14 @@ struct Cell {
   }
   __device__ bool staged_once() const { return plan.views <= Stage::kViews; }
 
-  // The runs of the tile that begins at row y and cell x. They end with it.
+  // The runs of the tile that begins at row y and cell x, by one thread. They end with it.
   __device__ void stage_runs(int64_t image, int64_t y, int64_t x) const {
-    const int cells = static_cast<int>(min(plan.tile, plan.tables.x.table.cells - x));
-    const int own = static_cast<int>(threadIdx.x);
-    if (own >= cells) return;
-    const auto begins = [&](int cell) {
-      return cell == 0 || !Reduction::kCopies || plan.breaks[1][x + cell];
-    };
-    int before = 0;
-#pragma unroll 1
-    for (int cell = 0; cell < own; ++cell) before += begins(cell);
-    if (begins(own)) stage.begin[before++] = static_cast<int32_t>(x) + own;
-    if (own < cells - 1) return;
-    stage.begin[before] = static_cast<int32_t>(x) + cells;
-    stage.runs = before;
+    const int32_t end = static_cast<int32_t>(min(x + plan.tile, plan.tables.x.table.cells));
+    stage.runs = 0;
+    for (int32_t cell = static_cast<int32_t>(x); cell < end; ++cell)
+      if (cell == x || !Reduction::kCopies || plan.breaks[1][cell])
+        stage.begin[stage.runs++] = cell;
+    stage.begin[stage.runs] = end;
     stage.image = image;
     stage.y = y;
     do {
@@ -567,7 +559,7 @@ __global__ void __launch_bounds__(kThreads, Reduction::kBlocks)
     if (Reduction::kCopies && !plan.breaks[0][y]) continue;
     Cell<T, Reduction> cell{plan, stage, begin + lane, 0};
     __syncthreads();
-    cell.stage_runs(i / tiles / parts / rows, y, i % tiles * plan.tile);
+    if (threadIdx.x == 0) cell.stage_runs(i / tiles / parts / rows, y, i % tiles * plan.tile);
     __syncthreads();
     if (cell.staged_once()) cell.stage_views(0);
     // Whole warps enter the loops: some of their threads only help to stage.
@@ -601,23 +593,12 @@ template <class T>
 using Kernel = void (*)(PerViewPlan<typename AccumulatorOf<T>::type>);
 
 template <class T>
-Kernel<T> choose_median(const EnsembleArgs& args) {
+Kernel<T> choose_kernel(const EnsembleArgs& args) {
+  if (args.reduce != Reduce::median) return per_view_kernel<T, Moments<T>>;  // a mean: of a stream
   if (args.total_weight) return per_view_kernel<T, StreamMedian<T>>;
   return with_network(
       args.views, [](auto n) -> Kernel<T> { return per_view_kernel<T, NetworkMedian<T, n>>; },
       []() -> Kernel<T> { return per_view_kernel<T, CountingMedian<T>>; });
-}
-
-template <class T>
-Kernel<T> choose_kernel(const EnsembleArgs& args) {
-  switch (args.reduce) {
-    case Reduce::median:
-      return choose_median<T>(args);
-    case Reduce::mean:  // of a stream
-    case Reduce::moments:
-      break;
-  }
-  return per_view_kernel<T, Moments<T>>;
 }
 
 template <class T, class Acc = typename AccumulatorOf<T>::type>

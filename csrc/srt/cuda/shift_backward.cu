@@ -9,8 +9,7 @@ namespace {
 
 // A block makes a tile of one plane: a lane a column, a few rows a thread, every warp for its own
 // share of the views. What the warps have is added up in shared memory, always in one order.
-constexpr int kShareWarps = kThreads / kWarpThreads;
-constexpr int kImageRows = kShareWarps;
+constexpr int kImageRows = kWarps;
 constexpr int kViewsStaged = kThreads / 2;
 constexpr int kMostTaps = 4;
 constexpr int kImageResident = 3;  // blocks that a processor holds at a time
@@ -150,7 +149,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : kImageResident)
                           const __grid_constant__ InlineArrays inline_offsets) {
   using Acc = typename AccumulatorOf<T>::type;
   __shared__ AxisTaps<Acc> axes[kViewsStaged][2];
-  __shared__ Acc shares[kShareWarps][kImageRows][kWarpThreads];
+  __shared__ Acc shares[kWarps][kImageRows][kWarpThreads];
   const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;
   const int lane = static_cast<int>(threadIdx.x) % kWarpThreads;
   const int height = static_cast<int>(plan.height), width = static_cast<int>(plan.width);
@@ -185,7 +184,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : kImageResident)
       // Calls add(rows, columns, gradient) for the views of this warp.
       const auto each_view = [&](auto&& add) {
 #pragma unroll 1
-        for (int v = warp; v < views; v += kShareWarps) {
+        for (int v = warp; v < views; v += kWarps) {
           if (axes[v][0].taps == 0 || axes[v][1].taps == 0 || x >= width) continue;
           add(axes[v][0], axes[v][1],
               static_cast<const T*>(plan.from) +
@@ -216,7 +215,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : kImageResident)
     if (x < width && y0 + warp < height) {
       Acc total = 0;
 #pragma unroll
-      for (int k = 0; k < kShareWarps; ++k) total += shares[k][warp][lane];
+      for (int k = 0; k < kWarps; ++k) total += shares[k][warp][lane];
       store(static_cast<T*>(plan.out) + (plane * plan.height + y0 + warp) * plan.width + x,
             from_acc<T>(total), /*keep_in_l2=*/true);  // V times smaller than what was read
     }
