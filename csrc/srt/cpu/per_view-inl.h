@@ -60,25 +60,12 @@ __attribute__((noinline)) Vec<Acc> median_by_network(Acc* values, int64_t count,
   return MedianOf<N, VectorOrder<V>, V>::lower(value);
 }
 
-template <class Acc>
-struct KeyOf;
-template <>
-struct KeyOf<float> {
-  typedef int32_t one;
-  typedef int32_t type __attribute__((vector_size(kVectorBytes)));
-};
-template <>
-struct KeyOf<double> {
-  typedef int64_t one;
-  typedef int64_t type __attribute__((vector_size(kVectorBytes)));
-};
-
 // Any number of values: the bits of the result are found from the top, by counting. A number is
 // ordered as its key, an integer. Overwrites the values.
 template <class Acc>
 __attribute__((noinline)) Vec<Acc> median_by_bits(Acc* values, int64_t count, int64_t step) {
-  using Key = typename KeyOf<Acc>::type;
-  using One = typename KeyOf<Acc>::one;
+  using Key = decltype(Vec<Acc>{} < Vec<Acc>{});  // integers of the same size
+  using One = std::decay_t<decltype(Key{}[0])>;
   constexpr int bits = 8 * sizeof(One);
   constexpr One top = One{1} << (bits - 2);  // the highest bit but the sign
   const auto flip = [](Key bit) { return bit ^ ((bit >> (bits - 1)) & (top - 1 + top)); };

@@ -414,33 +414,9 @@ struct CountingMedian : Common<T> {
   }
 };
 
-// Mean and variance of the views. The sum of squared deviations is kept as West does (1979), of the
-// distances from the first value: beside a large mean they are small, and so are their roundings.
-template <class T>
-struct Sample {
-  using Acc = typename AccumulatorOf<T>::type;
-  Acc mean = 0, variance = 0;
-  double weight = 0;
-
-  template <class Cell>
-  explicit __device__ Sample(const Cell& cell) {
-    Acc first = NAN, distance = 0, sum = 0, squares = 0;
-    cell.each_value([&](Acc value, auto share) {
-      if (first != first) first = value;
-      sum += share.weight * value;
-      const Acc own = value - first, apart = own - distance;
-      distance += share.part * apart;
-      squares += share.weight * apart * (own - distance);
-    });
-    if (cell.run < cell.stage.runs) weight = cell.stage.weight[cell.run];
-    if (weight > 0) {
-      mean = sum / static_cast<Acc>(weight);
-      variance = squares / static_cast<Acc>(weight);
-    }
-  }
-};
-
-// Mean and variance; in a stream, of the state and the chunk.
+// Mean and variance; in a stream, of the state and the chunk. The sum of squared deviations is kept
+// as West does (1979), of the distances from the first value: beside a large mean they are small,
+// and so are their roundings.
 template <class T>
 struct Moments : Common<T> {
   using Acc = typename AccumulatorOf<T>::type;
@@ -459,47 +435,51 @@ struct Moments : Common<T> {
 
   template <class Cell>
   static __device__ void reduce(const Cell& cell) {
-    const Sample<T> sample(cell);
+    Acc first = NAN, distance = 0, sum = 0, squares = 0;
+    cell.each_value([&](Acc value, auto share) {
+      if (first != first) first = value;
+      sum += share.weight * value;
+      const Acc own = value - first, apart = own - distance;
+      distance += share.part * apart;
+      squares += share.weight * apart * (own - distance);
+    });
+    if (cell.run >= cell.stage.runs) return;
+    const double weight = cell.stage.weight[cell.run];
+    const Acc mean = weight > 0 ? sum / static_cast<Acc>(weight) : 0;
+    const Acc variance = weight > 0 ? squares / static_cast<Acc>(weight) : 0;
     if (cell.plan.total_weight) {
-      join(cell, sample);
+      join(cell, weight, mean, variance);
     } else {
-      cell.write(cell.plan.out, sample.mean);
-      cell.write(cell.plan.variance, sample.variance);
+      cell.write(cell.plan.out, mean);
+      cell.write(cell.plan.variance, variance);
     }
   }
 
   // The state and a chunk are joined as two samples are (Chan, Golub and LeVeque 1979). The stream
   // of a mean has no variance.
   template <class Cell>
-  static __device__ void join(const Cell& cell, const Sample<T>& sample) {
+  static __device__ void join(const Cell& cell, double weight, Acc mean, Acc variance) {
     const PerViewPlan<Acc>& plan = cell.plan;
-    const double chunk = *plan.scale * sample.weight;
+    const double chunk = *plan.scale * weight;
     cell.each_cell([&](int64_t at, int64_t number) {
       const double before = plan.total_weight[number], total = before + chunk;
-      Acc* const mean = static_cast<Acc*>(plan.out) + at;
-      Acc* const variance = static_cast<Acc*>(plan.variance) + at;
+      Acc* const old_mean = static_cast<Acc*>(plan.out) + at;
+      Acc* const old_variance = static_cast<Acc*>(plan.variance) + at;
       const double share = total > 0 ? 1 / total : 0;
       const Acc keep = static_cast<Acc>(before * share), added = static_cast<Acc>(chunk * share);
-      // A cell that has no weight yet has no state.
-      Acc joined = sample.mean, spread = sample.variance;
-      if (keep != 0) {
-        const Acc old = *mean, apart = sample.mean - old;
+      Acc new_mean = mean, new_variance = variance;
+      if (keep != 0 && added == 0) {  // too little to show
+        new_mean = *old_mean;
+        if (plan.variance) new_variance = *old_variance;
+      } else if (keep != 0) {  // a cell that has no weight yet has no state
+        const Acc old = *old_mean, apart = mean - old;
         // The first form rounds less, the second keeps an infinite mean.
-        if (added == 0) {
-          joined = old;
-        } else if (apart - apart == 0) {
-          joined = old + added * apart;
-        } else {
-          joined = keep * old + added * sample.mean;
-        }
-        if (plan.variance) {
-          spread = added == 0
-                       ? *variance
-                       : keep * *variance + added * sample.variance + keep * added * apart * apart;
-        }
+        new_mean = apart - apart == 0 ? old + added * apart : keep * old + added * mean;
+        if (plan.variance)
+          new_variance = keep * *old_variance + added * variance + keep * added * apart * apart;
       }
-      store(mean, joined, plan.keep_in_l2);
-      if (plan.variance) store(variance, spread, plan.keep_in_l2);
+      store(old_mean, new_mean, plan.keep_in_l2);
+      if (plan.variance) store(old_variance, new_variance, plan.keep_in_l2);
     });
   }
 };
