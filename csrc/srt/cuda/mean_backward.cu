@@ -345,7 +345,9 @@ struct GradThread {
       stage_rows(y, i, next);
       sum_cells(y);
       __syncthreads();
-      if (shared.most <= 2) {
+      if (shared.most == 1) {
+        sum_rows<1>(y, i, next);
+      } else if (shared.most == 2) {
         sum_rows<2>(y, i, next);
       } else {
         sum_rows<kSlots>(y, i, next);
