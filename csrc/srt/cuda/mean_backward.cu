@@ -449,13 +449,12 @@ int64_t mean_backward(const Call& call, void* grad_tokens) {
 template <class T>
 bool are_vectors(const EnsembleArgs& args, const void* grad_tokens) {
   constexpr int64_t kChannels = GradTile<T, true>::vector;
-  const auto aligned = [](const void* p) {
-    return reinterpret_cast<uintptr_t>(p) % (kChannels * sizeof(T)) == 0;
-  };
-  const auto fits = [](int64_t stride) { return stride % kChannels == 0; };
-  return aligned(args.out) && aligned(grad_tokens) && fits(args.channels) &&
-         args.out_strides[1] == 1 && (args.batch == 1 || fits(args.out_strides[0])) &&
-         fits(args.out_strides[2]) && fits(args.out_strides[3]);
+  const int64_t image_step = args.batch == 1 ? 0 : args.out_strides[0];
+  const int64_t steps = args.channels | image_step | args.out_strides[2] | args.out_strides[3];
+  const auto addresses =
+      reinterpret_cast<uintptr_t>(args.out) | reinterpret_cast<uintptr_t>(grad_tokens);
+  return args.out_strides[1] == 1 && steps % kChannels == 0 &&
+         addresses % (kChannels * sizeof(T)) == 0;
 }
 
 int64_t dispatch(const Call& call, void* grad_tokens) {
