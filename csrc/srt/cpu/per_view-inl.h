@@ -60,25 +60,12 @@ __attribute__((noinline)) Vec<Acc> median_by_network(Acc* values, int64_t count,
   return MedianOf<N, VectorOrder<V>, V>::lower(value);
 }
 
-template <class Acc>
-struct KeyOf;
-template <>
-struct KeyOf<float> {
-  typedef int32_t one;
-  typedef int32_t type __attribute__((vector_size(kVectorBytes)));
-};
-template <>
-struct KeyOf<double> {
-  typedef int64_t one;
-  typedef int64_t type __attribute__((vector_size(kVectorBytes)));
-};
-
 // Any number of values: the bits of the result are found from the top, by counting. A number is
 // ordered as its key, an integer. Overwrites the values.
 template <class Acc>
 __attribute__((noinline)) Vec<Acc> median_by_bits(Acc* values, int64_t count, int64_t step) {
-  using Key = typename KeyOf<Acc>::type;
-  using One = typename KeyOf<Acc>::one;
+  using Key = decltype(Vec<Acc>{} < Vec<Acc>{});  // integers of the same size
+  using One = std::decay_t<decltype(Key{}[0])>;
   constexpr int bits = 8 * sizeof(One);
   constexpr One top = One{1} << (bits - 2);  // the highest bit but the sign
   const auto flip = [](Key bit) { return bit ^ ((bit >> (bits - 1)) & (top - 1 + top)); };
@@ -95,21 +82,6 @@ __attribute__((noinline)) Vec<Acc> median_by_bits(Acc* values, int64_t count, in
   return bits_as<Vec<Acc>>(flip(key));
 }
 
-template <size_t I = 0, class Acc>
-Vec<Acc> lower_median(Acc* values, int64_t count, int64_t step) {
-  if constexpr (I == sizeof(kNetworkSizes) / sizeof(int)) {
-    return median_by_bits(values, count, step);
-  } else {
-    // Every other size is enough for float64: each is a thousand instructions to compile.
-    constexpr bool exists = sizeof(Acc) < sizeof(double) || I % 2 == 1;
-    if constexpr (exists) {
-      if (count <= kNetworkSizes[I])
-        return median_by_network<kNetworkSizes[I]>(values, count, step);
-    }
-    return lower_median<I + 1>(values, count, step);
-  }
-}
-
 // The median of one vector of channels; NaN if a value is. Overwrites the values.
 template <class Acc>
 Vec<Acc> median_of(Acc* value, int64_t count, bool finite) {
@@ -119,7 +91,9 @@ Vec<Acc> median_of(Acc* value, int64_t count, bool finite) {
     const Vec<Acc> x = load(value + i * block);
     poison = x != x ? x : poison;
   }
-  const Vec<Acc> median = lower_median(value, count, block);
+  const Vec<Acc> median = with_network(
+      count, [&](auto n) { return median_by_network<n>(value, count, block); },
+      [&] { return median_by_bits(value, count, block); });
   return poison != poison ? poison : median;
 }
 

@@ -13,13 +13,7 @@ namespace {
 template <class T>
 auto choose_kernel(const EnsembleArgs& args) {
   const KernelsOf<T>& own = kernels().of<T>();
-  switch (args.reduce) {
-    case Reduce::median:
-      return args.total_weight ? own.stream_median : own.median;
-    case Reduce::mean:  // never: run_mean reduces it
-    case Reduce::moments:
-      break;
-  }
+  if (args.reduce == Reduce::median) return args.total_weight ? own.stream_median : own.median;
   return args.total_weight ? own.stream_moments : own.moments;
 }
 

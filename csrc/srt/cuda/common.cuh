@@ -22,6 +22,7 @@ namespace srt::cuda {
 
 constexpr int kThreads = 256;  // of every block
 constexpr int kWarpThreads = 32;
+constexpr int kWarps = kThreads / kWarpThreads;
 constexpr int kVectorBytes = 16;
 
 // ---- elements -----------------------------------------------------------------------------------
@@ -50,8 +51,8 @@ __device__ inline auto to_acc(const Pack<T, N>& pack) {
 // Two at a time: left to itself the compiler takes three instructions for them.
 template <int N>
 __device__ inline auto to_acc(const Pack<BFloat16, N>& pack) {
-  uint32_t word[N / 2];
-  memcpy(word, &pack, sizeof(word));
+  uint32_t word[(N + 1) / 2];
+  memcpy(word, &pack, sizeof(pack));
   Pack<float, N> values;
 #pragma unroll
   for (int e = 0; e < N; ++e) {
@@ -137,10 +138,12 @@ struct InlineArrays {
 };
 
 struct DeviceArray {
-  const void* data;  // null: look in the parameters
+  const void* data;  // null: in the parameters, from `begin` on
   bool f64;
+  int64_t begin;
 
-  __device__ double operator[](int64_t i) const {
+  __device__ double value(const InlineArrays& parameters, int64_t i) const {
+    if (!data) return parameters.at[begin + i];
     return f64 ? static_cast<const double*>(data)[i]
                : static_cast<double>(static_cast<const float*>(data)[i]);
   }
@@ -220,10 +223,10 @@ static __global__ void __launch_bounds__(kThreads)
 inline DeviceArray place_array(const char* op, const ViewArray& array, int64_t n, bool fits,
                                InlineArrays& parameters, int64_t at, double* device,
                                CUstream_st* stream) {
-  if (!array.host) return {array.device, array.dtype == DType::f64};
+  if (!array.host) return {array.device, array.dtype == DType::f64, 0};
   if (fits) {
     std::copy_n(array.host, n, parameters.at + at);
-    return {nullptr, true};
+    return {nullptr, true, at};
   }
   for (int64_t i = 0; i < n; i += kInlineDoubles) {
     const int64_t part = std::min(n - i, kInlineDoubles);
@@ -231,7 +234,7 @@ inline DeviceArray place_array(const char* op, const ViewArray& array, int64_t n
     std::copy_n(array.host + i, part, own.at);
     launch(op, upload_kernel, div_up(part, kThreads), stream, own, part, device + i);
   }
-  return {device, true};
+  return {device, true, 0};
 }
 
 // Gives out aligned pieces of a workspace; counts only, if there is none.
@@ -273,7 +276,7 @@ struct ShiftPlan {
 
   // The taps of offset i; none for a view that covers nothing.
   __device__ ShiftTaps taps(const InlineArrays& inline_offsets, int64_t i, Interpolation of) const {
-    const double offset = offsets.data ? offsets[i] : inline_offsets.at[i];
+    const double offset = offsets.value(inline_offsets, i);
     const bool counts = fabs(offset) <= static_cast<double>(kMaxOffset);
     return counts ? shift_taps(offset, of) : ShiftTaps{};
   }
@@ -304,7 +307,7 @@ struct View {
 };
 
 struct RawViews {
-  DeviceArray offsets, weights;  // [V, 2] and [V]; null: in the parameters, weights behind offsets
+  DeviceArray offsets, weights;  // [V, 2] and [V]
   int64_t views;
   bool weighted;
   bool absolute_weights = false;  // weights count against those of other chunks, and have limits
@@ -312,14 +315,10 @@ struct RawViews {
   __device__ View operator()(const InlineArrays& parameters, int64_t v) const {
     View view{};
     view.index = v;
-    view.dy = offsets.data ? offsets[2 * v] : parameters.at[2 * v];
-    view.dx = offsets.data ? offsets[2 * v + 1] : parameters.at[2 * v + 1];
-    view.weight = 1;
-    if (weighted) {
-      const int64_t at = offsets.data ? v : 2 * views + v;
-      view.weight = weights.data ? weights[v] : parameters.at[at];
-      if (absolute_weights && !(view.weight >= 0x1p-500 && view.weight <= 0x1p500)) view.weight = 0;
-    }
+    view.dy = offsets.value(parameters, 2 * v);
+    view.dx = offsets.value(parameters, 2 * v + 1);
+    view.weight = weighted ? weights.value(parameters, v) : 1;
+    if (absolute_weights && !(view.weight >= 0x1p-500 && view.weight <= 0x1p500)) view.weight = 0;
     return view;
   }
 };

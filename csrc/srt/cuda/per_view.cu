@@ -6,9 +6,8 @@
 // Nothing ever comes back to the host.
 #include <type_traits>
 
-#include "../axis.h"
 #include "../running_median.h"
-#include "common.cuh"
+#include "view_tables.cuh"
 
 namespace srt::cuda {
 namespace {
@@ -17,31 +16,13 @@ namespace {
 // cells are larger, there is a place for the values of so many of them instead.
 constexpr int kColumns = 3;
 
-// What one view reads for one cell of an axis.
-template <class Acc>
-struct alignas(kVectorBytes) Reads {
-  int32_t first, taps;  // tokens
-  double count;         // counted pixels; the view has no value where it is 0
-  Acc weight[2];        // of the first two taps, divided by count
-};
-
-template <class Acc>
-struct ReadsPlan {
-  Axis axis;
-  int64_t cells, max_taps;
-  int64_t step;       // from a tap to the next, in elements
-  uint8_t* breaks;    // [cells], 1 where a cell differs from the one before it
-  Reads<Acc>* reads;  // [cells, V]
-  Acc* weight;        // [cells, V, max_taps]
-};
-
 template <class Acc>
 struct PerViewPlan : FieldPlan {
-  View* sorted;    // [V] by dx
-  int64_t spread;  // the step between views that are taken one after the other
-  View* ordered;   // [V] in the order in which they are taken
-  ReadsPlan<Acc> y, x;
-  bool linear;  // a cell is a pixel: of at most two taps along each axis
+  ViewTables<Acc> tables;
+  int64_t spread;                // the step between views that are taken one after the other
+  uint8_t* breaks[2];            // [H'] and [W'], 1 where a cell differs from the one before it
+  int64_t row_step, token_step;  // between tokens, in elements
+  bool linear;                   // a cell is a pixel: of at most two taps along each axis
   // If `linear`, a tile reads these tokens of a view, two rows of them: bytes from the first token.
   // Where there are fewer columns than kColumns, the last one is read again.
   int columns;
@@ -54,69 +35,43 @@ struct PerViewPlan : FieldPlan {
   double* total_weight;  // [H', W']
   double* scale;         // of the weights, in units of `total_weight`
   bool counts_views;
+
+  // The view that is taken at turn i, in the tables.
+  __device__ int64_t view_at(int64_t i) const { return i * spread % views; }
 };
 
 // ---- the tables ---------------------------------------------------------------------------------
 
 template <class Acc>
-__device__ void fill_reads(const ReadsPlan<Acc>& plan, double offset, int64_t cell, int64_t slot) {
-  Acc* const weight = plan.weight + slot * plan.max_taps;
-  Reads<Acc> reads{};
-  const int32_t count = visit_axis_cell(plan.axis, offset, cell, [&](int32_t token, double value) {
-    if (reads.taps == 0) reads.first = token;
-    while (reads.first + reads.taps < token) weight[reads.taps++] = 0;
-    weight[reads.taps++] = static_cast<Acc>(value);
-  });
-  for (int32_t k = 0; k < reads.taps; ++k) {
-    weight[k] /= static_cast<Acc>(count);
-    if (k < 2) reads.weight[k] = weight[k];
-  }
-  reads.count = count;
-  plan.reads[slot] = reads;
-}
-
-template <class Acc>
-__global__ void __launch_bounds__(kThreads)
-    fill_reads_kernel(const __grid_constant__ PerViewPlan<Acc> plan) {
-  const int64_t rows = plan.y.cells, cells = plan.x.cells;
-  SRT_FOR_THREAD(i, plan.views * (rows + cells)) {
-    const int64_t v = i % plan.views, cell = i / plan.views;
-    const View view = plan.sorted[v * plan.spread % plan.views];
-    if (cell == 0) plan.ordered[v] = view;
-    if (cell < rows) {
-      fill_reads(plan.y, view.dy, cell, i);
-    } else {
-      fill_reads(plan.x, view.dx, cell - rows, i - rows * plan.views);
-    }
-  }
-}
-
-template <class Acc>
-__device__ bool equals_the_one_before(const ReadsPlan<Acc>& plan, int64_t slot, int64_t views) {
-  const Reads<Acc>&here = plan.reads[slot], &before = plan.reads[slot - views];
-  bool equal = here.count == before.count && here.taps == before.taps && here.first == before.first;
-  const Acc* const weight = plan.weight + slot * plan.max_taps;
-  for (int64_t k = 0; equal && k < here.taps; ++k)
-    equal = weight[k] == weight[k - views * plan.max_taps];
+__device__ bool equals_the_one_before(const AxisTable<Acc>& table, int64_t slot) {
+  if (table.count[slot] != table.count[slot - 1] || table.taps[slot] != table.taps[slot - 1] ||
+      table.first[slot] != table.first[slot - 1])
+    return false;
+  bool equal = true;
+  const Acc* const weight = table.weight + slot * table.max_taps;
+  for (int32_t k = 0; k < table.taps[slot]; ++k)
+    equal = equal && weight[k] == weight[k - table.max_taps];
   return equal;
 }
 
+// A block a cell of an axis, a thread a view.
 template <class Acc>
 __global__ void __launch_bounds__(kThreads)
-    find_changes(const __grid_constant__ PerViewPlan<Acc> plan) {
-  const int64_t rows = plan.y.cells, cells = plan.x.cells;
-  SRT_FOR_THREAD(i, plan.views * (rows + cells)) {
-    const int64_t cell = i / plan.views;
-    const ReadsPlan<Acc>& axis = cell < rows ? plan.y : plan.x;
-    const int64_t own = cell < rows ? cell : cell - rows;
-    if (own == 0 || !equals_the_one_before(axis, own * plan.views + i % plan.views, plan.views))
-      axis.breaks[own] = 1;
+    find_breaks(const __grid_constant__ PerViewPlan<Acc> plan) {
+  const AxisTable<Acc>&y = plan.tables.y.table, &x = plan.tables.x.table;
+  SRT_FOR_BLOCK(i, plan.tables.cells()) {
+    const AxisTable<Acc>& table = i < y.cells ? y : x;
+    const int64_t cell = i < y.cells ? i : i - y.cells;
+    bool breaks = cell == 0;
+    for (int64_t v = threadIdx.x; v < plan.views && !breaks; v += kThreads)
+      breaks = !equals_the_one_before(table, v * table.cells + cell);
+    breaks = __syncthreads_or(breaks);
+    if (threadIdx.x == 0) plan.breaks[i < y.cells ? 0 : 1][cell] = breaks;
   }
 }
 
 // ---- values -------------------------------------------------------------------------------------
 
-constexpr int kWarps = kThreads / kWarpThreads;
 // In a tile, at most; static shared memory has 48 KB.
 template <class Acc>
 constexpr int kRuns = sizeof(Acc) == 8 ? kColumns : 16;
@@ -179,26 +134,19 @@ struct Cell {
   }
   __device__ bool staged_once() const { return plan.views <= Stage::kViews; }
 
-  // The runs of the tile that begins at row y and cell x. They end with it.
+  // The runs of the tile that begins at row y and cell x, by one thread. They end with it.
   __device__ void stage_runs(int64_t image, int64_t y, int64_t x) const {
-    const int cells = static_cast<int>(min(plan.tile, plan.x.cells - x));
-    const int own = static_cast<int>(threadIdx.x);
-    if (own >= cells) return;
-    const auto begins = [&](int cell) {
-      return cell == 0 || !Reduction::kCopies || plan.x.breaks[x + cell];
-    };
-    int before = 0;
-#pragma unroll 1
-    for (int cell = 0; cell < own; ++cell) before += begins(cell);
-    if (begins(own)) stage.begin[before++] = static_cast<int32_t>(x) + own;
-    if (own < cells - 1) return;
-    stage.begin[before] = static_cast<int32_t>(x) + cells;
-    stage.runs = before;
+    const int32_t end = static_cast<int32_t>(min(x + plan.tile, plan.tables.x.table.cells));
+    stage.runs = 0;
+    for (int32_t cell = static_cast<int32_t>(x); cell < end; ++cell)
+      if (cell == x || !Reduction::kCopies || plan.breaks[1][cell])
+        stage.begin[stage.runs++] = cell;
+    stage.begin[stage.runs] = end;
     stage.image = image;
     stage.y = y;
     do {
       ++y;
-    } while (Reduction::kCopies && y < plan.y.cells && !plan.y.breaks[y]);
+    } while (Reduction::kCopies && y < plan.tables.y.table.cells && !plan.breaks[0][y]);
     stage.y_end = y;
   }
 
@@ -212,31 +160,32 @@ struct Cell {
       typename Stage::Blend& blend = stage.blend[run][k];
       blend.at[0] = Stage::kAbsent;
       if (k >= views) continue;
-      const int64_t v = first + k;
-      const Reads<Acc> ry = plan.y.reads[stage.y * plan.views + v];
-      const Reads<Acc> rx = plan.x.reads[stage.begin[run] * plan.views + v];
+      const int64_t v = plan.view_at(first + k);
+      const AxisTable<Acc>&ty = plan.tables.y.table, &tx = plan.tables.x.table;
+      const int64_t slot_y = v * ty.cells + stage.y, slot_x = v * tx.cells + stage.begin[run];
       // The first token that the tile reads. 0 for a cell that is not covered.
       int32_t from = 0;
       if (plan.linear)
-        from = min(plan.x.reads[stage.begin[0] * plan.views + v].first,
-                   static_cast<int32_t>(plan.x.axis.tokens) - plan.columns);
-      const View view = plan.ordered[v];
+        from = min(tx.first[v * tx.cells + stage.begin[0]],
+                   static_cast<int32_t>(plan.tables.x.axis.tokens) - plan.columns);
+      const View view = plan.tables.sorted[v];
       if (run == 0) {
         const int64_t token = stage.image * plan.token_strides[1] +
-                              view.index * plan.token_strides[0] + ry.first * plan.y.step +
-                              from * plan.x.step;
+                              view.index * plan.token_strides[0] +
+                              ty.first[slot_y] * plan.row_step + from * plan.token_step;
         stage.source[k] = {static_cast<const T*>(plan.tokens) + token,
-                           {ry.weight[0], ry.weight[1]}};
+                           {tap(ty, slot_y, 0), tap(ty, slot_y, 1)}};
       }
-      if (!(ry.count > 0 && rx.count > 0)) continue;
-      const int column = plan.linear ? rx.first - from : run;
+      const double count = ty.count[slot_y] * tx.count[slot_x];
+      if (!(count > 0)) continue;
+      const int column = plan.linear ? tx.first[slot_x] - from : run;
       for (int j = 0; j < 2; ++j) {
-        const Acc weight = plan.linear ? rx.weight[j] : static_cast<Acc>(1 - j);
+        const Acc weight = plan.linear ? tap(tx, slot_x, j) : static_cast<Acc>(1 - j);
         blend.at[j] = weight != 0 ? Stage::place(k, column + j) : Stage::place(Stage::kZeros);
         blend.weight[j] = weight;
       }
       if constexpr (Reduction::kWeighted)
-        stage.share[run][k].weight = static_cast<Acc>(ry.count * rx.count * view.weight);
+        stage.share[run][k].weight = static_cast<Acc>(count * view.weight);
     }
     __syncthreads();
     if (own >= stage.runs) return;
@@ -280,28 +229,33 @@ struct Cell {
       } else if (exists) {
 #pragma unroll 1
         for (int r = 0; r < stage.runs; ++r)
-          rows[r * kWarpThreads] = value(stage.y * plan.views + first + k,
-                                         stage.begin[r] * plan.views + first + k, token);
+          rows[r * kWarpThreads] = value(plan.view_at(first + k), stage.begin[r], token);
       }
     }
   }
 
+  // The weight of tap k; 0 where there is none.
+  static __device__ Acc tap(const AxisTable<Acc>& table, int64_t slot, int k) {
+    return k < table.taps[slot] ? table.weight[slot * table.max_taps + k] : 0;
+  }
+
   // The value for any number of taps.
-  __device__ Acc value(int64_t slot_y, int64_t slot_x, const T* token) const {
-    const Acc* const wy = plan.y.weight + slot_y * plan.y.max_taps;
-    const Acc* const wx = plan.x.weight + slot_x * plan.x.max_taps;
-    const int32_t rows = plan.y.reads[slot_y].taps, columns = plan.x.reads[slot_x].taps;
-    token += plan.x.reads[slot_x].first * plan.x.step;
+  __device__ Acc value(int64_t v, int64_t x, const T* token) const {
+    const AxisTable<Acc>&ty = plan.tables.y.table, &tx = plan.tables.x.table;
+    const int64_t slot_y = v * ty.cells + stage.y, slot_x = v * tx.cells + x;
+    const Acc* const wy = ty.weight + slot_y * ty.max_taps;
+    const Acc* const wx = tx.weight + slot_x * tx.max_taps;
+    token += tx.first[slot_x] * plan.token_step;
     Acc sum = 0;
 #pragma unroll 1
-    for (int32_t i = 0; i < rows; ++i) {
+    for (int32_t i = 0; i < ty.taps[slot_y]; ++i) {
       if (wy[i] == 0) continue;
 #pragma unroll 1
-      for (int32_t j = 0; j < columns; ++j)
+      for (int32_t j = 0; j < tx.taps[slot_x]; ++j)
         if (wx[j] != 0)
-          sum += wy[i] * wx[j] * to_acc(load(token + i * plan.y.step + j * plan.x.step));
+          sum += wy[i] * wx[j] * to_acc(load(token + i * plan.row_step + j * plan.token_step));
     }
-    return sum;
+    return sum / static_cast<Acc>(ty.count[slot_y] * tx.count[slot_x]);
   }
 
   // Every time the same to the last bit, so not left to the compiler.
@@ -339,7 +293,8 @@ struct Cell {
     const int64_t at = stage.image * plan.out_strides[0] + channel * plan.out_strides[1];
     for (int64_t y = stage.y; y < stage.y_end; ++y)
       for (int64_t x = stage.begin[run]; x < stage.begin[run + 1]; ++x)
-        visit(at + y * plan.out_strides[2] + x * plan.out_strides[3], y * plan.x.cells + x);
+        visit(at + y * plan.out_strides[2] + x * plan.out_strides[3],
+              y * plan.tables.x.table.cells + x);
   }
 
   __device__ void write(void* to, Acc value) const {
@@ -459,33 +414,9 @@ struct CountingMedian : Common<T> {
   }
 };
 
-// Mean and variance of the views. The sum of squared deviations is kept as West does (1979), of the
-// distances from the first value: beside a large mean they are small, and so are their roundings.
-template <class T>
-struct Sample {
-  using Acc = typename AccumulatorOf<T>::type;
-  Acc mean = 0, variance = 0;
-  double weight = 0;
-
-  template <class Cell>
-  explicit __device__ Sample(const Cell& cell) {
-    Acc first = NAN, distance = 0, sum = 0, squares = 0;
-    cell.each_value([&](Acc value, auto share) {
-      if (first != first) first = value;
-      sum += share.weight * value;
-      const Acc own = value - first, apart = own - distance;
-      distance += share.part * apart;
-      squares += share.weight * apart * (own - distance);
-    });
-    if (cell.run < cell.stage.runs) weight = cell.stage.weight[cell.run];
-    if (weight > 0) {
-      mean = sum / static_cast<Acc>(weight);
-      variance = squares / static_cast<Acc>(weight);
-    }
-  }
-};
-
-// Mean and variance; in a stream, of the state and the chunk.
+// Mean and variance; in a stream, of the state and the chunk. The sum of squared deviations is kept
+// as West does (1979), of the distances from the first value: beside a large mean they are small,
+// and so are their roundings.
 template <class T>
 struct Moments : Common<T> {
   using Acc = typename AccumulatorOf<T>::type;
@@ -504,47 +435,51 @@ struct Moments : Common<T> {
 
   template <class Cell>
   static __device__ void reduce(const Cell& cell) {
-    const Sample<T> sample(cell);
+    Acc first = NAN, distance = 0, sum = 0, squares = 0;
+    cell.each_value([&](Acc value, auto share) {
+      if (first != first) first = value;
+      sum += share.weight * value;
+      const Acc own = value - first, apart = own - distance;
+      distance += share.part * apart;
+      squares += share.weight * apart * (own - distance);
+    });
+    if (cell.run >= cell.stage.runs) return;
+    const double weight = cell.stage.weight[cell.run];
+    const Acc mean = weight > 0 ? sum / static_cast<Acc>(weight) : 0;
+    const Acc variance = weight > 0 ? squares / static_cast<Acc>(weight) : 0;
     if (cell.plan.total_weight) {
-      join(cell, sample);
+      join(cell, weight, mean, variance);
     } else {
-      cell.write(cell.plan.out, sample.mean);
-      cell.write(cell.plan.variance, sample.variance);
+      cell.write(cell.plan.out, mean);
+      cell.write(cell.plan.variance, variance);
     }
   }
 
   // The state and a chunk are joined as two samples are (Chan, Golub and LeVeque 1979). The stream
   // of a mean has no variance.
   template <class Cell>
-  static __device__ void join(const Cell& cell, const Sample<T>& sample) {
+  static __device__ void join(const Cell& cell, double weight, Acc mean, Acc variance) {
     const PerViewPlan<Acc>& plan = cell.plan;
-    const double chunk = *plan.scale * sample.weight;
+    const double chunk = *plan.scale * weight;
     cell.each_cell([&](int64_t at, int64_t number) {
       const double before = plan.total_weight[number], total = before + chunk;
-      Acc* const mean = static_cast<Acc*>(plan.out) + at;
-      Acc* const variance = static_cast<Acc*>(plan.variance) + at;
+      Acc* const old_mean = static_cast<Acc*>(plan.out) + at;
+      Acc* const old_variance = static_cast<Acc*>(plan.variance) + at;
       const double share = total > 0 ? 1 / total : 0;
       const Acc keep = static_cast<Acc>(before * share), added = static_cast<Acc>(chunk * share);
-      // A cell that has no weight yet has no state.
-      Acc joined = sample.mean, spread = sample.variance;
-      if (keep != 0) {
-        const Acc old = *mean, apart = sample.mean - old;
+      Acc new_mean = mean, new_variance = variance;
+      if (keep != 0 && added == 0) {  // too little to show
+        new_mean = *old_mean;
+        if (plan.variance) new_variance = *old_variance;
+      } else if (keep != 0) {  // a cell that has no weight yet has no state
+        const Acc old = *old_mean, apart = mean - old;
         // The first form rounds less, the second keeps an infinite mean.
-        if (added == 0) {
-          joined = old;
-        } else if (apart - apart == 0) {
-          joined = old + added * apart;
-        } else {
-          joined = keep * old + added * sample.mean;
-        }
-        if (plan.variance) {
-          spread = added == 0
-                       ? *variance
-                       : keep * *variance + added * sample.variance + keep * added * apart * apart;
-        }
+        new_mean = apart - apart == 0 ? old + added * apart : keep * old + added * mean;
+        if (plan.variance)
+          new_variance = keep * *old_variance + added * variance + keep * added * apart * apart;
       }
-      store(mean, joined, plan.keep_in_l2);
-      if (plan.variance) store(variance, spread, plan.keep_in_l2);
+      store(old_mean, new_mean, plan.keep_in_l2);
+      if (plan.variance) store(old_variance, new_variance, plan.keep_in_l2);
     });
   }
 };
@@ -589,7 +524,8 @@ __global__ void __launch_bounds__(kThreads, Reduction::kBlocks)
   using Stage = cuda::Stage<T, Reduction>;
   __shared__ Stage stage;
   static_assert(sizeof(Stage) <= 48 * 1024);
-  const int64_t rows = plan.y.cells, tiles = div_up(plan.x.cells, plan.tile);
+  const int64_t rows = plan.tables.y.table.cells;
+  const int64_t tiles = div_up(plan.tables.x.table.cells, plan.tile);
   const int64_t step = plan.groups * kWarpThreads, parts = div_up(plan.channels, step);
   const int lane = static_cast<int>(threadIdx.x) % kWarpThreads;
   if (threadIdx.x < kWarpThreads) {
@@ -600,10 +536,10 @@ __global__ void __launch_bounds__(kThreads, Reduction::kBlocks)
   // Blocks that follow each other read the same token rows.
   SRT_FOR_BLOCK(i, plan.batch * rows * parts * tiles) {
     const int64_t y = i / tiles / parts % rows, begin = i / tiles % parts * step;
-    if (Reduction::kCopies && !plan.y.breaks[y]) continue;
+    if (Reduction::kCopies && !plan.breaks[0][y]) continue;
     Cell<T, Reduction> cell{plan, stage, begin + lane, 0};
     __syncthreads();
-    cell.stage_runs(i / tiles / parts / rows, y, i % tiles * plan.tile);
+    if (threadIdx.x == 0) cell.stage_runs(i / tiles / parts / rows, y, i % tiles * plan.tile);
     __syncthreads();
     if (cell.staged_once()) cell.stage_views(0);
     // Whole warps enter the loops: some of their threads only help to stage.
@@ -624,13 +560,9 @@ __global__ void __launch_bounds__(kThreads, Reduction::kBlocks)
 template <class Acc>
 __global__ void __launch_bounds__(kThreads)
     add_weights(const __grid_constant__ PerViewPlan<Acc> plan) {
-  SRT_FOR_THREAD(i, plan.y.cells * plan.x.cells) {
-    double total = 0;
-    for (int64_t v = 0; v < plan.views; ++v) {
-      const double count_y = plan.y.reads[i / plan.x.cells * plan.views + v].count;
-      const double count = count_y * plan.x.reads[i % plan.x.cells * plan.views + v].count;
-      total += plan.counts_views ? (count > 0 ? 1 : 0) : plan.ordered[v].weight * count;
-    }
+  const int64_t columns = plan.tables.x.table.cells;
+  SRT_FOR_THREAD(i, plan.tables.y.table.cells * columns) {
+    const double total = plan.tables.total_weight(i / columns, i % columns, plan.counts_views);
     plan.total_weight[i] += plan.counts_views ? total : *plan.scale * total;
   }
 }
@@ -641,25 +573,12 @@ template <class T>
 using Kernel = void (*)(PerViewPlan<typename AccumulatorOf<T>::type>);
 
 template <class T>
-Kernel<T> choose_median(const EnsembleArgs& args) {
-  if (args.total_weight) return per_view_kernel<T, StreamMedian<T>>;
-  // Fewer sizes than on the CPU: each is a kernel for every dtype and architecture.
-  if (args.views <= 9) return per_view_kernel<T, NetworkMedian<T, 9>>;
-  if (args.views <= 25) return per_view_kernel<T, NetworkMedian<T, 25>>;
-  if (args.views <= 50) return per_view_kernel<T, NetworkMedian<T, 50>>;
-  return per_view_kernel<T, CountingMedian<T>>;
-}
-
-template <class T>
 Kernel<T> choose_kernel(const EnsembleArgs& args) {
-  switch (args.reduce) {
-    case Reduce::median:
-      return choose_median<T>(args);
-    case Reduce::mean:  // of a stream
-    case Reduce::moments:
-      break;
-  }
-  return per_view_kernel<T, Moments<T>>;
+  if (args.reduce != Reduce::median) return per_view_kernel<T, Moments<T>>;  // a mean: of a stream
+  if (args.total_weight) return per_view_kernel<T, StreamMedian<T>>;
+  return with_network(
+      args.views, [](auto n) -> Kernel<T> { return per_view_kernel<T, NetworkMedian<T, n>>; },
+      []() -> Kernel<T> { return per_view_kernel<T, CountingMedian<T>>; });
 }
 
 template <class T, class Acc = typename AccumulatorOf<T>::type>
@@ -672,28 +591,19 @@ PerViewPlan<Acc> make_plan(const Call& call, Workspace& workspace) {
                                                                          : 1;
   call.set_field(plan, sizeof(T), planes * (stream ? sizeof(Acc) : sizeof(T)));
   plan.spread = stream && median ? spread_step(args.views) : 1;
-  plan.y.step = args.grid[1] * args.token_strides[2];
-  plan.x.step = args.token_strides[2];
-  plan.ordered = workspace.take<View>(args.views);
-  plan.sorted = workspace.take<View>(args.views);
+  plan.row_step = args.grid[1] * args.token_strides[2];
+  plan.token_step = args.token_strides[2];
+  plan.tables = ViewTables<Acc>(call, workspace);
   plan.scale = workspace.take<double>(1);
-  ReadsPlan<Acc>* const axes[2] = {&plan.y, &plan.x};
-  for (int i = 0; i < 2; ++i) {
-    axes[i]->axis = call.axis(i);
-    axes[i]->cells = axes[i]->axis.cells();
-    axes[i]->max_taps = axes[i]->axis.max_taps();
-    axes[i]->reads = workspace.take<Reads<Acc>>(axes[i]->cells * args.views);
-    axes[i]->weight = workspace.take<Acc>(axes[i]->cells * args.views * axes[i]->max_taps);
-  }
-  plan.y.breaks = workspace.take<uint8_t>(plan.y.cells + plan.x.cells);
-  plan.x.breaks = plan.y.breaks + plan.y.cells;
+  plan.breaks[0] = workspace.take<uint8_t>(plan.tables.y.table.cells);
+  plan.breaks[1] = workspace.take<uint8_t>(plan.tables.x.table.cells);
   plan.linear = args.stride[0] == 1 && args.stride[1] == 1;
   plan.tile = plan.linear ? std::min<int64_t>(args.patch[1], kRuns<Acc>) : kColumns;
   plan.columns = static_cast<int>(
       std::min<int64_t>(args.grid[1], args.upsample == Upsample::nearest ? 2 : kColumns));
   for (int64_t i = 0; i < 2; ++i)
     for (int j = 0; j < kColumns; ++j)
-      plan.near[i][j] = (i * plan.y.step + std::min(j, plan.columns - 1) * plan.x.step) *
+      plan.near[i][j] = (i * plan.row_step + std::min(j, plan.columns - 1) * plan.token_step) *
                         static_cast<int64_t>(sizeof(T));
   plan.variance = args.reduce == Reduce::moments ? args.variance : nullptr;
   plan.plane_stride = args.plane_stride;
@@ -712,11 +622,11 @@ int64_t reduce_as(const Call& call) {
   raw.absolute_weights = args.total_weight != nullptr;
   if (!call.workspace) return workspace.bytes();
 
-  const int64_t rows = plan.y.cells, cells = plan.x.cells;
-  const int64_t reads = div_up(args.views * (rows + cells), kThreads);
-  sort_views(call, raw, parameters, plan.sorted, plan.scale, plan.y.breaks, rows + cells);
-  launch(call.op, fill_reads_kernel<Acc>, reads, call.stream, plan);
-  launch(call.op, find_changes<Acc>, reads, call.stream, plan);
+  const int64_t rows = plan.tables.y.table.cells, cells = plan.tables.x.table.cells;
+  sort_views(call, raw, parameters, plan.tables.sorted, plan.scale, nullptr, 0);
+  launch(call.op, fill_view_tables<Acc>, div_up(args.views * (rows + cells), kThreads), call.stream,
+         plan.tables);
+  launch(call.op, find_breaks<Acc>, rows + cells, call.stream, plan);
   const int64_t tiles = args.batch * rows * div_up(cells, plan.tile);
   const int64_t groups = div_up(args.channels, kWarpThreads);
   if (tiles * groups > 0) {

@@ -8,7 +8,6 @@ namespace {
 // reads every 32nd position of a row. The source columns of these positions, padding included, are
 // the same for all rows of the strip and are computed once. Rows go through shared memory, so that
 // a lane writes 16 bytes at a time.
-constexpr int kWarps = kThreads / kWarpThreads;
 constexpr int kColumns = 256;
 constexpr int kPositions = kColumns / kWarpThreads;  // of a lane
 // Whole vectors are read from a line: they may reach past its last position.
@@ -96,29 +95,24 @@ struct Strip {
   // make(from, to) fills an array `to` with the pixels whose line begins at `from`.
   template <class Line, class Make>
   __device__ void write(const Line (*lines)[kLine], Make&& make) const {
-    constexpr int kPack = kVectorBytes / sizeof(T), kTurn = kWarpThreads * kPack;
+    if (plan.aligned) {
+      write_packs<kVectorBytes / sizeof(T)>(lines, make);
+    } else {
+      write_packs<1>(lines, make);
+    }
+  }
+  template <int kPack, class Line, class Make>
+  __device__ void write_packs(const Line (*lines)[kLine], Make& make) const {
 #pragma unroll
     for (int r = 0; r < kRows<Acc>; ++r) {
-      if (r >= rows) break;
-      T* const to = out + r * plan.width;
-      if (plan.aligned) {
 #pragma unroll
-        for (int i = 0; i < (kColumns + kTurn - 1) / kTurn; ++i) {
-          const int x = lane * kPack + i * kTurn;
-          if (x >= columns) continue;
-          Pack<T, kPack> value;
-          make(lines[r] + x, value.at);
-          store(reinterpret_cast<Pack<T, kPack>*>(to + x), value, plan.keep_in_l2);
-        }
-      } else {
-#pragma unroll
-        for (int i = 0; i < kPositions; ++i) {
-          const int x = lane + i * kWarpThreads;
-          if (x >= columns) continue;
-          T value[1];
-          make(lines[r] + x, value);
-          store(to + x, value[0], plan.keep_in_l2);
-        }
+      for (int i = 0; i < div_up(kColumns, kWarpThreads * kPack); ++i) {
+        const int x = (lane + i * kWarpThreads) * kPack;
+        if (r >= rows || x >= columns) continue;
+        Pack<T, kPack> value;
+        make(lines[r] + x, value.at);
+        T* const to = out + r * plan.width + x;
+        store(reinterpret_cast<Pack<T, kPack>*>(to), value, plan.keep_in_l2);
       }
     }
   }

@@ -9,8 +9,7 @@ namespace {
 
 // A block makes a tile of one plane: a lane a column, a few rows a thread, every warp for its own
 // share of the views. What the warps have is added up in shared memory, always in one order.
-constexpr int kShareWarps = kThreads / kWarpThreads;
-constexpr int kImageRows = kShareWarps;
+constexpr int kImageRows = kWarps;
 constexpr int kViewsStaged = kThreads / 2;
 constexpr int kMostTaps = 4;
 constexpr int kImageResident = 3;  // blocks that a processor holds at a time
@@ -40,44 +39,33 @@ __device__ inline bool repeats(int low, int high, int n, Padding padding, int be
   return false;
 }
 
-// The positions at which a pixel stands: two sequences of the same step.
-struct Positions {
-  int start, last, other_start, other_last, step;
-
-  // Calls visit(position) for each. Without an array, which would lie in memory.
-  template <class Visit>
-  __device__ void each(Visit&& visit) const {
-#pragma unroll 1
-    for (int s = 0; s < 2; ++s) {
-      const int end = s == 0 ? last : other_last;
-#pragma unroll 1
-      for (int p = s == 0 ? start : other_start; p <= end; p += step) visit(p);
-    }
-  }
-};
-
 // The least position from `begin` on that is i, but for a multiple of `period`.
 __device__ inline int first_from(int begin, int i, int period) {
   const int rest = (i - begin) % period;
   return begin + (rest < 0 ? rest + period : rest);
 }
 
-__device__ inline Positions positions_of(int i, int n, Padding padding, int begin, int last) {
-  Positions at{i, i, 1, 0, 1};  // where it stands itself, and nowhere else
-  if (!repeats(i, i, n, padding, begin, last)) return at;
-  if (padding == Padding::border || n == 1) {
-    at.start = i == 0 ? begin : max(begin, i);
-    at.last = i == n - 1 ? last : min(last, i);
-  } else {
-    at.step = padding == Padding::circular ? n : 2 * (n - 1);
-    at.start = first_from(begin, i, at.step);
-    at.last = last;
-    if (padding == Padding::reflect && i != 0 && i != n - 1) {
-      at.other_start = first_from(begin, -i, at.step);
-      at.other_last = last;
+// Calls visit(position) for each position at which a pixel stands: one or two sequences of the same
+// step. Without an array, which would lie in memory.
+template <class Visit>
+__device__ void visit_positions(int i, int n, Padding padding, int begin, int last, Visit&& visit) {
+  int start = i, end = i, step = 1, sequences = 1;  // where it stands itself, and nowhere else
+  if (repeats(i, i, n, padding, begin, last)) {
+    if (padding == Padding::border || n == 1) {
+      start = i == 0 ? begin : max(begin, i);
+      end = i == n - 1 ? last : min(last, i);
+    } else {
+      step = padding == Padding::circular ? n : 2 * (n - 1);
+      start = first_from(begin, i, step);
+      end = last;
+      if (padding == Padding::reflect && i != 0 && i != n - 1) sequences = 2;
     }
   }
-  return at;
+#pragma unroll 1
+  for (int s = 0; s < sequences; ++s) {
+#pragma unroll 1
+    for (int p = s == 0 ? start : first_from(begin, -i, step); p <= end; p += step) visit(p);
+  }
 }
 
 // Calls visit(value) for each position of a column: what it gets of N output rows, from `row` on.
@@ -86,7 +74,7 @@ template <int N, class T, class Acc, class Visit>
 __device__ void each_position(const ShiftPlan& plan, const T* grad, const AxisTaps<Acc>& taps,
                               int x, int row, Visit&& visit) {
   const int height = static_cast<int>(plan.height), width = static_cast<int>(plan.width);
-  positions_of(x, width, plan.padding, taps.first, taps.last(width)).each([&](int p) {
+  visit_positions(x, width, plan.padding, taps.first, taps.last(width), [&](int p) {
     Acc value[N] = {};
 #pragma unroll 1
     for (int k = 0; k < taps.taps; ++k) {
@@ -129,7 +117,7 @@ __device__ Acc sum_padded_rows(const ShiftPlan& plan, const T* grad, const AxisT
                                const AxisTaps<Acc>& taps_x, int y, int x) {
   const int height = static_cast<int>(plan.height);
   Acc sum = 0;
-  positions_of(y, height, plan.padding, taps_y.first, taps_y.last(height)).each([&](int p) {
+  visit_positions(y, height, plan.padding, taps_y.first, taps_y.last(height), [&](int p) {
     if (p == y) return;  // where the pixel stands itself
     Acc position = 0;
 #pragma unroll 1
@@ -150,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : kImageResident)
                           const __grid_constant__ InlineArrays inline_offsets) {
   using Acc = typename AccumulatorOf<T>::type;
   __shared__ AxisTaps<Acc> axes[kViewsStaged][2];
-  __shared__ Acc shares[kShareWarps][kImageRows][kWarpThreads];
+  __shared__ Acc shares[kWarps][kImageRows][kWarpThreads];
   const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;
   const int lane = static_cast<int>(threadIdx.x) % kWarpThreads;
   const int height = static_cast<int>(plan.height), width = static_cast<int>(plan.width);
@@ -185,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : kImageResident)
       // Calls add(rows, columns, gradient) for the views of this warp.
       const auto each_view = [&](auto&& add) {
 #pragma unroll 1
-        for (int v = warp; v < views; v += kShareWarps) {
+        for (int v = warp; v < views; v += kWarps) {
           if (axes[v][0].taps == 0 || axes[v][1].taps == 0 || x >= width) continue;
           add(axes[v][0], axes[v][1],
               static_cast<const T*>(plan.from) +
@@ -216,7 +204,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : kImageResident)
     if (x < width && y0 + warp < height) {
       Acc total = 0;
 #pragma unroll
-      for (int k = 0; k < kShareWarps; ++k) total += shares[k][warp][lane];
+      for (int k = 0; k < kWarps; ++k) total += shares[k][warp][lane];
       store(static_cast<T*>(plan.out) + (plane * plan.height + y0 + warp) * plan.width + x,
             from_acc<T>(total), /*keep_in_l2=*/true);  // V times smaller than what was read
     }
