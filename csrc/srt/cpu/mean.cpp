@@ -11,9 +11,9 @@
 namespace srt::cpu {
 namespace {
 
-// A part of a row takes at least so many tokens, and reads two more, and so many cells. Larger
-// parts read fewer tokens twice, smaller ones leave the cache to fewer sums.
-constexpr int64_t kPartTokens = 4, kPartCells = 64;
+// A part of a row has at least so many cells and tokens, if the row does; it reads two tokens more.
+// Larger parts read fewer tokens twice; the sums of smaller ones stay in the cache.
+constexpr int64_t kPartCells = 48, kPartTokens = 3;
 
 // An output from this size on would evict more from the caches than its next reader finds there.
 constexpr int64_t kPastCacheBytes = int64_t{8} << 20;
@@ -56,10 +56,11 @@ struct MeanTables {
     plan.tile_x = tile_x.table(tile, plan.width);
   }
 
-  // Splits a row into parts of whole `unit`s of cells.
+  // Splits a row into equal parts of whole `unit`s of cells.
   void split_row(const Axis& axis, int64_t unit, MeanPlan<Acc>& plan) {
     const int64_t cells = std::max(kPartCells, kPartTokens * axis.patch / axis.stride);
-    plan.part = div_up(cells, unit) * unit;
+    const int64_t parts = std::max<int64_t>(1, plan.width / cells);
+    plan.part = div_up(div_up(plan.width, parts), unit) * unit;
     plan.parts = div_up(plan.width, plan.part);
     for (int64_t x = 0; x < plan.width; x += plan.part) {
       Span own{plan.tokens_x, 0};

@@ -108,6 +108,8 @@ SRT_INLINE void sum_inputs(const T* from, const int64_t* at, int64_t scale, cons
     const T* const p = from + at[k] * scale;
     Vec<Acc> in[V];
     load_inputs(p, n, in);
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) __builtin_prefetch(p + (V + v) * kLanes<Acc>);
 #pragma GCC unroll 8
     for (int i = 0; i < X; ++i) {
 #pragma GCC unroll 4
@@ -136,20 +138,17 @@ SRT_INLINE void store_sums(const T* from, const int64_t* at, const Acc* weight, 
   constexpr int64_t block = V * kLanes<Acc>, whole = kBlockBytes / sizeof(Acc);
   const int64_t padded = (n + whole - 1) / whole * whole;
   for (int64_t c = 0; c < padded; c += block) {
-    // There are more inputs than the processor prefetches by itself.
-    for (int64_t k = 0; k < count; ++k) {
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) __builtin_prefetch(from + at[k] + c + block + v * kLanes<Acc>);
-    }
     Vec<Acc> sum[X][V];
     sum_inputs<X, kExact>(from + c, at, 1, weight, pitch, count, n - c, sum);
-#pragma GCC unroll 8
-    for (int i = 0; i < X; ++i) {
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) {
+    for (int v = 0; v < V; ++v) {
+      Vec<Acc> own = {};  // one sum over all blocks would make each wait for the one before
+#pragma GCC unroll 8
+      for (int i = 0; i < X; ++i) {
         store(to + i * row + c + v * kLanes<Acc>, sum[i][v]);
-        size += absolute(sum[i][v]);
+        own += absolute(sum[i][v]);
       }
+      size += own;
     }
   }
 }
