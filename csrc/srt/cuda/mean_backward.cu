@@ -494,7 +494,7 @@ void fill_tables(const Call& call, const BackwardTables<Acc>& plan, const RawVie
                  const InlineArrays& parameters) {
   const int64_t rows = plan.y.table.cells, cells = plan.x.table.cells;
   const int64_t spans = plan.parts * (plan.y.axis.tokens + plan.x.axis.tokens);
-  sort_views(call, raw, parameters, plan.sorted, nullptr, nullptr, 0);
+  sort_views(call, raw, parameters, plan.sorted, nullptr);
   launch(call.op, list_entries<Acc>, div_up(spans, kThreads), call.stream, plan);
   launch(call.op, fill_axes<Acc>, div_up(plan.views * (rows + cells), kThreads), call.stream, plan);
   launch(call.op, fill_inverse_of_cells<Acc>,

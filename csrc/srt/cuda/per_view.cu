@@ -83,6 +83,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t v = i % plan.views, cell = i / plan.views;
     const View view = plan.sorted[v * plan.spread % plan.views];
     if (cell == 0) plan.ordered[v] = view;
+    if (v == 0) plan.y.breaks[cell] = 0;  // of both axes; they are found next
     if (cell < rows) {
       fill_reads(plan.y, view.dy, cell, i);
     } else {
@@ -714,7 +715,7 @@ int64_t reduce_as(const Call& call) {
 
   const int64_t rows = plan.y.cells, cells = plan.x.cells;
   const int64_t reads = div_up(args.views * (rows + cells), kThreads);
-  sort_views(call, raw, parameters, plan.sorted, plan.scale, plan.y.breaks, rows + cells);
+  sort_views(call, raw, parameters, plan.sorted, plan.scale);
   launch(call.op, fill_reads_kernel<Acc>, reads, call.stream, plan);
   launch(call.op, find_changes<Acc>, reads, call.stream, plan);
   const int64_t tiles = args.batch * rows * div_up(cells, plan.tile);
