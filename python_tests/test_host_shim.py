@@ -51,7 +51,6 @@ def cuda() -> Iterator[CudaOnHost]:
 
 def check_mean(cuda: CudaOnHost) -> None:
     case = replace(ENSEMBLES["real"], channels=40)
-    cuda.tiles("large")
     check_sample("mean", cuda, case, torch.float32)
     check_containment("mean", cuda, case, poison(case.tokens(), 1))
 
@@ -131,7 +130,7 @@ each_call = pytest.mark.parametrize("name", KERNELS)
 
 
 def test_number_of_launches(cuda: CudaOnHost) -> None:
-    for name, few, many in (("grid", 5, 0), ("weights", 5, 2)):
+    for name, few, many in (("grid", 3, 0), ("weights", 3, 2)):
         case = ENSEMBLES[name]
         cuda.ensemble(case, case.tokens())
         assert cuda.gpu.launches == few
@@ -158,11 +157,8 @@ def test_every_launch_is_checked(name: str, cuda: CudaOnHost) -> None:
     assert cuda.gpu.launches == launches
 
 
-@pytest.mark.parametrize(
-    ("name", "tiles"), [*((name, "large") for name in KERNELS), ("mean", "small")]
-)
-def test_a_grid_that_is_smaller_than_the_work(name: str, tiles: str, cuda: CudaOnHost) -> None:
-    cuda.tiles(tiles)
+@each_call
+def test_a_grid_that_is_smaller_than_the_work(name: str, cuda: CudaOnHost) -> None:
     call = calls(cuda)[name]
     expected = call().clone()
     for max_grid in (1, 3):
@@ -247,7 +243,7 @@ def launches():
 tokens, offsets = torch.ones(2, 1, 6, 16), torch.zeros(2, 2)
 args = (tokens, offsets, (2, 3), (4, 4))
 srt_ext.ensemble(*args)
-assert launches() == 5
+assert launches() == 3
 for wrong in ({"out": tokens}, {"weights": torch.ones(3)}, {"upsample": "cubic"}):
     with pytest.raises(ValueError):
         srt_ext.ensemble(*args, **wrong)

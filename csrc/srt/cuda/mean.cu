@@ -1,10 +1,8 @@
-// The mean on the device: its sums along y are dense, those along x a walk (walk.h). The views that
-// share a dx are a group. For each row of the output, a "column" is one token position of a group,
-// summed over its views and the token rows that they read. A walk over the columns makes the cells.
-// Two small kernels make the tables from the offsets, wherever these lie. Nothing ever comes back
-// to the host.
-#include <limits>
-
+// The mean on the device: dense sums along y, a walk along x (walk.h). The views that share a dx
+// are a group. A "column" is one token position of a group: for a row of the output, the sum over
+// its views and over the token rows that they read. The cells of the row are sums over columns. Two
+// small kernels make the tables from the offsets, wherever these lie. Nothing ever comes back to
+// the host.
 #include "../axis.h"
 #include "../walk.h"
 #include "common.cuh"
@@ -12,80 +10,72 @@
 namespace srt::cuda {
 namespace {
 
-// A block makes a tile of rows x intervals of cells x channels, and so many columns at a time: a
-// "round". Their sums stay in shared memory, which has 48 KB.
+// A block makes a tile of rows x intervals of cells x channels, so many columns at a time: a round.
+// Their sums are in shared memory, of which there are 48 KB.
 constexpr int kLanes = 8;  // along the channels
 constexpr int kRows = 8;
+constexpr int kSumRows = 4;  // of a thread that makes columns
+template <class Acc>
+constexpr int kAhead =
+    sizeof(Acc) == 8 ? 2 : 3;  // tokens that it loads before it uses the first of them
 constexpr int kIntervals = 4;
-constexpr int kCells = 16;  // of an interval; as many sums does a thread keep for each channel
+constexpr int kCells = 16;  // of an interval; a thread keeps the sums of all of them
 constexpr int kTileCells = kIntervals * kCells;
 constexpr int kRoundColumns = 44;
 constexpr int kResident = 2;  // blocks that a processor holds at a time
-constexpr int kSumRows = 4;   // that a thread sums
-constexpr int kAhead = 3;     // tokens that it loads before it uses the first of them
 
+// The channels of a thread.
 template <class Acc>
-constexpr int kChannels = kVectorBytes / static_cast<int>(sizeof(Acc));  // of a thread
+using Sum = Pack<Acc, kVectorBytes / sizeof(Acc)>;
 
-// One token column of the views begin to end - 1, which share a dx.
+// A token row of a view.
+template <class Acc>
+struct alignas(kVectorBytes) Input {
+  int64_t offset;                                // of its first token, in elements
+  Pack<Acc, kSumRows> weight[kRows / kSumRows];  // in the rows of a tile, times that of the view
+};
+
 struct alignas(kVectorBytes) Column {
-  int32_t begin, end;
+  int32_t view;    // the first of the group
+  int32_t inputs;  // of all of them
   int32_t token;
 };
 
 // What a step of the walk adds for a column of the round.
 template <class Acc>
 struct alignas(kVectorBytes) Tap {
-  int32_t column;
+  int32_t at;  // among the sums of the round
   Acc value, slope;
-};
-
-// The step before a cell: taps begin to end - 1.
-template <class Acc>
-struct alignas(kVectorBytes) Step {
-  int32_t begin, end;
-  Acc t;            // the distance of the cell from the centre of its interval
-  int32_t is_anew;  // the taps are added to sums of 0
-};
-
-// A token row of a view: its first token, in elements, and its weights in the rows of a tile, times
-// that of the view.
-template <class Acc>
-struct alignas(kVectorBytes) Input {
-  int64_t offset;
-  Pack<Acc, kSumRows> weight[kRows / kSumRows];
 };
 
 template <class Acc>
 struct MeanPlan : FieldPlan {
   Axis y, x;
+  int64_t rows, cells;
+  int64_t interval;  // cells: whole intervals of the walk, or kCells of several pixels
   int64_t row_blocks, x_tiles, tiles;
-  int64_t interval;  // cells of one: whole intervals of the walk; kCells where cells are larger
-  View* sorted;      // [V] by dx
-  // Along y: the token rows that kRows rows read in a view, from the first one on.
+  Acc position[kCells];  // of the cells of an interval, from the centre of that of the walk
+  View* sorted;          // [V] by dx
+  // Of a view in a block of rows: the same number of token rows everywhere.
   int64_t inputs;
   Input<Acc>* input;  // [row_blocks, V, inputs]
-  // Along x: the columns of a tile, of each group the same number, and the steps of its walk.
-  int64_t columns, max_columns, max_rounds, max_taps;
-  int32_t* total_columns;  // [x_tiles]
-  Column* column;          // [x_tiles, max_columns]
-  Step<Acc>* step;         // [x_tiles, max_rounds, kTileCells]
-  Tap<Acc>* tap;           // [x_tiles, max_taps]
+  // Of a group in a tile: the same number of columns everywhere.
+  int64_t columns;
+  int64_t max_columns, max_rounds, max_taps;  // of a tile
+  int32_t* total_columns;                     // [x_tiles]
+  Column* column;                             // [x_tiles, max_columns]
+  int32_t* step;                              // [x_tiles, max_rounds, kTileCells]
+  Tap<Acc>* tap;                              // [x_tiles, max_taps]
   Acc* inverse;  // [row_blocks * kRows, x_tiles * kTileCells] 1 / total weight, 0 for none
 
   // The cell at a place of the tiles of a row; -1 where there is none.
   __device__ int64_t cell_at(int64_t place) const {
     const int64_t cell = place / kCells * interval + place % kCells;
-    return place % kCells < interval && cell < x.cells() ? cell : -1;
+    return place % kCells < interval && cell < cells ? cell : -1;
   }
 };
 
 // ---- the tables ---------------------------------------------------------------------------------
-
-// Whether v is the first of the views that share its dx, and counts.
-__device__ inline bool leads(const View* sorted, int64_t v) {
-  return sorted[v].weight > 0 && (v == 0 || sorted[v - 1].dx != sorted[v].dx);
-}
 
 // The first of `count` tokens among which are all that a view reads from pixel y on.
 __device__ inline int32_t first_token(Axis axis, double offset, int64_t y, int64_t count) {
@@ -95,17 +85,17 @@ __device__ inline int32_t first_token(Axis axis, double offset, int64_t y, int64
 
 // What a block of rows reads in a view.
 template <class Acc>
-__device__ void fill_rows(const MeanPlan<Acc>& plan, int64_t block, int64_t v) {
+__device__ void fill_inputs(const MeanPlan<Acc>& plan, int64_t block, int64_t v) {
   const View view = plan.sorted[v];
   if (!(view.weight > 0)) return;
   const int64_t y = block * kRows;
   const int32_t first = first_token(plan.y, view.dy, y * plan.y.stride, plan.inputs);
   Input<Acc>* const input = plan.input + (block * plan.views + v) * plan.inputs;
-  for (int64_t i = 0; i < plan.inputs; ++i)
-    input[i] = {
-        view.index * plan.token_strides[0] + (first + i) * plan.x.tokens * plan.token_strides[2],
-        {}};
-  for (int64_t r = 0; r < min(int64_t{kRows}, plan.y.cells() - y); ++r) {
+  for (int64_t i = 0; i < plan.inputs; ++i) {
+    const int64_t token = (first + i) * plan.x.tokens;
+    input[i] = {view.index * plan.token_strides[0] + token * plan.token_strides[2], {}};
+  }
+  for (int64_t r = 0; r < min(int64_t{kRows}, plan.rows - y); ++r) {
     visit_axis_cell(plan.y, view.dy, y + r, [&](int32_t token, double value) {
       input[token - first].weight[r / kSumRows].at[r % kSumRows] =
           static_cast<Acc>(view.weight) * static_cast<Acc>(value);
@@ -113,161 +103,155 @@ __device__ void fill_rows(const MeanPlan<Acc>& plan, int64_t block, int64_t v) {
   }
 }
 
-// The columns of one tile, group by group. Returns how many. By a whole block.
+// The columns of a tile, group by group, by a whole block. Returns how many.
 template <class Acc>
 __device__ int32_t list_columns(const MeanPlan<Acc>& plan, int64_t tile, Column* columns) {
-  const int64_t x = tile * kIntervals * plan.interval * plan.x.stride;
+  const View* const views = plan.sorted;
   int32_t groups = 0;
   for (int64_t from = 0; from < plan.views; from += kThreads) {
     const int64_t v = from + threadIdx.x;
-    const bool makes = v < plan.views && leads(plan.sorted, v);
-    int64_t group = groups;
-    group += exclusive_sum(makes, groups);
-    if (!makes) continue;
-    const double dx = plan.sorted[v].dx;
+    const bool leads =
+        v < plan.views && views[v].weight > 0 && (v == 0 || views[v - 1].dx != views[v].dx);
+    int32_t group = groups;
+    group += exclusive_sum(leads, groups);
+    if (!leads) continue;
     int64_t end = v + 1;
-    while (end < plan.views && plan.sorted[end].dx == dx) ++end;
-    const int32_t first = first_token(plan.x, dx, x, plan.columns);
+    while (end < plan.views && views[end].dx == views[v].dx) ++end;
+    const int64_t x = tile * kIntervals * plan.interval * plan.x.stride;
+    const int32_t first = first_token(plan.x, views[v].dx, x, plan.columns);
     for (int32_t i = 0; i < plan.columns; ++i)
-      columns[group * plan.columns + i] = {static_cast<int32_t>(v), static_cast<int32_t>(end),
-                                           first + i};
+      columns[group * plan.columns + i] = {
+          static_cast<int32_t>(v), static_cast<int32_t>((end - v) * plan.inputs), first + i};
   }
   return groups * static_cast<int32_t>(plan.columns);
 }
 
-// The walk of one tile, by a whole block: a thread a cell.
+// The columns and the steps of a tile, by a whole block: a thread a cell.
 template <class Acc>
 __device__ void fill_steps(const MeanPlan<Acc>& plan, int64_t tile) {
   Column* const columns = plan.column + tile * plan.max_columns;
   const int32_t total = list_columns(plan, tile, columns);
-  __syncthreads();
+  const int32_t group = static_cast<int32_t>(plan.columns);
   const int thread = static_cast<int>(threadIdx.x);
+  __syncthreads();
   if (thread == 0) plan.total_columns[tile] = total;
+  const auto dx_of = [&](int32_t column) { return plan.sorted[columns[column].view].dx; };
   const int64_t x = thread < kTileCells ? plan.cell_at(tile * kTileCells + thread) : -1;
-  // A cell of several pixels is no walk.
-  const bool pixels = plan.x.stride == 1;
-  bool anew = x < 0 || !pixels || x % walk_interval(plan.x) == 0;
-  for (int32_t i = 0; !anew && i < total; i += static_cast<int32_t>(plan.columns))
-    anew = stops_at(plan.x, plan.sorted[columns[i].begin].dx, x);
-  const Acc t = x >= 0 && pixels ? static_cast<Acc>(walk_position(plan.x, x)) : 0;
+  const bool walks = plan.x.stride == 1;  // cells of several pixels are summed one by one
+  bool anew = x < 0 || !walks || x % walk_interval(plan.x) == 0;
+  for (int32_t i = 0; !anew && i < total; i += group) anew = stops_at(plan.x, dx_of(i), x);
 
-  Step<Acc>* step = plan.step + tile * plan.max_rounds * kTileCells + thread;
+  int32_t* step = plan.step + tile * plan.max_rounds * kTileCells + thread;
   int32_t taps = 0;
   for (int32_t round = 0; round < total; round += kRoundColumns, step += kTileCells) {
-    // Calls tap(column, value, slope) for the columns of the round, ascending.
+    const int32_t end = x < 0 ? 0 : min(round + kRoundColumns, total);
+    // Calls tap(place in the round, value, slope).
     const auto visit = [&](auto&& tap) {
-      const int32_t group = static_cast<int32_t>(plan.columns);
-      const int32_t end = x < 0 ? 0 : min(round + kRoundColumns, total);
       for (int32_t i = round / group * group; i < end; i += group) {
         const auto add = [&](int32_t token, double value, double slope) {
           const int32_t column = i + token - columns[i].token;
           if (column >= round && column < end) tap(column - round, value, slope);
         };
-        const double dx = plan.sorted[columns[i].begin].dx;
-        if (pixels) {
-          visit_step(plan.x, dx, x, anew, add);
+        if (walks) {
+          visit_step(plan.x, dx_of(i), x, anew, add);
         } else {
-          visit_axis_cell(plan.x, dx, x,
-                          [&](int32_t token, double value) { add(token, value, 0); });
+          visit_axis_cell(plan.x, dx_of(i), x, [&](int32_t token, double w) { add(token, w, 0); });
         }
       }
     };
     int32_t count = 0, begin = taps;
     visit([&](int32_t, double, double) { ++count; });
     begin += exclusive_sum(count, taps);
-    if (thread < kTileCells) *step = {begin, begin + count, t, anew};
+    if (thread < kTileCells) *step = anew ? ~(begin + count) : begin + count;
     Tap<Acc>* tap = plan.tap + tile * plan.max_taps + begin;
     visit([&](int32_t column, double value, double slope) {
-      *tap++ = {column, static_cast<Acc>(value), static_cast<Acc>(slope)};
+      *tap++ = {column * kRows * kLanes, static_cast<Acc>(value), static_cast<Acc>(slope)};
     });
   }
 }
 
-__device__ inline int32_t counted_pixels(const Axis& axis, double offset, int64_t cell) {
+__device__ inline double counted_pixels(const Axis& axis, double offset, int64_t cell) {
   int32_t counted = 0;
   for (int64_t y = cell * axis.stride; y < (cell + 1) * axis.stride; ++y)
     counted += read_pixel(axis, offset, y).counts;
   return counted;
 }
 
-// The inverses of a block of rows, by a whole block: a thread a cell, some views at a time.
+// The inverses of a block of rows, by a whole block: a thread a cell, kViews views at a time.
 template <class Acc>
 __device__ void fill_inverse(const MeanPlan<Acc>& plan, int64_t block, int64_t place) {
   constexpr int kViews = kThreads / kRows;
-  __shared__ double counts[kRows][kViews];  // along y, times the weight of the view
-  const int own = static_cast<int>(threadIdx.x) % kViews,
-            row = static_cast<int>(threadIdx.x) / kViews;
-  const int64_t y = block * kRows + row, x = plan.cell_at(place);
+  __shared__ double counts[kViews][kRows];  // along y, times the weight of the view
+  const int row = static_cast<int>(threadIdx.x) % kRows;
+  const int own = static_cast<int>(threadIdx.x) / kRows;
+  const int64_t x = plan.cell_at(place);
   double total[kRows] = {};
   for (int64_t v = 0; v < plan.views; v += kViews) {
+    const View view = v + own < plan.views ? plan.sorted[v + own] : View{};
+    const bool counts_here = view.weight > 0 && block * kRows + row < plan.rows;
+    // The weight as it stands in the sums, in their type.
     __syncthreads();
-    if (v + own < plan.views && y < plan.y.cells()) {
-      // As it stands in the sums, in their type.
-      const double weight = static_cast<double>(static_cast<Acc>(plan.sorted[v + own].weight));
-      counts[row][own] = weight * counted_pixels(plan.y, plan.sorted[v + own].dy, y);
-    } else {
-      counts[row][own] = 0;
-    }
+    counts[own][row] = counts_here ? static_cast<double>(static_cast<Acc>(view.weight)) *
+                                         counted_pixels(plan.y, view.dy, block * kRows + row)
+                                   : 0;
     __syncthreads();
     for (int64_t i = 0; x >= 0 && i < min(int64_t{kViews}, plan.views - v); ++i) {
       const double count = counted_pixels(plan.x, plan.sorted[v + i].dx, x);
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) total[r] += count * counts[r][i];
+      for (int r = 0; r < kRows; ++r) total[r] += count * counts[i][r];
     }
   }
-  if (place >= plan.x_tiles * kTileCells) return;
-#pragma unroll
+  const int64_t places = plan.x_tiles * kTileCells;
+  if (place >= places) return;
   for (int r = 0; r < kRows; ++r)
-    plan.inverse[(block * kRows + r) * plan.x_tiles * kTileCells + place] =
+    plan.inverse[(block * kRows + r) * places + place] =
         total[r] > 0 ? static_cast<Acc>(1 / total[r]) : 0;
 }
 
-// Blocks make columns and steps, then rows, then inverses.
+// Blocks make steps, then inputs, then inverses.
 template <class Acc>
 __global__ void __launch_bounds__(kThreads)
-    fill_tables(const __grid_constant__ MeanPlan<Acc> plan, int64_t row_parts, int64_t cell_parts) {
-  SRT_FOR_BLOCK(block, plan.x_tiles + row_parts + plan.row_blocks * cell_parts) {
-    const int64_t rows = block - plan.x_tiles, inverse = rows - row_parts;
-    if (rows < 0) {
+    fill_tables(const __grid_constant__ MeanPlan<Acc> plan, int64_t for_inputs, int64_t for_cells) {
+  SRT_FOR_BLOCK(block, plan.x_tiles + for_inputs + plan.row_blocks * for_cells) {
+    const int64_t inputs = block - plan.x_tiles, inverses = inputs - for_inputs;
+    const int64_t i = inputs * kThreads + threadIdx.x;
+    if (inputs < 0) {
       fill_steps(plan, block);
-    } else if (inverse < 0) {
-      const int64_t i = rows * kThreads + threadIdx.x;
-      if (i < plan.row_blocks * plan.views) fill_rows(plan, i / plan.views, i % plan.views);
-    } else {
-      fill_inverse(plan, inverse / cell_parts, inverse % cell_parts * kThreads + threadIdx.x);
+    } else if (inverses >= 0) {
+      fill_inverse(plan, inverses / for_cells, inverses % for_cells * kThreads + threadIdx.x);
+    } else if (i < plan.row_blocks * plan.views) {
+      fill_inputs(plan, i / plan.views, i % plan.views);
     }
   }
 }
 
 // ---- the mean -----------------------------------------------------------------------------------
 
-// What all threads of a block share. It is read from shared memory whenever it is needed: in
+// What the threads of a block share. It is read from shared memory whenever it is needed: in
 // registers it would displace the sums.
 template <class T, class Acc>
 struct Tile {
   const T* tokens;  // of the image, from the first channel of the tile on
   T* out;
-  int64_t y, x;  // its first row, and its first place in the tables of a row
+  int64_t y, place;  // of its first row and cell
   int32_t channels, columns;
   const Input<Acc>* input;
   const Column* column;
-  const Step<Acc>* step;
+  const int32_t* step;
   const Tap<Acc>* tap;
 };
 
 template <class T, class Acc>
 __device__ Tile<T, Acc> tile_at(const MeanPlan<Acc>& plan, int64_t i) {
   // Blocks that run together share token rows: channels first, then along the row.
-  constexpr int64_t kSize = kLanes * kChannels<Acc>;
-  const int64_t chunks = div_up(plan.channels, kSize);
-  const int64_t c = i % chunks * kSize, x = i / chunks % plan.x_tiles;
-  const int64_t row = i / chunks / plan.x_tiles;
+  constexpr int64_t kChannels = kLanes * (sizeof(Sum<Acc>) / sizeof(Acc));
+  const int64_t chunks = div_up(plan.channels, kChannels), c = i % chunks * kChannels;
+  const int64_t x = i / chunks % plan.x_tiles, row = i / chunks / plan.x_tiles;
   const int64_t y = row % plan.row_blocks, b = row / plan.row_blocks;
   return {static_cast<const T*>(plan.tokens) + b * plan.token_strides[1] + c,
           static_cast<T*>(plan.out) + b * plan.out_strides[0] + c * plan.out_strides[1],
           y * kRows,
           x * kTileCells,
-          static_cast<int32_t>(min(plan.channels - c, kSize)),
+          static_cast<int32_t>(min(plan.channels - c, kChannels)),
           plan.total_columns[x],
           plan.input + y * plan.views * plan.inputs,
           plan.column + x * plan.max_columns,
@@ -276,195 +260,180 @@ __device__ Tile<T, Acc> tile_at(const MeanPlan<Acc>& plan, int64_t i) {
 }
 
 // The channels of a thread, of which there are n. kVector: all of them, aligned and dense.
-template <class T, bool kVector>
-struct Channels {
-  using Acc = typename AccumulatorOf<T>::type;
-  static constexpr int size = kChannels<Acc>;
-  using Tokens = Pack<T, size>;
-
-  static __device__ Tokens load_from(const T* from, int n) {
-    Tokens tokens;
-    if constexpr (kVector) {
-      tokens = load(reinterpret_cast<const Tokens*>(from));
-    } else {
+template <bool kVector, class T, class Acc = typename AccumulatorOf<T>::type>
+__device__ auto load_channels(const T* from, int n) {
+  Pack<T, sizeof(Sum<Acc>) / sizeof(Acc)> tokens;
+  if constexpr (kVector) {
+    tokens = load(reinterpret_cast<const decltype(tokens)*>(from));
+  } else {
 #pragma unroll
-      for (int e = 0; e < size; ++e) tokens.at[e] = e < n ? from[e] : T{};
-    }
-    return tokens;
+    for (int e = 0; e < static_cast<int>(sizeof(tokens) / sizeof(T)); ++e)
+      tokens.at[e] = e < n ? from[e] : T{};
   }
-  // Adding 0 turns -0 into 0.
-  static __device__ void store_to(T* to, const Acc (&sum)[size], Acc inverse, int n, int64_t step,
-                                  bool keep_in_l2) {
-    Tokens tokens;
-#pragma unroll
-    for (int e = 0; e < size; ++e) tokens.at[e] = from_acc<T>(sum[e] * inverse + Acc{0});
-    if constexpr (kVector) {
-      store(reinterpret_cast<Tokens*>(to), tokens, keep_in_l2);
-    } else {
-#pragma unroll
-      for (int e = 0; e < size; ++e) {
-        if (e < n) store(to + e * step, tokens.at[e], keep_in_l2);
-      }
-    }
-  }
-};
+  return tokens;
+}
 
-// Along y: the columns of a round from `first` on.
-template <class T, bool kVector, class Acc, class Sums>
+template <bool kVector, class T, class Acc, int N>
+__device__ void store_mean(T* to, const Pack<Acc, N>& sum, Acc inverse, int n, int64_t step,
+                           bool keep_in_l2) {
+  Pack<T, N> mean;
+#pragma unroll
+  for (int e = 0; e < N; ++e)
+    mean.at[e] = from_acc<T>(sum.at[e] * inverse + Acc{0});  // adding 0 turns -0 into 0
+  if constexpr (kVector) {
+    store(reinterpret_cast<Pack<T, N>*>(to), mean, keep_in_l2);
+  } else {
+#pragma unroll
+    for (int e = 0; e < N; ++e)
+      if (e < n) store(to + e * step, mean.at[e], keep_in_l2);
+  }
+}
+
+template <class Acc, int N>
+__device__ void add(Pack<Acc, N>& sum, Acc weight, const Pack<Acc, N>& value) {
+#pragma unroll
+  for (int e = 0; e < N; ++e) sum.at[e] += weight * value.at[e];
+}
+
+// Along y: the columns of the round that begins at column `first`.
+template <bool kVector, class T, class Acc>
 __device__ void sum_columns(const MeanPlan<Acc>& plan, const Tile<T, Acc>& tile, int32_t first,
-                            Sums& sums) {
-  using Channels = cuda::Channels<T, kVector>;
-  constexpr int kThread = Channels::size, kParts = kRows / kSumRows;
-  const int lane = static_cast<int>(threadIdx.x) % kLanes;
-  const int part = static_cast<int>(threadIdx.x) / kLanes % kParts;
+                            Sum<Acc> (&sums)[kRoundColumns][kRows][kLanes]) {
+  constexpr int kParts = kRows / kSumRows, kThread = sizeof(Sum<Acc>) / sizeof(Acc);
+  const int lane = static_cast<int>(threadIdx.x % kLanes);
+  const int part = static_cast<int>(threadIdx.x / kLanes % kParts);
   const int channels = tile.channels - lane * kThread;
   const int columns = channels > 0 ? min(kRoundColumns, tile.columns - first) : 0;
 #pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x) / (kLanes * kParts); i < columns;
+  for (int i = static_cast<int>(threadIdx.x / (kLanes * kParts)); i < columns;
        i += kThreads / (kLanes * kParts)) {
     const Column column = load(tile.column + first + i);
     const T* const tokens = tile.tokens + lane * kThread + column.token * plan.token_strides[2];
-    const Input<Acc>* input = tile.input + column.begin * plan.inputs;
-    Acc sum[kSumRows][kThread] = {};
-    int rest = (column.end - column.begin) * static_cast<int>(plan.inputs);
+    const Input<Acc>* input = tile.input + column.view * static_cast<int32_t>(plan.inputs);
+    Sum<Acc> sum[kSumRows] = {};
 #pragma unroll 1
-    for (; rest > 0; rest -= kAhead, input += kAhead) {
-      typename Channels::Tokens token[kAhead];
+    for (int rest = column.inputs; rest > 0; rest -= kAhead<Acc>, input += kAhead<Acc>) {
+      decltype(load_channels<kVector>(tokens, channels)) token[kAhead<Acc>];
 #pragma unroll
-      for (int j = 0; j < kAhead; ++j)
-        if (j < rest) token[j] = Channels::load_from(tokens + load(&input[j].offset), channels);
+      for (int j = 0; j < kAhead<Acc>; ++j)
+        if (j < rest) token[j] = load_channels<kVector>(tokens + load(&input[j].offset), channels);
 #pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
+      for (int j = 0; j < kAhead<Acc>; ++j) {
         if (j >= rest) break;
+        const auto weight = load(&input[j].weight[part]);
         const auto value = to_acc(token[j]);
-        const auto of_row = load(&input[j].weight[part]);
 #pragma unroll
-        for (int r = 0; r < kSumRows; ++r) {
-#pragma unroll
-          for (int e = 0; e < kThread; ++e) sum[r][e] += of_row.at[r] * value.at[e];
-        }
+        for (int r = 0; r < kSumRows; ++r) add(sum[r], weight.at[r], value);
       }
     }
 #pragma unroll
-    for (int r = 0; r < kSumRows; ++r) {
-#pragma unroll
-      for (int e = 0; e < kThread; ++e) sums[i][part * kSumRows + r][lane].at[e] = sum[r][e];
-    }
+    for (int r = 0; r < kSumRows; ++r) sums[i][part * kSumRows + r][lane] = sum[r];
   }
 }
 
-// Along x: adds the columns of a round to the cells of an interval, in one row and in the channels
-// of a thread. `sums`: of the first column; the next one is kRows * kLanes further.
-template <class Acc, int kThread>
-__device__ void walk(const Step<Acc>* steps, const Tap<Acc>* taps, const Pack<Acc, kThread>* sums,
-                     Acc (&cells)[kCells][kThread]) {
-  Step<Acc> next_step = load(steps);
-  taps += next_step.begin;
-  Tap<Acc> next_tap = load(taps);
-  Acc value[kThread] = {}, slope[kThread] = {};
+// Along x: adds a round to the cells of an interval, in one row. `first`: the step of the first of
+// them. `sums`: of the first column.
+template <class Acc>
+__device__ void walk(const MeanPlan<Acc>& plan, const int32_t* steps, const Tap<Acc>* taps,
+                     int32_t first, const Sum<Acc>* sums, Sum<Acc> (&cells)[kCells]) {
+  int32_t tap = first > 0 ? load(steps + first - 1) : 0;
+  if (tap < 0) tap = ~tap;
+  Sum<Acc> value{}, slope{};
+  Pack<int32_t, 4> ends;
 #pragma unroll
   for (int i = 0; i < kCells; ++i) {
-    const Step<Acc> step = next_step;
-    if (i + 1 < kCells) next_step = load(steps + i + 1);
-    if (step.is_anew) {
-#pragma unroll
-      for (int e = 0; e < kThread; ++e) value[e] = slope[e] = 0;
+    if (i % 4 == 0) ends = load(reinterpret_cast<const Pack<int32_t, 4>*>(steps + first + i));
+    int32_t end = ends.at[i % 4];
+    if (end < 0) {
+      end = ~end;
+      value = slope = {};
     }
 #pragma unroll 1
-    for (int rest = step.end - step.begin; rest > 0; --rest) {
-      const Tap<Acc> tap = next_tap;
-      next_tap = load(++taps);
-      const Pack<Acc, kThread> sum = sums[tap.column * kRows * kLanes];
-#pragma unroll
-      for (int e = 0; e < kThread; ++e) {
-        value[e] += tap.value * sum.at[e];
-        slope[e] += tap.slope * sum.at[e];
-      }
+    for (; tap < end; ++tap) {
+      const Tap<Acc> own = load(taps + tap);
+      const Sum<Acc> sum = sums[own.at];
+      add(value, own.value, sum);
+      add(slope, own.slope, sum);
     }
-#pragma unroll
-    for (int e = 0; e < kThread; ++e) cells[i][e] += step.t * slope[e] + value[e];
+    add(cells[i], Acc{1}, value);
+    add(cells[i], plan.position[i], slope);
   }
 }
 
-// Cells whose walk is not finite, by the formula itself: a token that is not finite reaches only
-// those that read it, and finite ones have no large sum on their way.
-template <class T, bool kVector, class Acc>
-__device__ __noinline__ void write_directly(const MeanPlan<Acc>& plan, const T* tokens, T* out,
+// Cells from x on by the formula itself. Where the walk is not finite, it tells which of them read
+// the token that is not; and it has no large sums on its way.
+template <bool kVector, class T, class Acc>
+__device__ __noinline__ void write_directly(const MeanPlan<Acc>& plan, const T* tokens, T* to,
                                             const Acc* inverse, int64_t y, int64_t x, int cells,
                                             int channels) {
-  using Channels = cuda::Channels<T, kVector>;
-  for (; cells > 0; --cells, ++x, ++inverse, out += plan.out_strides[3]) {
-    Acc sum[Channels::size] = {};
+  for (; cells > 0; --cells, ++x, ++inverse, to += plan.out_strides[3]) {
+    Sum<Acc> sum{};
     for (int64_t v = 0; v < plan.views && plan.sorted[v].weight > 0; ++v) {
       const View view = plan.sorted[v];
       visit_axis_cell(plan.y, view.dy, y, [&](int32_t row, double weight_y) {
         visit_axis_cell(plan.x, view.dx, x, [&](int32_t column, double weight_x) {
-          const Acc weight = static_cast<Acc>(view.weight) * static_cast<Acc>(weight_y) *
-                             static_cast<Acc>(weight_x);
-          const int64_t n = row * plan.x.tokens + column;
-          const auto value = to_acc(Channels::load_from(
-              tokens + view.index * plan.token_strides[0] + n * plan.token_strides[2], channels));
-#pragma unroll
-          for (int e = 0; e < Channels::size; ++e) sum[e] += weight * value.at[e];
+          const int64_t token = row * plan.x.tokens + column;
+          const int64_t at = view.index * plan.token_strides[0] + token * plan.token_strides[2];
+          const Acc weight = static_cast<Acc>(view.weight) * static_cast<Acc>(weight_y);
+          add(sum, weight * static_cast<Acc>(weight_x),
+              to_acc(load_channels<kVector>(tokens + at, channels)));
         });
       });
     }
-    Channels::store_to(out, sum, *inverse, channels, plan.out_strides[1], plan.keep_in_l2);
+    store_mean<kVector>(to, sum, *inverse, channels, plan.out_strides[1], plan.keep_in_l2);
   }
 }
 
 template <class T, bool kVector, class Acc = typename AccumulatorOf<T>::type>
 __global__ void __launch_bounds__(kThreads, kResident)
     mean_kernel(const __grid_constant__ MeanPlan<Acc> plan) {
-  using Channels = cuda::Channels<T, kVector>;
-  constexpr int kThread = Channels::size;
-  __shared__ Pack<Acc, kThread> sums[kRoundColumns][kRows][kLanes];
+  __shared__ Sum<Acc> sums[kRoundColumns][kRows][kLanes];
   __shared__ Tile<T, Acc> tile;
-
-  // A warp walks along one interval of some rows: it takes the same steps in all of them.
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarpThreads;
-  const int lane = thread % kLanes, interval = warp % kIntervals;
-  const int row = thread % kWarpThreads / kLanes + warp / kIntervals * (kWarpThreads / kLanes);
+  // A warp takes some rows of one interval: its steps are the same in all of them.
+  // Unsigned, so that they cost one instruction each and need not be kept.
+  const unsigned thread = threadIdx.x, warp = thread / kWarpThreads;
+  const int lane = static_cast<int>(thread % kLanes);
+  const int interval = static_cast<int>(warp % kIntervals);
+  const unsigned row = warp / kIntervals * (kWarpThreads / kLanes) + thread % kWarpThreads / kLanes;
   SRT_FOR_BLOCK(i, plan.tiles) {
     __syncthreads();
     if (thread == 0) tile = tile_at<T>(plan, i);
     __syncthreads();
-    Acc cells[kCells][kThread] = {};
-    const Step<Acc>* steps = tile.step + interval * kCells;
+    Sum<Acc> cells[kCells] = {};
 #pragma unroll 1
-    for (int32_t first = 0; first < tile.columns; first += kRoundColumns, steps += kTileCells) {
-      sum_columns<T, kVector>(plan, tile, first, sums);
+    for (int32_t round = 0; round * kRoundColumns < tile.columns; ++round) {
+      sum_columns<kVector>(plan, tile, round * kRoundColumns, sums);
       __syncthreads();
-      walk(steps, tile.tap, &sums[0][row][lane], cells);
+      walk(plan, tile.step, tile.tap, (round * kIntervals + interval) * kCells, &sums[0][row][lane],
+           cells);
       __syncthreads();
     }
 
-    const int64_t y = tile.y + row, place = tile.x + interval * kCells;
+    const int first_channel = lane * static_cast<int>(sizeof(Sum<Acc>) / sizeof(Acc));
+    const int channels = tile.channels - first_channel;
+    const int64_t y = tile.y + row, place = tile.place + interval * kCells;
     const int64_t x = place / kCells * plan.interval;
-    const int channels = tile.channels - lane * kThread;
-    const int count = static_cast<int>(min(plan.interval, plan.x.cells() - x));
-    if (channels <= 0 || y >= plan.y.cells() || count <= 0) continue;
-    T* to = tile.out + lane * kThread * plan.out_strides[1] + y * plan.out_strides[2] +
+    const int end = static_cast<int>(min(plan.interval, plan.cells - x));
+    if (channels <= 0 || y >= plan.rows) continue;
+    const Acc* const inverse = plan.inverse + y * plan.x_tiles * kTileCells + place;
+    T* to = tile.out + first_channel * plan.out_strides[1] + y * plan.out_strides[2] +
             x * plan.out_strides[3];
-    const Acc* inverse = plan.inverse + y * plan.x_tiles * kTileCells + place;
-    Acc check = 0;
+    Sum<Acc> check{};
 #pragma unroll
-    for (int c = 0; c < kCells; ++c) {
-#pragma unroll
-      for (int e = 0; e < kThread; ++e) check += cells[c][e];
-    }
-    if (!isfinite(check)) {
-      write_directly<T, kVector>(plan, tile.tokens + lane * kThread, to, inverse, y, x, count,
-                                 channels);
+    for (int c = 0; c < kCells; ++c) add(check, Acc{1}, cells[c]);
+    Acc finite = 0;
+    for (const Acc value : check.at) finite += value;
+    if (!isfinite(finite)) {
+      write_directly<kVector>(plan, tile.tokens + first_channel, to, inverse, y, x, end, channels);
       continue;
     }
     Pack<Acc, 4> inverses;
 #pragma unroll
     for (int c = 0; c < kCells; ++c, to += plan.out_strides[3]) {
+      if (c >= end) break;
       if (c % 4 == 0) inverses = load(reinterpret_cast<const Pack<Acc, 4>*>(inverse + c));
-      if (c < count)
-        Channels::store_to(to, cells[c], inverses.at[c % 4], channels, plan.out_strides[1],
-                           plan.keep_in_l2);
+      store_mean<kVector>(to, cells[c], inverses.at[c % 4], channels, plan.out_strides[1],
+                          plan.keep_in_l2);
     }
   }
 }
@@ -477,56 +446,57 @@ bool vectors_fit(const EnsembleArgs& args, int64_t n, int64_t element_size) {
   const auto aligned = [&](const void* p) {
     return reinterpret_cast<uintptr_t>(p) % (n * element_size) == 0;
   };
-  return aligned(args.tokens) && aligned(args.out) && args.channels % n == 0 &&
-         args.out_strides[1] == 1 && fits(args.views, args.token_strides[0]) &&
-         fits(args.batch, args.token_strides[1]) &&
-         fits(args.grid[0] * args.grid[1], args.token_strides[2]) &&
-         fits(args.batch, args.out_strides[0]) && fits(0, args.out_strides[2]) &&
-         fits(0, args.out_strides[3]);
+  const int64_t *in = args.token_strides, *out = args.out_strides;
+  return aligned(args.tokens) && aligned(args.out) && args.channels % n == 0 && out[1] == 1 &&
+         fits(args.views, in[0]) && fits(args.batch, in[1]) &&
+         fits(args.grid[0] * args.grid[1], in[2]) && fits(args.batch, out[0]) && fits(0, out[2]) &&
+         fits(0, out[3]);
+}
+
+// Tokens that so many cells may read: their pixels span (pixels - 1) / patch of them, the first one
+// may lie anywhere in a token, and interpolation adds one.
+int64_t most_tokens(const Axis& axis, int64_t cells) {
+  const int64_t more = axis.upsample == Upsample::nearest ? 2 : 3;
+  return std::min(axis.tokens, (cells * axis.stride - 1) / axis.patch + more);
 }
 
 template <class T, class Acc = typename AccumulatorOf<T>::type>
 MeanPlan<Acc> make_plan(const Call& call, Workspace& workspace) {
   MeanPlan<Acc> plan{};
   call.set_field(plan, sizeof(T), sizeof(T));
-  const Axis &y = plan.y = call.axis(0), &x = plan.x = call.axis(1);
-  plan.interval = kCells;
-  if (x.stride == 1) plan.interval -= kCells % walk_interval(x);
-  plan.row_blocks = div_up(y.cells(), kRows);
-  plan.x_tiles = div_up(x.cells(), kIntervals * plan.interval);
-  plan.tiles =
-      plan.batch * plan.row_blocks * plan.x_tiles * div_up(plan.channels, kLanes * kChannels<Acc>);
-  // So many cells span (pixels - 1) / patch tokens. Their first pixel may lie anywhere in a token,
-  // and interpolation adds one.
-  const auto tokens = [](const Axis& axis, int64_t cells) {
-    const int64_t more = axis.upsample == Upsample::nearest ? 2 : 3;
-    return std::min(axis.tokens, (cells * axis.stride - 1) / axis.patch + more);
-  };
-  plan.inputs = tokens(y, kRows);
-  plan.columns = tokens(x, kIntervals * plan.interval);
+  plan.y = call.axis(0);
+  plan.x = call.axis(1);
+  plan.rows = plan.y.cells();
+  plan.cells = plan.x.cells();
+  for (int i = 0; i < kCells && plan.x.stride == 1; ++i)
+    plan.position[i] = static_cast<Acc>(walk_position(plan.x, i));
+  plan.interval = plan.x.stride == 1 ? kCells - kCells % walk_interval(plan.x) : kCells;
+  plan.row_blocks = div_up(plan.rows, kRows);
+  plan.x_tiles = div_up(plan.cells, kIntervals * plan.interval);
+  plan.tiles = plan.batch * plan.row_blocks * plan.x_tiles *
+               div_up(plan.channels, kLanes * (sizeof(Sum<Acc>) / sizeof(Acc)));
+  plan.inputs = most_tokens(plan.y, kRows);
+  plan.columns = most_tokens(plan.x, kIntervals * plan.interval);
   plan.max_columns = plan.views * plan.columns;
   plan.max_rounds = div_up(plan.max_columns, kRoundColumns);
-  // A kink changes three tokens.
-  plan.max_taps = plan.views * kTileCells * (x.stride == 1 ? 3 : x.max_taps());
-  const int64_t most = std::max(plan.max_taps, plan.views * std::max(plan.inputs, plan.columns));
+  // A step of the walk changes the weights of three tokens.
+  plan.max_taps = plan.views * kTileCells * (plan.x.stride == 1 ? 3 : plan.x.max_taps());
+  const int64_t most = std::max({plan.views * plan.inputs, plan.max_columns, plan.max_taps});
   if (most > INT32_MAX - kThreads)
     throw Error("srt::ensemble: on CUDA views * (tokens of " + std::to_string(kTileCells) +
                 " output cells) must be below 2^31; got " + std::to_string(most));
-
   plan.sorted = workspace.take<View>(plan.views);
   plan.input = workspace.take<Input<Acc>>(plan.row_blocks * plan.views * plan.inputs);
   plan.total_columns = workspace.take<int32_t>(plan.x_tiles);
   plan.column = workspace.take<Column>(plan.x_tiles * plan.max_columns);
-  plan.step = workspace.take<Step<Acc>>(plan.x_tiles * plan.max_rounds * kTileCells);
-  // The walk loads the next one while it uses the last one.
-  plan.tap = workspace.take<Tap<Acc>>(plan.x_tiles * plan.max_taps + 1);
+  plan.step = workspace.take<int32_t>(plan.x_tiles * plan.max_rounds * kTileCells);
+  plan.tap = workspace.take<Tap<Acc>>(plan.x_tiles * plan.max_taps);
   plan.inverse = workspace.take<Acc>(plan.row_blocks * kRows * plan.x_tiles * kTileCells);
   return plan;
 }
 
-template <class T>
+template <class T, class Acc = typename AccumulatorOf<T>::type>
 int64_t mean(const Call& call) {
-  using Acc = typename AccumulatorOf<T>::type;
   Workspace workspace(call.workspace);
   const auto plan = make_plan<T>(call, workspace);
   InlineArrays parameters;
@@ -534,11 +504,11 @@ int64_t mean(const Call& call) {
   if (!call.workspace) return workspace.bytes();
 
   sort_views(call, raw, parameters, plan.sorted, nullptr);
-  const int64_t row_parts = div_up(plan.row_blocks * plan.views, kThreads);
-  const int64_t cell_parts = div_up(plan.x_tiles * kTileCells, kThreads);
-  launch(call.op, fill_tables<Acc>, plan.x_tiles + row_parts + plan.row_blocks * cell_parts,
-         call.stream, plan, row_parts, cell_parts);
-  const bool vector = vectors_fit(call.args, kChannels<Acc>, sizeof(T));
+  const int64_t for_inputs = div_up(plan.row_blocks * plan.views, kThreads);
+  const int64_t for_cells = div_up(plan.x_tiles * kTileCells, kThreads);
+  launch(call.op, fill_tables<Acc>, plan.x_tiles + for_inputs + plan.row_blocks * for_cells,
+         call.stream, plan, for_inputs, for_cells);
+  const bool vector = vectors_fit(call.args, sizeof(Sum<Acc>) / sizeof(Acc), sizeof(T));
   launch(call.op, vector ? mean_kernel<T, true> : mean_kernel<T, false>, plan.tiles, call.stream,
          plan);
   return workspace.bytes();
