@@ -63,18 +63,17 @@ def check_shift(cuda: CudaOnHost) -> None:
 def test_injected_faults_are_found(tmp_path: Path) -> None:
     """The checks of the tests must find each of the faults below, and nothing without one."""
     mean = {
-        "a missing barrier": ("if (__syncthreads_or(!finite))", "if (!finite)"),
-        "a write beyond": ("cell = row + cells.at", "cell = row + plan.cell_bytes + cells.at"),
-        "a row that is not written": ("place > last) break", "place >= last) break"),
-        "a run across a break": ("if (breaks) plan", "if (breaks && cell % 7) plan"),
-        "a weight of 0 that is multiplied": ("kExact && weight.at[x] == 0", "kExact && false"),
-        "a token that is not finite": ("return isfinite(check)", "return true"),
-        "ends that are not finite": ("if (!kFinite && !isfinite(slope))", "if (false)"),
+        "a missing barrier": ("sums);\n      __syncthreads();", "sums);"),
+        "a write beyond": ("x * plan.out_strides[3];", "(x + 1) * plan.out_strides[3];"),
+        "a row that is not written": ("y >= plan.rows)", "y >= plan.rows - 1)"),
+        "a walk that goes on": ("x % walk_interval(plan.x) == 0", "x == 0"),
+        "a kink that is left out": ("i < end; i += group", "i < end - group; i += group"),
+        "sums that are not finite": ("if (!isfinite(check))", "if (false)"),
         "a piece of the workspace that is too small": (
-            "workspace.take<double>(args.views * rows)",
-            "workspace.take<double>(args.views * rows - 1)",
+            "take<Column>(plan.x_tiles * plan.max_columns)",
+            "take<Column>(plan.x_tiles * plan.max_columns - 1)",
         ),
-        "none": ("if (breaks) plan", "if (breaks) plan"),
+        "none": ("if (!isfinite(check))", "if (!isfinite(check))"),
     }
     shift = {
         "a line that is too short": ("at < columns + taps_x - 1", "at < columns"),

@@ -15,18 +15,20 @@ namespace {
 constexpr int kLanes = 8;  // along the channels
 constexpr int kRows = 8;
 constexpr int kSumRows = 4;  // of a thread that makes columns
-template <class Acc>
-constexpr int kAhead =
-    sizeof(Acc) == 8 ? 2 : 3;  // tokens that it loads before it uses the first of them
 constexpr int kIntervals = 4;
 constexpr int kCells = 16;  // of an interval; a thread keeps the sums of all of them
 constexpr int kTileCells = kIntervals * kCells;
 constexpr int kRoundColumns = 44;
 constexpr int kResident = 2;  // blocks that a processor holds at a time
 
+// Tokens that a thread loads before it uses the first of them: what its registers allow.
+template <class Acc>
+constexpr int kAhead = sizeof(Acc) == 8 ? 2 : 3;
 // The channels of a thread.
 template <class Acc>
-using Sum = Pack<Acc, kVectorBytes / sizeof(Acc)>;
+constexpr int kChannels = kVectorBytes / static_cast<int>(sizeof(Acc));
+template <class Acc>
+using Sum = Pack<Acc, kChannels<Acc>>;
 
 // A token row of a view.
 template <class Acc>
@@ -88,15 +90,14 @@ template <class Acc>
 __device__ void fill_inputs(const MeanPlan<Acc>& plan, int64_t block, int64_t v) {
   const View view = plan.sorted[v];
   if (!(view.weight > 0)) return;
-  const int64_t y = block * kRows;
-  const int32_t first = first_token(plan.y, view.dy, y * plan.y.stride, plan.inputs);
+  const int32_t first = first_token(plan.y, view.dy, block * kRows * plan.y.stride, plan.inputs);
   Input<Acc>* const input = plan.input + (block * plan.views + v) * plan.inputs;
   for (int64_t i = 0; i < plan.inputs; ++i) {
     const int64_t token = (first + i) * plan.x.tokens;
     input[i] = {view.index * plan.token_strides[0] + token * plan.token_strides[2], {}};
   }
-  for (int64_t r = 0; r < min(int64_t{kRows}, plan.rows - y); ++r) {
-    visit_axis_cell(plan.y, view.dy, y + r, [&](int32_t token, double value) {
+  for (int r = 0; r < kRows; ++r) {
+    visit_axis_cell(plan.y, view.dy, block * kRows + r, [&](int32_t token, double value) {
       input[token - first].weight[r / kSumRows].at[r % kSumRows] =
           static_cast<Acc>(view.weight) * static_cast<Acc>(value);
     });
@@ -188,12 +189,10 @@ __device__ void fill_inverse(const MeanPlan<Acc>& plan, int64_t block, int64_t p
   double total[kRows] = {};
   for (int64_t v = 0; v < plan.views; v += kViews) {
     const View view = v + own < plan.views ? plan.sorted[v + own] : View{};
-    const bool counts_here = view.weight > 0 && block * kRows + row < plan.rows;
-    // The weight as it stands in the sums, in their type.
+    // As it stands in the sums, in their type.
+    const double weight = static_cast<double>(static_cast<Acc>(view.weight));
     __syncthreads();
-    counts[own][row] = counts_here ? static_cast<double>(static_cast<Acc>(view.weight)) *
-                                         counted_pixels(plan.y, view.dy, block * kRows + row)
-                                   : 0;
+    counts[own][row] = weight * counted_pixels(plan.y, view.dy, block * kRows + row);
     __syncthreads();
     for (int64_t i = 0; x >= 0 && i < min(int64_t{kViews}, plan.views - v); ++i) {
       const double count = counted_pixels(plan.x, plan.sorted[v + i].dx, x);
@@ -226,66 +225,65 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- the mean -----------------------------------------------------------------------------------
 
-// What the threads of a block share. It is read from shared memory whenever it is needed: in
-// registers it would displace the sums.
+// The tile of a block. It is read from shared memory whenever it is needed: in registers it would
+// displace the sums.
 template <class T, class Acc>
 struct Tile {
-  const T* tokens;  // of the image, from the first channel of the tile on
+  const T* tokens;  // of its image, from its first channel on
   T* out;
-  int64_t y, place;  // of its first row and cell
   int32_t channels, columns;
+  int64_t y, place;  // of its first row and cell
   const Input<Acc>* input;
   const Column* column;
   const int32_t* step;
   const Tap<Acc>* tap;
-};
 
-template <class T, class Acc>
-__device__ Tile<T, Acc> tile_at(const MeanPlan<Acc>& plan, int64_t i) {
-  // Blocks that run together share token rows: channels first, then along the row.
-  constexpr int64_t kChannels = kLanes * (sizeof(Sum<Acc>) / sizeof(Acc));
-  const int64_t chunks = div_up(plan.channels, kChannels), c = i % chunks * kChannels;
-  const int64_t x = i / chunks % plan.x_tiles, row = i / chunks / plan.x_tiles;
-  const int64_t y = row % plan.row_blocks, b = row / plan.row_blocks;
-  return {static_cast<const T*>(plan.tokens) + b * plan.token_strides[1] + c,
-          static_cast<T*>(plan.out) + b * plan.out_strides[0] + c * plan.out_strides[1],
-          y * kRows,
-          x * kTileCells,
-          static_cast<int32_t>(min(plan.channels - c, kChannels)),
-          plan.total_columns[x],
-          plan.input + y * plan.views * plan.inputs,
-          plan.column + x * plan.max_columns,
-          plan.step + x * plan.max_rounds * kTileCells,
-          plan.tap + x * plan.max_taps};
-}
+  __device__ void find(const MeanPlan<Acc>& plan, int64_t i) {
+    // Blocks that run together share token rows: channels first, then along the row.
+    constexpr int64_t kSize = kLanes * kChannels<Acc>;
+    const int64_t chunks = div_up(plan.channels, kSize), c = i % chunks * kSize;
+    const int64_t x = i / chunks % plan.x_tiles, row = i / chunks / plan.x_tiles;
+    const int64_t block = row % plan.row_blocks, b = row / plan.row_blocks;
+    tokens = static_cast<const T*>(plan.tokens) + b * plan.token_strides[1] + c;
+    out = static_cast<T*>(plan.out) + b * plan.out_strides[0] + c * plan.out_strides[1];
+    channels = static_cast<int32_t>(min(plan.channels - c, kSize));
+    columns = plan.total_columns[x];
+    y = block * kRows;
+    place = x * kTileCells;
+    input = plan.input + block * plan.views * plan.inputs;
+    column = plan.column + x * plan.max_columns;
+    step = plan.step + x * plan.max_rounds * kTileCells;
+    tap = plan.tap + x * plan.max_taps;
+  }
+};
 
 // The channels of a thread, of which there are n. kVector: all of them, aligned and dense.
 template <bool kVector, class T, class Acc = typename AccumulatorOf<T>::type>
-__device__ auto load_channels(const T* from, int n) {
-  Pack<T, sizeof(Sum<Acc>) / sizeof(Acc)> tokens;
+__device__ Pack<T, kChannels<Acc>> load_channels(const T* from, int n) {
+  using Tokens = Pack<T, kChannels<Acc>>;
   if constexpr (kVector) {
-    tokens = load(reinterpret_cast<const decltype(tokens)*>(from));
+    return load(reinterpret_cast<const Tokens*>(from));
   } else {
+    Tokens tokens;
 #pragma unroll
-    for (int e = 0; e < static_cast<int>(sizeof(tokens) / sizeof(T)); ++e)
-      tokens.at[e] = e < n ? from[e] : T{};
+    for (int e = 0; e < kChannels<Acc>; ++e) tokens.at[e] = e < n ? from[e] : T{};
+    return tokens;
   }
-  return tokens;
 }
 
-template <bool kVector, class T, class Acc, int N>
-__device__ void store_mean(T* to, const Pack<Acc, N>& sum, Acc inverse, int n, int64_t step,
-                           bool keep_in_l2) {
-  Pack<T, N> mean;
+template <bool kVector, class T, class Acc>
+__device__ void store_mean(const MeanPlan<Acc>& plan, T* to, const Sum<Acc>& sum, Acc inverse,
+                           int n) {
+  Pack<T, kChannels<Acc>> mean;
 #pragma unroll
-  for (int e = 0; e < N; ++e)
+  for (int e = 0; e < kChannels<Acc>; ++e)
     mean.at[e] = from_acc<T>(sum.at[e] * inverse + Acc{0});  // adding 0 turns -0 into 0
   if constexpr (kVector) {
-    store(reinterpret_cast<Pack<T, N>*>(to), mean, keep_in_l2);
+    store(reinterpret_cast<decltype(mean)*>(to), mean, plan.keep_in_l2);
   } else {
 #pragma unroll
-    for (int e = 0; e < N; ++e)
-      if (e < n) store(to + e * step, mean.at[e], keep_in_l2);
+    for (int e = 0; e < kChannels<Acc>; ++e)
+      if (e < n) store(to + e * plan.out_strides[1], mean.at[e], plan.keep_in_l2);
   }
 }
 
@@ -299,21 +297,22 @@ __device__ void add(Pack<Acc, N>& sum, Acc weight, const Pack<Acc, N>& value) {
 template <bool kVector, class T, class Acc>
 __device__ void sum_columns(const MeanPlan<Acc>& plan, const Tile<T, Acc>& tile, int32_t first,
                             Sum<Acc> (&sums)[kRoundColumns][kRows][kLanes]) {
-  constexpr int kParts = kRows / kSumRows, kThread = sizeof(Sum<Acc>) / sizeof(Acc);
+  constexpr int kParts = kRows / kSumRows;
   const int lane = static_cast<int>(threadIdx.x % kLanes);
   const int part = static_cast<int>(threadIdx.x / kLanes % kParts);
-  const int channels = tile.channels - lane * kThread;
+  const int channels = tile.channels - lane * kChannels<Acc>;
   const int columns = channels > 0 ? min(kRoundColumns, tile.columns - first) : 0;
 #pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x / (kLanes * kParts)); i < columns;
        i += kThreads / (kLanes * kParts)) {
     const Column column = load(tile.column + first + i);
-    const T* const tokens = tile.tokens + lane * kThread + column.token * plan.token_strides[2];
+    const T* const tokens =
+        tile.tokens + lane * kChannels<Acc> + column.token * plan.token_strides[2];
     const Input<Acc>* input = tile.input + column.view * static_cast<int32_t>(plan.inputs);
     Sum<Acc> sum[kSumRows] = {};
 #pragma unroll 1
     for (int rest = column.inputs; rest > 0; rest -= kAhead<Acc>, input += kAhead<Acc>) {
-      decltype(load_channels<kVector>(tokens, channels)) token[kAhead<Acc>];
+      Pack<T, kChannels<Acc>> token[kAhead<Acc>];
 #pragma unroll
       for (int j = 0; j < kAhead<Acc>; ++j)
         if (j < rest) token[j] = load_channels<kVector>(tokens + load(&input[j].offset), channels);
@@ -331,18 +330,17 @@ __device__ void sum_columns(const MeanPlan<Acc>& plan, const Tile<T, Acc>& tile,
   }
 }
 
-// Along x: adds a round to the cells of an interval, in one row. `first`: the step of the first of
-// them. `sums`: of the first column.
+// Along x: adds a round to the cells of an interval, in one row. `sums`: of the first column.
 template <class Acc>
 __device__ void walk(const MeanPlan<Acc>& plan, const int32_t* steps, const Tap<Acc>* taps,
-                     int32_t first, const Sum<Acc>* sums, Sum<Acc> (&cells)[kCells]) {
-  int32_t tap = first > 0 ? load(steps + first - 1) : 0;
+                     bool follows, const Sum<Acc>* sums, Sum<Acc> (&cells)[kCells]) {
+  int32_t tap = follows ? load(steps - 1) : 0;
   if (tap < 0) tap = ~tap;
   Sum<Acc> value{}, slope{};
   Pack<int32_t, 4> ends;
 #pragma unroll
   for (int i = 0; i < kCells; ++i) {
-    if (i % 4 == 0) ends = load(reinterpret_cast<const Pack<int32_t, 4>*>(steps + first + i));
+    if (i % 4 == 0) ends = load(reinterpret_cast<const Pack<int32_t, 4>*>(steps + i));
     int32_t end = ends.at[i % 4];
     if (end < 0) {
       end = ~end;
@@ -380,7 +378,7 @@ __device__ __noinline__ void write_directly(const MeanPlan<Acc>& plan, const T* 
         });
       });
     }
-    store_mean<kVector>(to, sum, *inverse, channels, plan.out_strides[1], plan.keep_in_l2);
+    store_mean<kVector>(plan, to, sum, *inverse, channels);
   }
 }
 
@@ -397,19 +395,19 @@ __global__ void __launch_bounds__(kThreads, kResident)
   const unsigned row = warp / kIntervals * (kWarpThreads / kLanes) + thread % kWarpThreads / kLanes;
   SRT_FOR_BLOCK(i, plan.tiles) {
     __syncthreads();
-    if (thread == 0) tile = tile_at<T>(plan, i);
+    if (thread == 0) tile.find(plan, i);
     __syncthreads();
     Sum<Acc> cells[kCells] = {};
 #pragma unroll 1
     for (int32_t round = 0; round * kRoundColumns < tile.columns; ++round) {
       sum_columns<kVector>(plan, tile, round * kRoundColumns, sums);
       __syncthreads();
-      walk(plan, tile.step, tile.tap, (round * kIntervals + interval) * kCells, &sums[0][row][lane],
-           cells);
+      walk(plan, tile.step + (round * kIntervals + interval) * kCells, tile.tap,
+           round + interval > 0, &sums[0][row][lane], cells);
       __syncthreads();
     }
 
-    const int first_channel = lane * static_cast<int>(sizeof(Sum<Acc>) / sizeof(Acc));
+    const int first_channel = lane * kChannels<Acc>;
     const int channels = tile.channels - first_channel;
     const int64_t y = tile.y + row, place = tile.place + interval * kCells;
     const int64_t x = place / kCells * plan.interval;
@@ -418,12 +416,13 @@ __global__ void __launch_bounds__(kThreads, kResident)
     const Acc* const inverse = plan.inverse + y * plan.x_tiles * kTileCells + place;
     T* to = tile.out + first_channel * plan.out_strides[1] + y * plan.out_strides[2] +
             x * plan.out_strides[3];
-    Sum<Acc> check{};
+    Acc check = 0;
 #pragma unroll
-    for (int c = 0; c < kCells; ++c) add(check, Acc{1}, cells[c]);
-    Acc finite = 0;
-    for (const Acc value : check.at) finite += value;
-    if (!isfinite(finite)) {
+    for (const Sum<Acc>& cell : cells) {
+#pragma unroll
+      for (const Acc value : cell.at) check += value;
+    }
+    if (!isfinite(check)) {
       write_directly<kVector>(plan, tile.tokens + first_channel, to, inverse, y, x, end, channels);
       continue;
     }
@@ -432,25 +431,22 @@ __global__ void __launch_bounds__(kThreads, kResident)
     for (int c = 0; c < kCells; ++c, to += plan.out_strides[3]) {
       if (c >= end) break;
       if (c % 4 == 0) inverses = load(reinterpret_cast<const Pack<Acc, 4>*>(inverse + c));
-      store_mean<kVector>(to, cells[c], inverses.at[c % 4], channels, plan.out_strides[1],
-                          plan.keep_in_l2);
+      store_mean<kVector>(plan, to, cells[c], inverses.at[c % 4], channels);
     }
   }
 }
 
 // ---- on the host --------------------------------------------------------------------------------
 
-// Whether every row of channels on both sides is a whole number of aligned vectors of n elements.
+// Whether the channels are whole, aligned vectors of n elements on both sides.
 bool vectors_fit(const EnsembleArgs& args, int64_t n, int64_t element_size) {
-  const auto fits = [&](int64_t size, int64_t stride) { return size == 1 || stride % n == 0; };
-  const auto aligned = [&](const void* p) {
-    return reinterpret_cast<uintptr_t>(p) % (n * element_size) == 0;
-  };
   const int64_t *in = args.token_strides, *out = args.out_strides;
-  return aligned(args.tokens) && aligned(args.out) && args.channels % n == 0 && out[1] == 1 &&
-         fits(args.views, in[0]) && fits(args.batch, in[1]) &&
-         fits(args.grid[0] * args.grid[1], in[2]) && fits(args.batch, out[0]) && fits(0, out[2]) &&
-         fits(0, out[3]);
+  bool fit = args.channels % n == 0 && out[1] == 1;
+  for (const int64_t stride : {in[0], in[1], in[2], out[0], out[2], out[3]})
+    fit = fit && stride % n == 0;
+  for (const void* p : {args.tokens, static_cast<const void*>(args.out)})
+    fit = fit && reinterpret_cast<uintptr_t>(p) % (n * element_size) == 0;
+  return fit;
 }
 
 // Tokens that so many cells may read: their pixels span (pixels - 1) / patch of them, the first one
@@ -473,8 +469,8 @@ MeanPlan<Acc> make_plan(const Call& call, Workspace& workspace) {
   plan.interval = plan.x.stride == 1 ? kCells - kCells % walk_interval(plan.x) : kCells;
   plan.row_blocks = div_up(plan.rows, kRows);
   plan.x_tiles = div_up(plan.cells, kIntervals * plan.interval);
-  plan.tiles = plan.batch * plan.row_blocks * plan.x_tiles *
-               div_up(plan.channels, kLanes * (sizeof(Sum<Acc>) / sizeof(Acc)));
+  plan.tiles =
+      plan.batch * plan.row_blocks * plan.x_tiles * div_up(plan.channels, kLanes * kChannels<Acc>);
   plan.inputs = most_tokens(plan.y, kRows);
   plan.columns = most_tokens(plan.x, kIntervals * plan.interval);
   plan.max_columns = plan.views * plan.columns;
@@ -508,7 +504,7 @@ int64_t mean(const Call& call) {
   const int64_t for_cells = div_up(plan.x_tiles * kTileCells, kThreads);
   launch(call.op, fill_tables<Acc>, plan.x_tiles + for_inputs + plan.row_blocks * for_cells,
          call.stream, plan, for_inputs, for_cells);
-  const bool vector = vectors_fit(call.args, sizeof(Sum<Acc>) / sizeof(Acc), sizeof(T));
+  const bool vector = vectors_fit(call.args, kChannels<Acc>, sizeof(T));
   launch(call.op, vector ? mean_kernel<T, true> : mean_kernel<T, false>, plan.tiles, call.stream,
          plan);
   return workspace.bytes();
