@@ -38,9 +38,9 @@ struct alignas(kVectorBytes) Input {
 };
 
 struct alignas(kVectorBytes) Column {
-  int32_t view;    // the first of the group
-  int32_t inputs;  // of all of them
+  int32_t view;  // the first of the group
   int32_t token;
+  int32_t columns;  // of the group, in this tile
 };
 
 // What a step of the walk adds for a column of the round.
@@ -58,11 +58,10 @@ struct MeanPlan : FieldPlan {
   int64_t row_blocks, x_tiles, tiles;
   Acc position[kCells];  // of the cells of an interval, from the centre of that of the walk
   View* sorted;          // [V] by dx
-  // Of a view in a block of rows: the same number of token rows everywhere.
-  int64_t inputs;
-  Input<Acc>* input;  // [row_blocks, V, inputs]
-  // Of a group in a tile: the same number of columns everywhere.
-  int64_t columns;
+  // What a block of rows reads in the views of a group: a list at the place of the first of them.
+  int64_t inputs;                             // of a view, at most
+  int32_t* total_inputs;                      // [row_blocks, V]
+  Input<Acc>* input;                          // [row_blocks, V, inputs]
   int64_t max_columns, max_rounds, max_taps;  // of a tile
   int32_t* total_columns;                     // [x_tiles]
   Column* column;                             // [x_tiles, max_columns]
@@ -79,26 +78,39 @@ struct MeanPlan : FieldPlan {
 
 // ---- the tables ---------------------------------------------------------------------------------
 
-// The first of `count` tokens among which are all that a view reads from pixel y on.
-__device__ inline int32_t first_token(Axis axis, double offset, int64_t y, int64_t count) {
+// The tokens that a view may read in some cells: those that it reads at both ends, and between.
+struct Span {
+  int32_t first, count;
+};
+__device__ inline Span span_of(Axis axis, double offset, int64_t cell, int64_t cells) {
   axis.border = Border::clamp;
-  return min(read_pixel(axis, offset, y).token, static_cast<int32_t>(axis.tokens - count));
+  const PixelRead first = read_pixel(axis, offset, cell * axis.stride);
+  const PixelRead last = read_pixel(axis, offset, (cell + cells) * axis.stride - 1);
+  return {first.token, last.token - first.token + 1 + (last.after > 0)};
 }
 
 // What a block of rows reads in a view.
 template <class Acc>
 __device__ void fill_inputs(const MeanPlan<Acc>& plan, int64_t block, int64_t v) {
-  const View view = plan.sorted[v];
+  const View* const views = plan.sorted;
+  const View view = views[v];
   if (!(view.weight > 0)) return;
-  const int32_t first = first_token(plan.y, view.dy, block * kRows * plan.y.stride, plan.inputs);
-  Input<Acc>* const input = plan.input + (block * plan.views + v) * plan.inputs;
-  for (int64_t i = 0; i < plan.inputs; ++i) {
-    const int64_t token = (first + i) * plan.x.tokens;
+  const auto span = [&](int64_t u) { return span_of(plan.y, views[u].dy, block * kRows, kRows); };
+  const Span own = span(v);
+  int32_t before = 0;  // in the list of the group
+  int64_t leader = v;
+  for (; leader > 0 && views[leader - 1].dx == view.dx; --leader) before += span(leader - 1).count;
+  const int64_t list = block * plan.views + leader;
+  if (v + 1 == plan.views || views[v + 1].dx != view.dx)
+    plan.total_inputs[list] = before + own.count;
+  Input<Acc>* const input = plan.input + list * plan.inputs + before;
+  for (int64_t i = 0; i < own.count; ++i) {
+    const int64_t token = (own.first + i) * plan.x.tokens;
     input[i] = {view.index * plan.token_strides[0] + token * plan.token_strides[2], {}};
   }
   for (int r = 0; r < kRows; ++r) {
     visit_axis_cell(plan.y, view.dy, block * kRows + r, [&](int32_t token, double value) {
-      input[token - first].weight[r / kSumRows].at[r % kSumRows] =
+      input[token - own.first].weight[r / kSumRows].at[r % kSumRows] =
           static_cast<Acc>(view.weight) * static_cast<Acc>(value);
     });
   }
@@ -108,23 +120,19 @@ __device__ void fill_inputs(const MeanPlan<Acc>& plan, int64_t block, int64_t v)
 template <class Acc>
 __device__ int32_t list_columns(const MeanPlan<Acc>& plan, int64_t tile, Column* columns) {
   const View* const views = plan.sorted;
-  int32_t groups = 0;
+  const int64_t cells = kIntervals * plan.interval;
+  int32_t total = 0;
   for (int64_t from = 0; from < plan.views; from += kThreads) {
     const int64_t v = from + threadIdx.x;
     const bool leads =
         v < plan.views && views[v].weight > 0 && (v == 0 || views[v - 1].dx != views[v].dx);
-    int32_t group = groups;
-    group += exclusive_sum(leads, groups);
-    if (!leads) continue;
-    int64_t end = v + 1;
-    while (end < plan.views && views[end].dx == views[v].dx) ++end;
-    const int64_t x = tile * kIntervals * plan.interval * plan.x.stride;
-    const int32_t first = first_token(plan.x, views[v].dx, x, plan.columns);
-    for (int32_t i = 0; i < plan.columns; ++i)
-      columns[group * plan.columns + i] = {
-          static_cast<int32_t>(v), static_cast<int32_t>((end - v) * plan.inputs), first + i};
+    const Span span = leads ? span_of(plan.x, views[v].dx, tile * cells, cells) : Span{};
+    int32_t place = total;
+    place += exclusive_sum(span.count, total);
+    for (int32_t i = 0; i < span.count; ++i)
+      columns[place + i] = {static_cast<int32_t>(v), span.first + i, span.count};
   }
-  return groups * static_cast<int32_t>(plan.columns);
+  return total;
 }
 
 // The columns and the steps of a tile, by a whole block: a thread a cell.
@@ -132,7 +140,6 @@ template <class Acc>
 __device__ void fill_steps(const MeanPlan<Acc>& plan, int64_t tile) {
   Column* const columns = plan.column + tile * plan.max_columns;
   const int32_t total = list_columns(plan, tile, columns);
-  const int32_t group = static_cast<int32_t>(plan.columns);
   const int thread = static_cast<int>(threadIdx.x);
   __syncthreads();
   if (thread == 0) plan.total_columns[tile] = total;
@@ -140,15 +147,16 @@ __device__ void fill_steps(const MeanPlan<Acc>& plan, int64_t tile) {
   const int64_t x = thread < kTileCells ? plan.cell_at(tile * kTileCells + thread) : -1;
   const bool walks = plan.x.stride == 1;  // cells of several pixels are summed one by one
   bool anew = x < 0 || !walks || x % walk_interval(plan.x) == 0;
-  for (int32_t i = 0; !anew && i < total; i += group) anew = stops_at(plan.x, dx_of(i), x);
+  for (int32_t i = 0; !anew && i < total; i += columns[i].columns)
+    anew = stops_at(plan.x, dx_of(i), x);
 
   int32_t* step = plan.step + tile * plan.max_rounds * kTileCells + thread;
-  int32_t taps = 0;
+  int32_t taps = 0, group = 0;  // the first one that reaches into the round
   for (int32_t round = 0; round < total; round += kRoundColumns, step += kTileCells) {
     const int32_t end = x < 0 ? 0 : min(round + kRoundColumns, total);
     // Calls tap(place in the round, value, slope).
     const auto visit = [&](auto&& tap) {
-      for (int32_t i = round / group * group; i < end; i += group) {
+      for (int32_t i = group; i < end; i += columns[i].columns) {
         const auto add = [&](int32_t token, double value, double slope) {
           const int32_t column = i + token - columns[i].token;
           if (column >= round && column < end) tap(column - round, value, slope);
@@ -168,6 +176,8 @@ __device__ void fill_steps(const MeanPlan<Acc>& plan, int64_t tile) {
     visit([&](int32_t column, double value, double slope) {
       *tap++ = {column * kRows * kLanes, static_cast<Acc>(value), static_cast<Acc>(slope)};
     });
+    while (group < total && group + columns[group].columns <= round + kRoundColumns)
+      group += columns[group].columns;
   }
 }
 
@@ -233,6 +243,7 @@ struct Tile {
   T* out;
   int32_t channels, columns;
   int64_t y, place;  // of its first row and cell
+  const int32_t* total_inputs;
   const Input<Acc>* input;
   const Column* column;
   const int32_t* step;
@@ -250,6 +261,7 @@ struct Tile {
     columns = plan.total_columns[x];
     y = block * kRows;
     place = x * kTileCells;
+    total_inputs = plan.total_inputs + block * plan.views;
     input = plan.input + block * plan.views * plan.inputs;
     column = plan.column + x * plan.max_columns;
     step = plan.step + x * plan.max_rounds * kTileCells;
@@ -311,7 +323,8 @@ __device__ void sum_columns(const MeanPlan<Acc>& plan, const Tile<T, Acc>& tile,
     const Input<Acc>* input = tile.input + column.view * static_cast<int32_t>(plan.inputs);
     Sum<Acc> sum[kSumRows] = {};
 #pragma unroll 1
-    for (int rest = column.inputs; rest > 0; rest -= kAhead<Acc>, input += kAhead<Acc>) {
+    for (int rest = load(tile.total_inputs + column.view); rest > 0;
+         rest -= kAhead<Acc>, input += kAhead<Acc>) {
       Pack<T, kChannels<Acc>> token[kAhead<Acc>];
 #pragma unroll
       for (int j = 0; j < kAhead<Acc>; ++j)
@@ -472,8 +485,7 @@ MeanPlan<Acc> make_plan(const Call& call, Workspace& workspace) {
   plan.tiles =
       plan.batch * plan.row_blocks * plan.x_tiles * div_up(plan.channels, kLanes * kChannels<Acc>);
   plan.inputs = most_tokens(plan.y, kRows);
-  plan.columns = most_tokens(plan.x, kIntervals * plan.interval);
-  plan.max_columns = plan.views * plan.columns;
+  plan.max_columns = plan.views * most_tokens(plan.x, kIntervals * plan.interval);
   plan.max_rounds = div_up(plan.max_columns, kRoundColumns);
   // A step of the walk changes the weights of three tokens.
   plan.max_taps = plan.views * kTileCells * (plan.x.stride == 1 ? 3 : plan.x.max_taps());
@@ -482,6 +494,7 @@ MeanPlan<Acc> make_plan(const Call& call, Workspace& workspace) {
     throw Error("srt::ensemble: on CUDA views * (tokens of " + std::to_string(kTileCells) +
                 " output cells) must be below 2^31; got " + std::to_string(most));
   plan.sorted = workspace.take<View>(plan.views);
+  plan.total_inputs = workspace.take<int32_t>(plan.row_blocks * plan.views);
   plan.input = workspace.take<Input<Acc>>(plan.row_blocks * plan.views * plan.inputs);
   plan.total_columns = workspace.take<int32_t>(plan.x_tiles);
   plan.column = workspace.take<Column>(plan.x_tiles * plan.max_columns);
