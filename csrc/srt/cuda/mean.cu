@@ -14,16 +14,18 @@ namespace {
 // Their sums are in shared memory, of which there are 48 KB.
 constexpr int kLanes = 8;  // along the channels
 constexpr int kRows = 8;
-constexpr int kSumRows = 4;  // of a thread that makes columns
 constexpr int kIntervals = 4;
 constexpr int kCells = 16;  // of an interval; a thread keeps the sums of all of them
 constexpr int kTileCells = kIntervals * kCells;
 constexpr int kRoundColumns = 44;
 constexpr int kResident = 2;  // blocks that a processor holds at a time
 
-// Tokens that a thread loads before it uses the first of them: what its registers allow.
-template <class Acc>
-constexpr int kAhead = sizeof(Acc) == 8 ? 2 : 3;
+// The rows that a thread sums for a column, and the tokens that it loads before it uses the first
+// of them: what the registers allow beside the sums of its cells.
+template <class T, bool kVector>
+constexpr int kSumRows = sizeof(T) == 2 && kVector ? 8 : 4;
+template <class T, bool kVector>
+constexpr int kAhead = sizeof(T) == 4 || !kVector ? 3 : 2;
 // The channels of a thread.
 template <class Acc>
 constexpr int kChannels = kVectorBytes / static_cast<int>(sizeof(Acc));
@@ -33,8 +35,8 @@ using Sum = Pack<Acc, kChannels<Acc>>;
 // A token row of a view.
 template <class Acc>
 struct alignas(kVectorBytes) Input {
-  int64_t offset;                                // of its first token, in elements
-  Pack<Acc, kSumRows> weight[kRows / kSumRows];  // in the rows of a tile, times that of the view
+  int64_t offset;                           // of its first token, in elements
+  alignas(kVectorBytes) Acc weight[kRows];  // in the rows of a tile, times that of the view
 };
 
 struct alignas(kVectorBytes) Column {
@@ -110,8 +112,7 @@ __device__ void fill_inputs(const MeanPlan<Acc>& plan, int64_t block, int64_t v)
   }
   for (int r = 0; r < kRows; ++r) {
     visit_axis_cell(plan.y, view.dy, block * kRows + r, [&](int32_t token, double value) {
-      input[token - own.first].weight[r / kSumRows].at[r % kSumRows] =
-          static_cast<Acc>(view.weight) * static_cast<Acc>(value);
+      input[token - own.first].weight[r] = static_cast<Acc>(view.weight) * static_cast<Acc>(value);
     });
   }
 }
@@ -309,7 +310,8 @@ __device__ void add(Pack<Acc, N>& sum, Acc weight, const Pack<Acc, N>& value) {
 template <bool kVector, class T, class Acc>
 __device__ void sum_columns(const MeanPlan<Acc>& plan, const Tile<T, Acc>& tile, int32_t first,
                             Sum<Acc> (&sums)[kRoundColumns][kRows][kLanes]) {
-  constexpr int kParts = kRows / kSumRows;
+  constexpr int kOwn = kSumRows<T, kVector>, kParts = kRows / kOwn;
+  constexpr int kTokens = kAhead<T, kVector>;
   const int lane = static_cast<int>(threadIdx.x % kLanes);
   const int part = static_cast<int>(threadIdx.x / kLanes % kParts);
   const int channels = tile.channels - lane * kChannels<Acc>;
@@ -321,25 +323,26 @@ __device__ void sum_columns(const MeanPlan<Acc>& plan, const Tile<T, Acc>& tile,
     const T* const tokens =
         tile.tokens + lane * kChannels<Acc> + column.token * plan.token_strides[2];
     const Input<Acc>* input = tile.input + column.view * static_cast<int32_t>(plan.inputs);
-    Sum<Acc> sum[kSumRows] = {};
+    Sum<Acc> sum[kOwn] = {};
 #pragma unroll 1
     for (int rest = load(tile.total_inputs + column.view); rest > 0;
-         rest -= kAhead<Acc>, input += kAhead<Acc>) {
-      Pack<T, kChannels<Acc>> token[kAhead<Acc>];
+         rest -= kTokens, input += kTokens) {
+      Pack<T, kChannels<Acc>> token[kTokens];
 #pragma unroll
-      for (int j = 0; j < kAhead<Acc>; ++j)
+      for (int j = 0; j < kTokens; ++j)
         if (j < rest) token[j] = load_channels<kVector>(tokens + load(&input[j].offset), channels);
 #pragma unroll
-      for (int j = 0; j < kAhead<Acc>; ++j) {
+      for (int j = 0; j < kTokens; ++j) {
         if (j >= rest) break;
-        const auto weight = load(&input[j].weight[part]);
+        const auto weight =
+            load(reinterpret_cast<const Pack<Acc, kOwn>*>(input[j].weight + part * kOwn));
         const auto value = to_acc(token[j]);
 #pragma unroll
-        for (int r = 0; r < kSumRows; ++r) add(sum[r], weight.at[r], value);
+        for (int r = 0; r < kOwn; ++r) add(sum[r], weight.at[r], value);
       }
     }
 #pragma unroll
-    for (int r = 0; r < kSumRows; ++r) sums[i][part * kSumRows + r][lane] = sum[r];
+    for (int r = 0; r < kOwn; ++r) sums[i][part * kOwn + r][lane] = sum[r];
   }
 }
 
@@ -355,16 +358,18 @@ __device__ void walk(const MeanPlan<Acc>& plan, const int32_t* steps, const Tap<
   for (int i = 0; i < kCells; ++i) {
     if (i % 4 == 0) ends = load(reinterpret_cast<const Pack<int32_t, 4>*>(steps + i));
     int32_t end = ends.at[i % 4];
-    if (end < 0) {
-      end = ~end;
-      value = slope = {};
-    }
+    if (end != tap) {
+      if (end < 0) {
+        end = ~end;
+        value = slope = {};
+      }
 #pragma unroll 1
-    for (; tap < end; ++tap) {
-      const Tap<Acc> own = load(taps + tap);
-      const Sum<Acc> sum = sums[own.at];
-      add(value, own.value, sum);
-      add(slope, own.slope, sum);
+      for (; tap < end; ++tap) {
+        const Tap<Acc> own = load(taps + tap);
+        const Sum<Acc> sum = sums[own.at];
+        add(value, own.value, sum);
+        add(slope, own.slope, sum);
+      }
     }
     add(cells[i], Acc{1}, value);
     add(cells[i], plan.position[i], slope);
