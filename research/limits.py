@@ -44,6 +44,7 @@ class Code:
     column: int  # these, and
     inputs: tuple[int, ...]  # 0, 1, ... of their inputs, as many as are loaded at a time
     cell: int  # of a round
+    step: int  # before it, if there is one
     tap: int
     write: int  # a cell
     # The alternative: a column filtered densely into the cells of an interval. 64 multiply-adds, 5
@@ -60,8 +61,8 @@ class Code:
         )
 
 
-F32 = Code(215, 70, 2, 52, (0, 55, 90, 90), 23, 16, 13)
-B16 = Code(215, 70, 4, 67, (0, 75, 116), 23, 16, 18)
+F32 = Code(215, 70, 2, 52, (0, 55, 90, 90), 12, 17, 16, 13)
+B16 = Code(215, 70, 4, 67, (0, 75, 116), 12, 17, 16, 18)
 # Clocks in which the loads and stores of a warp pass L1 or shared memory, 128 bytes each. Of what a
 # warp makes at a time: an input with its weights, and the sums of columns. A tap and the sums that
 # it reads; a cell that is written; a column that is filtered densely.
@@ -99,8 +100,8 @@ SHAPES = (
 OF_ALL_VIEWS = (SHAPES[1], SHAPES[3], SHAPES[0])  # the others are counted for grid:3 alone
 
 
-def walk(shape: Shape, offsets: list[float], upsample: Upsample) -> tuple[int, int, int]:
-    """Cells of an interval; taps of all steps along x; and columns that intervals read."""
+def walk(shape: Shape, offsets: list[float], upsample: Upsample) -> tuple[int, torch.Tensor, int]:
+    """Cells of an interval; [groups, cells] taps of the steps along x; columns of all intervals."""
     tokens, patch, stride = shape.grid[1], shape.patch[1], shape.stride[1]
     pixels, interval = tokens * patch, min(patch, CELLS)
     x = torch.arange(pixels)
@@ -121,16 +122,16 @@ def walk(shape: Shape, offsets: list[float], upsample: Upsample) -> tuple[int, i
     cells = CELLS if stride > 1 else CELLS // interval * interval
     columns = sum(part.any(1).sum().item() for part in reads.split(cells, 1))
     if stride > 1:  # every cell begins anew
-        return cells, int(reads.sum().item()), int(columns)
+        return cells, reads.sum(2), int(columns)
     value = weight - position[:, None] * slope
     starts = x % interval == 0
     starts[1:] |= ((token[:, 1:] < 0) & (token[:, :-1] >= 0)).any(0)
-    taps_anew = ((value != 0) | (slope != 0)).sum((0, 2))
+    taps_anew = ((value != 0) | (slope != 0)).sum(2)
     kinks = (token[:, 1:] != token[:, :-1]) | (slope[:, 1:] != slope[:, :-1]).any(2)
     changed = (value[:, 1:] != value[:, :-1]) | (slope[:, 1:] != slope[:, :-1])
-    steps = torch.zeros(pixels, dtype=torch.int64)
-    steps[1:] = (changed & kinks[..., None]).sum((0, 2))
-    return cells, int(torch.where(starts, taps_anew, steps).sum().item()), int(columns)
+    steps = torch.zeros(len(offsets), pixels, dtype=torch.int64)
+    steps[:, 1:] = (changed & kinks[..., None]).sum(2)
+    return cells, torch.where(starts, taps_anew, steps), int(columns)
 
 
 def mean(shape: Shape, offsets: torch.Tensor, upsample: Upsample, size: int) -> tuple[float, ...]:
@@ -142,7 +143,7 @@ def mean(shape: Shape, offsets: torch.Tensor, upsample: Upsample, size: int) -> 
     """
     code = F32 if size == 4 else B16
     dx, group = offsets[:, 1].unique(return_inverse=True)
-    cells, taps, filtered = walk(shape, dx.tolist(), upsample)
+    cells, steps, filtered = walk(shape, dx.tolist(), upsample)
     height, width = shape.cells(0), shape.cells(1)
     blocks, tiles = ceil(height / ROWS), ceil(width / (INTERVALS * cells))
     chunks = ceil(shape.channels / CHANNELS)
@@ -156,8 +157,12 @@ def mean(shape: Shape, offsets: torch.Tensor, upsample: Upsample, size: int) -> 
     per_warp = columns.sum(1) * chunks / code.columns
     vertical = (per_warp * code.of_list(inputs).sum(1)).sum().item()
     # Along x: a warp takes 4 rows of an interval, so two warps take each.
-    rounds = every * int((columns.sum(0) / ROUND).ceil().sum().item()) * WARPS
-    horizontal = 2 * every * taps * code.tap + rounds * CELLS * code.cell
+    # Groups are taken to be shared out evenly over the rounds.
+    of_tile = (columns.sum(0) / ROUND).ceil()
+    taps = steps.sum().item()
+    stops = sum((part > 0).any(0).sum().item() for part in steps.chunk(int(of_tile.max()), 0))
+    rounds = every * of_tile.sum().item() * WARPS
+    horizontal = 2 * every * (taps * code.tap + stops * code.step) + rounds * CELLS * code.cell
     dense = 2 * every * filtered * code.filter
     write = 2 * every * width * code.write
     frame = every * tiles * WARPS * code.tile + rounds * code.round
@@ -188,7 +193,7 @@ def mean_table(views: str, shapes: tuple[Shape, ...], upsamples: tuple[Upsample,
         for size, dtype in ((4, "float32"), (2, "bfloat16")):
             for upsample in upsamples:
                 us = [1e6 * t for t in mean(shape, offsets, upsample, size)]
-                written, moved, y, x, write, frame, loads, dense, dense_loads = us
+                _, moved, y, x, write, frame, loads, dense, dense_loads = us
                 issued, other = y + x + write + frame, y + dense + write + frame
                 us = [*us[:6], issued, loads, max(moved, issued, loads) / BUSY]
                 us += [dense, max(moved, other, dense_loads) / BUSY]
