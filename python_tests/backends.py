@@ -1,8 +1,8 @@
 """The ways to run the kernels, with one interface, so that each test runs with all of them.
 
 - ``cpu-*``: the ops on the CPU, with the kernels of one instruction set.
-- ``interp-large``, ``interp-small``: the CUDA sources, executed on the CPU, with large or small
-  tiles in the kernels of the mean. g++ compiles them with cuda_on_host/cuda_runtime.h.
+- ``interp``: the CUDA sources, executed on the CPU. g++ compiles them with
+  cuda_on_host/cuda_runtime.h.
 - ``cuda``: the ops on a GPU.
 
 Images, tokens, gradients and results are on the CPU. ``place`` says where the offsets and weights
@@ -326,10 +326,6 @@ class CudaOnHost:
         self.gpu.failing_launch = -1
         self.gpu.stream = 0x5EED
 
-    def tiles(self, size: str) -> None:
-        """Large tiles are chosen where they fill all processors."""
-        self.gpu.processors = {"large": 0, "small": 2**20}[size]
-
     def _run(self, function: Any, args: Structure, values: list[Values], out: Guarded) -> None:
         structs = [byref(v.struct) for v in values]
         size = c_int64(-1)
@@ -548,25 +544,23 @@ def host_library() -> ctypes.CDLL:
 Backend = Ops | CudaOnHost
 
 CPU = [f"cpu-{name}" for name in torch.ops.srt._available_cpu_kernels().split(",")]
-INTERP = pytest.param("interp-large", marks=pytest.mark.interp)
-SMALL_TILES = pytest.param("interp-small", marks=pytest.mark.interp)
+INTERP = pytest.param("interp", marks=pytest.mark.interp)
 CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
 ALL = [*map(pytest.param, CPU), INTERP, CUDA]
 
 
 def each_kernel(*kernels: str, backends: Sequence[Any] = ALL) -> pytest.MarkDecorator:
-    """Each backend with each kernel; the mean has one for large and one for small tiles."""
-    pairs = [(kernel, backend) for kernel in kernels for backend in backends]
+    """Each backend with each kernel."""
     params = [
         pytest.param(kernel, *backend.values, marks=backend.marks)
-        for kernel, backend in (*pairs, ("mean", SMALL_TILES))
+        for kernel in kernels
+        for backend in backends
     ]
     return pytest.mark.parametrize(("kernel", "backend"), params, indirect=["backend"])
 
 
 GPU = [INTERP, CUDA]
 each_gpu = pytest.mark.parametrize("backend", GPU, indirect=True)
-each_gpu_tile = pytest.mark.parametrize("backend", [INTERP, SMALL_TILES, CUDA], indirect=True)
 each_device = pytest.mark.parametrize("device", ["cpu", CUDA])
 each_place = pytest.mark.parametrize(
     ("device", "place"),
@@ -588,7 +582,6 @@ def opened(name: str) -> Iterator[Backend]:
         torch.ops.srt._force_cpu_kernels("auto")
     elif kind == "interp":
         kernels = CudaOnHost(host_library())
-        kernels.tiles(variant)
         yield kernels
         kernels.reset()
     else:

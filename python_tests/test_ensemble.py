@@ -15,7 +15,6 @@ from backends import (
     Ops,
     each_device,
     each_gpu,
-    each_gpu_tile,
     each_kernel,
 )
 from conftest import SHARED
@@ -258,7 +257,7 @@ def test_strides_of_tokens(backend: Backend, case: Ensemble, layout: str) -> Non
 
 @each_dtype
 @pytest.mark.parametrize("channels", [1, 2, 3, 8, 31, 32, 33, 64, 130, 384])
-@each_gpu_tile
+@each_gpu
 def test_unaligned_tokens(channels: int, dtype: torch.dtype, backend: Backend) -> None:
     """Bases and strides that are no multiples of 16 bytes, of 4, or of 2 elements."""
     case = Ensemble(channels=channels, batch=1, patch=(2, 3))

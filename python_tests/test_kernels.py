@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from backends import ALL, GPU, SMALL_TILES, Backend, CudaOnHost, Ops, each_device, each_kernel
+from backends import ALL, GPU, Backend, CudaOnHost, Ops, each_device, each_kernel
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import (
@@ -53,7 +53,7 @@ each_sample = pytest.mark.parametrize(
         pytest.param(kernel, name, *backend.values, marks=backend.marks)
         for kernel in KERNELS
         for name in samples_of(kernel)
-        for backend in (*ALL, *([SMALL_TILES] if kernel == "mean" else []))
+        for backend in ALL
     ],
     indirect=["backend"],
 )

@@ -1,8 +1,8 @@
 """``python -m research.limits``: the two numbers of the CUDA kernels, and what they predict.
 
-Bytes that a call must move and operations that it must do, counted from the axis tables of each
-shape, and the times that they imply on an H200. Beside them the work that the kernels of
-csrc/srt/cuda really issue, counted by walking their tiles. Nothing is measured here.
+Bytes that a call must move, counted from its shape, and the time that they imply on an H200. Beside
+them the work that the kernels of csrc/srt/cuda issue, counted from the same tables that they make
+and from the lengths of the loops of their code. Nothing is measured here.
 """
 
 from __future__ import annotations
@@ -14,41 +14,59 @@ import torch
 
 import srt_ext
 from srt_ext import reference
+from srt_ext.options import Upsample
 
-# H200: 4.3 TB/s copy, measured (benchmarks/NOTES.md); 132 processors of 4 schedulers at 1.755 GHz,
-# 67 TFLOP/s of float32, data sheet.
-COPY, FLOPS, ISSUES = 4.3e12, 67e12, 132 * 4 * 1.755e9
+# H200: 4.3 TB/s copy, measured (benchmarks/NOTES.md); 132 processors of 4 schedulers, and of one
+# path to shared memory and L1, at 1.755 GHz.
+COPY, CLOCK, PROCESSORS = 4.3e12, 1.755e9, 132
+ISSUES = 4 * PROCESSORS * CLOCK
 # Assumed: of the time, how much of it a kernel keeps the memory or the schedulers busy; and the
 # microseconds in which a kernel starts and ends.
 BUSY, LAUNCH = 0.8, 3
-
-
-@dataclass(frozen=True)
-class Code:
-    """Instructions of a thread in the large tile of mean_kernel, read off the loops of its sm_90
-    code, and how the tile is shared out."""
-
-    tile: int
-    round: int  # of 8 columns: what surrounds their loops
-    fours: int  # of a column that a thread combines: 4 tokens, then pairs of them
-    pair: int
-    column: int  # that a thread filters
-    turn: int  # of writing: a row in one of two passes
-    line: int  # a row in a run of cells, with its two ends
-    begin: int  # of the cells between them
-    cell: float  # each of these
-    combined: int  # rows that a thread combines
-    cells: int  # that a thread filters
-
-
-F32 = Code(420, 145, 87, 46, 81, 59, 42, 20, 12.5, combined=4, cells=8)
-B16 = Code(420, 136, 120, 61, 82, 59, 74, 24, 20, combined=2, cells=4)
 # Instructions of a warp for a row of 256 pixels in shift_kernel, what its block does once included,
 # by offsets and bytes of a pixel; and the rows of a block.
 SHIFT_ROW = {("whole", 4): 133, ("whole", 2): 122, ("between", 4): 196, ("between", 2): 200}
 SHIFT_ROWS = 32
-THREADS, COLUMNS, CELLS, SEGMENT, RESIDENT = 256, 8, 32, 64, 2 * 132
-QUARTERS, LANES = 4, 8  # of a warp that combines; 4 rows of a warp that writes
+
+# The tile of mean_kernel: rows, intervals of cells, cells of an interval; columns of a round;
+# warps; channels.
+ROWS, INTERVALS, CELLS, ROUND, WARPS, CHANNELS = 8, 4, 16, 44, 8, 32
+RESIDENT = 2 * PROCESSORS
+
+
+@dataclass(frozen=True)
+class Code:
+    """Instructions of a warp in mean_kernel with vectors, read off its sm_90 code."""
+
+    tile: int
+    round: int
+    columns: int  # that a warp makes at a time
+    column: int  # these, and
+    inputs: tuple[int, ...]  # 0, 1, ... of their inputs, as many as are loaded at a time
+    cell: int  # of a round
+    step: int  # before it, if there is one
+    tap: int
+    write: int  # a cell
+    # The alternative: a column filtered densely into the cells of an interval. 64 multiply-adds, 5
+    # loads, the rest finds them.
+    filter: int = 76
+
+    def of_list(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Of columns with so many inputs."""
+        most = len(self.inputs) - 1
+        return (
+            self.column
+            + inputs // most * self.inputs[most]
+            + torch.tensor(self.inputs)[inputs % most]
+        )
+
+
+F32 = Code(215, 70, 2, 52, (0, 55, 90, 90), 12, 17, 16, 13)
+B16 = Code(215, 70, 4, 67, (0, 75, 116), 12, 17, 16, 18)
+# Clocks in which the loads and stores of a warp pass L1 or shared memory, 128 bytes each. Of what a
+# warp makes at a time: an input with its weights, and the sums of columns. A tap and the sums that
+# it reads; a cell that is written; a column that is filtered densely.
+INPUT, COLUMN, TAP, WRITE, FILTER = 4, 17, 5, 4, 8
 
 
 @dataclass(frozen=True)
@@ -58,6 +76,19 @@ class Shape:
     patch: tuple[int, int]
     channels: int
     stride: tuple[int, int] = (1, 1)
+
+    def cells(self, axis: int) -> int:
+        return self.grid[axis] * self.patch[axis] // self.stride[axis]
+
+    def spans(self, axis: int, offset: float, cells: int, upsample: Upsample) -> torch.Tensor:
+        """[blocks] of so many cells: tokens of a view from the first to the last that it reads."""
+        size = cells * self.stride[axis]
+        first = torch.arange(0, self.cells(axis) * self.stride[axis], size, dtype=torch.float64)
+        ends = torch.stack([first, first + size - 1]) + 0.5 + offset
+        q = ends / self.patch[axis] - (0.5 if upsample == "bilinear" else 0)
+        q = q.clamp(0, self.grid[axis] - 1)
+        last = q[1].ceil() if upsample == "bilinear" else q[1].floor()
+        return (last - q[0].floor() + 1).long()
 
 
 SHAPES = (
@@ -69,138 +100,103 @@ SHAPES = (
 OF_ALL_VIEWS = (SHAPES[1], SHAPES[3], SHAPES[0])  # the others are counted for grid:3 alone
 
 
-def reads(shape: Shape, axis: int, offsets: list[float], upsample: str) -> torch.Tensor:
-    """[D, cells, tokens]: does the cell of the view with that offset read the token?"""
-    tokens, patch, stride = shape.grid[axis], shape.patch[axis], shape.stride[axis]
-    values, of_view = torch.tensor(offsets, dtype=torch.float64).unique(return_inverse=True)
-    offsets = values.tolist()
-    tables = torch.zeros(len(offsets), tokens * patch, tokens, dtype=torch.bool)
-    for table, offset in zip(tables, offsets, strict=True):
+def walk(shape: Shape, offsets: list[float], upsample: Upsample) -> tuple[int, torch.Tensor, int]:
+    """Cells of an interval; [groups, cells] taps of the steps along x; columns of all intervals."""
+    tokens, patch, stride = shape.grid[1], shape.patch[1], shape.stride[1]
+    pixels, interval = tokens * patch, min(patch, CELLS)
+    x = torch.arange(pixels)
+    position = x % interval - (interval - 1) / 2
+    # [groups, pixels, tokens]: the weight of a token, and what it grows by from pixel to pixel.
+    weight = torch.zeros(len(offsets), pixels, tokens, dtype=torch.float64)
+    slope = torch.zeros_like(weight)
+    token = torch.full((len(offsets), pixels), -1)
+    for group, offset in enumerate(offsets):
         taps, seen, _ = reference._axis(offset, tokens, patch, upsample, "coverage")
-        for token, weight in taps:
-            table[torch.arange(tokens * patch), token] |= seen & (weight > 0)
-    return tables.reshape(len(offsets), -1, stride, tokens).any(2)[of_view]
+        token[group, seen] = taps[0][0][seen]
+        q = (x + 0.5 + offset) / patch - 0.5
+        inside = seen & (q >= 0) & (q < tokens - 1) & torch.tensor(upsample == "bilinear")
+        for (read, of_read), sign in zip(taps, (-1, 1), strict=False):
+            weight[group, x, read] += of_read * seen
+            slope[group, x, read] += sign * inside / patch
+    reads = weight.reshape(len(offsets), -1, stride, tokens).gt(0).any(2)
+    cells = CELLS if stride > 1 else CELLS // interval * interval
+    columns = sum(part.any(1).sum().item() for part in reads.split(cells, 1))
+    if stride > 1:  # every cell begins anew
+        return cells, reads.sum(2), int(columns)
+    value = weight - position[:, None] * slope
+    starts = x % interval == 0
+    starts[1:] |= ((token[:, 1:] < 0) & (token[:, :-1] >= 0)).any(0)
+    taps_anew = ((value != 0) | (slope != 0)).sum(2)
+    kinks = (token[:, 1:] != token[:, :-1]) | (slope[:, 1:] != slope[:, :-1]).any(2)
+    changed = (value[:, 1:] != value[:, :-1]) | (slope[:, 1:] != slope[:, :-1])
+    steps = torch.zeros(len(offsets), pixels, dtype=torch.int64)
+    steps[:, 1:] = (changed & kinks[..., None]).sum(2)
+    return cells, torch.where(starts, taps_anew, steps), int(columns)
 
 
-def runs(table: torch.Tensor, stride: int) -> list[tuple[int, int]]:
-    """The runs of cells (first, last) that list_runs finds, for tables [D, cells, tokens]."""
-    cells = table.shape[1]
-    same = [False] + [
-        stride == 1 and torch.equal(table[:, i], table[:, i - 1]) for i in range(1, cells)
-    ]
-    found, first = [], 0
-    while first < cells:
-        end = min(cells, first // SEGMENT * SEGMENT + SEGMENT)
-        last = first
-        while last + 1 < end and same[last + 1]:
-            last += 1
-        if last == first and first + 1 < end:
-            last += 1
-        found.append((first, last))
-        first = last + 1
-    return found
+def mean(shape: Shape, offsets: torch.Tensor, upsample: Upsample, size: int) -> tuple[float, ...]:
+    """Seconds.
 
-
-def blocks(table: torch.Tensor, ends: list[int], size: int) -> torch.Tensor:
-    """[D, blocks] tokens that `size` ends of runs after each other span."""
-    parts = [ends[i : i + size] for i in range(0, len(ends), size)]
-    spans = []
-    for part in parts:
-        read = table[:, part].any(1).int()  # [D, tokens]
-        first, last = read.argmax(1), read.shape[1] - 1 - read.flip(1).argmax(1)
-        spans.append(torch.where(read.any(1), last - first + 1, 0))
-    return torch.stack(spans, 1)
-
-
-@dataclass(frozen=True)
-class Tables:
-    """The axis tables of a call of ensemble, by view: the views that share a dx are a group."""
-
-    rows: torch.Tensor  # [V, cells, tokens], what each view reads
-    columns: torch.Tensor  # [groups, cells, tokens]
-    group: torch.Tensor  # [V], of each view
-
-    @classmethod
-    def of(cls, shape: Shape, offsets: torch.Tensor, upsample: str) -> Tables:
-        dx, group = offsets[:, 1].unique(return_inverse=True)
-        rows = reads(shape, 0, offsets[:, 0].tolist(), upsample)
-        return cls(rows, reads(shape, 1, dx.tolist(), upsample), group)
-
-    def by_group(self, of_views: torch.Tensor) -> torch.Tensor:
-        """[V, ...] -> [groups, ...], sums."""
-        sums = torch.zeros(len(self.columns), *of_views.shape[1:], dtype=of_views.dtype)
-        return sums.index_add_(0, self.group, of_views)
-
-
-def mean(shape: Shape, offsets: torch.Tensor, upsample: str, size: int) -> tuple[float, ...]:
-    """Seconds: to write, to read and write, to do the operations; and to issue the instructions
-    that combine, filter, write, and what surrounds them."""
-    tables = Tables.of(shape, offsets, upsample)
-    height, width = tables.rows.shape[1], tables.columns.shape[1]
+    To write; to read and write; to issue the instructions of the sums along y, of the walk along x,
+    of writing, and of what surrounds them; to load and store in L1 and shared memory. Then to issue
+    what is along x if the columns were filtered densely instead, and all loads and stores of that.
+    """
+    code = F32 if size == 4 else B16
+    dx, group = offsets[:, 1].unique(return_inverse=True)
+    cells, steps, filtered = walk(shape, dx.tolist(), upsample)
+    height, width = shape.cells(0), shape.cells(1)
+    blocks, tiles = ceil(height / ROWS), ceil(width / (INTERVALS * cells))
+    chunks = ceil(shape.channels / CHANNELS)
+    every = blocks * chunks  # tiles with the same part of x
+    # Along y: [groups, tiles] columns, [groups, blocks] inputs of each.
+    part = INTERVALS * cells
+    columns = torch.stack([shape.spans(1, d, part, upsample) for d in dx.tolist()])
+    inputs = torch.zeros(len(dx), blocks, dtype=torch.int64)
+    for g, dy in zip(group.tolist(), offsets[:, 0].tolist(), strict=True):
+        inputs[g] += shape.spans(0, dy, ROWS, upsample)
+    per_warp = columns.sum(1) * chunks / code.columns
+    vertical = (per_warp * code.of_list(inputs).sum(1)).sum().item()
+    # Along x: a warp takes 4 rows of an interval, so two warps take each.
+    # Groups are taken to be shared out evenly over the rounds.
+    of_tile = (columns.sum(0) / ROUND).ceil()
+    taps = steps.sum().item()
+    stops = sum((part > 0).any(0).sum().item() for part in steps.chunk(int(of_tile.max()), 0))
+    rounds = every * of_tile.sum().item() * WARPS
+    horizontal = 2 * every * (taps * code.tap + stops * code.step) + rounds * CELLS * code.cell
+    dense = 2 * every * filtered * code.filter
+    write = 2 * every * width * code.write
+    frame = every * tiles * WARPS * code.tile + rounds * code.round
+    loads = (per_warp * (COLUMN * blocks + INPUT * inputs.sum(1))).sum().item()
+    loads += 2 * every * width * WRITE
+    # The tiles that the processors hold at a time; the last ones leave some idle.
+    share = every * tiles / RESIDENT
+    uneven = ceil(share) / share
     written = height * width * shape.channels * size
     read = len(offsets) * shape.grid[0] * shape.grid[1] * shape.channels * size
-    # Rows of the views that share dx, summed for each token column; then a filter along the row.
-    combine = shape.grid[1] * tables.rows.sum().item()
-    filtered = height * tables.columns.sum().item()
-    operations = 2 * (combine + filtered) * shape.channels
     return (
         written / COPY,
         (written + read) / COPY,
-        operations / FLOPS,
-        *issued(shape, tables, F32 if size == 4 else B16, ceil(shape.channels * size / 128)),
+        *(uneven * part / ISSUES for part in (vertical, horizontal, write, frame)),
+        uneven * (loads + 2 * every * taps * TAP) / (PROCESSORS * CLOCK),
+        uneven * dense / ISSUES,
+        uneven * (loads + 2 * every * filtered * FILTER) / (PROCESSORS * CLOCK),
     )
 
 
-def issued(shape: Shape, tables: Tables, code: Code, chunks: int) -> list[float]:
-    """Seconds in which mean_kernel issues the parts of its work, summing at the ends of runs only.
-
-    Any view breaks the runs of its axis for all of them.
-    """
-    runs_y = runs(tables.rows, shape.stride[0])
-    runs_x = runs(tables.columns, shape.stride[1])
-    ends_y, ends_x = ([i for run in r for i in run] for r in (runs_y, runs_x))
-    tile_rows = QUARTERS * code.combined
-    y_tiles, warps = ceil(len(ends_y) / tile_rows), THREADS / 32
-    columns = blocks(tables.columns, ends_x, CELLS)  # [groups, tiles]
-    tiles = columns.sum(0)
-    # A group has its own list of inputs for each block of rows, filled up to pairs. The quarters of
-    # a warp, which combines one column, take as long as the longest of theirs.
-    pairs = (tables.by_group(blocks(tables.rows, ends_y, code.combined)) / 2).ceil()
-    lists = pairs // 2 * code.fours + pairs % 2 * code.pair
-    longest = sum(quarters.amax(1) for quarters in lists.split(QUARTERS, 1))  # [groups]
-    combining = (columns.sum(1) * longest).sum().item() * chunks
-    groups = blocks(tables.columns, ends_x, code.cells).sum().item()
-    filtering = groups * code.column * warps / (CELLS / code.cells) * y_tiles * chunks
-    rounds = (tiles / COLUMNS).ceil().sum().item() * code.round
-    frame = (rounds + len(tiles) * code.tile) * warps * y_tiles * chunks
-    # A warp takes 4 rows that follow each other at a time.
-    heights = [
-        part[-1][1] - part[0][0] + 1
-        for part in (runs_y[i : i + tile_rows // 2] for i in range(0, len(runs_y), tile_rows // 2))
-    ]
-    turns = sum(ceil(h / (32 / LANES)) for h in heights)
-    between = [max(0, last - first - 1) for first, last in runs_x]
-    of_turn = len(tiles) * 2 * code.turn + len(runs_x) * code.line
-    of_turn += sum(code.begin + n * code.cell for n in between if n)
-    writing = turns * of_turn * chunks
-    # The blocks that the processors hold at a time each take every 264th tile.
-    share = y_tiles * len(tiles) * chunks / RESIDENT
-    uneven = ceil(share) / share
-    return [part * uneven / ISSUES for part in (combining, filtering, writing, frame)]
-
-
-def mean_table(views: str, shapes: tuple[Shape, ...], upsamples: tuple[str, ...]) -> None:
+def mean_table(views: str, shapes: tuple[Shape, ...], upsamples: tuple[Upsample, ...]) -> None:
     offsets = srt_ext.views.parse(views).offsets
     print(f"mean, {len(offsets)} views ({views}); microseconds\n")
-    heads = ("shape", "dtype", "upsampling", "written", "moved", "operations")
-    heads += ("combine", "filter", "write", "frame", "issued", "predicted")
+    heads = ["shape", "dtype", "upsampling", "written", "moved", "along y", "along x", "write"]
+    heads += ["frame", "issued", "loads", "predicted", "dense x", "dense predicted"]
     print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
     for shape in shapes:
         for size, dtype in ((4, "float32"), (2, "bfloat16")):
             for upsample in upsamples:
                 us = [1e6 * t for t in mean(shape, offsets, upsample, size)]
-                total = sum(us[3:])
-                us += [total, max(us[1], total) / BUSY]
+                _, moved, y, x, write, frame, loads, dense, dense_loads = us
+                issued, other = y + x + write + frame, y + dense + write + frame
+                us = [*us[:6], issued, loads, max(moved, issued, loads) / BUSY]
+                us += [dense, max(moved, other, dense_loads) / BUSY]
                 cells = (shape.name, dtype, upsample, *(f"{t:.0f}" for t in us))
                 print(f"| {' | '.join(cells)} |")
     print()

@@ -328,8 +328,7 @@ constexpr void (*kEnsembles[])(E&) = {
       e.offset_list = kReal, e.weight_list = {kNaN, -1, 2, 0x1p-90, kInf};
       e.where = Where::device_f64;
     },
-    // 330 tiles of 16 rows, 32 cells and 32 float32 channels, or as many of their like: enough for
-    // the mean's kernels with large tiles on a GPU of 165 processors.
+    // 330 chunks of 32 channels: tiles that fill a GPU of 165 processors.
     [](E& e) { e.batch = 5, e.channels = kManyChannels; },
     [](E& e) { e.batch = 5, e.channels = kManyChannels, e.stride[0] = 2, e.offset_list = kReal; },
     [](E& e) { e.batch = 5, e.channels = kManyChannels, e.upsample = Upsample::nearest; },

@@ -338,9 +338,8 @@ __device__ inline View counted_view(View view, double largest) {
 
 static __global__ void __launch_bounds__(kThreads)
     sort_views_kernel(const __grid_constant__ RawViews raw,
-                      const __grid_constant__ InlineArrays parameters, View* sorted, double* scale,
-                      uint8_t* breaks, int64_t cells) {
-  SRT_FOR_THREAD(cell, cells) breaks[cell] = 0;
+                      const __grid_constant__ InlineArrays parameters, View* sorted,
+                      double* scale) {
   SRT_FOR_THREAD(v, raw.views) {
     double largest = 0;
     for (int64_t u = 0; u < raw.views; ++u) {
@@ -421,11 +420,11 @@ inline RawViews raw_views(const Call& call, Workspace& workspace, InlineArrays& 
 }
 
 // Sorts by counting, for each view, those before it. Views that cover nothing come last. Stores the
-// largest weight in `scale` unless it is null. Sets `cells` breaks to 0: they are found next.
+// largest weight in `scale` unless it is null.
 inline void sort_views(const Call& call, const RawViews& raw, const InlineArrays& parameters,
-                       View* sorted, double* scale, uint8_t* breaks, int64_t cells) {
-  launch(call.op, sort_views_kernel, div_up(std::max(raw.views, cells), kThreads), call.stream, raw,
-         parameters, sorted, scale, breaks, cells);
+                       View* sorted, double* scale) {
+  launch(call.op, sort_views_kernel, div_up(raw.views, kThreads), call.stream, raw, parameters,
+         sorted, scale);
 }
 
 // mean.cu, and per_view.cu: the reductions that need the value of every view. With no workspace:

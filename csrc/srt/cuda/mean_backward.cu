@@ -434,7 +434,7 @@ int64_t mean_backward(const Call& call, void* grad_tokens) {
   plan.segments = div_up(args.grid[0], plan.segment);
 
   const int64_t reads = args.views * plan.tables.cells();
-  sort_views(call, raw, parameters, plan.tables.sorted, nullptr, nullptr, 0);
+  sort_views(call, raw, parameters, plan.tables.sorted, nullptr);
   launch(call.op, list_entries<Acc>, div_up(std::max(plan.spans(), args.views), kThreads),
          call.stream, plan);
   launch(call.op, fill_view_tables<Acc>, div_up(reads, kThreads), call.stream, plan.tables);

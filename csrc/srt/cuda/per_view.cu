@@ -623,7 +623,7 @@ int64_t reduce_as(const Call& call) {
   if (!call.workspace) return workspace.bytes();
 
   const int64_t rows = plan.tables.y.table.cells, cells = plan.tables.x.table.cells;
-  sort_views(call, raw, parameters, plan.tables.sorted, plan.scale, nullptr, 0);
+  sort_views(call, raw, parameters, plan.tables.sorted, plan.scale);
   launch(call.op, fill_view_tables<Acc>, div_up(args.views * (rows + cells), kThreads), call.stream,
          plan.tables);
   launch(call.op, find_breaks<Acc>, rows + cells, call.stream, plan);
