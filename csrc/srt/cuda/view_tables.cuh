@@ -42,9 +42,7 @@ struct ViewTables {
     for (int64_t v = 0; v < views; ++v) {
       const double count =
           y.table.count[v * y.table.cells + cell_y] * x.table.count[v * x.table.cells + cell_x];
-      // The weight as it stands in the sums, in their type.
-      const double weight = static_cast<double>(static_cast<Acc>(sorted[v].weight));
-      total += counts_views ? (count > 0 ? 1 : 0) : weight * count;
+      total += counts_views ? (count > 0 ? 1 : 0) : sorted[v].weight * count;
     }
     return total;
   }
