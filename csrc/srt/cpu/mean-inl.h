@@ -80,18 +80,18 @@ SRT_INLINE void write_cell(Vec<Acc> (&sum)[V], Acc inverse, Acc keep, Out* out, 
     store_block(sums, 1, V * lanes, sum);
     write_part<V>(sums, keep, out, stride_c, n);
   } else if (past_cache) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store_past_cache(out + v * lanes, sum[v]);
+    store_block_past_cache(out, sum);
   } else {
     store_block(out, 1, V * lanes, sum);
   }
 }
 
-// Writes the first `cells` of X cells from x on, row r of the band; channels from c on.
+// Writes the first `cells` of X cells from x on, row r of the band; channels from c on. With
+// `past_cache` there is no NaN among them.
 template <int X, int V, class T, class Out, class Acc>
 SRT_INLINE void write_cells(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64_t r,
                             int64_t x, int64_t cells, int64_t c, Vec<Acc> (&sum)[X][V],
-                            char* base) {
+                            bool past_cache, char* base) {
   const int64_t cell = r * plan.part + x - part.x;
   const Acc* const inverse = in(base, plan.scratch.inverse) + cell;
   const Acc* const keep = plan.total_weight ? in(base, plan.scratch.keep) + cell : nullptr;
@@ -101,7 +101,7 @@ SRT_INLINE void write_cells(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& p
   for (int i = 0; i < X; ++i) {
     if (i < cells)
       write_cell(sum[i], inverse[i], keep ? keep[i] : Acc{0}, to + i * plan.out_strides[3],
-                 plan.out_strides[1], part.n - c, plan.past_cache);
+                 plan.out_strides[1], part.n - c, past_cache);
   }
 }
 
@@ -132,7 +132,7 @@ void walk_along(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64_t
       Vec<Acc> sum[1][V];
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) sum[0][v] = value[v] + walk.position[x] * slope[v];
-      write_cells(plan, part, r, x, 1, c, sum, base);
+      write_cells(plan, part, r, x, 1, c, sum, plan.past_cache, base);
     }
   }
 }
@@ -152,7 +152,7 @@ void filter_tiles(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, char*
         Vec<Acc> sum[X][V];
         sum_inputs<X, false>(sums + c, table.input + first, plan.pass, table.weight + first * X, X,
                              count, block, sum);
-        write_cells(plan, part, r, x, least(part.x_end - x, X), c, sum, base);
+        write_cells(plan, part, r, x, least(part.x_end - x, X), c, sum, plan.past_cache, base);
       }
     }
   }
@@ -177,7 +177,7 @@ void filter_row(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64_t
     for (int64_t c = 0; c < part.n; c += block) {
       Vec<Acc> sum[1][kVectors];
       sum_inputs<1, true>(sums + c, at, plan.pass, weights, 1, count, block, sum);
-      write_cells(plan, part, r, x, 1, c, sum, base);
+      write_cells(plan, part, r, x, 1, c, sum, false, base);
     }
   }
 }

@@ -39,6 +39,7 @@ using Vec = typename VectorOf<Acc>::type;
 typedef uint32_t VecU32 __attribute__((vector_size(kVectorBytes)));
 typedef int32_t VecI32 __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t VecU16 __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint16_t VecU16x2 __attribute__((vector_size(kVectorBytes)));
 typedef uint8_t VecU8 __attribute__((vector_size(kVectorBytes / 4)));
 
 template <class To, class From>
@@ -76,11 +77,15 @@ inline void store(uint8_t* p, Vec<float> v) {
   const VecU8 bytes = __builtin_convertvector(__builtin_convertvector(v, VecI32), VecU8);
   std::memcpy(p, &bytes, sizeof(bytes));
 }
+// Rounded half to even to the upper half of each number, which is not NaN.
+inline VecU32 round_to_upper(Vec<float> v) {
+  const VecU32 bits = bits_as<VecU32>(v), even = VecU32{} + 0x7fffu, odd = VecU32{} + 0x8000u;
+  return bits + ((bits & 0x10000u) != 0 ? odd : even);
+}
 // Rounds half to even; a NaN keeps its sign and stays a NaN.
 inline void store(BFloat16* p, Vec<float> v) {
-  const VecU32 bits = bits_as<VecU32>(v), even = VecU32{} + 0x7fffu, odd = VecU32{} + 0x8000u;
-  const VecU32 rounded = bits + ((bits & 0x10000u) != 0 ? odd : even);
-  const VecU16 half = __builtin_convertvector((v != v ? bits | 0x400000u : rounded) >> 16, VecU16);
+  const VecU32 upper = v != v ? bits_as<VecU32>(v) | 0x400000u : round_to_upper(v);
+  const VecU16 half = __builtin_convertvector(upper >> 16, VecU16);
   std::memcpy(p, &half, sizeof(half));
 }
 
@@ -134,32 +139,32 @@ __attribute__((noinline)) inline void store(Half* p, Vec<float> v) {
 }
 #endif
 
-// Writes around the cache: to whole lines, one after the other, without reading them first. Only a
-// fence makes it visible to other threads. Aligned.
+// Stores vectors of numbers that are not NaN around the cache: to whole lines, one after the other,
+// without reading them first. Aligned; only a fence makes it visible to other threads.
+#if defined(__SSE2__)
+template <class V>
+inline void stream(void* p, V v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) return _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)v);
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(V) == 32) return _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
+#endif
+  if constexpr (sizeof(V) == 16) return _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)v);
+  if constexpr (sizeof(V) == 8) std::memcpy(p, &v, sizeof(v));
+}
+#endif
 template <class T, class V>
 inline void store_past_cache(T* p, V v) {
 #if defined(__SSE2__)
-  constexpr int kBytes = static_cast<int>(sizeof(T)) * kLanes<typename AccumulatorOf<T>::type>;
-  alignas(kBytes) T lanes[kBytes / sizeof(T)];
-  store(lanes, v);
-#if defined(__AVX512F__)
-  if constexpr (kBytes == 64) {
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), read<__m512i>(lanes));
-    return;
-  }
-#endif
-#if defined(__AVX2__)
-  if constexpr (kBytes == 32) {
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), read<__m256i>(lanes));
-    return;
-  }
-#endif
-  if constexpr (kBytes == 16) {
-    _mm_stream_si128(reinterpret_cast<__m128i*>(p), read<__m128i>(lanes));
-    return;
-  }
-#endif
+  typedef uint8_t Bytes
+      __attribute__((vector_size(sizeof(T) * kLanes<typename AccumulatorOf<T>::type>)));
+  Bytes bytes;
+  store(reinterpret_cast<T*>(&bytes), v);
+  stream(p, bytes);
+#else
   store(p, v);
+#endif
 }
 inline void fence_past_cache() {
 #if defined(__SSE2__)

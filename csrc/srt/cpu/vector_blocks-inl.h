@@ -43,6 +43,28 @@ SRT_INLINE void store_block(T* to, int64_t stride, int64_t n, const V (&value)[N
   }
 }
 
+// As store_past_cache.
+template <int N, class T, class V>
+SRT_INLINE void store_block_past_cache(T* p, const V (&value)[N]) {
+#pragma GCC unroll 4
+  for (int v = 0; v < N; ++v)
+    store_past_cache(p + v * kLanes<typename AccumulatorOf<T>::type>, value[v]);
+}
+#if defined(__AVX512F__)
+// Two vectors are a line.
+template <int N>
+SRT_INLINE void store_block_past_cache(BFloat16* p, const Vec<float> (&value)[N]) {
+  static_assert(N % 2 == 0);
+  VecU16x2 upper;
+  for (int i = 0; i < 32; ++i) upper[i] = static_cast<uint16_t>(2 * i + 1);
+#pragma GCC unroll 2
+  for (int v = 0; v < N; v += 2)
+    stream(p + v * kLanes<float>,
+           _mm512_permutex2var_epi16((__m512i)round_to_upper(value[v]), (__m512i)upper,
+                                     (__m512i)round_to_upper(value[v + 1])));
+}
+#endif
+
 template <int N, class T, class V>
 SRT_INLINE void load_block(const T* from, int64_t stride, int64_t n, V (&value)[N]) {
   constexpr int lanes = kLanes<typename AccumulatorOf<T>::type>;
