@@ -80,15 +80,20 @@ class EnsembleBounds:
         """[B, C, H', W'] of ensemble and of the mean of ensemble_moments."""
         args, modes = self.case.call(self.tokens.double().abs())
         bound = self._gamma(self.count) * reference.ensemble(*args, **modes)
-        if self.case.stride[1] > 1:
-            return bound
-        # The walk along x (csrc/srt/walk.h). In an interval the line of a view enters value and
-        # slope times t with weights of absolute values up to 2 and 1, since |t| slope <= 1/2; a
-        # step to its next line at a kink, of which there is one, adds (1, -2, 1) / patch times the
-        # distance of the kink, up to P/2, and t: 4. All of these belong to views that count. At
-        # most 5 taps a view, each rounded in its weight, product and sum; the product with t and
-        # its sum.
-        return bound + self._gamma(self.fixed + 5 * self.views + 2) * 7 * self.largest
+        return bound + self._walk(self.views)
+
+    def _walk(self, views: int) -> torch.Tensor:
+        """[B, C, 1, 1] what a walk along x (csrc/srt/walk.h) of so many views adds to the mean.
+
+        In an interval the line of a view enters value and slope times t with weights of absolute
+        values up to 2 and 1, since |t| slope <= 1/2; a step to its next line at a kink, of which
+        there is one, adds (1, -2, 1) / patch times the distance of the kink, up to P/2, and t: 4.
+        All of these belong to views that count. At most 5 taps a view, each rounded in its weight,
+        product and sum; the product with t and its sum. On CUDA a cell adds up rounds, each of
+        which has taps or adds zeros.
+        """
+        roundings = self.fixed + 5 * views + 2
+        return self._gamma(roundings) * (7 if self.case.stride[1] == 1 else 0) * self.largest
 
     def median(self) -> torch.Tensor:
         """[B, C, 1, 1]: if no value is off by more, neither is any order statistic."""
@@ -193,12 +198,14 @@ class EnsembleBounds:
         """Of share * (grad + 2 * grad_var * (value - mean)), then that of a mean of one view.
 
         The term is rounded 5 times: a cast of the share, a difference, two products and a sum.
-        Value and mean are off by gamma(count) * largest each and, on CUDA, by as much again
-        (``mean``): at most 8 * gamma(count) * largest * |grad_var| in all. The gradient of the
-        oracle's mean is the sum of share * grad.
+        Value and mean, which are means of one view and of all, are off by gamma(count) * largest
+        each and by their walks. The gradient of the oracle's mean is the sum of share * grad.
         """
-        size = grad.double().abs() + 8 * grad_var.double().abs() * self.largest
-        return self._gamma(self._fold + 5 + self.count) * self._gradient("mean", size)
+        grad, grad_var = grad.double().abs(), grad_var.double().abs()
+        size = grad + 8 * grad_var * self.largest
+        walks = 2 * grad_var * (self._walk(1) + self._walk(self.views))
+        rounded = self._gamma(self._fold + 5 + self.count) * self._gradient("mean", size)
+        return rounded + self._gradient("mean", walks)
 
 
 class ShiftBounds:

@@ -155,8 +155,8 @@ def check_sample(
 def check_containment(kernel: str, backend: Backend, case: Case, values: torch.Tensor) -> None:
     """A non-finite value reaches the outputs that read it, and changes no others.
 
-    A mean near it is summed by the formula itself, where it was a walk (on the CPU at stride 1):
-    the others are then right, not the same bits.
+    Near it a mean is summed in another order where it was a walk, on CUDA at every stride: the
+    others are right there, but not the same bits.
     """
     result, expected = run(backend, kernel, case, values), truth(kernel, case, values)
     reached = ~expected.isfinite()

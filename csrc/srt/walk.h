@@ -46,8 +46,8 @@ SRT_HD inline bool stops_at(const Axis& axis, double offset, int64_t y) {
          read_pixel(axis, offset, y - 1).token >= 0;
 }
 
-// The step of one view at pixel y: calls tap(token, value, slope) with what is added for a token,
-// ascending; `anew`, at the start of an interval and where a view stops: to sums of 0.
+// The step of one view at pixel y: calls tap(token, value, slope) with what it adds for a token,
+// ascending. With `anew` (an interval starts here, or a view stops) the sums are 0 before the step.
 template <class Tap>
 SRT_HD void visit_step(const Axis& axis, double offset, int64_t y, bool anew, Tap&& tap) {
   const Line to = line_at(axis, offset, y);

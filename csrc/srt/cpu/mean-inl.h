@@ -86,8 +86,8 @@ SRT_INLINE void write_cell(Vec<Acc> (&sum)[V], Acc inverse, Acc keep, Out* out, 
   }
 }
 
-// Writes the first `cells` of X cells from x on, row r of the band; channels from c on. With
-// `past_cache` there is no NaN among them.
+// Writes the first `cells` of X cells from x on, row r of the band; channels from c on. Not with
+// `past_cache` if a token may be NaN.
 template <int X, int V, class T, class Out, class Acc>
 SRT_INLINE void write_cells(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64_t r,
                             int64_t x, int64_t cells, int64_t c, Vec<Acc> (&sum)[X][V],

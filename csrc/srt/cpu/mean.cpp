@@ -32,7 +32,10 @@ struct MeanTables {
     split_row(axis, walk_interval(axis), plan);
     for (int64_t x = 0; x < plan.width; ++x) {
       bool all = x % walk_interval(axis) == 0;
-      for (const double offset : dx) all = all || stops_at(axis, offset, x);
+      for (int64_t g = 0; g < plan.groups && !all; ++g) {  // stops_at, from the table
+        const int32_t* const taps_at = plan.x.taps + g * plan.width + x;
+        all = taps_at[-1] > 0 && taps_at[0] == 0;
+      }
       for (size_t g = 0; g < dx.size(); ++g) {
         visit_step(axis, dx[g], x, all, [&](int32_t token, double value, double slope) {
           taps.push_back({static_cast<int64_t>(g) * plan.columns + token, static_cast<Acc>(value),

@@ -77,7 +77,7 @@ inline void store(uint8_t* p, Vec<float> v) {
   const VecU8 bytes = __builtin_convertvector(__builtin_convertvector(v, VecI32), VecU8);
   std::memcpy(p, &bytes, sizeof(bytes));
 }
-// Rounded half to even to the upper half of each number, which is not NaN.
+// Rounded half to even to the upper half of each number. A NaN that arithmetic makes stays one.
 inline VecU32 round_to_upper(Vec<float> v) {
   const VecU32 bits = bits_as<VecU32>(v), even = VecU32{} + 0x7fffu, odd = VecU32{} + 0x8000u;
   return bits + ((bits & 0x10000u) != 0 ? odd : even);
@@ -139,8 +139,8 @@ __attribute__((noinline)) inline void store(Half* p, Vec<float> v) {
 }
 #endif
 
-// Stores vectors of numbers that are not NaN around the cache: to whole lines, one after the other,
-// without reading them first. Aligned; only a fence makes it visible to other threads.
+// Stores a vector around the cache: to whole lines, one after the other, without reading them
+// first. Aligned; only a fence makes it visible to other threads.
 #if defined(__SSE2__)
 template <class V>
 inline void stream(void* p, V v) {

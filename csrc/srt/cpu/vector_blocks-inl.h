@@ -43,7 +43,7 @@ SRT_INLINE void store_block(T* to, int64_t stride, int64_t n, const V (&value)[N
   }
 }
 
-// As store_past_cache.
+// As store_past_cache, and of NaN only those that arithmetic makes.
 template <int N, class T, class V>
 SRT_INLINE void store_block_past_cache(T* p, const V (&value)[N]) {
 #pragma GCC unroll 4
@@ -146,8 +146,9 @@ SRT_INLINE void sum_inputs(const T* from, const int64_t* at, int64_t scale, cons
   }
 }
 
-// Sums whose absolute values add up to less than this are finite, and so is what is made of them: a
-// walk multiplies each by factors of up to 8 in all.
+// Sums whose absolute values add up to less than this are finite, and so is a walk over them, which
+// multiplies each by factors of up to 8 in all. Those of cells of several pixels may overflow
+// later.
 template <class Acc>
 constexpr Acc kLargestSum = static_cast<Acc>(sizeof(Acc) == 4 ? 0x1p123 : 0x1p1019);
 

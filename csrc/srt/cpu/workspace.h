@@ -29,11 +29,9 @@ inline const int64_t sums_bytes = [] {
   return int64_t{768 * 1024};
 }();
 
-// Returns how many channels, in whole blocks and at most `most`, fit the cache at `bytes` per
-// channel.
-inline int64_t fitting_channels(int64_t channels, int64_t block, int64_t bytes,
-                                int64_t most = INT64_MAX) {
-  const int64_t blocks = div_up(std::min(channels, most), block);
+// Returns how many channels, in whole blocks, fit the cache at `bytes` per channel.
+inline int64_t fitting_channels(int64_t channels, int64_t block, int64_t bytes) {
+  const int64_t blocks = div_up(channels, block);
   const int64_t fit = std::clamp<int64_t>(sums_bytes / (bytes * block), 1, blocks);
   return div_up(blocks, div_up(blocks, fit)) * block;  // parts of equal size
 }

@@ -88,7 +88,7 @@ __device__ inline Span span_of(Axis axis, double offset, int64_t cell, int64_t c
   axis.border = Border::clamp;
   const PixelRead first = read_pixel(axis, offset, cell * axis.stride);
   const PixelRead last = read_pixel(axis, offset, (cell + cells) * axis.stride - 1);
-  return {first.token, last.token - first.token + 1 + (last.after > 0)};
+  return {first.token, last.token - first.token + 1 + (last.after > 0 || last.slope > 0)};
 }
 
 // What a block of rows reads in a view.
@@ -376,8 +376,8 @@ __device__ void walk(const MeanPlan<Acc>& plan, const int32_t* steps, const Tap<
   }
 }
 
-// Cells from x on by the formula itself. Where the walk is not finite, it tells which of them read
-// the token that is not; and it has no large sums on its way.
+// Cells from x on by the formula itself, for where the walk is not finite: a walk carries a token
+// that is not into cells that do not read it, and its sums may be larger than the mean.
 template <bool kVector, class T, class Acc>
 __device__ __noinline__ void write_directly(const MeanPlan<Acc>& plan, const T* tokens, T* to,
                                             const Acc* inverse, int64_t y, int64_t x, int cells,
