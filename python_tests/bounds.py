@@ -83,7 +83,9 @@ class EnsembleBounds:
         return bound + self._walk(self.views)
 
     def _walk(self, views: int) -> torch.Tensor:
-        """[B, C, 1, 1] what a walk along x (csrc/srt/walk.h) of so many views adds to the mean.
+        """[B, C, 1, 1] what walks (csrc/srt/walk.h) of so many views add to the mean.
+
+        Along y, where the kernel walks, and along x, whose weights of a sum add up to 1.
 
         In an interval the line of a view enters value and slope times t with weights of absolute
         values up to 2 and 1, since |t| slope <= 1/2; a step to its next line at a kink, of which
@@ -93,7 +95,8 @@ class EnsembleBounds:
         which has taps or adds zeros.
         """
         roundings = self.fixed + 5 * views + 2
-        return self._gamma(roundings) * (7 if self.case.stride[1] == 1 else 0) * self.largest
+        axes = sum(stride == 1 for stride in self.case.stride)
+        return self._gamma(roundings) * 7 * axes * self.largest
 
     def median(self) -> torch.Tensor:
         """[B, C, 1, 1]: if no value is off by more, neither is any order statistic."""

@@ -15,6 +15,36 @@ struct MeanPart {
   int64_t n;
 };
 
+// A walk by n_steps steps from number `first` on, in n channels: calls emit(step, sum).
+template <class T, class Acc, class Emit>
+SRT_INLINE void walk(const WalkTable<Acc>& table, int64_t first, int64_t n_steps,
+                     const Acc* position, const T* from, int64_t scale, int64_t n, Emit&& emit) {
+  constexpr int V = kVectors;
+  Vec<Acc> value[V] = {}, slope[V] = {};
+  const auto* tap = table.taps + table.begin[first];
+  for (int64_t i = 0; i < n_steps; ++i) {
+    if (table.anew[first + i]) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) value[v] = slope[v] = Vec<Acc>{};
+    }
+    for (const auto* const last = table.taps + table.begin[first + i + 1]; tap != last; ++tap) {
+      const T* const p = from + tap->input * scale;
+      Vec<Acc> in[V];
+      load_inputs(p, n, in);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        __builtin_prefetch(p + (V + v) * kLanes<Acc>);
+        value[v] += tap->value * in[v];
+        slope[v] += tap->slope * in[v];
+      }
+    }
+    Vec<Acc> sum[1][V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sum[0][v] = value[v] + position[i] * slope[v];
+    emit(i, sum);
+  }
+}
+
 // ---- rows of tokens: the sum over the views of every group --------------------------------------
 
 // Rows of tile number `tile`, X of them from its row `first` on: sums [X, groups, columns, pass],
@@ -47,6 +77,34 @@ bool sum_rows(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64_t t
                             plan.groups * plan.columns * plan.pass, size);
   }
   return all_below(size, kLargestSum<Acc>);
+}
+
+// The rows of a band by walks of all groups down them: as sum_rows.
+template <class T, class Out, class Acc>
+bool walk_down(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, char* base) {
+  constexpr int V = kVectors, lanes = kLanes<Acc>;
+  const int64_t row = plan.groups * plan.columns * plan.pass;
+  Acc* sums = in(base, plan.scratch.sums);
+  Vec<Acc> size[V] = {};
+  for (int64_t g = 0; g < plan.groups; ++g, sums += plan.columns * plan.pass) {
+    for (int64_t j = part.columns.begin; j < part.columns.end; ++j) {
+      const T* const tokens = part.tokens + j * plan.token_strides[2];
+      for (int64_t c = 0; c < part.n; c += V * lanes) {
+        Acc* const to = sums + (j - part.columns.begin) * plan.pass + c;
+        walk(plan.walk_y, g * plan.height + part.y, part.y_end - part.y,
+             plan.walk_y.position + part.y, tokens + c, 1, part.n - c,
+             [&](int64_t y, auto& sum) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+               for (int v = 0; v < V; ++v) {
+                 store(to + y * row + v * lanes, sum[0][v]);
+                 size[v] += absolute(sum[0][v]);
+               }
+             });
+      }
+    }
+  }
+  for (int v = 1; v < V; ++v) size[0] += size[v];
+  return all_below(size[0], kLargestSum<Acc>);
 }
 
 // ---- cells: from the sums of all groups ---------------------------------------------------------
@@ -108,32 +166,14 @@ SRT_INLINE void write_cells(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& p
 // Row r of the band by a walk along it.
 template <class T, class Out, class Acc>
 void walk_along(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64_t r, char* base) {
-  constexpr int V = kVectors, lanes = kLanes<Acc>;
-  const WalkTable<Acc>& walk = plan.walk_x;
+  constexpr int64_t block = kVectors * kLanes<Acc>;
   const Acc* const sums = in(base, plan.scratch.sums) +
                           (r * plan.groups * plan.columns - part.columns.begin) * plan.pass;
-  for (int64_t c = 0; c < part.n; c += V * lanes) {
-    Vec<Acc> value[V] = {}, slope[V] = {};
-    const auto* tap = walk.taps + walk.begin[part.x];
-    for (int64_t x = part.x; x < part.x_end; ++x) {
-      if (walk.anew[x]) {
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) value[v] = slope[v] = Vec<Acc>{};
-      }
-      for (const auto* const last = walk.taps + walk.begin[x + 1]; tap != last; ++tap) {
-        const Acc* const from = sums + tap->input * plan.pass + c;
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) {
-          const Vec<Acc> sum = load(from + v * lanes);
-          value[v] += tap->value * sum;
-          slope[v] += tap->slope * sum;
-        }
-      }
-      Vec<Acc> sum[1][V];
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sum[0][v] = value[v] + walk.position[x] * slope[v];
-      write_cells(plan, part, r, x, 1, c, sum, plan.past_cache, base);
-    }
+  for (int64_t c = 0; c < part.n; c += block) {
+    walk(plan.walk_x, part.x, part.x_end - part.x, plan.walk_x.position + part.x, sums + c,
+         plan.pass, block, [&](int64_t x, auto& sum) __attribute__((always_inline)) {
+           write_cells(plan, part, r, part.x + x, 1, c, sum, plan.past_cache, base);
+         });
   }
 }
 
@@ -212,11 +252,11 @@ void fill_inverse(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64
 
 template <class T, class Out, class Acc>
 void mean_of_part(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, char* base) {
-  const int64_t tile_y = part.y / plan.band;
-  const bool small = with_tile(plan.tile_y.tile, [&](auto tile) {
-    return sum_rows<tile.value, false>(plan, part, tile_y, 0, base);
-  });
-  if (small && !plan.walks) {
+  const bool small =
+      plan.walks_y ? walk_down(plan, part, base) : with_tile(plan.tile_y.tile, [&](auto tile) {
+        return sum_rows<tile.value, false>(plan, part, part.y / plan.band, 0, base);
+      });
+  if (small && !plan.walks_x) {
     with_tile(plan.tile_x.tile, [&](auto tile) { filter_tiles<tile.value>(plan, part, base); });
     return;
   }
@@ -224,7 +264,8 @@ void mean_of_part(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, char*
     if (small) {
       walk_along(plan, part, r, base);
     } else {
-      sum_rows<1, true>(plan, part, tile_y, r, base);
+      sum_rows<1, true>(plan, part, (part.y + r) / plan.tile_y.tile,
+                        (part.y + r) % plan.tile_y.tile, base);
       filter_row(plan, part, r, base);
     }
   }

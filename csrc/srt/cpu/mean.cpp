@@ -15,38 +15,81 @@ namespace {
 // Larger parts read fewer tokens twice; the sums of smaller ones stay in the cache.
 constexpr int64_t kPartCells = 48, kPartTokens = 3;
 
+// A band of walks has at least so many rows, in whole intervals.
+constexpr int64_t kBandRows = 8;
+
 // An output from this size on would evict more from the caches than its next reader finds there.
 constexpr int64_t kPastCacheBytes = int64_t{8} << 20;
 
-// The tables of one call, owned.
+// Owns a WalkTable.
 template <class Acc>
-struct MeanTables {
-  std::vector<int64_t> begin{0};  // of the walk
+struct WalkStorage {
+  std::vector<int64_t> begin{0};
   std::vector<typename WalkTable<Acc>::Tap> taps;
   std::vector<uint8_t> anew;
   std::vector<Acc> position;
-  TileStorage<Acc> tile_y, tile_x;
-  std::vector<Span> columns;
 
-  void make_walk(const Axis& axis, const std::vector<double>& dx, MeanPlan<Acc>& plan) {
-    split_row(axis, walk_interval(axis), plan);
-    for (int64_t x = 0; x < plan.width; ++x) {
-      bool all = x % walk_interval(axis) == 0;
-      for (int64_t g = 0; g < plan.groups && !all; ++g) {  // stops_at, from the table
-        const int32_t* const taps_at = plan.x.taps + g * plan.width + x;
-        all = taps_at[-1] > 0 && taps_at[0] == 0;
+  // Adds a walk over n views: offset(i) of view number i, row(i) its row of the axis table, and
+  // tap(i, token, value, slope) as it enters the sums.
+  template <class Offset, class Row, class Tap>
+  void add(const Axis& axis, const AxisTable<Acc>& table, int64_t n, Offset&& offset, Row&& row,
+           Tap&& tap) {
+    for (int64_t cell = 0; cell < table.cells; ++cell) {
+      bool all = cell % walk_interval(axis) == 0;
+      for (int64_t i = 0; i < n && !all; ++i) {  // stops_at, from the table
+        const int32_t* const at = table.taps + row(i) * table.cells + cell;
+        all = at[-1] > 0 && at[0] == 0;
       }
-      for (size_t g = 0; g < dx.size(); ++g) {
-        visit_step(axis, dx[g], x, all, [&](int32_t token, double value, double slope) {
-          taps.push_back({static_cast<int64_t>(g) * plan.columns + token, static_cast<Acc>(value),
-                          static_cast<Acc>(slope)});
+      for (int64_t i = 0; i < n; ++i) {
+        visit_step(axis, offset(i), cell, all, [&](int32_t token, double value, double slope) {
+          taps.push_back(tap(i, token, static_cast<Acc>(value), static_cast<Acc>(slope)));
         });
       }
       begin.push_back(static_cast<int64_t>(taps.size()));
       anew.push_back(all);
-      position.push_back(static_cast<Acc>(walk_position(axis, x)));
     }
-    plan.walk_x = {begin.data(), taps.data(), anew.data(), position.data()};
+  }
+  WalkTable<Acc> table(const Axis& axis) {
+    for (int64_t cell = 0; cell < axis.cells(); ++cell)
+      position.push_back(static_cast<Acc>(walk_position(axis, cell)));
+    return {begin.data(), taps.data(), anew.data(), position.data()};
+  }
+};
+
+// The tables of one call, owned.
+template <class Acc>
+struct MeanTables {
+  using Tap = typename WalkTable<Acc>::Tap;
+  WalkStorage<Acc> walk_y, walk_x;
+  TileStorage<Acc> tile_y, tile_x;
+  std::vector<Span> columns;
+
+  void make_walk_x(const Axis& axis, const std::vector<double>& dx, MeanPlan<Acc>& plan) {
+    split_row(axis, walk_interval(axis), plan);
+    walk_x.add(
+        axis, plan.x, plan.groups, [&](int64_t g) { return dx[static_cast<size_t>(g)]; },
+        [](int64_t g) { return g; },
+        [&](int64_t g, int64_t token, Acc value, Acc slope) {
+          return Tap{g * plan.columns + token, value, slope};
+        });
+    plan.walk_x = walk_x.table(axis);
+  }
+
+  void make_walk_y(const Axis& axis, const std::vector<double>& dy, MeanPlan<Acc>& plan) {
+    for (int64_t g = 0; g < plan.groups; ++g) {
+      const auto* const own = plan.counted_views + plan.group_begin[g];
+      walk_y.add(
+          axis, plan.y, plan.group_begin[g + 1] - plan.group_begin[g],
+          [&](int64_t i) { return dy[static_cast<size_t>(own[i].dy)]; },
+          [&](int64_t i) { return own[i].dy; },
+          [&](int64_t i, int64_t token, Acc value, Acc slope) {
+            const int64_t at = own[i].index * plan.token_strides[0] +
+                               token * plan.tokens_x * plan.token_strides[2];
+            return Tap{at, own[i].weight * value, own[i].weight * slope};
+          });
+    }
+    plan.walk_y = walk_y.table(axis);
+    plan.band = div_up(kBandRows, walk_interval(axis)) * walk_interval(axis);
   }
 
   void make_tiles(const Axis& axis, int64_t largest, MeanPlan<Acc>& plan) {
@@ -109,7 +152,7 @@ int64_t place_scratch(int64_t inputs, MeanPlan<Acc>& plan) {
   Layout layout;
   layout.place(plan.scratch.sums, plan.band * row);
   layout.place(plan.scratch.at, inputs);
-  layout.place(plan.scratch.weights, inputs * plan.band);
+  layout.place(plan.scratch.weights, inputs * plan.tile_y.tile);
   layout.place(plan.scratch.count, plan.part);
   layout.place(plan.scratch.inverse, plan.band * plan.part);
   layout.place(plan.scratch.keep, plan.total_weight ? plan.band * plan.part : 0);
@@ -123,27 +166,31 @@ void mean_of(const EnsembleArgs& args, const Parallel& parallel) {
   const Views<Acc> views(args, /*divide=*/false, plan);
   constexpr auto kSize = static_cast<int64_t>(sizeof(Acc));
   const int64_t block = isa.block_bytes / kSize;
+  const Axis axis_y{args.grid[0], args.patch[0], args.stride[0], args.upsample, args.border};
   const Axis axis_x{args.grid[1], args.patch[1], args.stride[1], args.upsample, args.border};
   MeanTables<Acc> tables;
-  plan.walks = args.stride[1] == 1;
-  if (plan.walks) {
-    tables.make_walk(axis_x, views.dx, plan);
+  plan.walks_y = args.stride[0] == 1;
+  plan.walks_x = args.stride[1] == 1;
+  if (plan.walks_x) {
+    tables.make_walk_x(axis_x, views.dx, plan);
   } else {
     tables.make_tiles(axis_x, isa.max_tile, plan);
   }
   // With all weights 0 there is no group.
   const int64_t row_bytes = std::max<int64_t>(1, plan.groups * plan.columns) * kSize;
-  plan.band = choose_tile(plan.y, plan.offsets_y,
-                          largest_tile(plan, block, row_bytes, plan.walks ? 1 : parallel.threads),
-                          kLoadTokens, once);
-  tables.tile_y.add_rows(plan.y, plan.offsets_y, plan.band);
-  plan.tile_y = tables.tile_y.table(plan.band, plan.height);
+  const int64_t tile_y =
+      choose_tile(plan.y, plan.offsets_y, largest_tile(plan, block, row_bytes, parallel.threads),
+                  kLoadTokens, once);
+  tables.tile_y.add_rows(plan.y, plan.offsets_y, tile_y);
+  plan.tile_y = tables.tile_y.table(tile_y, plan.height);
+  plan.band = tile_y;
+  if (plan.walks_y) tables.make_walk_y(axis_y, views.dy, plan);
   plan.past_cache = goes_past_cache<T>(args, plan.batch * plan.channels * plan.height * plan.width);
 
   plan.pass = fitting_channels(plan.channels, block, plan.band * row_bytes);
   // Where tokens are not finite, a pass is summed in another order than that of a walk: it must not
   // depend on the number of threads.
-  const int64_t unit = plan.walks ? plan.pass : block;
+  const int64_t unit = plan.walks_y || plan.walks_x ? plan.pass : block;
   plan.chunk = div_up(plan.channels, unit) * unit;
   const auto count_tasks = [&] {
     return plan.batch * div_up(plan.height, plan.band) * plan.parts *

@@ -59,26 +59,27 @@ struct TileTable {
   const Acc* weight;     // [inputs, tile]
 };
 
-// The steps of a walk along an axis (walk.h).
+// The steps of walks along an axis (walk.h), one walk after the other.
 template <class Acc>
 struct WalkTable {
   struct Tap {
     int64_t input;
     Acc value, slope;
   };
-  const int64_t* begin;  // [cells + 1], into taps
+  const int64_t* begin;  // [walks * cells + 1], into taps
   const Tap* taps;
-  const uint8_t* anew;  // [cells] whether the sums start from 0
+  const uint8_t* anew;  // [walks, cells] whether the sums start from 0
   const Acc* position;  // [cells] from the centre of the interval
 };
 
-// The weighted mean: for each group of views, their rows are summed once for a tile of output rows;
-// then one filter along each row: a walk if cells are pixels, otherwise products with a TileTable.
-// A task is one image, one tile of rows, one part of their cells and one chunk of channels.
+// The weighted mean: for each group of views, their rows are summed once for a band of output rows;
+// then one filter along each row. Both are walks where cells are pixels, otherwise products with a
+// TileTable. A task is one image, one band, one part of its cells and one chunk of channels.
 template <class Acc>
 struct MeanPlan : ViewsPlan<Acc> {
+  bool walks_y, walks_x;
   TileTable<Acc> tile_y;   // output rows that read token rows; a set for each distinct dy
-  bool walks;              // along x
+  WalkTable<Acc> walk_y;   // a walk for each group, over token rows; inputs in elements
   WalkTable<Acc> walk_x;   // over [groups, columns]
   TileTable<Acc> tile_x;   // cells that read [groups, columns]; one set
   int64_t part, parts;     // cells of a row, and how many parts there are
@@ -87,11 +88,11 @@ struct MeanPlan : ViewsPlan<Acc> {
   int64_t pass;            // channels whose sums fit the cache, whole blocks
   bool past_cache;         // the output is written around the cache
   struct Scratch {
-    ScratchArray<Acc> sums;           // [tile_y, groups, columns, pass]
+    ScratchArray<Acc> sums;           // [band, groups, columns, pass]
     ScratchArray<int64_t> at;         // the inputs of a tile or cell
     ScratchArray<Acc> weights;        // theirs
     ScratchArray<double> count;       // [part]
-    ScratchArray<Acc> inverse, keep;  // [tile_y, part]
+    ScratchArray<Acc> inverse, keep;  // [band, part]
   };
   Scratch scratch;
 };
