@@ -271,9 +271,10 @@ def test_same_bits_over_threads_beside_nan(
     dtype: torch.dtype, threads: Callable[[int], None], cpu_kernels: str
 ) -> None:
     """A mean is computed another way there: how much of it must not depend on the threads."""
-    case = Ensemble((7, 19), (8, 8), channels=133)
-    values, results = poisoned("mean", case, dtype), []
-    for count in (1, 2, 7, 64):
-        threads(count)
-        results.append(run(Ops("cpu"), "mean", case, values).nan_to_num())
-    assert all(torch.equal(results[0], other) for other in results[1:])
+    for stride in ((1, 1), (2, 1), (1, 2)):
+        case = Ensemble((7, 19), (8, 8), channels=133, stride=stride)
+        values, results = poisoned("mean", case, dtype), []
+        for count in (1, 2, 7, 64):
+            threads(count)
+            results.append(run(Ops("cpu"), "mean", case, values).nan_to_num())
+        assert all(torch.equal(results[0], other) for other in results[1:])

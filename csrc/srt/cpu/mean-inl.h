@@ -15,7 +15,8 @@ struct MeanPart {
   int64_t n;
 };
 
-// A walk by n_steps steps from number `first` on, in n channels: calls emit(step, sum).
+// A walk by n_steps steps from number `first` on, at these positions; of n channels of inputs that
+// lie `scale` apart from `from` on. Calls emit(step, sum).
 template <class T, class Acc, class Emit>
 SRT_INLINE void walk(const WalkTable<Acc>& table, int64_t first, int64_t n_steps,
                      const Acc* position, const T* from, int64_t scale, int64_t n, Emit&& emit) {

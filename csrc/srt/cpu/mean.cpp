@@ -1,6 +1,5 @@
 // The mean on the CPU: its plan, and its tasks over threads.
 #include <algorithm>
-#include <type_traits>
 #include <vector>
 
 #include "../ensemble.h"
@@ -18,7 +17,7 @@ constexpr int64_t kPartCells = 48, kPartTokens = 3;
 // A band of walks has at least so many rows, in whole intervals.
 constexpr int64_t kBandRows = 8;
 
-// An output from this size on would evict more from the caches than its next reader finds there.
+// An output from this size on is written around the cache: it is larger than that of a few cores.
 constexpr int64_t kPastCacheBytes = int64_t{8} << 20;
 
 // Owns a WalkTable.
@@ -178,9 +177,11 @@ void mean_of(const EnsembleArgs& args, const Parallel& parallel) {
   }
   // With all weights 0 there is no group.
   const int64_t row_bytes = std::max<int64_t>(1, plan.groups * plan.columns) * kSize;
-  const int64_t tile_y =
-      choose_tile(plan.y, plan.offsets_y, largest_tile(plan, block, row_bytes, parallel.threads),
-                  kLoadTokens, once);
+  // Where tokens are not finite, a band and a pass are summed in another order than that of a walk:
+  // they must not depend on the number of threads.
+  const bool walks = plan.walks_y || plan.walks_x;
+  const int64_t largest = largest_tile(plan, block, row_bytes, walks ? 1 : parallel.threads);
+  const int64_t tile_y = choose_tile(plan.y, plan.offsets_y, largest, kLoadTokens, once);
   tables.tile_y.add_rows(plan.y, plan.offsets_y, tile_y);
   plan.tile_y = tables.tile_y.table(tile_y, plan.height);
   plan.band = tile_y;
@@ -188,9 +189,7 @@ void mean_of(const EnsembleArgs& args, const Parallel& parallel) {
   plan.past_cache = goes_past_cache<T>(args, plan.batch * plan.channels * plan.height * plan.width);
 
   plan.pass = fitting_channels(plan.channels, block, plan.band * row_bytes);
-  // Where tokens are not finite, a pass is summed in another order than that of a walk: it must not
-  // depend on the number of threads.
-  const int64_t unit = plan.walks_y || plan.walks_x ? plan.pass : block;
+  const int64_t unit = walks ? plan.pass : block;
   plan.chunk = div_up(plan.channels, unit) * unit;
   const auto count_tasks = [&] {
     return plan.batch * div_up(plan.height, plan.band) * plan.parts *

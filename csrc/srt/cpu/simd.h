@@ -139,8 +139,6 @@ __attribute__((noinline)) inline void store(Half* p, Vec<float> v) {
 }
 #endif
 
-// Stores a vector around the cache: to whole lines, one after the other, without reading them
-// first. Aligned; only a fence makes it visible to other threads.
 #if defined(__SSE2__)
 template <class V>
 inline void stream(void* p, V v) {
@@ -154,6 +152,8 @@ inline void stream(void* p, V v) {
   if constexpr (sizeof(V) == 8) std::memcpy(p, &v, sizeof(v));
 }
 #endif
+// Stores a vector around the cache: to whole lines, one after the other, without reading them
+// first. Aligned; only a fence makes it visible to other threads.
 template <class T, class V>
 inline void store_past_cache(T* p, V v) {
 #if defined(__SSE2__)
