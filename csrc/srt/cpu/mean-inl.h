@@ -5,13 +5,23 @@
 namespace srt::cpu {
 namespace {
 
+// How the tokens are read.
+template <class T>
+struct InputOf {
+  using type = T;
+};
+template <>
+struct InputOf<BFloat16> {
+  using type = PairedBFloat16;
+};
+
 // What a task makes in one pass: cells [x, x_end) of the rows of a band, n channels of them.
 template <class T, class Out>
 struct MeanPart {
   int64_t y, y_end, x, x_end;
-  Span columns;     // of tokens that are read
-  const T* tokens;  // of view 0, token 0
-  Out* out;         // of cell (y, x)
+  Span columns;  // of tokens that are read
+  const typename InputOf<T>::type* tokens;  // of view 0, token 0
+  Out* out;                                 // of cell (y, x)
   int64_t n;
 };
 
@@ -50,7 +60,7 @@ SRT_INLINE void walk(const WalkTable<Acc>& table, int64_t first, int64_t n_steps
 
 // Rows of tile number `tile`, X of them from its row `first` on: sums [X, groups, columns, pass],
 // with zeros up to a whole block. X is a whole tile, or 1 with `kExact`. Returns whether they are
-// small enough to go on with: see kLargestSum.
+// small enough to go on with: see kLargestSquares.
 template <int X, bool kExact, class T, class Out, class Acc>
 bool sum_rows(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64_t tile, int64_t first,
               char* base) {
@@ -77,7 +87,7 @@ bool sum_rows(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64_t t
                             count, part.n, sums + (j - part.columns.begin) * plan.pass,
                             plan.groups * plan.columns * plan.pass, size);
   }
-  return all_below(size, kLargestSum<Acc>);
+  return all_below(size, kLargestSquares<Acc>);
 }
 
 // The rows of a band by walks of all groups down them: as sum_rows.
@@ -89,7 +99,7 @@ bool walk_down(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, char* ba
   Vec<Acc> size[V] = {};
   for (int64_t g = 0; g < plan.groups; ++g, sums += plan.columns * plan.pass) {
     for (int64_t j = part.columns.begin; j < part.columns.end; ++j) {
-      const T* const tokens = part.tokens + j * plan.token_strides[2];
+      const auto* const tokens = part.tokens + j * plan.token_strides[2];
       for (int64_t c = 0; c < part.n; c += V * lanes) {
         Acc* const to = sums + (j - part.columns.begin) * plan.pass + c;
         walk(plan.walk_y, g * plan.height + part.y, part.y_end - part.y,
@@ -98,14 +108,14 @@ bool walk_down(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, char* ba
 #pragma GCC unroll 4
                for (int v = 0; v < V; ++v) {
                  store(to + y * row + v * lanes, sum[0][v]);
-                 size[v] += absolute(sum[0][v]);
+                 size[v] += sum[0][v] * sum[0][v];
                }
              });
       }
     }
   }
   for (int v = 1; v < V; ++v) size[0] += size[v];
-  return all_below(size[0], kLargestSum<Acc>);
+  return all_below(size[0], kLargestSquares<Acc>);
 }
 
 // ---- cells: from the sums of all groups ---------------------------------------------------------
@@ -123,34 +133,31 @@ __attribute__((noinline)) void write_part(const Acc* sums, Acc keep, Out* out, i
 }
 
 // A cell from its sum: out = inverse * sum, and where there is a `keep`, keep * out is added.
-template <int V, class Out, class Acc>
+// `finite`: all sums are.
+template <class T, int V, class Out, class Acc>
 SRT_INLINE void write_cell(Vec<Acc> (&sum)[V], Acc inverse, Acc keep, Out* out, int64_t stride_c,
-                           int64_t n, bool past_cache) {
+                           int64_t n, bool finite, bool past_cache) {
   constexpr int lanes = kLanes<Acc>;
-  if (inverse != 0) {
+  // Without a weight nothing, of an infinite sum either. Adding 0 turns -0 into 0.
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sum[v] *= inverse;
-  } else {  // nothing, of an infinite sum either
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sum[v] = Vec<Acc>{};
+  for (int v = 0; v < V; ++v) sum[v] = inverse != 0 ? sum[v] * inverse + Acc{0} : Vec<Acc>{};
+  const bool whole = finite && stride_c == 1 && n >= V * lanes && keep == 0;
+  if (whole && std::is_same<Out, T>::value) return store_whole(out, sum, past_cache);
+  if constexpr (std::is_same<T, BFloat16>::value) {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; v += 2) put_in_order(sum[v], sum[v + 1]);
   }
-  if (stride_c != 1 || n < V * lanes || keep != 0) {
-    Acc sums[V * lanes];
-    store_block(sums, 1, V * lanes, sum);
-    write_part<V>(sums, keep, out, stride_c, n);
-  } else if (past_cache) {
-    store_block_past_cache(out, sum);
-  } else {
-    store_block(out, 1, V * lanes, sum);
-  }
+  Acc sums[V * lanes];
+  store_block(sums, 1, V * lanes, sum);
+  write_part<V>(sums, keep, out, stride_c, n);
 }
 
-// Writes the first `cells` of X cells from x on, row r of the band; channels from c on. Not with
-// `past_cache` if a token may be NaN.
+// Writes the first `cells` of X cells from x on, row r of the band; channels from c on. `finite`:
+// all sums are.
 template <int X, int V, class T, class Out, class Acc>
 SRT_INLINE void write_cells(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64_t r,
-                            int64_t x, int64_t cells, int64_t c, Vec<Acc> (&sum)[X][V],
-                            bool past_cache, char* base) {
+                            int64_t x, int64_t cells, int64_t c, Vec<Acc> (&sum)[X][V], bool finite,
+                            char* base) {
   const int64_t cell = r * plan.part + x - part.x;
   const Acc* const inverse = in(base, plan.scratch.inverse) + cell;
   const Acc* const keep = plan.total_weight ? in(base, plan.scratch.keep) + cell : nullptr;
@@ -159,8 +166,8 @@ SRT_INLINE void write_cells(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& p
 #pragma GCC unroll 8
   for (int i = 0; i < X; ++i) {
     if (i < cells)
-      write_cell(sum[i], inverse[i], keep ? keep[i] : Acc{0}, to + i * plan.out_strides[3],
-                 plan.out_strides[1], part.n - c, past_cache);
+      write_cell<T>(sum[i], inverse[i], keep ? keep[i] : Acc{0}, to + i * plan.out_strides[3],
+                    plan.out_strides[1], part.n - c, finite, plan.past_cache);
   }
 }
 
@@ -173,7 +180,7 @@ void walk_along(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64_t
   for (int64_t c = 0; c < part.n; c += block) {
     walk(plan.walk_x, part.x, part.x_end - part.x, plan.walk_x.position + part.x, sums + c,
          plan.pass, block, [&](int64_t x, auto& sum) __attribute__((always_inline)) {
-           write_cells(plan, part, r, part.x + x, 1, c, sum, plan.past_cache, base);
+           write_cells(plan, part, r, part.x + x, 1, c, sum, true, base);
          });
   }
 }
@@ -193,7 +200,7 @@ void filter_tiles(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, char*
         Vec<Acc> sum[X][V];
         sum_inputs<X, false>(sums + c, table.input + first, plan.pass, table.weight + first * X, X,
                              count, block, sum);
-        write_cells(plan, part, r, x, least(part.x_end - x, X), c, sum, plan.past_cache, base);
+        write_cells(plan, part, r, x, least(part.x_end - x, X), c, sum, true, base);
       }
     }
   }
@@ -291,7 +298,8 @@ void mean(const MeanPlan<Acc>& plan, int64_t begin, int64_t end, void* scratch) 
     const int64_t chunk_end = least(chunk + plan.chunk, plan.channels);
     for (int64_t c = chunk; c < chunk_end; c += plan.pass) {
       part.n = least(chunk_end - c, plan.pass);
-      part.tokens = static_cast<const T*>(plan.tokens) + b * plan.token_strides[1] + c;
+      part.tokens = static_cast<const typename InputOf<T>::type*>(plan.tokens) +
+                    b * plan.token_strides[1] + c;
       part.out = static_cast<Out*>(plan.out) + b * plan.out_strides[0] + c * plan.out_strides[1] +
                  part.y * plan.out_strides[2] + part.x * plan.out_strides[3];
       mean_of_part(plan, part, base);

@@ -8,7 +8,7 @@ namespace {
 // sums [X, longest_span, pass]: for X offsets of tile number `tile`, from its offset `first` on,
 // the gradient rows that read token row i, summed, at the cells of `span` and n channels from
 // `grad` on; zeros up to a whole block. X is a whole tile, or 1 with `kExact`. Returns whether all
-// of them are finite: see kLargestSum.
+// of them are finite: see kLargestSquares.
 template <int X, bool kExact, class T, class Acc>
 bool sum_rows(const MeanBackwardPlan<Acc>& plan, int64_t i, int64_t tile, int64_t first,
               const Span& span, const T* grad, int64_t n, char* base) {
@@ -33,7 +33,7 @@ bool sum_rows(const MeanBackwardPlan<Acc>& plan, int64_t i, int64_t tile, int64_
     store_sums<X, kExact>(grad + x * plan.out_strides[3], at, weights + first, pitch, count, n,
                           sums + (x - span.begin) * plan.pass, row, size);
   }
-  return all_below(size, kLargestSum<Acc>);
+  return all_below(size, kLargestSquares<Acc>);
 }
 
 // The gradient of token j for the views `own`: sums over the cells of `span` in `sums` [span,
@@ -70,11 +70,11 @@ void sum_cells(const MeanBackwardPlan<Acc>& plan, const TileViews& own, int64_t 
       if constexpr (kExact) {
         sum_inputs<1, true>(sums + c, at, plan.pass, weight + group, pitch, count, block, sum);
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) grad[v] = view.weight * sum[0][v];
+        for (int v = 0; v < V; ++v) grad[v] = view.weight * sum[0][v] + Acc{0};  // turns -0 into 0
       } else {
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v)
-          grad[v] = view.weight * load(by_group + group * block + v * lanes);
+          grad[v] = view.weight * load(by_group + group * block + v * lanes) + Acc{0};
       }
       store_block(to + view.index * view_stride + c, 1, n - c, grad);
     }

@@ -39,7 +39,6 @@ using Vec = typename VectorOf<Acc>::type;
 typedef uint32_t VecU32 __attribute__((vector_size(kVectorBytes)));
 typedef int32_t VecI32 __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t VecU16 __attribute__((vector_size(kVectorBytes / 2)));
-typedef uint16_t VecU16x2 __attribute__((vector_size(kVectorBytes)));
 typedef uint8_t VecU8 __attribute__((vector_size(kVectorBytes / 4)));
 
 template <class To, class From>
@@ -87,6 +86,26 @@ inline void store(BFloat16* p, Vec<float> v) {
   const VecU32 upper = v != v ? bits_as<VecU32>(v) | 0x400000u : round_to_upper(v);
   const VecU16 half = __builtin_convertvector(upper >> 16, VecU16);
   std::memcpy(p, &half, sizeof(half));
+}
+
+// Two vectors of bfloat16 as numbers of even and of odd channels: that takes half the instructions
+// of loading and storing them in order.
+inline void load_pair(const BFloat16* p, Vec<float>& even, Vec<float>& odd) {
+  const VecU32 both = read<VecU32>(p);
+  even = bits_as<Vec<float>>(both << 16);
+  odd = bits_as<Vec<float>>(both & 0xffff0000u);
+}
+// Rounds half to even; not for NaN.
+inline VecU32 pair_bits(Vec<float> even, Vec<float> odd) {
+  return (round_to_upper(even) >> 16) | (round_to_upper(odd) & 0xffff0000u);
+}
+inline void put_in_order(Vec<float>& even, Vec<float>& odd) {
+  constexpr int lanes = kLanes<float>;
+  VecI32 first;
+  for (int i = 0; i < lanes; ++i) first[i] = i / 2 + i % 2 * lanes;
+  const Vec<float> low = __builtin_shuffle(even, odd, first);
+  odd = __builtin_shuffle(even, odd, first + lanes / 2);
+  even = low;
 }
 
 #if defined(__AVX512F__)
@@ -139,7 +158,8 @@ __attribute__((noinline)) inline void store(Half* p, Vec<float> v) {
 }
 #endif
 
-#if defined(__SSE2__)
+// Stores a vector around the cache: to whole lines, one after the other, without reading them
+// first. Aligned; only a fence makes it visible to other threads.
 template <class V>
 inline void stream(void* p, V v) {
 #if defined(__AVX512F__)
@@ -148,34 +168,24 @@ inline void stream(void* p, V v) {
 #if defined(__AVX2__)
   if constexpr (sizeof(V) == 32) return _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
 #endif
+#if defined(__SSE2__)
   if constexpr (sizeof(V) == 16) return _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)v);
-  if constexpr (sizeof(V) == 8) std::memcpy(p, &v, sizeof(v));
-}
 #endif
-// Stores a vector around the cache: to whole lines, one after the other, without reading them
-// first. Aligned; only a fence makes it visible to other threads.
+  std::memcpy(p, &v, sizeof(v));
+}
 template <class T, class V>
 inline void store_past_cache(T* p, V v) {
-#if defined(__SSE2__)
   typedef uint8_t Bytes
       __attribute__((vector_size(sizeof(T) * kLanes<typename AccumulatorOf<T>::type>)));
   Bytes bytes;
   store(reinterpret_cast<T*>(&bytes), v);
   stream(p, bytes);
-#else
-  store(p, v);
-#endif
 }
 inline void fence_past_cache() {
 #if defined(__SSE2__)
   _mm_sfence();
 #endif
 }
-
-inline Vec<float> absolute(Vec<float> v) {
-  return bits_as<Vec<float>>(bits_as<VecU32>(v) & 0x7fffffffu);
-}
-inline Vec<double> absolute(Vec<double> v) { return v < 0 ? -v : v; }
 
 // Whether no lane is NaN, for lanes that are 0 or NaN.
 template <class V>

@@ -43,28 +43,6 @@ SRT_INLINE void store_block(T* to, int64_t stride, int64_t n, const V (&value)[N
   }
 }
 
-// As store_past_cache, and of NaN only those that arithmetic makes.
-template <int N, class T, class V>
-SRT_INLINE void store_block_past_cache(T* p, const V (&value)[N]) {
-#pragma GCC unroll 4
-  for (int v = 0; v < N; ++v)
-    store_past_cache(p + v * kLanes<typename AccumulatorOf<T>::type>, value[v]);
-}
-#if defined(__AVX512F__)
-// Two vectors are a line.
-template <int N>
-SRT_INLINE void store_block_past_cache(BFloat16* p, const Vec<float> (&value)[N]) {
-  static_assert(N % 2 == 0);
-  VecU16x2 upper;
-  for (int i = 0; i < 32; ++i) upper[i] = static_cast<uint16_t>(2 * i + 1);
-#pragma GCC unroll 2
-  for (int v = 0; v < N; v += 2)
-    stream(p + v * kLanes<float>,
-           _mm512_permutex2var_epi16((__m512i)round_to_upper(value[v]), (__m512i)upper,
-                                     (__m512i)round_to_upper(value[v + 1])));
-}
-#endif
-
 template <int N, class T, class V>
 SRT_INLINE void load_block(const T* from, int64_t stride, int64_t n, V (&value)[N]) {
   constexpr int lanes = kLanes<typename AccumulatorOf<T>::type>;
@@ -86,6 +64,49 @@ SRT_INLINE void load_inputs(const T* from, int64_t n, V (&value)[N]) {
 #pragma GCC unroll 4
     for (int v = 0; v < N; ++v) value[v] = V{};
     load_block(from, 1, n, value);
+  }
+}
+
+// bfloat16 in pairs of vectors: see load_pair.
+struct PairedBFloat16 : BFloat16 {};
+template <int N>
+SRT_INLINE void load_inputs(const PairedBFloat16* from, int64_t n, Vec<float> (&value)[N]) {
+  static_assert(N % 2 == 0);
+  constexpr int lanes = kLanes<float>;
+  BFloat16 part[N * lanes] = {};
+  const BFloat16* p = from;
+  if (n < N * lanes) {
+    for (int64_t i = 0; i < n; ++i) part[i] = from[i];
+    p = part;
+  }
+#pragma GCC unroll 2
+  for (int v = 0; v < N; v += 2) load_pair(p + v * lanes, value[v], value[v + 1]);
+}
+
+// A whole block of finite numbers.
+template <int N, class T, class V>
+SRT_INLINE void store_whole(T* to, const V (&value)[N], bool past_cache) {
+  constexpr int lanes = kLanes<typename AccumulatorOf<T>::type>;
+#pragma GCC unroll 4
+  for (int v = 0; v < N; ++v) {
+    if (past_cache) {
+      store_past_cache(to + v * lanes, value[v]);
+    } else {
+      store(to + v * lanes, value[v]);
+    }
+  }
+}
+template <int N>
+SRT_INLINE void store_whole(BFloat16* to, const Vec<float> (&value)[N], bool past_cache) {
+#pragma GCC unroll 2
+  for (int v = 0; v < N; v += 2) {
+    const VecU32 bits = pair_bits(value[v], value[v + 1]);
+    BFloat16* const p = to + v * kLanes<float>;
+    if (past_cache) {
+      stream(p, bits);
+    } else {
+      std::memcpy(p, &bits, sizeof(bits));
+    }
   }
 }
 
@@ -138,22 +159,14 @@ SRT_INLINE void sum_inputs(const T* from, const int64_t* at, int64_t scale, cons
       for (int v = 0; v < V; ++v) sum[i][v] += weight[k * pitch + i] * in[v];
     }
   }
-  // A weight of 0 turns -0, which a product can round to, into 0: so does this where there is none.
-#pragma GCC unroll 8
-  for (int i = 0; i < X; ++i) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sum[i][v] += Acc{0};
-  }
 }
 
-// Sums whose absolute values add up to less than this are finite, and so is a walk over them, which
-// multiplies each by factors of up to 8 in all. Those of cells of several pixels may overflow
-// later.
+// Sums whose squares add up to less than this are finite, and so is all that is made of them.
 template <class Acc>
-constexpr Acc kLargestSum = static_cast<Acc>(sizeof(Acc) == 4 ? 0x1p123 : 0x1p1019);
+constexpr Acc kLargestSquares = static_cast<Acc>(sizeof(Acc) == 4 ? 0x1p126 : 0x1p1022);
 
 // The sums of X outputs over n channels, from `to` on and `row` apart, with zeros up to a whole
-// block; the inputs are those of sum_inputs. Adds their absolute values to `size`.
+// block; the inputs are those of sum_inputs. Adds their squares to `size`.
 template <int X, bool kExact, class T, class Acc>
 SRT_INLINE void store_sums(const T* from, const int64_t* at, const Acc* weight, int64_t pitch,
                            int64_t count, int64_t n, Acc* to, int64_t row, Vec<Acc>& size) {
@@ -169,7 +182,7 @@ SRT_INLINE void store_sums(const T* from, const int64_t* at, const Acc* weight, 
 #pragma GCC unroll 8
       for (int i = 0; i < X; ++i) {
         store(to + i * row + c + v * kLanes<Acc>, sum[i][v]);
-        own += absolute(sum[i][v]);
+        own += sum[i][v] * sum[i][v];
       }
       size += own;
     }
