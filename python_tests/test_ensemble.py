@@ -133,7 +133,7 @@ def test_a_large_token_stays_with_its_interval(
     clean = backend.ensemble(case, tokens)
     for token in range(0, 24, 5):
         large = tokens.clone()
-        large[1, :, token] = 1e30
+        large[1, :, token] = 1e15
         change = backend.ensemble(case, large) != clean
         assert not change[..., : max(0, token - 2) * patch].any()
         assert not change[..., (token + 3) * patch :].any()

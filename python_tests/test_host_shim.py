@@ -253,7 +253,7 @@ for ensemble in (torch.ops.srt.ensemble, srt_ext.ensemble):
     with pytest.raises(RuntimeError, match="srt::ensemble: CUDA: unspecified launch failure"):
         ensemble(*args)
 gpu.failing_launch = -1
-# What these kernels sum again beside a NaN they sum in another order.
+# As on a GPU: what is summed again beside a NaN is summed in another order.
 Ops.assert_same = lambda self, *fields: torch.testing.assert_close(*fields, equal_nan=True)
 tests = "cpu-baseline or strides or dtype_and_stride or no_pixels or (sum_to and baseline)"
 tests = f"({tests}) and not changes_no_bit"

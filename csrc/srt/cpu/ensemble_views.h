@@ -18,7 +18,7 @@ namespace srt::cpu {
 constexpr int64_t kPieceBytes = 1024;
 
 // What it costs to load a vector in multiply-adds: of tokens, and of sums in the cache.
-constexpr int64_t kLoadTokens = 6, kLoadSums = 1;
+constexpr int64_t kLoadTokens = 4, kLoadSums = 1;
 
 // Owns the table of one axis for its distinct offsets.
 template <class Acc>
@@ -240,23 +240,13 @@ void split_channels(int64_t block, int64_t threads, int64_t& chunk, Count&& coun
   while (chunk > block && count_tasks() < 4 * threads) chunk = div_up(chunk / block, 2) * block;
 }
 
-// The weight that each cell gets: [H', W'], in units of plan.scale; with `count_views` the number
-// of views.
+// The weight that each cell gets: [H', W']; with `counts_views` the number of views.
 template <class Acc>
-std::vector<double> cell_weights(const ViewsPlan<Acc>& plan, bool count_views) {
-  const auto part = [&](double pixels) { return count_views && pixels > 0 ? 1.0 : pixels; };
+std::vector<double> cell_weights(const ViewsPlan<Acc>& plan, bool counts_views) {
   std::vector<double> total(static_cast<size_t>(plan.height * plan.width));
-  for (int64_t y = 0; y < plan.height; ++y) {
-    double* const row = total.data() + y * plan.width;
-    for (int64_t g = 0; g < plan.groups; ++g) {
-      double weight = 0;
-      for (int64_t i = plan.group_begin[g]; i < plan.group_begin[g + 1]; ++i)
-        weight += static_cast<double>(plan.counted_views[i].weight) *
-                  part(plan.y.count[plan.counted_views[i].dy * plan.height + y]);
-      for (int64_t x = 0; x < plan.width; ++x)
-        row[x] += plan.scale * weight * part(plan.x.count[g * plan.width + x]);
-    }
-  }
+  for (int64_t y = 0; y < plan.height; ++y)
+    sum_weights(plan, y, 0, plan.width, counts_views, total.data() + y * plan.width);
+  for (double& weight : total) weight *= counts_views ? 1 : plan.scale;
   return total;
 }
 

@@ -42,9 +42,9 @@ SRT_INLINE void walk(const WalkTable<Acc>& table, int64_t first, int64_t n_steps
       const T* const p = from + tap->input * scale;
       Vec<Acc> in[V];
       load_inputs(p, n, in);
+      prefetch_next<V * kLanes<Acc>>(p);
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
-        __builtin_prefetch(p + (V + v) * kLanes<Acc>);
         value[v] += tap->value * in[v];
         slope[v] += tap->slope * in[v];
       }
@@ -138,15 +138,17 @@ template <class T, int V, class Out, class Acc>
 SRT_INLINE void write_cell(Vec<Acc> (&sum)[V], Acc inverse, Acc keep, Out* out, int64_t stride_c,
                            int64_t n, bool finite, bool past_cache) {
   constexpr int lanes = kLanes<Acc>;
-  // Without a weight nothing, of an infinite sum either. Adding 0 turns -0 into 0.
+  // Without a weight nothing, of an infinite sum either. Adding 0 turns -0 into 0, as it does in a
+  // tile for a weight of 0.
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) sum[v] = inverse != 0 ? sum[v] * inverse + Acc{0} : Vec<Acc>{};
   const bool whole = finite && stride_c == 1 && n >= V * lanes && keep == 0;
-  if (whole && std::is_same<Out, T>::value) return store_whole(out, sum, past_cache);
   if constexpr (std::is_same<T, BFloat16>::value) {
+    const bool stays = whole && std::is_same<Out, T>::value;
 #pragma GCC unroll 2
-    for (int v = 0; v < V; v += 2) put_in_order(sum[v], sum[v + 1]);
+    for (int v = 0; v < V && !stays; v += 2) put_in_order(sum[v], sum[v + 1]);
   }
+  if (whole) return store_whole(out, sum, past_cache);
   Acc sums[V * lanes];
   store_block(sums, 1, V * lanes, sum);
   write_part<V>(sums, keep, out, stride_c, n);
@@ -237,22 +239,13 @@ void filter_row(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64_t
 template <class T, class Out, class Acc>
 void fill_inverse(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64_t r, char* base) {
   const int64_t y = part.y + r, cells = part.x_end - part.x;
-  double* const count = in(base, plan.scratch.count);
+  double* const weight = in(base, plan.scratch.weight);
   Acc* const inverse = in(base, plan.scratch.inverse) + r * plan.part;
   Acc* const keep = in(base, plan.scratch.keep) + r * plan.part;
-  for (int64_t x = 0; x < cells; ++x) count[x] = 0;
-  for (int64_t g = 0; g < plan.groups; ++g) {
-    double count_y = 0;
-    for (int64_t i = plan.group_begin[g]; i < plan.group_begin[g + 1]; ++i)
-      count_y += static_cast<double>(plan.counted_views[i].weight) *
-                 plan.y.count[plan.counted_views[i].dy * plan.height + y];
-    if (!(count_y > 0)) continue;
-    const double* const count_x = plan.x.count + g * plan.width + part.x;
-    for (int64_t x = 0; x < cells; ++x) count[x] += count_y * count_x[x];
-  }
+  sum_weights(plan, y, part.x, cells, /*counts_views=*/false, weight);
   for (int64_t x = 0; x < cells; ++x) {
     const double before = plan.total_weight ? plan.total_weight[y * plan.width + part.x + x] : 0;
-    const double total = before + plan.scale * count[x];
+    const double total = before + plan.scale * weight[x];
     inverse[x] = total > 0 ? static_cast<Acc>(plan.scale / total) : 0;
     if (plan.total_weight) keep[x] = total > 0 ? static_cast<Acc>(before / total) : 0;
   }

@@ -152,7 +152,7 @@ int64_t place_scratch(int64_t inputs, MeanPlan<Acc>& plan) {
   layout.place(plan.scratch.sums, plan.band * row);
   layout.place(plan.scratch.at, inputs);
   layout.place(plan.scratch.weights, inputs * plan.tile_y.tile);
-  layout.place(plan.scratch.count, plan.part);
+  layout.place(plan.scratch.weight, plan.part);
   layout.place(plan.scratch.inverse, plan.band * plan.part);
   layout.place(plan.scratch.keep, plan.total_weight ? plan.band * plan.part : 0);
   return layout.bytes;

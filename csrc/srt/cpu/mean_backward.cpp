@@ -114,7 +114,7 @@ void mean_backward(const EnsembleArgs& args, void* grad_tokens, const Parallel& 
   const Views<Acc> views(args, /*divide=*/false, plan);
   plan.grad_tokens = grad_tokens;
   std::vector<Acc> inverse;
-  for (const double weight : cell_weights(plan, /*count_views=*/false))
+  for (const double weight : cell_weights(plan, /*counts_views=*/false))
     inverse.push_back(weight > 0 ? static_cast<Acc>(1 / weight) : 0);
   plan.inverse = inverse.data();
 

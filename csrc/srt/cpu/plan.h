@@ -46,6 +46,25 @@ struct ViewsPlan : EnsembleArgs {
   double scale;   // of the weights of the views, in units of `total_weight`; 1 without a stream
 };
 
+// The sum of w c_y c_x over the views, or with `counts_views` of the views that count, in cells [x,
+// x + cells) of row y; in units of plan.scale.
+template <class Acc>
+SRT_INLINE void sum_weights(const ViewsPlan<Acc>& plan, int64_t y, int64_t x, int64_t cells,
+                            bool counts_views, double* sum) {
+  for (int64_t i = 0; i < cells; ++i) sum[i] = 0;
+  for (int64_t g = 0; g < plan.groups; ++g) {
+    double of_row = 0;
+    for (int64_t v = plan.group_begin[g]; v < plan.group_begin[g + 1]; ++v) {
+      const auto& view = plan.counted_views[v];
+      const double pixels = plan.y.count[view.dy * plan.height + y];
+      of_row += counts_views ? (pixels > 0 ? 1 : 0) : static_cast<double>(view.weight) * pixels;
+    }
+    const double* const pixels = plan.x.count + g * plan.width + x;
+    for (int64_t i = 0; i < cells; ++i)
+      sum[i] += of_row * (counts_views ? (pixels[i] > 0 ? 1 : 0) : pixels[i]);
+  }
+}
+
 // An axis as products of small matrices: `tile` outputs that follow each other read the same few
 // inputs, so that an input is loaded once for all of them. It has a weight for every output, 0
 // where the output does not read it. As 0 * inf is NaN, a tile with inputs that are not finite is
@@ -91,7 +110,7 @@ struct MeanPlan : ViewsPlan<Acc> {
     ScratchArray<Acc> sums;           // [band, groups, columns, pass]
     ScratchArray<int64_t> at;         // the inputs of a tile or cell
     ScratchArray<Acc> weights;        // theirs
-    ScratchArray<double> count;       // [part]
+    ScratchArray<double> weight;      // [part]
     ScratchArray<Acc> inverse, keep;  // [band, part]
   };
   Scratch scratch;

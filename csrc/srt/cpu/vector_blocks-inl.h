@@ -73,14 +73,23 @@ template <int N>
 SRT_INLINE void load_inputs(const PairedBFloat16* from, int64_t n, Vec<float> (&value)[N]) {
   static_assert(N % 2 == 0);
   constexpr int lanes = kLanes<float>;
-  BFloat16 part[N * lanes] = {};
   const BFloat16* p = from;
+  BFloat16 part[N * lanes];
   if (n < N * lanes) {
-    for (int64_t i = 0; i < n; ++i) part[i] = from[i];
+    for (int64_t i = 0; i < N * lanes; ++i) part[i] = i < n ? p[i] : BFloat16{};
     p = part;
   }
 #pragma GCC unroll 2
   for (int v = 0; v < N; v += 2) load_pair(p + v * lanes, value[v], value[v + 1]);
+}
+
+// The block of N elements behind that at p, or the one behind that: two lines ahead or more.
+template <int N, class T>
+SRT_INLINE void prefetch_next(const T* p) {
+  constexpr size_t line = 64, block = N * sizeof(T), ahead = block < 2 * line ? 2 * line : block;
+  const char* const bytes = reinterpret_cast<const char*>(p) + ahead;
+#pragma GCC unroll 4
+  for (size_t i = 0; i < block; i += line) __builtin_prefetch(bytes + i);
 }
 
 // A whole block of finite numbers.
@@ -151,8 +160,7 @@ SRT_INLINE void sum_inputs(const T* from, const int64_t* at, int64_t scale, cons
     const T* const p = from + at[k] * scale;
     Vec<Acc> in[V];
     load_inputs(p, n, in);
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) __builtin_prefetch(p + (V + v) * kLanes<Acc>);
+    prefetch_next<V * kLanes<Acc>>(p);
 #pragma GCC unroll 8
     for (int i = 0; i < X; ++i) {
 #pragma GCC unroll 4

@@ -6,6 +6,7 @@
 #include "../axis.h"
 #include "../walk.h"
 #include "common.cuh"
+#include "view_tables.cuh"
 
 namespace srt::cuda {
 namespace {
@@ -182,34 +183,13 @@ __device__ void fill_steps(const MeanPlan<Acc>& plan, int64_t tile) {
   }
 }
 
-__device__ inline double counted_pixels(const Axis& axis, double offset, int64_t cell) {
-  int32_t counted = 0;
-  for (int64_t y = cell * axis.stride; y < (cell + 1) * axis.stride; ++y)
-    counted += read_pixel(axis, offset, y).counts;
-  return counted;
-}
-
-// The inverses of a block of rows, by a whole block: a thread a cell, kViews views at a time.
+// The inverses of a block of rows, by a whole block: a thread a cell.
 template <class Acc>
 __device__ void fill_inverse(const MeanPlan<Acc>& plan, int64_t block, int64_t place) {
-  constexpr int kViews = kThreads / kRows;
-  __shared__ double counts[kViews][kRows];  // along y, times the weight of the view
-  const int row = static_cast<int>(threadIdx.x) % kRows;
-  const int own = static_cast<int>(threadIdx.x) / kRows;
-  const int64_t x = plan.cell_at(place);
-  double total[kRows] = {};
-  for (int64_t v = 0; v < plan.views; v += kViews) {
-    const View view = v + own < plan.views ? plan.sorted[v + own] : View{};
-    // As it stands in the sums, in their type.
-    const double weight = static_cast<double>(static_cast<Acc>(view.weight));
-    __syncthreads();
-    counts[own][row] = weight * counted_pixels(plan.y, view.dy, block * kRows + row);
-    __syncthreads();
-    for (int64_t i = 0; x >= 0 && i < min(int64_t{kViews}, plan.views - v); ++i) {
-      const double count = counted_pixels(plan.x, plan.sorted[v + i].dx, x);
-      for (int r = 0; r < kRows; ++r) total[r] += count * counts[i][r];
-    }
-  }
+  static_assert(kRows == kWeightRows);
+  double total[kRows];
+  sum_weights(plan.y, plan.x, plan.sorted, plan.views, /*counts_views=*/false, block * kRows,
+              plan.cell_at(place), total);
   const int64_t places = plan.x_tiles * kTileCells;
   if (place >= places) return;
   for (int r = 0; r < kRows; ++r)

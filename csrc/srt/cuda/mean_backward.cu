@@ -82,7 +82,7 @@ template <class Acc>
 __global__ void __launch_bounds__(kThreads)
     fill_spans_and_inverse(const __grid_constant__ GradPlan<Acc> plan) {
   const ViewTables<Acc>& tables = plan.tables;
-  const int64_t rows = tables.y.table.cells, columns = tables.x.table.cells;
+  const int64_t rows = tables.y.table.cells;
   SRT_FOR_THREAD(i, tables.views * tables.cells()) {
     const int64_t v = i / tables.cells(), cell = i % tables.cells();
     const int64_t part = plan.entry_of[v] / kEntries;
@@ -92,10 +92,9 @@ __global__ void __launch_bounds__(kThreads)
       widen_spans(tables.x.table, v, cell - rows, plan.span_x + part * tables.x.axis.tokens);
     }
   }
-  SRT_FOR_THREAD(i, rows * columns) {
-    const double total = tables.total_weight(i / columns, i % columns, /*counts_views=*/false);
-    plan.inverse[i] = total > 0 ? static_cast<Acc>(1 / total) : 0;
-  }
+  tables.visit_weights(/*counts_views=*/false, [&](int64_t cell, double total) {
+    plan.inverse[cell] = total > 0 ? static_cast<Acc>(1 / total) : 0;
+  });
 }
 
 // ---- the gradient -------------------------------------------------------------------------------
@@ -438,8 +437,8 @@ int64_t mean_backward(const Call& call, void* grad_tokens) {
   launch(call.op, list_entries<Acc>, div_up(std::max(plan.spans(), args.views), kThreads),
          call.stream, plan);
   launch(call.op, fill_view_tables<Acc>, div_up(reads, kThreads), call.stream, plan.tables);
-  launch(call.op, fill_spans_and_inverse<Acc>, div_up(std::max(reads, cells), kThreads),
-         call.stream, plan);
+  launch(call.op, fill_spans_and_inverse<Acc>,
+         std::max(div_up(reads, kThreads), plan.tables.weight_blocks()), call.stream, plan);
   const int64_t tasks = columns / parts * plan.parts * plan.segments;
   launch(call.op, mean_backward_kernel<T, kVector>, std::min(tasks, resident), call.stream, plan);
   return workspace.bytes();

@@ -560,11 +560,9 @@ __global__ void __launch_bounds__(kThreads, Reduction::kBlocks)
 template <class Acc>
 __global__ void __launch_bounds__(kThreads)
     add_weights(const __grid_constant__ PerViewPlan<Acc> plan) {
-  const int64_t columns = plan.tables.x.table.cells;
-  SRT_FOR_THREAD(i, plan.tables.y.table.cells * columns) {
-    const double total = plan.tables.total_weight(i / columns, i % columns, plan.counts_views);
-    plan.total_weight[i] += plan.counts_views ? total : *plan.scale * total;
-  }
+  plan.tables.visit_weights(plan.counts_views, [&](int64_t cell, double total) {
+    plan.total_weight[cell] += plan.counts_views ? total : *plan.scale * total;
+  });
 }
 
 // ---- on the host --------------------------------------------------------------------------------
@@ -634,7 +632,7 @@ int64_t reduce_as(const Call& call) {
     launch(call.op, choose_kernel<T>(args), tiles * div_up(groups, plan.groups), call.stream, plan);
   }
   if (args.total_weight)
-    launch(call.op, add_weights<Acc>, div_up(rows * cells, kThreads), call.stream, plan);
+    launch(call.op, add_weights<Acc>, plan.tables.weight_blocks(), call.stream, plan);
   return workspace.bytes();
 }
 

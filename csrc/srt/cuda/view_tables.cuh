@@ -1,9 +1,38 @@
-// The axis tables of every view, made on the device, wherever the offsets and the weights lie.
+// What the views of a call read and weigh in each cell, made on the device, wherever the offsets and
+// the weights lie.
 #pragma once
 #include "../axis.h"
 #include "common.cuh"
 
 namespace srt::cuda {
+
+// The sum of w c_y c_x over the views, or of the views that count: what a cell is divided by. For
+// kWeightRows rows from y on, by a whole block: a thread a column x, -1 for none.
+constexpr int kWeightRows = 8;
+__device__ inline void sum_weights(const Axis& axis_y, const Axis& axis_x, const View* sorted,
+                                   int64_t views, bool counts_views, int64_t y, int64_t x,
+                                   double (&total)[kWeightRows]) {
+  constexpr int kViews = kThreads / kWeightRows;  // at a time
+  __shared__ double of_rows[kViews][kWeightRows];
+  const auto counted = [&](const Axis& axis, double offset, int64_t cell) {
+    const int32_t pixels = visit_axis_cell(axis, offset, cell, [](int32_t, double) {});
+    return static_cast<double>(counts_views ? min(pixels, 1) : pixels);
+  };
+  const int row = static_cast<int>(threadIdx.x) % kWeightRows;
+  const int own = static_cast<int>(threadIdx.x) / kWeightRows;
+  for (double& sum : total) sum = 0;
+  for (int64_t first = 0; first < views; first += kViews) {
+    const View view = first + own < views ? sorted[first + own] : View{};
+    __syncthreads();
+    of_rows[own][row] =
+        (counts_views ? view.weight > 0 : view.weight) * counted(axis_y, view.dy, y + row);
+    __syncthreads();
+    for (int64_t v = 0; x >= 0 && v < min(int64_t{kViews}, views - first); ++v) {
+      const double count = counted(axis_x, sorted[first + v].dx, x);
+      for (int r = 0; r < kWeightRows; ++r) total[r] += count * of_rows[v][r];
+    }
+  }
+}
 
 template <class Acc>
 struct ViewAxis {
@@ -36,15 +65,22 @@ struct ViewTables {
 
   SRT_HD int64_t cells() const { return y.table.cells + x.table.cells; }  // of both axes
 
-  // The sum of w c_y c_x over the views: what a cell is divided by. `counts_views`: how many count.
-  __device__ double total_weight(int64_t cell_y, int64_t cell_x, bool counts_views) const {
-    double total = 0;
-    for (int64_t v = 0; v < views; ++v) {
-      const double count =
-          y.table.count[v * y.table.cells + cell_y] * x.table.count[v * x.table.cells + cell_x];
-      total += counts_views ? (count > 0 ? 1 : 0) : sorted[v].weight * count;
+
+  // Calls body(number of the cell, its total weight) for all cells: so many blocks of them.
+  SRT_HD int64_t weight_blocks() const {
+    return div_up(y.table.cells, kWeightRows) * div_up(x.table.cells, kThreads);
+  }
+  template <class Body>
+  __device__ void visit_weights(bool counts_views, Body&& body) const {
+    const int64_t rows = y.table.cells, columns = x.table.cells;
+    SRT_FOR_BLOCK(i, weight_blocks()) {
+      const int64_t chunks = div_up(columns, kThreads), y0 = i / chunks * kWeightRows;
+      const int64_t x0 = i % chunks * kThreads + threadIdx.x;
+      double total[kWeightRows];
+      sum_weights(y.axis, x.axis, sorted, views, counts_views, y0, x0 < columns ? x0 : -1, total);
+      for (int r = 0; x0 < columns && r < kWeightRows; ++r)
+        if (y0 + r < rows) body((y0 + r) * columns + x0, total[r]);
     }
-    return total;
   }
 };
 
