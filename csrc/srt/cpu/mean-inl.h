@@ -19,15 +19,15 @@ struct InputOf<BFloat16> {
 template <class T, class Out>
 struct MeanPart {
   int64_t y, y_end, x, x_end;
-  Span columns;  // of tokens that are read
+  Span columns;                             // of tokens that are read
   const typename InputOf<T>::type* tokens;  // of view 0, token 0
   Out* out;                                 // of cell (y, x)
   int64_t n;
 };
 
 // A walk by n_steps steps from number `first` on, at these positions; of n channels of inputs that
-// lie `scale` apart from `from` on. Calls emit(step, sum).
-template <class T, class Acc, class Emit>
+// lie `scale` apart from `from` on; with `kFar` they are not in the cache. Calls emit(step, sum).
+template <bool kFar, class T, class Acc, class Emit>
 SRT_INLINE void walk(const WalkTable<Acc>& table, int64_t first, int64_t n_steps,
                      const Acc* position, const T* from, int64_t scale, int64_t n, Emit&& emit) {
   constexpr int V = kVectors;
@@ -42,7 +42,7 @@ SRT_INLINE void walk(const WalkTable<Acc>& table, int64_t first, int64_t n_steps
       const T* const p = from + tap->input * scale;
       Vec<Acc> in[V];
       load_inputs(p, n, in);
-      prefetch_next<V * kLanes<Acc>>(p);
+      if constexpr (kFar) prefetch_next<V * kLanes<Acc>>(p);
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
         value[v] += tap->value * in[v];
@@ -102,15 +102,15 @@ bool walk_down(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, char* ba
       const auto* const tokens = part.tokens + j * plan.token_strides[2];
       for (int64_t c = 0; c < part.n; c += V * lanes) {
         Acc* const to = sums + (j - part.columns.begin) * plan.pass + c;
-        walk(plan.walk_y, g * plan.height + part.y, part.y_end - part.y,
-             plan.walk_y.position + part.y, tokens + c, 1, part.n - c,
-             [&](int64_t y, auto& sum) __attribute__((always_inline)) {
+        walk<true>(plan.walk_y, g * plan.height + part.y, part.y_end - part.y,
+                   plan.walk_y.position + part.y, tokens + c, 1, part.n - c,
+                   [&](int64_t y, auto& sum) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-               for (int v = 0; v < V; ++v) {
-                 store(to + y * row + v * lanes, sum[0][v]);
-                 size[v] += sum[0][v] * sum[0][v];
-               }
-             });
+                     for (int v = 0; v < V; ++v) {
+                       store(to + y * row + v * lanes, sum[0][v]);
+                       size[v] += sum[0][v] * sum[0][v];
+                     }
+                   });
       }
     }
   }
@@ -180,10 +180,10 @@ void walk_along(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64_t
   const Acc* const sums = in(base, plan.scratch.sums) +
                           (r * plan.groups * plan.columns - part.columns.begin) * plan.pass;
   for (int64_t c = 0; c < part.n; c += block) {
-    walk(plan.walk_x, part.x, part.x_end - part.x, plan.walk_x.position + part.x, sums + c,
-         plan.pass, block, [&](int64_t x, auto& sum) __attribute__((always_inline)) {
-           write_cells(plan, part, r, part.x + x, 1, c, sum, true, base);
-         });
+    walk<false>(plan.walk_x, part.x, part.x_end - part.x, plan.walk_x.position + part.x, sums + c,
+                plan.pass, block, [&](int64_t x, auto& sum) __attribute__((always_inline)) {
+                  write_cells(plan, part, r, part.x + x, 1, c, sum, true, base);
+                });
   }
 }
 
@@ -200,8 +200,8 @@ void filter_tiles(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, char*
       const int64_t first = table.begin[x / X], count = table.begin[x / X + 1] - first;
       for (int64_t c = 0; c < part.n; c += block) {
         Vec<Acc> sum[X][V];
-        sum_inputs<X, false>(sums + c, table.input + first, plan.pass, table.weight + first * X, X,
-                             count, block, sum);
+        sum_inputs<X, false, false>(sums + c, table.input + first, plan.pass,
+                                    table.weight + first * X, X, count, block, sum);
         write_cells(plan, part, r, x, least(part.x_end - x, X), c, sum, true, base);
       }
     }
@@ -226,7 +226,7 @@ void filter_row(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64_t
     constexpr int64_t block = kVectors * kLanes<Acc>;
     for (int64_t c = 0; c < part.n; c += block) {
       Vec<Acc> sum[1][kVectors];
-      sum_inputs<1, true>(sums + c, at, plan.pass, weights, 1, count, block, sum);
+      sum_inputs<1, true, false>(sums + c, at, plan.pass, weights, 1, count, block, sum);
       write_cells(plan, part, r, x, 1, c, sum, false, base);
     }
   }

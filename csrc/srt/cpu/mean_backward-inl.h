@@ -56,7 +56,7 @@ void sum_cells(const MeanBackwardPlan<Acc>& plan, const TileViews& own, int64_t 
     Vec<Acc> sum[X][V];
     Acc by_group[X * block];  // in memory: which of them a view takes is not known here
     if constexpr (!kExact) {
-      sum_inputs<X, false>(sums + c, at, plan.pass, weight, X, count, block, sum);
+      sum_inputs<X, false, false>(sums + c, at, plan.pass, weight, X, count, block, sum);
 #pragma GCC unroll 8
       for (int i = 0; i < X; ++i) {
 #pragma GCC unroll 4
@@ -68,7 +68,8 @@ void sum_cells(const MeanBackwardPlan<Acc>& plan, const TileViews& own, int64_t 
       const int64_t group = view.group - own.tile * pitch;
       Vec<Acc> grad[V];
       if constexpr (kExact) {
-        sum_inputs<1, true>(sums + c, at, plan.pass, weight + group, pitch, count, block, sum);
+        sum_inputs<1, true, false>(sums + c, at, plan.pass, weight + group, pitch, count, block,
+                                   sum);
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) grad[v] = view.weight * sum[0][v] + Acc{0};  // turns -0 into 0
       } else {

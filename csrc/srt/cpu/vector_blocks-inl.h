@@ -145,8 +145,8 @@ SRT_INLINE auto with_tile(int64_t tile, Body&& body) {
 
 // sum[i] = the sum over k < count of weight[k * pitch + i] * the n channels from at[k] * scale on;
 // 0 in lanes past n. `kExact`, of one output: without the inputs of weight 0, which may be not
-// finite.
-template <int X, bool kExact, int V, class T, class Acc>
+// finite. `kFar`: the inputs are not in the cache.
+template <int X, bool kExact, bool kFar, int V, class T, class Acc>
 SRT_INLINE void sum_inputs(const T* from, const int64_t* at, int64_t scale, const Acc* weight,
                            int64_t pitch, int64_t count, int64_t n, Vec<Acc> (&sum)[X][V]) {
   static_assert(!kExact || X == 1);
@@ -160,7 +160,7 @@ SRT_INLINE void sum_inputs(const T* from, const int64_t* at, int64_t scale, cons
     const T* const p = from + at[k] * scale;
     Vec<Acc> in[V];
     load_inputs(p, n, in);
-    prefetch_next<V * kLanes<Acc>>(p);
+    if constexpr (kFar) prefetch_next<V * kLanes<Acc>>(p);
 #pragma GCC unroll 8
     for (int i = 0; i < X; ++i) {
 #pragma GCC unroll 4
@@ -183,7 +183,7 @@ SRT_INLINE void store_sums(const T* from, const int64_t* at, const Acc* weight, 
   const int64_t padded = (n + whole - 1) / whole * whole;
   for (int64_t c = 0; c < padded; c += block) {
     Vec<Acc> sum[X][V];
-    sum_inputs<X, kExact>(from + c, at, 1, weight, pitch, count, n - c, sum);
+    sum_inputs<X, kExact, true>(from + c, at, 1, weight, pitch, count, n - c, sum);
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       Vec<Acc> own = {};  // one sum over all blocks would make each wait for the one before

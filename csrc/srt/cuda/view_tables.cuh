@@ -1,5 +1,5 @@
-// What the views of a call read and weigh in each cell, made on the device, wherever the offsets and
-// the weights lie.
+// What the views of a call read and weigh in each cell, made on the device, wherever the offsets
+// and the weights lie.
 #pragma once
 #include "../axis.h"
 #include "common.cuh"
@@ -64,7 +64,6 @@ struct ViewTables {
         x(call.axis(1), views, workspace) {}
 
   SRT_HD int64_t cells() const { return y.table.cells + x.table.cells; }  // of both axes
-
 
   // Calls body(number of the cell, its total weight) for all cells: so many blocks of them.
   SRT_HD int64_t weight_blocks() const {
