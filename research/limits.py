@@ -1,8 +1,9 @@
 """``python -m research.limits``: the two numbers of the CUDA kernels, and what they predict.
 
 Bytes that a call must move, counted from its shape, and the time that they imply on an H200. Beside
-them the work that the kernels of csrc/srt/cuda issue, counted from the same tables that they make
-and from the lengths of the loops of their code. Nothing is measured here.
+them the work that the kernels of csrc/srt/cuda issue, counted from the tables that they make (made
+here once more, with border `coverage`) and from the lengths of the loops of their code. Nothing is
+measured here. The predictions of the mean leave out the time in which kernels start.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ BUSY, LAUNCH = 0.8, 3
 SHIFT_ROW = {("whole", 4): 133, ("whole", 2): 122, ("between", 4): 196, ("between", 2): 200}
 SHIFT_ROWS = 32
 
-# The tile of mean_kernel: rows, intervals of cells, cells of an interval; columns of a round;
-# warps; channels.
-ROWS, INTERVALS, CELLS, ROUND, WARPS, CHANNELS = 8, 4, 16, 44, 8, 32
+# The tile of mean_kernel: rows, strips of cells, cells of a strip; columns of a round; warps;
+# channels.
+ROWS, STRIPS, CELLS, ROUND, WARPS, CHANNELS = 8, 4, 16, 44, 8, 32
 RESIDENT = 2 * PROCESSORS
 
 
@@ -38,16 +39,16 @@ RESIDENT = 2 * PROCESSORS
 class Code:
     """Instructions of a warp in mean_kernel with vectors, read off its sm_90 code."""
 
-    tile: int
-    round: int
-    columns: int  # that a warp makes at a time
-    column: int  # these, and
-    inputs: tuple[int, ...]  # 0, 1, ... of their inputs, as many as are loaded at a time
-    cell: int  # of a round
-    step: int  # before it, if there is one
-    tap: int
-    write: int  # a cell
-    # The alternative: a column filtered densely into the cells of an interval. 64 multiply-adds, 5
+    tile: int  # what it takes to find a tile
+    round: int  # and to begin a round
+    columns: int  # columns that a warp makes at a time
+    column: int  # what these cost without their inputs
+    inputs: tuple[int, ...]  # what 0, 1, ... of their inputs cost, as many as are loaded at a time
+    cell: int  # a cell of a round
+    step: int  # more, if it has taps
+    tap: int  # and for each of them
+    write: int  # a cell that is written
+    # The alternative: a column filtered densely into the cells of a strip. 64 multiply-adds, 5
     # loads, the rest finds them.
     filter: int = 76
 
@@ -61,8 +62,8 @@ class Code:
         )
 
 
-F32 = Code(215, 70, 2, 52, (0, 55, 90, 90), 12, 17, 16, 13)
-B16 = Code(215, 70, 4, 67, (0, 75, 116), 12, 17, 16, 18)
+F32 = Code(215, 70, 2, 52, (0, 50, 84, 84), 12, 17, 16, 13)
+B16 = Code(215, 70, 4, 67, (0, 76, 116), 12, 17, 16, 18)
 # Clocks in which the loads and stores of a warp pass L1 or shared memory, 128 bytes each. Of what a
 # warp makes at a time: an input with its weights, and the sums of columns. A tap and the sums that
 # it reads; a cell that is written; a column that is filtered densely.
@@ -101,7 +102,7 @@ OF_ALL_VIEWS = (SHAPES[1], SHAPES[3], SHAPES[0])  # the others are counted for g
 
 
 def walk(shape: Shape, offsets: list[float], upsample: Upsample) -> tuple[int, torch.Tensor, int]:
-    """Cells of an interval; [groups, cells] taps of the steps along x; columns of all intervals."""
+    """Cells of a strip; [groups, cells] taps of the steps along x; columns of all strips."""
     tokens, patch, stride = shape.grid[1], shape.patch[1], shape.stride[1]
     pixels, interval = tokens * patch, min(patch, CELLS)
     x = torch.arange(pixels)
@@ -145,24 +146,24 @@ def mean(shape: Shape, offsets: torch.Tensor, upsample: Upsample, size: int) -> 
     dx, group = offsets[:, 1].unique(return_inverse=True)
     cells, steps, filtered = walk(shape, dx.tolist(), upsample)
     height, width = shape.cells(0), shape.cells(1)
-    blocks, tiles = ceil(height / ROWS), ceil(width / (INTERVALS * cells))
+    blocks, tiles = ceil(height / ROWS), ceil(width / (STRIPS * cells))
     chunks = ceil(shape.channels / CHANNELS)
     every = blocks * chunks  # tiles with the same part of x
     # Along y: [groups, tiles] columns, [groups, blocks] inputs of each.
-    part = INTERVALS * cells
+    part = STRIPS * cells
     columns = torch.stack([shape.spans(1, d, part, upsample) for d in dx.tolist()])
     inputs = torch.zeros(len(dx), blocks, dtype=torch.int64)
     for g, dy in zip(group.tolist(), offsets[:, 0].tolist(), strict=True):
         inputs[g] += shape.spans(0, dy, ROWS, upsample)
     per_warp = columns.sum(1) * chunks / code.columns
     vertical = (per_warp * code.of_list(inputs).sum(1)).sum().item()
-    # Along x: a warp takes 4 rows of an interval, so two warps take each.
+    # Along x: a warp takes 4 rows of a strip, so two warps take each.
     # Groups are taken to be shared out evenly over the rounds.
     of_tile = (columns.sum(0) / ROUND).ceil()
     taps = steps.sum().item()
-    stops = sum((part > 0).any(0).sum().item() for part in steps.chunk(int(of_tile.max()), 0))
+    stepped = sum((part > 0).any(0).sum().item() for part in steps.chunk(int(of_tile.max()), 0))
     rounds = every * of_tile.sum().item() * WARPS
-    horizontal = 2 * every * (taps * code.tap + stops * code.step) + rounds * CELLS * code.cell
+    horizontal = 2 * every * (taps * code.tap + stepped * code.step) + rounds * CELLS * code.cell
     dense = 2 * every * filtered * code.filter
     write = 2 * every * width * code.write
     frame = every * tiles * WARPS * code.tile + rounds * code.round

@@ -165,6 +165,10 @@ def ensemble(
     pixels of the cell and the views that cover them, of the upsampled and inversely translated
     tokens. No pixel-scale map of a view is ever made.
 
+    A mean at stride 1 is a running sum along rows and columns, begun anew every 16 pixels or less.
+    Its rounding is that of the largest token near the cell, also of one that the cell does not
+    read: at most 2^-22 of it.
+
     Args:
         tokens: [V, B, N, C], N = h * w tokens in row order, V from 1 to 2^20 views; float32,
             float16, bfloat16 or float64. The last dimension is dense; other strides are free, so

@@ -1,8 +1,9 @@
-// The sums of the mean along one axis, at stride 1, as a walk. From pixel to pixel the weight of a
-// token is linear, but for a kink where a view passes the centre of a token. So is the sum over all
-// views: value + t * slope, with t the distance from the centre of an interval of pixels. A step
-// changes value and slope at a kink; in between a pixel costs one multiply-add, however many views
-// there are. Host and device share this file.
+// The sums of the mean along one axis, at stride 1, as a walk. Under bilinear upsampling the weight
+// of a token is linear from pixel to pixel, but for a kink where a view passes the centre of a
+// token; under nearest it is constant, but for a jump at the edge of a token. So is the sum over
+// all views: value + t * slope, with t the distance from the centre of an interval of pixels. A
+// step changes value and slope at a kink, and where a view starts to count; in between a pixel
+// costs one multiply-add, however many views there are. Host and device share this file.
 #pragma once
 #include <cstdint>
 

@@ -5,7 +5,8 @@
 namespace srt::cpu {
 namespace {
 
-// How the tokens are read.
+// How the tokens are read. Every channel is summed by itself, so bfloat16 stays in pairs of
+// vectors, even and odd channels, in registers and in the scratch; write_cell puts them in order.
 template <class T>
 struct InputOf {
   using type = T;
@@ -25,8 +26,9 @@ struct MeanPart {
   int64_t n;
 };
 
-// A walk by n_steps steps from number `first` on, at these positions; of n channels of inputs that
-// lie `scale` apart from `from` on; with `kFar` they are not in the cache. Calls emit(step, sum).
+// Steps [first, first + n_steps) of a walk; the first one starts anew. Reads n channels of input i
+// at from + i * scale; with `kFar` they are not in the cache. Calls emit(i, value + position[i] *
+// slope) for the i-th step.
 template <bool kFar, class T, class Acc, class Emit>
 SRT_INLINE void walk(const WalkTable<Acc>& table, int64_t first, int64_t n_steps,
                      const Acc* position, const T* from, int64_t scale, int64_t n, Emit&& emit) {
@@ -60,7 +62,7 @@ SRT_INLINE void walk(const WalkTable<Acc>& table, int64_t first, int64_t n_steps
 
 // Rows of tile number `tile`, X of them from its row `first` on: sums [X, groups, columns, pass],
 // with zeros up to a whole block. X is a whole tile, or 1 with `kExact`. Returns whether they are
-// small enough to go on with: see kLargestSquares.
+// finite, with room for the sums along x: see kMaxSumOfSquares.
 template <int X, bool kExact, class T, class Out, class Acc>
 bool sum_rows(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64_t tile, int64_t first,
               char* base) {
@@ -69,7 +71,7 @@ bool sum_rows(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64_t t
   int64_t* const at = in(base, plan.scratch.at);
   Acc* const weights = in(base, plan.scratch.weights);
   Acc* sums = in(base, plan.scratch.sums);
-  Vec<Acc> size = {};
+  Vec<Acc> squares = {};
   for (int64_t g = 0; g < plan.groups; ++g, sums += plan.columns * plan.pass) {
     int64_t count = 0;
     for (int64_t i = plan.group_begin[g]; i < plan.group_begin[g + 1]; ++i) {
@@ -85,9 +87,9 @@ bool sum_rows(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64_t t
     for (int64_t j = part.columns.begin; j < part.columns.end; ++j)
       store_sums<X, kExact>(part.tokens + j * plan.token_strides[2], at, weights + first, pitch,
                             count, part.n, sums + (j - part.columns.begin) * plan.pass,
-                            plan.groups * plan.columns * plan.pass, size);
+                            plan.groups * plan.columns * plan.pass, squares);
   }
-  return all_below(size, kLargestSquares<Acc>);
+  return all_below(squares, kMaxSumOfSquares<Acc>);
 }
 
 // The rows of a band by walks of all groups down them: as sum_rows.
@@ -96,7 +98,7 @@ bool walk_down(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, char* ba
   constexpr int V = kVectors, lanes = kLanes<Acc>;
   const int64_t row = plan.groups * plan.columns * plan.pass;
   Acc* sums = in(base, plan.scratch.sums);
-  Vec<Acc> size[V] = {};
+  Vec<Acc> squares[V] = {};
   for (int64_t g = 0; g < plan.groups; ++g, sums += plan.columns * plan.pass) {
     for (int64_t j = part.columns.begin; j < part.columns.end; ++j) {
       const auto* const tokens = part.tokens + j * plan.token_strides[2];
@@ -108,14 +110,14 @@ bool walk_down(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, char* ba
 #pragma GCC unroll 4
                      for (int v = 0; v < V; ++v) {
                        store(to + y * row + v * lanes, sum[0][v]);
-                       size[v] += sum[0][v] * sum[0][v];
+                       squares[v] += sum[0][v] * sum[0][v];
                      }
                    });
       }
     }
   }
-  for (int v = 1; v < V; ++v) size[0] += size[v];
-  return all_below(size[0], kLargestSquares<Acc>);
+  for (int v = 1; v < V; ++v) squares[0] += squares[v];
+  return all_below(squares[0], kMaxSumOfSquares<Acc>);
 }
 
 // ---- cells: from the sums of all groups ---------------------------------------------------------
@@ -138,15 +140,15 @@ template <class T, int V, class Out, class Acc>
 SRT_INLINE void write_cell(Vec<Acc> (&sum)[V], Acc inverse, Acc keep, Out* out, int64_t stride_c,
                            int64_t n, bool finite, bool past_cache) {
   constexpr int lanes = kLanes<Acc>;
-  // Without a weight nothing, of an infinite sum either. Adding 0 turns -0 into 0, as it does in a
-  // tile for a weight of 0.
+  // A cell without weight is 0, even if its sum is infinite. Adding 0 turns -0 into 0, as the
+  // weights of 0 do in a tile.
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) sum[v] = inverse != 0 ? sum[v] * inverse + Acc{0} : Vec<Acc>{};
   const bool whole = finite && stride_c == 1 && n >= V * lanes && keep == 0;
   if constexpr (std::is_same<T, BFloat16>::value) {
-    const bool stays = whole && std::is_same<Out, T>::value;
+    const bool keep_paired = whole && std::is_same<Out, T>::value;
 #pragma GCC unroll 2
-    for (int v = 0; v < V && !stays; v += 2) put_in_order(sum[v], sum[v + 1]);
+    for (int v = 0; v < V && !keep_paired; v += 2) put_in_order(sum[v], sum[v + 1]);
   }
   if (whole) return store_whole(out, sum, past_cache);
   Acc sums[V * lanes];
@@ -251,6 +253,8 @@ void fill_inverse(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64
   }
 }
 
+// By walks or tiles. If a sum of a row is not finite or too large, by the exact path: from the
+// tables, one row and one cell at a time.
 template <class T, class Out, class Acc>
 void mean_of_part(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, char* base) {
   const bool small =

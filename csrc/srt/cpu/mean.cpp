@@ -10,11 +10,11 @@
 namespace srt::cpu {
 namespace {
 
-// A part of a row has at least so many cells and tokens, if the row does; it reads two tokens more.
-// Larger parts read fewer tokens twice; the sums of smaller ones stay in the cache.
+// The least cells and tokens of a part of a row. A part reads two tokens more: larger ones read
+// fewer of them twice, but the sums of smaller ones stay in the cache.
 constexpr int64_t kPartCells = 48, kPartTokens = 3;
 
-// A band of walks has at least so many rows, in whole intervals.
+// The least rows of a band that walks: it begins anew in each.
 constexpr int64_t kBandRows = 8;
 
 // An output from this size on is written around the cache: it is larger than that of a few cores.
@@ -177,8 +177,8 @@ void mean_of(const EnsembleArgs& args, const Parallel& parallel) {
   }
   // With all weights 0 there is no group.
   const int64_t row_bytes = std::max<int64_t>(1, plan.groups * plan.columns) * kSize;
-  // Where tokens are not finite, a band and a pass are summed in another order than that of a walk:
-  // they must not depend on the number of threads.
+  // A band and pass whose sums are not small take the exact path, which adds in another order than
+  // a walk. Results have the same bits for any number of threads, so its extent must, too.
   const bool walks = plan.walks_y || plan.walks_x;
   const int64_t largest = largest_tile(plan, block, row_bytes, walks ? 1 : parallel.threads);
   const int64_t tile_y = choose_tile(plan.y, plan.offsets_y, largest, kLoadTokens, once);

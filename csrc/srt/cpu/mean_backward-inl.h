@@ -8,7 +8,7 @@ namespace {
 // sums [X, longest_span, pass]: for X offsets of tile number `tile`, from its offset `first` on,
 // the gradient rows that read token row i, summed, at the cells of `span` and n channels from
 // `grad` on; zeros up to a whole block. X is a whole tile, or 1 with `kExact`. Returns whether all
-// of them are finite: see kLargestSquares.
+// of them are finite: see kMaxSumOfSquares.
 template <int X, bool kExact, class T, class Acc>
 bool sum_rows(const MeanBackwardPlan<Acc>& plan, int64_t i, int64_t tile, int64_t first,
               const Span& span, const T* grad, int64_t n, char* base) {
@@ -19,7 +19,7 @@ bool sum_rows(const MeanBackwardPlan<Acc>& plan, int64_t i, int64_t tile, int64_
   const int64_t row = plan.longest_span * plan.pass;
   Acc* const sums = in(base, plan.scratch.sums) + first * row;
   const int64_t slot = i * table.tiles + tile;
-  Vec<Acc> size = {};
+  Vec<Acc> squares = {};
   for (int64_t x = span.begin; x < span.end; ++x) {
     int64_t count = 0;
     for (int64_t k = table.begin[slot]; k < table.begin[slot + 1]; ++k) {
@@ -31,9 +31,9 @@ bool sum_rows(const MeanBackwardPlan<Acc>& plan, int64_t i, int64_t tile, int64_
       ++count;
     }
     store_sums<X, kExact>(grad + x * plan.out_strides[3], at, weights + first, pitch, count, n,
-                          sums + (x - span.begin) * plan.pass, row, size);
+                          sums + (x - span.begin) * plan.pass, row, squares);
   }
-  return all_below(size, kLargestSquares<Acc>);
+  return all_below(squares, kMaxSumOfSquares<Acc>);
 }
 
 // The gradient of token j for the views `own`: sums over the cells of `span` in `sums` [span,

@@ -91,13 +91,19 @@ struct WalkTable {
   const Acc* position;  // [cells] from the centre of the interval
 };
 
-// The weighted mean: for each group of views, their rows are summed once for a band of output rows;
-// then one filter along each row. Both are walks where cells are pixels, otherwise products with a
-// TileTable. A task is one image, one band, one part of its cells and one chunk of channels.
+// The weighted mean
+//     sum_v w_v A_v T_v B_v^T / sum_v w_v c_v d_v^T
+// with A_v [H', h] and B_v [W', w] the weights with which view v reads the rows and the columns of
+// its tokens T_v, and c_v, d_v the pixels that count in a row and a column of cells: the mean over
+// the views of A T B^T / (c d^T), each with weight w c d^T. For each group of views, which share
+// B_v, the rows of all are summed for a band of output rows; then one filter along each row. Both
+// are walks where cells are pixels, otherwise products with a TileTable. A task is one image, one
+// band, one part of its cells and one chunk of channels.
 template <class Acc>
 struct MeanPlan : ViewsPlan<Acc> {
   bool walks_y, walks_x;
-  TileTable<Acc> tile_y;   // output rows that read token rows; a set for each distinct dy
+  TileTable<Acc> tile_y;   // output rows that read token rows; a set for each distinct dy. Where
+                           // there are walks it serves the exact path
   WalkTable<Acc> walk_y;   // a walk for each group, over token rows; inputs in elements
   WalkTable<Acc> walk_x;   // over [groups, columns]
   TileTable<Acc> tile_x;   // cells that read [groups, columns]; one set

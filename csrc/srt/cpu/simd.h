@@ -76,7 +76,8 @@ inline void store(uint8_t* p, Vec<float> v) {
   const VecU8 bytes = __builtin_convertvector(__builtin_convertvector(v, VecI32), VecU8);
   std::memcpy(p, &bytes, sizeof(bytes));
 }
-// Rounded half to even to the upper half of each number. A NaN that arithmetic makes stays one.
+// Rounded half to even to the upper half of each number. Of NaN only those stay NaN whose lower
+// half is 0, as that which arithmetic makes.
 inline VecU32 round_to_upper(Vec<float> v) {
   const VecU32 bits = bits_as<VecU32>(v), even = VecU32{} + 0x7fffu, odd = VecU32{} + 0x8000u;
   return bits + ((bits & 0x10000u) != 0 ? odd : even);
@@ -95,7 +96,7 @@ inline void load_pair(const BFloat16* p, Vec<float>& even, Vec<float>& odd) {
   even = bits_as<Vec<float>>(both << 16);
   odd = bits_as<Vec<float>>(both & 0xffff0000u);
 }
-// Rounds half to even; not for NaN.
+// Rounds half to even; for finite numbers.
 inline VecU32 pair_bits(Vec<float> even, Vec<float> odd) {
   return (round_to_upper(even) >> 16) | (round_to_upper(odd) & 0xffff0000u);
 }

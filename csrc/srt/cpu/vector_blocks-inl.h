@@ -67,7 +67,7 @@ SRT_INLINE void load_inputs(const T* from, int64_t n, V (&value)[N]) {
   }
 }
 
-// bfloat16 in pairs of vectors: see load_pair.
+// bfloat16 that is read in pairs of vectors: see load_pair.
 struct PairedBFloat16 : BFloat16 {};
 template <int N>
 SRT_INLINE void load_inputs(const PairedBFloat16* from, int64_t n, Vec<float> (&value)[N]) {
@@ -83,7 +83,7 @@ SRT_INLINE void load_inputs(const PairedBFloat16* from, int64_t n, Vec<float> (&
   for (int v = 0; v < N; v += 2) load_pair(p + v * lanes, value[v], value[v + 1]);
 }
 
-// The block of N elements behind that at p, or the one behind that: two lines ahead or more.
+// The next block of N channels, or one behind it: two cache lines ahead at least.
 template <int N, class T>
 SRT_INLINE void prefetch_next(const T* p) {
   constexpr size_t line = 64, block = N * sizeof(T), ahead = block < 2 * line ? 2 * line : block;
@@ -171,13 +171,13 @@ SRT_INLINE void sum_inputs(const T* from, const int64_t* at, int64_t scale, cons
 
 // Sums whose squares add up to less than this are finite, and so is all that is made of them.
 template <class Acc>
-constexpr Acc kLargestSquares = static_cast<Acc>(sizeof(Acc) == 4 ? 0x1p126 : 0x1p1022);
+constexpr Acc kMaxSumOfSquares = static_cast<Acc>(sizeof(Acc) == 4 ? 0x1p126 : 0x1p1022);
 
 // The sums of X outputs over n channels, from `to` on and `row` apart, with zeros up to a whole
-// block; the inputs are those of sum_inputs. Adds their squares to `size`.
+// block; the inputs are those of sum_inputs. Adds their squares to `squares`.
 template <int X, bool kExact, class T, class Acc>
 SRT_INLINE void store_sums(const T* from, const int64_t* at, const Acc* weight, int64_t pitch,
-                           int64_t count, int64_t n, Acc* to, int64_t row, Vec<Acc>& size) {
+                           int64_t count, int64_t n, Acc* to, int64_t row, Vec<Acc>& squares) {
   constexpr int V = kTileVectors<X>;
   constexpr int64_t block = V * kLanes<Acc>, whole = kBlockBytes / sizeof(Acc);
   const int64_t padded = (n + whole - 1) / whole * whole;
@@ -192,7 +192,7 @@ SRT_INLINE void store_sums(const T* from, const int64_t* at, const Acc* weight, 
         store(to + i * row + c + v * kLanes<Acc>, sum[i][v]);
         own += sum[i][v] * sum[i][v];
       }
-      size += own;
+      squares += own;
     }
   }
 }

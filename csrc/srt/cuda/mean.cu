@@ -1,8 +1,12 @@
-// The mean on the device: dense sums along y, a walk along x (walk.h). The views that share a dx
-// are a group. A "column" is one token position of a group: for a row of the output, the sum over
-// its views and over the token rows that they read. The cells of the row are sums over columns. Two
-// small kernels make the tables from the offsets, wherever these lie. Nothing ever comes back to
-// the host.
+// The mean on the device:
+//     mean = sum_v w_v A_v T_v B_v^T / sum_v w_v c_v d_v^T
+// with A_v [H', h] and B_v [W', w] the weights with which view v reads the rows and the columns of
+// its tokens T_v, and c_v, d_v the pixels that count in a row and a column of cells. The views that
+// share a dx, so that B_v is the same, are a group: first dense sums along y, of all its views,
+// then a walk along x (walk.h) over all groups. A "column" is one token position of a group: for a
+// row of the output, the sum over its views and over the token rows that they read. Two small
+// kernels make the tables from the offsets, wherever these lie. Nothing ever comes back to the
+// host.
 #include "../axis.h"
 #include "../walk.h"
 #include "common.cuh"
@@ -11,13 +15,13 @@
 namespace srt::cuda {
 namespace {
 
-// A block makes a tile of rows x intervals of cells x channels, so many columns at a time: a round.
-// Their sums are in shared memory, of which there are 48 KB.
-constexpr int kLanes = 8;  // along the channels
+// A block makes a tile of rows x strips of cells x channels from kRoundColumns columns at a time: a
+// round. Their sums are in shared memory, of which there are 48 KB.
+constexpr int kLanes = 8;  // threads along the channels
 constexpr int kRows = 8;
-constexpr int kIntervals = 4;
-constexpr int kCells = 16;  // of an interval; a thread keeps the sums of all of them
-constexpr int kTileCells = kIntervals * kCells;
+constexpr int kStrips = 4;
+constexpr int kCells = 16;  // of a strip, at most; a thread keeps the sums of all of them
+constexpr int kTileCells = kStrips * kCells;
 constexpr int kRoundColumns = 44;
 constexpr int kResident = 2;  // blocks that a processor holds at a time
 
@@ -43,7 +47,7 @@ struct alignas(kVectorBytes) Input {
 struct alignas(kVectorBytes) Column {
   int32_t view;  // the first of the group
   int32_t token;
-  int32_t columns;  // of the group, in this tile
+  int32_t group_columns;  // of the whole group, in this tile
 };
 
 // What a step of the walk adds for a column of the round.
@@ -57,9 +61,9 @@ template <class Acc>
 struct MeanPlan : FieldPlan {
   Axis y, x;
   int64_t rows, cells;
-  int64_t interval;  // cells: whole intervals of the walk, or kCells of several pixels
+  int64_t strip;  // cells of a strip: whole intervals of the walk, or kCells of several pixels
   int64_t row_blocks, x_tiles, tiles;
-  Acc position[kCells];  // of the cells of an interval, from the centre of that of the walk
+  Acc position[kCells];  // of the cells of a strip, each from the centre of its interval
   View* sorted;          // [V] by dx
   // What a block of rows reads in the views of a group: a list at the place of the first of them.
   int64_t inputs;                             // of a view, at most
@@ -68,20 +72,22 @@ struct MeanPlan : FieldPlan {
   int64_t max_columns, max_rounds, max_taps;  // of a tile
   int32_t* total_columns;                     // [x_tiles]
   Column* column;                             // [x_tiles, max_columns]
-  int32_t* step;                              // [x_tiles, max_rounds, kTileCells]
-  Tap<Acc>* tap;                              // [x_tiles, max_taps]
-  Acc* inverse;  // [row_blocks * kRows, x_tiles * kTileCells] 1 / total weight, 0 for none
+  // Where the taps of a cell end in `tap`; ~end if value and slope start from 0 in this cell.
+  int32_t* step;  // [x_tiles, max_rounds, kTileCells]
+  Tap<Acc>* tap;  // [x_tiles, max_taps]
+  Acc* inverse;   // [row_blocks * kRows, x_tiles * kTileCells] 1 / total weight, 0 for none
 
-  // The cell at a place of the tiles of a row; -1 where there is none.
+  // A place is a cell of the strips of a row, each with room for kCells. Returns its cell, or -1.
   __device__ int64_t cell_at(int64_t place) const {
-    const int64_t cell = place / kCells * interval + place % kCells;
-    return place % kCells < interval && cell < cells ? cell : -1;
+    const int64_t cell = place / kCells * strip + place % kCells;
+    return place % kCells < strip && cell < cells ? cell : -1;
   }
 };
 
 // ---- the tables ---------------------------------------------------------------------------------
 
-// The tokens that a view may read in some cells: those that it reads at both ends, and between.
+// The tokens that a view may read in some cells: those that it reads at both ends, and between. A
+// walk also has a tap of the token behind them where its weight is 0, but not its slope.
 struct Span {
   int32_t first, count;
 };
@@ -122,7 +128,7 @@ __device__ void fill_inputs(const MeanPlan<Acc>& plan, int64_t block, int64_t v)
 template <class Acc>
 __device__ int32_t list_columns(const MeanPlan<Acc>& plan, int64_t tile, Column* columns) {
   const View* const views = plan.sorted;
-  const int64_t cells = kIntervals * plan.interval;
+  const int64_t cells = kStrips * plan.strip;
   int32_t total = 0;
   for (int64_t from = 0; from < plan.views; from += kThreads) {
     const int64_t v = from + threadIdx.x;
@@ -149,16 +155,16 @@ __device__ void fill_steps(const MeanPlan<Acc>& plan, int64_t tile) {
   const int64_t x = thread < kTileCells ? plan.cell_at(tile * kTileCells + thread) : -1;
   const bool walks = plan.x.stride == 1;  // cells of several pixels are summed one by one
   bool anew = x < 0 || !walks || x % walk_interval(plan.x) == 0;
-  for (int32_t i = 0; !anew && i < total; i += columns[i].columns)
+  for (int32_t i = 0; !anew && i < total; i += columns[i].group_columns)
     anew = stops_at(plan.x, dx_of(i), x);
 
   int32_t* step = plan.step + tile * plan.max_rounds * kTileCells + thread;
-  int32_t taps = 0, group = 0;  // the first one that reaches into the round
+  int32_t taps = 0, first = 0;  // column of the first group that reaches into the round
   for (int32_t round = 0; round < total; round += kRoundColumns, step += kTileCells) {
     const int32_t end = x < 0 ? 0 : min(round + kRoundColumns, total);
     // Calls tap(place in the round, value, slope).
     const auto visit = [&](auto&& tap) {
-      for (int32_t i = group; i < end; i += columns[i].columns) {
+      for (int32_t i = first; i < end; i += columns[i].group_columns) {
         const auto add = [&](int32_t token, double value, double slope) {
           const int32_t column = i + token - columns[i].token;
           if (column >= round && column < end) tap(column - round, value, slope);
@@ -178,8 +184,8 @@ __device__ void fill_steps(const MeanPlan<Acc>& plan, int64_t tile) {
     visit([&](int32_t column, double value, double slope) {
       *tap++ = {column * kRows * kLanes, static_cast<Acc>(value), static_cast<Acc>(slope)};
     });
-    while (group < total && group + columns[group].columns <= round + kRoundColumns)
-      group += columns[group].columns;
+    while (first < total && first + columns[first].group_columns <= round + kRoundColumns)
+      first += columns[first].group_columns;
   }
 }
 
@@ -326,7 +332,7 @@ __device__ void sum_columns(const MeanPlan<Acc>& plan, const Tile<T, Acc>& tile,
   }
 }
 
-// Along x: adds a round to the cells of an interval, in one row. `sums`: of the first column.
+// Along x: adds a round to the cells of a strip, in one row. `sums`: of the first column.
 template <class Acc>
 __device__ void walk(const MeanPlan<Acc>& plan, const int32_t* steps, const Tap<Acc>* taps,
                      bool follows, const Sum<Acc>* sums, Sum<Acc> (&cells)[kCells]) {
@@ -356,8 +362,9 @@ __device__ void walk(const MeanPlan<Acc>& plan, const int32_t* steps, const Tap<
   }
 }
 
-// Cells from x on by the formula itself, for where the walk is not finite: a walk carries a token
-// that is not into cells that do not read it, and its sums may be larger than the mean.
+// Cells from x on by the formula itself, for threads whose sums are not finite. The sums along y
+// multiply by weights of 0, and 0 * Inf is NaN; the walk carries a value past the cells that read
+// it; and sums may overflow where their mean does not.
 template <bool kVector, class T, class Acc>
 __device__ __noinline__ void write_directly(const MeanPlan<Acc>& plan, const T* tokens, T* to,
                                             const Acc* inverse, int64_t y, int64_t x, int cells,
@@ -385,12 +392,12 @@ __global__ void __launch_bounds__(kThreads, kResident)
     mean_kernel(const __grid_constant__ MeanPlan<Acc> plan) {
   __shared__ Sum<Acc> sums[kRoundColumns][kRows][kLanes];
   __shared__ Tile<T, Acc> tile;
-  // A warp takes some rows of one interval: its steps are the same in all of them.
+  // A warp takes some rows of one strip: its steps are the same in all of them.
   // Unsigned, so that they cost one instruction each and need not be kept.
   const unsigned thread = threadIdx.x, warp = thread / kWarpThreads;
   const int lane = static_cast<int>(thread % kLanes);
-  const int interval = static_cast<int>(warp % kIntervals);
-  const unsigned row = warp / kIntervals * (kWarpThreads / kLanes) + thread % kWarpThreads / kLanes;
+  const int strip = static_cast<int>(warp % kStrips);
+  const unsigned row = warp / kStrips * (kWarpThreads / kLanes) + thread % kWarpThreads / kLanes;
   SRT_FOR_BLOCK(i, plan.tiles) {
     __syncthreads();
     if (thread == 0) tile.find(plan, i);
@@ -400,16 +407,16 @@ __global__ void __launch_bounds__(kThreads, kResident)
     for (int32_t round = 0; round * kRoundColumns < tile.columns; ++round) {
       sum_columns<kVector>(plan, tile, round * kRoundColumns, sums);
       __syncthreads();
-      walk(plan, tile.step + (round * kIntervals + interval) * kCells, tile.tap,
-           round + interval > 0, &sums[0][row][lane], cells);
+      walk(plan, tile.step + (round * kStrips + strip) * kCells, tile.tap, round + strip > 0,
+           &sums[0][row][lane], cells);
       __syncthreads();
     }
 
     const int first_channel = lane * kChannels<Acc>;
     const int channels = tile.channels - first_channel;
-    const int64_t y = tile.y + row, place = tile.place + interval * kCells;
-    const int64_t x = place / kCells * plan.interval;
-    const int end = static_cast<int>(min(plan.interval, plan.cells - x));
+    const int64_t y = tile.y + row, place = tile.place + strip * kCells;
+    const int64_t x = place / kCells * plan.strip;
+    const int end = static_cast<int>(min(plan.strip, plan.cells - x));
     if (channels <= 0 || y >= plan.rows) continue;
     const Acc* const inverse = plan.inverse + y * plan.x_tiles * kTileCells + place;
     T* to = tile.out + first_channel * plan.out_strides[1] + y * plan.out_strides[2] +
@@ -464,13 +471,13 @@ MeanPlan<Acc> make_plan(const Call& call, Workspace& workspace) {
   plan.cells = plan.x.cells();
   for (int i = 0; i < kCells && plan.x.stride == 1; ++i)
     plan.position[i] = static_cast<Acc>(walk_position(plan.x, i));
-  plan.interval = plan.x.stride == 1 ? kCells - kCells % walk_interval(plan.x) : kCells;
+  plan.strip = plan.x.stride == 1 ? kCells - kCells % walk_interval(plan.x) : kCells;
   plan.row_blocks = div_up(plan.rows, kRows);
-  plan.x_tiles = div_up(plan.cells, kIntervals * plan.interval);
+  plan.x_tiles = div_up(plan.cells, kStrips * plan.strip);
   plan.tiles =
       plan.batch * plan.row_blocks * plan.x_tiles * div_up(plan.channels, kLanes * kChannels<Acc>);
   plan.inputs = most_tokens(plan.y, kRows);
-  plan.max_columns = plan.views * most_tokens(plan.x, kIntervals * plan.interval);
+  plan.max_columns = plan.views * most_tokens(plan.x, kStrips * plan.strip);
   plan.max_rounds = div_up(plan.max_columns, kRoundColumns);
   // A step of the walk changes the weights of three tokens.
   plan.max_taps = plan.views * kTileCells * (plan.x.stride == 1 ? 3 : plan.x.max_taps());

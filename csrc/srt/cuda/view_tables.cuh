@@ -7,7 +7,7 @@
 namespace srt::cuda {
 
 // The sum of w c_y c_x over the views, or of the views that count: what a cell is divided by. For
-// kWeightRows rows from y on, by a whole block: a thread a column x, -1 for none.
+// kWeightRows rows from y on. Called by a whole block; each thread has a column x, -1 for none.
 constexpr int kWeightRows = 8;
 __device__ inline void sum_weights(const Axis& axis_y, const Axis& axis_x, const View* sorted,
                                    int64_t views, bool counts_views, int64_t y, int64_t x,
@@ -65,7 +65,7 @@ struct ViewTables {
 
   SRT_HD int64_t cells() const { return y.table.cells + x.table.cells; }  // of both axes
 
-  // Calls body(number of the cell, its total weight) for all cells: so many blocks of them.
+  // Calls body(number of the cell, its total weight) for all cells, by weight_blocks() blocks.
   SRT_HD int64_t weight_blocks() const {
     return div_up(y.table.cells, kWeightRows) * div_up(x.table.cells, kThreads);
   }
