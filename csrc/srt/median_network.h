@@ -70,10 +70,8 @@ struct MedianNetwork {
 };
 
 #if defined(__CUDACC__)
-#define SRT_INLINE __device__ __forceinline__
 #define SRT_UNROLL _Pragma("unroll")
 #else
-#define SRT_INLINE __attribute__((always_inline)) inline
 #define SRT_UNROLL _Pragma("GCC unroll 8")
 #endif
 

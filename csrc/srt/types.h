@@ -5,8 +5,10 @@
 
 #if defined(__CUDACC__)
 #define SRT_HD __host__ __device__
+#define SRT_INLINE __device__ __forceinline__
 #else
 #define SRT_HD
+#define SRT_INLINE __attribute__((always_inline)) inline
 #endif
 
 namespace srt {

@@ -146,9 +146,10 @@ SRT_INLINE void write_cell(Vec<Acc> (&sum)[V], Acc inverse, Acc keep, Out* out, 
   for (int v = 0; v < V; ++v) sum[v] = inverse != 0 ? sum[v] * inverse + Acc{0} : Vec<Acc>{};
   const bool whole = finite && stride_c == 1 && n >= V * lanes && keep == 0;
   if constexpr (std::is_same<T, BFloat16>::value) {
-    const bool keep_paired = whole && std::is_same<Out, T>::value;
+    if (!whole || !std::is_same<Out, T>::value) {
 #pragma GCC unroll 2
-    for (int v = 0; v < V && !keep_paired; v += 2) put_in_order(sum[v], sum[v + 1]);
+      for (int v = 0; v < V; v += 2) put_in_order(sum[v], sum[v + 1]);
+    }
   }
   if (whole) return store_whole(out, sum, past_cache);
   Acc sums[V * lanes];

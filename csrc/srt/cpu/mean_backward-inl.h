@@ -8,7 +8,7 @@ namespace {
 // sums [X, longest_span, pass]: for X offsets of tile number `tile`, from its offset `first` on,
 // the gradient rows that read token row i, summed, at the cells of `span` and n channels from
 // `grad` on; zeros up to a whole block. X is a whole tile, or 1 with `kExact`. Returns whether all
-// of them are finite: see kMaxSumOfSquares.
+// of them are finite, and not too large: see kMaxSumOfSquares.
 template <int X, bool kExact, class T, class Acc>
 bool sum_rows(const MeanBackwardPlan<Acc>& plan, int64_t i, int64_t tile, int64_t first,
               const Span& span, const T* grad, int64_t n, char* base) {

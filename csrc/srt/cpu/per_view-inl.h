@@ -251,7 +251,7 @@ template <class T, class Acc>
 __attribute__((noinline)) void combine_views(const PerViewPlan<Acc>& plan, int64_t y,
                                              const T* tokens, int64_t n, char* base) {
   const int64_t stride_n = plan.token_strides[2];
-  Vec<Acc> check = {};  // not of the values
+  Vec<Acc> unused = {};
   Acc* sums = in(base, plan.scratch.sums);
   int64_t* const at = in(base, plan.scratch.at);
   int64_t* const row_of = in(base, plan.scratch.row_of);
@@ -267,7 +267,7 @@ __attribute__((noinline)) void combine_views(const PerViewPlan<Acc>& plan, int64
           view.index * plan.token_strides[0] + (plan.y.first[slot] + k) * plan.tokens_x * stride_n;
     for (int64_t j = 0; j < plan.tokens_x; ++j, sums += plan.chunk)
       store_sums<1, true>(tokens + j * stride_n, at, plan.y.weight + slot * plan.y.max_taps, 1,
-                          count, n, sums, 0, check);
+                          count, n, sums, 0, unused);
   }
 }
 

@@ -1,5 +1,6 @@
-// What the kernels of one call need: plain structs, filled by the callers (mean.cpp, per_view.cpp,
-// shift.cpp, ...) and read by the code that is compiled for each instruction set (*-inl.h).
+// What the kernels of one call need: plain structs (and sum_weights), filled by the callers
+// (mean.cpp, per_view.cpp, shift.cpp, ...) and read by the code that is compiled for each
+// instruction set (*-inl.h).
 #pragma once
 #include <cstdint>
 
@@ -46,8 +47,8 @@ struct ViewsPlan : EnsembleArgs {
   double scale;   // of the weights of the views, in units of `total_weight`; 1 without a stream
 };
 
-// The sum of w c_y c_x over the views, or with `counts_views` of the views that count, in cells [x,
-// x + cells) of row y; in units of plan.scale.
+// What cells [x, x + cells) of row y are divided by: the sum of w c_y c_x over the views, in units
+// of plan.scale, or with `counts_views` the number of views that count.
 template <class Acc>
 SRT_INLINE void sum_weights(const ViewsPlan<Acc>& plan, int64_t y, int64_t x, int64_t cells,
                             bool counts_views, double* sum) {

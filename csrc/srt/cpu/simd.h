@@ -100,13 +100,30 @@ inline void load_pair(const BFloat16* p, Vec<float>& even, Vec<float>& odd) {
 inline VecU32 pair_bits(Vec<float> even, Vec<float> odd) {
   return (round_to_upper(even) >> 16) | (round_to_upper(odd) & 0xffff0000u);
 }
+// The first n channels of a pair, fewer than all; the others are 0.
+inline void load_pair_part(const BFloat16* p, int64_t n, Vec<float>& even, Vec<float>& odd) {
+  BFloat16 part[2 * kLanes<float>] = {};
+#if defined(__AVX512BW__)
+  const __mmask32 first = (__mmask32{1} << n) - 1;
+  const __m512i both = _mm512_maskz_loadu_epi16(first, p);
+  std::memcpy(part, &both, sizeof(part));
+#else
+  for (int64_t i = 0; i < n; ++i) part[i] = p[i];
+#endif
+  load_pair(part, even, odd);
+}
+// From even and odd channels to those of the first half and the second.
 inline void put_in_order(Vec<float>& even, Vec<float>& odd) {
   constexpr int lanes = kLanes<float>;
-  VecI32 first;
-  for (int i = 0; i < lanes; ++i) first[i] = i / 2 + i % 2 * lanes;
-  const Vec<float> low = __builtin_shuffle(even, odd, first);
-  odd = __builtin_shuffle(even, odd, first + lanes / 2);
-  even = low;
+  float pairs[2][lanes], ordered[2 * lanes];
+  store(pairs[0], even);
+  store(pairs[1], odd);
+  for (int i = 0; i < lanes; ++i) {
+    ordered[2 * i] = pairs[0][i];
+    ordered[2 * i + 1] = pairs[1][i];
+  }
+  even = load(ordered);
+  odd = load(ordered + lanes);
 }
 
 #if defined(__AVX512F__)

@@ -73,14 +73,17 @@ template <int N>
 SRT_INLINE void load_inputs(const PairedBFloat16* from, int64_t n, Vec<float> (&value)[N]) {
   static_assert(N % 2 == 0);
   constexpr int lanes = kLanes<float>;
-  const BFloat16* p = from;
-  BFloat16 part[N * lanes];
-  if (n < N * lanes) {
-    for (int64_t i = 0; i < N * lanes; ++i) part[i] = i < n ? p[i] : BFloat16{};
-    p = part;
-  }
 #pragma GCC unroll 2
-  for (int v = 0; v < N; v += 2) load_pair(p + v * lanes, value[v], value[v + 1]);
+  for (int v = 0; v < N; v += 2) {
+    const int64_t rest = n - v * lanes;
+    if (rest >= 2 * lanes) {
+      load_pair(from + v * lanes, value[v], value[v + 1]);
+    } else if (rest > 0) {
+      load_pair_part(from + v * lanes, rest, value[v], value[v + 1]);
+    } else {
+      value[v] = value[v + 1] = Vec<float>{};
+    }
+  }
 }
 
 // The next block of N channels, or one behind it: two cache lines ahead at least.
@@ -92,7 +95,7 @@ SRT_INLINE void prefetch_next(const T* p) {
   for (size_t i = 0; i < block; i += line) __builtin_prefetch(bytes + i);
 }
 
-// A whole block of finite numbers.
+// A whole block; bfloat16 from pairs of vectors, which must be finite.
 template <int N, class T, class V>
 SRT_INLINE void store_whole(T* to, const V (&value)[N], bool past_cache) {
   constexpr int lanes = kLanes<typename AccumulatorOf<T>::type>;
@@ -169,7 +172,8 @@ SRT_INLINE void sum_inputs(const T* from, const int64_t* at, int64_t scale, cons
   }
 }
 
-// Sums whose squares add up to less than this are finite, and so is all that is made of them.
+// Sums whose squares add up to less than this are below 2^63 (in float64 2^511). What the weights
+// of the other axis make of them is finite, too. Larger sums are made again, exactly.
 template <class Acc>
 constexpr Acc kMaxSumOfSquares = static_cast<Acc>(sizeof(Acc) == 4 ? 0x1p126 : 0x1p1022);
 

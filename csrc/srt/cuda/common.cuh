@@ -310,7 +310,7 @@ struct RawViews {
   DeviceArray offsets, weights;  // [V, 2] and [V]
   int64_t views;
   bool weighted;
-  bool single;                    // weights are those of float sums
+  bool float_weights;             // rounded as the sums use them
   bool absolute_weights = false;  // weights count against those of other chunks, and have limits
 
   __device__ View operator()(const InlineArrays& parameters, int64_t v) const {
@@ -349,7 +349,7 @@ static __global__ void __launch_bounds__(kThreads)
     }
     if (scale && v == 0) *scale = largest;
     View own = counted_view(raw(parameters, v), largest);
-    if (raw.single) own.weight = static_cast<float>(own.weight);
+    if (raw.float_weights) own.weight = static_cast<float>(own.weight);
     int64_t rank = 0;
     for (int64_t u = 0; u < raw.views; ++u) {
       const double dx = counted_view(raw(parameters, u), largest).dx;
@@ -413,7 +413,8 @@ inline RawViews raw_views(const Call& call, Workspace& workspace, InlineArrays& 
   RawViews raw{};
   raw.views = views;
   raw.weighted = weighted;
-  raw.single = call.args.dtype != DType::f64 && !call.args.total_weight;
+  // The total weight of a stream is kept in float64.
+  raw.float_weights = call.args.dtype != DType::f64 && !call.args.total_weight;
   if (!call.workspace) return raw;
   raw.offsets =
       place_array(call.op, offsets, 2 * views, fits, parameters, 0, new_offsets, call.stream);

@@ -193,9 +193,14 @@ __device__ void fill_steps(const MeanPlan<Acc>& plan, int64_t tile) {
 template <class Acc>
 __device__ void fill_inverse(const MeanPlan<Acc>& plan, int64_t block, int64_t place) {
   static_assert(kRows == kWeightRows);
+  const auto counted = [](const Axis& axis, double offset, int64_t cell) -> double {
+    return visit_axis_cell(axis, offset, cell, [](int32_t, double) {});
+  };
   double total[kRows];
-  sum_weights(plan.y, plan.x, plan.sorted, plan.views, /*counts_views=*/false, block * kRows,
-              plan.cell_at(place), total);
+  sum_weights(
+      plan.sorted, plan.views, /*counts_views=*/false, block * kRows, plan.cell_at(place),
+      [&](int64_t v, int64_t y) { return counted(plan.y, plan.sorted[v].dy, y); },
+      [&](int64_t v, int64_t x) { return counted(plan.x, plan.sorted[v].dx, x); }, total);
   const int64_t places = plan.x_tiles * kTileCells;
   if (place >= places) return;
   for (int r = 0; r < kRows; ++r)

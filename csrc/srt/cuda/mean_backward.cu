@@ -79,7 +79,7 @@ __device__ void widen_spans(const AxisTable<Acc>& table, int64_t v, int64_t cell
 }
 
 template <class Acc>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)  // with fewer registers it spills
     fill_spans_and_inverse(const __grid_constant__ GradPlan<Acc> plan) {
   const ViewTables<Acc>& tables = plan.tables;
   const int64_t rows = tables.y.table.cells;

@@ -9,27 +9,27 @@ namespace srt::cuda {
 // The sum of w c_y c_x over the views, or of the views that count: what a cell is divided by. For
 // kWeightRows rows from y on. Called by a whole block; each thread has a column x, -1 for none.
 constexpr int kWeightRows = 8;
-__device__ inline void sum_weights(const Axis& axis_y, const Axis& axis_x, const View* sorted,
-                                   int64_t views, bool counts_views, int64_t y, int64_t x,
-                                   double (&total)[kWeightRows]) {
+// pixels_y(v, row) and pixels_x(v, x): those of view v that count.
+template <class PixelsY, class PixelsX>
+__device__ void sum_weights(const View* sorted, int64_t views, bool counts_views, int64_t y,
+                            int64_t x, PixelsY&& pixels_y, PixelsX&& pixels_x,
+                            double (&total)[kWeightRows]) {
   constexpr int kViews = kThreads / kWeightRows;  // at a time
   __shared__ double of_rows[kViews][kWeightRows];
-  const auto counted = [&](const Axis& axis, double offset, int64_t cell) {
-    const int32_t pixels = visit_axis_cell(axis, offset, cell, [](int32_t, double) {});
-    return static_cast<double>(counts_views ? min(pixels, 1) : pixels);
-  };
+  const auto count = [&](double pixels) { return counts_views ? min(pixels, 1.0) : pixels; };
   const int row = static_cast<int>(threadIdx.x) % kWeightRows;
   const int own = static_cast<int>(threadIdx.x) / kWeightRows;
   for (double& sum : total) sum = 0;
   for (int64_t first = 0; first < views; first += kViews) {
-    const View view = first + own < views ? sorted[first + own] : View{};
+    const int64_t view = first + own;
+    const double weight = view < views ? sorted[view].weight : 0;
     __syncthreads();
     of_rows[own][row] =
-        (counts_views ? view.weight > 0 : view.weight) * counted(axis_y, view.dy, y + row);
+        weight > 0 ? (counts_views ? 1 : weight) * count(pixels_y(view, y + row)) : 0;
     __syncthreads();
     for (int64_t v = 0; x >= 0 && v < min(int64_t{kViews}, views - first); ++v) {
-      const double count = counted(axis_x, sorted[first + v].dx, x);
-      for (int r = 0; r < kWeightRows; ++r) total[r] += count * of_rows[v][r];
+      const double columns = count(pixels_x(first + v, x));
+      for (int r = 0; r < kWeightRows; ++r) total[r] += columns * of_rows[v][r];
     }
   }
 }
@@ -75,8 +75,15 @@ struct ViewTables {
     SRT_FOR_BLOCK(i, weight_blocks()) {
       const int64_t chunks = div_up(columns, kThreads), y0 = i / chunks * kWeightRows;
       const int64_t x0 = i % chunks * kThreads + threadIdx.x;
+      const auto pixels_y = [&](int64_t v, int64_t row) {
+        return row < rows ? y.table.count[v * rows + row] : 0;
+      };
+      const auto pixels_x = [&](int64_t v, int64_t column) {
+        return x.table.count[v * columns + column];
+      };
       double total[kWeightRows];
-      sum_weights(y.axis, x.axis, sorted, views, counts_views, y0, x0 < columns ? x0 : -1, total);
+      sum_weights(sorted, views, counts_views, y0, x0 < columns ? x0 : -1, pixels_y, pixels_x,
+                  total);
       for (int r = 0; x0 < columns && r < kWeightRows; ++r)
         if (y0 + r < rows) body((y0 + r) * columns + x0, total[r]);
     }
