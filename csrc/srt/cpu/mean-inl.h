@@ -5,14 +5,14 @@
 namespace srt::cpu {
 namespace {
 
-// How the tokens are read. Every channel is summed by itself, so bfloat16 stays in pairs of
-// vectors, even and odd channels, in registers and in the scratch; write_cell puts them in order.
-template <class T>
+// How the tokens are read. Every channel is summed by itself, so bfloat16 that is also written
+// stays in pairs of vectors, of even and of odd channels, in registers and in the scratch.
+template <class T, class Out>
 struct InputOf {
   using type = T;
 };
 template <>
-struct InputOf<BFloat16> {
+struct InputOf<BFloat16, BFloat16> {
   using type = PairedBFloat16;
 };
 
@@ -20,19 +20,18 @@ struct InputOf<BFloat16> {
 template <class T, class Out>
 struct MeanPart {
   int64_t y, y_end, x, x_end;
-  Span columns;                             // of tokens that are read
-  const typename InputOf<T>::type* tokens;  // of view 0, token 0
-  Out* out;                                 // of cell (y, x)
+  Span columns;                                  // of tokens that are read
+  const typename InputOf<T, Out>::type* tokens;  // of view 0, token 0
+  Out* out;                                      // of cell (y, x)
   int64_t n;
 };
 
 // Steps [first, first + n_steps) of a walk; the first one starts anew. Reads n channels of input i
 // at from + i * scale; with `kFar` they are not in the cache. Calls emit(i, value + position[i] *
 // slope) for the i-th step.
-template <bool kFar, class T, class Acc, class Emit>
+template <bool kFar, int V, class T, class Acc, class Emit>
 SRT_INLINE void walk(const WalkTable<Acc>& table, int64_t first, int64_t n_steps,
                      const Acc* position, const T* from, int64_t scale, int64_t n, Emit&& emit) {
-  constexpr int V = kVectors;
   Vec<Acc> value[V] = {}, slope[V] = {};
   const auto* tap = table.taps + table.begin[first];
   for (int64_t i = 0; i < n_steps; ++i) {
@@ -95,28 +94,31 @@ bool sum_rows(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64_t t
 // The rows of a band by walks of all groups down them: as sum_rows.
 template <class T, class Out, class Acc>
 bool walk_down(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, char* base) {
-  constexpr int V = kVectors, lanes = kLanes<Acc>;
+  constexpr int lanes = kLanes<Acc>;
   const int64_t row = plan.groups * plan.columns * plan.pass;
   Acc* sums = in(base, plan.scratch.sums);
-  Vec<Acc> squares[V] = {};
+  Vec<Acc> squares[kVectors] = {};
   for (int64_t g = 0; g < plan.groups; ++g, sums += plan.columns * plan.pass) {
     for (int64_t j = part.columns.begin; j < part.columns.end; ++j) {
       const auto* const tokens = part.tokens + j * plan.token_strides[2];
-      for (int64_t c = 0; c < part.n; c += V * lanes) {
+      for (int64_t c = 0; c < part.n; c += kVectors * lanes) {
         Acc* const to = sums + (j - part.columns.begin) * plan.pass + c;
-        walk<true>(plan.walk_y, g * plan.height + part.y, part.y_end - part.y,
-                   plan.walk_y.position + part.y, tokens + c, 1, part.n - c,
-                   [&](int64_t y, auto& sum) __attribute__((always_inline)) {
+        with_vectors<Acc>(part.n - c, [&](auto vectors) __attribute__((always_inline)) {
+          constexpr int V = decltype(vectors)::value;
+          walk<true, V>(plan.walk_y, g * plan.height + part.y, part.y_end - part.y,
+                        plan.walk_y.position + part.y, tokens + c, 1, part.n - c,
+                        [&](int64_t y, auto& sum) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-                     for (int v = 0; v < V; ++v) {
-                       store(to + y * row + v * lanes, sum[0][v]);
-                       squares[v] += sum[0][v] * sum[0][v];
-                     }
-                   });
+                          for (int v = 0; v < V; ++v) {
+                            store(to + y * row + v * lanes, sum[0][v]);
+                            squares[v] += sum[0][v] * sum[0][v];
+                          }
+                        });
+        });
       }
     }
   }
-  for (int v = 1; v < V; ++v) squares[0] += squares[v];
+  for (int v = 1; v < kVectors; ++v) squares[0] += squares[v];
   return all_below(squares[0], kMaxSumOfSquares<Acc>);
 }
 
@@ -136,7 +138,7 @@ __attribute__((noinline)) void write_part(const Acc* sums, Acc keep, Out* out, i
 
 // A cell from its sum: out = inverse * sum, and where there is a `keep`, keep * out is added.
 // `finite`: all sums are.
-template <class T, int V, class Out, class Acc>
+template <int V, class Out, class Acc>
 SRT_INLINE void write_cell(Vec<Acc> (&sum)[V], Acc inverse, Acc keep, Out* out, int64_t stride_c,
                            int64_t n, bool finite, bool past_cache) {
   constexpr int lanes = kLanes<Acc>;
@@ -144,14 +146,17 @@ SRT_INLINE void write_cell(Vec<Acc> (&sum)[V], Acc inverse, Acc keep, Out* out, 
   // weights of 0 do in a tile.
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) sum[v] = inverse != 0 ? sum[v] * inverse + Acc{0} : Vec<Acc>{};
-  const bool whole = finite && stride_c == 1 && n >= V * lanes && keep == 0;
-  if constexpr (std::is_same<T, BFloat16>::value) {
-    if (!whole || !std::is_same<Out, T>::value) {
-#pragma GCC unroll 2
-      for (int v = 0; v < V; v += 2) put_in_order(sum[v], sum[v + 1]);
+  if (finite && stride_c == 1 && n >= V * lanes) {
+    if constexpr (std::is_same<Out, Acc>::value) {
+#pragma GCC unroll 4
+      for (int v = 0; keep != 0 && v < V; ++v) sum[v] += keep * load(out + v * lanes);
     }
+    return store_whole(out, sum, past_cache);
   }
-  if (whole) return store_whole(out, sum, past_cache);
+  if constexpr (std::is_same<Out, BFloat16>::value) {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; v += 2) put_in_order(sum[v], sum[v + 1]);
+  }
   Acc sums[V * lanes];
   store_block(sums, 1, V * lanes, sum);
   write_part<V>(sums, keep, out, stride_c, n);
@@ -171,8 +176,8 @@ SRT_INLINE void write_cells(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& p
 #pragma GCC unroll 8
   for (int i = 0; i < X; ++i) {
     if (i < cells)
-      write_cell<T>(sum[i], inverse[i], keep ? keep[i] : Acc{0}, to + i * plan.out_strides[3],
-                    plan.out_strides[1], part.n - c, finite, plan.past_cache);
+      write_cell(sum[i], inverse[i], keep ? keep[i] : Acc{0}, to + i * plan.out_strides[3],
+                 plan.out_strides[1], part.n - c, finite, plan.past_cache);
   }
 }
 
@@ -183,10 +188,13 @@ void walk_along(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64_t
   const Acc* const sums = in(base, plan.scratch.sums) +
                           (r * plan.groups * plan.columns - part.columns.begin) * plan.pass;
   for (int64_t c = 0; c < part.n; c += block) {
-    walk<false>(plan.walk_x, part.x, part.x_end - part.x, plan.walk_x.position + part.x, sums + c,
-                plan.pass, block, [&](int64_t x, auto& sum) __attribute__((always_inline)) {
-                  write_cells(plan, part, r, part.x + x, 1, c, sum, true, base);
-                });
+    with_vectors<Acc>(part.n - c, [&](auto vectors) __attribute__((always_inline)) {
+      walk<false, decltype(vectors)::value>(
+          plan.walk_x, part.x, part.x_end - part.x, plan.walk_x.position + part.x, sums + c,
+          plan.pass, block, [&](int64_t x, auto& sum) __attribute__((always_inline)) {
+            write_cells(plan, part, r, part.x + x, 1, c, sum, true, base);
+          });
+    });
   }
 }
 
@@ -296,7 +304,7 @@ void mean(const MeanPlan<Acc>& plan, int64_t begin, int64_t end, void* scratch) 
     const int64_t chunk_end = least(chunk + plan.chunk, plan.channels);
     for (int64_t c = chunk; c < chunk_end; c += plan.pass) {
       part.n = least(chunk_end - c, plan.pass);
-      part.tokens = static_cast<const typename InputOf<T>::type*>(plan.tokens) +
+      part.tokens = static_cast<const typename InputOf<T, Out>::type*>(plan.tokens) +
                     b * plan.token_strides[1] + c;
       part.out = static_cast<Out*>(plan.out) + b * plan.out_strides[0] + c * plan.out_strides[1] +
                  part.y * plan.out_strides[2] + part.x * plan.out_strides[3];

@@ -131,19 +131,26 @@ constexpr int kMaxTile = 4, kTileSums = 8;
 template <int X>
 constexpr int kTileVectors = kTileSums / X < kVectors ? kTileSums / X : kVectors;
 
-// Calls body(the outputs of a tile, as a type).
-template <int X>
-struct TileSize {
-  static constexpr int value = X;
+template <int N>
+struct Constant {
+  static constexpr int value = N;
 };
+
+// Calls body(how many vectors n channels take: half a block or a whole one).
+template <class Acc, class Body>
+SRT_INLINE void with_vectors(int64_t n, Body&& body) {
+  n <= kVectors / 2 * kLanes<Acc> ? body(Constant<kVectors / 2>{}) : body(Constant<kVectors>{});
+}
+
+// Calls body(the outputs of a tile, as a constant).
 template <class Body>
 SRT_INLINE auto with_tile(int64_t tile, Body&& body) {
   if constexpr (kMaxTile >= 8) {
-    if (tile == 8) return body(TileSize<8>{});
+    if (tile == 8) return body(Constant<8>{});
   }
-  if (tile == 4) return body(TileSize<4>{});
-  if (tile == 2) return body(TileSize<2>{});
-  return body(TileSize<1>{});
+  if (tile == 4) return body(Constant<4>{});
+  if (tile == 2) return body(Constant<2>{});
+  return body(Constant<1>{});
 }
 
 // sum[i] = the sum over k < count of weight[k * pitch + i] * the n channels from at[k] * scale on;
