@@ -301,9 +301,9 @@ def compare(name: str, result: torch.Tensor, peer: Peer, dtype: torch.dtype) -> 
         return {}
     error = ((peer.crop(result).double() - peer.truth).norm() / peer.truth.norm()).item()
     eps = 2.0**-10 if peer.coarse else torch.finfo(dtype).eps
-    # Ours sums in float32 or float64, and rounds to 16 bits once. The mean may be off by 4 times the
-    # error of sums of its type, about eps. Peers round each step, and a loop each view; a peer that
-    # moves pixels wrongly is off by tenths.
+    # Ours sums in float32 or float64, and rounds to 16 bits once. The mean may be off by 4 times
+    # the error of sums of its type, about eps. Peers round each step, and a loop each view; a peer
+    # that moves pixels wrongly is off by tenths.
     is_ours = name.startswith("ours")
     allowed = (1 if torch.finfo(dtype).bits == 16 else 4) * eps if is_ours else max(8 * eps, 1e-4)
     if not error <= allowed:  # written so that NaN fails
