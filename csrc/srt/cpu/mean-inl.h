@@ -91,7 +91,8 @@ bool sum_rows(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64_t t
   return all_below(squares, kMaxSumOfSquares<Acc>);
 }
 
-// The rows of a band by walks of all groups down them: as sum_rows.
+// The rows of a band by walks of all groups down them: as sum_rows, but with zeros up to half a
+// block if no more is read.
 template <class T, class Out, class Acc>
 bool walk_down(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, char* base) {
   constexpr int lanes = kLanes<Acc>;

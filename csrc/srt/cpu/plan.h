@@ -103,8 +103,8 @@ struct WalkTable {
 template <class Acc>
 struct MeanPlan : ViewsPlan<Acc> {
   bool walks_y, walks_x;
-  TileTable<Acc> tile_y;   // output rows that read token rows; a set for each distinct dy. Where
-                           // there are walks it serves the exact path
+  TileTable<Acc> tile_y;   // output rows that read token rows; a set for each distinct dy. With a
+                           // walk along y it serves the exact path alone
   WalkTable<Acc> walk_y;   // a walk for each group, over token rows; inputs in elements
   WalkTable<Acc> walk_x;   // over [groups, columns]
   TileTable<Acc> tile_x;   // cells that read [groups, columns]; one set

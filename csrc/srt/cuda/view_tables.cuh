@@ -6,10 +6,11 @@
 
 namespace srt::cuda {
 
-// The sum of w c_y c_x over the views, or of the views that count: what a cell is divided by. For
-// kWeightRows rows from y on. Called by a whole block; each thread has a column x, -1 for none.
 constexpr int kWeightRows = 8;
-// pixels_y(v, row) and pixels_x(v, x): those of view v that count.
+
+// What cells are divided by: the sum of w c_y c_x over the views, or with `counts_views` the number
+// of views that count. For kWeightRows rows from y on. Called by a whole block; each thread has a
+// column x, -1 for none. pixels_y(v, row) and pixels_x(v, x) are the pixels of view v that count.
 template <class PixelsY, class PixelsX>
 __device__ void sum_weights(const View* sorted, int64_t views, bool counts_views, int64_t y,
                             int64_t x, PixelsY&& pixels_y, PixelsX&& pixels_x,
