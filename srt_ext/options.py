@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 
 Reduce: TypeAlias = Literal["mean", "median"]
 Upsample: TypeAlias = Literal["nearest", "bilinear"]
-Border: TypeAlias = Literal["coverage", "zeros", "clamp"]
+Border: TypeAlias = Literal["coverage", "zeros", "clamp", "circular"]
 Padding: TypeAlias = Literal["zeros", "border", "reflect", "circular"]
 Interpolation: TypeAlias = Literal["nearest", "bilinear", "bicubic"]
 Quality: TypeAlias = Literal["fast", "balanced", "outlines"]

@@ -7,6 +7,7 @@ the error budget that they have to keep. Its derivatives, by autograd, are the t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -92,6 +93,42 @@ def shift(
     return torch.stack(views)
 
 
+def windows(
+    image: torch.Tensor,
+    centers: torch.Tensor,
+    size: Sequence[int],
+    scale: torch.Tensor | None = None,
+    *,
+    padding: Padding = "border",
+    dtype: torch.dtype = torch.float64,
+) -> torch.Tensor:
+    """As :func:`srt_ext.windows`, computed and returned in ``dtype``: [B, N, C, Ph, Pw]."""
+    check_words("srt_ext.reference.windows", padding=padding)
+    size = check_pair("srt_ext.reference.windows", "size", size)
+    steps = centers.new_ones(2) if scale is None else scale
+    steps = steps.double().expand(centers.shape)
+    taps: list[list[tuple[torch.Tensor, torch.Tensor]]] = []  # of each axis: (index, weight)
+    for axis, n in enumerate(image.shape[2:]):
+        sample = torch.arange(size[axis], device=centers.device) - (size[axis] - 1) / 2
+        u = centers[..., axis, None].double() + sample * steps[..., axis, None] - 0.5  # [B, N, P]
+        whole = (u - u.round()).abs() < 2.0**-40  # a whole pixel, by the op's contract
+        i = torch.where(whole, u.round(), u.floor())
+        f = torch.where(whole, u - u.detach(), u - i)  # 0, with a derivative
+        taps.append([])
+        for k, weight in enumerate((1 - f, f)):
+            index, inside = _pad_index(i.long() + k, n, padding)
+            taps[axis].append((index, torch.where(inside, weight, 0).to(dtype)))
+    pixels = image.to(dtype).permute(0, 2, 3, 1)
+    batch = torch.arange(len(image), device=image.device)[:, None, None, None]
+    total = pixels.new_zeros(())
+    for y, weight_y in taps[0]:
+        for x, weight_x in taps[1]:
+            value = pixels[batch, y[..., :, None], x[..., None, :]]  # [B, N, Ph, Pw, C]
+            weight = weight_y[..., :, None] * weight_x[..., None, :]
+            total = total + _weighted(weight[..., None], value)
+    return total.permute(0, 1, 4, 2, 3)
+
+
 def _axis(
     d: float,
     tokens: int,
@@ -101,9 +138,19 @@ def _axis(
     device: torch.device | str = "cpu",
 ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor, torch.Tensor]:
     """For each pixel of one axis: (token, weight) reads, whether it is seen, whether it counts."""
-    p = torch.arange(tokens * patch, dtype=torch.float64, device=device) + 0.5 + d
+    y = torch.arange(tokens * patch, dtype=torch.float64, device=device) + 0.5
+    everywhere = torch.ones_like(y, dtype=torch.bool)
+    if border == "circular":
+        roll = math.floor(d / patch + 0.5)  # whole tokens; what is left of d is exact
+        p = y + (d - roll * patch)
+        q = p / patch - (0 if upsample == "nearest" else 0.5)
+        token, f = q.floor().long() + roll, q - q.floor()
+        if upsample == "nearest":
+            return [(token % tokens, torch.ones_like(p))], everywhere, everywhere
+        return [(token % tokens, 1 - f), ((token + 1) % tokens, f)], everywhere, everywhere
+
+    p = y + d
     covered = (p >= 0) & (p < tokens * patch)
-    everywhere = torch.ones_like(covered)
     seen = everywhere if border == "clamp" else covered
     counted = covered if border == "coverage" else everywhere
     if upsample == "nearest":
