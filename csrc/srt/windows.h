@@ -8,8 +8,8 @@
 
 namespace srt {
 
-// Sample (i, j) of a window lies at center + ((i, j) - (size - 1) / 2) * scale, in pixels; the centre
-// of a pixel is its index + 0.5.
+// Sample (i, j) of a window lies at center + ((i, j) - (size - 1) / 2) * scale, in pixels; the
+// centre of a pixel is its index + 0.5.
 struct WindowsArgs {
   DType dtype;        // of the image: any
   const void* image;  // [B, C, H, W]
@@ -26,9 +26,9 @@ struct WindowsArgs {
 
 void windows_cpu(const WindowsArgs& args, const Parallel& parallel);
 
-// The gradient of the image, [B, C, H, W], dense; not for u8. `out` holds that of the windows and is
-// only read; `image` and its strides are not used. Each pixel is summed in the order of the windows,
-// so that the result has the same bits for any number of threads.
+// The gradient of the image, [B, C, H, W], dense; not for u8. `out` holds that of the windows and
+// is only read; `image` and its strides are not used. Each pixel is summed in the order of the
+// windows, so that the result has the same bits for any number of threads.
 void windows_backward_image_cpu(const WindowsArgs& args, void* grad_image,
                                 const Parallel& parallel);
 
