@@ -18,17 +18,32 @@ struct Axis {
 
   SRT_HD int64_t pixels() const { return tokens * patch; }
   SRT_HD int64_t cells() const { return pixels() / stride; }
+
+  // Pixels read tokens by their places, which ascend along the axis. Place i is token i, but under
+  // circular the tokens are rolled, so that less than a token of the offset is left, and the last
+  // one stands before the first, too, and the first one behind the last.
+  SRT_HD int64_t places() const { return tokens + (border == Border::circular ? 2 : 0); }
+  // The whole tokens of an offset: at least -patch / 2 and less than patch / 2 pixels are left.
+  SRT_HD double roll(double offset) const {
+    return border == Border::circular ? std::floor(offset / static_cast<double>(patch) + 0.5) : 0;
+  }
+  SRT_HD int64_t token_at(double offset, int64_t place) const {
+    if (border != Border::circular) return place;
+    const int64_t token = (place - 1 + static_cast<int64_t>(roll(offset))) % tokens;
+    return token < 0 ? token + tokens : token;
+  }
+
   // A cell spans (stride - 1) / patch tokens; interpolation adds one at each end.
   SRT_HD int64_t max_taps() const {
     const int64_t taps = stride == 1 ? 2 : (stride - 1) / patch + 3;
-    return taps < tokens ? taps : tokens;
+    return taps < places() ? taps : places();
   }
 };
 
 // What pixel y of a view reads: a token with weight 1 - after, the one behind it with weight after.
 struct PixelRead {
   bool counts;    // in the weight of its cell
-  int32_t token;  // -1 for none
+  int32_t token;  // its place, -1 for none
   double after;
   double slope;  // from pixel to pixel `after` grows by so much; 0 at the edges, and under nearest
 };
@@ -39,12 +54,18 @@ SRT_HD inline PixelRead read_pixel(const Axis& axis, double offset, int64_t y) {
   // A non-finite offset covers nothing. On CUDA values are not validated.
   if (!(std::fabs(offset) <= static_cast<double>(kMaxOffset))) return {false, -1, 0, 0};
   const double patch = static_cast<double>(axis.patch);
+  const bool nearest = axis.upsample == Upsample::nearest;
+  if (axis.border == Border::circular) {
+    const double p = static_cast<double>(y) + 0.5 + (offset - axis.roll(offset) * patch);
+    const double q = p / patch - (nearest ? 0 : 0.5), token = std::floor(q);
+    return {true, static_cast<int32_t>(token) + 1, nearest ? 0 : q - token,
+            nearest ? 0 : 1 / patch};
+  }
   const double last = static_cast<double>(axis.tokens - 1);
   const double p = static_cast<double>(y) + 0.5 + offset;
   const bool covered = p >= 0 && p < static_cast<double>(axis.pixels());
   if (!covered && axis.border != Border::clamp) return {axis.border == Border::zeros, -1, 0, 0};
 
-  const bool nearest = axis.upsample == Upsample::nearest;
   const double q = p / patch - (nearest ? 0 : 0.5);
   const double inside = q < 0 ? 0 : (q > last ? last : q);
   const int32_t token = static_cast<int32_t>(inside);
@@ -52,7 +73,7 @@ SRT_HD inline PixelRead read_pixel(const Axis& axis, double offset, int64_t y) {
   return {true, token, inside - static_cast<double>(token), q < 0 || q >= last ? 0 : 1 / patch};
 }
 
-// What one output cell reads. Calls tap(token, weight) for each token of positive weight,
+// What one output cell reads. Calls tap(place, weight) for each token of positive weight,
 // ascending, and returns the number of pixels that count.
 template <class Tap>
 SRT_HD int32_t visit_axis_cell(const Axis& axis, double offset, int64_t cell, Tap&& tap) {
@@ -79,7 +100,7 @@ SRT_HD int32_t visit_axis_cell(const Axis& axis, double offset, int64_t cell, Ta
   return counted;
 }
 
-// The tables of one axis for D offsets. A cell reads tokens first .. first + taps - 1, those of
+// The tables of one axis for D offsets. A cell reads places first .. first + taps - 1, those of
 // weight 0 excepted: with patch 1 the rounding of a coordinate can step over a token.
 template <class Acc>
 struct AxisTable {
@@ -90,9 +111,9 @@ struct AxisTable {
   int64_t cells;
   int64_t max_taps;
 
-  // The weight with which a cell of offset number `d` reads a token.
-  SRT_HD Acc weight_of(int64_t d, int64_t cell, int64_t token) const {
-    const int64_t slot = d * cells + cell, tap = token - first[slot];
+  // The weight with which a cell of offset number `d` reads a place.
+  SRT_HD Acc weight_of(int64_t d, int64_t cell, int64_t place) const {
+    const int64_t slot = d * cells + cell, tap = place - first[slot];
     return tap >= 0 && tap < taps[slot] ? weight[slot * max_taps + tap] : 0;
   }
 };
@@ -104,9 +125,9 @@ SRT_HD void fill_axis_cell(const Axis& axis, double offset, int64_t d, int64_t c
   const int64_t slot = d * table.cells + cell;
   Acc* weight = table.weight + slot * table.max_taps;
   int32_t first = 0, taps = 0;
-  const int32_t counted = visit_axis_cell(axis, offset, cell, [&](int32_t token, double value) {
-    if (taps == 0) first = token;
-    while (first + taps < token) weight[taps++] = 0;
+  const int32_t counted = visit_axis_cell(axis, offset, cell, [&](int32_t place, double value) {
+    if (taps == 0) first = place;
+    while (first + taps < place) weight[taps++] = 0;
     weight[taps++] = static_cast<Acc>(value);
   });
   table.first[slot] = first;

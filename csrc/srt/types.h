@@ -16,7 +16,7 @@ namespace srt {
 enum class DType : int32_t { f32, f16, bf16, f64, u8 };
 enum class Reduce : int32_t { mean, median, moments };
 enum class Upsample : int32_t { nearest, bilinear };
-enum class Border : int32_t { coverage, zeros, clamp };
+enum class Border : int32_t { coverage, zeros, clamp, circular };
 enum class Padding : int32_t { zeros, border, reflect, circular };
 enum class Interpolation : int32_t { nearest, bilinear, bicubic };
 

@@ -280,9 +280,11 @@ CheckedEnsemble::CheckedEnsemble(const char* name, const EnsembleInputs& given, 
   args.upsample =
       parse<Upsample>(op, "upsample", given.upsample,
                       {{"nearest", Upsample::nearest}, {"bilinear", Upsample::bilinear}});
-  args.border = parse<Border>(
-      op, "border", given.border,
-      {{"coverage", Border::coverage}, {"zeros", Border::zeros}, {"clamp", Border::clamp}});
+  args.border = parse<Border>(op, "border", given.border,
+                              {{"coverage", Border::coverage},
+                               {"zeros", Border::zeros},
+                               {"clamp", Border::clamp},
+                               {"circular", Border::circular}});
   args.offsets = take_numbers(op, "offsets", given.offsets, tokens, &offsets_);
   check_offsets(op, offsets_);
   if (given.weights) {

@@ -23,6 +23,7 @@ constexpr int64_t kLoadTokens = 4, kLoadSums = 1;
 // Owns the table of one axis for its distinct offsets.
 template <class Acc>
 struct AxisTableStorage {
+  std::vector<int64_t> token;  // [offsets, places]
   std::vector<int32_t> first, taps;
   std::vector<Acc> weight;
   std::vector<double> count;
@@ -37,9 +38,12 @@ struct AxisTableStorage {
     count.resize(slots);
     const AxisTable<Acc> table{first.data(), taps.data(), weight.data(),
                                count.data(), cells,       axis.max_taps()};
-    for (size_t d = 0; d < offsets.size(); ++d)
+    for (size_t d = 0; d < offsets.size(); ++d) {
+      for (int64_t place = 0; place < axis.places(); ++place)
+        token.push_back(axis.token_at(offsets[d], place));
       for (int64_t cell = 0; cell < cells; ++cell)
         fill_axis_cell(axis, offsets[d], static_cast<int64_t>(d), cell, table);
+    }
     for (size_t slot = 0; divide && slot < slots; ++slot) {
       Acc* const cell = table.weight + static_cast<int64_t>(slot) * table.max_taps;
       for (int32_t k = 0; k < taps[slot]; ++k) cell[k] /= static_cast<Acc>(count[slot]);
@@ -123,8 +127,12 @@ struct Views {
     plan.width = axis_x.cells();
     plan.tokens_y = args.grid[0];
     plan.tokens_x = args.grid[1];
+    plan.places_y = axis_y.places();
+    plan.places_x = axis_x.places();
     plan.y = y.fill(axis_y, dy, divide);
     plan.x = x.fill(axis_x, dx, divide);
+    plan.token_y = y.token.data();
+    plan.token_x = x.token.data();
     plan.offsets_y = static_cast<int64_t>(dy.size());
     plan.groups = static_cast<int64_t>(dx.size());
     plan.group_begin = group_begin.data();
@@ -162,16 +170,16 @@ std::pair<int64_t, int64_t> inputs_of_tile(const Table& table, int64_t row, int6
 }
 
 // Owns a TileTable: add() what each tile reads, then close() it. A Table is an AxisTable, whose
-// outputs are cells and whose inputs are tokens, or a TransposedTable.
+// outputs are cells and whose inputs are places, or a TransposedTable.
 template <class Acc>
 struct TileStorage {
   std::vector<int64_t> begin{0}, input;
   std::vector<Acc> weight;
 
-  // Adds the inputs that `tile` outputs of a row read with a weight that is not 0. Their positions
-  // begin at `base`.
-  template <class Table>
-  void add(const Table& table, int64_t row, int64_t output, int64_t tile, int64_t base) {
+  // Adds the inputs that `tile` outputs of a row read with a weight that is not 0: at(i) is the
+  // position of input i.
+  template <class Table, class Position>
+  void add(const Table& table, int64_t row, int64_t output, int64_t tile, Position&& at) {
     const auto [first, end] = inputs_of_tile(table, row, output, tile);
     for (int64_t i = first; i < end; ++i) {
       bool any = false;
@@ -180,7 +188,7 @@ struct TileStorage {
         any = any || weight.back() != 0;
       }
       if (any) {
-        input.push_back(base + i);
+        input.push_back(at(i));
       } else {
         weight.resize(weight.size() - static_cast<size_t>(tile));
       }
@@ -188,12 +196,12 @@ struct TileStorage {
   }
   void close() { begin.push_back(static_cast<int64_t>(input.size())); }
 
-  // A set of tiles for each row of a table.
-  template <class Table>
-  void add_rows(const Table& table, int64_t rows, int64_t tile) {
+  // A set of tiles for each row of a table. at(row, i): the position of input i.
+  template <class Table, class Position>
+  void add_rows(const Table& table, int64_t rows, int64_t tile, Position&& at) {
     for (int64_t row = 0; row < rows; ++row) {
       for (int64_t output = 0; output < table.cells; output += tile) {
-        add(table, row, output, tile, 0);
+        add(table, row, output, tile, [&](int64_t i) { return at(row, i); });
         close();
       }
     }

@@ -20,7 +20,7 @@ struct InputOf<BFloat16, BFloat16> {
 template <class T, class Out>
 struct MeanPart {
   int64_t y, y_end, x, x_end;
-  Span columns;                                  // of tokens that are read
+  Span columns;                                  // the places of tokens that are read
   const typename InputOf<T, Out>::type* tokens;  // of view 0, token 0
   Out* out;                                      // of cell (y, x)
   int64_t n;
@@ -83,9 +83,10 @@ bool sum_rows(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64_t t
           weights[count * pitch + y] = view.weight * table.weight[k * pitch + y];
       }
     }
+    const int64_t* const token_x = plan.token_x + g * plan.places_x;
     for (int64_t j = part.columns.begin; j < part.columns.end; ++j)
-      store_sums<X, kExact>(part.tokens + j * plan.token_strides[2], at, weights + first, pitch,
-                            count, part.n, sums + (j - part.columns.begin) * plan.pass,
+      store_sums<X, kExact>(part.tokens + token_x[j] * plan.token_strides[2], at, weights + first,
+                            pitch, count, part.n, sums + (j - part.columns.begin) * plan.pass,
                             plan.groups * plan.columns * plan.pass, squares);
   }
   return all_below(squares, kMaxSumOfSquares<Acc>);
@@ -100,8 +101,9 @@ bool walk_down(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, char* ba
   Acc* sums = in(base, plan.scratch.sums);
   Vec<Acc> squares[kVectors] = {};
   for (int64_t g = 0; g < plan.groups; ++g, sums += plan.columns * plan.pass) {
+    const int64_t* const token_x = plan.token_x + g * plan.places_x;
     for (int64_t j = part.columns.begin; j < part.columns.end; ++j) {
-      const auto* const tokens = part.tokens + j * plan.token_strides[2];
+      const auto* const tokens = part.tokens + token_x[j] * plan.token_strides[2];
       for (int64_t c = 0; c < part.n; c += kVectors * lanes) {
         Acc* const to = sums + (j - part.columns.begin) * plan.pass + c;
         with_vectors<Acc>(part.n - c, [&](auto vectors) __attribute__((always_inline)) {

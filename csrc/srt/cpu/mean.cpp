@@ -31,7 +31,7 @@ struct WalkStorage {
   std::vector<Acc> position;
 
   // Adds a walk over n views: offset(i) of view number i, row(i) its row of the axis table, and
-  // tap(i, token, value, slope) as it enters the sums.
+  // tap(i, place, value, slope) as it enters the sums.
   template <class Offset, class Row, class Tap>
   void add(const Axis& axis, const AxisTable<Acc>& table, int64_t n, Offset&& offset, Row&& row,
            Tap&& tap) {
@@ -42,8 +42,8 @@ struct WalkStorage {
         starts = at[-1] > 0 && at[0] == 0;
       }
       for (int64_t i = 0; i < n; ++i) {
-        visit_step(axis, offset(i), cell, starts, [&](int32_t token, double value, double slope) {
-          taps.push_back(tap(i, token, static_cast<Acc>(value), static_cast<Acc>(slope)));
+        visit_step(axis, offset(i), cell, starts, [&](int32_t place, double value, double slope) {
+          taps.push_back(tap(i, place, static_cast<Acc>(value), static_cast<Acc>(slope)));
         });
       }
       begin.push_back(static_cast<int64_t>(taps.size()));
@@ -70,8 +70,8 @@ struct MeanTables {
     walk_x.add(
         axis, plan.x, plan.groups, [&](int64_t g) { return dx[static_cast<size_t>(g)]; },
         [](int64_t g) { return g; },
-        [&](int64_t g, int64_t token, Acc value, Acc slope) {
-          return Tap{g * plan.columns + token, value, slope};
+        [&](int64_t g, int64_t place, Acc value, Acc slope) {
+          return Tap{g * plan.columns + place, value, slope};
         });
     plan.walk_x = walk_x.table(axis);
   }
@@ -83,7 +83,8 @@ struct MeanTables {
           axis, plan.y, plan.group_begin[g + 1] - plan.group_begin[g],
           [&](int64_t i) { return dy[static_cast<size_t>(own[i].dy)]; },
           [&](int64_t i) { return own[i].dy; },
-          [&](int64_t i, int64_t token, Acc value, Acc slope) {
+          [&](int64_t i, int64_t place, Acc value, Acc slope) {
+            const int64_t token = plan.token_y[own[i].dy * plan.places_y + place];
             const int64_t at = own[i].index * plan.token_strides[0] +
                                token * plan.tokens_x * plan.token_strides[2];
             return Tap{at, own[i].weight * value, own[i].weight * slope};
@@ -97,7 +98,8 @@ struct MeanTables {
     const int64_t tile = choose_tile(plan.x, plan.groups, largest, kLoadSums, once);
     split_row(axis, tile, plan);
     for (int64_t cell = 0; cell < plan.width; cell += tile) {
-      for (int64_t g = 0; g < plan.groups; ++g) tile_x.add(plan.x, g, cell, tile, g * plan.columns);
+      for (int64_t g = 0; g < plan.groups; ++g)
+        tile_x.add(plan.x, g, cell, tile, [&](int64_t place) { return g * plan.columns + place; });
       tile_x.close();
     }
     plan.tile_x = tile_x.table(tile, plan.width);
@@ -110,13 +112,13 @@ struct MeanTables {
     plan.part = div_up(div_up(plan.width, parts), unit) * unit;
     plan.parts = div_up(plan.width, plan.part);
     for (int64_t x = 0; x < plan.width; x += plan.part) {
-      Span own{plan.tokens_x, 0};
+      Span own{plan.places_x, 0};
       for (int64_t g = 0; g < plan.groups; ++g) {
         const auto [first, end] = inputs_of_tile(plan.x, g, x, plan.part);
         if (first < end) own = {std::min(own.begin, first), std::max(own.end, end)};
       }
       // A walk has a tap of the next token, too, where its weight is 0 in the last pixel.
-      own = {std::min(own.begin, own.end), std::min(own.end + 1, plan.tokens_x)};
+      own = {std::min(own.begin, own.end), std::min(own.end + 1, plan.places_x)};
       columns.push_back(own);
       plan.columns = std::max(plan.columns, own.end - own.begin);
     }
@@ -185,7 +187,9 @@ void mean_of(const EnsembleArgs& args, const Parallel& parallel) {
   const int64_t largest = largest_tile(plan, block, row_bytes, walks ? 1 : parallel.threads);
   const int64_t tile_y =
       plan.walks_y ? 1 : choose_tile(plan.y, plan.offsets_y, largest, kLoadTokens, once);
-  tables.tile_y.add_rows(plan.y, plan.offsets_y, tile_y);
+  tables.tile_y.add_rows(plan.y, plan.offsets_y, tile_y, [&](int64_t d, int64_t place) {
+    return plan.token_y[d * plan.places_y + place];
+  });
   plan.tile_y = tables.tile_y.table(tile_y, plan.height);
   plan.band = tile_y;
   if (plan.walks_y) tables.make_walk_y(axis_y, views.dy, plan);

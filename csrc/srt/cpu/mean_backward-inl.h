@@ -20,7 +20,8 @@ bool sum_rows(const MeanBackwardPlan<Acc>& plan, int64_t i, int64_t tile, int64_
   Acc* const sums = in(base, plan.scratch.sums) + first * row;
   const int64_t slot = i * table.tiles + tile;
   Vec<Acc> squares = {};
-  for (int64_t x = span.begin; x < span.end; ++x) {
+  for (int64_t cell = span.begin; cell < span.end; ++cell) {
+    const int64_t x = cell % plan.width;
     int64_t count = 0;
     for (int64_t k = table.begin[slot]; k < table.begin[slot + 1]; ++k) {
       const Acc inverse = plan.inverse[table.input[k] * plan.width + x];
@@ -31,7 +32,7 @@ bool sum_rows(const MeanBackwardPlan<Acc>& plan, int64_t i, int64_t tile, int64_
       ++count;
     }
     store_sums<X, kExact>(grad + x * plan.out_strides[3], at, weights + first, pitch, count, n,
-                          sums + (x - span.begin) * plan.pass, row, squares);
+                          sums + (cell - span.begin) * plan.pass, row, squares);
   }
   return all_below(squares, kMaxSumOfSquares<Acc>);
 }

@@ -13,31 +13,50 @@ namespace {
 
 // The table of an axis transposed: a row for each token, whose outputs are the offsets and whose
 // inputs are the cells that read the token. Its weights stay in the other table: an edge token may
-// be read by all cells.
+// be read by all cells. Under circular cells at both ends may read a token: the axis is repeated
+// before its beginning and behind its end, so that the cells of a token follow each other, and
+// cells are numbered over all three periods.
 template <class Acc>
 struct TransposedTable {
   const AxisTable<Acc>& table;
   int64_t cells;                     // offsets
-  std::vector<int32_t> first, taps;  // [tokens * offsets]
+  int64_t tokens;                    // of a period
+  int64_t before;                    // periods before the axis
+  std::vector<int64_t> start;        // [offsets] the token of place 0, which may be negative
+  std::vector<int32_t> first, taps;  // [tokens, offsets]
 
-  TransposedTable(const AxisTable<Acc>& of, int64_t offsets, int64_t tokens)
-      : table(of), cells(offsets) {
+  // token_at [offsets, places]
+  TransposedTable(const AxisTable<Acc>& of, int64_t offsets, int64_t tokens, int64_t places,
+                  const int64_t* token_at)
+      : table(of), cells(offsets), tokens(tokens), before(places > tokens ? 1 : 0) {
     first.resize(static_cast<size_t>(tokens * offsets));
     taps.resize(first.size());
     for (int64_t d = 0; d < offsets; ++d) {
-      for (int64_t cell = 0; cell < table.cells; ++cell) {
-        const int64_t slot = d * table.cells + cell;
-        for (int32_t k = 0; k < table.taps[slot]; ++k) {
-          const auto own = static_cast<size_t>((table.first[slot] + k) * offsets + d);
-          if (taps[own] == 0) first[own] = static_cast<int32_t>(cell);
-          taps[own] = static_cast<int32_t>(cell) + 1 - first[own];
-        }
-      }
+      const int64_t token = token_at[d * places];
+      // At most half of the axis away, as far as without a roll.
+      start.push_back(before > 0 && 2 * (token + 1) > tokens ? token - tokens : token);
+      for (int64_t cell = 0; cell < table.cells; ++cell) add_cell(d, cell);
     }
   }
 
   Acc weight_of(int64_t token, int64_t d, int64_t cell) const {
-    return table.weight_of(d, cell, token);
+    const int64_t period = cell / table.cells - before;
+    const int64_t place = token - period * tokens - start[static_cast<size_t>(d)];
+    return table.weight_of(d, cell % table.cells, place);
+  }
+
+ private:
+  void add_cell(int64_t d, int64_t cell) {
+    const int64_t slot = d * table.cells + cell;
+    for (int32_t k = 0; k < table.taps[slot]; ++k) {
+      const int64_t from_first = start[static_cast<size_t>(d)] + table.first[slot] + k + tokens;
+      const int64_t period = before + 1 - from_first / tokens;
+      const auto number = static_cast<int32_t>(cell + period * table.cells);
+      const auto own = static_cast<size_t>(from_first % tokens * cells + d);
+      const int32_t end = first[own] + taps[own];
+      if (taps[own] == 0 || number < first[own]) first[own] = number;
+      taps[own] = std::max(end, number + 1) - first[own];
+    }
   }
 };
 
@@ -118,8 +137,10 @@ void mean_backward(const EnsembleArgs& args, void* grad_tokens, const Parallel& 
     inverse.push_back(weight > 0 ? static_cast<Acc>(1 / weight) : 0);
   plan.inverse = inverse.data();
 
-  const TransposedTable<Acc> y_cells(plan.y, plan.offsets_y, plan.tokens_y);
-  const TransposedTable<Acc> x_cells(plan.x, plan.groups, plan.tokens_x);
+  const TransposedTable<Acc> y_cells(plan.y, plan.offsets_y, plan.tokens_y, plan.places_y,
+                                     plan.token_y);
+  const TransposedTable<Acc> x_cells(plan.x, plan.groups, plan.tokens_x, plan.places_x,
+                                     plan.token_x);
   ViewsByDy<Acc> by_dy(views.views);
   const int64_t tile_y = choose_tile(y_cells, plan.tokens_y, isa.max_tile, kLoadTokens, once);
   const int64_t tile_x =
@@ -127,8 +148,9 @@ void mean_backward(const EnsembleArgs& args, void* grad_tokens, const Parallel& 
                   [&](int64_t group, int64_t tile) { return by_dy.uses(group, tile); });
   by_dy.split(plan.offsets_y, tile_x);
   TileStorage<Acc> y, x;
-  y.add_rows(y_cells, plan.tokens_y, tile_y);
-  x.add_rows(x_cells, plan.tokens_x, tile_x);
+  y.add_rows(y_cells, plan.tokens_y, tile_y,
+             [&](int64_t, int64_t cell) { return cell % plan.height; });
+  x.add_rows(x_cells, plan.tokens_x, tile_x, [](int64_t, int64_t cell) { return cell; });
   plan.tile_y = y.table(tile_y, plan.offsets_y);
   plan.tile_x = x.table(tile_x, plan.groups);
   plan.by_dy = by_dy.views.data();

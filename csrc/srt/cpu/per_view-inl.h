@@ -246,7 +246,7 @@ __attribute__((noinline)) bool gather(const ViewValue<Acc>* values, int64_t coun
 }
 
 // The token rows that each view reads in output row y, summed, for n channels from `tokens` on:
-// sums [views that count, tokens_x, chunk], with zeros up to a whole block.
+// sums [views that count, places_x, chunk], with zeros up to a whole block.
 template <class T, class Acc>
 __attribute__((noinline)) void combine_views(const PerViewPlan<Acc>& plan, int64_t y,
                                              const T* tokens, int64_t n, char* base) {
@@ -262,12 +262,13 @@ __attribute__((noinline)) void combine_views(const PerViewPlan<Acc>& plan, int64
     row_of[i] = -1;
     if (!(plan.y.count[slot] > 0)) continue;
     row_of[i] = rows++;
+    const int64_t* const token_y = plan.token_y + view.dy * plan.places_y + plan.y.first[slot];
+    const int64_t* const token_x = plan.token_x + view.group * plan.places_x;
     for (int64_t k = 0; k < count; ++k)
-      at[k] =
-          view.index * plan.token_strides[0] + (plan.y.first[slot] + k) * plan.tokens_x * stride_n;
-    for (int64_t j = 0; j < plan.tokens_x; ++j, sums += plan.chunk)
-      store_sums<1, true>(tokens + j * stride_n, at, plan.y.weight + slot * plan.y.max_taps, 1,
-                          count, n, sums, 0, unused);
+      at[k] = view.index * plan.token_strides[0] + token_y[k] * plan.tokens_x * stride_n;
+    for (int64_t j = 0; j < plan.places_x; ++j, sums += plan.chunk)
+      store_sums<1, true>(tokens + token_x[j] * stride_n, at,
+                          plan.y.weight + slot * plan.y.max_taps, 1, count, n, sums, 0, unused);
   }
 }
 
@@ -287,8 +288,8 @@ __attribute__((noinline)) CellValues<Acc> views_of_cell(const PerViewPlan<Acc>& 
     const auto& view = plan.counted_views[i];
     const int64_t slot = view.group * plan.width + x;
     if (row_of[i] < 0 || !(plan.x.count[slot] > 0)) continue;
-    const int64_t token = row_of[i] * plan.tokens_x + plan.x.first[slot];
-    values[cell.count] = {sums + token * plan.chunk, plan.x.weight + slot * plan.x.max_taps,
+    const int64_t place = row_of[i] * plan.places_x + plan.x.first[slot];
+    values[cell.count] = {sums + place * plan.chunk, plan.x.weight + slot * plan.x.max_taps,
                           plan.x.taps[slot]};
     const double weight = static_cast<double>(view.weight) * plan.x.count[slot] *
                           plan.y.count[view.dy * plan.height + y];

@@ -21,7 +21,7 @@ template <class Acc>
 int64_t place_scratch(int64_t block, PerViewPlan<Acc>& plan) {
   const int64_t counted = plan.counted;
   Layout layout;
-  layout.place(plan.scratch.sums, counted * plan.tokens_x * plan.chunk);
+  layout.place(plan.scratch.sums, counted * plan.places_x * plan.chunk);
   layout.place(plan.scratch.at, plan.y.max_taps);
   layout.place(plan.scratch.row_of, counted);
   layout.place(plan.scratch.values, counted);
@@ -50,7 +50,7 @@ void per_view_of(const EnsembleArgs& args, const Parallel& parallel) {
   // A band is as tall as a token: its rows read the same tokens. It gets lower, and chunks
   // narrower, where a thread would be without work.
   const int64_t block = kernels().block_bytes / static_cast<int64_t>(sizeof(Acc));
-  const int64_t sums = counted * plan.tokens_x * static_cast<int64_t>(sizeof(Acc));
+  const int64_t sums = counted * plan.places_x * static_cast<int64_t>(sizeof(Acc));
   plan.band = std::max<int64_t>(1, args.patch[0] / args.stride[0]);
   plan.chunk = fitting_channels(plan.channels, block, std::max<int64_t>(1, sums));
   const auto count_tasks = [&] {

@@ -36,6 +36,9 @@ struct ViewsPlan : EnsembleArgs {
   };
   int64_t height, width;       // output cells, H' and W'
   int64_t tokens_y, tokens_x;  // h and w
+  int64_t places_y, places_x;  // of tokens, in the tables
+  const int64_t* token_y;      // [distinct dy, places_y]
+  const int64_t* token_x;      // [groups, places_x]
   AxisTable<Acc> y;            // [distinct dy, height]
   AxisTable<Acc> x;            // [groups, width]
   int64_t offsets_y, groups;   // distinct dy, distinct dx
@@ -109,7 +112,7 @@ struct MeanPlan : ViewsPlan<Acc> {
   WalkTable<Acc> walk_x;   // over [groups, columns]
   TileTable<Acc> tile_x;   // cells that read [groups, columns]; one set
   int64_t part, parts;     // cells of a row, and how many parts there are
-  const Span* columns_of;  // [parts] the columns of tokens that each reads
+  const Span* columns_of;  // [parts] the places of tokens that each reads
   int64_t columns;         // the most of them
   int64_t pass;            // channels whose sums fit the cache, whole blocks
   bool past_cache;         // the output is written around the cache
@@ -139,7 +142,7 @@ struct PerViewPlan : ViewsPlan<Acc> {
   const int32_t *end_y, *end_x;
   const int64_t* order;  // [counted] in which the values stand; null for that of the views
   struct Scratch {
-    ScratchArray<Acc> sums;               // [V, tokens_x, chunk] the combined rows of each view
+    ScratchArray<Acc> sums;               // [V, places_x, chunk] the combined rows of each view
     ScratchArray<int64_t> at;             // the token rows that one view combines, in elements
     ScratchArray<int64_t> row_of;         // [V] the combined row of a view, or -1
     ScratchArray<ViewValue<Acc>> values;  // [V]
@@ -169,7 +172,7 @@ struct MeanBackwardPlan : ViewsPlan<Acc> {
   const int64_t* tile_views_begin;  // [distinct dy + 1], into tile_views: those of each dy
   const Acc* inverse;               // [H', W']: 1 / the weight of a cell, or 0
   int64_t segment, segments;        // tokens, and how many there are
-  const Span* spans;                // [segments] the cells that read each
+  const Span* spans;                // [segments] the cells that read each, modulo the width
   int64_t longest_span;             // cells
   int64_t pass;                     // channels whose sums fit the cache, whole blocks
   void* grad_tokens;                // [V, B, h*w, C], dense
