@@ -62,8 +62,9 @@ class EnsembleBounds:
         self.fixed = 16 + (in_float64 if self.dtype == torch.float64 else 1)
 
         # Taps of a cell, as Axis::max_taps.
+        more = 2 if case.border == "circular" else 0
         ty, tx = (
-            min(n, 2 if s == 1 else (s - 1) // p + 3)
+            min(n + more, 2 if s == 1 else (s - 1) // p + 3)
             for n, p, s in zip(case.grid, case.patch, case.stride, strict=True)
         )
         # The value of a view is a sum of at most ty * tx products, the mean of V values adds V.
@@ -175,6 +176,8 @@ class EnsembleBounds:
             return height, width
         # A token is read by the pixels of its own pitch and of half of one at both ends.
         y, x = (2 * p // s + 2 for p, s in zip(self.case.patch, self.case.stride, strict=True))
+        if self.case.border == "circular":  # also twice by one cell
+            return y, x
         return min(height, y), min(width, x)
 
     @property

@@ -142,6 +142,9 @@ ENSEMBLES = {
     "patch_1": replace(_ENSEMBLE, patch=(1, 1), offsets=_REAL, stride=(3, 1)),
     "one_token": replace(_ENSEMBLE, grid=(1, 1), patch=(3, 2), channels=1, batch=1),
     "wide": replace(_ENSEMBLE, channels=151, batch=1, border="clamp"),
+    "circular": replace(
+        _ENSEMBLE, offsets=(*_REAL, (30.0, -45.25)), border="circular", value_dtype=torch.float64
+    ),
 }
 
 SHIFTS = {

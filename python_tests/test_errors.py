@@ -129,7 +129,8 @@ OVERLAP = "must not overlap itself (each stride must step over what the smaller 
 SHARED_MEMORY = ("out must not share memory with tokens", "a view of the same memory")
 STREAM_WEIGHTS = "weights must be 0 or between 2^-500 and 2^500"
 UPSAMPLES = "upsample must be one of 'nearest', 'bilinear'"
-BORDERS = "border must be one of 'coverage', 'zeros', 'clamp'"
+BORDER_WORDS = "'coverage', 'zeros', 'clamp', 'circular'"
+BORDERS = f"border must be one of {BORDER_WORDS}"
 
 memory = torch.ones(2 * 6 * 3 + 8 * 15 * 3)
 out, double = torch.ones(OUT), torch.float64
@@ -217,9 +218,9 @@ TABLE = [
         for op, name, options, words in (
             ("ensemble", "reduce", "'mean', 'median'", ("", "sum", "Mean", "mean ")),
             ("ensemble", "upsample", "'nearest', 'bilinear'", ("bicubic",)),
-            ("ensemble", "border", "'coverage', 'zeros', 'clamp'", ("covéragé",)),
+            ("ensemble", "border", BORDER_WORDS, ("covéragé",)),
             # Printed on one line: a NUL would end the message, a line break its first line.
-            ("ensemble", "border", "'coverage', 'zeros', 'clamp'", ("a\0b", "a\nb")),
+            ("ensemble", "border", BORDER_WORDS, ("a\0b", "a\nb")),
             ("shift", "padding", "'zeros', 'border', 'reflect', 'circular'", ("clamp",)),
             ("shift", "interpolation", "'nearest', 'bilinear', 'bicubic'", ("area",)),
         )

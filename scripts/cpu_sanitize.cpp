@@ -88,7 +88,8 @@ struct Case {
 };
 const Case kCases[] = {{"pixels"},
                        {"weighted", {7, 9}, {8, 8}, {2, 3}, "bilinear", "zeros", true, 2, 131},
-                       {"nearest", {9, 7}, {8, 7}, {1, 1}, "nearest", "clamp"}};
+                       {"nearest", {9, 7}, {8, 7}, {1, 1}, "nearest", "clamp"},
+                       {"circular", {7, 9}, {8, 8}, {1, 1}, "bilinear", "circular"}};
 const std::vector<double> kOffsets{0, 0, 0.25, -0.625, -3.3, 7.1, 2.5, 2.5, -0.7, -5.9, 3, -3};
 const std::vector<double> kWeights{1, 0, 2.5, 1e-3, 7, 0.5};
 const int64_t kViews = static_cast<int64_t>(kWeights.size());

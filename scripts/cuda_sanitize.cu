@@ -300,6 +300,7 @@ constexpr void (*kEnsembles[])(E&) = {
     [](E& e) { e.upsample = Upsample::nearest, e.border = Border::clamp; },
     [](E& e) { e.border = Border::zeros, e.offset_list = kReal; },
     [](E& e) { e.border = Border::clamp, e.offset_list = {12, 0, 0.5, -30, 0x1p20, -0x1p20}; },
+    [](E& e) { e.border = Border::circular, e.offset_list = kReal; },
     [](E& e) { e.stride[0] = 4, e.stride[1] = 6, e.upsample = Upsample::nearest; },
     [](E& e) { e.stride[0] = 6, e.stride[1] = 10, e.offset_list = kReal, e.padded = true; },
     [](E& e) { e.stride[0] = 12, e.stride[1] = 30, e.border = Border::zeros; },

@@ -185,7 +185,9 @@ def ensemble(
             NaN where one of them is (as ``torch.median``); it takes no weights.
         upsample: ``nearest`` or ``bilinear`` (``F.interpolate`` with ``align_corners=False``).
         border: a pixel that a view does not cover is left out (``coverage``), counts as 0
-            (``zeros``, as published), or reads the nearest edge token (``clamp``).
+            (``zeros``, as published), reads the nearest edge token (``clamp``), or reads the tokens
+            as if they went on at the opposite edge (``circular``, for views that :func:`shift` made
+            with ``padding="circular"``).
         stride: pixels per output cell, (sh, sw) or one for both; divides (H, W). 1 is pixel scale,
             ``patch`` is token scale.
         out: [B, C, H / sh, W / sw], written in place; any strides that step over what the smaller

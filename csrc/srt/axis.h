@@ -22,15 +22,26 @@ struct Axis {
   // Pixels read tokens by their places, which ascend along the axis. Place i is token i, but under
   // circular the tokens are rolled, so that less than a token of the offset is left, and the last
   // one stands before the first, too, and the first one behind the last.
-  SRT_HD int64_t places() const { return tokens + (border == Border::circular ? 2 : 0); }
+  SRT_HD bool wraps() const { return border == Border::circular; }
+  SRT_HD int64_t places() const { return tokens + (wraps() ? 2 : 0); }
   // The whole tokens of an offset: at least -patch / 2 and less than patch / 2 pixels are left.
   SRT_HD double roll(double offset) const {
-    return border == Border::circular ? std::floor(offset / static_cast<double>(patch) + 0.5) : 0;
+    const bool rolls = wraps() && std::fabs(offset) <= static_cast<double>(kMaxOffset);
+    return rolls ? std::floor(offset / static_cast<double>(patch) + 0.5) : 0;
   }
-  SRT_HD int64_t token_at(double offset, int64_t place) const {
-    if (border != Border::circular) return place;
-    const int64_t token = (place - 1 + static_cast<int64_t>(roll(offset))) % tokens;
-    return token < 0 ? token + tokens : token;
+  // The token of place 0 on an axis that goes on beyond its ends: at most half of its length away,
+  // so it may be negative.
+  SRT_HD int64_t start(double offset) const {
+    if (!wraps()) return 0;
+    int64_t roll_by = static_cast<int64_t>(roll(offset)) % tokens;
+    if (roll_by < 0) roll_by += tokens;
+    return (2 * roll_by > tokens ? roll_by - tokens : roll_by) - 1;
+  }
+  SRT_HD int64_t token_at(int64_t start, int64_t place) const {
+    int64_t token = start + place;
+    if (token < 0) token += tokens;
+    while (token >= tokens) token -= tokens;
+    return token;
   }
 
   // A cell spans (stride - 1) / patch tokens; interpolation adds one at each end.
@@ -55,7 +66,7 @@ SRT_HD inline PixelRead read_pixel(const Axis& axis, double offset, int64_t y) {
   if (!(std::fabs(offset) <= static_cast<double>(kMaxOffset))) return {false, -1, 0, 0};
   const double patch = static_cast<double>(axis.patch);
   const bool nearest = axis.upsample == Upsample::nearest;
-  if (axis.border == Border::circular) {
+  if (axis.wraps()) {
     const double p = static_cast<double>(y) + 0.5 + (offset - axis.roll(offset) * patch);
     const double q = p / patch - (nearest ? 0 : 0.5), token = std::floor(q);
     return {true, static_cast<int32_t>(token) + 1, nearest ? 0 : q - token,

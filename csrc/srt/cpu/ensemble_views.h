@@ -23,7 +23,7 @@ constexpr int64_t kLoadTokens = 4, kLoadSums = 1;
 // Owns the table of one axis for its distinct offsets.
 template <class Acc>
 struct AxisTableStorage {
-  std::vector<int64_t> token;  // [offsets, places]
+  std::vector<int64_t> start, token;  // [offsets] and [offsets, places]
   std::vector<int32_t> first, taps;
   std::vector<Acc> weight;
   std::vector<double> count;
@@ -39,8 +39,9 @@ struct AxisTableStorage {
     const AxisTable<Acc> table{first.data(), taps.data(), weight.data(),
                                count.data(), cells,       axis.max_taps()};
     for (size_t d = 0; d < offsets.size(); ++d) {
+      start.push_back(axis.start(offsets[d]));
       for (int64_t place = 0; place < axis.places(); ++place)
-        token.push_back(axis.token_at(offsets[d], place));
+        token.push_back(axis.token_at(start.back(), place));
       for (int64_t cell = 0; cell < cells; ++cell)
         fill_axis_cell(axis, offsets[d], static_cast<int64_t>(d), cell, table);
     }

@@ -19,24 +19,23 @@ namespace {
 template <class Acc>
 struct TransposedTable {
   const AxisTable<Acc>& table;
-  int64_t cells;                     // offsets
-  int64_t tokens;                    // of a period
-  int64_t before;                    // periods before the axis
-  std::vector<int64_t> start;        // [offsets] the token of place 0, which may be negative
-  std::vector<int32_t> first, taps;  // [tokens, offsets]
+  const std::vector<int64_t>& start;  // [offsets], Axis::start
+  int64_t cells;                      // offsets
+  int64_t tokens;                     // of a period
+  int64_t before;                     // periods before the axis
+  std::vector<int32_t> first, taps;   // [tokens, offsets]
 
-  // token_at [offsets, places]
-  TransposedTable(const AxisTable<Acc>& of, int64_t offsets, int64_t tokens, int64_t places,
-                  const int64_t* token_at)
-      : table(of), cells(offsets), tokens(tokens), before(places > tokens ? 1 : 0) {
-    first.resize(static_cast<size_t>(tokens * offsets));
+  TransposedTable(const AxisTable<Acc>& of, const std::vector<int64_t>& start, int64_t tokens,
+                  Border border)
+      : table(of),
+        start(start),
+        cells(static_cast<int64_t>(start.size())),
+        tokens(tokens),
+        before(border == Border::circular ? 1 : 0) {
+    first.resize(static_cast<size_t>(tokens * cells));
     taps.resize(first.size());
-    for (int64_t d = 0; d < offsets; ++d) {
-      const int64_t token = token_at[d * places];
-      // At most half of the axis away, as far as without a roll.
-      start.push_back(before > 0 && 2 * (token + 1) > tokens ? token - tokens : token);
+    for (int64_t d = 0; d < cells; ++d)
       for (int64_t cell = 0; cell < table.cells; ++cell) add_cell(d, cell);
-    }
   }
 
   Acc weight_of(int64_t token, int64_t d, int64_t cell) const {
@@ -137,10 +136,8 @@ void mean_backward(const EnsembleArgs& args, void* grad_tokens, const Parallel& 
     inverse.push_back(weight > 0 ? static_cast<Acc>(1 / weight) : 0);
   plan.inverse = inverse.data();
 
-  const TransposedTable<Acc> y_cells(plan.y, plan.offsets_y, plan.tokens_y, plan.places_y,
-                                     plan.token_y);
-  const TransposedTable<Acc> x_cells(plan.x, plan.groups, plan.tokens_x, plan.places_x,
-                                     plan.token_x);
+  const TransposedTable<Acc> y_cells(plan.y, views.y.start, plan.tokens_y, args.border);
+  const TransposedTable<Acc> x_cells(plan.x, views.x.start, plan.tokens_x, args.border);
   ViewsByDy<Acc> by_dy(views.views);
   const int64_t tile_y = choose_tile(y_cells, plan.tokens_y, isa.max_tile, kLoadTokens, once);
   const int64_t tile_x =

@@ -46,6 +46,7 @@ struct alignas(kVectorBytes) Input {
 
 struct alignas(kVectorBytes) Column {
   int32_t view;  // the first of the group
+  int32_t place;
   int32_t token;
   int32_t group_columns;  // of the whole group, in this tile
 };
@@ -86,15 +87,16 @@ struct MeanPlan : FieldPlan {
 
 // ---- the tables ---------------------------------------------------------------------------------
 
-// The tokens that a view may read in some cells: those that it reads at both ends, and between. A
+// The places that a view may read in some cells: those that it reads at both ends, and between. A
 // walk also has a tap of the token behind them where its weight is 0, but not its slope.
 struct Span {
   int32_t first, count;
 };
 __device__ inline Span span_of(Axis axis, double offset, int64_t cell, int64_t cells) {
-  axis.border = Border::clamp;
+  if (!axis.wraps()) axis.border = Border::clamp;
   const PixelRead first = read_pixel(axis, offset, cell * axis.stride);
-  const PixelRead last = read_pixel(axis, offset, (cell + cells) * axis.stride - 1);
+  const int64_t end = min((cell + cells) * axis.stride, axis.pixels());
+  const PixelRead last = read_pixel(axis, offset, end - 1);
   return {first.token, last.token - first.token + 1 + (last.after > 0 || last.slope > 0)};
 }
 
@@ -113,13 +115,14 @@ __device__ void fill_inputs(const MeanPlan<Acc>& plan, int64_t block, int64_t v)
   if (v + 1 == plan.views || views[v + 1].dx != view.dx)
     plan.total_inputs[list] = before + own.count;
   Input<Acc>* const input = plan.input + list * plan.inputs + before;
+  const int64_t start = plan.y.start(view.dy);
   for (int64_t i = 0; i < own.count; ++i) {
-    const int64_t token = (own.first + i) * plan.x.tokens;
+    const int64_t token = plan.y.token_at(start, own.first + i) * plan.x.tokens;
     input[i] = {view.index * plan.token_strides[0] + token * plan.token_strides[2], {}};
   }
-  for (int r = 0; r < kRows; ++r) {
-    visit_axis_cell(plan.y, view.dy, block * kRows + r, [&](int32_t token, double value) {
-      input[token - own.first].weight[r] = static_cast<Acc>(view.weight) * static_cast<Acc>(value);
+  for (int r = 0; r < kRows && block * kRows + r < plan.rows; ++r) {
+    visit_axis_cell(plan.y, view.dy, block * kRows + r, [&](int32_t place, double value) {
+      input[place - own.first].weight[r] = static_cast<Acc>(view.weight) * static_cast<Acc>(value);
     });
   }
 }
@@ -137,8 +140,12 @@ __device__ int32_t list_columns(const MeanPlan<Acc>& plan, int64_t tile, Column*
     const Span span = leads ? span_of(plan.x, views[v].dx, tile * cells, cells) : Span{};
     int32_t place = total;
     place += exclusive_sum(span.count, total);
-    for (int32_t i = 0; i < span.count; ++i)
-      columns[place + i] = {static_cast<int32_t>(v), span.first + i, span.count};
+    const int64_t start = leads ? plan.x.start(views[v].dx) : 0;
+    for (int32_t i = 0; i < span.count; ++i) {
+      const int64_t token = plan.x.token_at(start, span.first + i);
+      columns[place + i] = {static_cast<int32_t>(v), span.first + i, static_cast<int32_t>(token),
+                            span.count};
+    }
   }
   return total;
 }
@@ -165,14 +172,14 @@ __device__ void fill_steps(const MeanPlan<Acc>& plan, int64_t tile) {
     // Calls tap(place in the round, value, slope).
     const auto visit = [&](auto&& tap) {
       for (int32_t i = first; i < end; i += columns[i].group_columns) {
-        const auto add = [&](int32_t token, double value, double slope) {
-          const int32_t column = i + token - columns[i].token;
+        const auto add = [&](int32_t place, double value, double slope) {
+          const int32_t column = i + place - columns[i].place;
           if (column >= round && column < end) tap(column - round, value, slope);
         };
         if (walks) {
           visit_step(plan.x, dx_of(i), x, anew, add);
         } else {
-          visit_axis_cell(plan.x, dx_of(i), x, [&](int32_t token, double w) { add(token, w, 0); });
+          visit_axis_cell(plan.x, dx_of(i), x, [&](int32_t place, double w) { add(place, w, 0); });
         }
       }
     };
@@ -210,7 +217,7 @@ __device__ void fill_inverse(const MeanPlan<Acc>& plan, int64_t block, int64_t p
 
 // Blocks make steps, then inputs, then inverses.
 template <class Acc>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)  // with fewer registers it spills
     fill_tables(const __grid_constant__ MeanPlan<Acc> plan, int64_t for_inputs, int64_t for_cells) {
   SRT_FOR_BLOCK(block, plan.x_tiles + for_inputs + plan.row_blocks * for_cells) {
     const int64_t inputs = block - plan.x_tiles, inverses = inputs - for_inputs;
@@ -378,9 +385,11 @@ __device__ __noinline__ void write_directly(const MeanPlan<Acc>& plan, const T* 
     Sum<Acc> sum{};
     for (int64_t v = 0; v < plan.views && plan.sorted[v].weight > 0; ++v) {
       const View view = plan.sorted[v];
+      const int64_t start_y = plan.y.start(view.dy), start_x = plan.x.start(view.dx);
       visit_axis_cell(plan.y, view.dy, y, [&](int32_t row, double weight_y) {
         visit_axis_cell(plan.x, view.dx, x, [&](int32_t column, double weight_x) {
-          const int64_t token = row * plan.x.tokens + column;
+          const int64_t token =
+              plan.y.token_at(start_y, row) * plan.x.tokens + plan.x.token_at(start_x, column);
           const int64_t at = view.index * plan.token_strides[0] + token * plan.token_strides[2];
           const Acc weight = static_cast<Acc>(view.weight) * static_cast<Acc>(weight_y);
           add(sum, weight * static_cast<Acc>(weight_x),
@@ -459,11 +468,11 @@ bool vectors_fit(const EnsembleArgs& args, int64_t n, int64_t element_size) {
   return fit;
 }
 
-// Tokens that so many cells may read: their pixels span (pixels - 1) / patch of them, the first one
+// Places that so many cells may read: their pixels span (pixels - 1) / patch of them, the first one
 // may lie anywhere in a token, and interpolation adds one.
 int64_t most_tokens(const Axis& axis, int64_t cells) {
   const int64_t more = axis.upsample == Upsample::nearest ? 2 : 3;
-  return std::min(axis.tokens, (cells * axis.stride - 1) / axis.patch + more);
+  return std::min(axis.places(), (cells * axis.stride - 1) / axis.patch + more);
 }
 
 template <class T, class Acc = typename AccumulatorOf<T>::type>

@@ -16,7 +16,10 @@ namespace {
 // views of a grid of 7 x 7 offsets are one part.
 constexpr int kEntries = 7;
 
-// The cells that read a token in a part, and cells between them; none if `end` is 0.
+// The cells that read a token in a part, and cells between them; none if `end` is 0. Under circular
+// cells at both ends of an axis may read a token: the axis is repeated before its beginning and
+// behind its end, so that those of a token follow each other, and cells are numbered over all three
+// periods.
 struct CellSpan {
   int32_t begin, end;
 };
@@ -67,16 +70,48 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// A cell of one view joins the spans of the tokens that it reads.
+// An axis as its tokens see it: which cells read them, numbered as above.
 template <class Acc>
-__device__ void widen_spans(const AxisTable<Acc>& table, int64_t v, int64_t cell, CellSpan* span) {
-  const int64_t slot = v * table.cells + cell;
-  for (int32_t k = 0; k < table.taps[slot]; ++k) {
-    if (table.weight[slot * table.max_taps + k] == 0) continue;
-    atomicMin(&span[table.first[slot] + k].begin, static_cast<int32_t>(cell));
-    atomicMax(&span[table.first[slot] + k].end, static_cast<int32_t>(cell + 1));
+struct CellsOfTokens {
+  const ViewAxis<Acc>& axis;
+  int cells, tokens, before;  // of a period, and periods before the axis
+
+  __device__ explicit CellsOfTokens(const ViewAxis<Acc>& of)
+      : axis(of),
+        cells(static_cast<int>(of.table.cells)),
+        tokens(static_cast<int>(of.axis.tokens)),
+        before(of.axis.wraps() ? 1 : 0) {}
+
+  __device__ int numbers() const { return (2 * before + 1) * cells; }
+  __device__ int cell(int number) const {
+    while (number >= cells) number -= cells;
+    return number;
   }
-}
+  // The weight with which a cell of view v reads a token.
+  __device__ Acc weight_of(int64_t v, int number, int token) const {
+    const int place = token - (number / cells - before) * tokens - axis.start[v];
+    return axis.table.weight_of(v, cell(number), place);
+  }
+  // A cell of view v joins the spans of the tokens that it reads.
+  __device__ void widen_spans(int64_t v, int64_t cell, CellSpan* span) const {
+    const AxisTable<Acc>& table = axis.table;
+    const int64_t slot = v * cells + cell;
+    for (int32_t k = 0; k < table.taps[slot]; ++k) {
+      if (table.weight[slot * table.max_taps + k] == 0) continue;
+      int token = axis.start[v] + table.first[slot] + k, period = before;
+      if (token < 0) {
+        token += tokens;
+        ++period;
+      } else if (token >= tokens) {
+        token -= tokens;
+        --period;
+      }
+      const int number = static_cast<int>(cell) + period * cells;
+      atomicMin(&span[token].begin, number);
+      atomicMax(&span[token].end, number + 1);
+    }
+  }
+};
 
 template <class Acc>
 __global__ void __launch_bounds__(kThreads, 2)  // with fewer registers it spills
@@ -86,11 +121,10 @@ __global__ void __launch_bounds__(kThreads, 2)  // with fewer registers it spill
   SRT_FOR_THREAD(i, tables.views * tables.cells()) {
     const int64_t v = i / tables.cells(), cell = i % tables.cells();
     const int64_t part = plan.entry_of[v] / kEntries;
-    if (cell < rows) {
-      widen_spans(tables.y.table, v, cell, plan.span_y + part * tables.y.axis.tokens);
-    } else {
-      widen_spans(tables.x.table, v, cell - rows, plan.span_x + part * tables.x.axis.tokens);
-    }
+    const bool down = cell < rows;
+    const ViewAxis<Acc>& axis = down ? tables.y : tables.x;
+    CellSpan* const span = (down ? plan.span_y : plan.span_x) + part * axis.axis.tokens;
+    CellsOfTokens<Acc>(axis).widen_spans(v, down ? cell : cell - rows, span);
   }
   tables.visit_weights(/*counts_views=*/false, [&](int64_t cell, double total) {
     plan.inverse[cell] = total > 0 ? static_cast<Acc>(1 / total) : 0;
@@ -211,18 +245,17 @@ struct GradThread {
 
   // The weights of the views in rows y and on, for the open tokens: i to `next`.
   __device__ void stage_rows(int y, int i, int next) const {
-    const AxisTable<Acc>& table = plan.tables.y.table;
+    const CellsOfTokens<Acc> rows(plan.tables.y);
 #pragma unroll 1
     for (int n = static_cast<int>(threadIdx.x); n < kEntries * kSlots * kRows; n += kThreads) {
       const int row = n % kRows, s = n / kRows % kSlots, e = n / kRows / kSlots;
-      const int64_t v = shared.entry[e] + s, slot = v * table.cells + y + row;
-      const bool exists = v < shared.entry[e + 1] && y + row < table.cells;
-      const int first = exists ? table.first[slot] : 0, taps = exists ? table.taps[slot] : 0;
+      const int64_t v = shared.entry[e] + s;
+      const bool exists = v < shared.entry[e + 1] && y + row < rows.numbers();
 #pragma unroll
       for (int k = 0; k < kOpen; ++k) {
-        const int token = i + ((k - i) & (kOpen - 1)), tap = token - first;
-        const bool reads = token < next && tap >= 0 && tap < taps;
-        shared.row_weight[k][row][e].at[s] = reads ? table.weight[slot * table.max_taps + tap] : 0;
+        const int token = i + ((k - i) & (kOpen - 1));
+        shared.row_weight[k][row][e].at[s] =
+            exists && token < next ? rows.weight_of(v, y + row, token) : 0;
       }
     }
   }
@@ -230,15 +263,15 @@ struct GradThread {
   // The weights of the entries in cells x0 and on, for all rows of the task, if they fit.
   __device__ void stage_columns(int x0) const {
     if (shared.staged == x0) return;
-    const AxisTable<Acc>& table = plan.tables.x.table;
+    const CellsOfTokens<Acc> columns(plan.tables.x);
     __syncthreads();
     shared.staged = x0;
 #pragma unroll 1
     for (int n = static_cast<int>(threadIdx.x); n < Tile::batch * kEntries; n += kThreads) {
       const int e = n % kEntries, x = n / kEntries;
       const int64_t v = shared.entry[e];
-      const bool exists = v < shared.entry[e + 1] && x0 + x < table.cells;
-      shared.column_weight[x].at[e] = exists ? table.weight_of(v, x0 + x, shared.token) : 0;
+      const bool exists = v < shared.entry[e + 1] && x0 + x < columns.numbers();
+      shared.column_weight[x].at[e] = exists ? columns.weight_of(v, x0 + x, shared.token) : 0;
     }
     __syncthreads();
   }
@@ -246,11 +279,12 @@ struct GradThread {
   // Sums the cells of row y + own_row for each entry. A weight of 0 is not multiplied: the gradient
   // may not be finite. Where no view counts, the weight is not 0, but no row of the sum is used.
   __device__ void sum_cells(int y) const {
-    const int64_t cells = plan.tables.x.table.cells, row = y + own_row;
-    const bool reads = row < plan.tables.y.table.cells && channels() > 0;
+    const CellsOfTokens<Acc> rows(plan.tables.y), columns(plan.tables.x);
+    const int64_t row = rows.cell(y + own_row);
+    const bool reads = y + own_row < rows.numbers() && channels() > 0;
     const T* const grad =
         shared.grad + row * plan.grad_strides[2] + lane * kVec * plan.grad_strides[1];
-    const Acc* const inverses = plan.inverse + row * cells;
+    const Acc* const inverses = plan.inverse + row * columns.cells;
     Acc sum[kEntries][kVec] = {};
     for (int x0 = shared.column.begin; x0 < shared.column.end; x0 += Tile::batch) {
       stage_columns(x0);
@@ -258,8 +292,9 @@ struct GradThread {
       // The halves take turns.
 #pragma unroll Tile::ahead
       for (int x = x0 + half; x < end; x += Tile::halves) {
-        const Acc inverse = load(inverses + x);
-        const T* const cell = grad + x * plan.grad_strides[3];
+        const int column = columns.cell(x);
+        const Acc inverse = load(inverses + column);
+        const T* const cell = grad + column * plan.grad_strides[3];
         const auto value = to_acc(load(reinterpret_cast<const Pack<T, kVec>*>(cell)));
         const auto weight = shared.column_weight[x - x0];
         Acc share[kVec];

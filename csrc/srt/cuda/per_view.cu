@@ -23,13 +23,10 @@ struct PerViewPlan : FieldPlan {
   uint8_t* breaks[2];            // [H'] and [W'], 1 where a cell differs from the one before it
   int64_t row_step, token_step;  // between tokens, in elements
   bool linear;                   // a cell is a pixel: of at most two taps along each axis
-  // If `linear`, a tile reads these tokens of a view, two rows of them: bytes from the first token.
-  // Where there are fewer columns than kColumns, the last one is read again.
-  int columns;
-  int64_t near[2][kColumns];
-  int64_t tile;    // cells of a block
-  int64_t groups;  // of 32 channels, that a block makes one after the other
-  void* variance;  // as out
+  int columns;                   // of tokens that a tile reads of a view, if `linear`
+  int64_t tile;                  // cells of a block
+  int64_t groups;                // of 32 channels, that a block makes one after the other
+  void* variance;                // as out
   // For a stream alone (ensemble.h).
   int64_t plane_stride;
   double* total_weight;  // [H', W']
@@ -91,8 +88,10 @@ struct Stage {
     Acc weight[2];
   };
   struct Source {
-    const T* token;  // the first one, channel 0
+    const T* token;  // channel 0 of the first one that is read if `linear`, otherwise of token 0
     Acc weight[2];   // of token rows
+    int32_t row;     // from the first row to the second
+    int32_t column[kColumns - 1];  // from the first column to the others
   };
   struct Share {
     Acc weight;  // of the view in the cell
@@ -163,19 +162,13 @@ struct Cell {
       const int64_t v = plan.view_at(first + k);
       const AxisTable<Acc>&ty = plan.tables.y.table, &tx = plan.tables.x.table;
       const int64_t slot_y = v * ty.cells + stage.y, slot_x = v * tx.cells + stage.begin[run];
-      // The first token that the tile reads. 0 for a cell that is not covered.
+      // The first place that the tile reads. 0 for a cell that is not covered.
       int32_t from = 0;
       if (plan.linear)
         from = min(tx.first[v * tx.cells + stage.begin[0]],
-                   static_cast<int32_t>(plan.tables.x.axis.tokens) - plan.columns);
+                   static_cast<int32_t>(plan.tables.x.axis.places()) - plan.columns);
       const View view = plan.tables.sorted[v];
-      if (run == 0) {
-        const int64_t token = stage.image * plan.token_strides[1] +
-                              view.index * plan.token_strides[0] +
-                              ty.first[slot_y] * plan.row_step + from * plan.token_step;
-        stage.source[k] = {static_cast<const T*>(plan.tokens) + token,
-                           {tap(ty, slot_y, 0), tap(ty, slot_y, 1)}};
-      }
+      if (run == 0) stage_source(k, v, view.index, from);
       const double count = ty.count[slot_y] * tx.count[slot_x];
       if (!(count > 0)) continue;
       const int column = plan.linear ? tx.first[slot_x] - from : run;
@@ -203,6 +196,25 @@ struct Cell {
     Reduction::prepare(stage, own, first == 0);
   }
 
+  // Where to read view v, the k-th that is staged. Where there are fewer columns than kColumns, the
+  // last one is read again.
+  __device__ void stage_source(int k, int64_t v, int64_t index, int32_t from) const {
+    const AxisTable<Acc>& table = plan.tables.y.table;
+    const int64_t slot = v * table.cells + stage.y, first = table.first[slot];
+    const auto row = [&](int64_t place) { return plan.tables.y.token_at(v, place); };
+    const auto column = [&](int64_t place) { return plan.tables.x.token_at(v, place); };
+    typename Stage::Source& source = stage.source[k];
+    source.token = static_cast<const T*>(plan.tokens) + stage.image * plan.token_strides[1] +
+                   index * plan.token_strides[0];
+    for (int i = 0; i < 2; ++i) source.weight[i] = tap(table, slot, i);
+    if (!plan.linear) return;
+    source.token += row(first) * plan.row_step + column(from) * plan.token_step;
+    source.row = static_cast<int32_t>(row(first + 1) - row(first));
+    for (int j = 1; j < kColumns; ++j)
+      source.column[j - 1] =
+          static_cast<int32_t>(column(from + min(j, plan.columns - 1)) - column(from));
+  }
+
   // This channel of the columns of all views; of the values themselves, where a cell is more than a
   // pixel.
   __device__ void stage_rows(int64_t first) const {
@@ -213,14 +225,14 @@ struct Cell {
       const T* const token = source.token + channel;
       Acc* const rows = stage.rows[Stage::kFixed + k * kColumns] + lane();
       if (plan.linear) {
-        const char* const bytes = reinterpret_cast<const char*>(token);
         T read[2][kColumns] = {};  // all loads before the first use
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           if (!exists || source.weight[i] == 0) continue;
+          const T* const row = token + i * source.row * plan.row_step;
 #pragma unroll
           for (int j = 0; j < kColumns; ++j)
-            read[i][j] = load(reinterpret_cast<const T*>(bytes + plan.near[i][j]));
+            read[i][j] = load(row + (j > 0 ? source.column[j - 1] : 0) * plan.token_step);
         }
 #pragma unroll
         for (int j = 0; j < kColumns; ++j)
@@ -245,15 +257,17 @@ struct Cell {
     const int64_t slot_y = v * ty.cells + stage.y, slot_x = v * tx.cells + x;
     const Acc* const wy = ty.weight + slot_y * ty.max_taps;
     const Acc* const wx = tx.weight + slot_x * tx.max_taps;
-    token += tx.first[slot_x] * plan.token_step;
     Acc sum = 0;
 #pragma unroll 1
     for (int32_t i = 0; i < ty.taps[slot_y]; ++i) {
       if (wy[i] == 0) continue;
+      const T* const row = token + plan.tables.y.token_at(v, ty.first[slot_y] + i) * plan.row_step;
 #pragma unroll 1
-      for (int32_t j = 0; j < tx.taps[slot_x]; ++j)
-        if (wx[j] != 0)
-          sum += wy[i] * wx[j] * to_acc(load(token + i * plan.row_step + j * plan.token_step));
+      for (int32_t j = 0; j < tx.taps[slot_x]; ++j) {
+        if (wx[j] == 0) continue;
+        const int64_t column = plan.tables.x.token_at(v, tx.first[slot_x] + j);
+        sum += wy[i] * wx[j] * to_acc(load(row + column * plan.token_step));
+      }
     }
     return sum / static_cast<Acc>(ty.count[slot_y] * tx.count[slot_x]);
   }
@@ -597,12 +611,8 @@ PerViewPlan<Acc> make_plan(const Call& call, Workspace& workspace) {
   plan.breaks[1] = workspace.take<uint8_t>(plan.tables.x.table.cells);
   plan.linear = args.stride[0] == 1 && args.stride[1] == 1;
   plan.tile = plan.linear ? std::min<int64_t>(args.patch[1], kRuns<Acc>) : kColumns;
-  plan.columns = static_cast<int>(
-      std::min<int64_t>(args.grid[1], args.upsample == Upsample::nearest ? 2 : kColumns));
-  for (int64_t i = 0; i < 2; ++i)
-    for (int j = 0; j < kColumns; ++j)
-      plan.near[i][j] = (i * plan.row_step + std::min(j, plan.columns - 1) * plan.token_step) *
-                        static_cast<int64_t>(sizeof(T));
+  plan.columns = static_cast<int>(std::min<int64_t>(
+      plan.tables.x.axis.places(), args.upsample == Upsample::nearest ? 2 : kColumns));
   plan.variance = args.reduce == Reduce::moments ? args.variance : nullptr;
   plan.plane_stride = args.plane_stride;
   plan.total_weight = args.total_weight;

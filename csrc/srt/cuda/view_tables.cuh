@@ -38,16 +38,28 @@ __device__ void sum_weights(const View* sorted, int64_t views, bool counts_views
 template <class Acc>
 struct ViewAxis {
   Axis axis;
+  int32_t* start;        // [V], Axis::start
   AxisTable<Acc> table;  // [V, cells]
 
   ViewAxis() = default;
   ViewAxis(const Axis& axis, int64_t views, Workspace& workspace) : axis(axis) {
+    start = workspace.take<int32_t>(views);
     table.cells = axis.cells();
     table.max_taps = axis.max_taps();
     table.first = workspace.take<int32_t>(views * table.cells);
     table.taps = workspace.take<int32_t>(views * table.cells);
     table.weight = workspace.take<Acc>(views * table.cells * table.max_taps);
     table.count = workspace.take<double>(views * table.cells);
+  }
+
+  __device__ int64_t token_at(int64_t v, int64_t place) const {
+    return axis.token_at(start[v], place);
+  }
+  // One cell of view v, if there is such a one.
+  __device__ void fill(double offset, int64_t v, int64_t cell) const {
+    if (cell < 0 || cell >= table.cells) return;
+    if (cell == 0) start[v] = static_cast<int32_t>(axis.start(offset));
+    fill_axis_cell(axis, offset, v, cell, table);
   }
 };
 
@@ -97,11 +109,8 @@ static __global__ void __launch_bounds__(kThreads)
   const int64_t rows = tables.y.table.cells;
   SRT_FOR_THREAD(i, tables.views * tables.cells()) {
     const int64_t v = i / tables.cells(), cell = i % tables.cells();
-    if (cell < rows) {
-      fill_axis_cell(tables.y.axis, tables.sorted[v].dy, v, cell, tables.y.table);
-    } else {
-      fill_axis_cell(tables.x.axis, tables.sorted[v].dx, v, cell - rows, tables.x.table);
-    }
+    tables.y.fill(tables.sorted[v].dy, v, cell);
+    tables.x.fill(tables.sorted[v].dx, v, cell - rows);
   }
 }
 
