@@ -23,6 +23,7 @@ __all__ = [
     "dlpack",
     "ensemble",
     "ensemble_moments",
+    "polyphase",
     "reference",
     "shift",
     "views",
@@ -32,6 +33,7 @@ if _unavailable is None:
     from . import _autograd as _autograd
     from . import dlpack, reference, views
     from .ops import ensemble, ensemble_moments, shift
+    from .polyphase import polyphase
     from .srt import SRT, LayerTokens, SRTMoments, SRTOutput, ViewTokens
     from .streaming import RunningMean, RunningMedian, RunningMoments
 

@@ -10,6 +10,7 @@ Upsample: TypeAlias = Literal["nearest", "bilinear"]
 Border: TypeAlias = Literal["coverage", "zeros", "clamp", "circular"]
 Padding: TypeAlias = Literal["zeros", "border", "reflect", "circular"]
 Interpolation: TypeAlias = Literal["nearest", "bilinear", "bicubic"]
+Anchor: TypeAlias = Literal["phase", "full"]
 Quality: TypeAlias = Literal["fast", "balanced", "outlines"]
 
 Pair: TypeAlias = Sequence[int]  # (y, x)
@@ -22,5 +23,6 @@ OPTIONS = {
     "border": Border,
     "padding": Padding,
     "interpolation": Interpolation,
+    "anchor": Anchor,
     "quality": Quality,
 }

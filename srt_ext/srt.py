@@ -33,7 +33,8 @@ from ._validation import (
 from .backbones import Backbone, Features, Layer, Model, describe
 from .backbones.wrappers import changes_in_training, force_eager
 from .ops import check_views, ensemble, ensemble_moments, no_grad, shift, state_mode
-from .options import Border, Interpolation, Padding, Quality, Reduce, Upsample
+from .options import Anchor, Border, Interpolation, Padding, Quality, Reduce, Upsample
+from .polyphase import polyphase
 from .streaming import RunningMean, RunningMedian, RunningMoments
 from .views import Views
 
@@ -70,7 +71,9 @@ class ViewTokens(NamedTuple):
     Pixels are those of the enlarged image.
     """
 
-    offsets: torch.Tensor  # [k, 2], (dy, dx) in pixels, on the CPU
+    # [k, 2], (dy, dx) in pixels, on the CPU. With an anchor [k, B, 2], those of each image, in
+    # float64 on the device of the images.
+    offsets: torch.Tensor
     weights: torch.Tensor | None  # [k]; None: all views count the same
     layers: list[LayerTokens]  # in requested order; one without ``layers`` or with ``inject``
 
@@ -113,8 +116,8 @@ class SRT(torch.nn.Module):
             ``Views`` are rounded to whole pixels of the enlarged image; those of tensors and
             tuples are kept.
         scale: the factor, >= 1, by which the image is enlarged (bicubic) before the views are made.
-            The field has the same size and coordinates as without. Always 1 with ``inject``, also
-            in a preset.
+            The field has the same size and coordinates as without. Always 1 with ``inject`` and
+            with ``border="circular"``, also in a preset.
         quality: ``fast``, ``balanced`` or ``outlines``: a preset of ``scale`` and ``views``, in
             place of both. See below.
         layers: the block (of a hierarchical model: the stage), from 0 or, negative, from the end;
@@ -145,7 +148,16 @@ class SRT(torch.nn.Module):
             for which one unshifted view changes nothing.
         border: as in :func:`srt_ext.ensemble`. With ``coverage`` the field is 0 where every view
             is off the image: the default views leave no such pixels, 2 views two small corners.
+            ``circular`` is for images without an edge: padding must be ``circular``, too, and the
+            images whole patches and cells, for filling them up would change the period.
         padding, interpolation: as in :func:`srt_ext.shift`.
+        anchor: ``phase`` or ``full``, with ``border="circular"``: the views of each image are taken
+            from its anchor (:func:`srt_ext.polyphase`) instead of its corner. With ``full`` the
+            model sees the same views of every roll of an image, and the field of the rolled image
+            is the rolled field, up to rounding, for any model; at a stride, of rolls by its
+            multiples. ``phase`` is enough for models that do not know where a patch is, which
+            leaves out the usual position embeddings. Images whose anchor is not unique are an
+            exception, see there.
 
     Presets have 4 views and differ in their scale. They were measured in ``research/quality`` with
     a ViT-Ti/16; their cost is the number of plain forwards that have as many operations, for images
@@ -225,6 +237,7 @@ class SRT(torch.nn.Module):
         border: Border = "coverage",
         padding: Padding = "reflect",
         interpolation: Interpolation = "bilinear",
+        anchor: Anchor | None = None,
     ) -> None:
         super().__init__()
         for name, flag in {"norm": norm, "streaming": streaming}.items():
@@ -233,6 +246,10 @@ class SRT(torch.nn.Module):
         if inject is not None:
             _check_inject(inject, layers, stride)
         self._injects = inject is not None
+        check_words("SRT", border=border, padding=padding, interpolation=interpolation)
+        _check_circular(border, padding, anchor, inject)
+        self.border, self.padding, self.interpolation = border, padding, interpolation
+        self.anchor = anchor
         requested = inject if self._injects else layers
         settings: Any = {"layers": requested, "norm": norm, "patch": patch, "prefix": prefix}
         self._settings: Any = copy.deepcopy(settings)  # lists, arrays and tensors may change later
@@ -249,14 +266,11 @@ class SRT(torch.nn.Module):
         self.stride, self.view_batch = check_pair("SRT", "stride", stride), _view_batch(view_batch)
         if upsample is None:
             upsample = "nearest" if self._injects else "bilinear"
-        check_words("SRT", reduce=reduce, upsample=upsample, border=border)
-        check_words("SRT", padding=padding, interpolation=interpolation)
+        check_words("SRT", reduce=reduce, upsample=upsample)
         if reduce == "median" and self._views.weights is not None:
             rule = "views must have no weights where reduce is 'median'"
             raise ValueError(f"SRT: {rule}; got weights")
-        self.reduce, self.streaming = reduce, streaming
-        self.upsample, self.border = upsample, border
-        self.padding, self.interpolation = padding, interpolation
+        self.reduce, self.streaming, self.upsample = reduce, streaming, upsample
 
     @property
     def scale(self) -> float:
@@ -312,15 +326,17 @@ class SRT(torch.nn.Module):
         if quality is not None and (views is not None or scale is not None):
             rule = "views and scale must be left out with quality"
             raise wrong(ValueError, "SRT", rule, f"views {views!r}, scale {scale!r}")
+        fixed = "inject" if self._injects else ""  # what the scale is 1 for
+        fixed = fixed or ("border 'circular'" if self.border == "circular" else "")
         if views is not None or scale is not None:
             scale = 1.0 if scale is None else _check_scale(scale)
-            if scale != 1 and self._injects:
-                raise wrong(ValueError, "SRT", "scale must be 1 with inject", scale)
+            if scale != 1 and fixed:
+                raise wrong(ValueError, "SRT", f"scale must be 1 with {fixed}", scale)
             return scale, PRESETS[DEFAULT][1] if views is None else views
         name = DEFAULT if quality is None else quality
         check_words("SRT", quality=name)
         scale, views = PRESETS[name]
-        if self._injects or scale == 1:
+        if fixed or scale == 1:
             return 1.0, views
         if not self._backbone.any_size:
             warnings.warn(
@@ -379,8 +395,8 @@ class SRT(torch.nn.Module):
             [5, 2] [5, 2, 12, 5] (4, 3) (8, 8)
             [4, 2] [4, 2, 12, 5] (4, 3) (8, 8)
         """
-        views = self._known._replace(views=_copied(self._views))
-        return self._batches(self._frame(images), views)
+        views, frame = self._known._replace(views=_copied(self._views)), self._frame(images)
+        return self._batches(frame, self._anchored(frame, views))
 
     def cost(
         self,
@@ -456,7 +472,7 @@ class SRT(torch.nn.Module):
             (offsets, weights, _), mirror = part.views, part.mirror
             modes: Any = {"padding": self.padding, "interpolation": self.interpolation}
             with no_grad():
-                shifted = _mirrored(shift(image, offsets, **modes), mirror, (-2, -1))
+                shifted = _mirrored(_shifted(image, offsets, **modes), mirror, (-2, -1))
                 found = self.backbone.features(shifted.flatten(0, 1))
                 layers = [_layer_tokens(f, image, len(offsets), mirror) for f in found]
             return ViewTokens(offsets, weights, layers)
@@ -502,7 +518,25 @@ class SRT(torch.nn.Module):
             rule = "images must be floating-point, normalised as the model wants them"
             raise wrong(TypeError, "SRT", rule, images.dtype)
         patch = self.backbone.patch
-        return _Frame.of(images, patch, patch if self._injects else self.stride, self.scale)
+        stride = patch if self._injects else self.stride
+        if self.border == "circular":
+            _check_periodic(images, patch, stride)
+        return _Frame.of(images, patch, stride, self.scale)
+
+    def _anchored(self, frame: _Frame, views: _ViewList) -> _ViewList:
+        """The views of each image from its anchor, with offsets [V, B, 2]; as given without one."""
+        image = frame.image
+        if self.anchor is None or not len(image):
+            return views
+        size = list(image.shape[2:])
+        if max(size) > designs.MAX_RADIUS:  # further than views may be shifted
+            rule = "images must have at most 2^20 pixels on each axis with anchor"
+            raise wrong(ValueError, "SRT", rule, size)
+        anchor = polyphase(image, self.backbone.patch, full=self.anchor == "full")
+        # In float64, where a part of a pixel is the same beside every anchor.
+        offsets = views.views.offsets.to(image.device, torch.float64, non_blocking=True)
+        both = [(offsets[:, None, i] - anchor[:, i]) % size[i] for i in range(2)]
+        return views._replace(views=views.views._replace(offsets=torch.stack(both, 2)))
 
     def _aggregate(
         self, images: torch.Tensor, reduce: str, kind: Callable[..., Any], progress: Any
@@ -511,6 +545,7 @@ class SRT(torch.nn.Module):
         frame, views = self._frame(images), self._known
         if self.streaming and reduce == "median":
             views = views.take(designs.spread_order(views.number))
+        views = self._anchored(frame, views)
         outputs = []
         for field in self._fields(frame, views, views, reduce, frame.stride, progress):
             fields, prefix = field.result()
@@ -624,6 +659,12 @@ class _ViewList(NamedTuple):
     def number(self) -> int:
         return len(self.unshifted)
 
+    @property
+    def parts(self) -> int:
+        """The parts of a batch that have offsets of their own: each image, or 1 for all."""
+        offsets = self.views.offsets
+        return 1 if offsets.dim() == 2 else offsets.shape[1]
+
 
 def _checked(views: Views) -> Views:
     """A copy of the views; a wrong one is an error before the model has run."""
@@ -651,6 +692,29 @@ def _view_batch(value: Any) -> int | str:
     if isinstance(value, str) and value == "auto":
         return value
     return check_count("SRT", "view_batch", value, 1, other=", or 'auto'")
+
+
+def _check_circular(border: str, padding: str, anchor: object, inject: object) -> None:
+    if border == "circular" and padding != "circular":
+        rule = "padding must be 'circular' where border is"
+        raise wrong(ValueError, "SRT", rule, repr(padding))
+    if anchor is None:
+        return
+    check_words("SRT", anchor=anchor)
+    if border != "circular":
+        rule = "border and padding must be 'circular' with anchor"
+        raise wrong(ValueError, "SRT", rule, f"border {border!r}, padding {padding!r}")
+    if inject is not None:
+        rule = "anchor must be None with inject, whose last blocks see the image from its corner"
+        raise wrong(ValueError, "SRT", rule, repr(anchor))
+
+
+def _check_periodic(images: torch.Tensor, patch: tuple[int, int], stride: tuple[int, int]) -> None:
+    """That images [B, 3, H, W] need no padding, which would change their period."""
+    size, whole = list(images.shape[2:]), list(map(math.lcm, patch, stride))
+    if any(pixels % unit for pixels, unit in zip(size, whole, strict=True)):
+        rule = "images must be whole patches and cells with border 'circular', multiples of"
+        raise wrong(ValueError, "SRT", f"{rule} {whole} pixels", size)
 
 
 def _check_inject(inject: object, layers: object, stride: object) -> None:
@@ -726,6 +790,38 @@ def _enlarged(images: torch.Tensor, size: list[int], scale: float) -> torch.Tens
     return enlarged
 
 
+def _parts(
+    tensor: torch.Tensor, dim: int, offsets: torch.Tensor
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """A tensor with images along ``dim``, offsets [k, 2]; for offsets [k, B, 2], of each image."""
+    if offsets.dim() == 2:
+        return [(tensor, offsets)]
+    return list(zip(tensor.split(1, dim), offsets.unbind(1), strict=True))
+
+
+def _shifted(image: torch.Tensor, offsets: torch.Tensor, **modes: Any) -> torch.Tensor:
+    """The views [k, B, 3, H, W] of image [B, 3, H, W]; offsets [k, 2] or [k, B, 2]."""
+    views = [shift(*part, **modes) for part in _parts(image, 0, offsets)]
+    return views[0] if len(views) == 1 else torch.cat(views, 1)
+
+
+def _joined(parts: Iterator[tuple[torch.Tensor, ...]], number: int) -> tuple[torch.Tensor, ...]:
+    """The fields of parts of a batch, each [1, C, H', W'] if there are several, as [B, ...].
+
+    Each is copied once it is made: all of them are never there twice.
+    """
+    if number == 1:
+        return next(parts)
+    fields: tuple[torch.Tensor, ...] = ()
+    for i, part in enumerate(parts):
+        if not fields:
+            whole = (field.expand(number, -1, -1, -1) for field in part)
+            fields = tuple(torch.empty_like(w, memory_format=torch.channels_last) for w in whole)
+        for field, made in zip(fields, part, strict=True):
+            field[i] = made[0]
+    return fields
+
+
 def _mirrored(
     parts: torch.Tensor, mirror: list[list[bool]] | None, dims: tuple[int, int]
 ) -> torch.Tensor:
@@ -776,7 +872,9 @@ class _Field:
         stride = stride or first.patch
         modes: dict[str, Any] = {"upsample": srt.upsample, "border": srt.border, "stride": stride}
         self.reduce, self.views = reduce, views
-        self.running = _RUNNING[reduce](first.grid, first.patch, **modes)
+        self.running = [
+            _RUNNING[reduce](first.grid, first.patch, **modes) for _ in range(views.parts)
+        ]
         # The number of views whose tokens are held until they are aggregated: all for a median,
         # otherwise as many as have the tokens of one output, in whole batches.
         total, batch, count = views.number, first.tokens.shape[0], first.tokens.shape[2]
@@ -831,23 +929,33 @@ class _Field:
 
     def _aggregate(self, tokens: torch.Tensor) -> None:
         """tokens [k, B, N, C] of the next views that are not aggregated."""
-        part = slice(self.aggregated, self.aggregated + len(tokens))
-        offsets, weights, _ = self.views.views.take(part)
+        views = slice(self.aggregated, self.aggregated + len(tokens))
+        offsets, weights, _ = self.views.views.take(views)
         self.aggregated += len(tokens)
-        if not self.at_once:
-            self.running.update(tokens, offsets, weights)
+        parts = _parts(tokens, 1, offsets)
+        if self.at_once:
+            self.fields = _joined((self._made(*part, weights) for part in parts), len(parts))
             return
-        running = self.running
+        for running, part in zip(self.running, parts, strict=True):
+            running.update(*part, weights)
+
+    def _made(
+        self, tokens: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        """The fields of tokens [V, B, N, C] of all views, with offsets [V, 2]."""
+        running = self.running[0]
         args = (tokens, offsets, running.grid, running.patch, weights)
         if self.reduce == "moments":
-            self.fields = ensemble_moments(*args, **running._modes)
-        else:
-            self.fields = (ensemble(*args, **{**running._modes, "reduce": self.reduce}),)
+            return ensemble_moments(*args, **running._modes)
+        return (ensemble(*args, **{**running._modes, "reduce": self.reduce}),)
 
     def result(self) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
         """The fields, each [B, C, H', W'], and the mean [B, K, C] of the prefix tokens."""
         self.held = None
-        fields = self.fields or self.running._fields()
+        number = len(self.running)
+        # Each state is freed once it is copied.
+        states = (self.running.pop(0)._fields() for _ in range(number))
+        fields = self.fields or _joined(states, number)
         if self.prefix is None:
             return fields, None
         weights = self.views.weights

@@ -1,6 +1,7 @@
 """Designs of views: the offsets under which a model sees an image.
 
-Every design is a :class:`Views` whose offsets have mean 0, so that features stay in place.
+Every design is a :class:`Views` whose offsets have mean 0, so that features stay in place;
+:func:`patches` alone is random, and has another mean.
 Arguments that must be integers raise a TypeError if they are not, those out of range a ValueError.
 
 Any real offsets are allowed. But a shift by part of a pixel interpolates the image, which blurs it:
@@ -11,9 +12,10 @@ designs on whole pixels were better in nearly every measurement (research/README
 from __future__ import annotations
 
 import math
+import random
 import re
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -298,8 +300,136 @@ def best(count: int, radius: int | tuple[int, int] = 6) -> Views:
     return Views(_spread_evenly(count, reach).round())
 
 
-def flipped(views: Views) -> Views:
-    """Twice as many views: the given ones, and each of them mirrored from left to right.
+def _neighbours(where: str, distances: float | Sequence[float], steps: list[list[int]]) -> Views:
+    """The unshifted image, then for each distance its neighbours, at ``steps`` of it."""
+    rule = "distances must be numbers > 0 and <= 2^20 pixels, at least one"
+    several = isinstance(distances, Iterable) and getattr(distances, "shape", (1,)) != ()
+    given: Any = distances if several else (distances,)
+    reaches = [check_number(f"views.{where}", rule, distance) for distance in given]
+    if not reaches or not all(0 < reach <= MAX_RADIUS for reach in reaches):
+        raise wrong(ValueError, f"views.{where}", rule, reaches)
+    _check_views(where, 1 + len(steps) * len(reaches))
+    reach = torch.tensor(reaches, dtype=torch.float64, device="cpu")[:, None, None]
+    offsets = (reach * torch.tensor(steps, device="cpu")).flatten(0, 1)
+    return Views(torch.cat([offsets.new_zeros(1, 2), offsets]).float())
+
+
+def moore(distances: float | Sequence[float]) -> Views:
+    """The unshifted image and its eight neighbours at each distance, as in HR-Dv2.
+
+    They are (-d, -d), (-d, 0), ..., (d, d): row by row, without the middle. HR-Dv2 wraps around:
+    ``SRT(..., padding="circular", border="circular", upsample="nearest")``.
+
+    Args:
+        distances: pixels, > 0, or one for a single distance.
+
+    Returns:
+        1 + 8 views for each distance, the unshifted image first.
+
+    Source: Docherty et al., "Upsampling DINOv2 features for unsupervised vision tasks and weakly
+    supervised materials segmentation", 2024.
+
+    Example:
+        >>> moore((1, 2)).offsets.shape, moore(2).offsets[:4].tolist()
+        (torch.Size([17, 2]), [[0.0, 0.0], [-2.0, -2.0], [-2.0, 0.0], [-2.0, 2.0]])
+    """
+    around = [[y, x] for y in (-1, 0, 1) for x in (-1, 0, 1)]
+    return _neighbours("moore", distances, [step for step in around if any(step)])
+
+
+def neumann(distances: float | Sequence[float]) -> Views:
+    """The unshifted image and its four neighbours at each distance, as in HR-Dv2.
+
+    They are (-d, 0), (0, -d), (0, d) and (d, 0). Otherwise as :func:`moore`.
+
+    Args:
+        distances: pixels, > 0, or one for a single distance.
+
+    Returns:
+        1 + 4 views for each distance, the unshifted image first.
+
+    Source: as of :func:`moore`.
+
+    Example:
+        >>> neumann(1).offsets.tolist()
+        [[0.0, 0.0], [-1.0, 0.0], [0.0, -1.0], [0.0, 1.0], [1.0, 0.0]]
+    """
+    return _neighbours("neumann", distances, [[-1, 0], [0, -1], [0, 1], [1, 0]])
+
+
+def patches(
+    n: int,
+    grid: int | tuple[int, int],
+    fraction: float = 0.15,
+    seed: int = 0,
+    *,
+    patch: int | tuple[int, int] = 16,
+) -> Views:
+    """n views that are shifted by whole patches, as the teacher of PH-Reg.
+
+    The first is the unshifted image. The others are drawn so that each lies far from those before
+    it (farthest-point sampling) from 10 n offsets that are drawn at random, all different. Their
+    mean is not 0. With ``upsample="nearest"`` and ``stride=patch`` features stay in place all the
+    same: tokens are moved by whole tokens.
+
+    PH-Reg fills what lies beyond the image with a colour ``fill`` [3, 1, 1]. So does
+    ``SRT(lambda x: model(x + fill), ..., padding="zeros")(images - fill)``. And it mirrors each
+    view but the first with probability 1/2: ``Views(offsets, None, mirror)``.
+
+    Args:
+        n: views, >= 1 and at most (2 * ry + 1) * (2 * rx + 1).
+        grid: (h, w), the tokens of an image, or one for both.
+        fraction: from 0 to 1, of the grid. Views reach ry = round(fraction * h) patches up and down
+            and rx = round(fraction * w) to the left and right.
+        seed: of the draw, >= 0.
+        patch: (Ph, Pw), pixels per token, or one for both.
+
+    Returns:
+        n views, with offsets in pixels, multiples of the patch.
+
+    Source: Chen et al., "Vision Transformers with Self-Distilled Registers", 2025.
+
+    Example:
+        >>> (patches(10, grid=(37, 20), patch=14).offsets / 14).abs().amax(0)
+        tensor([6., 3.])
+    """
+    n, seed = _check_views("patches", n), check_count("views.patches", "seed", seed, 0)
+    grid = check_pair("views.patches", "grid", grid)
+    rule = "fraction must be from 0 to 1"
+    share = check_number("views.patches", rule, fraction)
+    if not 0 <= share <= 1:  # written so that NaN is refused
+        raise wrong(ValueError, "views.patches", rule, fraction)
+    height, width = (2 * round(share * tokens) + 1 for tokens in grid)
+    if n > height * width:
+        raise ValueError(
+            f"views.patches: n must be <= {height * width}, the offsets within {share} of a grid "
+            f"of {list(grid)}; got {n}"
+        )
+    middle = height * width // 2
+    drawn = random.Random(seed).sample(range(height * width - 1), min(10 * n, height * width) - 1)
+    pool = torch.tensor([middle, *(i + (i >= middle) for i in drawn)], device="cpu")
+    steps = torch.stack([pool // width - height // 2, pool % width - width // 2], 1)
+    side = torch.tensor(check_pair("views.patches", "patch", patch), device="cpu")
+    return Views((steps[_farthest(steps, n)] * side).float())
+
+
+def _farthest(points: torch.Tensor, n: int) -> list[int]:
+    """n of points [M, 2], int64: the first, then always the one farthest from those before."""
+    found = [0]
+    apart = torch.full((len(points),), 2**62, device="cpu")
+    while len(found) < n:
+        apart = apart.minimum((points - points[found[-1]]).square().sum(1))
+        found.append(int(apart.argmax()))
+    return found
+
+
+def flipped(views: Views, axis: Literal["x", "y"] = "x") -> Views:
+    """Twice as many views: the given ones, and each of them mirrored.
+
+    Args:
+        views: a design.
+        axis: ``x`` mirrors from left to right, ``y`` upside down. HR-Dv2 has both, and the
+            unmirrored views twice: the views of ``flipped(views)`` and ``flipped(views, "y")``.
 
     Example:
         >>> flipped(grid(0)).mirror
@@ -308,12 +438,15 @@ def flipped(views: Views) -> Views:
     """
     if not isinstance(views, Views):
         raise wrong(TypeError, "views.flipped", "views must be Views", type(views).__name__)
+    if axis not in ("x", "y"):
+        raise wrong(ValueError, "views.flipped", "axis must be 'x' or 'y'", repr(axis))
     offsets, weights, mirror = views
     given = torch.zeros_like(offsets, dtype=torch.bool) if mirror is None else mirror
+    turned = torch.tensor([axis == "y", axis == "x"], device=given.device)
     return Views(
         torch.cat([offsets, offsets]),
         None if weights is None else torch.cat([weights, weights]) / 2,
-        torch.cat([given, torch.stack([given[:, 0], ~given[:, 1]], 1)]),
+        torch.cat([given, given ^ turned]),
     )
 
 
@@ -346,20 +479,42 @@ def spread_order(count: int) -> list[int]:
     return [i * step % count for i in range(count)]
 
 
-# Name: function, types of its arguments, number of those required.
-_DESIGNS: dict[str, tuple[Callable[..., Views], tuple[type, ...], int]] = {
+def _distances(text: str) -> tuple[float, ...]:
+    return tuple(map(float, text.split(",")))
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, width = map(int, text.split("x"))
+    return height, width
+
+
+# What reads an argument: the form that it has.
+_NUMBER = r"[0-9]+(\.[0-9]+)?"
+_READERS: dict[Callable[[str], Any], str] = {
+    int: "[0-9]+",
+    float: _NUMBER,
+    _distances: f"{_NUMBER}(,{_NUMBER})*",
+    _size: "[0-9]+x[0-9]+",
+}
+# Name: function, what reads its arguments, number of those required.
+_DESIGNS: dict[str, tuple[Callable[..., Views], tuple[Callable[[str], Any], ...], int]] = {
     "grid": (grid, (float, float), 1),
     "paper": (paper, (int,), 1),
     "lattice": (lattice, (int, float), 2),
     "sobol": (sobol, (int, float, int), 2),
     "ring": (ring, (int, float), 2),
     "best": (best, (int, int), 1),
+    "moore": (moore, (_distances,), 1),
+    "neumann": (neumann, (_distances,), 1),
+    "patches": (patches, (int, _size, float, int), 2),
 }
 _FORMS = (
     "views must be N, grid:RADIUS[:STEP], paper:RADIUS, lattice:N:RADIUS, sobol:N:RADIUS[:SEED], "
-    "ring:N:RADIUS or best:N[:RADIUS], RADIUS and STEP in pixels, such as grid:3; "
-    "with +flip also their mirror images"
+    "ring:N:RADIUS, best:N[:RADIUS], moore:D[,D...] or neumann:D[,D...], RADIUS, STEP and D in "
+    "pixels, such as grid:3, or patches:N:HxW[:FRACTION[:SEED]], H and W in tokens; with +flip "
+    "also their mirror images, with +vflip those upside down"
 )
+_FLIPS: dict[str, tuple[Literal["x", "y"], ...]] = {"": (), "flip": ("x",), "vflip": ("y",), "flip+vflip": ("x", "y")}
 
 
 def parse(text: str, patch: int | tuple[int, int] = 16, scale: float = 1) -> Views:
@@ -367,11 +522,13 @@ def parse(text: str, patch: int | tuple[int, int] = 16, scale: float = 1) -> Vie
 
     Args:
         text: ``grid:RADIUS[:STEP]``, ``paper:RADIUS``, ``lattice:N:RADIUS``,
-            ``sobol:N:RADIUS[:SEED]``, ``ring:N:RADIUS`` or ``best:N[:RADIUS]``; ``N`` is
-            ``best:N``. Decimals are allowed where the function takes them. The suffix ``+flip``
-            adds the mirror images (:func:`flipped`).
+            ``sobol:N:RADIUS[:SEED]``, ``ring:N:RADIUS``, ``best:N[:RADIUS]``, ``moore:D[,D...]``,
+            ``neumann:D[,D...]`` or ``patches:N:HxW[:FRACTION[:SEED]]``; ``N`` is ``best:N``.
+            Decimals are allowed where the function takes them. The suffixes ``+flip`` and
+            ``+vflip`` (``+flip+vflip``: both) add the mirror images (:func:`flipped`).
         patch: pixels per token, (y, x) or one for both, from which :func:`radius_for` takes the
-            radius of ``best:N``. Of the enlarged image, if there is a scale.
+            radius of ``best:N``; that of :func:`patches`. Of the enlarged image, if there is a
+            scale.
         scale: the factor by which the image is enlarged. The other radii and steps are in pixels of
             the image; the views that are returned are on whole pixels of the enlarged one.
 
@@ -387,19 +544,22 @@ def parse(text: str, patch: int | tuple[int, int] = 16, scale: float = 1) -> Vie
     if re.fullmatch("[0-9]+", words):
         name, numbers = "best", [words]
     reason = ""
-    if name in _DESIGNS and suffix == plus.replace("+", "flip"):
-        design, kinds, least = _DESIGNS[name]
-        forms = {int: "[0-9]+", float: r"[0-9]+(\.[0-9]+)?"}
-        given = list(zip(kinds, numbers, strict=False))
-        fits = all(re.fullmatch(forms[kind], number) for kind, number in given)
-        if fits and least <= len(numbers) <= len(kinds):
+    if name in _DESIGNS and suffix in _FLIPS and bool(plus) == bool(suffix):
+        design, readers, least = _DESIGNS[name]
+        given = list(zip(readers, numbers, strict=False))
+        fits = all(re.fullmatch(_READERS[read], number) for read, number in given)
+        if fits and least <= len(numbers) <= len(readers):
             try:
-                values = [kind(number) for kind, number in given]
+                values = [read(number) for read, number in given]
                 if design is best and len(values) == 1:
                     found = best(values[0], radius_for(patch))
+                elif design is patches:
+                    found = patches(*values, patch=patch)
                 else:
                     found = _enlarged(design(*values), scale)
-                return flipped(found) if suffix else found
+                for axis in _FLIPS[suffix]:
+                    found = flipped(found, axis)
+                return found
             except ValueError as error:
                 reason = f" ({error})"
     raise ValueError(f"{_FORMS}; got {text!r}{reason}")

@@ -1,0 +1,74 @@
+"""The anchor of an image: a pixel that moves with its content, by which views can be placed."""
+
+from __future__ import annotations
+
+import torch
+
+from ._validation import check_pair, check_tensor, wrong
+
+
+def polyphase(
+    image: torch.Tensor, patch: int | tuple[int, int], full: bool = False
+) -> torch.Tensor:
+    """Where each image begins, whatever it was rolled by.
+
+    Of the Ph * Pw phases ``image[:, :, py::Ph, px::Pw]`` the anchor is that of the largest energy,
+    the sum of squares over channels and places; of equal ones the first in row order. So
+    ``roll(image, (-py, -px))`` is cut into the same patches for every roll of the image. They are
+    in another order then, unless ``full``: that adds the place of the largest energy within the
+    phase, and the rolled image itself is the same.
+
+    That holds up to ties. Pixels of the same largest energy, such as saturated ones, are told apart
+    by their order alone, which a roll changes.
+
+    Args:
+        image: [B, C, H, W], floating-point or uint8, on any device; H and W multiples of the patch.
+            Sums are in float64.
+        patch: (Ph, Pw) in pixels, or one for both.
+        full: the place within the phase, too.
+
+    Returns:
+        [B, 2], int64, (py, px) in pixels, on the device of ``image``: within a patch, or with
+        ``full`` within the image. Nothing is synchronised. It has no gradient.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape.
+
+    Source: Ding et al., "Reviving Shift Equivariance in Vision Transformers", 2023, after Chaman
+    and Dokmanic, "Truly shift-invariant convolutional neural networks", 2021.
+
+    Example:
+        >>> image = torch.zeros(1, 1, 4, 6)
+        >>> image[..., 3, 4] = 1
+        >>> polyphase(image, 2), polyphase(image, 2, full=True)
+        (tensor([[1, 0]]), tensor([[3, 4]]))
+    """
+    patch = check_pair("srt_ext.polyphase", "patch", patch)
+    _check_image(image, patch)
+    if not isinstance(full, bool):
+        raise wrong(TypeError, "srt_ext.polyphase", "full must be True or False", repr(full))
+    energy = image.detach().double().square().sum(1)  # [B, H, W]
+    energy = energy.unflatten(2, (-1, patch[1])).unflatten(1, (-1, patch[0]))  # [B, h, Ph, w, Pw]
+    phase = energy.sum((1, 3)).flatten(1).argmax(1, keepdim=True)  # [B, 1], the first of equal ones
+    offset = torch.cat([phase // patch[1], phase % patch[1]], 1)
+    if not full:
+        return offset
+    places = energy.permute(0, 1, 3, 2, 4).flatten(3).flatten(1, 2)  # [B, h * w, Ph * Pw]
+    place = places.take_along_dim(phase[:, None], 2).argmax(1)  # [B, 1]
+    width = energy.shape[3]
+    return offset + torch.cat([place // width * patch[0], place % width * patch[1]], 1)
+
+
+def _check_image(image: torch.Tensor, patch: tuple[int, int]) -> None:
+    check_tensor("srt_ext.polyphase", "image", image)
+    if not image.is_floating_point() and image.dtype != torch.uint8:
+        rule = "image must be floating-point or uint8"
+        raise wrong(TypeError, "srt_ext.polyphase", rule, image.dtype)
+    if image.dim() != 4:
+        rule = "image must have 4 dimensions, [B, C, H, W]"
+        raise wrong(ValueError, "srt_ext.polyphase", rule, list(image.shape))
+    height, width = image.shape[2:]
+    if height % patch[0] or width % patch[1] or not height or not width:
+        rule = f"H and W of image must be multiples of patch = {list(patch)}, and > 0"
+        raise wrong(ValueError, "srt_ext.polyphase", rule, [height, width])
