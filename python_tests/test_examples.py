@@ -23,7 +23,9 @@ EXAMPLES = {
 }
 
 
-@pytest.mark.parametrize("module", ["dlpack", "numpy", "ops", "srt", "streaming", "views"])
+@pytest.mark.parametrize(
+    "module", ["dlpack", "numpy", "ops", "polyphase", "srt", "streaming", "views"]
+)
 def test_docstrings(module: str) -> None:
     if module == "numpy":
         pytest.importorskip("srt_ext.numpy", exc_type=ImportError)

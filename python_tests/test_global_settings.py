@@ -19,7 +19,10 @@ from srt_ext import SRT, RunningMean, RunningMedian, RunningMoments, dlpack, ref
 from srt_ext import numpy as srt_numpy
 
 PATCH = 8
-WORDS = ("4", "grid:1", "paper:1", "lattice:5:3", "sobol:8:3", "ring:5:4", "best:9+flip")
+WORDS = (
+    *("4", "grid:1", "paper:1", "lattice:5:3", "sobol:8:3", "ring:5:4", "best:9+flip"),
+    *("moore:1,2.5", "neumann:2+vflip", "patches:5:9x7:0.3:1"),
+)
 
 
 def pooled(images: torch.Tensor) -> torch.Tensor:
@@ -142,6 +145,7 @@ def ops_and_streams() -> list[Any]:
     offsets = views.grid(1).offsets
     weights = views.ring(9, 4).weights
     made: list[Any] = [srt_ext.shift(IMAGES, offsets), dlpack.shift(IMAGES, offsets.tolist())]
+    made.append(srt_ext.polyphase(IMAGES, 2, full=True))
     tokens = TOKENS.clone().requires_grad_()
     for reduce in ("mean", "median"):
         field = srt_ext.ensemble(tokens, offsets, **PLACE, reduce=reduce, stride=2)
@@ -291,6 +295,8 @@ def calls(n: Callable[[int], Any]) -> dict[str, Callable[[], Any]]:
         "lattice": lambda: views.lattice(n(5), 3),
         "sobol": lambda: views.sobol(n(5), 3, n(7)),
         "ring": lambda: views.ring(n(5), 3),
+        "patches": lambda: views.patches(n(5), (n(9), n(7)), 0.3, n(1), patch=n(8)),
+        "polyphase": lambda: srt_ext.polyphase(IMAGES, n(2), full=True),
         "radius_for": lambda: torch.tensor(views.radius_for(n(16))),
         "resolve": lambda: views.resolve(n(9)),
         "ensemble": lambda: srt_ext.ensemble(TOKENS, offsets, **pair),
@@ -348,6 +354,9 @@ def test_numbers_of_other_libraries_are_numbers(number: Any) -> None:
     assert_same(views.grid(number(1.5), number(0.5)), views.grid(1.5, 0.5))
     assert_same(views.ring(5, number(3.5)), views.ring(5, 3.5))
     assert_same(views.sobol(5, number(3.5)), views.sobol(5, 3.5))
+    assert_same(views.moore(number(1.5)), views.moore(1.5))
+    assert_same(views.neumann([number(1.5), 2]), views.neumann((1.5, 2)))
+    assert_same(views.patches(5, 9, number(0.25)), views.patches(5, 9, 0.25))
     one, two = (SRT(pooled, "grid:1", scale=s, patch=PATCH, prefix=1) for s in (number(1.25), 1.25))
     assert type(one.scale) is float
     assert_same(one(IMAGES), two(IMAGES))

@@ -156,6 +156,54 @@ def test_best_stands_for_the_whole_grid(data: st.DataObject) -> None:
         assert len(offsets.unique(dim=0)) == count
 
 
+@given(st.lists(st.floats(0.01, 1000), min_size=1, max_size=5))
+def test_neighbours_surround_the_unshifted_image(distances: list[float]) -> None:
+    """Row by row, of each distance in turn."""
+    whole = views.grid(1).offsets  # row by row, too
+    around = whole[whole.abs().sum(1) > 0], whole[whole.abs().sum(1) == 1]
+    for design, steps in zip((views.moore, views.neumann), around, strict=True):
+        offsets = design(distances).offsets
+        weights_of(offsets)
+        assert torch.equal(offsets[0], torch.zeros(2))
+        for part, distance in zip(offsets[1:].split(len(steps)), distances, strict=True):
+            assert torch.equal(part, torch.tensor(distance) * steps)
+        assert torch.equal(design(distances[0]).offsets, offsets[: 1 + len(steps)])
+
+
+@given(st.data())
+def test_patches_are_whole_and_far_from_each_other(data: st.DataObject) -> None:
+    grid = data.draw(st.tuples(st.integers(1, 12), st.integers(1, 12)))
+    share = data.draw(st.floats(0, 1))
+    reach = torch.tensor([round(share * tokens) for tokens in grid])
+    every = int((2 * reach + 1).prod())
+    n, seed = data.draw(st.integers(1, min(every, 40))), data.draw(st.integers(0, 99))
+    offsets, weights, mirror = views.patches(n, grid, share, seed, patch=(14, 8))
+    assert (weights, mirror, offsets.dtype) == (None, None, torch.float32)
+    steps = offsets / torch.tensor([14, 8])
+    assert torch.equal(steps, steps.round())
+    assert (steps.abs() <= reach).all()
+    assert torch.equal(steps[0], torch.zeros(2))
+    assert len(steps.unique(dim=0)) == n
+    # Each was the farthest one left when it was taken: its distance from those before only falls.
+    apart = [torch.cdist(steps[i : i + 1], steps[:i]).min().item() for i in range(1, n)]
+    assert apart == sorted(apart, reverse=True)
+    same_seed, other = (
+        views.patches(n, grid, share, s, patch=(14, 8)).offsets for s in (seed, 99 - seed)
+    )
+    assert torch.equal(same_seed, offsets)
+    if n == every:
+        assert sorted(other.tolist()) == sorted(offsets.tolist())
+
+
+def test_patches_have_seeds_and_the_unit_of_the_patch() -> None:
+    design = views.patches(10, 37, seed=1, patch=14)
+    assert not same(design, views.patches(10, 37, seed=2, patch=14))
+    assert torch.equal(design.offsets * 2, views.patches(10, 37, seed=1, patch=28).offsets)
+    assert design.offsets.abs().max() == 6 * 14  # round(0.15 * 37)
+    # Which is of the enlarged image, as in SRT.
+    assert same(views.resolve("patches:10:37x37:0.15:1", 14, 1.5), design)
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 9, 25, 121])
 def test_spread_is_a_permutation_whose_parts_spread(count: int) -> None:
     line = torch.stack([torch.zeros(count), torch.arange(count)], 1)
@@ -185,6 +233,13 @@ def test_spread_is_a_permutation_whose_parts_spread(count: int) -> None:
         ("best:9+flip", views.flipped(views.best(9))),
         ("ring:7:3+flip", views.flipped(views.ring(7, 3))),
         ("9+flip", views.flipped(views.best(9))),
+        ("ring:7:3+vflip", views.flipped(views.ring(7, 3), "y")),
+        ("4+flip+vflip", views.flipped(views.flipped(views.best(4)), "y")),
+        ("moore:1,2", views.moore((1, 2))),
+        ("neumann:2.5", views.neumann(2.5)),
+        ("patches:4:9x7", views.patches(4, (9, 7))),
+        ("patches:4:9x7:0.3", views.patches(4, (9, 7), 0.3)),
+        ("patches:4:9x7:0.3:5+flip", views.flipped(views.patches(4, (9, 7), 0.3, 5))),
     ],
 )
 def test_parse_calls_the_design(text: str, expected: Views) -> None:
@@ -239,6 +294,9 @@ def test_flipped_has_every_view_and_its_mirror_image() -> None:
     assert torch.equal(design.offsets[:5], design.offsets[5:])
     torch.testing.assert_close(design.weights[:5], views.ring(5, 3).weights / 2)  # type: ignore[operator]
     assert design.mirror.tolist() == [[False, False]] * 5 + [[False, True]] * 5
+    upside_down = views.flipped(views.grid(0), "y")
+    assert upside_down.mirror is not None
+    assert upside_down.mirror.tolist() == [[False, False], [True, False]]
     twice = views.flipped(design)
     assert twice.mirror is not None
     assert twice.mirror[:, 1].sum() == 10
@@ -259,6 +317,10 @@ def test_flipped_has_every_view_and_its_mirror_image() -> None:
         *("ring:3", "ring:3:2", "ring:7:3:1", "ring:65537:3", "ring:7:1.9"),
         *("best", "best:0", "best:9:3:1", "best:170", "best:9:2.5", "best:9:0"),
         *("Views:3", "spread:3", "flipped:3", "best:4+", "best:4+flip+flip", "+flip", "4:"),
+        *("4+vflip+flip", "4+vflip+vflip", "4++flip", "moore", "moore:", "moore:0", "moore:1,"),
+        *("moore:1:2", "moore:1,-2", "neumann:1e3", "neumann:,1", "neumann:2000000"),
+        *("patches:4", "patches:4:5", "patches:4:5x", "patches:4:5x5:2", "patches:4:0x5"),
+        *("patches:0:5x5", "patches:26:5x5:0.4", "patches:4:5x5:0.4:1:1", "patches:4:5x5x5"),
     ],
 )
 def test_parse_refuses(text: str) -> None:
@@ -294,6 +356,22 @@ def test_parse_of_any_text_is_a_design_or_a_value_error(text: str) -> None:
         (lambda: views.ring(3, 3), ValueError, "n must be an integer >= 4; got 3"),
         (lambda: views.ring(7, 1.5), ValueError, "radius must be from 2 to 2.20 pixels; got 1.5"),
         (lambda: views.flipped("4"), TypeError, "views must be Views; got str"),  # type: ignore[arg-type]
+        (lambda: views.flipped(views.grid(0), "z"), ValueError, "axis must be 'x' or 'y'; got 'z'"),  # type: ignore[arg-type]
+        (lambda: views.moore([]), ValueError, "distances must be numbers > 0 .* one; got \\[\\]"),
+        (lambda: views.moore([1, 0]), ValueError, r"views.moore: .*got \[1.0, 0.0\]"),
+        (lambda: views.neumann(math.nan), ValueError, r"views.neumann: distances .*got \[nan\]"),
+        (lambda: views.neumann("12"), TypeError, "distances must be numbers .*got '1'"),  # type: ignore[arg-type]
+        (lambda: views.moore(range(1, 9000)), ValueError, "at most 65536 views; got 71993"),
+        (lambda: views.patches(0, 9), ValueError, "n must be an integer >= 1; got 0"),
+        (lambda: views.patches(4, 9.5), TypeError, "grid must be two integers"),  # type: ignore[arg-type]
+        (lambda: views.patches(4, 9, -0.1), ValueError, "fraction must be from 0 to 1; got -0.1"),
+        (lambda: views.patches(4, 9, seed=-1), ValueError, "seed must be an integer >= 0; got -1"),
+        (lambda: views.patches(4, 9, patch=0), ValueError, "patch must be two integers >= 1"),
+        (
+            lambda: views.patches(10, 9),
+            ValueError,
+            r"n must be <= 9, the offsets within 0.15 of a grid of \[9, 9\]; got 10",
+        ),
         (lambda: views.best(0), ValueError, "count must be an integer >= 1; got 0"),
         (lambda: views.best(170), ValueError, "count must be <= 169 at radius 6; got 170"),
         *(

@@ -514,7 +514,12 @@ _FORMS = (
     "pixels, such as grid:3, or patches:N:HxW[:FRACTION[:SEED]], H and W in tokens; with +flip "
     "also their mirror images, with +vflip those upside down"
 )
-_FLIPS: dict[str, tuple[Literal["x", "y"], ...]] = {"": (), "flip": ("x",), "vflip": ("y",), "flip+vflip": ("x", "y")}
+_FLIPS: dict[str, tuple[Literal["x", "y"], ...]] = {
+    "": (),
+    "flip": ("x",),
+    "vflip": ("y",),
+    "flip+vflip": ("x", "y"),
+}
 
 
 def parse(text: str, patch: int | tuple[int, int] = 16, scale: float = 1) -> Views:

@@ -54,8 +54,9 @@ Views = Annotated[
     str | None,
     typer.Option(
         help="N views; or grid:RADIUS[:STEP], paper:RADIUS, lattice:N:RADIUS, "
-        "sobol:N:RADIUS[:SEED], ring:N:RADIUS or best:N[:RADIUS], radius and step in pixels; "
-        "+flip adds their mirror images."
+        "sobol:N:RADIUS[:SEED], ring:N:RADIUS, best:N[:RADIUS], moore:D[,D...] or "
+        "neumann:D[,D...], radius, step and D in pixels; or patches:N:HxW[:FRACTION[:SEED]], H and "
+        "W in tokens; +flip adds their mirror images, +vflip those upside down."
     ),
 ]
 Scale = Annotated[
