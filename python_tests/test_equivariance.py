@@ -119,6 +119,17 @@ def test_a_vit_with_position_embeddings_is_equivariant_to_rounding() -> None:
     assert apart[None] > 0.05
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_saturated_pixels_do_not_disturb(batch: int) -> None:
+    """Several are of the largest energy, as in many photographs."""
+    images = images_of(batch).clamp(-0.5, 0.5)
+    assert (images.abs() == 0.5).float().mean() > 0.5
+    srt = anchored(views=4)
+    for roll in ((3, -5), (17, 11)):
+        field = srt(images.roll(roll, (2, 3))).field
+        torch.testing.assert_close(field, srt(images).field.roll(roll, (2, 3)))
+
+
 def test_a_phase_is_enough_for_models_that_roll_with_their_patches() -> None:
     def model(images: torch.Tensor) -> torch.Tensor:
         maps = F.avg_pool2d(images, PATCH)

@@ -34,7 +34,7 @@ from .backbones import Backbone, Features, Layer, Model, describe
 from .backbones.wrappers import changes_in_training, force_eager
 from .ops import check_views, ensemble, ensemble_moments, no_grad, shift, state_mode
 from .options import Anchor, Border, Interpolation, Padding, Quality, Reduce, Upsample
-from .polyphase import polyphase
+from .polyphase import polyphase, unique_anchor
 from .streaming import RunningMean, RunningMedian, RunningMoments
 from .views import Views
 
@@ -153,11 +153,10 @@ class SRT(torch.nn.Module):
         padding, interpolation: as in :func:`srt_ext.shift`.
         anchor: ``phase`` or ``full``, with ``border="circular"``: the views of each image are taken
             from its anchor (:func:`srt_ext.polyphase`) instead of its corner. With ``full`` the
-            model sees the same views of every roll of an image, and the field of the rolled image
-            is the rolled field, up to rounding, for any model; at a stride, of rolls by its
-            multiples. ``phase`` is enough for models that do not know where a patch is, which
-            leaves out the usual position embeddings. Images whose anchor is not unique are an
-            exception, see there.
+            model sees the same views of every roll of an image, so the field of the rolled image is
+            the rolled field, up to rounding, for any model; at a stride, for rolls by its
+            multiples. ``phase`` is enough for models whose tokens roll with whole patches; position
+            embeddings prevent that. Not with ``inject``.
 
     Presets have 4 views and differ in their scale. They were measured in ``research/quality`` with
     a ViT-Ti/16; their cost is the number of plain forwards that have as many operations, for images
@@ -203,7 +202,8 @@ class SRT(torch.nn.Module):
     tokens of all views. Where these would be larger than a field, a mean or moments are aggregated
     in parts: the tokens of a part are as large as a field, or those of one batch, and the sums, one
     for a mean and two for moments, are in float32. With ``streaming``: the tokens of one batch, and
-    one field in float32 for a mean, two for moments, 8 for a median.
+    one field in float32 for a mean, two for moments, 8 for a median. With an anchor the fields of
+    several images are copied into the result, one after the other.
 
     Raises:
         TypeError, ValueError: as the ops; for tokens whose number does not fit the picture; for
@@ -532,7 +532,7 @@ class SRT(torch.nn.Module):
         if max(size) > designs.MAX_RADIUS:  # further than views may be shifted
             rule = "images must have at most 2^20 pixels on each axis with anchor"
             raise wrong(ValueError, "SRT", rule, size)
-        anchor = polyphase(image, self.backbone.patch, full=self.anchor == "full")
+        anchor = (unique_anchor if self.anchor == "full" else polyphase)(image, self.backbone.patch)
         # In float64, where a part of a pixel is the same beside every anchor.
         offsets = views.views.offsets.to(image.device, torch.float64, non_blocking=True)
         both = [(offsets[:, None, i] - anchor[:, i]) % size[i] for i in range(2)]
