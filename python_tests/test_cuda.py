@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -332,6 +333,29 @@ def test_two_streams_at_once() -> None:
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(work, (0, 3)))
+
+
+@pytest.mark.serial
+@pytest.mark.parametrize("anchor", ["phase", "full"])
+def test_anchors_are_not_waited_for(anchor: Any) -> None:
+    """They depend on the images, and the views on them."""
+    modes: Any = {"padding": "circular", "border": "circular", "anchor": anchor}
+    conv = torch.nn.Conv2d(3, 8, 16, stride=16, device="cuda")
+    srt = srt_ext.SRT(conv, 4, patch=16, view_batch=4, **modes)
+    images = torch.randn(2, 3, 64, 96, device="cuda")
+    expected = srt(images).field
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.cuda._sleep(SLEEP)
+        field = srt(images).field
+        done = torch.cuda.Event()
+        done.record()
+        assert not done.query(), "a call waited for the device"
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    assert torch.equal(field, expected)
 
 
 @pytest.mark.serial

@@ -1,4 +1,4 @@
-"""The examples in the docstrings, and those of docs/frameworks.md."""
+"""The examples in the docstrings, and those of the pages in docs."""
 
 import doctest
 import importlib
@@ -12,13 +12,14 @@ from process import run_python
 import srt_ext
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "frameworks.md"
+PAGES = sorted(ROOT.glob("docs/*.md"))
 
 
-# The code of each section of the page, by its heading.
+# The code of each section of a page, by its heading.
 EXAMPLES = {
-    section.splitlines()[0]: code
-    for section in (PAGE.read_text().split("\n## ")[1:] if PAGE.exists() else [])
+    section.splitlines()[0].lstrip("# "): code
+    for page in PAGES
+    for section in page.read_text().split("\n## ")
     for code in re.findall(r"^```python\n(.*?)^```", section, re.M | re.S)
 }
 

@@ -79,14 +79,15 @@ def test_the_anchor_moves_with_the_content(dy: int, dx: int, dtype: torch.dtype)
         assert torch.equal((before + torch.tensor([dy, dx])) % period, after)
 
 
-@given(st.integers(-40, 40), st.integers(-40, 40), st.floats(0.05, 0.25))
-def test_saturated_pixels_are_told_apart_by_what_is_around(dy: int, dx: int, top: float) -> None:
+@given(st.integers(-40, 40), st.integers(-40, 40), st.floats(0.02, 0.5))
+def test_saturated_pixels_are_told_apart_by_the_rest_of_the_image(
+    dy: int, dx: int, top: float
+) -> None:
     """By the anchor of SRT, which is that of polyphase where there are no ties."""
     image = torch.rand(2, 3, 12, 15, generator=torch.Generator().manual_seed(0))
     flat, size = image.clamp(max=top), torch.tensor([12, 15])
     before, after = (unique_anchor(i, (4, 5)) for i in (flat, flat.roll((dy, dx), (2, 3))))
-    energy = flat[0].square().sum(0)[before[0, 0] % 4 :: 4, before[0, 1] % 5 :: 5]
-    assert (energy == energy.max()).sum() > 1
+    assert (flat == top).all(1).sum() > 10
     assert torch.equal((before + torch.tensor([dy, dx])) % size, after)
     assert torch.equal(unique_anchor(image, (4, 5)), srt_ext.polyphase(image, (4, 5), full=True))
     # The same from everywhere.

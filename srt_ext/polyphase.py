@@ -19,8 +19,8 @@ def polyphase(
     phase, and the rolled image itself is the same.
 
     That holds up to ties: of several pixels of the same largest energy, such as saturated ones, the
-    first in row order is taken, which a roll changes. :class:`srt_ext.SRT` tells them apart by what
-    is around them.
+    first in row order is taken, which a roll changes. :class:`srt_ext.SRT` tells them apart by
+    the rest of the image.
 
     Args:
         image: [B, C, H, W], floating-point or uint8, on any device; H and W multiples of the patch.
@@ -49,42 +49,50 @@ def polyphase(
     _check_image(image, patch)
     if not isinstance(full, bool):
         raise wrong(TypeError, "srt_ext.polyphase", "full must be True or False", repr(full))
-    energy, phase = _phase(image, patch)
-    return phase + _place(energy.flatten(1), energy.shape[2], patch) if full else phase
+    energy = _energy(image, patch)
+    phase = energy.sum((1, 3)).flatten(1).argmax(1, keepdim=True)  # [B, 1], the first of equal ones
+    offset = torch.cat([phase // patch[1], phase % patch[1]], 1)
+    if not full:
+        return offset
+    places = energy.permute(0, 2, 4, 1, 3).flatten(3).flatten(1, 2)  # [B, Ph * Pw, h * w]
+    place = places.take_along_dim(phase[..., None], 1)[:, 0].argmax(1, keepdim=True)  # [B, 1]
+    width = energy.shape[3]
+    return offset + torch.cat([place // width * patch[0], place % width * patch[1]], 1)
 
 
 def unique_anchor(image: torch.Tensor, patch: tuple[int, int]) -> torch.Tensor:
-    """As :func:`polyphase` with ``full``; places of equal energy differ by what is around them.
+    """As :func:`polyphase` with ``full``; where energies tie, the rest of the image decides.
 
-    Of 54 photographs of 8 bits, 14 have their largest energy at several saturated pixels. Here only
-    images that look the same from several places have several anchors, and need no other.
+    Of 54 photographs of 8 bits, 14 have their largest energy at several saturated pixels. They
+    differ here by the energies of all rows and columns, seen from the pixel.
     """
-    energy, phase = _phase(image, patch)
-    around = energy
-    # Each step is the same for every place, so that a roll changes no rounding.
-    for dim in (1, 2):
-        step = 1
-        while step < energy.shape[dim]:
-            around = around + around.roll(-step, dim) / (1 + step)
-            step *= 2
-    largest = energy == energy.amax((1, 2), keepdim=True)
-    return phase + _place(around.where(largest, -1).flatten(1), energy.shape[2], patch)
+    energy = _energy(image, patch)
+    phases = energy.sum((1, 3), keepdim=True)
+    # After a roll the sums are rounded in another way.
+    ties = phases >= phases.amax((2, 4), keepdim=True) * (1 - 2**-40)
+    energy, ties = (x.flatten(3).flatten(1, 2) for x in (energy, ties.expand_as(energy)))
+    largest = energy.where(ties, -1)  # [B, H, W]
+    largest = largest == largest.amax((1, 2), keepdim=True)
+    seen = _seen(energy.sum(2))[:, :, None] + _seen(energy.sum(1))[:, None]
+    pixel = seen.where(largest, -1).flatten(1).argmax(1, keepdim=True)
+    width = energy.shape[2]
+    return torch.cat([pixel // width, pixel % width], 1)
 
 
-def _phase(image: torch.Tensor, patch: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The energies [B, h, w] of the phase of largest energy, float64, and its offset [B, 2]."""
-    energy = image.detach().double().square().sum(1)  # [B, H, W]
-    energy = energy.unflatten(2, (-1, patch[1])).unflatten(1, (-1, patch[0]))  # [B, h, Ph, w, Pw]
-    phase = energy.sum((1, 3)).flatten(1).argmax(1, keepdim=True)  # [B, 1], the first of equal ones
-    places = energy.transpose(2, 3).flatten(3)  # [B, h, w, Ph * Pw]
-    offset = torch.cat([phase // patch[1], phase % patch[1]], 1)
-    return places.take_along_dim(phase[:, None, None], 3)[..., 0], offset
+def _seen(line: torch.Tensor) -> torch.Tensor:
+    """line [B, n]: at each place the sum of all, weighted by where they are from there."""
+    step = 1
+    while step < line.shape[1]:
+        line = line + line.roll(-step, 1) / (1 + step)
+        step *= 2
+    return line
 
 
-def _place(values: torch.Tensor, width: int, patch: tuple[int, int]) -> torch.Tensor:
-    """The offset [B, 2] of the largest of values [B, h * w], the first of equal ones."""
-    place = values.argmax(1, keepdim=True)
-    return torch.cat([place // width * patch[0], place % width * patch[1]], 1)
+def _energy(image: torch.Tensor, patch: tuple[int, int]) -> torch.Tensor:
+    """[B, h, Ph, w, Pw], float64: of each pixel, the sum of squares over the channels."""
+    energy = image.detach().double().square().sum(1)
+    sizes = energy.shape[1] // patch[0], patch[0], energy.shape[2] // patch[1], patch[1]
+    return energy.reshape(-1, *sizes)
 
 
 def _check_image(image: torch.Tensor, patch: tuple[int, int]) -> None:
