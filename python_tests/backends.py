@@ -40,7 +40,17 @@ from typing import Any
 
 import pytest
 import torch
-from samples import BORDERS, DTYPES, INTERPOLATIONS, PADDINGS, REDUCES, UPSAMPLES, Ensemble, Shift
+from samples import (
+    BORDERS,
+    DTYPES,
+    INTERPOLATIONS,
+    PADDINGS,
+    REDUCES,
+    UPSAMPLES,
+    Ensemble,
+    Shift,
+    Windows,
+)
 
 import srt_ext
 
@@ -108,7 +118,7 @@ class Ops:
         return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
     def call(
-        self, case: Ensemble | Shift, data: torch.Tensor, place: Place = "host"
+        self, case: Ensemble | Shift | Windows, data: torch.Tensor, place: Place = "host"
     ) -> tuple[list[Any], dict[str, Any]]:
         """Arguments and keywords of an op."""
         (data, *rest), modes = case.call(data)
@@ -171,6 +181,30 @@ class Ops:
         args, modes = self.call(case, torch.zeros(grad.shape[1:], dtype=grad.dtype), place)
         args[0].requires_grad_()
         return torch.autograd.grad(srt_ext.shift(*args, **modes), args[0], self.put(grad))[0].cpu()
+
+    def windows(self, case: Windows, image: torch.Tensor, *, place: Place = "host") -> torch.Tensor:
+        """[B, N, C, Ph, Pw]."""
+        args, modes = self.call(case, image, place)
+        result = srt_ext.windows(*args, **modes)
+        assert result.is_contiguous()
+        return result.cpu()
+
+    def windows_backward(
+        self, case: Windows, grad: torch.Tensor, *, place: Place = "host"
+    ) -> torch.Tensor:
+        """The gradient [B, C, H, W] of an image, for ``grad`` [B, N, C, Ph, Pw] of its windows."""
+        args, modes = self.call(case, case.image(grad.dtype), place)
+        args[0] = args[0].requires_grad_()
+        result = srt_ext.windows(*args, **modes)
+        return torch.autograd.grad(result, args[0], self.put(grad))[0].cpu()
+
+    def windows_points(
+        self, case: Windows, grad: torch.Tensor, image: torch.Tensor, *, place: Place = "host"
+    ) -> torch.Tensor:
+        """[2, B, N, 2], float64: the gradients of the centers and of the scale of each window."""
+        (image, centers, _, scale), modes = self.call(case, image, place)
+        op = torch.ops.srt._windows_backward_points
+        return torch.stack(op(self.put(grad), image, centers, scale, **modes)).cpu()
 
     def stream(
         self, chunks: Chunks, reduce: str, *, place: Place = "host"

@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 from budget import accumulator, gamma
-from samples import Ensemble, Shift
+from samples import Ensemble, Shift, Windows
 
 from srt_ext import reference
 
@@ -262,3 +262,63 @@ class ShiftBounds:
         rows, columns = (n + 3 if border else 4 for n in self.case.size)
         sums = 4 * rows + (len(self.case.offsets) + 1) * (columns + 1) + 16
         return self._gamma(sums) * size
+
+
+class WindowsBounds:
+    """Bounds of windows and of its gradients, for one call.
+
+    Args:
+        case: the call.
+        dtype: of the image.
+    """
+
+    def __init__(self, case: Windows, dtype: torch.dtype) -> None:
+        self.case, self.dtype = case, accumulator(dtype)
+        # A position is center + sample * scale - 0.5, in float64; at scale 1 the kernels add whole
+        # pixels to that of the first sample. In all at most five roundings in the kernel and five
+        # in the oracle, of numbers up to this.
+        (_, centers, window, scale), _ = case.call(torch.empty(0))
+        step = 1.0 if scale is None else float(scale.abs().max())
+        largest = float(centers.abs().max()) + max(window) * max(step, 1) + 1
+        self.position = 10 * largest * 2.0**-53
+
+    def _gamma(self, sums: int) -> float:
+        # A weight is f or 1 - f, a product of two of them; a cast for each axis, the product with a
+        # value. In float64 the oracle is rounded as often as the kernel.
+        n = 2 * (6 + sums) if self.dtype == torch.float64 else 2 + 2 + 1 + sums
+        return gamma(n, self.dtype)
+
+    def _sizes(self, image: torch.Tensor) -> torch.Tensor:
+        args, modes = self.case.call(image)
+        return reference.windows(*args, **modes)
+
+    def windows(self, image: torch.Tensor) -> torch.Tensor:
+        """Sums of four products. Along an axis two pixels differ by at most twice the largest."""
+        image = image.double().abs()
+        return self._gamma(4) * self._sizes(image) + self._moved(2 * image.max())
+
+    def _moved(self, slope: torch.Tensor) -> torch.Tensor:
+        """What an error of the position makes of a value with this slope along both axes."""
+        return 2 * self.position * slope
+
+    def gradient(self, grad: torch.Tensor) -> torch.Tensor:
+        """[B, C, H, W]. With ``border`` a pixel may be read by all taps of all samples."""
+        samples, grad = grad[0, :, 0].numel(), grad.double().abs()
+        batch, _, channels, _, _ = grad.shape
+        image = torch.zeros(batch, channels, *self.case.size, dtype=torch.float64)
+        size = gradient(self._sizes, image, grad)
+        moved = self._moved(grad.sum((1, 3, 4)))
+        return self._gamma(4 * samples) * size + moved[..., None, None]
+
+    def points(self, grad: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        """[2, B, N, 2]: a sum over the samples and channels of grad * (pixel - pixel).
+
+        Each difference is of two rows or columns, interpolated: it is at most twice the largest
+        pixel, and changes by at most four times that over a pixel. For the scale it is multiplied
+        by the distance of the sample from the center.
+        """
+        largest = image.double().abs().max()
+        window = torch.tensor(self.case.window)
+        total = grad.double().abs().sum((2, 3, 4))[..., None].expand(-1, -1, 2)
+        slope = self._gamma(8 + grad[0, 0].numel()) * 2 * largest + self._moved(4 * largest)
+        return torch.stack([total * slope, total * slope * window / 2])

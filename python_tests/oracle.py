@@ -9,14 +9,31 @@ from typing import Any
 
 import torch
 from backends import Backend, Ops, Place
-from bounds import EnsembleBounds, ShiftBounds, gradient
+from bounds import EnsembleBounds, ShiftBounds, WindowsBounds, gradient
 from budget import assert_within_budget, assert_within_rounding
-from samples import DTYPES, ENSEMBLES, REDUCES, SHIFTS, Ensemble, Shift, poison
+from samples import (
+    DTYPES,
+    ENSEMBLES,
+    REDUCES,
+    SHIFTS,
+    WINDOWS,
+    Ensemble,
+    Shift,
+    Windows,
+    poison,
+)
 
 from srt_ext import reference
 
-KERNELS = (*REDUCES, "mean_backward", "shift", "shift_backward")
-Case = Ensemble | Shift
+KERNELS = (
+    *REDUCES,
+    "mean_backward",
+    "shift",
+    "shift_backward",
+    "windows",
+    "windows_backward",
+)
+Case = Ensemble | Shift | Windows
 
 
 def ensemble(
@@ -35,6 +52,23 @@ def ensemble(
 def shift(case: Shift, image: torch.Tensor, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     args, modes = case.call(image)
     return reference.shift(*args, **modes, dtype=dtype)
+
+
+def windows(
+    case: Windows, image: torch.Tensor, dtype: torch.dtype = torch.float64
+) -> torch.Tensor:
+    args, modes = case.call(image)
+    return reference.windows(*args, **modes, dtype=dtype)
+
+
+def windows_points(case: Windows, grad: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    """[2, B, N, 2]: the gradients of the centers and of the scale of each window."""
+    (image, centers, window, scale), modes = case.call(image)
+    centers = centers.double().requires_grad_()
+    steps = torch.ones(2) if scale is None else scale
+    steps = steps.double().expand(centers.shape).clone().requires_grad_()
+    result = reference.windows(image, centers, window, steps, **modes)
+    return torch.stack(torch.autograd.grad(result, (centers, steps), grad.double()))
 
 
 def field_of(
@@ -61,11 +95,13 @@ def field_of(
 
 
 def samples_of(kernel: str) -> dict[str, Any]:
+    if kernel.startswith("windows"):
+        return WINDOWS
     return SHIFTS if kernel.startswith("shift") else ENSEMBLES
 
 
 def dtypes_of(kernel: str) -> tuple[torch.dtype, ...]:
-    return (*DTYPES, torch.uint8) if kernel == "shift" else DTYPES
+    return (*DTYPES, torch.uint8) if kernel in ("shift", "windows") else DTYPES
 
 
 def values_of(kernel: str, case: Case, dtype: torch.dtype) -> torch.Tensor:
@@ -73,7 +109,7 @@ def values_of(kernel: str, case: Case, dtype: torch.dtype) -> torch.Tensor:
     if kernel.endswith("backward"):
         generator = torch.Generator().manual_seed(case.seed + 1)
         return torch.randn(case.shape, generator=generator, dtype=torch.float64).to(dtype)
-    return case.image(dtype) if isinstance(case, Shift) else case.tokens(dtype)
+    return case.tokens(dtype) if isinstance(case, Ensemble) else case.image(dtype)
 
 
 def poisoned(kernel: str, case: Case, dtype: torch.dtype, seed: int = 1) -> torch.Tensor:
@@ -98,7 +134,11 @@ def truth(
         return ensemble(case, values, kernel, dtype)
     if kernel == "shift":
         return shift(case, values, dtype)
-    if kernel == "shift_backward":
+    if kernel == "windows":
+        return windows(case, values, dtype)
+    if kernel == "windows_backward":
+        function, shape = partial(windows, case, dtype=dtype), case.image(dtype).shape
+    elif kernel == "shift_backward":
         function, shape = partial(shift, case, dtype=dtype), values.shape[1:]
     else:
         function, shape = partial(ensemble, case, dtype=dtype), case.tokens(dtype).shape
@@ -110,6 +150,10 @@ def bound_of(kernel: str, case: Case, values: torch.Tensor) -> torch.Tensor:
         return ShiftBounds(case, values.dtype).views(values)
     if kernel == "shift_backward":
         return ShiftBounds(case, values.dtype).gradient(values)
+    if kernel == "windows":
+        return WindowsBounds(case, values.dtype).windows(values)
+    if kernel == "windows_backward":
+        return WindowsBounds(case, values.dtype).gradient(values)
     if kernel == "mean_backward":
         return EnsembleBounds(case, case.tokens(values.dtype)).mean_gradient(values)
     bounds = EnsembleBounds(case.fit(kernel), values)

@@ -40,11 +40,29 @@ NO_OFFSETS: Pairs = (
 
 _GRID: Pairs = tuple((float(y), float(x)) for y in (-2, 0, 2) for x in (-3, 0, 3))
 _REAL: Pairs = ((0.0, 0.0), (0.25, -0.625), (-3.3, 7.1), (2.5, 2.5), (-0.7, -5.9))
+_PLACES: Pairs = ((4.0, 10.5), (5.25, 8.625), (3.3, 17.1), (-1.5, 2.5), (8.9, 30.0), (4.0, 11.3))
 
 
 def _random(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
     values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return values.to(dtype)
+
+
+def _image(
+    shape: tuple[int, int, int, int], layout: str, dtype: torch.dtype, seed: int
+) -> torch.Tensor:
+    """[B, C, H, W]; ``layout``: dense, channels_last or sliced."""
+    batch, channels, height, width = shape
+    if layout == "sliced":
+        shape = (batch, channels + 1, height + 2, 2 * width + 1)
+    if dtype == torch.uint8:
+        generator = torch.Generator().manual_seed(seed)
+        image = torch.randint(0, 256, shape, generator=generator, dtype=dtype)
+    else:
+        image = _random(shape, dtype, seed)
+    if layout == "channels_last":
+        return image.contiguous(memory_format=torch.channels_last)
+    return image[:, 1:, 2:, 1::2] if layout == "sliced" else image
 
 
 @dataclass(frozen=True)
@@ -109,25 +127,50 @@ class Shift:
         return len(self.offsets), self.batch, self.channels, *self.size
 
     def image(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        shape = (self.batch, self.channels, *self.size)
-        if self.layout == "sliced":
-            shape = (self.batch, self.channels + 1, self.size[0] + 2, 2 * self.size[1] + 1)
-        if dtype == torch.uint8:
-            image = torch.randint(
-                0, 256, shape, generator=torch.Generator().manual_seed(self.seed), dtype=dtype
-            )
-        else:
-            image = _random(shape, dtype, self.seed)
-        if self.layout == "channels_last":
-            return image.contiguous(memory_format=torch.channels_last)
-        return image[:, 1:, 2:, 1::2] if self.layout == "sliced" else image
+        return _image((self.batch, self.channels, *self.size), self.layout, dtype, self.seed)
 
     def call(self, image: torch.Tensor) -> Call:
         offsets = torch.tensor(self.offsets, dtype=self.value_dtype)
         return (image, offsets), {"padding": self.padding, "interpolation": self.interpolation}
 
 
-_ENSEMBLE, _SHIFT = Ensemble(), Shift()
+@dataclass(frozen=True)
+class Windows:
+    """One call of windows."""
+
+    size: tuple[int, int] = (9, 21)  # of the image
+    window: tuple[int, int] = (4, 5)
+    centers: Pairs = _PLACES  # of image 0; image 1 begins with the second of them
+    scale: tuple[float, float] | Pairs | None = None  # of all windows, or one for each center
+    channels: int = 3
+    batch: int = 2
+    layout: str = "dense"  # or channels_last, sliced
+    padding: str = "border"
+    value_dtype: torch.dtype = torch.float32
+    seed: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        return self.batch, len(self.centers), self.channels, *self.window
+
+    def image(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return _image((self.batch, self.channels, *self.size), self.layout, dtype, self.seed)
+
+    def _of_images(self, pairs: Pairs) -> torch.Tensor:
+        values = torch.tensor(pairs, dtype=self.value_dtype).reshape(-1, 2)
+        return torch.stack([values.roll(-b, 0) for b in range(self.batch)])
+
+    def call(self, image: torch.Tensor) -> Call:
+        scale = None
+        if self.scale is not None:
+            pair = isinstance(self.scale[0], float)
+            scale = torch.tensor(self.scale, dtype=self.value_dtype)
+            scale = scale if pair else self._of_images(self.scale)  # type: ignore[arg-type]
+        centers = self._of_images(self.centers)
+        return (image, centers, self.window, scale), {"padding": self.padding}
+
+
+_ENSEMBLE, _SHIFT, _WINDOWS = Ensemble(), Shift(), Windows()
 
 ENSEMBLES = {
     "grid": _ENSEMBLE,
@@ -156,6 +199,19 @@ SHIFTS = {
     "strided": replace(_SHIFT, layout="sliced"),
     "channels_last": replace(_SHIFT, layout="channels_last", interpolation="bicubic"),
     "one_pixel": replace(_SHIFT, size=(1, 1)),
+}
+
+_SCALES: Pairs = ((1.0, 1.0), (0.5, -2.0), (1.3, 0.7), (0.0, 1.0), (-1.0, 1.0625), (3.0, 1.0))
+WINDOWS = {
+    "real": _WINDOWS,
+    "grid": replace(_WINDOWS, window=(3, 6), centers=((1.5, 3.0), (4.5, 15.0), (7.5, 22.0))),
+    "scale": replace(_WINDOWS, scale=(1.0625, 0.75), padding="zeros", value_dtype=torch.float64),
+    "scales": replace(_WINDOWS, scale=_SCALES, padding="reflect", layout="sliced"),
+    "beyond": replace(_WINDOWS, centers=((40.5, -100.25), (FAR, -FAR)), padding="circular"),
+    "wide": replace(_WINDOWS, size=(5, 70), window=(2, 39), centers=((2.3, 40.9), (2.0, 22.25))),
+    "points": replace(_WINDOWS, window=(1, 1), channels=37, layout="channels_last"),
+    "channels_last": replace(_WINDOWS, channels=19, layout="channels_last", scale=(1.0, 2.0)),
+    "one_pixel": replace(_WINDOWS, size=(1, 1), padding="circular"),
 }
 
 each_ensemble = pytest.mark.parametrize("case", ENSEMBLES.values(), ids=ENSEMBLES.keys())
@@ -255,6 +311,29 @@ def shifts(draw: st.DrawFn, **fixed: Any) -> Shift:
         layout=draw(st.sampled_from(("dense", "channels_last", "sliced"))),
         padding=draw(st.sampled_from(PADDINGS)),
         interpolation=draw(st.sampled_from(INTERPOLATIONS)),
+        value_dtype=draw(_VALUE_DTYPES),
+        seed=draw(st.integers(0, 2**16)),
+    )
+    return replace(case, **fixed)
+
+
+@st.composite
+def windows(draw: st.DrawFn, **fixed: Any) -> Windows:
+    size = fixed.pop("size", None) or draw(st.tuples(st.integers(1, 9), st.integers(1, 40)))
+    place = st.tuples(*(_offset(n) for n in size))
+    centers = tuple(draw(st.lists(place, min_size=1, max_size=5)))
+    steps = st.sampled_from((1.0, 1.0, 0.5, 0.0, -1.0, 2.0, 16 / 15)) | st.floats(-3.0, 3.0)
+    pair = st.tuples(steps, steps)
+    each = st.lists(pair, min_size=len(centers), max_size=len(centers)).map(tuple)
+    case = Windows(
+        size=size,
+        window=draw(st.tuples(st.integers(1, 5), st.integers(1, 36))),
+        centers=centers,
+        scale=draw(st.none() | pair | each),
+        channels=draw(st.integers(1, 3) | st.integers(1, 40)),
+        batch=draw(st.integers(1, 2)),
+        layout=draw(st.sampled_from(("dense", "channels_last", "sliced"))),
+        padding=draw(st.sampled_from(PADDINGS)),
         value_dtype=draw(_VALUE_DTYPES),
         seed=draw(st.integers(0, 2**16)),
     )

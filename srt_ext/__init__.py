@@ -25,14 +25,16 @@ __all__ = [
     "ensemble_moments",
     "polyphase",
     "reference",
+    "sample",
     "shift",
     "views",
+    "windows",
 ]
 
 if _unavailable is None:
     from . import _autograd as _autograd
     from . import dlpack, reference, views
-    from .ops import ensemble, ensemble_moments, shift
+    from .ops import ensemble, ensemble_moments, sample, shift, windows
     from .polyphase import polyphase
     from .srt import SRT, LayerTokens, SRTMoments, SRTOutput, ViewTokens
     from .streaming import RunningMean, RunningMedian, RunningMoments

@@ -1,7 +1,7 @@
 """Derivatives of the ops: reverse and forward mode, vmap, torch.func.
 
-Mean and shift have backward kernels: a ``torch.autograd.Function`` at their Autograd key calls
-them. All other derivatives are composed of differentiable ops, one view after the other, so that
+Mean, shift and windows have backward kernels: a ``torch.autograd.Function`` at their Autograd key
+calls them. All other derivatives are composed of differentiable ops, one view after the other, so that
 their temporaries do not grow with the number of views.
 """
 
@@ -361,6 +361,117 @@ class _ShiftBackward(_Shift):
     batching = _Batching((1, None), 0)
 
 
+@dataclass(frozen=True)
+class _WindowsBatching(_Batching):
+    """With a last argument ``scale``, which has a batch only as [B, N, 2]."""
+
+    def __call__(
+        self, call: Callable[..., Any], size: int, in_dims: Sequence[Any], args: Sequence[Any]
+    ) -> tuple[Any, Any]:
+        dims = self.dims
+        if len(args) == len(dims) and args[-1] is not None:
+            mapped = in_dims[len(dims) - 1] is not None
+            dims = (*dims[:-1], 0 if args[-1].dim() - mapped == 3 else None)
+        return _Batching(dims, self.out)(call, size, in_dims, args)
+
+
+class _Windows(_Function):
+    """Linear in the image."""
+
+    op, name = _ops.windows.default, "windows"
+    constant: ClassVar = {}
+    batching = _WindowsBatching((0, 0, None, 0), 0)
+
+    @classmethod
+    def reads_first(cls, ctx: Any) -> bool:
+        return bool(ctx.needs_input_grad[1] or ctx.needs_input_grad[3])
+
+    @classmethod
+    def setup_context(cls, ctx: Any, inputs: Any, output: Any) -> None:
+        super().setup_context(ctx, inputs, output)
+        ctx.pixels = inputs[0].shape[-2:]
+
+    @classmethod
+    def gradients(cls, ctx: Any, args: list[Any], grads: Sequence[Any]) -> tuple[Any, ...]:
+        image, centers, _, scale = args
+        image_grad = None
+        if ctx.needs_input_grad[0]:
+            image_grad = _ops._windows_backward_image(
+                grads[0], centers, ctx.pixels, scale, **ctx.modes
+            )
+        return image_grad, *_points_gradients(ctx, grads[0], image, centers, scale)
+
+    @classmethod
+    def tangents(cls, ctx: Any, args: list[Any], tangents: Sequence[Any]) -> Any:
+        _no_tangent(cls.name, centers=tangents[1], scale=tangents[3])
+        return cls.op(tangents[0], *args[1:], **ctx.modes)
+
+
+class _WindowsBackwardImage(_Function):
+    """Linear in the gradient of the windows."""
+
+    op, name = _ops._windows_backward_image.default, "windows"
+    constant: ClassVar = {}
+    batching = _WindowsBatching((0, 0, None, 0), 0)
+
+    @classmethod
+    def reads_first(cls, ctx: Any) -> bool:
+        return bool(ctx.needs_input_grad[1] or ctx.needs_input_grad[3])
+
+    @classmethod
+    def setup_context(cls, ctx: Any, inputs: Any, output: Any) -> None:
+        super().setup_context(ctx, inputs, output)
+        ctx.size = inputs[0].shape[-2:]
+
+    @classmethod
+    def gradients(cls, ctx: Any, args: list[Any], grads: Sequence[Any]) -> tuple[Any, ...]:
+        grad, centers, _, scale = args
+        grad_grad = None
+        if ctx.needs_input_grad[0]:
+            grad_grad = _ops.windows(grads[0], centers, ctx.size, scale, **ctx.modes)
+        # As the image enters: <grads, op(grad)> = <windows(grads), grad>.
+        return grad_grad, *_points_gradients(ctx, grad, grads[0], centers, scale)
+
+    @classmethod
+    def tangents(cls, ctx: Any, args: list[Any], tangents: Sequence[Any]) -> Any:
+        _no_tangent(cls.name, centers=tangents[1], scale=tangents[3])
+        return cls.op(tangents[0], *args[1:], **ctx.modes)
+
+
+class _WindowsBackwardPoints(_Function):
+    """Without derivatives of its own."""
+
+    op, name = _ops._windows_backward_points.default, "windows"
+    _second = "second derivative that involves centers or scale"
+    constant: ClassVar = dict.fromkeys(("grad", "image", "centers", "scale"), _second)
+    batching = _WindowsBatching((0, 0, 0, 0), 0)
+
+
+def _points_gradients(
+    ctx: Any, grad: Any, image: Any, centers: torch.Tensor, scale: torch.Tensor | None
+) -> tuple[Any, None, Any]:
+    """Of centers, size and scale: of those that need one."""
+    centers_grad = scale_grad = None
+    if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:
+        centers_grad, scale_grad = _ops._windows_backward_points(
+            grad, image, centers, scale, **ctx.modes
+        )
+    if scale is not None and ctx.needs_input_grad[3]:
+        scale_grad = scale_grad if scale.dim() == 3 else scale_grad.sum((0, 1))
+        scale_grad = scale_grad.to(scale)
+    return (
+        centers_grad.to(centers) if ctx.needs_input_grad[1] else None,
+        None,
+        scale_grad if ctx.needs_input_grad[3] else None,
+    )
+
+
+def _no_tangent(op: str, **tangents: Any) -> None:
+    for name, tangent in tangents.items():
+        if tangent is not None:
+            raise RuntimeError(f"srt::{op} has no forward-mode derivative with respect to {name}")
+
+
 class _Ensemble(_Function):
     op, name = _ops.ensemble.default, "ensemble"
     batching = _Batching((1, None, None, None, None), 0)
@@ -554,7 +665,16 @@ def _register_mutation(op: Any, subject: str) -> None:
     _library.impl(op, negative, "Conjugate")
 
 
-for _function in (_Shift, _ShiftBackward, _Ensemble, _Moments, _MeanBackward):
+for _function in (
+    _Shift,
+    _ShiftBackward,
+    _Windows,
+    _WindowsBackwardImage,
+    _WindowsBackwardPoints,
+    _Ensemble,
+    _Moments,
+    _MeanBackward,
+):
     _register_function(_function)
 _register_composite(_median_backward, lambda tokens: tokens.new_empty(tokens.shape))
 _register_composite(_moments_backward, lambda tokens: tokens.new_empty(tokens.shape))

@@ -1,6 +1,7 @@
-"""``srt_ext.shift`` and ``srt_ext.ensemble``: ``torch.ops.srt.*`` with types, docs and errors.
+"""``srt_ext.shift``, ``windows``, ``ensemble``: ``torch.ops.srt.*`` with types, docs and errors.
 
-Method: Lao et al., "Sub-token ViT Embedding via Stochastic Resonance Transformers", ICML 2024.
+Method: Lao et al., "Sub-token ViT Embedding via Stochastic Resonance Transformers", ICML 2024; of
+``windows``: Hjelkrem-Tan et al., "SPoT: Subpixel Placement of Tokens in Vision Transformers", 2025.
 """
 
 from __future__ import annotations
@@ -144,6 +145,89 @@ def shift(
     """
     op, modes = torch.ops.srt.shift.default, {"padding": padding, "interpolation": interpolation}
     return cast(torch.Tensor, _call("shift", op, image, offsets, **modes))
+
+
+def windows(
+    image: torch.Tensor,
+    centers: torch.Tensor,
+    size: Pair,
+    scale: torch.Tensor | None = None,
+    *,
+    padding: Padding = "border",
+) -> torch.Tensor:
+    """Windows of a batch of images at any positions, sampled bilinearly: sub-pixel tokens (SPoT).
+
+    Sample (i, j) of a window lies at ``center + ((i, j) - (size - 1) / 2) * scale``, in pixels;
+    the centre of a pixel is its index + 0.5. So the windows of size ``patch`` with the centers
+    ``patch * (k + 0.5)`` are the patches of a ViT, bit for bit, and those moved by ``d`` are the
+    patches of ``shift(image, -d)``.
+
+    Args:
+        image: [B, C, H, W] of any strides, H and W at least 1; float32, float16, bfloat16, float64
+            or uint8. It is read in place: a field of many channels best in channels_last.
+        centers: [B, N, 2], (y, x) in pixels, finite and at most 2^25 in size, in the image or not;
+            B * N up to 2^26; float32 or float64, on the CPU or on the device of ``image``. On a GPU
+            they and ``scale`` are not validated (that would synchronise): a window with one that is
+            not finite or too large is 0.
+        size: (Ph, Pw), samples of a window; (1, 1) samples the image at the centers.
+        scale: pixels from sample to sample, (y, x): [2] for all windows or [B, N, 2] for each;
+            finite and at most 2^20 in size, negative ones mirror the window; float32 or float64;
+            None for 1. There is no antialiasing.
+        padding: what lies beyond the image, by pixel: ``zeros``, ``border``, ``reflect`` (the edge
+            is not repeated) or ``circular``.
+
+    Returns:
+        [B, N, C, Ph, Pw], dense, of the dtype of ``image``. Positions are float64; one within 2^-40
+        of the centre of a pixel is that pixel, so windows of whole pixels are copies bit for bit.
+        uint8 results are rounded half to even.
+
+        Differentiable with respect to ``image``, ``centers`` and ``scale``; at the centre of a
+        pixel the derivative is the one to the right, as that of ``F.grid_sample``. The gradients of
+        the image are differentiable again, those of the others are not; forward mode knows the
+        image alone.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape, mode word or value.
+
+    Example:
+        >>> image = torch.arange(6.0).reshape(1, 1, 1, 6)
+        >>> windows(image, torch.tensor([[[0.5, 2.0], [0.5, 3.25]]]), (1, 2))[0, :, 0, 0]
+        tensor([[1.0000, 2.0000],
+                [2.2500, 3.2500]])
+    """
+    args = (image, centers, pair("windows", "size", size), scale)
+    op = torch.ops.srt.windows.default
+    return cast(torch.Tensor, _call("windows", op, *args, padding=padding))
+
+
+def sample(field: torch.Tensor, points: torch.Tensor, stride: Stride = 1) -> torch.Tensor:
+    """Samples a dense field bilinearly at points of the picture.
+
+    Args:
+        field: [B, C, H', W'], as of :func:`ensemble`; float32, float16, bfloat16, float64 or uint8.
+            Of channels_last, which :func:`ensemble` returns, a point reads whole rows of channels.
+        points: [B, N, 2], (y, x) in pixels of the picture, as the centers of :func:`windows`.
+        stride: pixels per cell of the field, (sh, sw) or one for both, as given to
+            :func:`ensemble`.
+
+    Returns:
+        [B, N, C] of the dtype of ``field``; a point beyond the centres of the outer cells has their
+        value. Differentiable as :func:`windows`.
+
+    Raises:
+        TypeError, ValueError: as :func:`windows`.
+
+    Example:
+        >>> field = torch.tensor([[1.0, 3.0]]).reshape(1, 1, 1, 2)  # two cells of 4 x 4 pixels
+        >>> sample(field, torch.tensor([[[2.0, 2.0], [2.0, 3.0]]]), stride=4)[0, :, 0]
+        tensor([1.0000, 1.5000])
+    """
+    check_tensor("srt_ext.sample", "points", points)
+    sh, sw = check_pair("srt_ext.sample", "stride", stride)
+    if (sh, sw) != (1, 1) and points.dim() == 3 and points.shape[2] == 2:
+        points = torch.stack([points[..., 0].double() / sh, points[..., 1].double() / sw], -1)
+    return windows(field, points, (1, 1)).flatten(2)
 
 
 def ensemble(
@@ -335,6 +419,28 @@ def _(image: torch.Tensor, offsets: torch.Tensor, **modes: Any) -> torch.Tensor:
     return image.new_empty([offsets.shape[0], *image.shape])
 
 
+def _windows_shape(
+    op: str, image: torch.Tensor, centers: torch.Tensor, size: Pair, scale: torch.Tensor | None
+) -> list[Any]:
+    """[B, N, C, Ph, Pw]."""
+    where = f"srt::{op}"
+    _check_rank(where, "image", image, 4, "must have 4 dimensions, [B, C, H, W]")
+    _check_rank(where, "centers", centers, 3, "must be [B, N, 2]")
+    _check_meta(where, image, centers=centers, scale=scale)
+    return [image.shape[0], centers.shape[1], image.shape[1], *check_pair(where, "size", size)]
+
+
+@torch.library.register_fake("srt::windows")
+def _(
+    image: torch.Tensor,
+    centers: torch.Tensor,
+    size: Pair,
+    scale: torch.Tensor | None = None,
+    **modes: Any,
+) -> torch.Tensor:
+    return image.new_empty(_windows_shape("windows", image, centers, size, scale))
+
+
 @torch.library.register_fake("srt::ensemble")
 def _(*args: Any, **modes: Any) -> torch.Tensor:
     return _new_field("ensemble", *args, **modes)
@@ -378,6 +484,27 @@ def _(grad: torch.Tensor, offsets: torch.Tensor, **modes: Any) -> torch.Tensor:
     _check_rank("srt::_shift_backward", "grad", grad, 5, "must have 5 dimensions, [V, B, C, H, W]")
     _check_meta("srt::_shift_backward", grad, offsets=offsets)
     return grad.new_empty(grad.shape[1:])
+
+
+@torch.library.register_fake("srt::_windows_backward_image")
+def _(
+    grad: torch.Tensor, centers: torch.Tensor, pixels: Pair, scale: Any, **modes: Any
+) -> torch.Tensor:
+    where = "srt::_windows_backward_image"
+    _check_rank(where, "grad", grad, 5, "must have 5 dimensions, [B, N, C, Ph, Pw]")
+    _check_meta(where, grad, centers=centers, scale=scale)
+    return grad.new_empty([grad.shape[0], grad.shape[2], *pixels])
+
+
+@torch.library.register_fake("srt::_windows_backward_points")
+def _(
+    grad: torch.Tensor, image: torch.Tensor, centers: torch.Tensor, scale: Any, **modes: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    where = "srt::_windows_backward_points"
+    _check_rank(where, "grad", grad, 5, "must have 5 dimensions, [B, N, C, Ph, Pw]")
+    _check_meta(where, grad, centers=centers, scale=scale)
+    shape = centers.shape
+    return tuple(image.new_empty(shape, dtype=torch.float64) for _ in range(2))  # type: ignore[return-value]
 
 
 @torch.library.register_fake("srt::_mean_backward")

@@ -124,8 +124,10 @@ def windows(
     for y, weight_y in taps[0]:
         for x, weight_x in taps[1]:
             value = pixels[batch, y[..., :, None], x[..., None, :]]  # [B, N, Ph, Pw, C]
-            weight = weight_y[..., :, None] * weight_x[..., None, :]
-            total = total + _weighted(weight[..., None], value)
+            weight = (weight_y[..., :, None] * weight_x[..., None, :])[..., None]
+            # A tap of weight 0 is not read, but has a derivative with respect to the weight.
+            read = torch.where(weight == 0, value.detach().nan_to_num(0, 0, 0), value)
+            total = total + torch.where(weight == 0, weight * read.detach(), weight * read)
     return total.permute(0, 1, 4, 2, 3)
 
 

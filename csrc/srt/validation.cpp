@@ -81,6 +81,14 @@ Mode parse(const char* op, const std::string& name, std::string_view word,
   fail(op, rule, quote(word));
 }
 
+Padding parse_padding(const char* op, std::string_view word) {
+  return parse<Padding>(op, "padding", word,
+                        {{"zeros", Padding::zeros},
+                         {"border", Padding::border},
+                         {"reflect", Padding::reflect},
+                         {"circular", Padding::circular}});
+}
+
 std::vector<double> read_numbers(const ArrayView& array) {
   int64_t count = 1;
   for (const int64_t size : array.shape) count *= size;
@@ -111,6 +119,21 @@ const double* take_numbers(const char* op, const std::string& name, const ArrayV
   if (!host) return nullptr;
   *values = read_numbers(numbers);
   return values->data();
+}
+
+// Centers or scale: each number at most 2^`bits` in size.
+void check_pixels(const char* op, const std::string& name, const ArrayView& numbers,
+                  const std::vector<double>& values, int bits) {
+  for (size_t i = 0; i < values.size(); ++i) {
+    if (std::fabs(values[i]) <= std::ldexp(1.0, bits)) continue;  // written so that NaN fails
+    std::vector<int64_t> at;
+    int64_t rest = static_cast<int64_t>(i);
+    for (size_t d = numbers.shape.size(); d-- > 0; rest /= numbers.shape[d])
+      at.insert(at.begin(), rest % numbers.shape[d]);
+    fail(op,
+         name + " must be finite and at most 2^" + std::to_string(bits) + " pixels in size",
+         format_number(values[i]) + " at " + format_shape(at));
+  }
 }
 
 void check_offsets(const char* op, const std::vector<double>& offsets) {
@@ -375,11 +398,7 @@ CheckedShift::CheckedShift(const char* op, const std::string& name, const ArrayV
   if (product_overflows(
           {offsets.shape[0], shape[0], shape[1], shape[2], shape[3], image.element_size}))
     fail(op, "the output must have fewer than 2^63 bytes", format_shape(out_shape));
-  args.padding = parse<Padding>(op, "padding", padding,
-                                {{"zeros", Padding::zeros},
-                                 {"border", Padding::border},
-                                 {"reflect", Padding::reflect},
-                                 {"circular", Padding::circular}});
+  args.padding = parse_padding(op, padding);
   args.interpolation = parse<Interpolation>(op, "interpolation", interpolation,
                                             {{"nearest", Interpolation::nearest},
                                              {"bilinear", Interpolation::bilinear},
@@ -390,6 +409,59 @@ CheckedShift::CheckedShift(const char* op, const std::string& name, const ArrayV
   args.height = shape[2];
   args.width = shape[3];
   args.views = out_shape[0];
+}
+
+namespace {
+
+// The shape of the result.
+std::vector<int64_t> check_shapes(const char* op, const WindowsInputs& given) {
+  const std::vector<int64_t>&image = given.image.shape, &centers = given.centers.shape;
+  if (image.size() != 4)
+    fail(op, "image must have 4 dimensions, [B, C, H, W]", format_shape(image));
+  if (image[2] < 1 || image[3] < 1 || image[2] > kMaxPixels || image[3] > kMaxPixels)
+    fail(op, "image must have 1 to 2^24 pixels on each axis", format_shape(image));
+  if (centers.size() != 3 || centers[0] != image[0] || centers[2] != 2)
+    fail(op, "centers must be [B, N, 2] with B = " + std::to_string(image[0]),
+         format_shape(centers));
+  if (centers[1] > kMaxWindows / std::max<int64_t>(1, centers[0]))
+    fail(op, "centers must hold at most 2^26 windows", format_shape(centers));
+  if (given.scale && given.scale->shape != std::vector<int64_t>{2} && given.scale->shape != centers)
+    fail(op, "scale must be [2] or have the shape of centers, " + format_shape(centers),
+         format_shape(given.scale->shape));
+  check_pair(op, "size", given.size);
+  if (given.size[0] > kMaxPixels || given.size[1] > kMaxPixels)
+    fail(op, "size must be at most 2^24 samples on each axis", format_shape(given.size));
+  const std::vector<int64_t> out{image[0], centers[1], image[1], given.size[0], given.size[1]};
+  if (product_overflows({out[0], out[1], out[2], out[3], out[4], given.image.element_size}))
+    fail(op, "the output must have fewer than 2^63 bytes", format_shape(out));
+  if (product_overflows({image[0], image[1], image[2], image[3], given.image.element_size}))
+    fail(op, "image must have fewer than 2^63 bytes", format_shape(image));
+  return out;
+}
+
+}  // namespace
+
+CheckedWindows::CheckedWindows(const char* op, const WindowsInputs& given, bool allow_uint8) {
+  const ArrayView& image = given.image;
+  args.dtype = check_dtype(op, "image", image, allow_uint8);
+  out_shape = check_shapes(op, given);
+  if (image.shape[0] > 0 && image.shape[1] > 0) check_aligned(op, "image", image);
+  args.padding = parse_padding(op, given.padding);
+  args.centers = take_numbers(op, "centers", given.centers, image, &centers_);
+  check_pixels(op, "centers", given.centers, centers_, 25);
+  if (given.scale) {
+    args.scale = take_numbers(op, "scale", *given.scale, image, &scale_);
+    check_pixels(op, "scale", *given.scale, scale_, 20);
+    args.scale_of_each = given.scale->shape.size() == 3;
+  }
+  args.image = image.data;
+  args.batch = image.shape[0];
+  args.channels = image.shape[1];
+  args.height = image.shape[2];
+  args.width = image.shape[3];
+  std::copy_n(image.strides.begin(), 4, args.image_strides);
+  args.count = out_shape[1];
+  std::copy_n(given.size.begin(), 2, args.size);
 }
 
 }  // namespace srt

@@ -10,6 +10,7 @@
 #include "ensemble.h"
 #include "shift.h"
 #include "types.h"
+#include "windows.h"
 
 namespace srt {
 
@@ -103,6 +104,28 @@ struct CheckedShift {
 
  private:
   std::vector<double> offsets_;  // as in CheckedEnsemble
+};
+
+// What windows and its gradients are given alike.
+struct WindowsInputs {
+  ArrayView image;    // [B, C, H, W]
+  ArrayView centers;  // [B, N, 2]
+  const std::vector<int64_t>& size;
+  std::optional<ArrayView> scale;  // [2] or [B, N, 2]
+  std::string_view padding;
+};
+
+// One such call, after the rules. The caller sets args.out.
+struct CheckedWindows {
+  WindowsArgs args{};
+  std::vector<int64_t> out_shape;  // [B, N, C, Ph, Pw]
+
+  CheckedWindows(const char* op, const WindowsInputs& given, bool allow_uint8);
+  CheckedWindows(const CheckedWindows&) = delete;
+  CheckedWindows& operator=(const CheckedWindows&) = delete;
+
+ private:
+  std::vector<double> centers_, scale_;  // as in CheckedEnsemble
 };
 
 }  // namespace srt

@@ -9,6 +9,15 @@ struct Cpu {
   static void shift_backward(ShiftCall& call, void* grad_image) {
     shift_backward_cpu(call.args, grad_image, torch_parallel());
   }
+  static void windows(WindowsCall& call) {
+    windows_cpu(call.args, torch_parallel());
+  }
+  static void windows_backward_image(WindowsCall& call, void* grad_image) {
+    windows_backward_image_cpu(call.args, grad_image, torch_parallel());
+  }
+  static void windows_backward_points(WindowsCall& call, double* grad_centers, double* grad_scale) {
+    windows_backward_points_cpu(call.args, grad_centers, grad_scale, torch_parallel());
+  }
   static void ensemble(EnsembleCall& call) { ensemble_cpu(call.args, torch_parallel()); }
   static void mean_backward(EnsembleCall& call, void* grad_tokens) {
     mean_backward_cpu(call.args, grad_tokens, torch_parallel());

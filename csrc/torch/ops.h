@@ -5,6 +5,7 @@
 
 #include "ensemble.h"
 #include "shift.h"
+#include "windows.h"
 
 namespace srt::glue {
 
@@ -36,6 +37,46 @@ struct Ops {
     const Tensor grad_image = call.new_result();
     Backend::shift_backward(call, grad_image.mutable_data_ptr());
     return grad_image;
+  }
+
+  static Tensor windows(const Tensor& image, const Tensor& centers, const List& size,
+                        const std::optional<Tensor>& scale, const Word& padding) {
+    WindowsCall call("windows", image, view_of(image), size, {centers, scale, padding},
+                     /*allow_uint8=*/true);
+    const Tensor out = empty(call.out_shape, image.scalar_type(), image);
+    call.args.out = out.mutable_data_ptr();
+    Backend::windows(call);
+    return out;
+  }
+
+  static Tensor windows_backward_image(const Tensor& grad, const Tensor& centers,
+                                       const List& pixels, const std::optional<Tensor>& scale,
+                                       const Word& padding) {
+    const char* const op = "_windows_backward_image";
+    const List size = window_size(op, grad);
+    WindowsCall call(op, grad, image_of(op, grad, pixels), size, {centers, scale, padding},
+                     /*allow_uint8=*/false);
+    const Tensor dense = call.set_gradient(grad);
+    const Tensor grad_image = empty(call.image_shape(), grad.scalar_type(), grad);
+    Backend::windows_backward_image(call, grad_image.mutable_data_ptr());
+    return grad_image;
+  }
+
+  static std::tuple<Tensor, Tensor> windows_backward_points(const Tensor& grad, const Tensor& image,
+                                                            const Tensor& centers,
+                                                            const std::optional<Tensor>& scale,
+                                                            const Word& padding) {
+    const char* const op = "_windows_backward_points";
+    const List size = window_size(op, grad);
+    WindowsCall call(op, image, view_of(image), size, {centers, scale, padding},
+                     /*allow_uint8=*/false);
+    const Tensor dense = call.set_gradient(grad);
+    const List shape = shape_of(centers);
+    const Tensor grad_centers = empty(shape, ScalarType::Double, image);
+    const Tensor grad_scale = empty(shape, ScalarType::Double, image);
+    Backend::windows_backward_points(call, static_cast<double*>(grad_centers.mutable_data_ptr()),
+                                     static_cast<double*>(grad_scale.mutable_data_ptr()));
+    return {grad_centers, grad_scale};
   }
 
   static Tensor ensemble(SRT_TOKENS, SRT_WEIGHTS, const Word& reduce, SRT_MODES) {
@@ -106,14 +147,17 @@ struct Ops {
 
 }  // namespace srt::glue
 
-#define SRT_IMPLEMENT_OPS(m, Ops)                                     \
-  m.impl("shift", TORCH_BOX(&Ops::shift));                            \
-  m.impl("_shift_backward", TORCH_BOX(&Ops::shift_backward));         \
-  m.impl("ensemble", TORCH_BOX(&Ops::ensemble));                      \
-  m.impl("ensemble.out", TORCH_BOX(&Ops::ensemble_out));              \
-  m.impl("ensemble_moments", TORCH_BOX(&Ops::moments));               \
-  m.impl("_mean_backward", TORCH_BOX(&Ops::mean_backward));           \
-  m.impl("accumulate_mean_", TORCH_BOX(&Ops::accumulate_mean));       \
-  m.impl("accumulate_moments_", TORCH_BOX(&Ops::accumulate_moments)); \
-  m.impl("accumulate_median_", TORCH_BOX(&Ops::accumulate_median));   \
+#define SRT_IMPLEMENT_OPS(m, Ops)                                               \
+  m.impl("shift", TORCH_BOX(&Ops::shift));                                      \
+  m.impl("_shift_backward", TORCH_BOX(&Ops::shift_backward));                   \
+  m.impl("windows", TORCH_BOX(&Ops::windows));                                  \
+  m.impl("_windows_backward_image", TORCH_BOX(&Ops::windows_backward_image));   \
+  m.impl("_windows_backward_points", TORCH_BOX(&Ops::windows_backward_points)); \
+  m.impl("ensemble", TORCH_BOX(&Ops::ensemble));                                \
+  m.impl("ensemble.out", TORCH_BOX(&Ops::ensemble_out));                        \
+  m.impl("ensemble_moments", TORCH_BOX(&Ops::moments));                         \
+  m.impl("_mean_backward", TORCH_BOX(&Ops::mean_backward));                     \
+  m.impl("accumulate_mean_", TORCH_BOX(&Ops::accumulate_mean));                 \
+  m.impl("accumulate_moments_", TORCH_BOX(&Ops::accumulate_moments));           \
+  m.impl("accumulate_median_", TORCH_BOX(&Ops::accumulate_median));             \
   m.impl("_check_views", TORCH_BOX(&Ops::check_views))

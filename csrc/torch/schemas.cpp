@@ -24,6 +24,9 @@ STABLE_TORCH_LIBRARY(srt, m) {
   m.def(
       "shift(Tensor image, Tensor offsets, *, str padding=\"reflect\", "
       "str interpolation=\"bilinear\") -> Tensor");
+  m.def(
+      "windows(Tensor image, Tensor centers, int[2] size, Tensor? scale=None, *, "
+      "str padding=\"border\") -> Tensor");
   m.def("ensemble(" SRT_VIEWS ", Tensor? weights=None, *, str reduce=\"mean\", " SRT_MODES
         ") -> Tensor");
   m.def("ensemble.out(" SRT_VIEWS ", Tensor? weights=None, *, str reduce=\"mean\", " SRT_MODES
@@ -41,6 +44,12 @@ STABLE_TORCH_LIBRARY(srt, m) {
   // Gradients, for srt_ext/_autograd.py.
   m.def(
       "_shift_backward(Tensor grad, Tensor offsets, *, str padding, str interpolation) -> Tensor");
+  m.def(
+      "_windows_backward_image(Tensor grad, Tensor centers, int[2] pixels, Tensor? scale, *, "
+      "str padding) -> Tensor");
+  m.def(
+      "_windows_backward_points(Tensor grad, Tensor image, Tensor centers, Tensor? scale, *, "
+      "str padding) -> (Tensor, Tensor)");
   m.def(
       "_mean_backward(Tensor grad, Tensor offsets, int[2] grid, int[2] patch, Tensor? weights, *, "
       "str upsample, str border, int[2] stride) -> Tensor");
