@@ -64,7 +64,7 @@ SRT_HD inline ShiftTaps shift_taps(double offset, Interpolation interpolation) {
 }
 
 // The source pixel that stands at position i of an axis of n pixels; -1 for a padded zero.
-SRT_HD inline int64_t pad_index(int64_t i, int64_t n, Padding padding) {
+SRT_HD_INLINE int64_t pad_index(int64_t i, int64_t n, Padding padding) {
   if (i >= 0 && i < n) return i;
   switch (padding) {
     case Padding::zeros:

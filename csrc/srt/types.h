@@ -5,9 +5,11 @@
 
 #if defined(__CUDACC__)
 #define SRT_HD __host__ __device__
+#define SRT_HD_INLINE __host__ __device__ __forceinline__
 #define SRT_INLINE __device__ __forceinline__
 #else
 #define SRT_HD
+#define SRT_HD_INLINE __attribute__((always_inline)) inline
 #define SRT_INLINE __attribute__((always_inline)) inline
 #endif
 

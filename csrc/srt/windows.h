@@ -51,7 +51,7 @@ SRT_HD inline bool window_is_valid(double center, double scale) {
 }
 
 // The position of sample i of an axis, counted in pixels from the centre of pixel 0.
-SRT_HD inline double window_position(double center, double scale, int64_t i, int64_t size) {
+SRT_HD_INLINE double window_position(double center, double scale, int64_t i, int64_t size) {
   return center + (static_cast<double>(i) - static_cast<double>(size - 1) / 2) * scale - 0.5;
 }
 
@@ -63,7 +63,7 @@ struct WindowTap {
   double fraction;  // 0, or from kWholePixel on and not above 1 - kWholePixel
 };
 
-SRT_HD inline WindowTap window_tap(double position) {
+SRT_HD_INLINE WindowTap window_tap(double position) {
   const double below = std::floor(position), fraction = position - below;
   const bool whole = fraction < kWholePixel || 1 - fraction < kWholePixel;
   return {static_cast<int64_t>(whole ? std::floor(position + 0.5) : below), whole ? 0 : fraction};

@@ -19,10 +19,14 @@ struct KernelsOf {
   Kernel<MeanBackwardPlan<Acc>> mean_backward;
   Kernel<ShiftPlan> shift;
   Kernel<ShiftBackwardPlan> shift_backward;
+  Kernel<WindowsPlan> windows;
+  Kernel<WindowsBackwardPlan> windows_backward;
+  Kernel<WindowsPointsPlan> windows_points;
 };
 template <>
 struct KernelsOf<uint8_t> {
   Kernel<ShiftPlan> shift;
+  Kernel<WindowsPlan> windows;
 };
 
 struct Kernels : KernelsOf<float>,

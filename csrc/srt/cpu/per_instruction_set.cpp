@@ -5,6 +5,8 @@
 #include "per_view-inl.h"
 #include "shift-inl.h"
 #include "shift_backward-inl.h"
+#include "windows-inl.h"
+#include "windows_backward-inl.h"
 
 namespace srt::cpu {
 
@@ -22,11 +24,19 @@ constexpr KernelsOf<T> kKernels = {mean<T, T>,
                                    per_view<T, Moments<Acc, Acc>>,
                                    mean_backward<T, Acc>,
                                    shift<T>,
-                                   shift_backward<T>};
+                                   shift_backward<T>,
+                                   windows<T>,
+                                   windows_backward<T>,
+                                   windows_points<T>};
 }  // namespace
 
-const Kernels SRT_ISA = {kKernels<float>,  kKernels<Half>,   kKernels<BFloat16>,
-                         kKernels<double>, {shift<uint8_t>}, SRT_STRING(SRT_ISA),
-                         kBlockBytes,      kMaxTile};
+const Kernels SRT_ISA = {kKernels<float>,
+                         kKernels<Half>,
+                         kKernels<BFloat16>,
+                         kKernels<double>,
+                         {shift<uint8_t>, windows<uint8_t>},
+                         SRT_STRING(SRT_ISA),
+                         kBlockBytes,
+                         kMaxTile};
 
 }  // namespace srt::cpu

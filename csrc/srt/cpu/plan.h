@@ -9,6 +9,7 @@
 #include "../running_median.h"
 #include "../shift.h"
 #include "../types.h"
+#include "../windows.h"
 
 namespace srt::cpu {
 
@@ -206,6 +207,39 @@ struct ShiftBackwardPlan : ShiftPlan {
   const int64_t* read_begin;  // [V * height + 1], into reads: those of each image row
   const Read* reads;
   void* grad_image;  // [planes, height, width]
+};
+
+// A task is one window, counted over images. Arrays of the accumulator's type and of the image's
+// take the bytes of float64.
+struct WindowsPlan : WindowsArgs {
+  struct Axis {
+    ScratchArray<int64_t> pixels;  // [2, length]
+    ScratchArray<double> weights;  // [2, length]
+  };
+  struct Scratch {
+    Axis axis[2];
+    ScratchArray<double> values;  // [2, length of x] pixels of a row at the samples
+    ScratchArray<double> lines;   // [5, length of x] rows that are interpolated
+    ScratchArray<double> tile;    // [kTile, kTile] samples and channels
+  };
+  static constexpr int64_t kTile = 64;
+  Scratch scratch;
+  int64_t length[2];  // samples of an axis and whole vectors behind them
+};
+
+// The gradient of the image; `out` is that of the windows. A task is one image, one chunk of its
+// channels and one band of its rows.
+struct WindowsBackwardPlan : WindowsPlan {
+  ScratchArray<double> sums;  // [chunk, band, pitch]
+  int64_t chunk, chunks;      // channels of a task
+  int64_t band, bands;        // rows of a task
+  int64_t pitch;              // the width and whole vectors behind it
+  void* grad_image;           // [B, C, H, W]
+};
+
+// The gradients of the centers and of the scale; `out` is that of the windows.
+struct WindowsPointsPlan : WindowsPlan {
+  double *grad_centers, *grad_scale;  // [B, N, 2]
 };
 
 }  // namespace srt::cpu

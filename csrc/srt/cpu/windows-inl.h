@@ -1,0 +1,270 @@
+// The inner loops of windows (vector_blocks-inl.h has the rules for this file).
+#pragma once
+#include "plan.h"
+#include "simd.h"
+#include "vector_blocks-inl.h"
+
+namespace srt::cpu {
+namespace {
+
+// One axis of one window. Sample i reads pixels[0][i] and pixels[1][i] with these weights; -1 is
+// the number 0: a padded zero, or a pixel of weight 0, which is not read.
+template <class Acc>
+struct WindowAxis {
+  int64_t* pixels[2];
+  Acc* weights[2];
+  int64_t samples;
+  bool whole;   // all samples are pixels
+  int64_t run;  // the first of pixels that follow each other and have the same weights, or -1
+};
+
+// Pixels from sample to sample.
+SRT_INLINE double step_of(const WindowsPlan& plan, int axis, int64_t window) {
+  if (plan.scale == nullptr) return 1;
+  return plan.scale[(plan.scale_of_each ? 2 * window : 0) + axis];
+}
+SRT_INLINE double position_of(const WindowsPlan& plan, int axis, int64_t window, int64_t sample) {
+  return window_position(plan.centers[2 * window + axis], step_of(plan, axis, window), sample,
+                         plan.size[axis]);
+}
+
+// `kNext`: the pixel to the right is read where it has weight 0, too, as derivatives do.
+template <bool kNext, class Acc>
+void fill_axis(const WindowsPlan& plan, int axis, int64_t window, char* scratch,
+               WindowAxis<Acc>& to) {
+  const int64_t pixels = axis == 0 ? plan.height : plan.width;
+  to.samples = plan.size[axis];
+  for (int k = 0; k < 2; ++k) {
+    to.pixels[k] = in(scratch, plan.scratch.axis[axis].pixels) + k * plan.length[axis];
+    to.weights[k] = reinterpret_cast<Acc*>(in(scratch, plan.scratch.axis[axis].weights)) +
+                    k * plan.length[axis];
+  }
+  const double step = step_of(plan, axis, window);
+  const WindowTap first = window_tap(position_of(plan, axis, window, 0));
+  to.whole = true;
+  for (int64_t i = 0; i < to.samples; ++i) {
+    const WindowTap tap = step == 1 ? WindowTap{first.first + i, first.fraction}
+                                    : window_tap(position_of(plan, axis, window, i));
+    const bool next = kNext || tap.fraction != 0;
+    to.pixels[0][i] = pad_index(tap.first, pixels, plan.padding);
+    to.pixels[1][i] = next ? pad_index(tap.first + 1, pixels, plan.padding) : -1;
+    to.weights[0][i] = static_cast<Acc>(1 - tap.fraction);
+    to.weights[1][i] = static_cast<Acc>(tap.fraction);
+    to.whole = to.whole && tap.fraction == 0;
+  }
+  const int64_t last = first.first + to.samples - (kNext || first.fraction != 0 ? 0 : 1);
+  to.run = step == 1 && first.first >= 0 && last < pixels ? first.first : -1;
+}
+
+// Two rows of pixels at the samples of a window: `left` with weights[0], `right` with weights[1].
+// `reach`: elements that may be read, from both.
+template <class T>
+struct WindowRow {
+  const T *left, *right;
+  int64_t reach;
+};
+
+template <class T, class Acc>
+SRT_INLINE WindowRow<T> row_of(const WindowsPlan& plan, const WindowAxis<Acc>& x, const T* row,
+                               T* values) {
+  const int64_t step = plan.image_strides[3];
+  if (x.run >= 0 && step == 1)
+    return {row + x.run, row + x.run + 1, plan.width - x.run - 1};
+  for (int k = 0; k < 2; ++k) {
+    const int64_t* const pixels = x.pixels[k];
+    T* const to = values + k * plan.length[1];
+    for (int64_t j = 0; j < x.samples; ++j) to[j] = pixels[j] < 0 ? T{} : row[pixels[j] * step];
+  }
+  return {values, values + plan.length[1], plan.length[1]};
+}
+
+// n lanes at least, of memory that `reach` elements may be read from.
+template <class T>
+SRT_INLINE auto load_within(const T* from, int64_t n, int64_t reach) {
+  constexpr int lanes = kLanes<typename AccumulatorOf<T>::type>;
+  return reach >= lanes ? load(from) : load_part(from, 1, least(n, lanes));
+}
+
+// Rows of a window that are interpolated along x, the last two of them.
+template <class T, class Acc>
+struct WindowLines {
+  const WindowsPlan& plan;
+  const WindowAxis<Acc>& x;
+  const T* image;
+  T* values;
+  Acc* lines;  // [3, length]: two rows and zeros
+  int64_t held[2];
+
+  SRT_INLINE WindowLines(const WindowsPlan& plan, const WindowAxis<Acc>& x, char* scratch)
+      : plan(plan),
+        x(x),
+        values(reinterpret_cast<T*>(in(scratch, plan.scratch.values))),
+        lines(reinterpret_cast<Acc*>(in(scratch, plan.scratch.lines))) {
+    std::memset(static_cast<void*>(values), 0,
+                static_cast<size_t>(2 * plan.length[1]) * sizeof(T));
+    std::memset(lines + 2 * plan.length[1], 0, static_cast<size_t>(plan.length[1]) * sizeof(Acc));
+  }
+
+  SRT_INLINE void start(const T* plane) {
+    image = plane;
+    held[0] = held[1] = -1;
+  }
+
+  // Row `y` of the image; `other` is a row that must stay.
+  SRT_INLINE const Acc* line(int64_t y, int64_t other) {
+    if (y < 0) return lines + 2 * plan.length[1];
+    for (int k = 0; k < 2; ++k)
+      if (held[k] == y) return lines + k * plan.length[1];
+    const int k = held[0] == other ? 1 : 0;
+    held[k] = y;
+    interpolate(image + y * plan.image_strides[2], lines + k * plan.length[1]);
+    return lines + k * plan.length[1];
+  }
+
+  SRT_INLINE void interpolate(const T* row, Acc* to) {
+    constexpr int lanes = kLanes<Acc>;
+    const WindowRow<T> from = row_of(plan, x, row, values);
+    for (int64_t j = 0; j < x.samples; j += lanes) {
+      const int64_t n = x.samples - j, reach = from.reach - j;
+      Vec<Acc> value = load_within(from.left + j, n, reach);
+      if (!x.whole)
+        value = load(x.weights[0] + j) * value +
+                load(x.weights[1] + j) * load_within(from.right + j, n, reach);
+      store(to + j, value);
+    }
+  }
+};
+
+// All samples are pixels: a copy, bit for bit.
+template <class T, class Acc>
+void copy_window(const WindowsPlan& plan, const WindowAxis<Acc>& y, const WindowAxis<Acc>& x,
+                 const T* image, T* out) {
+  const int64_t step = plan.image_strides[3];
+  for (int64_t i = 0; i < y.samples; ++i, out += x.samples) {
+    const T* const row = image + y.pixels[0][i] * plan.image_strides[2];
+    if (y.pixels[0][i] < 0) {
+      std::memset(static_cast<void*>(out), 0, static_cast<size_t>(x.samples) * sizeof(T));
+    } else if (x.run >= 0 && step == 1) {
+      std::memcpy(static_cast<void*>(out), row + x.run,
+                  static_cast<size_t>(x.samples) * sizeof(T));
+    } else {
+      for (int64_t j = 0; j < x.samples; ++j)
+        out[j] = x.pixels[0][j] < 0 ? T{} : row[x.pixels[0][j] * step];
+    }
+  }
+}
+
+// One channel after the other, vectors along the rows of the window. A vector that is longer than
+// the rest of a row reaches into the next one, which is written later.
+template <class T, class Acc>
+void sample_rows(const WindowsPlan& plan, const WindowAxis<Acc>& y, const WindowAxis<Acc>& x,
+                 const T* image, T* out, char* scratch) {
+  constexpr int lanes = kLanes<Acc>;
+  WindowLines<T, Acc> rows(plan, x, scratch);
+  const T* const end = out + plan.channels * y.samples * x.samples;
+  for (int64_t c = 0; c < plan.channels; ++c, image += plan.image_strides[1]) {
+    rows.start(image);
+    for (int64_t i = 0; i < y.samples; ++i, out += x.samples) {
+      const Acc* const upper = rows.line(y.pixels[0][i], y.pixels[1][i]);
+      const Acc* const lower = rows.line(y.pixels[1][i], y.pixels[0][i]);
+      const Acc above = y.weights[0][i], below = y.weights[1][i];
+      for (int64_t j = 0; j < x.samples; j += lanes) {
+        const Vec<Acc> value = above * load(upper + j) + below * load(lower + j);
+        if (end - (out + j) >= lanes) {
+          store(out + j, value);
+        } else {
+          store_part(out + j, 1, least(x.samples - j, lanes), value);
+        }
+      }
+    }
+  }
+}
+
+// The pixels that one sample reads, and their weights.
+template <class T, class Acc>
+struct WindowTaps {
+  const T* pixels[4];
+  Acc weights[4];
+  int count;
+
+  SRT_INLINE WindowTaps(const WindowsPlan& plan, const WindowAxis<Acc>& y,
+                        const WindowAxis<Acc>& x, const T* image, int64_t i, int64_t j)
+      : count(0) {
+    for (int k = 0; k < 4; ++k) {
+      const int64_t row = y.pixels[k / 2][i], column = x.pixels[k % 2][j];
+      if (row < 0 || column < 0) continue;
+      pixels[count] = image + row * plan.image_strides[2] + column * plan.image_strides[3];
+      weights[count++] = y.weights[k / 2][i] * x.weights[k % 2][j];
+    }
+  }
+
+  // n channels from c on. One pixel of weight 1 is copied.
+  SRT_INLINE void sum(int64_t c, int64_t n, T* to) const {
+    constexpr int lanes = kLanes<Acc>;
+    if (count == 1 && weights[0] == 1) {
+      std::memcpy(static_cast<void*>(to), pixels[0] + c, static_cast<size_t>(n) * sizeof(T));
+      return;
+    }
+    for (int64_t k = 0; k < n; k += lanes) {
+      const int64_t part = least(n - k, lanes);
+      Vec<Acc> total = {};
+      for (int t = 0; t < count; ++t) total += weights[t] * load_part(pixels[t] + c + k, 1, part);
+      store_part(to + k, 1, part, total);
+    }
+  }
+};
+
+// Vectors along dense channels: tiles of samples and channels, written the other way round.
+template <class T, class Acc>
+void sample_channels(const WindowsPlan& plan, const WindowAxis<Acc>& y, const WindowAxis<Acc>& x,
+                     const T* image, T* out, char* scratch) {
+  constexpr int64_t tile = WindowsPlan::kTile;
+  T* const values = reinterpret_cast<T*>(in(scratch, plan.scratch.tile));
+  const int64_t samples = y.samples * x.samples;
+  if (samples == 1) {
+    WindowTaps<T, Acc>(plan, y, x, image, 0, 0).sum(0, plan.channels, out);
+    return;
+  }
+  for (int64_t i = 0; i < y.samples; ++i) {
+    for (int64_t begin = 0; begin < x.samples; begin += tile) {
+      const int64_t columns = least(x.samples - begin, tile);
+      for (int64_t c = 0; c < plan.channels; c += tile) {
+        const int64_t n = least(plan.channels - c, tile);
+        for (int64_t j = 0; j < columns; ++j)
+          WindowTaps<T, Acc>(plan, y, x, image, i, begin + j).sum(c, n, values + j * tile);
+        T* const to = out + c * samples + i * x.samples + begin;
+        for (int64_t k = 0; k < n; ++k)
+          for (int64_t j = 0; j < columns; ++j) to[k * samples + j] = values[j * tile + k];
+      }
+    }
+  }
+}
+
+template <class T>
+void windows(const WindowsPlan& plan, int64_t begin, int64_t end, void* memory) {
+  using Acc = typename AccumulatorOf<T>::type;
+  char* const scratch = static_cast<char*>(memory);
+  const int64_t elements = plan.channels * plan.size[0] * plan.size[1];
+  const bool dense_channels =
+      plan.image_strides[1] == 1 && plan.image_strides[3] != 1 && plan.channels >= 8;
+  for (int64_t window = begin; window < end; ++window) {
+    WindowAxis<Acc> y, x;
+    fill_axis<false>(plan, 0, window, scratch, y);
+    fill_axis<false>(plan, 1, window, scratch, x);
+    const T* const image =
+        static_cast<const T*>(plan.image) + window / plan.count * plan.image_strides[0];
+    T* const out = static_cast<T*>(plan.out) + window * elements;
+    if (dense_channels) {
+      sample_channels(plan, y, x, image, out, scratch);
+    } else if (y.whole && x.whole) {
+      for (int64_t c = 0; c < plan.channels; ++c)
+        copy_window(plan, y, x, image + c * plan.image_strides[1],
+                    out + c * y.samples * x.samples);
+    } else {
+      sample_rows(plan, y, x, image, out, scratch);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace srt::cpu

@@ -1,0 +1,244 @@
+// The inner loops of the gradients of windows (vector_blocks-inl.h has the rules for this file).
+#pragma once
+#include "plan.h"
+#include "simd.h"
+#include "vector_blocks-inl.h"
+#include "windows-inl.h"
+
+namespace srt::cpu {
+namespace {
+
+// Whether a window reads none of the rows [begin, end): told without its table where it lies inside
+// the image.
+SRT_INLINE bool misses_band(const WindowsPlan& plan, int64_t window, int64_t begin, int64_t end) {
+  const double first = position_of(plan, 0, window, 0);
+  const double last = position_of(plan, 0, window, plan.size[0] - 1);
+  // A position reads pixels less than 1 away, and up to kWholePixel more.
+  const double low = (first < last ? first : last) - 1.5;
+  const double high = (first < last ? last : first) + 1.5;
+  return low >= 0 && high < static_cast<double>(plan.height) &&
+         (high < static_cast<double>(begin) || low >= static_cast<double>(end));
+}
+
+// One row of the gradient of a window and the rows of sums that it goes to, null for none.
+template <class T, class Acc>
+struct SpreadRow {
+  const T* grad;
+  Acc* to[2];
+  Acc weights[2];
+};
+
+// To pixels that follow each other: position m gets what sample m gives its first pixel and sample
+// m - 1 its second one. `line` has room before and behind the samples.
+template <class T, class Acc>
+SRT_INLINE void spread_run(const WindowAxis<Acc>& x, const SpreadRow<T, Acc>& row, Acc* line) {
+  constexpr int lanes = kLanes<Acc>;
+  const int64_t positions = x.samples + (x.whole ? 0 : 1);
+  line[-1] = 0;
+  store(line + x.samples, Vec<Acc>{});
+  for (int64_t j = 0; j < x.samples; j += lanes)
+    store(line + j, load_part(row.grad + j, 1, least(x.samples - j, lanes)));
+  for (int k = 0; k < 2; ++k) {
+    if (row.to[k] == nullptr) continue;
+    Acc* const to = row.to[k] + x.run;
+    for (int64_t m = 0; m < positions; m += lanes) {
+      Vec<Acc> value = x.weights[0][0] * load(line + m);
+      if (!x.whole) value += x.weights[1][0] * load(line + m - 1);
+      store(to + m, load(to + m) + row.weights[k] * value);
+    }
+  }
+}
+
+template <class T, class Acc>
+SRT_INLINE void spread(const WindowAxis<Acc>& x, const SpreadRow<T, Acc>& row) {
+  for (int64_t j = 0; j < x.samples; ++j) {
+    const Acc value = load_part(row.grad + j, 1, 1)[0];
+    for (int k = 0; k < 4; ++k) {
+      const int64_t column = x.pixels[k % 2][j];
+      if (column >= 0 && row.to[k / 2] != nullptr)
+        row.to[k / 2][column] += row.weights[k / 2] * (x.weights[k % 2][j] * value);
+    }
+  }
+}
+
+template <class T>
+void windows_backward(const WindowsBackwardPlan& plan, int64_t begin, int64_t end, void* memory) {
+  using Acc = typename AccumulatorOf<T>::type;
+  char* const scratch = static_cast<char*>(memory);
+  Acc* const sums = reinterpret_cast<Acc*>(in(scratch, plan.sums));
+  Acc* const line = reinterpret_cast<Acc*>(in(scratch, plan.scratch.lines)) + 64;
+  const int64_t samples = plan.size[0] * plan.size[1];
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t b = task / plan.bands / plan.chunks;
+    const int64_t first_row = task % plan.bands * plan.band;
+    const int64_t rows = least(plan.band, plan.height - first_row);
+    const int64_t first_channel = task / plan.bands % plan.chunks * plan.chunk;
+    const int64_t channels = least(plan.chunk, plan.channels - first_channel);
+    std::memset(sums, 0, static_cast<size_t>(channels * plan.band * plan.pitch) * sizeof(Acc));
+
+    for (int64_t window = b * plan.count; window < (b + 1) * plan.count; ++window) {
+      if (misses_band(plan, window, first_row, first_row + rows)) continue;
+      WindowAxis<Acc> y, x;
+      fill_axis<false>(plan, 0, window, scratch, y);
+      fill_axis<false>(plan, 1, window, scratch, x);
+      for (int64_t c = 0; c < channels; ++c) {
+        const T* const grad = static_cast<const T*>(plan.out) +
+                              (window * plan.channels + first_channel + c) * samples;
+        for (int64_t i = 0; i < y.samples; ++i) {
+          SpreadRow<T, Acc> row{grad + i * x.samples, {}, {}};
+          for (int k = 0; k < 2; ++k) {
+            const int64_t r = y.pixels[k][i] - first_row;
+            if (y.pixels[k][i] >= 0 && r >= 0 && r < rows)
+              row.to[k] = sums + (c * plan.band + r) * plan.pitch;
+            row.weights[k] = y.weights[k][i];
+          }
+          if (row.to[0] == nullptr && row.to[1] == nullptr) continue;
+          if (x.run >= 0) {
+            spread_run(x, row, line);
+          } else {
+            spread(x, row);
+          }
+        }
+      }
+    }
+
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t r = 0; r < rows; ++r) {
+        const Acc* const from = sums + (c * plan.band + r) * plan.pitch;
+        const int64_t plane = b * plan.channels + first_channel + c;
+        T* const to = static_cast<T*>(plan.grad_image) +
+                      (plane * plan.height + first_row + r) * plan.width;
+        for (int64_t m = 0; m < plan.width; m += kLanes<Acc>)
+          store_part(to + m, 1, least(plan.width - m, kLanes<Acc>), load(from + m));
+      }
+    }
+  }
+}
+
+// Sums over the samples of one channel: of grad times the derivative along y and x, and of these
+// times the distance of the sample from the center.
+template <class Acc>
+struct PointSums {
+  Vec<Acc> value[2] = {}, moment[2] = {};
+
+  SRT_INLINE void add(Vec<Acc> along_y, Vec<Acc> along_x, Acc from_center_y,
+                      Vec<Acc> from_center_x) {
+    value[0] += along_y;
+    value[1] += along_x;
+    moment[0] += along_y * from_center_y;
+    moment[1] += along_x * from_center_x;
+  }
+};
+
+template <class V>
+SRT_INLINE double total(V v) {
+  double sum = 0;
+  for (int i = 0; i < kVectorBytes / static_cast<int>(sizeof(v[0])); ++i)
+    sum += static_cast<double>(v[i]);
+  return sum;
+}
+
+// As WindowLines, with the derivative along x of each row behind its values.
+template <class T, class Acc>
+struct SlopedLines {
+  const WindowsPlan& plan;
+  const WindowAxis<Acc>& x;
+  const T* image;
+  T* values;
+  Acc* lines;  // [5, length]: values and slopes of two rows, zeros
+  int64_t held[2];
+
+  SRT_INLINE const Acc* line(int64_t y, int64_t other, int64_t* slope) {
+    *slope = y < 0 ? 0 : plan.length[1];
+    if (y < 0) return lines + 4 * plan.length[1];
+    for (int k = 0; k < 2; ++k)
+      if (held[k] == y) return lines + 2 * k * plan.length[1];
+    const int k = held[0] == other ? 1 : 0;
+    held[k] = y;
+    interpolate(image + y * plan.image_strides[2], lines + 2 * k * plan.length[1]);
+    return lines + 2 * k * plan.length[1];
+  }
+
+  SRT_INLINE void interpolate(const T* row, Acc* to) {
+    constexpr int lanes = kLanes<Acc>;
+    const WindowRow<T> from = row_of(plan, x, row, values);
+    for (int64_t j = 0; j < x.samples; j += lanes) {
+      const int64_t n = x.samples - j, reach = from.reach - j;
+      const Vec<Acc> left = load_within(from.left + j, n, reach);
+      const Vec<Acc> right = load_within(from.right + j, n, reach);
+      const Vec<Acc> weight = load(x.weights[1] + j);
+      const Vec<Acc> second = weight != 0 ? weight * right : Vec<Acc>{};
+      store(to + j, load(x.weights[0] + j) * left + second);
+      store(to + plan.length[1] + j, right - left);
+    }
+  }
+};
+
+template <class T, class Acc>
+SRT_INLINE PointSums<Acc> point_sums(SlopedLines<T, Acc>& rows, const WindowAxis<Acc>& y,
+                                     const WindowAxis<Acc>& x, const T* grad, const T* end) {
+  constexpr int lanes = kLanes<Acc>;
+  Vec<Acc> lane;
+  for (int k = 0; k < lanes; ++k) lane[k] = static_cast<Acc>(k);
+  const Acc middle_y = static_cast<Acc>(y.samples - 1) / 2;
+  const Acc middle_x = static_cast<Acc>(x.samples - 1) / 2;
+  PointSums<Acc> sums;
+  for (int64_t i = 0; i < y.samples; ++i, grad += x.samples) {
+    int64_t slope[2];
+    const Acc* const upper = rows.line(y.pixels[0][i], y.pixels[1][i], &slope[0]);
+    const Acc* const lower = rows.line(y.pixels[1][i], y.pixels[0][i], &slope[1]);
+    const Acc above = y.weights[0][i], below = y.weights[1][i];
+    for (int64_t j = 0; j < x.samples; j += lanes) {
+      const Vec<Acc> given = load_within(grad + j, x.samples - j, end - (grad + j));
+      Vec<Acc> along_y = given * (load(lower + j) - load(upper + j));
+      Vec<Acc> along_x = above * load(upper + slope[0] + j);
+      if (below != 0) along_x += below * load(lower + slope[1] + j);
+      along_x *= given;
+      const Vec<Acc> column = lane + static_cast<Acc>(j);
+      if (j + lanes > x.samples) {  // what lies behind the row may be not finite
+        along_y = column < static_cast<Acc>(x.samples) ? along_y : Vec<Acc>{};
+        along_x = column < static_cast<Acc>(x.samples) ? along_x : Vec<Acc>{};
+      }
+      sums.add(along_y, along_x, static_cast<Acc>(i) - middle_y, column - middle_x);
+    }
+  }
+  return sums;
+}
+
+template <class T>
+void windows_points(const WindowsPointsPlan& plan, int64_t begin, int64_t end, void* memory) {
+  using Acc = typename AccumulatorOf<T>::type;
+  char* const scratch = static_cast<char*>(memory);
+  const int64_t samples = plan.size[0] * plan.size[1];
+  T* const values = reinterpret_cast<T*>(in(scratch, plan.scratch.values));
+  Acc* const lines = reinterpret_cast<Acc*>(in(scratch, plan.scratch.lines));
+  const size_t length = static_cast<size_t>(plan.length[1]);
+  std::memset(static_cast<void*>(values), 0, 2 * length * sizeof(T));
+  std::memset(lines + 4 * plan.length[1], 0, length * sizeof(Acc));
+
+  for (int64_t window = begin; window < end; ++window) {
+    WindowAxis<Acc> y, x;
+    fill_axis<true>(plan, 0, window, scratch, y);
+    fill_axis<true>(plan, 1, window, scratch, x);
+    const T* image =
+        static_cast<const T*>(plan.image) + window / plan.count * plan.image_strides[0];
+    const T* const grad = static_cast<const T*>(plan.out) + window * plan.channels * samples;
+    double value[2] = {}, moment[2] = {};
+    for (int64_t c = 0; c < plan.channels; ++c, image += plan.image_strides[1]) {
+      SlopedLines<T, Acc> rows{plan, x, image, values, lines, {-1, -1}};
+      const PointSums<Acc> sums = point_sums(rows, y, x, grad + c * samples,
+                                             grad + plan.channels * samples);
+      for (int axis = 0; axis < 2; ++axis) {
+        value[axis] += total(sums.value[axis]);
+        moment[axis] += total(sums.moment[axis]);
+      }
+    }
+    for (int axis = 0; axis < 2; ++axis) {
+      plan.grad_centers[2 * window + axis] = value[axis];
+      plan.grad_scale[2 * window + axis] = moment[axis];
+    }
+  }
+}
+
+}  // namespace
+}  // namespace srt::cpu
