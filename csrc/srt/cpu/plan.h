@@ -209,8 +209,8 @@ struct ShiftBackwardPlan : ShiftPlan {
   void* grad_image;  // [planes, height, width]
 };
 
-// A task is one window, counted over images. Arrays of the accumulator's type and of the image's
-// take the bytes of float64.
+// A task is one window, counted over images. Arrays of the accumulator's type, and the tile of the
+// image's, have the bytes of float64.
 struct WindowsPlan : WindowsArgs {
   struct Axis {
     ScratchArray<int64_t> pixels;  // [2, length]
@@ -218,9 +218,8 @@ struct WindowsPlan : WindowsArgs {
   };
   struct Scratch {
     Axis axis[2];
-    ScratchArray<double> values;  // [2, length of x] pixels of a row at the samples
-    ScratchArray<double> lines;   // [5, length of x] rows that are interpolated
-    ScratchArray<double> tile;    // [kTile, kTile] samples and channels
+    ScratchArray<double> lines;  // [5, length of x] rows that are interpolated
+    ScratchArray<double> tile;   // [kTile, kTile] samples and channels
   };
   static constexpr int64_t kTile = 64;
   Scratch scratch;

@@ -15,6 +15,7 @@ struct WindowAxis {
   Acc* weights[2];
   int64_t samples;
   bool whole;   // all samples are pixels
+  bool padded;  // some of the pixels are -1
   int64_t run;  // the first of pixels that follow each other and have the same weights, or -1
 };
 
@@ -42,6 +43,7 @@ void fill_axis(const WindowsPlan& plan, int axis, int64_t window, char* scratch,
   const double step = step_of(plan, axis, window);
   const WindowTap first = window_tap(position_of(plan, axis, window, 0));
   to.whole = true;
+  to.padded = false;
   for (int64_t i = 0; i < to.samples; ++i) {
     const WindowTap tap = step == 1 ? WindowTap{first.first + i, first.fraction}
                                     : window_tap(position_of(plan, axis, window, i));
@@ -51,39 +53,45 @@ void fill_axis(const WindowsPlan& plan, int axis, int64_t window, char* scratch,
     to.weights[0][i] = static_cast<Acc>(1 - tap.fraction);
     to.weights[1][i] = static_cast<Acc>(tap.fraction);
     to.whole = to.whole && tap.fraction == 0;
+    to.padded = to.padded || to.pixels[0][i] < 0 || to.pixels[1][i] < 0;
   }
+  for (int k = 0; k < 2; ++k)  // for whole vectors
+    for (int64_t i = 0; i < kLanes<Acc>; ++i) to.pixels[k][to.samples + i] = 0;
   const int64_t last = first.first + to.samples - (kNext || first.fraction != 0 ? 0 : 1);
   to.run = step == 1 && first.first >= 0 && last < pixels ? first.first : -1;
 }
 
-// Two rows of pixels at the samples of a window: `left` with weights[0], `right` with weights[1].
-// `reach`: elements that may be read, from both.
-template <class T>
-struct WindowRow {
-  const T *left, *right;
-  int64_t reach;
-};
-
+// A row of pixels at the samples of a window.
 template <class T, class Acc>
-SRT_INLINE WindowRow<T> row_of(const WindowsPlan& plan, const WindowAxis<Acc>& x, const T* row,
-                               T* values) {
-  const int64_t step = plan.image_strides[3];
-  if (x.run >= 0 && step == 1)
-    return {row + x.run, row + x.run + 1, plan.width - x.run - 1};
-  for (int k = 0; k < 2; ++k) {
-    const int64_t* const pixels = x.pixels[k];
-    T* const to = values + k * plan.length[1];
-    for (int64_t j = 0; j < x.samples; ++j) to[j] = pixels[j] < 0 ? T{} : row[pixels[j] * step];
-  }
-  return {values, values + plan.length[1], plan.length[1]};
-}
+struct WindowRow {
+  const WindowAxis<Acc>& x;
+  const T* pixels;
+  int64_t step, width;
 
-// n lanes at least, of memory that `reach` elements may be read from.
-template <class T>
-SRT_INLINE auto load_within(const T* from, int64_t n, int64_t reach) {
-  constexpr int lanes = kLanes<typename AccumulatorOf<T>::type>;
-  return reach >= lanes ? load(from) : load_part(from, 1, least(n, lanes));
-}
+  // The pixels with weights[k] of the samples [j, j + n), or of as many as a vector has.
+  SRT_INLINE Vec<Acc> load_taps(int k, int64_t j, int64_t n) const {
+    constexpr int lanes = kLanes<Acc>;
+    if (x.run >= 0 && step == 1) {
+      const int64_t first = x.run + k + j;
+      return first + lanes <= width ? load(pixels + first)
+                                    : load_part(pixels + first, 1, least(n, lanes));
+    }
+    const int64_t* const at = x.pixels[k] + j;
+    if constexpr (sizeof(T) == sizeof(Acc)) {
+      // In registers: a vector cannot be loaded from elements that were stored just before.
+      if (!x.padded) {
+        Vec<Acc> value;
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; ++i) value[i] = pixels[at[i] * step];
+        return value;
+      }
+    }
+    T values[lanes] = {};
+    for (int64_t i = 0; i < least(n, lanes); ++i)
+      if (at[i] >= 0) values[i] = pixels[at[i] * step];
+    return load(values);
+  }
+};
 
 // Rows of a window that are interpolated along x, the last two of them.
 template <class T, class Acc>
@@ -91,17 +99,13 @@ struct WindowLines {
   const WindowsPlan& plan;
   const WindowAxis<Acc>& x;
   const T* image;
-  T* values;
   Acc* lines;  // [3, length]: two rows and zeros
   int64_t held[2];
 
   SRT_INLINE WindowLines(const WindowsPlan& plan, const WindowAxis<Acc>& x, char* scratch)
       : plan(plan),
         x(x),
-        values(reinterpret_cast<T*>(in(scratch, plan.scratch.values))),
         lines(reinterpret_cast<Acc*>(in(scratch, plan.scratch.lines))) {
-    std::memset(static_cast<void*>(values), 0,
-                static_cast<size_t>(2 * plan.length[1]) * sizeof(T));
     std::memset(lines + 2 * plan.length[1], 0, static_cast<size_t>(plan.length[1]) * sizeof(Acc));
   }
 
@@ -123,13 +127,12 @@ struct WindowLines {
 
   SRT_INLINE void interpolate(const T* row, Acc* to) {
     constexpr int lanes = kLanes<Acc>;
-    const WindowRow<T> from = row_of(plan, x, row, values);
+    const WindowRow<T, Acc> from{x, row, plan.image_strides[3], plan.width};
     for (int64_t j = 0; j < x.samples; j += lanes) {
-      const int64_t n = x.samples - j, reach = from.reach - j;
-      Vec<Acc> value = load_within(from.left + j, n, reach);
+      Vec<Acc> value = from.load_taps(0, j, x.samples - j);
       if (!x.whole)
         value = load(x.weights[0] + j) * value +
-                load(x.weights[1] + j) * load_within(from.right + j, n, reach);
+                load(x.weights[1] + j) * from.load_taps(1, j, x.samples - j);
       store(to + j, value);
     }
   }

@@ -144,7 +144,6 @@ struct SlopedLines {
   const WindowsPlan& plan;
   const WindowAxis<Acc>& x;
   const T* image;
-  T* values;
   Acc* lines;  // [5, length]: values and slopes of two rows, zeros
   int64_t held[2];
 
@@ -161,11 +160,10 @@ struct SlopedLines {
 
   SRT_INLINE void interpolate(const T* row, Acc* to) {
     constexpr int lanes = kLanes<Acc>;
-    const WindowRow<T> from = row_of(plan, x, row, values);
+    const WindowRow<T, Acc> from{x, row, plan.image_strides[3], plan.width};
     for (int64_t j = 0; j < x.samples; j += lanes) {
-      const int64_t n = x.samples - j, reach = from.reach - j;
-      const Vec<Acc> left = load_within(from.left + j, n, reach);
-      const Vec<Acc> right = load_within(from.right + j, n, reach);
+      const Vec<Acc> left = from.load_taps(0, j, x.samples - j);
+      const Vec<Acc> right = from.load_taps(1, j, x.samples - j);
       const Vec<Acc> weight = load(x.weights[1] + j);
       const Vec<Acc> second = weight != 0 ? weight * right : Vec<Acc>{};
       store(to + j, load(x.weights[0] + j) * left + second);
@@ -189,7 +187,9 @@ SRT_INLINE PointSums<Acc> point_sums(SlopedLines<T, Acc>& rows, const WindowAxis
     const Acc* const lower = rows.line(y.pixels[1][i], y.pixels[0][i], &slope[1]);
     const Acc above = y.weights[0][i], below = y.weights[1][i];
     for (int64_t j = 0; j < x.samples; j += lanes) {
-      const Vec<Acc> given = load_within(grad + j, x.samples - j, end - (grad + j));
+      const Vec<Acc> given = end - (grad + j) >= lanes
+                                 ? load(grad + j)
+                                 : load_part(grad + j, 1, least(x.samples - j, lanes));
       Vec<Acc> along_y = given * (load(lower + j) - load(upper + j));
       Vec<Acc> along_x = above * load(upper + slope[0] + j);
       if (below != 0) along_x += below * load(lower + slope[1] + j);
@@ -210,11 +210,8 @@ void windows_points(const WindowsPointsPlan& plan, int64_t begin, int64_t end, v
   using Acc = typename AccumulatorOf<T>::type;
   char* const scratch = static_cast<char*>(memory);
   const int64_t samples = plan.size[0] * plan.size[1];
-  T* const values = reinterpret_cast<T*>(in(scratch, plan.scratch.values));
   Acc* const lines = reinterpret_cast<Acc*>(in(scratch, plan.scratch.lines));
-  const size_t length = static_cast<size_t>(plan.length[1]);
-  std::memset(static_cast<void*>(values), 0, 2 * length * sizeof(T));
-  std::memset(lines + 4 * plan.length[1], 0, length * sizeof(Acc));
+  std::memset(lines + 4 * plan.length[1], 0, static_cast<size_t>(plan.length[1]) * sizeof(Acc));
 
   for (int64_t window = begin; window < end; ++window) {
     WindowAxis<Acc> y, x;
@@ -225,7 +222,7 @@ void windows_points(const WindowsPointsPlan& plan, int64_t begin, int64_t end, v
     const T* const grad = static_cast<const T*>(plan.out) + window * plan.channels * samples;
     double value[2] = {}, moment[2] = {};
     for (int64_t c = 0; c < plan.channels; ++c, image += plan.image_strides[1]) {
-      SlopedLines<T, Acc> rows{plan, x, image, values, lines, {-1, -1}};
+      SlopedLines<T, Acc> rows{plan, x, image, lines, {-1, -1}};
       const PointSums<Acc> sums = point_sums(rows, y, x, grad + c * samples,
                                              grad + plan.channels * samples);
       for (int axis = 0; axis < 2; ++axis) {
