@@ -18,7 +18,7 @@ import torch
 from arrays import array
 from arrays import tensor as from_array
 from process import run_python
-from samples import DTYPES, ENSEMBLES, SHIFTS, Call, Ensemble
+from samples import DTYPES, ENSEMBLES, SHIFTS, WINDOWS, Call, Ensemble
 
 from srt_ext import dlpack, ops
 
@@ -46,7 +46,7 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         seen.made = [r.data_ptr() for r in in_tuple(result)]
         return result
 
-    for name in ("shift", "ensemble", "ensemble_moments"):
+    for name in ("shift", "windows", "ensemble", "ensemble_moments"):
         monkeypatch.setattr(ops, name, functools.partial(spy, getattr(ops, name)))
     return seen
 
@@ -117,6 +117,10 @@ CALLS: dict[str, tuple[str, Call]] = {
     **{
         f"shift {name}": ("shift", SHIFTS[name].call(SHIFTS[name].image()))
         for name in ("whole", "strided", "one_pixel")
+    },
+    **{
+        f"windows {name}": ("windows", WINDOWS[name].call(WINDOWS[name].image()))
+        for name in ("scales", "points")
     },
     "shift uint8": ("shift", SHIFTS["strided"].call(SHIFTS["strided"].image(torch.uint8))),
 }

@@ -77,6 +77,9 @@ class Wrong:
     def arguments(self) -> dict[str, Any]:
         if self.op == "shift":
             return {"image": torch.ones(1, 2, 5, 6), "offsets": torch.zeros(2, 2), **self.changes}
+        if self.op == "windows":
+            place = {"centers": torch.ones(1, 3, 2), "size": [2, 3], "scale": None}
+            return {"image": torch.ones(1, 2, 5, 6), **place, **self.changes}
         state = {
             name: torch.zeros(shape, dtype=torch.float64 if len(shape) == 2 else torch.float32)
             for name, shape in STATES.get(self.op, {}).items()
@@ -97,6 +100,7 @@ def shown(word: str) -> str:
 
 wrong_type = partial(Wrong, error=TypeError)
 wrong_shift = partial(Wrong, op="shift")
+wrong_windows = partial(Wrong, op="windows")
 wrong_mean = partial(Wrong, op="accumulate_mean_")
 wrong_moments = partial(Wrong, op="accumulate_moments_")
 
@@ -120,6 +124,10 @@ DENSE = "tokens must be dense in the last dimension"
 DIVIDES = "stride must divide grid * patch = [8, 15]"
 COUNT = "grid must hold the N = 6 tokens of a view, without class or register tokens"
 OFFSETS = "offsets must be finite and at most 2^20 pixels in size"
+CENTERS = "centers must be finite and at most 2^25 pixels in size"
+SCALE = "scale must be finite and at most 2^20 pixels in size"
+WINDOWS_AXIS = "image must have 1 to 2^24 pixels on each axis"
+WINDOWS_SCALE = "scale must be [2] or have the shape of centers, [1, 3, 2]"
 WEIGHTS = "weights must be finite and >= 0"
 TINY = "weights must be 0 or at least 2^-80 of the largest"
 BYTES = "the output must have fewer than 2^63 bytes"
@@ -145,11 +153,19 @@ TABLE = [
     *shapes("weights must be [V] with V = 2", "weights", (3,), (2, 1)),
     *shapes("image must have 4 dimensions, [B, C, H, W]", "image", (5, 6), op="shift"),
     *shapes("offsets must be [V, 2] with V >= 1", "offsets", (0, 2), (2, 3), (2,), op="shift"),
+    *shapes("image must have 4 dimensions, [B, C, H, W]", "image", (5, 6), op="windows"),
+    *shapes(WINDOWS_AXIS, "image", (1, 2, 0, 6), (1, 2, 5, 0), op="windows"),
+    *shapes("centers must be [B, N, 2] with B = 1", "centers", (3, 2), (2, 3, 2), op="windows"),
+    *shapes("centers must be [B, N, 2] with B = 1", "centers", (1, 3, 3), op="windows"),
+    *shapes(WINDOWS_SCALE, "scale", (), (1,), (3, 2), (1, 1, 2), op="windows"),
     # Types of elements.
     *dtypes(FLOATING, "tokens", tokens(), *INTEGERS, "uint8", op="ensemble"),
     *dtypes(f"{FLOATING}, or uint8", "image", torch.ones(1, 2, 5, 6), *INTEGERS, op="shift"),
     *dtypes(VALUES, "offsets", torch.zeros(2, 2), *INTEGERS, "bfloat16", op="ensemble"),
     *dtypes(VALUES, "offsets", torch.zeros(2, 2), "int64", op="shift"),
+    *dtypes(f"{FLOATING}, or uint8", "image", torch.ones(1, 2, 5, 6), "int64", op="windows"),
+    *dtypes(VALUES, "centers", torch.ones(1, 3, 2), "int64", "float16", op="windows"),
+    *dtypes(VALUES, "scale", torch.ones(2), "int64", op="windows"),
     *dtypes(VALUES, "weights", torch.ones(2), "float16", "int64", op="ensemble"),
     *dtypes("must have the dtype of tokens, float32", "out", out, "float64", op="ensemble"),
     # Pairs of integers.
@@ -158,6 +174,7 @@ TABLE = [
         for name in ("grid", "patch", "stride")
         for value in ([], [2, 3, 1], [0, 3], [2, -BIG])
     ),
+    *(wrong_windows(f"size {PAIR}", str(s), size=s) for s in ([], [2, 3, 1], [0, 3], [2, -BIG])),
     *(Wrong(DIVIDES, str(s), stride=s) for s in ([3, 1], [1, 30], [BIG, BIG])),
     *(Wrong(COUNT, str(g), grid=g) for g in ([3, 3], [1, 5])),
     # Sizes beyond the limits.
@@ -184,6 +201,21 @@ TABLE = [
     wrong_shift(
         "offsets must hold at most 2^20 views", str([2**20 + 1, 2]), offsets=huge(2**20 + 1, 2)
     ),
+    wrong_windows(WINDOWS_AXIS, f"[1, 1, 1, {2**40}]", image=huge(1, 1, 1, 2**40)),
+    wrong_windows(
+        "size must be at most 2^24 samples on each axis", f"[1, {BIG}]", size=[1, BIG]
+    ),
+    wrong_windows(
+        "centers must hold at most 2^26 windows",
+        str([1, 2**26 + 1, 2]),
+        centers=huge(1, 2**26 + 1, 2),
+    ),
+    wrong_windows(
+        BYTES,
+        f"[1, 3, {2**14}, {2**24}, {2**24}]",
+        image=huge(1, 2**14, 5, 6),
+        size=[2**24, 2**24],
+    ),
     # Values of offsets and weights.
     *(
         Wrong(OFFSETS, got, op=op, offsets=torch.tensor(values, dtype=double))
@@ -193,6 +225,15 @@ TABLE = [
             ("-inf at [0, 1]", [(0, -INF), (0, 0)]),
             ("1.04858e+06 at [0, 0]", [(2**20 + 0.25, 0), (0, 0)]),
             ("-1e+300 at [1, 1]", [(0, 0), (0, -1e300)]),
+        )
+    ),
+    *(
+        wrong_windows(rule, got, **{name: torch.tensor(values, dtype=double)})
+        for rule, got, name, values in (
+            (CENTERS, "nan at [0, 1, 0]", "centers", [[(0, 0), (NAN, 0), (0, 0)]]),
+            (CENTERS, "-3.35544e+07 at [0, 0, 1]", "centers", [[(0, -(2**25) - 1)] * 3]),
+            (SCALE, "inf at [1]", "scale", [1, INF]),
+            (SCALE, "1.04858e+06 at [0, 2, 0]", "scale", [[(0, 0), (1, 1), (2**20 + 0.5, 0)]]),
         )
     ),
     *(
@@ -222,6 +263,7 @@ TABLE = [
             # Printed on one line: a NUL would end the message, a line break its first line.
             ("ensemble", "border", BORDER_WORDS, ("a\0b", "a\nb")),
             ("shift", "padding", "'zeros', 'border', 'reflect', 'circular'", ("clamp",)),
+            ("windows", "padding", "'zeros', 'border', 'reflect', 'circular'", ("edge",)),
             ("shift", "interpolation", "'nearest', 'bilinear', 'bicubic'", ("area",)),
         )
         for word in words
@@ -384,6 +426,9 @@ WRONG_TYPES = [
             ("ensemble", NOT_A_TENSOR, "out", []),
             ("shift", NOT_A_TENSOR, "image", "photo.jpg"),
             ("shift", NOT_A_TENSOR, "offsets", ((0, 0),)),
+            ("windows", NOT_A_TENSOR, "image", None),
+            ("windows", NOT_A_TENSOR, "centers", [[(0, 0)]]),
+            ("windows", NOT_A_TENSOR, "scale", 2.0),
             ("accumulate_mean_", NOT_A_TENSOR, "offsets", [(0, 0), (0, 0)]),
             ("accumulate_median_", NOT_A_TENSOR, "count", 0),
             ("ensemble", NOT_A_STRING, "reduce", None),
@@ -473,6 +518,7 @@ def misaligned(values: torch.Tensor) -> torch.Tensor:
         ("accumulate_mean_", "weight"),
         ("accumulate_median_", "window"),
         ("shift", "image"),
+        ("windows", "image"),
     ],
 )
 def test_misaligned_tensors(op: str, name: str) -> None:
@@ -492,6 +538,13 @@ def test_misaligned_gradients() -> None:
     grad = misaligned(torch.ones(1, 8, 15, 3)).permute(0, 3, 1, 2)  # others are copied
     with pytest.raises(RuntimeError, match="srt::_mean_backward: grad must be aligned"):
         torch.ops.srt._mean_backward(grad, *place, **modes)
+    grad, centers = misaligned(torch.ones(1, 3, 2, 2, 3)), torch.ones(1, 3, 2)
+    with pytest.raises(RuntimeError, match="srt::_windows_backward_image: grad must be aligned"):
+        torch.ops.srt._windows_backward_image(grad, centers, [5, 6], None, padding="zeros")
+    with pytest.raises(RuntimeError, match="srt::_windows_backward_points: grad must be aligned"):
+        torch.ops.srt._windows_backward_points(
+            grad, torch.ones(1, 2, 5, 6), centers, None, padding="zeros"
+        )
     grad, words = misaligned(torch.ones(2, 1, 2, 5, 6)), ("zeros", "nearest")
     with pytest.raises(RuntimeError, match="srt::_shift_backward: grad must be aligned"):
         torch.ops.srt._shift_backward(
@@ -541,7 +594,13 @@ def test_no_state(op: str) -> None:
 
 @pytest.mark.parametrize(
     ("op", "name", "shape"),
-    [("ensemble", "offsets", (2, 2)), ("ensemble", "weights", (2,)), ("shift", "offsets", (2, 2))],
+    [
+        ("ensemble", "offsets", (2, 2)),
+        ("ensemble", "weights", (2,)),
+        ("shift", "offsets", (2, 2)),
+        ("windows", "centers", (1, 3, 2)),
+        ("windows", "scale", (2,)),
+    ],
 )
 def test_meta_offsets_and_weights_are_errors(op: str, name: str, shape: tuple[int, ...]) -> None:
     """torch would call the fake kernel, whose result is uninitialised memory."""
@@ -638,6 +697,17 @@ EXTREMES: dict[str, Callable[[Any], Any]] = {
     "shift, views": lambda srt: srt.shift(tokens(1, 1, 1, 1), huge(FAR, 2)),
     "shift, views beyond a vector": lambda srt: srt.shift(tokens(0, 1, 1, 1), huge(2**61, 2)),
     "shift, no batch": lambda srt: srt.shift(huge(0, FAR, 2**24, 2**24), STILL),
+    "windows, samples": lambda srt: srt.windows(
+        tokens(1, 1, 4, 4), torch.ones(1, 1, 2), [2**24, 2**24]
+    ),
+    "windows, no channels": lambda srt: srt.windows(
+        tokens(1, 0, 4, 4), torch.ones(1, 1, 2), [2**24, 2**24]
+    ),
+    "windows, no batch": lambda srt: srt.windows(huge(0, FAR, 4, 4), tokens(0, 1, 2), [1, 1]),
+    "windows, centers": lambda srt: srt.windows(tokens(1, 1, 4, 4), huge(1, FAR, 2), [1, 1]),
+    "windows beyond a vector": lambda srt: srt.windows(
+        tokens(0, 1, 4, 4), huge(0, 2**61, 2), [1, 1]
+    ),
     "shift, no pixels": lambda srt: srt.shift(tokens(1, 1, 0, 0), STILL),
 }
 

@@ -146,6 +146,12 @@ def ops_and_streams() -> list[Any]:
     weights = views.ring(9, 4).weights
     made: list[Any] = [srt_ext.shift(IMAGES, offsets), dlpack.shift(IMAGES, offsets.tolist())]
     made.append(srt_ext.polyphase(IMAGES, 2, full=True))
+    centers = (offsets.expand(len(IMAGES), -1, -1) + 3.25).requires_grad_()
+    sampled = srt_ext.windows(IMAGES, centers, (3, 4))
+    made.append(sampled.detach())
+    if sampled.requires_grad:
+        made.append(torch.autograd.grad(sampled.square().sum(), centers)[0])
+    made.append(reference.windows(IMAGES, centers.detach(), (2, 2)))
     tokens = TOKENS.clone().requires_grad_()
     for reduce in ("mean", "median"):
         field = srt_ext.ensemble(tokens, offsets, **PLACE, reduce=reduce, stride=2)

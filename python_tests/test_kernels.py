@@ -1,4 +1,4 @@
-"""All kernels: ensemble, shift and their gradients.
+"""All kernels: ensemble, shift, windows and their gradients.
 
 Accuracy, containment of non-finite values, offsets and weights, threads.
 """
@@ -36,10 +36,12 @@ from samples import (
     REDUCES,
     Ensemble,
     Shift,
+    Windows,
     each_value_dtype,
     ensembles,
     random_views,
     shifts,
+    windows,
 )
 
 import srt_ext
@@ -60,6 +62,8 @@ each_sample = pytest.mark.parametrize(
 
 
 def any_case(kernel: str) -> st.SearchStrategy[Any]:
+    if kernel.startswith("windows"):
+        return windows()
     return shifts() if kernel.startswith("shift") else ensembles()
 
 
@@ -72,6 +76,8 @@ def test_error_budget(kernel: str, name: str, backend: Backend) -> None:
     for dtype in dtypes_of(kernel):
         if isinstance(case, Shift):  # lines of several blocks, too
             cases = [replace(case, size=s) for s in (case.size, (9, 32), (19, 272), (2, 300))]
+        elif isinstance(case, Windows):  # enough pixels for the oracle's largest error
+            cases = [replace(case, batch=6)]
         else:
             # 40: whole vectors in every dtype, and the last chunk of channels has idle lanes.
             channels = {case.channels, 40 if kernel == "mean" else case.channels}
@@ -256,6 +262,9 @@ def test_same_bits_over_threads(
     cases: list[Any] = [plain, replace(plain, stride=(4, 4), upsample="nearest")]
     if kernel.startswith("shift"):
         cases = [Shift((67, 131), interpolation=mode) for mode in INTERPOLATIONS]
+    if kernel.startswith("windows"):
+        plain = Windows((67, 131), (40, 43), random_views(60), channels=3)
+        cases = [plain, replace(plain, scale=(1.0, 1.5), layout="channels_last", channels=9)]
     for case, dtype in itertools.product(cases, dtypes_of(kernel)):
         values, results = values_of(kernel, case, dtype), []
         for count in (1, 2, 7):

@@ -56,7 +56,7 @@ def test_undefined_symbols_are_of_the_stable_abi(name: str) -> None:
 
 
 def test_cuda_kernels_are_there_or_the_reason_is() -> None:
-    for op in ("shift", "ensemble", "ensemble.out"):
+    for op in ("shift", "windows", "ensemble", "ensemble.out"):
         registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"srt::{op}", "CUDA")
         assert registered == (cuda_unavailable is None)
     if torch.version.cuda is None:
@@ -139,12 +139,13 @@ def test_wide_instructions_stay_in_their_objects(library: Path | None) -> None:
     for name, sets in functions.items():
         assert re.match(local, name) or set(sets) == {"baseline"}, name
     names = r"4mean|5shift|8per_view|13mean_backward|14shift_backward"
+    names += r"|7windows|14windows_points|16windows_backward"
     kernel = local + rf"({names})I.*Plan"
     kernels = {n: s for n, s in functions.items() if re.match(kernel, n)}
     kernels = {n: s for n, s in kernels.items() if "." not in n}  # no cold parts
-    # shift of five dtypes; mean and moments of four, two of them also into float32; the median and
-    # its stream. Gradients of four dtypes: of the mean and of shift.
-    assert len(kernels) == 5 + 2 * (4 + 2) + 2 * 4 + 4 + 4
+    # shift and windows of five dtypes; mean and moments of four, two of them also into float32; the
+    # median and its stream. Gradients of four dtypes: of the mean, of shift, two of windows.
+    assert len(kernels) == 2 * 5 + 2 * (4 + 2) + 2 * 4 + 4 + 4 + 2 * 4
     # One copy in each object. A kernel that only calls others has no vector code of its own.
     assert {name: len(sets) for name, sets in kernels.items()} == dict.fromkeys(kernels, 3)
     inner = {name: sets for name, sets in functions.items() if re.match(local, name)}
@@ -173,6 +174,8 @@ def test_schemas_are_as_promised() -> None:
     shift = 'Tensor image, Tensor offsets, *, str padding="reflect", str interpolation="bilinear"'
     promised = (
         f"srt::shift({shift} ...) -> Tensor",
+        'srt::windows(Tensor image, Tensor centers, int[2] size, Tensor? scale=None, *, str padding="border"'
+        " ...) -> Tensor",
         f"srt::ensemble({ensemble} ...) -> Tensor",
         f"srt::ensemble.out({ensemble} ..., Tensor(a!) out) -> ()",
         f"srt::ensemble_moments({views} ...) -> (Tensor mean, Tensor var)",

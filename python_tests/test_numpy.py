@@ -25,7 +25,7 @@ import pytest
 import torch
 from arrays import COMMON_DTYPES, array, arrays, assert_same_bits
 from process import run_python
-from samples import ENSEMBLES, SHIFTS, Ensemble, Shift
+from samples import ENSEMBLES, SHIFTS, WINDOWS, Ensemble, Shift, Windows
 
 import srt_ext
 
@@ -43,7 +43,7 @@ def threads() -> Iterator[Callable[[int], None]]:
 # ---- the bits of the ops ------------------------------------------------------------------------
 
 
-def check(name: str, case: Ensemble | Shift, values: torch.Tensor, **more: Any) -> None:
+def check(name: str, case: Ensemble | Shift | Windows, values: torch.Tensor, **more: Any) -> None:
     """The bits and strides of the op."""
     args, modes = case.call(values)
     if "reduce" in more:
@@ -75,6 +75,12 @@ def test_ensemble_has_the_bits_of_the_op(dtype: torch.dtype, name: str) -> None:
 @pytest.mark.parametrize("dtype", [*COMMON_DTYPES, torch.uint8], ids=str)
 def test_shift_has_the_bits_of_the_op(dtype: torch.dtype, name: str) -> None:
     check("shift", SHIFTS[name], SHIFTS[name].image(dtype))
+
+
+@pytest.mark.parametrize("name", ["grid", "scales", "points"])
+@pytest.mark.parametrize("dtype", [*COMMON_DTYPES, torch.uint8], ids=str)
+def test_windows_have_the_bits_of_the_op(dtype: torch.dtype, name: str) -> None:
+    check("windows", WINDOWS[name], WINDOWS[name].image(dtype))
 
 
 @pytest.mark.parametrize("name", srt._numpy.available_cpu_kernels().split(","))
@@ -308,6 +314,26 @@ def test_images_of_any_memory() -> None:
         srt.shift(image.astype(">f4"), offsets)
 
 
+def test_windows_of_images_of_any_memory() -> None:
+    """They are read in place, in any strides of whole elements."""
+    image = np.arange(2 * 3 * 5 * 7, dtype=np.float32).reshape(2, 3, 5, 7)
+    centers = np.array([[(1.3, 2.0), (4.0, 6.7)]] * 2)
+    expected = srt.windows(image, centers, (2, 3))
+    assert srt.windows(image, centers.tolist(), 2, [1, 1]).shape == (2, 2, 3, 2, 2)
+    backwards = image[:, ::-1, :, ::-1].copy()[:, ::-1, :, ::-1]
+    for same in (backwards, np.asfortranarray(image)):
+        same.flags.writeable = False
+        assert np.array_equal(srt.windows(same, centers, (2, 3)), expected)
+    aside = unaligned(image.shape, "f4")
+    for wrong, rule in ((aside, "aligned to its elements"), (packed(image.shape), "whole elements")):
+        with pytest.raises(ValueError, match=f"srt::windows: image must .*{rule}"):
+            srt.windows(wrong, centers, (2, 3))
+    with pytest.raises(TypeError, match=f"srt::windows: image {ORDER}"):
+        srt.windows(image.astype(">f4"), centers, (2, 3))
+    with pytest.raises(ValueError, match=r"srt::windows: centers must be of at most 2\^26 windows"):
+        srt.windows(image, np.broadcast_to(np.zeros(2), (2, 2**27, 2)), (2, 3))
+
+
 def test_out_of_any_strides() -> None:
     case = ENSEMBLES["stride"]
     args, modes = case.call(case.tokens())
@@ -331,16 +357,19 @@ def test_out_of_any_strides() -> None:
 @cache
 def busy_arguments(seed: int) -> tuple[Any, ...]:
     case, picture = Ensemble((7, 9), (8, 8), channels=65, seed=seed), Shift((65, 127), seed=seed)
-    return arrays((case.call(case.tokens())[0][:4], picture.call(picture.image())[0]))
+    windows = Windows((65, 127), (50, 60), centers=((1.3, 2.0),) * 40, seed=seed)
+    calls = [call.call(call.image())[0] for call in (picture, windows)]
+    return arrays((case.call(case.tokens())[0][:4], *calls))
 
 
 def busy_call(seed: int) -> bytes:
     """Large enough to be split over threads. No torch: its own threads do not survive a fork."""
-    args, image = busy_arguments(seed)
+    args, image, windows = busy_arguments(seed)
     running = srt.RunningMoments(*args[2:])
     running.update(*args[:2])
     means, median = srt.ensemble_moments(*args), srt.ensemble(*args, reduce="median")
     results = [srt.ensemble(*args), median, *means, running.variance(), srt.shift(*image)]
+    results.append(srt.windows(*windows))
     return b"".join(result.tobytes() for result in results)
 
 
@@ -471,6 +500,7 @@ def results():
     image, weights = random.integers(0, 256, (2, 3, 7, 11), np.uint8), [1, 0, 2.5, 1e-3, 7]
     place = (3, 5), (4, 6)
     yield srt.shift(image, offsets, interpolation="bicubic")
+    yield srt.windows(image, offsets.reshape(1, 5, 2).repeat(2, 0), (3, 4), (1.5, 1))
     yield srt.ensemble(tokens, offsets, *place, weights)
     yield srt.ensemble(tokens, offsets, *place, reduce="median", stride=2)
     yield from srt.ensemble_moments(tokens, offsets, *place, weights)

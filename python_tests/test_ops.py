@@ -16,7 +16,17 @@ import torch
 import torch._inductor.config
 from backends import Ops, each_place, empty_state
 from oracle import field_of
-from samples import DTYPES, ENSEMBLES, REDUCES, SHIFTS, Ensemble, Shift, each_reduce
+from samples import (
+    DTYPES,
+    ENSEMBLES,
+    REDUCES,
+    SHIFTS,
+    WINDOWS,
+    Ensemble,
+    Shift,
+    Windows,
+    each_reduce,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
@@ -97,15 +107,30 @@ def test_opcheck_of_shift(name: str, device: str, place: str) -> None:
     torch.library.opcheck(srt._shift_backward.default, (grad, offsets), modes)
 
 
+@each_place
+@pytest.mark.parametrize("name", ["real", "scale", "scales", "points"])
+def test_opcheck_of_windows(name: str, device: str, place: str) -> None:
+    (image, centers, window, scale), modes = Ops(device).call(
+        WINDOWS[name], WINDOWS[name].image(), place
+    )
+    grad = torch.randn(WINDOWS[name].shape, device=device, requires_grad=True)
+    pixels = list(image.shape[2:])
+    torch.library.opcheck(srt._windows_backward_image.default, (grad, centers, pixels, scale), modes)
+    points = srt._windows_backward_points.default
+    torch.library.opcheck(points, (grad.detach(), image, centers, scale), modes)
+    image, centers = image.detach().requires_grad_(), centers.requires_grad_()
+    torch.library.opcheck(srt.windows.default, (image, centers, window, scale), modes)
+
+
 def test_opcheck_of_the_rules_alone() -> None:
     _, args, modes = ensemble_calls(SMALL)["mean"]
     modes = {**modes, "reduce": "mean", "stream": True}
     torch.library.opcheck(srt._check_views.default, ("accumulate_mean_", *args), modes)
 
 
-def check_fake(case: Ensemble | Shift, data: torch.Tensor) -> None:
+def check_fake(case: Ensemble | Shift | Windows, data: torch.Tensor) -> None:
     args, modes = case.call(data)
-    op = srt_ext.ensemble if isinstance(case, Ensemble) else srt_ext.shift
+    op = {Ensemble: srt_ext.ensemble, Shift: srt_ext.shift, Windows: srt_ext.windows}[type(case)]
     with FakeTensorMode() as mode:
         fake = op(
             *(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args), **modes
@@ -120,7 +145,9 @@ def check_fake(case: Ensemble | Shift, data: torch.Tensor) -> None:
 def test_fake_kernels(dtype: torch.dtype) -> None:
     sizes = itertools.product(((0, 5), (4, 0), (1, 1), (4, 5)), (0, 1), (0, 1))
     small = [Shift(size, batch=batch, channels=channels) for size, batch, channels in sizes]
-    for case in (*SHIFTS.values(), *small):
+    few = ((0, 3), (2, 0), (1, 1))
+    smaller = [Windows(batch=batch, channels=channels) for batch, channels in few]
+    for case in (*SHIFTS.values(), *small, *WINDOWS.values(), *smaller):
         check_fake(case, case.image(dtype))
     if dtype == torch.uint8:
         return
@@ -173,6 +200,7 @@ def model(
         *srt_ext.ensemble_moments(4 * tokens, *views, weights, stride=2),
         srt_ext.ensemble(2 * tokens, *views, reduce="median", **modes) + 1,
         srt_ext.shift(2 * image, offsets, padding="circular", interpolation="bicubic") - 1,
+        srt_ext.windows(image, (offsets + weights[:, None]).expand(len(image), -1, -1), (3, 2)),
     ]
     tokens, weights = tokens.detach(), weights.detach()
     # Dense: Dynamo of torch 2.10 and 2.13 refuses an out= that is not.
@@ -209,7 +237,7 @@ def check_compiled(compiled: Function, inputs: list[torch.Tensor], strides: bool
     for function in (compiled, model):
         leaves = [t.clone().requires_grad_(i != 2) for i, t in enumerate(inputs)]
         fields = function(*leaves)
-        torch.stack([field.square().mean() for field in fields[:5]]).sum().backward()
+        torch.stack([field.square().mean() for field in fields[:6]]).sum().backward()
         found.append((fields, [t.grad for t in leaves if t.requires_grad]))
     (fields, grads), (expected, expected_grads) = found
     assert all(map(torch.equal, fields, expected))
@@ -267,7 +295,7 @@ def test_export() -> None:
     program = exported()
     targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     ops = {call[0] for name, call in ensemble_calls(SMALL).items() if name in FORWARD}
-    assert {"srt.shift.default", *map(str, ops)} <= targets
+    assert {"srt.shift.default", "srt.windows.default", *map(str, ops)} <= targets
     check_program(program.module())
     check_program(program.run_decompositions().module())
 
@@ -373,6 +401,36 @@ def test_vmap(op: str, in_dims: tuple[int | None, ...]) -> None:
     )
     expected = torch.stack([function(*one) for one in each])
     assert torch.equal(torch.vmap(function, in_dims)(*args), expected)
+
+
+@pytest.mark.parametrize("scale", [None, (2,), (2, 7, 2)])
+@pytest.mark.parametrize("in_dims", [(0, None, None), (None, 2, 0), (4, 0, None), (1, 1, 1)])
+def test_vmap_of_windows(in_dims: tuple[int | None, ...], scale: tuple[int, ...] | None) -> None:
+    args = []
+    for shape, dim in zip(((2, 3, 5, 6), (2, 7, 2), scale), in_dims, strict=True):
+        mapped = list(shape or ())
+        if shape is not None and dim is not None:
+            mapped.insert(dim, 4)
+        args.append(None if shape is None else torch.rand(mapped) * 4)
+    in_dims = (*in_dims[:2], in_dims[2] if scale else None)
+
+    def function(image: Any, centers: Any, scale: Any) -> Any:
+        return srt_ext.windows(image, centers, (2, 3), scale)
+
+    each = [
+        [a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)]
+        for i in range(4)
+    ]
+    expected = torch.stack([function(*one) for one in each])
+    assert torch.equal(torch.vmap(function, in_dims)(*args), expected)
+
+    def gradients(image: Any, centers: Any, scale: Any) -> Any:
+        loss = torch.func.grad(lambda *at: function(*at, scale).square().sum(), (0, 1))
+        return loss(image, centers)
+
+    found = torch.vmap(gradients, in_dims)(*args)
+    for ours, theirs in zip(found, zip(*(gradients(*one) for one in each), strict=True), strict=True):
+        assert torch.equal(ours, torch.stack(theirs))
 
 
 def test_vmap_of_vmap_and_of_an_empty_batch() -> None:

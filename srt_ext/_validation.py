@@ -17,6 +17,7 @@ from .options import OPTIONS
 Wrong = type[ValueError] | type[TypeError]
 
 MAX_VIEWS = 2**20  # in one call: kMaxViews of csrc/srt/types.h
+MAX_WINDOWS = 2**26  # in one call: kMaxWindows of csrc/srt/windows.h
 
 
 def wrong(kind: Wrong, where: str, rule: str, got: object) -> ValueError | TypeError:

@@ -197,6 +197,29 @@ def shift(
     return cast(Array, framework.from_tensor(views))
 
 
+def windows(
+    image: Array,
+    centers: Any,
+    size: Pair,
+    scale: Any = None,
+    *,
+    padding: Padding = "border",
+) -> Array:
+    """As :func:`srt_ext.windows`, for arrays of any framework.
+
+    ``image`` is any array with ``__dlpack__``, ``centers`` and ``scale`` are arrays of any
+    framework, or nested sequences of numbers. The result is an array of the kind, dtype and device
+    of ``image``.
+    """
+    op = "windows"
+    framework = _Framework(op, "image", image)
+    steps = None if scale is None else _values(op, "scale", scale)
+    tensors = _to_tensor(op, "image", image), _values(op, "centers", centers), steps
+    result = ops.windows(*tensors[:2], size, steps, padding=padding)
+    _hold(tensors, (image, centers, scale))
+    return cast(Array, framework.from_tensor(result))
+
+
 def ensemble(
     tokens: Array,
     offsets: Any,

@@ -1,9 +1,9 @@
-"""``shift``, ``ensemble`` and streams of views on NumPy arrays: the kernels of the ops, no torch.
+"""``shift``, ``windows``, ``ensemble`` and streams on NumPy arrays: the kernels of the ops, no torch.
 
 ``import srt_ext.numpy`` works where torch is not installed, and gives bit for bit what
 ``torch.ops.srt.*`` gives on the CPU. ``merge`` uses NumPy's arithmetic and agrees with torch within
 rounding error. Arrays are float32, float64, float16, or bfloat16 as ml_dtypes has it, in the byte
-order of the machine; ``shift`` takes uint8, too. Tokens are read in place, or refused: nothing
+order of the machine; ``shift`` and ``windows`` take uint8, too. Tokens are read in place, or refused: nothing
 large is copied. While a call computes, other Python threads run.
 
 What there is not: gradients, GPUs, ``all_reduce`` of streams, designs of views (offsets are any
@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import streaming
-from ._validation import MAX_VIEWS, check_count, check_pair, check_words, wrong
+from ._validation import MAX_VIEWS, MAX_WINDOWS, check_count, check_pair, check_words, wrong
 from .options import Border, Interpolation, Padding, Pair, Reduce, Stride, Upsample
 
 try:
@@ -53,11 +53,12 @@ __all__ = [
     "get_num_threads",
     "set_num_threads",
     "shift",
+    "windows",
 ]
 
 MAX_THREADS = 1024  # a slip of the keyboard asks for more
 
-# What offsets and weights are made of: float32 or float64, or numbers in (nested) sequences.
+# What offsets, weights, centers and scales are made of: float32 or float64, or numbers in (nested) sequences.
 Numbers: TypeAlias = NDArray[np.float32] | NDArray[np.float64] | Sequence[Any]
 
 
@@ -68,15 +69,18 @@ def _check_array(where: str, name: str, value: object) -> None:
         raise wrong(TypeError, where, rule, type(value).__name__)
 
 
-def _numbers(where: str, name: str, value: object) -> NDArray[np.float64]:
+def _numbers(
+    where: str, name: str, value: object, what: str = "views", most: int = MAX_VIEWS
+) -> NDArray[np.float64]:
     """A dense copy in float64, which no other thread changes while it is read."""
     rule = f"{name} must be float32 or float64, or numbers in sequences"
     if isinstance(value, np.ndarray):
         _check_array(where, name, value)
         if value.dtype.kind != "f" or value.dtype.itemsize not in (4, 8):
             raise wrong(TypeError, where, rule, value.dtype)
-        if value.size > 4 * MAX_VIEWS:  # before it is copied: strides may be 0
-            raise wrong(ValueError, where, f"{name} must be of at most 2^20 views", value.shape)
+        if value.size > 4 * most:  # before it is copied: strides may be 0
+            rule = f"{name} must be of at most 2^{most.bit_length() - 1} {what}"
+            raise wrong(ValueError, where, rule, value.shape)
     elif isinstance(value, Sequence):
         try:
             value = np.asarray(value)
@@ -119,6 +123,29 @@ def shift(
     _check_array(where, "image", image)
     check_words(where, padding=padding, interpolation=interpolation)
     return _numpy.shift(image, _numbers(where, "offsets", offsets), padding, interpolation)
+
+
+def windows(
+    image: NDArray[Any],
+    centers: Numbers,
+    size: Pair,
+    scale: Numbers | None = None,
+    *,
+    padding: Padding = "border",
+) -> NDArray[Any]:
+    """As :func:`srt_ext.windows`: windows of a batch of images at any positions.
+
+    ``image`` is read in place; its strides may be negative, and are whole elements. ``centers`` and
+    ``scale`` are arrays of float32 or float64, or sequences.
+    """
+    where = "srt::windows"
+    _check_array(where, "image", image)
+    check_words(where, padding=padding)
+    size = check_pair(where, "size", size)
+    places = _numbers(where, "centers", centers, "windows", MAX_WINDOWS)
+    if scale is not None:
+        scale = _numbers(where, "scale", scale, "windows", MAX_WINDOWS)
+    return _numpy.windows(image, places, size, scale, padding)
 
 
 def ensemble(

@@ -100,6 +100,21 @@ py::array shift(py::array image, const py::array& offsets, const Word& padding,
   return out;
 }
 
+py::array windows(const py::array& image, const py::array& centers, const List& size,
+                  const std::optional<py::array>& scale, const Word& padding) {
+  check_byte_order("windows", "image", image);
+  std::optional<ArrayView> steps;
+  if (scale) steps = plain_view_of(*scale);
+  CheckedWindows call("windows",
+                      {view_of("windows", "image", image), plain_view_of(centers), size, steps,
+                       padding},
+                      /*allow_uint8=*/true);
+  py::array out(image.dtype(), call.out_shape);
+  call.args.out = out.mutable_data();
+  run_without_gil({out}, [&] { windows_cpu(call.args, thread_pool()); });
+  return out;
+}
+
 // Which tokens, and where they belong: tokens, offsets, grid, patch, weights, upsample, border,
 // stride.
 using Views =
@@ -194,6 +209,7 @@ PYBIND11_MODULE(_numpy, m, py::mod_gil_not_used()) {
     }
   });
   m.def("shift", &shift);
+  m.def("windows", &windows);
   m.def("ensemble", &ensemble);
   m.def("ensemble_moments", &ensemble_moments);
   m.def("accumulate", &accumulate);

@@ -218,7 +218,7 @@ struct WindowsPlan : WindowsArgs {
   };
   struct Scratch {
     Axis axis[2];
-    ScratchArray<double> lines;  // [5, length of x] rows that are interpolated
+    ScratchArray<double> lines;  // [6, length of x] rows that are interpolated
     ScratchArray<double> tile;   // [kTile, kTile] samples and channels
   };
   static constexpr int64_t kTile = 64;

@@ -93,48 +93,79 @@ struct WindowRow {
   }
 };
 
-// Rows of a window that are interpolated along x, the last two of them.
-template <class T, class Acc>
+// Rows of one window that are interpolated along x: the last two of them. With `kSlopes` the
+// derivative along x follows the values, plan.length[1] behind.
+template <class T, class Acc, bool kSlopes>
 struct WindowLines {
   const WindowsPlan& plan;
-  const WindowAxis<Acc>& x;
+  const WindowAxis<Acc>&y, &x;
   const T* image;
-  Acc* lines;  // [3, length]: two rows and zeros
+  Acc* lines;  // two rows and zeros
   int64_t held[2];
 
-  SRT_INLINE WindowLines(const WindowsPlan& plan, const WindowAxis<Acc>& x, char* scratch)
+  static constexpr int64_t kAhead = 8;  // rows
+
+  SRT_INLINE WindowLines(const WindowsPlan& plan, const WindowAxis<Acc>& y,
+                         const WindowAxis<Acc>& x, const T* image, char* scratch)
       : plan(plan),
+        y(y),
         x(x),
-        lines(reinterpret_cast<Acc*>(in(scratch, plan.scratch.lines))) {
-    std::memset(lines + 2 * plan.length[1], 0, static_cast<size_t>(plan.length[1]) * sizeof(Acc));
+        image(image),
+        lines(reinterpret_cast<Acc*>(in(scratch, plan.scratch.lines))),
+        held{-1, -1} {
+    std::memset(at(2), 0, static_cast<size_t>(2 * plan.length[1]) * sizeof(Acc));
+    for (int64_t i = 0; i < least(kAhead, y.samples); ++i) prefetch(image, i);
   }
 
-  SRT_INLINE void start(const T* plane) {
-    image = plane;
+  SRT_INLINE Acc* at(int k) const { return lines + (kSlopes ? 2 * k : k) * plan.length[1]; }
+
+  SRT_INLINE void next_channel() {
+    image += plan.image_strides[1];
     held[0] = held[1] = -1;
   }
 
-  // Row `y` of the image; `other` is a row that must stay.
-  SRT_INLINE const Acc* line(int64_t y, int64_t other) {
-    if (y < 0) return lines + 2 * plan.length[1];
-    for (int k = 0; k < 2; ++k)
-      if (held[k] == y) return lines + k * plan.length[1];
-    const int k = held[0] == other ? 1 : 0;
-    held[k] = y;
-    interpolate(image + y * plan.image_strides[2], lines + k * plan.length[1]);
-    return lines + k * plan.length[1];
+  // The row that tap k of sample i reads.
+  SRT_INLINE const Acc* line(int k, int64_t i) {
+    const int64_t row = y.pixels[k][i];
+    if (row < 0) return at(2);
+    if (held[0] == row) return at(0);
+    if (held[1] == row) return at(1);
+    const int to = held[0] == y.pixels[1 - k][i] ? 1 : 0;
+    held[to] = row;
+    interpolate(image + row * plan.image_strides[2], at(to));
+    return at(to);
   }
 
-  SRT_INLINE void interpolate(const T* row, Acc* to) {
-    constexpr int lanes = kLanes<Acc>;
+  SRT_INLINE void interpolate(const T* row, Acc* to) const {
     const WindowRow<T, Acc> from{x, row, plan.image_strides[3], plan.width};
-    for (int64_t j = 0; j < x.samples; j += lanes) {
+    for (int64_t j = 0; j < x.samples; j += kLanes<Acc>) {
       Vec<Acc> value = from.load_taps(0, j, x.samples - j);
-      if (!x.whole)
-        value = load(x.weights[0] + j) * value +
-                load(x.weights[1] + j) * from.load_taps(1, j, x.samples - j);
+      if (kSlopes || !x.whole) {
+        const Vec<Acc> right = from.load_taps(1, j, x.samples - j);
+        if (kSlopes) store(to + plan.length[1] + j, right - value);
+        const Vec<Acc> weight = load(x.weights[1] + j);
+        Vec<Acc> second = weight * right;
+        if (kSlopes) second = weight == 0 ? Vec<Acc>{} : second;  // 0 * Inf
+        value = load(x.weights[0] + j) * value + second;
+      }
       store(to + j, value);
     }
+  }
+
+  // A row is so much work that the processor does not look ahead to the next one.
+  SRT_INLINE void prefetch_ahead(int64_t i) const {
+    if (i + kAhead < y.samples) {
+      prefetch(image, i + kAhead);
+    } else if (i + kAhead < 2 * y.samples) {
+      prefetch(image + plan.image_strides[1], i + kAhead - y.samples);
+    }
+  }
+
+  SRT_INLINE void prefetch(const T* plane, int64_t i) const {
+    const T* const row = plane + (y.pixels[0][i] < 0 ? 0 : y.pixels[0][i]) * plan.image_strides[2];
+    const int64_t first = x.pixels[0][0], last = x.pixels[0][x.samples - 1];
+    __builtin_prefetch(row + (first < 0 ? 0 : first) * plan.image_strides[3]);
+    __builtin_prefetch(row + (last < 0 ? 0 : last) * plan.image_strides[3]);
   }
 };
 
@@ -163,13 +194,12 @@ template <class T, class Acc>
 void sample_rows(const WindowsPlan& plan, const WindowAxis<Acc>& y, const WindowAxis<Acc>& x,
                  const T* image, T* out, char* scratch) {
   constexpr int lanes = kLanes<Acc>;
-  WindowLines<T, Acc> rows(plan, x, scratch);
+  WindowLines<T, Acc, false> rows(plan, y, x, image, scratch);
   const T* const end = out + plan.channels * y.samples * x.samples;
-  for (int64_t c = 0; c < plan.channels; ++c, image += plan.image_strides[1]) {
-    rows.start(image);
+  for (int64_t c = 0; c < plan.channels; ++c, rows.next_channel()) {
     for (int64_t i = 0; i < y.samples; ++i, out += x.samples) {
-      const Acc* const upper = rows.line(y.pixels[0][i], y.pixels[1][i]);
-      const Acc* const lower = rows.line(y.pixels[1][i], y.pixels[0][i]);
+      rows.prefetch_ahead(i);
+      const Acc *const upper = rows.line(0, i), *const lower = rows.line(1, i);
       const Acc above = y.weights[0][i], below = y.weights[1][i];
       for (int64_t j = 0; j < x.samples; j += lanes) {
         const Vec<Acc> value = above * load(upper + j) + below * load(lower + j);

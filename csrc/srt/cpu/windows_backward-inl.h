@@ -138,61 +138,29 @@ SRT_INLINE double total(V v) {
   return sum;
 }
 
-// As WindowLines, with the derivative along x of each row behind its values.
+// Of one channel. `end`: of the gradient of the window.
 template <class T, class Acc>
-struct SlopedLines {
-  const WindowsPlan& plan;
-  const WindowAxis<Acc>& x;
-  const T* image;
-  Acc* lines;  // [5, length]: values and slopes of two rows, zeros
-  int64_t held[2];
-
-  SRT_INLINE const Acc* line(int64_t y, int64_t other, int64_t* slope) {
-    *slope = y < 0 ? 0 : plan.length[1];
-    if (y < 0) return lines + 4 * plan.length[1];
-    for (int k = 0; k < 2; ++k)
-      if (held[k] == y) return lines + 2 * k * plan.length[1];
-    const int k = held[0] == other ? 1 : 0;
-    held[k] = y;
-    interpolate(image + y * plan.image_strides[2], lines + 2 * k * plan.length[1]);
-    return lines + 2 * k * plan.length[1];
-  }
-
-  SRT_INLINE void interpolate(const T* row, Acc* to) {
-    constexpr int lanes = kLanes<Acc>;
-    const WindowRow<T, Acc> from{x, row, plan.image_strides[3], plan.width};
-    for (int64_t j = 0; j < x.samples; j += lanes) {
-      const Vec<Acc> left = from.load_taps(0, j, x.samples - j);
-      const Vec<Acc> right = from.load_taps(1, j, x.samples - j);
-      const Vec<Acc> weight = load(x.weights[1] + j);
-      const Vec<Acc> second = weight != 0 ? weight * right : Vec<Acc>{};
-      store(to + j, load(x.weights[0] + j) * left + second);
-      store(to + plan.length[1] + j, right - left);
-    }
-  }
-};
-
-template <class T, class Acc>
-SRT_INLINE PointSums<Acc> point_sums(SlopedLines<T, Acc>& rows, const WindowAxis<Acc>& y,
-                                     const WindowAxis<Acc>& x, const T* grad, const T* end) {
+SRT_INLINE PointSums<Acc> point_sums(WindowLines<T, Acc, true>& rows, const T* grad,
+                                     const T* end) {
   constexpr int lanes = kLanes<Acc>;
+  const WindowAxis<Acc>&y = rows.y, &x = rows.x;
+  const int64_t slope = rows.plan.length[1];
   Vec<Acc> lane;
   for (int k = 0; k < lanes; ++k) lane[k] = static_cast<Acc>(k);
   const Acc middle_y = static_cast<Acc>(y.samples - 1) / 2;
   const Acc middle_x = static_cast<Acc>(x.samples - 1) / 2;
   PointSums<Acc> sums;
   for (int64_t i = 0; i < y.samples; ++i, grad += x.samples) {
-    int64_t slope[2];
-    const Acc* const upper = rows.line(y.pixels[0][i], y.pixels[1][i], &slope[0]);
-    const Acc* const lower = rows.line(y.pixels[1][i], y.pixels[0][i], &slope[1]);
+    rows.prefetch_ahead(i);
+    const Acc *const upper = rows.line(0, i), *const lower = rows.line(1, i);
     const Acc above = y.weights[0][i], below = y.weights[1][i];
     for (int64_t j = 0; j < x.samples; j += lanes) {
       const Vec<Acc> given = end - (grad + j) >= lanes
                                  ? load(grad + j)
                                  : load_part(grad + j, 1, least(x.samples - j, lanes));
       Vec<Acc> along_y = given * (load(lower + j) - load(upper + j));
-      Vec<Acc> along_x = above * load(upper + slope[0] + j);
-      if (below != 0) along_x += below * load(lower + slope[1] + j);
+      Vec<Acc> along_x = above * load(upper + slope + j);
+      if (below != 0) along_x += below * load(lower + slope + j);
       along_x *= given;
       const Vec<Acc> column = lane + static_cast<Acc>(j);
       if (j + lanes > x.samples) {  // what lies behind the row may be not finite
@@ -210,21 +178,18 @@ void windows_points(const WindowsPointsPlan& plan, int64_t begin, int64_t end, v
   using Acc = typename AccumulatorOf<T>::type;
   char* const scratch = static_cast<char*>(memory);
   const int64_t samples = plan.size[0] * plan.size[1];
-  Acc* const lines = reinterpret_cast<Acc*>(in(scratch, plan.scratch.lines));
-  std::memset(lines + 4 * plan.length[1], 0, static_cast<size_t>(plan.length[1]) * sizeof(Acc));
-
   for (int64_t window = begin; window < end; ++window) {
     WindowAxis<Acc> y, x;
     fill_axis<true>(plan, 0, window, scratch, y);
     fill_axis<true>(plan, 1, window, scratch, x);
-    const T* image =
+    const T* const image =
         static_cast<const T*>(plan.image) + window / plan.count * plan.image_strides[0];
     const T* const grad = static_cast<const T*>(plan.out) + window * plan.channels * samples;
+    WindowLines<T, Acc, true> rows(plan, y, x, image, scratch);
     double value[2] = {}, moment[2] = {};
-    for (int64_t c = 0; c < plan.channels; ++c, image += plan.image_strides[1]) {
-      SlopedLines<T, Acc> rows{plan, x, image, lines, {-1, -1}};
-      const PointSums<Acc> sums = point_sums(rows, y, x, grad + c * samples,
-                                             grad + plan.channels * samples);
+    for (int64_t c = 0; c < plan.channels; ++c, rows.next_channel()) {
+      const PointSums<Acc> sums =
+          point_sums(rows, grad + c * samples, grad + plan.channels * samples);
       for (int axis = 0; axis < 2; ++axis) {
         value[axis] += total(sums.value[axis]);
         moment[axis] += total(sums.moment[axis]);

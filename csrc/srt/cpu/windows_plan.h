@@ -19,7 +19,7 @@ inline Layout lay_out(const WindowsArgs& args, WindowsPlan& plan) {
     layout.place(plan.scratch.axis[axis].pixels, 2 * plan.length[axis]);
     layout.place(plan.scratch.axis[axis].weights, 2 * plan.length[axis]);
   }
-  layout.place(plan.scratch.lines, 5 * plan.length[1]);
+  layout.place(plan.scratch.lines, 6 * plan.length[1]);
   layout.place(plan.scratch.tile, WindowsPlan::kTile * WindowsPlan::kTile);
   return layout;
 }

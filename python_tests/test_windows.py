@@ -1,0 +1,334 @@
+"""windows and sample: against the oracle, F.unfold, F.grid_sample, shift and the published sampler."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from backends import Backend, Ops, each_device
+from bounds import WindowsBounds
+from budget import assert_within_rounding
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import check_sample, poisoned, windows_points
+from samples import (
+    DTYPES,
+    FAR,
+    NUMPY_PADDINGS,
+    WINDOWS,
+    Pairs,
+    Windows,
+    each_padding,
+    windows,
+)
+from torch.autograd import gradcheck
+
+import srt_ext
+from srt_ext import reference
+
+ALL_DTYPES = (*DTYPES, torch.uint8)
+GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "spot_window_square.npz"
+
+
+def grid_centers(grid: tuple[int, int], patch: tuple[int, int]) -> torch.Tensor:
+    """[h * w, 2] of the patches of a ViT, in row order."""
+    rows, columns = ((torch.arange(n) + 0.5) * p for n, p in zip(grid, patch, strict=True))
+    return torch.cartesian_prod(rows, columns)
+
+
+def patches(image: torch.Tensor, patch: tuple[int, int]) -> torch.Tensor:
+    """[B, N, C, Ph, Pw]."""
+    batch, channels = image.shape[:2]
+    columns = F.unfold(image, patch, stride=patch)
+    return columns.reshape(batch, channels, *patch, -1).permute(0, 4, 1, 2, 3)
+
+
+# ---- what windows are -----------------------------------------------------------------------------
+
+
+@each_padding
+@pytest.mark.parametrize("kernel", ["windows", "windows_backward"])
+def test_accuracy_in_every_mode(kernel: str, padding: str, backend: Backend) -> None:
+    centers = ((3.3, -0.6), (9.0, 2.5), (-31.4, 50.2), (FAR, 1.5), (0.0, -FAR), (-1.0, 36.25))
+    sizes = ((7, 37), (7, 48), (1, 40), (40, 1), (2, 3), (1, 1))
+    scales = (None, (1.0, 1.5), (0.3, -1.0), (2.0, 0.0), None, (1.0, 16 / 15))
+    layouts = ("dense", "channels_last", "sliced")
+    for size, dtype, scale, layout in zip(
+        sizes, itertools.cycle(DTYPES), scales, itertools.cycle(layouts), strict=False
+    ):
+        case = Windows(size, (5, 18), centers, scale, 9, layout=layout, padding=padding)
+        check_sample(kernel, backend, case, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["dense", "channels_last", "sliced"])
+@pytest.mark.parametrize("patch", [(4, 6), (14, 3), (2, 16), (1, 33)])
+def test_windows_on_the_grid_are_the_patches(
+    patch: tuple[int, int], layout: str, dtype: torch.dtype, backend: Backend
+) -> None:
+    """Bit for bit, beside values that are not finite, too."""
+    grid = (3, 2)
+    size = (grid[0] * patch[0], grid[1] * patch[1])
+    centers = tuple(map(tuple, grid_centers(grid, patch).tolist()))
+    case = Windows(size, patch, centers, channels=9, batch=1, layout=layout)
+    image = poisoned("windows", case, dtype)
+    result = backend.windows(case, image)
+    assert torch.equal(result.nan_to_num(), patches(image.double(), patch).to(dtype).nan_to_num())
+    assert torch.equal(result.isnan(), patches(image.isnan().double(), patch) > 0)
+
+
+@each_padding
+def test_whole_pixels_are_those_of_a_padded_image(padding: str, backend: Backend) -> None:
+    """A hair off them, too."""
+    mode: Any = NUMPY_PADDINGS[padding]
+    for dtype, scale, hair in itertools.product(
+        (torch.float32, torch.uint8), (None, (2.0, -1.0)), (0.0, 1e-14, -(2.0**-41))
+    ):
+        centers = ((4.5 + hair, 6.0), (1.5, 2.0 - hair), (-3.5, 12.0 + hair))
+        case = Windows((8, 11), (3, 4), centers, scale, 2, 1, "dense", padding, torch.float64)
+        image = case.image(dtype)
+        wide = np.pad(image.numpy(), ((0, 0), (0, 0), (20, 20), (20, 20)), mode)
+        expected = []
+        for y, x in centers:
+            rows = 20 + int(np.floor(y)) + (np.arange(3) - 1) * (2 if scale else 1)
+            columns = 20 + round(x) + np.arange(-2, 2)[:: -1 if scale else 1]  # mirrored
+            expected.append(wide[0][:, rows[:, None], columns])
+        assert np.array_equal(backend.windows(case, image)[0].numpy(), np.stack(expected))
+
+
+@given(windows(), st.sampled_from(ALL_DTYPES))
+def test_strides_of_the_image(backend: Backend, case: Windows, dtype: torch.dtype) -> None:
+    """Within rounding, the layout changes nothing; a copy of the same strides nothing at all."""
+    image = case.image(dtype)
+    result = backend.windows(case, image)
+    dense = backend.windows(case, image.contiguous())
+    exact = reference.windows(*case.call(image)[0], padding=case.padding)
+    bound = WindowsBounds(case, dtype).windows(image)
+    assert_within_rounding(result, exact, bound)
+    assert_within_rounding(dense, exact, bound)
+    one = image[:1].expand(case.batch, -1, -1, -1)
+    assert torch.equal(backend.windows(case, one)[0], result[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", WINDOWS)
+def test_gradients_of_the_points(name: str, dtype: torch.dtype, backend: Backend) -> None:
+    case = WINDOWS[name]
+    image, grad = case.image(dtype), torch.randn(case.shape, dtype=torch.float64).to(dtype)
+    for place in backend.places:
+        result = backend.windows_points(case, grad, image, place=place)
+        bound = WindowsBounds(case, dtype).points(grad, image)
+        assert_within_rounding(result, windows_points(case, grad, image), bound)
+
+
+@given(windows(), st.sampled_from(DTYPES))
+def test_gradients_of_any_points(backend: Backend, case: Windows, dtype: torch.dtype) -> None:
+    image, grad = case.image(dtype), torch.randn(case.shape, dtype=torch.float64).to(dtype)
+    bound = WindowsBounds(case, dtype).points(grad, image)
+    result = backend.windows_points(case, grad, image)
+    assert_within_rounding(result, windows_points(case, grad, image), bound)
+
+
+def test_pixels_beside_a_window_do_not_change_its_gradients(backend: Backend) -> None:
+    case = replace(WINDOWS["real"], window=(3, 5), centers=((4.25, 8.75),), batch=1)
+    image, grad = case.image(), torch.randn(1, 1, 3, 3, 5)
+    expected = backend.windows_points(case, grad, image)
+    image[:, :, :2], image[:, :, 7:] = torch.nan, torch.inf
+    image[:, :, :, :5], image[:, :, :, 12:] = torch.nan, torch.inf
+    backend.assert_same(backend.windows_points(case, grad, image), expected)
+
+
+# ---- the same windows by other means ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padding", ["border", "zeros"])
+def test_grid_sample(padding: str) -> None:
+    """Values and gradients, at whole pixels, too: there both take the derivative to the right."""
+    image = torch.randn(2, 3, 9, 14, dtype=torch.float64, requires_grad=True)
+    centers = torch.rand(2, 7, 2, dtype=torch.float64) * torch.tensor([9.0, 14.0])
+    centers[:, :2] = centers[:, :2].round()
+    centers.requires_grad_()
+    sizes = torch.tensor([9.0, 14.0], dtype=torch.float64)
+    steps = torch.stack(torch.meshgrid(torch.arange(4) - 1.5, torch.arange(5) - 2.0, indexing="ij"))
+    places = centers[:, :, None, None] + steps.permute(1, 2, 0)
+    places = (places * (2 / sizes) - 1).flip(-1).flatten(1, 2)
+    expected = F.grid_sample(image, places, padding_mode=padding, align_corners=False)
+    expected = expected.unflatten(2, (7, 4)).transpose(1, 2)
+    result = srt_ext.windows(image, centers, (4, 5), padding=padding)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-12)
+    grad, inner = torch.randn_like(result), (centers > 3) & (centers < sizes - 3)
+    ours, theirs = (torch.autograd.grad(r, (image, centers), grad) for r in (result, expected))
+    torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=1e-12)
+    inner = inner.all(-1)  # beyond the edge grid_sample clamps positions, not pixels
+    assert inner.any()
+    torch.testing.assert_close(ours[1][inner], theirs[1][inner], rtol=0, atol=1e-11)
+
+
+@each_padding
+def test_a_moved_grid_has_the_patches_of_shift(padding: str) -> None:
+    """SPoT and SRT are one family: windows at grid + d are the patches of the view moved by -d."""
+    image = torch.randn(2, 3, 12, 24, dtype=torch.float64)
+    centers = grid_centers((3, 4), (4, 6)).double().expand(2, -1, -1)
+    for d in torch.tensor([[1.25, -2.5], [-7.75, 0.0], [3.0, 20.1]], dtype=torch.float64):
+        view = srt_ext.shift(image, -d[None], padding=padding)[0]
+        result = srt_ext.windows(image, centers + d, (4, 6), padding=padding)
+        torch.testing.assert_close(result, patches(view, (4, 6)), rtol=0, atol=1e-13)
+
+
+@pytest.mark.skipif(not GOLDEN.exists(), reason="needs ../shared")
+def test_the_published_sampler() -> None:
+    """It spreads P samples over P pixels, ends included, and reads 0 from the last pixel on."""
+    data = {name: torch.from_numpy(np.asarray(v)) for name, v in np.load(GOLDEN).items()}
+    patch, channels = int(data["ksize"]), data["image"].shape[1]
+    sizes = torch.tensor(data["image"].shape[2:], dtype=torch.float64)
+    image, mu = data["image"].double().requires_grad_(), data["mu"].double().requires_grad_()
+    scale = 2 * patch * sizes / (sizes.sum() * (patch - 1))
+    result = srt_ext.windows(image, mu * sizes + 0.5, (patch, patch), scale, padding="zeros")
+    places = mu.detach() * sizes
+    reach = (torch.arange(patch) - (patch - 1) / 2)[:, None] * scale
+    places = places[:, :, None] + reach  # [B, N, P, 2] of pixel indices
+    inside = ((places > 1e-4) & (places < sizes - 1 - 1e-4)).unbind(-1)
+    inside = (inside[0][:, :, None, :, None] & inside[1][:, :, None, None, :]).expand_as(result)
+    published = data["features"][:, :, :channels]
+    assert inside.any()
+    assert (result - published)[inside].abs().max() < 1e-5
+
+    whole = inside.all((2, 3, 4))  # windows whose gradients are the published ones
+    assert whole.any()
+    grad = data["grad_features"][:, :, :channels].double()
+    (ours,) = torch.autograd.grad(result, mu, grad)
+    torch.testing.assert_close(ours[whole], data["grad_mu_window"].double()[whole], atol=1e-3, rtol=1e-5)
+
+
+# ---- sample -------------------------------------------------------------------------------------
+
+
+@each_device
+@pytest.mark.parametrize("stride", [1, (4, 2)])
+def test_sample(device: str, stride: Any) -> None:
+    """A field of any stride at points of the picture."""
+    sh, sw = (stride, stride) if isinstance(stride, int) else stride
+    field = torch.randn(2, 19, 3, 5).contiguous(memory_format=torch.channels_last).to(device)
+    points = torch.rand(2, 7, 2, device=device) * torch.tensor([3.0 * sh, 5.0 * sw], device=device)
+    places = (points / torch.tensor([3.0 * sh, 5.0 * sw], device=device) * 2 - 1).flip(-1)
+    expected = F.grid_sample(
+        field, places[:, :, None], padding_mode="border", align_corners=False
+    )
+    result = srt_ext.sample(field, points, stride)
+    torch.testing.assert_close(result, expected[..., 0].transpose(1, 2))
+    cells = grid_centers((3, 5), (sh, sw)).expand(2, -1, -1).to(device)
+    whole = srt_ext.sample(field, cells, stride)
+    assert torch.equal(whole, field.flatten(2).transpose(1, 2))
+
+
+# ---- derivatives --------------------------------------------------------------------------------
+
+
+@each_padding
+@pytest.mark.parametrize("scale", [None, (2,), (1, 3, 2)])
+def test_gradcheck(scale: tuple[int, ...] | None, padding: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    image = torch.randn(1, 2, 5, 6, generator=generator, dtype=torch.float64)
+    centers = torch.rand(1, 3, 2, generator=generator, dtype=torch.float64) * 6
+    given = [image, centers]
+    if scale is not None:
+        given.append(torch.rand(scale, generator=generator, dtype=torch.float64) + 0.4)
+
+    def function(image: Any, centers: Any, scale: Any = None) -> torch.Tensor:
+        return srt_ext.windows(image, centers, (2, 3), scale, padding=padding)
+
+    inputs = [g.requires_grad_() for g in given]
+    assert gradcheck(function, inputs, eps=1e-7, check_batched_grad=True)
+
+    def of_image(image: torch.Tensor) -> torch.Tensor:
+        return function(image, *(g.detach() for g in given[1:]))
+
+    assert gradcheck(of_image, inputs[:1], check_forward_ad=True, check_batched_forward_grad=True)
+    assert torch.autograd.gradgradcheck(of_image, inputs[:1], check_fwd_over_rev=True)
+
+
+def test_gradient_of_the_gradient_of_the_image() -> None:
+    """With respect to the centers, too: that of <windows(v), grad>."""
+    image = torch.randn(1, 2, 5, 6, dtype=torch.float64, requires_grad=True)
+    centers = (torch.rand(1, 3, 2, dtype=torch.float64) * 5).requires_grad_()
+
+    def function(grad: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
+        result = srt_ext.windows(image, centers, (2, 2))
+        return torch.autograd.grad(result, image, grad, create_graph=True)[0]
+
+    grad = torch.randn(1, 3, 2, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(function, (grad, centers), eps=1e-7)
+
+
+def test_derivatives_that_do_not_exist_are_errors() -> None:
+    image = torch.randn(1, 2, 5, 6, requires_grad=True)
+    centers, scale = torch.rand(1, 3, 2) * 5, torch.ones(2)
+    for name, at in (("centers", centers), ("scale", scale)):
+        given: dict[str, Any] = {"centers": centers, "scale": scale}
+
+        def function(value: torch.Tensor, name: str = name, given: Any = given) -> torch.Tensor:
+            places = {**given, name: value}
+            return srt_ext.windows(image, places["centers"], (2, 2), places["scale"])
+
+        rule = f"srt::windows has no forward-mode derivative with respect to {name}"
+        with pytest.raises(RuntimeError, match=rule):
+            torch.func.jvp(function, (at,), (at,))
+        leaf = at.clone().requires_grad_()
+        (first,) = torch.autograd.grad(function(leaf).square().sum(), leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative that involves centers"):
+            first.sum().backward()
+
+
+def test_gradients_have_the_dtypes_of_their_inputs() -> None:
+    for image_dtype, dtype in itertools.product(DTYPES, (torch.float32, torch.float64)):
+        image = torch.randn(2, 3, 5, 6).to(image_dtype).requires_grad_()
+        centers = (torch.rand(2, 4, 2, dtype=dtype) * 5).requires_grad_()
+        scale = torch.ones(2, dtype=dtype, requires_grad=True)
+        srt_ext.windows(image, centers, (3, 2), scale).sum().backward()
+        for tensor in (image, centers, scale):
+            assert tensor.grad is not None
+            assert tensor.grad.shape == tensor.shape
+            assert tensor.grad.dtype == tensor.dtype
+
+
+# ---- empty, threads -----------------------------------------------------------------------------
+
+
+@each_device
+@pytest.mark.parametrize("shape", [(0, 4, 3), (2, 0, 3), (2, 4, 0)])
+def test_nothing_to_sample(device: str, shape: tuple[int, int, int]) -> None:
+    batch, count, channels = shape
+    image = torch.randn(batch, channels, 5, 6, device=device, requires_grad=True)
+    centers = torch.full((batch, count, 2), 2.5, device=device, requires_grad=True)
+    result = srt_ext.windows(image, centers, (3, 2))
+    assert tuple(result.shape) == (batch, count, channels, 3, 2)
+    assert result.stride() == torch.empty(result.shape).stride()
+    result.sum().backward()
+    for tensor in (image, centers):
+        assert tensor.grad is not None
+        assert not tensor.grad.any()
+
+
+@pytest.mark.parametrize("layout", ["dense", "channels_last"])
+def test_gradients_have_the_same_bits_over_threads(
+    layout: str, threads: Callable[[int], None], cpu_kernels: str
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    centers: Pairs = tuple(map(tuple, (torch.rand(40, 2, generator=generator) * 90).tolist()))
+    case = Windows((70, 90), (16, 16), centers, channels=40, batch=1, layout=layout)
+    for dtype, scale in itertools.product(DTYPES, (None, (1.0, 1.1))):
+        one = replace(case, scale=scale)
+        image, grad = one.image(dtype), torch.randn(one.shape).to(dtype)
+        results = []
+        for count in (1, 2, 7):
+            threads(count)
+            run = Ops("cpu")
+            results.append([run.windows_points(one, grad, image), run.windows_backward(one, grad)])
+        assert all(all(map(torch.equal, results[0], other)) for other in results[1:])
