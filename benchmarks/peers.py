@@ -261,3 +261,45 @@ def sampled_shift(image: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     images = image.expand(views, *image.shape).flatten(0, 1)
     views_flat = F.grid_sample(images, places, padding_mode="reflection", align_corners=True)
     return views_flat.unflatten(0, (views, len(image)))
+
+
+def published_windows(image: torch.Tensor, centers: torch.Tensor, patch: int) -> torch.Tensor:
+    """image [B, C, H, W], centers [B, N, 2] as parts of its size -> [B, N, C, P, P], SPoT's way.
+
+    P samples from end to end of a window of P pixels. The four pixels of each are picked from the
+    image by lists of indices, and weighted by their distances.
+    """
+    size = torch.tensor(image.shape[2:]).to(centers)
+    reach = torch.linspace(-1, 1, patch).to(centers) * patch / size.sum()
+    places = (centers[:, :, None] + reach[:, None]) * size  # [B, N, P, 2]
+    batch = torch.arange(len(image), device=image.device)[:, None, None, None]
+    axes = []
+    for place, pixels in zip(places.unbind(-1), image.shape[2:], strict=True):
+        low = place.floor().long().clamp(0, pixels - 1)
+        high = (place + 1).floor().long().clamp(0, pixels - 1)
+        axes.append(((low, high - place), (high, place - low)))
+    result = image.new_zeros(())
+    for row, row_weight in axes[0]:
+        for column, column_weight in axes[1]:
+            picked = image[batch, :, row[..., :, None], column[..., None, :]]
+            weight = row_weight[..., :, None] * column_weight[..., None, :]
+            result = result + weight[..., None] * picked
+    return result.permute(0, 1, 4, 2, 3)
+
+
+def window_places(centers: torch.Tensor, patch: int, size: Pair) -> torch.Tensor:
+    """[B, N * P, P, 2], what grid_sample wants for windows of P x P pixels."""
+    reach = torch.arange(patch, device=centers.device) - (patch - 1) / 2
+    y, x = (
+        (centers[..., axis, None] + reach) * (2 / size[axis]) - 1 for axis in (0, 1)
+    )  # [B, N, P]
+    shape = (*y.shape, patch)
+    places = torch.stack([x[..., None, :].expand(shape), y[..., :, None].expand(shape)], -1)
+    return places.flatten(1, 2)
+
+
+def sampled_windows(image: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """image [B, C, H, W] -> [B, N, C, P, P] by one grid_sample."""
+    patch = places.shape[2]
+    rows = F.grid_sample(image, places, padding_mode="border", align_corners=False)
+    return rows.unflatten(2, (-1, patch)).transpose(1, 2)

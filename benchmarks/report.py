@@ -45,13 +45,14 @@ def ratio(over: float | None, under: float | None) -> float | None:
 
 
 def over_limit(row: Row) -> float | None:
-    """Our time divided by the limit measured in the same run, of a mean or a shift.
+    """Our time divided by the limit measured in the same run, of a mean, a shift or windows.
 
     The limit of a mean is one ``fill`` of the result and one reading of the tokens; that of a shift
-    is a copy of as many bytes as it writes. Ours writes into ``out=``, if that was measured.
+    or of windows is a copy of as many bytes as it writes. Ours writes into ``out=``, if that was
+    measured.
     """
     writes, reads = median(row, "fill, sum") or median(row, "fill"), median(row, "read the tokens")
-    limit = median(row, "copy") if row["op"].startswith("shift") else None
+    limit = median(row, "copy") if row["op"].startswith(("shift", "windows")) else None
     if writes is not None and reads is not None:
         limit = writes + reads
     return ratio(median(row, OUT) or median(row, "ours"), limit)
@@ -275,6 +276,13 @@ def cpu_targets(results: Row) -> list[Target]:
         published, copy = median(row, "published"), median(row, "allocate + copy")
         add(f"shift, batch {batch}: published / ours", published, ours, 20, False)
         add(f"shift, batch {batch}: ours / allocate + copy", ours, copy, 1.5, True)
+    for op, bounds in (("windows", (50, 4)), ("windows and gradient of centers", (None, 4))):
+        row = find(results, op, shape="32x3x224x224 N=25 P=16")
+        if row is None:
+            continue
+        for name, bound in zip(("published", "grid_sample"), bounds, strict=True):
+            if bound is not None:
+                add(f"{op}: {name} / ours", median(row, name), median(row, "ours"), bound, False)
     for op in ("mean", "median", "moments"):
         for up in ("bilinear", "nearest"):
             full = find(results, f"{op}, {up}")
@@ -383,6 +391,7 @@ def tables(results: Row) -> str:
     sections = {
         "Mean": ("mean",),
         "Shift": ("shift",),
+        "Windows": ("windows",),
         "Median, moments, streams": ("median", "moments", "Running"),
         "Gradients": ("gradient",),
     }

@@ -31,11 +31,14 @@ from benchmarks.peers import (
     published_ensemble,
     published_median,
     published_shift,
+    published_windows,
     sampled_shift,
+    sampled_windows,
     sampling_grid,
     separable_ensemble,
     sliced_ensemble,
     sliced_shift,
+    window_places,
 )
 from srt_ext import reference
 
@@ -371,6 +374,25 @@ class Views:
         return f"{self.batch}x3x{self.size[0]}x{self.size[1]} V={len(self.offsets)} {self.name}"
 
 
+@dataclass(frozen=True)
+class Places:
+    """A call of windows: so many in each image, inside it."""
+
+    batch: int
+    size: Pair
+    count: int
+    patch: int
+
+    def text(self) -> str:
+        return f"{self.batch}x3x{self.size[0]}x{self.size[1]} N={self.count} P={self.patch}"
+
+    def centers(self, device: torch.device) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        where = torch.rand(self.batch, self.count, 2, generator=generator)
+        room = torch.tensor(self.size) - self.patch - 4
+        return (where * room + self.patch / 2 + 2).to(device)
+
+
 def limits(bench: Bench, out: torch.Tensor) -> dict[str, Callable[[], Peer]]:
     """What it costs to write, or to copy, a result like ``out``: warm, and newly allocated."""
     source = torch.rand_like(out)  # with its strides
@@ -698,6 +720,64 @@ def measure_views(bench: Bench, case: Views, dtype: torch.dtype) -> None:
     bench.row(about, peers, out.nbytes < SMALL_RESULT, dtype)
 
 
+def measure_windows(bench: Bench, case: Places, dtype: torch.dtype) -> None:
+    """Windows, and the same with the gradient of their centers."""
+    device, patch = bench.clock.device, case.patch
+    torch.manual_seed(0)
+    image = torch.rand(case.batch, 3, *case.size, device=device).to(dtype)
+    centers = case.centers(device)
+    size = torch.tensor(case.size, device=device)
+    # That of the published sampler: P samples over P pixels, ends included.
+    spread = 2 * patch * size / (size.sum() * (patch - 1))
+    parts = (centers - 0.5) / size
+    ours = partial(srt_ext.windows, image, size=(patch, patch))
+    shape = (case.batch, case.count, 3, patch, patch)
+    out = torch.empty(shape, dtype=dtype, device=device)
+
+    grad = torch.randn_like(out)
+
+    def gradient(forward: Callable[[torch.Tensor], torch.Tensor], at: torch.Tensor) -> Call:
+        """Of a forward that runs in it."""
+        leaf = at.detach().clone().requires_grad_()
+
+        def call() -> torch.Tensor:
+            result = forward(leaf)
+            return torch.autograd.grad(result, leaf, grad.to(result.dtype))[0]
+
+        return call
+
+    def exact(at: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+        with torch.device(device):
+            return reference.windows(image, at, (patch, patch), scale)
+
+    # A peer rounds positions to float32: beside the centre of a pixel its slopes are others.
+
+    def sampled(at: torch.Tensor) -> torch.Tensor:
+        return sampled_windows(image, window_places(at, patch, case.size).to(dtype))
+
+    truth, wide = exact(centers), exact(centers, spread)
+    places = window_places(centers, patch, case.size).to(dtype)
+    published = partial(published_windows, image, patch=patch)
+    peers: dict[str, Callable[[], Peer]] = {
+        "ours": lambda: Peer(lambda: ours(centers), truth),
+        "ours, scale": lambda: Peer(lambda: ours(centers, scale=spread), wide),
+        **limits(bench, out),
+        "grid_sample": lambda: Peer(lambda: sampled_windows(image, places), truth),
+    }
+    both: dict[str, Callable[[], Peer]] = {
+        "ours": lambda: Peer(gradient(ours, centers), gradient(exact, centers)()),
+        "ours, scale": lambda: Peer(gradient(partial(ours, scale=spread), centers)),
+        "grid_sample": lambda: Peer(gradient(sampled, centers)),
+    }
+    if dtype == torch.float32:
+        peers["published"] = lambda: Peer(lambda: published(parts), wide)
+        both["published"] = lambda: Peer(gradient(published, parts))
+    about: dict[str, Any] = {"shape": case.text(), "views": case.count}
+    about |= {"output_bytes": out.nbytes, "input_bytes": image.nbytes}
+    bench.row({"op": "windows", **about}, peers, out.nbytes < SMALL_RESULT, dtype)
+    bench.row({"op": "windows and gradient of centers", **about}, both, False, dtype)
+
+
 def ceilings(clock: Clock, size: int, rounds: int) -> dict[str, Any]:
     """TB/s of writing, and of reading and writing, ``size`` bytes."""
     source = torch.randn(size // 4, device=clock.device)
@@ -719,6 +799,7 @@ def ceilings(clock: Clock, size: int, rounds: int) -> dict[str, Any]:
 Step = partial[None]  # of a Bench
 UPSAMPLES = ("bilinear", "nearest")
 VALUES = (measure_median, measure_moments, measure_streams)
+WINDOWS = Places(32, (224, 224), 25, 16)
 TOKENS, SMALL = (14, 14), (16, 16)  # 224 x 224 in patches of 16
 DAVIS, LARGE = (30, 53), (37, 37)  # 480 x 848; 518 x 518 in patches of 14, as of DINOv2
 
@@ -744,7 +825,7 @@ def title(step: Step) -> str:
     def word(value: Any) -> str:
         if isinstance(value, torch.dtype):
             return name_of(value)
-        return str(value.text() if isinstance(value, (Field, Views)) else value)
+        return str(value.text() if isinstance(value, (Field, Views, Places)) else value)
 
     return ", ".join([step.func.__name__, *map(word, step.keywords.values())])
 
@@ -768,7 +849,7 @@ def _steps(
 
 def _each(
     function: Callable[..., None],
-    cases: Iterable[Field | Views],
+    cases: Iterable[Field | Views | Places],
     dtypes: Iterable[torch.dtype] = (torch.bfloat16, torch.float32),
     **modes: str,
 ) -> list[Step]:
@@ -794,6 +875,7 @@ class Sizes(NamedTuple):
     davis: Field
     large: Field
     stride: Pair  # a cell of several pixels
+    windows: Places
 
 
 REAL = Sizes(
@@ -801,12 +883,14 @@ REAL = Sizes(
     Field("", DAVIS, SMALL, 384),
     Field("", LARGE, (14, 14), 1024),
     (4, 4),
+    WINDOWS,
 )
 TINY = Sizes(
     Field("", (3, 4), (4, 4), 16),
     Field("", (4, 5), (4, 4), 16),
     Field("", (5, 5), (3, 3), 24),
     (2, 2),
+    Places(2, (12, 16), 3, 4),
 )
 
 
@@ -879,6 +963,7 @@ def _rest(sizes: Sizes) -> list[Step]:
         *_each(measure_mean, means, **bilinear),
         *_each(measure_streams, [default], **bilinear),
         *_each(measure_gradients, gradients, **bilinear),
+        *_each(measure_windows, [sizes.windows]),
         *_each(
             measure_mean, [replace(case, compiled=True) for case in (default, small)], **bilinear
         ),
@@ -911,6 +996,7 @@ def _main() -> list[Step]:
         *_steps([case], views, torch.float32, functions),
         *_steps([default], [], torch.float32, functions),
         *_steps([by_views(case, "best:4")], [], torch.float32, [measure_mean]),
+        partial(measure_windows, case=WINDOWS, dtype=torch.float32),
     ]
 
 

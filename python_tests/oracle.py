@@ -54,9 +54,7 @@ def shift(case: Shift, image: torch.Tensor, dtype: torch.dtype = torch.float64) 
     return reference.shift(*args, **modes, dtype=dtype)
 
 
-def windows(
-    case: Windows, image: torch.Tensor, dtype: torch.dtype = torch.float64
-) -> torch.Tensor:
+def windows(case: Windows, image: torch.Tensor, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     args, modes = case.call(image)
     return reference.windows(*args, **modes, dtype=dtype)
 

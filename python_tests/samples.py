@@ -157,8 +157,8 @@ class Windows:
         return _image((self.batch, self.channels, *self.size), self.layout, dtype, self.seed)
 
     def _of_images(self, pairs: Pairs) -> torch.Tensor:
-        values = torch.tensor(pairs, dtype=self.value_dtype).reshape(-1, 2)
-        return torch.stack([values.roll(-b, 0) for b in range(self.batch)])
+        index = torch.arange(self.batch)[:, None] + torch.arange(len(pairs))
+        return torch.tensor(pairs, dtype=self.value_dtype)[index % len(pairs)]
 
     def call(self, image: torch.Tensor) -> Call:
         scale = None

@@ -120,7 +120,7 @@ CALLS: dict[str, tuple[str, Call]] = {
     },
     **{
         f"windows {name}": ("windows", WINDOWS[name].call(WINDOWS[name].image()))
-        for name in ("scales", "points")
+        for name in ("scale", "scales")
     },
     "shift uint8": ("shift", SHIFTS["strided"].call(SHIFTS["strided"].image(torch.uint8))),
 }

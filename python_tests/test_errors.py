@@ -202,9 +202,7 @@ TABLE = [
         "offsets must hold at most 2^20 views", str([2**20 + 1, 2]), offsets=huge(2**20 + 1, 2)
     ),
     wrong_windows(WINDOWS_AXIS, f"[1, 1, 1, {2**40}]", image=huge(1, 1, 1, 2**40)),
-    wrong_windows(
-        "size must be at most 2^24 samples on each axis", f"[1, {BIG}]", size=[1, BIG]
-    ),
+    wrong_windows("size must be at most 2^24 samples on each axis", f"[1, {BIG}]", size=[1, BIG]),
     wrong_windows(
         "centers must hold at most 2^26 windows",
         str([1, 2**26 + 1, 2]),

@@ -172,10 +172,11 @@ def test_schemas_are_as_promised() -> None:
     modes = '*, str upsample="bilinear", str border="coverage", int[2] stride=1'
     views = f"{places}, Tensor? weights=None, {modes}"
     shift = 'Tensor image, Tensor offsets, *, str padding="reflect", str interpolation="bilinear"'
+    windows = "Tensor image, Tensor centers, int[2] size, Tensor? scale=None, *, "
+    windows += 'str padding="border"'
     promised = (
         f"srt::shift({shift} ...) -> Tensor",
-        'srt::windows(Tensor image, Tensor centers, int[2] size, Tensor? scale=None, *, str padding="border"'
-        " ...) -> Tensor",
+        f"srt::windows({windows} ...) -> Tensor",
         f"srt::ensemble({ensemble} ...) -> Tensor",
         f"srt::ensemble.out({ensemble} ..., Tensor(a!) out) -> ()",
         f"srt::ensemble_moments({views} ...) -> (Tensor mean, Tensor var)",

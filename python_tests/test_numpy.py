@@ -325,7 +325,10 @@ def test_windows_of_images_of_any_memory() -> None:
         same.flags.writeable = False
         assert np.array_equal(srt.windows(same, centers, (2, 3)), expected)
     aside = unaligned(image.shape, "f4")
-    for wrong, rule in ((aside, "aligned to its elements"), (packed(image.shape), "whole elements")):
+    for wrong, rule in (
+        (aside, "aligned to its elements"),
+        (packed(image.shape), "whole elements"),
+    ):
         with pytest.raises(ValueError, match=f"srt::windows: image must .*{rule}"):
             srt.windows(wrong, centers, (2, 3))
     with pytest.raises(TypeError, match=f"srt::windows: image {ORDER}"):

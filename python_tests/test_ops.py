@@ -115,7 +115,9 @@ def test_opcheck_of_windows(name: str, device: str, place: str) -> None:
     )
     grad = torch.randn(WINDOWS[name].shape, device=device, requires_grad=True)
     pixels = list(image.shape[2:])
-    torch.library.opcheck(srt._windows_backward_image.default, (grad, centers, pixels, scale), modes)
+    torch.library.opcheck(
+        srt._windows_backward_image.default, (grad, centers, pixels, scale), modes
+    )
     points = srt._windows_backward_points.default
     torch.library.opcheck(points, (grad.detach(), image, centers, scale), modes)
     image, centers = image.detach().requires_grad_(), centers.requires_grad_()
@@ -200,7 +202,7 @@ def model(
         *srt_ext.ensemble_moments(4 * tokens, *views, weights, stride=2),
         srt_ext.ensemble(2 * tokens, *views, reduce="median", **modes) + 1,
         srt_ext.shift(2 * image, offsets, padding="circular", interpolation="bicubic") - 1,
-        srt_ext.windows(image, (offsets + weights[:, None]).expand(len(image), -1, -1), (3, 2)),
+        srt_ext.windows(image, (offsets + weights[:, None]).expand(image.shape[0], -1, -1), (3, 2)),
     ]
     tokens, weights = tokens.detach(), weights.detach()
     # Dense: Dynamo of torch 2.10 and 2.13 refuses an out= that is not.
@@ -429,7 +431,9 @@ def test_vmap_of_windows(in_dims: tuple[int | None, ...], scale: tuple[int, ...]
         return loss(image, centers)
 
     found = torch.vmap(gradients, in_dims)(*args)
-    for ours, theirs in zip(found, zip(*(gradients(*one) for one in each), strict=True), strict=True):
+    for ours, theirs in zip(
+        found, zip(*(gradients(*one) for one in each), strict=True), strict=True
+    ):
         assert torch.equal(ours, torch.stack(theirs))
 
 

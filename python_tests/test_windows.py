@@ -1,4 +1,4 @@
-"""windows and sample: against the oracle, F.unfold, F.grid_sample, shift and the published sampler."""
+"""windows and sample: beside the oracle, patches, F.grid_sample, shift, the published sampler."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bounds import WindowsBounds
 from budget import assert_within_rounding
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import check_sample, poisoned, windows_points
+from oracle import check, check_containment, poisoned, run, values_of, windows_points
 from samples import (
     DTYPES,
     FAR,
@@ -50,12 +50,14 @@ def patches(image: torch.Tensor, patch: tuple[int, int]) -> torch.Tensor:
     return columns.reshape(batch, channels, *patch, -1).permute(0, 4, 1, 2, 3)
 
 
-# ---- what windows are -----------------------------------------------------------------------------
+# ---- what windows are ---------------------------------------------------------------------------
 
 
 @each_padding
 @pytest.mark.parametrize("kernel", ["windows", "windows_backward"])
-def test_accuracy_in_every_mode(kernel: str, padding: str, backend: Backend) -> None:
+def test_accuracy_and_containment_in_every_mode(
+    kernel: str, padding: str, backend: Backend
+) -> None:
     centers = ((3.3, -0.6), (9.0, 2.5), (-31.4, 50.2), (FAR, 1.5), (0.0, -FAR), (-1.0, 36.25))
     sizes = ((7, 37), (7, 48), (1, 40), (40, 1), (2, 3), (1, 1))
     scales = (None, (1.0, 1.5), (0.3, -1.0), (2.0, 0.0), None, (1.0, 16 / 15))
@@ -64,7 +66,9 @@ def test_accuracy_in_every_mode(kernel: str, padding: str, backend: Backend) -> 
         sizes, itertools.cycle(DTYPES), scales, itertools.cycle(layouts), strict=False
     ):
         case = Windows(size, (5, 18), centers, scale, 9, layout=layout, padding=padding)
-        check_sample(kernel, backend, case, dtype)
+        values = values_of(kernel, case, dtype)
+        check(kernel, case, values, run(backend, kernel, case, values))
+        check_containment(kernel, backend, case, poisoned(kernel, case, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -148,27 +152,33 @@ def test_pixels_beside_a_window_do_not_change_its_gradients(backend: Backend) ->
 # ---- the same windows by other means ------------------------------------------------------------
 
 
+@pytest.mark.parametrize("module", [srt_ext, reference], ids=["op", "reference"])
 @pytest.mark.parametrize("padding", ["border", "zeros"])
-def test_grid_sample(padding: str) -> None:
+def test_grid_sample(padding: str, module: Any) -> None:
     """Values and gradients, at whole pixels, too: there both take the derivative to the right."""
-    image = torch.randn(2, 3, 9, 14, dtype=torch.float64, requires_grad=True)
-    centers = torch.rand(2, 7, 2, dtype=torch.float64) * torch.tensor([9.0, 14.0])
-    centers[:, :2] = centers[:, :2].round()
+    generator = torch.Generator().manual_seed(0)
+    size = torch.tensor([8.0, 16.0], dtype=torch.float64)  # its positions are exact
+    image = torch.randn(2, 3, 8, 16, generator=generator, dtype=torch.float64).requires_grad_()
+    centers = torch.rand(2, 40, 2, generator=generator, dtype=torch.float64) * size
+    centers[:, :4] = centers[:, :4].round()
+    centers[:, :4, 1] += 0.5
     centers.requires_grad_()
-    sizes = torch.tensor([9.0, 14.0], dtype=torch.float64)
-    steps = torch.stack(torch.meshgrid(torch.arange(4) - 1.5, torch.arange(5) - 2.0, indexing="ij"))
-    places = centers[:, :, None, None] + steps.permute(1, 2, 0)
-    places = (places * (2 / sizes) - 1).flip(-1).flatten(1, 2)
+    rows, columns = torch.meshgrid(torch.arange(4) - 1.5, torch.arange(5) - 2.0, indexing="ij")
+    places = centers[:, :, None, None] + torch.stack([rows, columns], -1)
+    places = (places * (2 / size) - 1).flip(-1).flatten(1, 2)
     expected = F.grid_sample(image, places, padding_mode=padding, align_corners=False)
-    expected = expected.unflatten(2, (7, 4)).transpose(1, 2)
-    result = srt_ext.windows(image, centers, (4, 5), padding=padding)
+    expected = expected.unflatten(2, (40, 4)).transpose(1, 2)
+    result = module.windows(image, centers, (4, 5), padding=padding)
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-12)
-    grad, inner = torch.randn_like(result), (centers > 3) & (centers < sizes - 3)
+
+    grad = torch.randn(result.shape, generator=generator, dtype=torch.float64)
     ours, theirs = (torch.autograd.grad(r, (image, centers), grad) for r in (result, expected))
     torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=1e-12)
-    inner = inner.all(-1)  # beyond the edge grid_sample clamps positions, not pixels
-    assert inner.any()
-    torch.testing.assert_close(ours[1][inner], theirs[1][inner], rtol=0, atol=1e-11)
+    # Beyond the edge it clamps positions, not pixels.
+    inside = ((centers > 2.5) & (centers < size - 2.5)).all(-1)
+    assert inside[:, :4].any()
+    assert inside[:, 4:].any()
+    torch.testing.assert_close(ours[1][inside], theirs[1][inside], rtol=0, atol=1e-11)
 
 
 @each_padding
@@ -204,7 +214,9 @@ def test_the_published_sampler() -> None:
     assert whole.any()
     grad = data["grad_features"][:, :, :channels].double()
     (ours,) = torch.autograd.grad(result, mu, grad)
-    torch.testing.assert_close(ours[whole], data["grad_mu_window"].double()[whole], atol=1e-3, rtol=1e-5)
+    torch.testing.assert_close(
+        ours[whole], data["grad_mu_window"].double()[whole], atol=1e-3, rtol=1e-5
+    )
 
 
 # ---- sample -------------------------------------------------------------------------------------
@@ -218,9 +230,7 @@ def test_sample(device: str, stride: Any) -> None:
     field = torch.randn(2, 19, 3, 5).contiguous(memory_format=torch.channels_last).to(device)
     points = torch.rand(2, 7, 2, device=device) * torch.tensor([3.0 * sh, 5.0 * sw], device=device)
     places = (points / torch.tensor([3.0 * sh, 5.0 * sw], device=device) * 2 - 1).flip(-1)
-    expected = F.grid_sample(
-        field, places[:, :, None], padding_mode="border", align_corners=False
-    )
+    expected = F.grid_sample(field, places[:, :, None], padding_mode="border", align_corners=False)
     result = srt_ext.sample(field, points, stride)
     torch.testing.assert_close(result, expected[..., 0].transpose(1, 2))
     cells = grid_centers((3, 5), (sh, sw)).expand(2, -1, -1).to(device)

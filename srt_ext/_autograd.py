@@ -1,8 +1,8 @@
 """Derivatives of the ops: reverse and forward mode, vmap, torch.func.
 
 Mean, shift and windows have backward kernels: a ``torch.autograd.Function`` at their Autograd key
-calls them. All other derivatives are composed of differentiable ops, one view after the other, so that
-their temporaries do not grow with the number of views.
+calls them. All other derivatives are composed of differentiable ops, one view after the other, so
+that their temporaries do not grow with the number of views.
 """
 
 from __future__ import annotations
@@ -451,19 +451,16 @@ def _points_gradients(
     ctx: Any, grad: Any, image: Any, centers: torch.Tensor, scale: torch.Tensor | None
 ) -> tuple[Any, None, Any]:
     """Of centers, size and scale: of those that need one."""
-    centers_grad = scale_grad = None
-    if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:
-        centers_grad, scale_grad = _ops._windows_backward_points(
-            grad, image, centers, scale, **ctx.modes
-        )
-    if scale is not None and ctx.needs_input_grad[3]:
-        scale_grad = scale_grad if scale.dim() == 3 else scale_grad.sum((0, 1))
-        scale_grad = scale_grad.to(scale)
-    return (
-        centers_grad.to(centers) if ctx.needs_input_grad[1] else None,
-        None,
-        scale_grad if ctx.needs_input_grad[3] else None,
-    )
+    _, needs_centers, _, needs_scale = ctx.needs_input_grad[:4]
+    if not (needs_centers or needs_scale):
+        return None, None, None
+    places = (centers, scale)
+    of_centers, of_scale = _ops._windows_backward_points(grad, image, *places, **ctx.modes)
+    if scale is None or not needs_scale:
+        of_scale = None
+    else:
+        of_scale = (of_scale if scale.dim() == 3 else of_scale.sum((0, 1))).to(scale)
+    return of_centers.to(centers) if needs_centers else None, None, of_scale
 
 
 def _no_tangent(op: str, **tangents: Any) -> None:

@@ -1,10 +1,11 @@
-"""``shift``, ``windows``, ``ensemble`` and streams on NumPy arrays: the kernels of the ops, no torch.
+"""``shift``, ``windows``, ``ensemble`` and streams of views on NumPy arrays, without torch.
 
 ``import srt_ext.numpy`` works where torch is not installed, and gives bit for bit what
-``torch.ops.srt.*`` gives on the CPU. ``merge`` uses NumPy's arithmetic and agrees with torch within
-rounding error. Arrays are float32, float64, float16, or bfloat16 as ml_dtypes has it, in the byte
-order of the machine; ``shift`` and ``windows`` take uint8, too. Tokens are read in place, or refused: nothing
-large is copied. While a call computes, other Python threads run.
+``torch.ops.srt.*`` gives on the CPU: the kernels are the same. ``merge`` uses NumPy's arithmetic
+and agrees with torch within rounding error. Arrays are float32, float64, float16, or bfloat16 as
+ml_dtypes has it, in the byte order of the machine; ``shift`` and ``windows`` take uint8, too.
+Tokens are read in place, or refused: nothing large is copied. While a call computes, other Python
+threads run.
 
 What there is not: gradients, GPUs, ``all_reduce`` of streams, designs of views (offsets are any
 numbers [V, 2]).
@@ -58,7 +59,8 @@ __all__ = [
 
 MAX_THREADS = 1024  # a slip of the keyboard asks for more
 
-# What offsets, weights, centers and scales are made of: float32 or float64, or numbers in (nested) sequences.
+# What offsets, weights, centers and scale are made of: float32 or float64, or numbers in (nested)
+# sequences.
 Numbers: TypeAlias = NDArray[np.float32] | NDArray[np.float64] | Sequence[Any]
 
 

@@ -105,10 +105,9 @@ py::array windows(const py::array& image, const py::array& centers, const List& 
   check_byte_order("windows", "image", image);
   std::optional<ArrayView> steps;
   if (scale) steps = plain_view_of(*scale);
-  CheckedWindows call("windows",
-                      {view_of("windows", "image", image), plain_view_of(centers), size, steps,
-                       padding},
-                      /*allow_uint8=*/true);
+  CheckedWindows call(
+      "windows", {view_of("windows", "image", image), plain_view_of(centers), size, steps, padding},
+      /*allow_uint8=*/true);
   py::array out(image.dtype(), call.out_shape);
   call.args.out = out.mutable_data();
   run_without_gil({out}, [&] { windows_cpu(call.args, thread_pool()); });

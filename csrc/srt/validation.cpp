@@ -130,8 +130,7 @@ void check_pixels(const char* op, const std::string& name, const ArrayView& numb
     int64_t rest = static_cast<int64_t>(i);
     for (size_t d = numbers.shape.size(); d-- > 0; rest /= numbers.shape[d])
       at.insert(at.begin(), rest % numbers.shape[d]);
-    fail(op,
-         name + " must be finite and at most 2^" + std::to_string(bits) + " pixels in size",
+    fail(op, name + " must be finite and at most 2^" + std::to_string(bits) + " pixels in size",
          format_number(values[i]) + " at " + format_shape(at));
   }
 }

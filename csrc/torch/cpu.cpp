@@ -9,9 +9,7 @@ struct Cpu {
   static void shift_backward(ShiftCall& call, void* grad_image) {
     shift_backward_cpu(call.args, grad_image, torch_parallel());
   }
-  static void windows(WindowsCall& call) {
-    windows_cpu(call.args, torch_parallel());
-  }
+  static void windows(WindowsCall& call) { windows_cpu(call.args, torch_parallel()); }
   static void windows_backward_image(WindowsCall& call, void* grad_image) {
     windows_backward_image_cpu(call.args, grad_image, torch_parallel());
   }

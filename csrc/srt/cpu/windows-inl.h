@@ -179,8 +179,7 @@ void copy_window(const WindowsPlan& plan, const WindowAxis<Acc>& y, const Window
     if (y.pixels[0][i] < 0) {
       std::memset(static_cast<void*>(out), 0, static_cast<size_t>(x.samples) * sizeof(T));
     } else if (x.run >= 0 && step == 1) {
-      std::memcpy(static_cast<void*>(out), row + x.run,
-                  static_cast<size_t>(x.samples) * sizeof(T));
+      std::memcpy(static_cast<void*>(out), row + x.run, static_cast<size_t>(x.samples) * sizeof(T));
     } else {
       for (int64_t j = 0; j < x.samples; ++j)
         out[j] = x.pixels[0][j] < 0 ? T{} : row[x.pixels[0][j] * step];
@@ -220,8 +219,8 @@ struct WindowTaps {
   Acc weights[4];
   int count;
 
-  SRT_INLINE WindowTaps(const WindowsPlan& plan, const WindowAxis<Acc>& y,
-                        const WindowAxis<Acc>& x, const T* image, int64_t i, int64_t j)
+  SRT_INLINE WindowTaps(const WindowsPlan& plan, const WindowAxis<Acc>& y, const WindowAxis<Acc>& x,
+                        const T* image, int64_t i, int64_t j)
       : count(0) {
     for (int k = 0; k < 4; ++k) {
       const int64_t row = y.pixels[k / 2][i], column = x.pixels[k % 2][j];
@@ -291,8 +290,7 @@ void windows(const WindowsPlan& plan, int64_t begin, int64_t end, void* memory) 
       sample_channels(plan, y, x, image, out, scratch);
     } else if (y.whole && x.whole) {
       for (int64_t c = 0; c < plan.channels; ++c)
-        copy_window(plan, y, x, image + c * plan.image_strides[1],
-                    out + c * y.samples * x.samples);
+        copy_window(plan, y, x, image + c * plan.image_strides[1], out + c * y.samples * x.samples);
     } else {
       sample_rows(plan, y, x, image, out, scratch);
     }

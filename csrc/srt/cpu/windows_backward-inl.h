@@ -106,8 +106,8 @@ void windows_backward(const WindowsBackwardPlan& plan, int64_t begin, int64_t en
       for (int64_t r = 0; r < rows; ++r) {
         const Acc* const from = sums + (c * plan.band + r) * plan.pitch;
         const int64_t plane = b * plan.channels + first_channel + c;
-        T* const to = static_cast<T*>(plan.grad_image) +
-                      (plane * plan.height + first_row + r) * plan.width;
+        T* const to =
+            static_cast<T*>(plan.grad_image) + (plane * plan.height + first_row + r) * plan.width;
         for (int64_t m = 0; m < plan.width; m += kLanes<Acc>)
           store_part(to + m, 1, least(plan.width - m, kLanes<Acc>), load(from + m));
       }
@@ -140,8 +140,7 @@ SRT_INLINE double total(V v) {
 
 // Of one channel. `end`: of the gradient of the window.
 template <class T, class Acc>
-SRT_INLINE PointSums<Acc> point_sums(WindowLines<T, Acc, true>& rows, const T* grad,
-                                     const T* end) {
+SRT_INLINE PointSums<Acc> point_sums(WindowLines<T, Acc, true>& rows, const T* grad, const T* end) {
   constexpr int lanes = kLanes<Acc>;
   const WindowAxis<Acc>&y = rows.y, &x = rows.x;
   const int64_t slope = rows.plan.length[1];
