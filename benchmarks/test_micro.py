@@ -62,3 +62,16 @@ def test_shift(benchmark: Benchmark, dtype: torch.dtype, views: str) -> None:
     offsets = srt_ext.views.parse(views).offsets
     pictures = benchmark(torch.ops.srt.shift, image, offsets)
     assert pictures.shape == (len(offsets), 1, 3, 32, 32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8], ids=str)
+def test_windows(benchmark: Benchmark, dtype: torch.dtype) -> None:
+    image, centers = (255 * torch.rand(1, 3, 32, 32)).to(dtype), 32 * torch.rand(1, 4, 2)
+    windows = benchmark(torch.ops.srt.windows, image, centers, (8, 8))
+    assert windows.shape == (1, 4, 3, 8, 8)
+
+
+def test_sample(benchmark: Benchmark) -> None:
+    field = torch.randn(1, 384, 14, 14).contiguous(memory_format=torch.channels_last)
+    tokens = benchmark(srt_ext.sample, field, 224 * torch.rand(1, 16, 2), 16)
+    assert tokens.shape == (1, 16, 384)

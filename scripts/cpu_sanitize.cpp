@@ -225,6 +225,55 @@ void add_shifts(std::vector<Call>& calls, const Type& type) {
   }
 }
 
+// ---- windows ------------------------------------------------------------------------------------
+
+enum class Of { windows, image, points };
+
+Bytes run_windows(const Type& type, const char* padding, bool scaled, Of what, const Bytes& image) {
+  const ArrayView centers = dense(kOffsets.data(), {1, kViews, 2}, kFloating[3]);
+  const double steps[] = {1.5, -0.75};
+  std::optional<ArrayView> scale;
+  if (scaled) scale = dense(steps, {2}, kFloating[3]);
+  const List size{40, 50};
+  CheckedWindows call("sanitize",
+                      {dense(image.data(), kImage, type), centers, size, scale, padding},
+                      what == Of::windows);
+  Bytes windows = zeros(call.out_shape, type.size);
+  if (what != Of::windows) windows = random_bytes(static_cast<int64_t>(windows.size()));
+  call.args.out = windows.data();
+  if (what == Of::windows) {
+    windows_cpu(call.args, numpy::thread_pool());
+    return windows;
+  }
+  if (what == Of::image) {
+    Bytes grad = zeros(kImage, type.size);
+    windows_backward_image_cpu(call.args, grad.data(), numpy::thread_pool());
+    return grad;
+  }
+  std::vector<Bytes> grads(2, zeros({kViews, 2}, 8));
+  windows_backward_points_cpu(call.args, reinterpret_cast<double*>(grads[0].data()),
+                              reinterpret_cast<double*>(grads[1].data()), numpy::thread_pool());
+  return join(grads);
+}
+
+void add_windows(std::vector<Call>& calls, const Type& type) {
+  const auto image = std::make_shared<const Bytes>(random_bytes(elements(kImage) * type.size));
+  const std::pair<const char*, Of> kinds[] = {{"windows, ", Of::windows},
+                                              {"gradient of windows, ", Of::image},
+                                              {"gradient of their centers, ", Of::points}};
+  for (const auto& [kind, what] : kinds) {
+    if (what != Of::windows && type.size == 1) continue;
+    for (const char* const padding : {"border", "zeros"}) {
+      for (const bool scaled : {false, true}) {
+        const std::string name = std::string(kind) + padding + ", " + type.name;
+        calls.push_back({name, [=, &type, what = what] {
+                           return run_windows(type, padding, scaled, what, *image);
+                         }});
+      }
+    }
+  }
+}
+
 // ---- what else a call does ----------------------------------------------------------------------
 
 // The pages of a large new result.
@@ -256,8 +305,10 @@ std::vector<Call> all_calls() {
   for (const Type& type : kFloating) {
     for (const Case& c : kCases) add_ensembles(calls, c, type);
     add_shifts(calls, type);
+    add_windows(calls, type);
   }
   add_shifts(calls, kUint8);
+  add_windows(calls, kUint8);
   return calls;
 }
 

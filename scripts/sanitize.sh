@@ -77,7 +77,7 @@ address() {
   overrun torch
   overrun numpy
   [ $# -gt 0 ] || set -- -m "not slow and not interp" \
-    python_tests/test_{kernels,ensemble,shift,median,streams,numpy,dlpack,ops,errors,gradients}.py
+    python_tests/test_{kernels,ensemble,shift,windows,median,streams,numpy,dlpack,ops,errors,gradients}.py
   for threads in 1 2; do
     echo "$threads threads: pytest $*"
     OMP_NUM_THREADS=$threads sanitized -m pytest -p no:cacheprovider "$@"

@@ -212,6 +212,46 @@ void sample_rows(const WindowsPlan& plan, const WindowAxis<Acc>& y, const Window
   }
 }
 
+// The same for a window whose columns are a run of dense pixels inside the image: the rows of a
+// block of columns stay in registers, so that a row takes few instructions, and the processor looks
+// far ahead for what is not in the cache. Blocks go from right to left: a vector that is longer
+// than the rest of a row reaches into the next one, which is written later.
+template <bool kWhole, class T, class Acc>
+void sample_run(const WindowsPlan& plan, const WindowAxis<Acc>& y, const WindowAxis<Acc>& x,
+                const T* image, T* out) {
+  constexpr int lanes = kLanes<Acc>;
+  const Acc left = x.weights[0][0], right = x.weights[1][0];
+  const int64_t row_stride = plan.image_strides[2];
+  const T* const end = out + plan.channels * y.samples * x.samples;
+  for (int64_t c = 0; c < plan.channels; ++c, image += plan.image_strides[1]) {
+    for (int64_t j = (x.samples - 1) / lanes * lanes; j >= 0; j -= lanes) {
+      const T* const columns = image + x.run + j;
+      const auto row = [&](int64_t r) -> Vec<Acc> {
+        if (r < 0) return Vec<Acc>{};
+        const T* const from = columns + r * row_stride;
+        if (kWhole) return load(from);
+        return left * load(from) + right * load(from + 1);
+      };
+      Vec<Acc> lower = {};
+      int64_t held = -1;
+      T* to = out + j;
+      for (int64_t i = 0; i < y.samples; ++i, to += x.samples) {
+        const int64_t first = y.pixels[0][i];
+        const Vec<Acc> upper = first == held ? lower : row(first);
+        held = y.pixels[1][i];
+        lower = row(held);
+        const Vec<Acc> value = y.weights[0][i] * upper + y.weights[1][i] * lower;
+        if (end - to >= lanes) {
+          store(to, value);
+        } else {
+          store_part(to, 1, least(x.samples - j, lanes), value);
+        }
+      }
+    }
+    out += y.samples * x.samples;
+  }
+}
+
 // The pixels that one sample reads, and their weights.
 template <class T, class Acc>
 struct WindowTaps {
@@ -272,6 +312,14 @@ void sample_channels(const WindowsPlan& plan, const WindowAxis<Acc>& y, const Wi
   }
 }
 
+// Whether vectors may read its rows directly, also behind the last sample.
+template <class Acc>
+SRT_INLINE bool reads_whole_vectors(const WindowsPlan& plan, const WindowAxis<Acc>& x) {
+  constexpr int lanes = kLanes<Acc>;
+  return plan.image_strides[3] == 1 && x.run >= 0 &&
+         x.run + (x.samples + lanes - 1) / lanes * lanes + 1 <= plan.width;
+}
+
 template <class T>
 void windows(const WindowsPlan& plan, int64_t begin, int64_t end, void* memory) {
   using Acc = typename AccumulatorOf<T>::type;
@@ -291,6 +339,8 @@ void windows(const WindowsPlan& plan, int64_t begin, int64_t end, void* memory) 
     } else if (y.whole && x.whole) {
       for (int64_t c = 0; c < plan.channels; ++c)
         copy_window(plan, y, x, image + c * plan.image_strides[1], out + c * y.samples * x.samples);
+    } else if (reads_whole_vectors(plan, x)) {
+      (x.whole ? sample_run<true, T, Acc> : sample_run<false, T, Acc>)(plan, y, x, image, out);
     } else {
       sample_rows(plan, y, x, image, out, scratch);
     }
