@@ -333,7 +333,7 @@ def test_windows_of_images_of_any_memory() -> None:
             srt.windows(wrong, centers, (2, 3))
     with pytest.raises(TypeError, match=f"srt::windows: image {ORDER}"):
         srt.windows(image.astype(">f4"), centers, (2, 3))
-    with pytest.raises(ValueError, match=r"srt::windows: centers must be of at most 2\^26 windows"):
+    with pytest.raises(ValueError, match=r"srt::windows: centers must hold at most 2\^26 windows"):
         srt.windows(image, np.broadcast_to(np.zeros(2), (2, 2**27, 2)), (2, 3))
 
 

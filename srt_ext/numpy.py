@@ -72,7 +72,11 @@ def _check_array(where: str, name: str, value: object) -> None:
 
 
 def _numbers(
-    where: str, name: str, value: object, what: str = "views", most: int = MAX_VIEWS
+    where: str,
+    name: str,
+    value: object,
+    largest: int = 4 * MAX_VIEWS,
+    limit: str = "must be of at most 2^20 views",
 ) -> NDArray[np.float64]:
     """A dense copy in float64, which no other thread changes while it is read."""
     rule = f"{name} must be float32 or float64, or numbers in sequences"
@@ -80,9 +84,8 @@ def _numbers(
         _check_array(where, name, value)
         if value.dtype.kind != "f" or value.dtype.itemsize not in (4, 8):
             raise wrong(TypeError, where, rule, value.dtype)
-        if value.size > 4 * most:  # before it is copied: strides may be 0
-            rule = f"{name} must be of at most 2^{most.bit_length() - 1} {what}"
-            raise wrong(ValueError, where, rule, value.shape)
+        if value.size > largest:  # before it is copied: strides may be 0
+            raise wrong(ValueError, where, f"{name} {limit}", list(value.shape))
     elif isinstance(value, Sequence):
         try:
             value = np.asarray(value)
@@ -144,10 +147,10 @@ def windows(
     _check_array(where, "image", image)
     check_words(where, padding=padding)
     size = check_pair(where, "size", size)
-    places = _numbers(where, "centers", centers, "windows", MAX_WINDOWS)
-    if scale is not None:
-        scale = _numbers(where, "scale", scale, "windows", MAX_WINDOWS)
-    return _numpy.windows(image, places, size, scale, padding)
+    limit = 2 * MAX_WINDOWS, "must hold at most 2^26 windows"
+    places = _numbers(where, "centers", centers, *limit)
+    steps = None if scale is None else _numbers(where, "scale", scale, *limit)
+    return _numpy.windows(image, places, size, steps, padding)
 
 
 def ensemble(
