@@ -93,6 +93,52 @@ struct WindowRow {
   }
 };
 
+// Where the first sample of a window reads an image, or near it.
+template <class T>
+SRT_INLINE const T* corner_of(const WindowsPlan& plan, int64_t window) {
+  const T* at = static_cast<const T*>(plan.image) + window / plan.count * plan.image_strides[0];
+  for (int axis = 0; axis < 2; ++axis) {
+    const double last = static_cast<double>((axis == 0 ? plan.height : plan.width) - 1);
+    const double position = position_of(plan, axis, window, 0);
+    const double pixel = position < 0 ? 0 : position > last ? last : position;
+    at += static_cast<int64_t>(pixel) * plan.image_strides[2 + axis];
+  }
+  return at;
+}
+
+// Rows of the image are far apart: each is a wait for memory. So a row is prefetched a channel
+// earlier, those of the first channel of a window during the last channel of the window before, as
+// if both had the same shape.
+template <class T, class Acc>
+struct RowsAhead {
+  const WindowAxis<Acc>& y;
+  const T* next_window;
+  const T* channel;  // the first sample's pixel in the next channel
+  int64_t channels;  // left
+  int64_t channel_stride, row_stride, last;
+
+  SRT_INLINE RowsAhead(const WindowsPlan& plan, const WindowAxis<Acc>& y, const WindowAxis<Acc>& x,
+                       int64_t window, int64_t end)
+      : y(y),
+        next_window(corner_of<T>(plan, window + 1 < end ? window + 1 : window)),
+        channel(corner_of<T>(plan, window)),
+        channels(plan.channels),
+        channel_stride(plan.image_strides[1]),
+        row_stride(plan.image_strides[2]),
+        last((x.pixels[0][x.samples - 1] - x.pixels[0][0]) * plan.image_strides[3]) {}
+
+  SRT_INLINE void next_channel() {
+    channel += channel_stride;
+    if (--channels == 0) channel = next_window;
+  }
+
+  SRT_INLINE void prefetch(int64_t i) const {
+    const T* const row = channel + (y.pixels[0][i] - y.pixels[0][0]) * row_stride;
+    __builtin_prefetch(row);
+    __builtin_prefetch(row + last);
+  }
+};
+
 // Rows of one window that are interpolated along x: the last two of them. With `kSlopes` the
 // derivative along x follows the values, plan.length[1] behind.
 template <class T, class Acc, bool kSlopes>
@@ -103,8 +149,6 @@ struct WindowLines {
   Acc* lines;  // two rows and zeros
   int64_t held[2];
 
-  static constexpr int64_t kAhead = 8;  // rows
-
   SRT_INLINE WindowLines(const WindowsPlan& plan, const WindowAxis<Acc>& y,
                          const WindowAxis<Acc>& x, const T* image, char* scratch)
       : plan(plan),
@@ -114,7 +158,6 @@ struct WindowLines {
         lines(reinterpret_cast<Acc*>(in(scratch, plan.scratch.lines))),
         held{-1, -1} {
     std::memset(at(2), 0, static_cast<size_t>(2 * plan.length[1]) * sizeof(Acc));
-    for (int64_t i = 0; i < least(kAhead, y.samples); ++i) prefetch(image, i);
   }
 
   SRT_INLINE Acc* at(int k) const { return lines + (kSlopes ? 2 * k : k) * plan.length[1]; }
@@ -151,30 +194,15 @@ struct WindowLines {
       store(to + j, value);
     }
   }
-
-  // A row is so much work that the processor does not look ahead to the next one.
-  SRT_INLINE void prefetch_ahead(int64_t i) const {
-    if (i + kAhead < y.samples) {
-      prefetch(image, i + kAhead);
-    } else if (i + kAhead < 2 * y.samples) {
-      prefetch(image + plan.image_strides[1], i + kAhead - y.samples);
-    }
-  }
-
-  SRT_INLINE void prefetch(const T* plane, int64_t i) const {
-    const T* const row = plane + (y.pixels[0][i] < 0 ? 0 : y.pixels[0][i]) * plan.image_strides[2];
-    const int64_t first = x.pixels[0][0], last = x.pixels[0][x.samples - 1];
-    __builtin_prefetch(row + (first < 0 ? 0 : first) * plan.image_strides[3]);
-    __builtin_prefetch(row + (last < 0 ? 0 : last) * plan.image_strides[3]);
-  }
 };
 
 // All samples are pixels: a copy, bit for bit.
 template <class T, class Acc>
 void copy_window(const WindowsPlan& plan, const WindowAxis<Acc>& y, const WindowAxis<Acc>& x,
-                 const T* image, T* out) {
+                 const T* image, const RowsAhead<T, Acc>& ahead, T* out) {
   const int64_t step = plan.image_strides[3];
   for (int64_t i = 0; i < y.samples; ++i, out += x.samples) {
+    ahead.prefetch(i);
     const T* const row = image + y.pixels[0][i] * plan.image_strides[2];
     if (y.pixels[0][i] < 0) {
       std::memset(static_cast<void*>(out), 0, static_cast<size_t>(x.samples) * sizeof(T));
@@ -191,13 +219,14 @@ void copy_window(const WindowsPlan& plan, const WindowAxis<Acc>& y, const Window
 // the rest of a row reaches into the next one, which is written later.
 template <class T, class Acc>
 void sample_rows(const WindowsPlan& plan, const WindowAxis<Acc>& y, const WindowAxis<Acc>& x,
-                 const T* image, T* out, char* scratch) {
+                 const T* image, RowsAhead<T, Acc>& ahead, T* out, char* scratch) {
   constexpr int lanes = kLanes<Acc>;
   WindowLines<T, Acc, false> rows(plan, y, x, image, scratch);
   const T* const end = out + plan.channels * y.samples * x.samples;
   for (int64_t c = 0; c < plan.channels; ++c, rows.next_channel()) {
+    ahead.next_channel();
     for (int64_t i = 0; i < y.samples; ++i, out += x.samples) {
-      rows.prefetch_ahead(i);
+      ahead.prefetch(i);
       const Acc *const upper = rows.line(0, i), *const lower = rows.line(1, i);
       const Acc above = y.weights[0][i], below = y.weights[1][i];
       for (int64_t j = 0; j < x.samples; j += lanes) {
@@ -213,17 +242,17 @@ void sample_rows(const WindowsPlan& plan, const WindowAxis<Acc>& y, const Window
 }
 
 // The same for a window whose columns are a run of dense pixels inside the image: the rows of a
-// block of columns stay in registers, so that a row takes few instructions, and the processor looks
-// far ahead for what is not in the cache. Blocks go from right to left: a vector that is longer
-// than the rest of a row reaches into the next one, which is written later.
+// block of columns stay in registers. Blocks go from right to left: a vector that is longer than
+// the rest of a row reaches into the next one, which is written later.
 template <bool kWhole, class T, class Acc>
 void sample_run(const WindowsPlan& plan, const WindowAxis<Acc>& y, const WindowAxis<Acc>& x,
-                const T* image, T* out) {
+                const T* image, RowsAhead<T, Acc>& ahead, T* out) {
   constexpr int lanes = kLanes<Acc>;
   const Acc left = x.weights[0][0], right = x.weights[1][0];
   const int64_t row_stride = plan.image_strides[2];
   const T* const end = out + plan.channels * y.samples * x.samples;
   for (int64_t c = 0; c < plan.channels; ++c, image += plan.image_strides[1]) {
+    ahead.next_channel();
     for (int64_t j = (x.samples - 1) / lanes * lanes; j >= 0; j -= lanes) {
       const T* const columns = image + x.run + j;
       const auto row = [&](int64_t r) -> Vec<Acc> {
@@ -236,6 +265,7 @@ void sample_run(const WindowsPlan& plan, const WindowAxis<Acc>& y, const WindowA
       int64_t held = -1;
       T* to = out + j;
       for (int64_t i = 0; i < y.samples; ++i, to += x.samples) {
+        if (j == 0) ahead.prefetch(i);
         const int64_t first = y.pixels[0][i];
         const Vec<Acc> upper = first == held ? lower : row(first);
         held = y.pixels[1][i];
@@ -334,15 +364,20 @@ void windows(const WindowsPlan& plan, int64_t begin, int64_t end, void* memory) 
     const T* const image =
         static_cast<const T*>(plan.image) + window / plan.count * plan.image_strides[0];
     T* const out = static_cast<T*>(plan.out) + window * elements;
+    RowsAhead<T, Acc> ahead(plan, y, x, window, end);
     if (dense_channels) {
       sample_channels(plan, y, x, image, out, scratch);
     } else if (y.whole && x.whole) {
-      for (int64_t c = 0; c < plan.channels; ++c)
-        copy_window(plan, y, x, image + c * plan.image_strides[1], out + c * y.samples * x.samples);
+      for (int64_t c = 0; c < plan.channels; ++c) {
+        ahead.next_channel();
+        copy_window(plan, y, x, image + c * plan.image_strides[1], ahead,
+                    out + c * y.samples * x.samples);
+      }
     } else if (reads_whole_vectors(plan, x)) {
-      (x.whole ? sample_run<true, T, Acc> : sample_run<false, T, Acc>)(plan, y, x, image, out);
+      (x.whole ? sample_run<true, T, Acc> : sample_run<false, T, Acc>)(plan, y, x, image, ahead,
+                                                                       out);
     } else {
-      sample_rows(plan, y, x, image, out, scratch);
+      sample_rows(plan, y, x, image, ahead, out, scratch);
     }
   }
 }

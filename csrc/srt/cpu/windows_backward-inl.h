@@ -140,7 +140,8 @@ SRT_INLINE double total(V v) {
 
 // Of one channel. `end`: of the gradient of the window.
 template <class T, class Acc>
-SRT_INLINE PointSums<Acc> point_sums(WindowLines<T, Acc, true>& rows, const T* grad, const T* end) {
+SRT_INLINE PointSums<Acc> point_sums(WindowLines<T, Acc, true>& rows,
+                                     const RowsAhead<T, Acc>& ahead, const T* grad, const T* end) {
   constexpr int lanes = kLanes<Acc>;
   const WindowAxis<Acc>&y = rows.y, &x = rows.x;
   const int64_t slope = rows.plan.length[1];
@@ -150,7 +151,7 @@ SRT_INLINE PointSums<Acc> point_sums(WindowLines<T, Acc, true>& rows, const T* g
   const Acc middle_x = static_cast<Acc>(x.samples - 1) / 2;
   PointSums<Acc> sums;
   for (int64_t i = 0; i < y.samples; ++i, grad += x.samples) {
-    rows.prefetch_ahead(i);
+    ahead.prefetch(i);
     const Acc *const upper = rows.line(0, i), *const lower = rows.line(1, i);
     const Acc above = y.weights[0][i], below = y.weights[1][i];
     for (int64_t j = 0; j < x.samples; j += lanes) {
@@ -185,10 +186,12 @@ void windows_points(const WindowsPointsPlan& plan, int64_t begin, int64_t end, v
         static_cast<const T*>(plan.image) + window / plan.count * plan.image_strides[0];
     const T* const grad = static_cast<const T*>(plan.out) + window * plan.channels * samples;
     WindowLines<T, Acc, true> rows(plan, y, x, image, scratch);
+    RowsAhead<T, Acc> ahead(plan, y, x, window, end);
     double value[2] = {}, moment[2] = {};
     for (int64_t c = 0; c < plan.channels; ++c, rows.next_channel()) {
+      ahead.next_channel();
       const PointSums<Acc> sums =
-          point_sums(rows, grad + c * samples, grad + plan.channels * samples);
+          point_sums(rows, ahead, grad + c * samples, grad + plan.channels * samples);
       for (int axis = 0; axis < 2; ++axis) {
         value[axis] += total(sums.value[axis]);
         moment[axis] += total(sums.moment[axis]);
