@@ -263,7 +263,7 @@ def test_same_bits_over_threads(
     if kernel.startswith("shift"):
         cases = [Shift((67, 131), interpolation=mode) for mode in INTERPOLATIONS]
     if kernel.startswith("windows"):
-        plain = Windows((67, 131), (40, 43), random_views(60), batch=1)
+        plain = Windows((67, 131), (40, 43), random_views(30), batch=1)
         cases = [plain, replace(plain, scale=(1.0, 1.5), layout="channels_last", channels=9)]
     for case, dtype in itertools.product(cases, dtypes_of(kernel)):
         values, results = values_of(kernel, case, dtype), []

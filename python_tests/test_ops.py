@@ -108,7 +108,9 @@ def test_opcheck_of_shift(name: str, device: str, place: str) -> None:
 
 
 @each_place
-@pytest.mark.parametrize("name", ["real", "scale", "scales", "points"])
+@pytest.mark.parametrize(
+    "name", ["scale", "points", pytest.param("scales", marks=pytest.mark.slow)]
+)
 def test_opcheck_of_windows(name: str, device: str, place: str) -> None:
     (image, centers, window, scale), modes = Ops(device).call(
         WINDOWS[name], WINDOWS[name].image(), place

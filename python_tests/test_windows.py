@@ -26,6 +26,7 @@ from samples import (
     Pairs,
     Windows,
     each_padding,
+    pairwise,
     windows,
 )
 from torch.autograd import gradcheck
@@ -68,14 +69,17 @@ def test_accuracy_and_containment_in_every_mode(
         case = Windows(size, (5, 18), centers, scale, 9, layout=layout, padding=padding)
         values = values_of(kernel, case, dtype)
         check(kernel, case, values, run(backend, kernel, case, values))
-        check_containment(kernel, backend, case, poisoned(kernel, case, dtype))
+        if size[1] in (37, 40):  # odd rows, and lines
+            check_containment(kernel, backend, case, poisoned(kernel, case, dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", ["dense", "channels_last", "sliced"])
-@pytest.mark.parametrize("patch", [(4, 6), (14, 3), (2, 16), (1, 33)])
+@pytest.mark.parametrize(
+    ("patch", "dtype", "layout"),
+    pairwise([(4, 6), (14, 3), (2, 16), (1, 33)], DTYPES, ["dense", "channels_last", "sliced"]),
+    ids=str,
+)
 def test_windows_on_the_grid_are_the_patches(
-    patch: tuple[int, int], layout: str, dtype: torch.dtype, backend: Backend
+    patch: tuple[int, int], dtype: torch.dtype, layout: str, backend: Backend
 ) -> None:
     """Bit for bit, beside values that are not finite, too."""
     grid = (3, 2)
@@ -121,10 +125,9 @@ def test_strides_of_the_image(backend: Backend, case: Windows, dtype: torch.dtyp
     assert torch.equal(backend.windows(case, one)[0], result[0])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", WINDOWS)
-def test_gradients_of_the_points(name: str, dtype: torch.dtype, backend: Backend) -> None:
-    case = WINDOWS[name]
+def test_gradients_of_the_points(name: str, backend: Backend) -> None:
+    case, dtype = WINDOWS[name], torch.float32
     image, grad = case.image(dtype), torch.randn(case.shape, dtype=torch.float64).to(dtype)
     for place in backend.places:
         result = backend.windows_points(case, grad, image, place=place)
@@ -210,12 +213,20 @@ def test_the_published_sampler() -> None:
     assert inside.any()
     assert (result - published)[inside].abs().max() < 1e-5
 
-    whole = inside.all((2, 3, 4))  # windows whose gradients are the published ones
+    whole = inside.all(-1).all(-1).all(-1)  # windows whose gradients are the published ones
     assert whole.any()
     grad = data["grad_features"][:, :, :channels].double()
-    (ours,) = torch.autograd.grad(result, mu, grad)
+    of_image, of_mu = torch.autograd.grad(result, (image, mu), grad)
+    expected = data["grad_mu_window"].double()
+    torch.testing.assert_close(of_mu[whole], expected[whole], atol=1e-3, rtol=1e-5)
+    # Pixels that no other window reads, wherever it clamps them.
+    reads = srt_ext.windows(image, mu.detach() * sizes + 0.5, (patch, patch), scale)
+    others = (~whole)[:, :, None, None, None].double().expand_as(reads)
+    alone = torch.autograd.grad(reads, image, others)[0] == 0
+    assert alone.any()
+    assert of_image[alone].any()
     torch.testing.assert_close(
-        ours[whole], data["grad_mu_window"].double()[whole], atol=1e-3, rtol=1e-5
+        of_image[alone], data["grad_image"].double()[alone], atol=1e-4, rtol=1e-5
     )
 
 
@@ -332,8 +343,8 @@ def test_gradients_have_the_same_bits_over_threads(
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     centers: Pairs = tuple(map(tuple, (torch.rand(40, 2, generator=generator) * 90).tolist()))
-    case = Windows((70, 90), (16, 16), centers, channels=40, batch=1, layout=layout)
-    for dtype, scale in itertools.product(DTYPES, (None, (1.0, 1.1))):
+    case = Windows((70, 90), (16, 16), centers, channels=20, batch=1, layout=layout)
+    for dtype, scale in itertools.product((torch.float32, torch.float16), (None, (1.0, 1.1))):
         one = replace(case, scale=scale)
         image, grad = one.image(dtype), torch.randn(one.shape).to(dtype)
         results = []
