@@ -15,6 +15,7 @@ import ctypes
 import fcntl
 import functools
 import hashlib
+import math
 import os
 import shutil
 import subprocess
@@ -27,6 +28,7 @@ from ctypes import (
     POINTER,
     Structure,
     byref,
+    c_bool,
     c_char_p,
     c_double,
     c_int,
@@ -265,6 +267,25 @@ class ShiftArgs(Structure):
     )
 
 
+class WindowsArgs(Structure):
+    _fields_ = (
+        ("dtype", c_int32),
+        ("image", c_void_p),
+        ("batch", c_int64),
+        ("channels", c_int64),
+        ("height", c_int64),
+        ("width", c_int64),
+        ("image_strides", c_int64 * 4),
+        ("count", c_int64),
+        ("size", c_int64 * 2),
+        ("centers", c_void_p),
+        ("scale", c_void_p),
+        ("scale_of_each", c_bool),
+        ("padding", c_int32),
+        ("out", c_void_p),
+    )
+
+
 class ViewArray(Structure):
     _fields_ = (("host", POINTER(c_double)), ("device", c_void_p), ("dtype", c_int32))
 
@@ -341,7 +362,8 @@ class CudaOnHost:
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
         library.device.restype = POINTER(HostDevice)
-        for name in ("ensemble", "shift", "mean_backward", "shift_backward"):
+        windows = ("windows", "windows_backward_image", "windows_backward_points")
+        for name in ("ensemble", "shift", "mean_backward", "shift_backward", *windows):
             getattr(library, name).restype = c_char_p
         self.gaps: list[tuple[int, int]] = []  # of the workspace: address and bytes
         self._gap = CFUNCTYPE(None, c_void_p, c_int64)(lambda *gap: self.gaps.append(gap))
@@ -524,6 +546,63 @@ class CudaOnHost:
         call = functools.partial(self.library.shift_backward, c_void_p(out.pointer()))
         self._shift(call, case, grad.shape, place, out, out=source.pointer())
         return out.elements.reshape(grad.shape[1:])
+
+    def _windows(
+        self,
+        call: Any,
+        case: Windows,
+        given: torch.Tensor,
+        place: Place,
+        result: Guarded,
+        **pointers: int,
+    ) -> None:
+        """``given``: an image [B, C, H, W] of the strides."""
+        (_, centers, window, scale), _ = case.call(given)
+        args = WindowsArgs(
+            dtype=CODES[given.dtype],
+            **dict(zip(("batch", "channels", "height", "width"), given.shape, strict=True)),
+            image_strides=(c_int64 * 4)(*given.stride()),
+            count=centers.shape[1],
+            size=(c_int64 * 2)(*window),
+            scale_of_each=scale is not None and scale.dim() == 3,
+            padding=PADDINGS.index(case.padding),
+            **pointers,
+        )
+        places = zip((centers, scale), _placed(place), strict=True)
+        self._run(call, args, [Values(*values) for values in places], result)
+        assert (self.writes == 1).all()
+
+    def windows(self, case: Windows, image: torch.Tensor, *, place: Place = "host") -> torch.Tensor:
+        """As Ops.windows."""
+        source = Guarded.copy(image)
+        out = Guarded(math.prod(case.shape), image.dtype, image.storage_offset() % 64)
+        pointers = {"image": source.pointer(), "out": out.pointer()}
+        self._windows(self.library.windows, case, image, place, out, **pointers)
+        return out.elements.reshape(case.shape)
+
+    def windows_backward(
+        self, case: Windows, grad: torch.Tensor, *, place: Place = "host"
+    ) -> torch.Tensor:
+        """As Ops.windows_backward."""
+        source = Guarded.copy(grad.contiguous())
+        image = torch.empty(case.batch, case.channels, *case.size, dtype=grad.dtype)
+        out = Guarded(image.numel(), grad.dtype, grad.storage_offset() % 64)
+        call = functools.partial(self.library.windows_backward_image, c_void_p(out.pointer()))
+        self._windows(call, case, image, place, out, out=source.pointer())
+        return out.elements.reshape(image.shape)
+
+    def windows_points(
+        self, case: Windows, grad: torch.Tensor, image: torch.Tensor, *, place: Place = "host"
+    ) -> torch.Tensor:
+        """As Ops.windows_points."""
+        source, sources = Guarded.copy(image), Guarded.copy(grad.contiguous())
+        shape = (2, *case.shape[:2], 2)
+        out = Guarded(math.prod(shape), torch.float64)
+        results = (c_void_p(out.pointer() + i * math.prod(shape[1:]) * 8) for i in (0, 1))
+        call = functools.partial(self.library.windows_backward_points, *results)
+        pointers = {"image": source.pointer(), "out": sources.pointer()}
+        self._windows(call, case, image, place, out, **pointers)
+        return out.elements.reshape(shape)
 
 
 def compiled(source: Path, to: Path, *flags: str) -> Path:

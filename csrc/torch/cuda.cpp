@@ -29,6 +29,13 @@ Tensor new_workspace(int64_t bytes, const Tensor& like) {
   return empty({bytes}, ScalarType::Byte, like);
 }
 
+struct Places {
+  ViewArray centers, scale;
+  explicit Places(const WindowsCall& call)
+      : centers(pointers(call.args.centers, call.device_centers)),
+        scale(pointers(call.args.scale, call.device_scale)) {}
+};
+
 struct Cuda {
   static void shift(ShiftCall& call) {
     const DeviceGuard guard(call.input.get_device_index());
@@ -42,6 +49,34 @@ struct Cuda {
     const Tensor workspace = new_workspace(shift_backward_cuda_workspace(call.args), call.input);
     shift_backward_cuda(call.args, pointers(call.args.offsets, call.device_offsets), grad_image,
                         workspace.mutable_data_ptr(), current_stream(call.input));
+  }
+
+  static void windows(WindowsCall& call) {
+    const DeviceGuard guard(call.input.get_device_index());
+    const Places places(call);
+    const Tensor workspace =
+        new_workspace(windows_cuda_workspace(call.args, places.centers, places.scale), call.input);
+    windows_cuda(call.args, places.centers, places.scale, workspace.mutable_data_ptr(),
+                 current_stream(call.input));
+  }
+
+  static void windows_backward_image(WindowsCall& call, void* grad_image) {
+    const DeviceGuard guard(call.input.get_device_index());
+    const Places places(call);
+    const Tensor workspace = new_workspace(
+        windows_backward_image_cuda_workspace(call.args, places.centers, places.scale), call.input);
+    windows_backward_image_cuda(call.args, places.centers, places.scale, grad_image,
+                                workspace.mutable_data_ptr(), current_stream(call.input));
+  }
+
+  static void windows_backward_points(WindowsCall& call, double* grad_centers, double* grad_scale) {
+    const DeviceGuard guard(call.input.get_device_index());
+    const Places places(call);
+    const Tensor workspace = new_workspace(
+        windows_backward_points_cuda_workspace(call.args, places.centers, places.scale),
+        call.input);
+    windows_backward_points_cuda(call.args, places.centers, places.scale, grad_centers, grad_scale,
+                                 workspace.mutable_data_ptr(), current_stream(call.input));
   }
 
   static void ensemble(EnsembleCall& call) {

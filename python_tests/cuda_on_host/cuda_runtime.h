@@ -90,6 +90,11 @@ struct Fibers {
   size_t current = 0;
   size_t round = 2;      // between two barriers
   size_t voted[2] = {};  // the last round, of the even and of the odd ones, in which a thread did
+  struct Ballot {
+    size_t round;  // in which its warp voted last
+    unsigned votes;
+  };
+  Ballot ballots[2][32] = {};  // of the warps, in the even rounds and in the odd ones
   void (*body)(void*) = nullptr;
   void* data = nullptr;
 
@@ -145,6 +150,15 @@ inline int __syncthreads_or(int vote) {
   if (vote) host_fibers.voted[round % 2] = round;
   host_fibers.yield();
   return host_fibers.voted[round % 2] == round;
+}
+// As __syncwarp.
+inline unsigned __ballot_sync(unsigned, int vote) {
+  const size_t round = host_fibers.round, thread = host_fibers.current;
+  Fibers::Ballot& ballot = host_fibers.ballots[round % 2][thread / 32];
+  if (ballot.round != round) ballot = {round, 0};
+  if (vote) ballot.votes |= 1u << thread % 32;
+  host_fibers.yield();
+  return ballot.votes;
 }
 
 // ---- the runtime --------------------------------------------------------------------------------
@@ -206,12 +220,19 @@ T atomicMax(T* at, T value) {
   *at = max(old, value);
   return old;
 }
+template <class T>
+T atomicAdd(T* at, T value) {
+  const T old = *at;
+  *at += value;
+  return old;
+}
 inline unsigned atomicOr(unsigned* at, unsigned value) {
   const unsigned old = *at;
   *at |= value;
   return old;
 }
 
+inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline int __clz(int value) { return value == 0 ? 32 : __builtin_clz(value); }
 
 template <class T>

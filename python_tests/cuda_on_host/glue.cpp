@@ -33,3 +33,4 @@ EXPORT int live_guards() { return guards; }
 #include "../../csrc/torch/cuda.cpp"
 #include "../../csrc/torch/ensemble.cpp"
 #include "../../csrc/torch/shift.cpp"
+#include "../../csrc/torch/windows.cpp"

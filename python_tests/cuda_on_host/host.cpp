@@ -77,3 +77,43 @@ EXPORT const char* shift(const srt::ShiftArgs* args, const srt::ViewArray* offse
     }
   });
 }
+
+EXPORT const char* windows(const srt::WindowsArgs* args, const srt::ViewArray* centers,
+                           const srt::ViewArray* scale, void* workspace, int64_t* bytes) {
+  return guarded([&] {
+    if (workspace) {
+      srt::windows_cuda(*args, *centers, *scale, workspace, host_device.stream);
+    } else {
+      *bytes = srt::windows_cuda_workspace(*args, *centers, *scale);
+    }
+  });
+}
+
+EXPORT const char* windows_backward_image(void* grad_image, const srt::WindowsArgs* args,
+                                          const srt::ViewArray* centers,
+                                          const srt::ViewArray* scale, void* workspace,
+                                          int64_t* bytes) {
+  return guarded([&] {
+    if (workspace) {
+      srt::windows_backward_image_cuda(*args, *centers, *scale, grad_image, workspace,
+                                       host_device.stream);
+    } else {
+      *bytes = srt::windows_backward_image_cuda_workspace(*args, *centers, *scale);
+    }
+  });
+}
+
+EXPORT const char* windows_backward_points(double* grad_centers, double* grad_scale,
+                                           const srt::WindowsArgs* args,
+                                           const srt::ViewArray* centers,
+                                           const srt::ViewArray* scale, void* workspace,
+                                           int64_t* bytes) {
+  return guarded([&] {
+    if (workspace) {
+      srt::windows_backward_points_cuda(*args, *centers, *scale, grad_centers, grad_scale,
+                                        workspace, host_device.stream);
+    } else {
+      *bytes = srt::windows_backward_points_cuda_workspace(*args, *centers, *scale);
+    }
+  });
+}

@@ -6,6 +6,7 @@
 
 #include "../ensemble.h"
 #include "../shift.h"
+#include "../windows.h"
 
 struct CUstream_st;  // cudaStream_t is a pointer to it
 
@@ -55,5 +56,28 @@ void shift_cuda(const ShiftArgs& args, const ViewArray& offsets, void* workspace
 int64_t shift_backward_cuda_workspace(const ShiftArgs& args);
 void shift_backward_cuda(const ShiftArgs& args, const ViewArray& offsets, void* grad_image,
                          void* workspace, CUstream_st* stream);
+
+int64_t windows_cuda_workspace(const WindowsArgs& args, const ViewArray& centers,
+                               const ViewArray& scale);
+
+// centers [B, N, 2] (y, x), pixels; scale [2], or with args.scale_of_each [B, N, 2], pixels from
+// sample to sample, or both pointers null for ones. The pointers to them in `args` are not read.
+// Every dtype. A window with a value on the device that the host would refuse (windows.h) is 0.
+void windows_cuda(const WindowsArgs& args, const ViewArray& centers, const ViewArray& scale,
+                  void* workspace, CUstream_st* stream);
+
+// As windows_backward_image_cpu.
+int64_t windows_backward_image_cuda_workspace(const WindowsArgs& args, const ViewArray& centers,
+                                              const ViewArray& scale);
+void windows_backward_image_cuda(const WindowsArgs& args, const ViewArray& centers,
+                                 const ViewArray& scale, void* grad_image, void* workspace,
+                                 CUstream_st* stream);
+
+// As windows_backward_points_cpu.
+int64_t windows_backward_points_cuda_workspace(const WindowsArgs& args, const ViewArray& centers,
+                                               const ViewArray& scale);
+void windows_backward_points_cuda(const WindowsArgs& args, const ViewArray& centers,
+                                  const ViewArray& scale, double* grad_centers, double* grad_scale,
+                                  void* workspace, CUstream_st* stream);
 
 }  // namespace srt
