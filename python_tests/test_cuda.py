@@ -188,6 +188,22 @@ def test_views_past_2_31() -> None:
 
 
 @pytest.mark.serial
+def test_windows_past_2_31() -> None:
+    """Windows of an image whose planes lie far apart."""
+    needs(9)
+    image = torch.randint(0, 256, (1, 2, 90, 70), dtype=torch.uint8)
+    storage = torch.zeros(2**31 + 90 * 70, dtype=torch.uint8, device="cuda")
+    far = storage.as_strided(image.shape, (0, 2**31, 70, 1))
+    far.copy_(image)
+    centers = torch.rand(1, 300_000, 2) * torch.tensor([90.0, 70.0])
+    result = srt_ext.windows(far, centers.cuda(), (60, 70))
+    assert result.numel() > 2**31
+    for n in (0, 150_000, 299_999):
+        expected = srt_ext.windows(image, centers[:, n : n + 1], (60, 70))
+        assert ((result[:, n].cpu().float() - expected[:, 0].float()).abs() <= 1).all()
+
+
+@pytest.mark.serial
 def test_plane_past_2_31() -> None:
     needs(9)
     height, width = 2**11 + 1, 2**20 + 16
@@ -250,6 +266,9 @@ def calls(
         chunk = (tokens[part], offsets[part], *place)
         torch.ops.srt.accumulate_moments_(*moments[2], *chunk, weights[part])
         torch.ops.srt.accumulate_median_(*median[2], *chunk)
+    centers, scale = (offsets + 12).expand(2, -1, -1), weights[:, None].expand(2, -1, 2)
+    windows = srt_ext.windows(image, centers, (8, 8), scale)
+    grads = (windows.cos(), centers, scale)
     return [
         srt_ext.ensemble(tokens, offsets, *place, weights),
         srt_ext.ensemble(tokens, offsets, *place, stride=8, border="zeros"),
@@ -258,6 +277,10 @@ def calls(
         srt_ext.ensemble(tokens, offsets, *place, reduce="median"),
         *srt_ext.ensemble_moments(tokens, offsets, *place, weights),
         *(*moments[:2], *median[:2]),
+        windows,
+        srt_ext.sample(image, centers, stride=(2, 1)),
+        torch.ops.srt._windows_backward_image(*grads[:2], (24, 40), scale, padding="reflect"),
+        *torch.ops.srt._windows_backward_points(grads[0], image, *grads[1:], padding="zeros"),
     ]
 
 

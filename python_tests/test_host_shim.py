@@ -25,7 +25,9 @@ from backends import (
     STUB,
     CudaOnHost,
     EnsembleArgs,
+    Guarded,
     Values,
+    WindowsArgs,
     compiled,
     host_library,
     linked,
@@ -33,7 +35,7 @@ from backends import (
 )
 from oracle import KERNELS, check_containment, check_sample
 from process import run_python
-from samples import DTYPES, ENSEMBLES, REDUCES, SHIFTS, each_reduce, poison
+from samples import DTYPES, ENSEMBLES, REDUCES, SHIFTS, WINDOWS, each_reduce, poison, random_views
 
 ALL_DTYPES = (*DTYPES, torch.uint8)
 Call = Callable[[], torch.Tensor]
@@ -59,6 +61,15 @@ def check_shift(cuda: CudaOnHost) -> None:
     check_sample("shift", cuda, replace(SHIFTS["real"], size=(9, 32)), torch.float32)
 
 
+def check_windows(cuda: CudaOnHost) -> None:
+    check_sample("windows", cuda, WINDOWS["real"], torch.float32)
+
+
+def check_windows_backward(cuda: CudaOnHost) -> None:
+    for name in ("real", "points"):
+        check_sample("windows_backward", cuda, WINDOWS[name], torch.float32)
+
+
 @pytest.mark.slow
 def test_injected_faults_are_found(tmp_path: Path) -> None:
     """The checks of the tests must find each of the faults below, and nothing without one."""
@@ -82,9 +93,32 @@ def test_injected_faults_are_found(tmp_path: Path) -> None:
             "block.taps[0], own);",
         ),
     }
-    sources = dict.fromkeys(mean, "mean.cu") | dict.fromkeys(shift, "shift.cu")
-    faults = mean | shift
-    checks = {"mean.cu": check_mean, "shift.cu": check_shift}
+    windows = {"taps without a barrier": ("y0, x0);\n    __syncthreads();", "y0, x0);")}
+    windows_backward = {
+        "a line in the place of another": ("*at = slot + 1;", "*at = slot;"),
+        "lines without a barrier": (
+            "staged[at] = read;\n      __syncthreads();",
+            "staged[at] = read;",
+        ),
+        "points without a barrier": (
+            "points[at] = own;\n      __syncthreads();",
+            "points[at] = own;",
+        ),
+        "too few lines": ("2 * windows * args.size[0]", "windows * args.size[0]"),
+    }
+    sources = {
+        **dict.fromkeys(mean, "mean.cu"),
+        **dict.fromkeys(shift, "shift.cu"),
+        **dict.fromkeys(windows, "windows.cu"),
+        **dict.fromkeys(windows_backward, "windows_backward.cu"),
+    }
+    faults = mean | shift | windows | windows_backward
+    checks = {
+        "mean.cu": check_mean,
+        "shift.cu": check_shift,
+        "windows.cu": check_windows,
+        "windows_backward.cu": check_windows_backward,
+    }
     rest = objects()
 
     def broken(fault: str) -> Path:
@@ -115,6 +149,8 @@ def calls(cuda: CudaOnHost) -> dict[str, Call]:
     shift = replace(SHIFTS["real"], offsets=SHIFTS["real"].offsets * 60, size=(20, 70))
     tokens, grad, views = case.tokens(), torch.randn(case.shape), torch.randn(shift.shape)
     few = replace(case, offsets=plain.offsets * 9)  # beyond 64 views it takes long
+    windows = replace(WINDOWS["real"], centers=random_views(150), size=(20, 70))
+    image, of_windows = windows.image(), torch.randn(windows.shape)
     return {
         "mean": partial(cuda.ensemble, case, tokens),
         "median": partial(cuda.ensemble, few, tokens[:45], reduce="median"),
@@ -122,10 +158,13 @@ def calls(cuda: CudaOnHost) -> dict[str, Call]:
         "mean_backward": partial(cuda.mean_backward, case, grad),
         "shift": partial(cuda.shift, shift, shift.image()),
         "shift_backward": partial(cuda.shift_backward, shift, views),
+        "windows": partial(cuda.windows, windows, image),
+        "windows_backward": partial(cuda.windows_backward, windows, of_windows),
+        "windows_points": partial(cuda.windows_points, windows, of_windows, image),
     }
 
 
-each_call = pytest.mark.parametrize("name", KERNELS)
+each_call = pytest.mark.parametrize("name", [*KERNELS, "windows_points"])
 
 
 def test_number_of_launches(cuda: CudaOnHost) -> None:
@@ -136,8 +175,9 @@ def test_number_of_launches(cuda: CudaOnHost) -> None:
         if many:  # offsets and weights go up first
             calls(cuda)["mean"]()
             assert cuda.gpu.launches == few + many
-    calls(cuda)["shift"]()
-    assert cuda.gpu.launches == 3
+    for name, launches in (("shift", 1), ("windows", 1), ("windows_backward", 5)):
+        calls(cuda)[name]()
+        assert cuda.gpu.launches == 2 + launches  # two bring the offsets or the centers
 
 
 @each_call
@@ -183,6 +223,29 @@ def test_nothing_to_do(
     assert cuda.gpu.launches == 0
 
 
+@pytest.mark.parametrize("window", [(3, 2), (1, 1)])
+@pytest.mark.parametrize(("batch", "count", "channels"), [(0, 4, 3), (2, 0, 3), (2, 4, 0)])
+def test_nothing_to_sample(
+    batch: int, count: int, channels: int, window: tuple[int, int], cuda: CudaOnHost
+) -> None:
+    """Gradients that exist are 0."""
+    args = WindowsArgs(batch=batch, channels=channels, height=5, width=6, count=count)
+    args.size[:] = window
+    values = [Values(torch.full((batch, count, 2), 2.5), "host"), Values(None, "host")]
+    library, points = cuda.library, Guarded(4 * batch * count, torch.float64)
+    image = Guarded(batch * channels * 30, torch.float32)
+    half = c_void_p(points.pointer() + 16 * batch * count)
+    of_points = partial(library.windows_backward_points, c_void_p(points.pointer()), half)
+    of_image = partial(library.windows_backward_image, c_void_p(image.pointer()))
+    cuda._run(library.windows, args, values, Guarded(0, torch.float32))
+    assert cuda.gpu.launches == 0
+    for call, result in ((of_image, image), (of_points, points)):
+        cuda._run(call, args, values, result)
+        if result.elements is not None:
+            assert (cuda.writes == 1).all()
+            assert not result.elements.any()
+
+
 # ---- memory -------------------------------------------------------------------------------------
 
 
@@ -209,6 +272,14 @@ def test_views_that_fit_l2(dtype: torch.dtype, cuda: CudaOnHost) -> None:
     case = SHIFTS["real"]
     image = case.image(dtype)
     check_l2(cuda, (len(case.offsets) + 1) * image.nbytes, partial(cuda.shift, case, image))
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+def test_windows_that_fit_l2(dtype: torch.dtype, cuda: CudaOnHost) -> None:
+    case = WINDOWS["real"]
+    image = case.image(dtype)
+    size = image.nbytes + math.prod(case.shape) * dtype.itemsize
+    check_l2(cuda, size, partial(cuda.windows, case, image))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "padded", "steps"])
@@ -271,7 +342,7 @@ def test_ops(tmp_path: Path) -> None:
     glue = compiled(STUB / "glue.cpp", tmp_path / "glue.o", *flags, f"-isystem{torch_path}/include")
     link = ("-Wl,-Bsymbolic", "-L", f"{torch_path}/lib", "-ltorch_cpu")
     library = linked([glue, *kernels], tmp_path / "ops.so", *link)
-    names = ("kernels", "ensemble", "median", "shift", "streams", "gradients")
+    names = ("kernels", "ensemble", "median", "shift", "windows", "streams", "gradients")
     tests = [str(ROOT / "python_tests" / f"test_{name}.py") for name in names]
     path = os.pathsep.join((str(ROOT), str(ROOT / "python_tests")))
     run_python("-c", OPS, library, *tests, env={"PYTHONPATH": path})

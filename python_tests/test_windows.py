@@ -12,12 +12,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from backends import Backend, Ops, each_device
+from backends import GPU, Backend, Ops, each_device, each_gpu, each_kernel
 from bounds import WindowsBounds
 from budget import assert_within_rounding
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import check, check_containment, poisoned, run, values_of, windows_points
+from oracle import (
+    check,
+    check_containment,
+    dtypes_of,
+    poisoned,
+    run,
+    values_of,
+    windows_points,
+)
 from samples import (
     DTYPES,
     FAR,
@@ -26,7 +34,9 @@ from samples import (
     Pairs,
     Windows,
     each_padding,
+    each_value_dtype,
     pairwise,
+    random_views,
     windows,
 )
 from torch.autograd import gradcheck
@@ -353,3 +363,93 @@ def test_gradients_have_the_same_bits_over_threads(
             run = Ops("cpu")
             results.append([run.windows_points(one, grad, image), run.windows_backward(one, grad)])
         assert all(all(map(torch.equal, results[0], other)) for other in results[1:])
+
+
+# ---- what the kernels of a GPU do by themselves -------------------------------------------------
+
+WINDOW_KERNELS = ("windows", "windows_backward")
+
+
+@pytest.mark.parametrize("channels", [16, 64, 66, 130, 1058])
+@each_kernel(*WINDOW_KERNELS, backends=GPU)
+def test_points_of_many_channels(kernel: str, channels: int, backend: Backend) -> None:
+    """As vectors and without, more than a thread and than a block has."""
+    case = Windows((3, 35), (1, 1), random_views(9), channels=channels, layout="channels_last")
+    for dtype in dtypes_of(kernel):
+        for one in (case, replace(case, layout="dense"), replace(case, layout="sliced")):
+            values = values_of(kernel, one, dtype)
+            check(kernel, one, values, run(backend, kernel, one, values))
+        unaligned = torch.empty(1 + values.numel(), dtype=dtype)[1:]
+        unaligned = unaligned.as_strided(values.shape, torch.empty(values.shape).stride(), 1)
+        unaligned.copy_(values)
+        check(kernel, case, unaligned, run(backend, kernel, case, unaligned))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Windows((5, 40), (1, 1), random_views(1300), channels=5, batch=1),
+        Windows((5, 300), (2, 3), random_views(700), (1.0, 40.0), channels=5, batch=3),
+        Windows((2, 20), (2, 1), random_views(300), channels=2, batch=70),
+        Windows((40, 50), (20, 17), random_views(3), channels=18),
+        Windows((40, 50), (1, 600), random_views(3), (1.0, 0.1), channels=18),
+        Windows((40, 50), (600, 1), random_views(3), (-0.1, 1.0), channels=2),
+    ],
+    ids=lambda case: "x".join(map(str, (*case.shape, *case.size))),
+)
+@each_kernel(*WINDOW_KERNELS, backends=GPU)
+def test_more_than_a_block(kernel: str, case: Windows, backend: Backend) -> None:
+    """Windows, samples, channels and pixels of several blocks; lines of several rounds."""
+    values = values_of(kernel, case, torch.float32)
+    check(kernel, case, values, run(backend, kernel, case, values))
+    if kernel == "windows":
+        image, grad = case.image(), torch.randn(case.shape)
+        result = backend.windows_points(case, grad, image)
+        bound = WindowsBounds(case, torch.float32).points(grad, image)
+        assert_within_rounding(result, windows_points(case, grad, image), bound)
+
+
+@each_kernel(*WINDOW_KERNELS, "windows_points", backends=GPU)
+def test_same_bits_wherever_centers_and_scale_are(kernel: str, backend: Backend) -> None:
+    for count, scale in ((6, None), (6, (1.0, 1.5)), (100, random_views(100)), (300, (2.0, 0.5))):
+        case = Windows((11, 40), (2, 3), random_views(count), scale)
+        grad, image = torch.randn(case.shape), case.image()
+
+        def result(case: Windows, place: Any, grad: Any = grad, image: Any = image) -> torch.Tensor:
+            values = {"windows": (image,), "windows_backward": (grad,)}
+            return getattr(backend, kernel)(case, *values.get(kernel, (grad, image)), place=place)
+
+        expected = result(case, "host")
+        for value_dtype in (torch.float32, torch.float64):
+            same = replace(case, value_dtype=value_dtype)
+            for place in ("device", ("host", "device"), ("device", "host")):
+                assert torch.equal(result(same, place), expected)
+
+
+@each_gpu
+@each_value_dtype
+@pytest.mark.parametrize("window", [(3, 4), (1, 1)])
+def test_invalid_values_on_the_device_give_windows_of_0(
+    window: tuple[int, int], value_dtype: torch.dtype, backend: Backend
+) -> None:
+    """There they are not validated."""
+    ones, far = (1.0, 1.0), 2.0**25 * 1.01
+    centers = ((4.3, 8.6), (np.nan, 3.0), (2.0, np.inf), (-far, 1.0), (3.3, far), (5.1, 2.0))
+    good = Windows((9, 21), window, (*centers[::5], centers[0]), ones, value_dtype=value_dtype)
+    cases = [replace(good, centers=(*centers, centers[0]))]
+    scales = (ones, (np.nan, 1.0), (1.0, -np.inf), (2.0**20 * 1.01, 1.0), (1.0, -far), ones)
+    cases.append(replace(good, centers=(*centers[:1] * 5, centers[5], centers[0])))
+    cases[1] = replace(cases[1], scale=(*scales, ones))
+    for case in (replace(one, batch=1) for one in cases):
+        kept = replace(good, batch=1)
+        image, grad = case.image(), torch.full(case.shape, torch.nan)
+        valid = grad[:, (0, 5, 6)] = torch.randn(kept.shape)
+        values = backend.windows(case, image, place="device")
+        assert not values[:, 1:5].any()
+        check("windows", kept, image, values[:, (0, 5, 6)])
+        check("windows_backward", kept, valid, backend.windows_backward(case, grad, place="device"))
+        points = backend.windows_points(case, grad.nan_to_num(1.0), image, place="device")
+        assert not points[:, :, 1:5].any()
+        bound = WindowsBounds(kept, torch.float32).points(valid, image)
+        expected = windows_points(kept, valid, image)
+        assert_within_rounding(points[:, :, (0, 5, 6)], expected, bound)

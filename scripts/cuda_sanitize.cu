@@ -278,6 +278,71 @@ void run(Shift s, bool gradient, const Type& type) {
   });
 }
 
+// ---- windows ------------------------------------------------------------------------------------
+
+struct Windows : WindowsArgs {
+  int64_t skip = 0, out_skip = 0;
+  bool channels_last = false;
+  Where where = Where::host;
+  std::vector<double> center_list = {4, 10.5, 5.25, 8.625, 3.3, 17.1, -1.5, 2.5, 8.9, 30, -70, 99};
+  std::vector<double> scale_list;  // of all windows or of each, repeated for each image
+
+  Windows() : WindowsArgs{} {
+    batch = 2, channels = 3, height = 9, width = 21;
+    size[0] = 4, size[1] = 5;
+    padding = Padding::border;
+  }
+  void set_layout() {
+    const int64_t plane = height * width;
+    const int64_t first[4] = {channels * plane, plane, width, 1};
+    const int64_t last[4] = {channels * plane, 1, width * channels, channels};
+    std::copy_n(channels_last ? last : first, 4, image_strides);
+    count = static_cast<int64_t>(center_list.size()) / 2;
+    scale_of_each = scale_list.size() > 2;
+  }
+  // Those of each image.
+  std::vector<double> repeated(const std::vector<double>& values) const {
+    std::vector<double> all;
+    for (int64_t b = 0; b < batch; ++b) all.insert(all.end(), values.begin(), values.end());
+    return all;
+  }
+};
+
+enum class Of { windows, image, points };  // what is written
+
+void run(Windows w, Of what, const Type& type) {
+  w.dtype = type.dtype;
+  w.set_layout();
+  const Placed centers(w.repeated(w.center_list), w.where);
+  const Placed scale(w.scale_of_each ? w.repeated(w.scale_list) : w.scale_list, w.where);
+  const int64_t image = w.batch * w.channels * w.height * w.width, points = 4 * w.batch * w.count;
+  const int64_t windows = w.batch * w.count * w.channels * w.size[0] * w.size[1];
+  const Buffer pixels(random_bytes(image * type.size), w.skip * type.size);
+  const Buffer grad(random_bytes(windows * type.size), w.skip * type.size);
+  w.image = pixels.data();
+  w.out = grad.data();
+  const Type& out_type = what == Of::points ? kTypes[3] : type;  // float64
+  const int64_t written = what == Of::windows ? windows : what == Of::image ? image : points;
+  check_twice(out_type, w.out_skip, std::vector<bool>(written, true), [&](char* out) {
+    if (what == Of::windows) {
+      w.out = out;
+      const Buffer space(windows_cuda_workspace(w, centers.array, scale.array));
+      windows_cuda(w, centers.array, scale.array, space.data(), stream);
+      return check_gaps();
+    }
+    if (what == Of::image) {
+      const Buffer space(windows_backward_image_cuda_workspace(w, centers.array, scale.array));
+      windows_backward_image_cuda(w, centers.array, scale.array, out, space.data(), stream);
+      return check_gaps();
+    }
+    double* const to = reinterpret_cast<double*>(out);
+    const Buffer space(windows_backward_points_cuda_workspace(w, centers.array, scale.array));
+    windows_backward_points_cuda(w, centers.array, scale.array, to, to + points / 2, space.data(),
+                                 stream);
+    check_gaps();
+  });
+}
+
 // ---- the calls ----------------------------------------------------------------------------------
 
 const std::vector<double> kReal = {0, 0, 0.25, -0.625, -3.3, 7.1, 2.5, 2.5, -0.7, -5.9};
@@ -295,6 +360,7 @@ constexpr int64_t kManyChannels = 2112;
 
 using E = Ensemble;
 using S = Shift;
+using W = Windows;
 constexpr void (*kEnsembles[])(E&) = {
     [](E&) {},
     [](E& e) { e.upsample = Upsample::nearest, e.border = Border::clamp; },
@@ -347,6 +413,32 @@ constexpr void (*kShifts[])(S&) = {
     [](S& s) { s.offset_list = kRefused, s.where = Where::device_f64; },
 };
 
+constexpr void (*kWindows[])(W&) = {
+    [](W& w) { w.padding = Padding::zeros; },
+    [](W& w) { w.padding = Padding::reflect, w.scale_list = {1.5, -0.5}; },
+    [](W& w) { w.padding = Padding::circular, w.where = Where::device_f32; },
+    [](W& w) { w.scale_list = {1, 1, 2, 0.5, 0, 1, -1, 1, 40, 0.1, 1, 1}; },
+    [](W& w) { w.center_list = kRefused, w.where = Where::device_f64; },
+    [](W& w) { w.scale_list = {kNaN, 1}, w.where = Where::device_f32; },
+    [](W& w) { w.size[0] = 20, w.size[1] = 17, w.channels = 18; },
+    [](W& w) { w.size[0] = 1, w.size[1] = 300, w.width = 259, w.channels_last = true; },
+    [](W& w) { w.size[0] = 300, w.size[1] = 1, w.width = 1; },
+    // Points, as vectors of channels and without.
+    [](W& w) { w.size[0] = w.size[1] = 1, w.channels = 3; },
+    [](W& w) { w.size[0] = w.size[1] = 1, w.channels = 64, w.channels_last = true; },
+    [](W& w) { w.size[0] = w.size[1] = 1, w.channels = 64, w.channels_last = true, w.skip = 1; },
+    [](W& w) {
+      w.size[0] = w.size[1] = 1, w.channels = 1058, w.channels_last = true, w.out_skip = 1;
+    },
+    // More than the parameters of a kernel hold, and than a block sorts at a time.
+    [](W& w) { w.center_list = many(700), w.width = 300; },
+    [](W& w) { w.center_list = many(700), w.size[0] = w.size[1] = 1, w.channels = 40; },
+    [](W& w) { w.height = w.width = 1; },
+    [](W& w) { w.center_list = {}; },
+    [](W& w) { w.batch = 0; },
+    [](W& w) { w.channels = 0; },
+};
+
 struct Checks {
   bool reduced;  // of the types one for each call
   int calls = 0, failures = 0;
@@ -392,6 +484,15 @@ struct Checks {
                 [&](const Type& type) { run(s, gradient, type); });
     }
   }
+
+  void windows(Of what, const char* name) {
+    for (size_t i = 0; i < std::size(kWindows); ++i) {
+      W w;
+      kWindows[i](w);
+      each_type(what == Of::windows ? kFloating + 1 : kFloating, name, static_cast<int>(i),
+                [&](const Type& type) { run(w, what, type); });
+    }
+  }
 };
 
 }  // namespace
@@ -412,6 +513,9 @@ int main(int argc, char** argv) {
     for (const Kind& kind : kKinds) checks.ensembles(kind);
     checks.shifts(false);
     checks.shifts(true);
+    checks.windows(Of::windows, "windows");
+    checks.windows(Of::image, "gradient of windows");
+    checks.windows(Of::points, "gradient of the centers and the scale of windows");
     CHECK(cudaDeviceSynchronize());
     CHECK(cudaStreamDestroy(stream));
     std::printf("%d of %d calls failed\n", checks.failures, checks.calls);

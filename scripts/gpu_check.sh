@@ -175,7 +175,7 @@ benchmark() { # EXTENT SECONDS
     --commit "$commit"
 }
 # Of these files, what is marked cuda.
-tests=(python_tests/test_{cuda,kernels,ensemble,median,shift,streams,gradients,ops,errors}.py
+tests=(python_tests/test_{cuda,kernels,ensemble,median,shift,windows,streams,gradients,ops,errors}.py
   python_tests/test_{backbones,dlpack}.py)
 pytest() { # NAME SECONDS WORKERS ARGUMENT...
   local workers=$3

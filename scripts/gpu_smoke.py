@@ -17,6 +17,7 @@ import srt_ext
 GRID, PATCH, CHANNELS = (6, 9), (16, 16), 96
 VIEWS = srt_ext.views.best(16).offsets
 PLACE = (VIEWS, GRID, PATCH)
+CENTERS = (8 * VIEWS + 50.3)[None]  # [1, N, 2], pixels
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of norms
 
 Results = tuple[torch.Tensor, ...]
@@ -63,6 +64,21 @@ def stream(kind: type) -> Op:
     return run
 
 
+def windows(_: torch.Tensor, image: torch.Tensor) -> Results:
+    return (srt_ext.windows(image, CENTERS, PATCH),)
+
+
+def sample(tokens: torch.Tensor, _: torch.Tensor) -> Results:
+    field = tokens[:1, 0].unflatten(1, GRID).permute(0, 3, 1, 2)
+    return (srt_ext.sample(field, CENTERS, stride=PATCH),)
+
+
+def gradient_of_centers(_: torch.Tensor, image: torch.Tensor) -> Results:
+    centers = CENTERS.to(image.device).requires_grad_()
+    result = srt_ext.windows(image, centers, PATCH)
+    return torch.autograd.grad(result.square().sum(), centers)
+
+
 def gradient(op: Op, of_image: bool = False) -> Op:
     def run(tokens: torch.Tensor, image: torch.Tensor) -> Results:
         of = (image if of_image else tokens).detach().requires_grad_()
@@ -95,6 +111,11 @@ OPS: dict[str, Op] = {
     # Under nearest upsampling a median is a token: rounding cannot choose another view.
     "gradient of median": gradient(ensemble(reduce="median", upsample="nearest")),
     "gradient of shift": gradient(shift("bilinear"), of_image=True),
+    "windows": windows,
+    "sample": sample,
+    "gradient of windows": gradient(windows, of_image=True),
+    "gradient of sample": gradient(sample),
+    "gradient of windows, for the centers": gradient_of_centers,
 }
 
 
@@ -119,7 +140,7 @@ def is_right(name: str, dtype: torch.dtype, results: Results) -> bool:
 
 def in_a_graph(device: str) -> bool:
     """The first call of this process."""
-    names = ("mean", "median", "moments", "shift, bilinear")
+    names = ("mean", "median", "moments", "shift, bilinear", "windows")
     given = [value.to(device) for value in inputs(torch.float32)]
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
