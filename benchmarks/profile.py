@@ -46,12 +46,28 @@ def operations(sizes: Sizes, device: torch.device) -> dict[str, Callable[[], Cal
         image = torch.rand(1, 3, *case.pixels(), device=device).to(dtype)
         return partial(srt_ext.shift, image, case.offsets)
 
+    def windows(dtype: torch.dtype) -> Call:
+        places = sizes.windows
+        image = torch.rand(places.batch, 3, *places.size, device=device).to(dtype)
+        patch = (places.patch, places.patch)
+        return partial(srt_ext.windows, image, places.centers(device), patch)
+
+    def sample(dtype: torch.dtype) -> Call:
+        cells = [n // s for n, s in zip(case.pixels(), sizes.stride, strict=True)]
+        field = torch.rand(1, case.channels, *cells, device=device).to(dtype)
+        field = field.contiguous(memory_format=torch.channels_last)
+        points = torch.rand(1, 100_000, 2, device=device)
+        points *= torch.tensor(case.pixels(), device=device)
+        return partial(srt_ext.sample, field, points, sizes.stride)
+
     makers: dict[str, Callable[[torch.dtype], Call]] = {
         "mean": mean,
         "mean-stride": partial(mean, case=coarse),
         "median": partial(mean, reduce="median"),
         "moments": moments,
         "shift": shift,
+        "windows": windows,
+        "sample": sample,
     }
     return {
         f"{name}-{name_of(dtype)}": partial(make, dtype)

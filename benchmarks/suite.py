@@ -936,6 +936,7 @@ def _core(sizes: Sizes) -> list[Step]:
         ),
         *_each(measure_mean, [at_tokens, by_views(at_tokens, DEFAULT)], **bilinear),
         *_each(measure_views, _pictures(sizes, **bare)),
+        *_each(measure_windows, [sizes.windows]),
         *(
             step
             for case in (default, grid)
@@ -963,7 +964,6 @@ def _rest(sizes: Sizes) -> list[Step]:
         *_each(measure_mean, means, **bilinear),
         *_each(measure_streams, [default], **bilinear),
         *_each(measure_gradients, gradients, **bilinear),
-        *_each(measure_windows, [sizes.windows]),
         *_each(
             measure_mean, [replace(case, compiled=True) for case in (default, small)], **bilinear
         ),
