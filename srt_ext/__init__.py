@@ -27,13 +27,14 @@ __all__ = [
     "reference",
     "sample",
     "shift",
+    "spot",
     "views",
     "windows",
 ]
 
 if _unavailable is None:
     from . import _autograd as _autograd
-    from . import dlpack, reference, views
+    from . import dlpack, reference, spot, views
     from .ops import ensemble, ensemble_moments, sample, shift, windows
     from .polyphase import polyphase
     from .srt import SRT, LayerTokens, SRTMoments, SRTOutput, ViewTokens

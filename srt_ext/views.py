@@ -200,14 +200,24 @@ def sobol(n: int, radius: float, seed: int = 0) -> Views:
         torch.Size([8, 2])
     """
     n, radius = _check_views("sobol", n), _check_radius("sobol", radius)
-    seed = check_count("views.sobol", "seed", seed, 0)
-    if seed >= 2**63:
-        raise ValueError(f"views.sobol: seed must be < 2^63; got {seed}")
+    seed = check_seed("views.sobol", seed)
+    points = scrambled_sobol(n, seed)
+    return Views(((points - points.mean(0)) * 2 * radius).float())
+
+
+def check_seed(where: str, seed: object) -> int:
+    value = check_count(where, "seed", seed, 0)
+    if value >= 2**63:
+        raise wrong(ValueError, where, "seed must be < 2^63", value)
+    return value
+
+
+def scrambled_sobol(n: int, seed: int) -> torch.Tensor:
+    """[n, 2], float64, in 0 ... 1: the first points of a sequence."""
     engine = torch.quasirandom.SobolEngine(2, scramble=True, seed=seed)
     # The engine keeps its first point in torch's default dtype, which may overflow.
     first = engine.quasi.float() / 2**engine.MAXBIT
-    points = torch.cat([first[None].double(), engine.draw(n, dtype=torch.float64)[1:]])
-    return Views(((points - points.mean(0)) * 2 * radius).float())
+    return torch.cat([first[None].double(), engine.draw(n, dtype=torch.float64)[1:]])
 
 
 def ring(n: int, radius: float) -> Views:
