@@ -953,7 +953,7 @@ def test_info_tells_backends_and_whether_the_default_model_is_cached(fake_hub: H
 
 
 def test_help_lists_the_commands() -> None:
-    assert all(name in run("--help") for name in ("demo", "show", "features", "info"))
+    assert all(name in run("--help") for name in ("demo", "show", "features", "spot", "info"))
 
 
 @pytest.mark.slow

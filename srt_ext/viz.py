@@ -305,6 +305,38 @@ def draw(rows: Sequence[Sequence[Panel]], names: Sequence[str]) -> Figure:
     return figure
 
 
+def draw_windows(
+    pixels: np.ndarray,
+    centers: torch.Tensor,
+    patch: tuple[int, int],
+    path: torch.Tensor | None = None,
+) -> Figure:
+    """A figure of windows of ``patch`` pixels on an image.
+
+    pixels [H, W, 3] uint8; centers [n, 2] (y, x) in pixels; path [E, n, 2], where the windows were
+    before, or None.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    height, width = pixels.shape[:2]
+    figure = Figure(figsize=(8, 8 * height / width), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(pixels)
+    axes.set(xticks=[], yticks=[])
+    axes.autoscale(False)  # windows may reach beyond the image
+    axes.spines[:].set_visible(False)
+    # imshow has the centre of pixel i at i.
+    if path is not None:
+        for y, x in path.permute(1, 2, 0).cpu() - 0.5:
+            axes.plot(x, y, color="orange", linewidth=1.2)
+    for y, x in (centers.cpu() - torch.tensor(patch) / 2 - 0.5).tolist():
+        for color, line in (("black", 2.0), ("white", 1.0)):
+            place: Any = ((x, y), patch[1], patch[0])
+            axes.add_patch(Rectangle(*place, fill=False, edgecolor=color, linewidth=line))
+    return figure
+
+
 def render(figure: Figure) -> Any:
     """A frame of a video: an image of Pillow, 288 pixels a panel."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -1,8 +1,8 @@
-"""The command: ``srt-ext demo``, ``show``, ``features`` and ``info``."""
+"""The command: ``srt-ext demo``, ``show``, ``features``, ``spot`` and ``info``."""
 
 import typer
 
-from . import demo, features, info, show
+from . import demo, features, info, show, spot
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -11,5 +11,6 @@ app = typer.Typer(
 )
 app.command("show")(show.command)
 app.command("features")(features.command)
+app.command("spot")(spot.command)
 app.command("demo")(demo.command)
 app.command("info")(info.command)
