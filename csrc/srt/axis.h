@@ -9,6 +9,12 @@
 
 namespace srt {
 
+// std::floor, which is a call where the compiler may not use SSE4.1.
+SRT_HD inline double floor_of(double x) {
+  const double whole = static_cast<double>(static_cast<int64_t>(x));
+  return whole > x ? whole - 1 : whole;
+}
+
 struct Axis {
   int64_t tokens;  // h or w
   int64_t patch;   // pixels per token
@@ -27,7 +33,7 @@ struct Axis {
   // The whole tokens of an offset: at least -patch / 2 and less than patch / 2 pixels are left.
   SRT_HD double roll(double offset) const {
     const bool rolls = wraps() && std::fabs(offset) <= static_cast<double>(kMaxOffset);
-    return rolls ? std::floor(offset / static_cast<double>(patch) + 0.5) : 0;
+    return rolls ? floor_of(offset / static_cast<double>(patch) + 0.5) : 0;
   }
   // The token of place 0 on an axis that goes on beyond its ends: at most half of its length away,
   // so it may be negative.
@@ -68,7 +74,7 @@ SRT_HD inline PixelRead read_pixel(const Axis& axis, double offset, int64_t y) {
   const bool nearest = axis.upsample == Upsample::nearest;
   if (axis.wraps()) {
     const double p = static_cast<double>(y) + 0.5 + (offset - axis.roll(offset) * patch);
-    const double q = p / patch - (nearest ? 0 : 0.5), token = std::floor(q);
+    const double q = p / patch - (nearest ? 0 : 0.5), token = floor_of(q);
     return {true, static_cast<int32_t>(token) + 1, nearest ? 0 : q - token,
             nearest ? 0 : 1 / patch};
   }

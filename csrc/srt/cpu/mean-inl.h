@@ -84,10 +84,18 @@ bool sum_rows(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64_t t
       }
     }
     const int64_t* const token_x = plan.token_x + g * plan.places_x;
-    for (int64_t j = part.columns.begin; j < part.columns.end; ++j)
+    const int64_t row = plan.groups * plan.columns * plan.pass;
+    for (int64_t j = part.columns.begin; j < part.columns.end; ++j) {
+      Acc* const to = sums + (j - part.columns.begin) * plan.pass;
+      if (j - part.columns.begin >= plan.tokens_x) {  // a token at its second place
+        for (int y = 0; y < X; ++y)
+          std::memcpy(to + y * row, to + y * row - plan.tokens_x * plan.pass,
+                      static_cast<size_t>(plan.pass) * sizeof(Acc));
+        continue;
+      }
       store_sums<X, kExact>(part.tokens + token_x[j] * plan.token_strides[2], at, weights + first,
-                            pitch, count, part.n, sums + (j - part.columns.begin) * plan.pass,
-                            plan.groups * plan.columns * plan.pass, squares);
+                            pitch, count, part.n, to, row, squares);
+    }
   }
   return all_below(squares, kMaxSumOfSquares<Acc>);
 }

@@ -115,18 +115,48 @@ void windows_backward(const WindowsBackwardPlan& plan, int64_t begin, int64_t en
   }
 }
 
+// A row of an image at some columns of a window: the value, and the derivative along x.
+template <class Acc>
+struct RowPart {
+  Vec<Acc> value = {}, slope = {};
+};
+
 // Sums over the samples of one channel: of grad times the derivative along y and x, and of these
 // times the distance of the sample from the center.
-template <class Acc>
+template <class T, class Acc>
 struct PointSums {
-  Vec<Acc> value[2] = {}, moment[2] = {};
+  static constexpr int lanes = kLanes<Acc>;
+  const WindowAxis<Acc>&y, &x;
+  Acc middle_y, middle_x;
+  Vec<Acc> lane, value[2] = {}, moment[2] = {};
 
-  SRT_INLINE void add(Vec<Acc> along_y, Vec<Acc> along_x, Acc from_center_y,
-                      Vec<Acc> from_center_x) {
+  SRT_INLINE PointSums(const WindowAxis<Acc>& y, const WindowAxis<Acc>& x)
+      : y(y),
+        x(x),
+        middle_y(static_cast<Acc>(y.samples - 1) / 2),
+        middle_x(static_cast<Acc>(x.samples - 1) / 2) {
+    for (int k = 0; k < lanes; ++k) lane[k] = static_cast<Acc>(k);
+  }
+
+  // Samples (i, j) and on. `end`: of the gradient of the window.
+  SRT_INLINE void add(int64_t i, int64_t j, const RowPart<Acc>& upper, const RowPart<Acc>& lower,
+                      const T* grad, const T* end) {
+    const Acc above = y.weights[0][i], below = y.weights[1][i];
+    const Vec<Acc> given =
+        end - grad >= lanes ? load(grad) : load_part(grad, 1, least(x.samples - j, lanes));
+    Vec<Acc> along_y = given * (lower.value - upper.value);
+    Vec<Acc> along_x = above * upper.slope;
+    if (below != 0) along_x += below * lower.slope;
+    along_x *= given;
+    const Vec<Acc> column = lane + static_cast<Acc>(j);
+    if (j + lanes > x.samples) {  // what lies behind the row may be not finite
+      along_y = column < static_cast<Acc>(x.samples) ? along_y : Vec<Acc>{};
+      along_x = column < static_cast<Acc>(x.samples) ? along_x : Vec<Acc>{};
+    }
     value[0] += along_y;
     value[1] += along_x;
-    moment[0] += along_y * from_center_y;
-    moment[1] += along_x * from_center_x;
+    moment[0] += along_y * (static_cast<Acc>(i) - middle_y);
+    moment[1] += along_x * (column - middle_x);
   }
 };
 
@@ -140,37 +170,42 @@ SRT_INLINE double total(V v) {
 
 // Of one channel. `end`: of the gradient of the window.
 template <class T, class Acc>
-SRT_INLINE PointSums<Acc> point_sums(WindowLines<T, Acc, true>& rows,
-                                     const RowsAhead<T, Acc>& ahead, const T* grad, const T* end) {
-  constexpr int lanes = kLanes<Acc>;
+SRT_INLINE void sum_rows(WindowLines<T, Acc, true>& rows, const RowsAhead<T, Acc>& ahead,
+                         const T* grad, const T* end, PointSums<T, Acc>& sums) {
   const WindowAxis<Acc>&y = rows.y, &x = rows.x;
   const int64_t slope = rows.plan.length[1];
-  Vec<Acc> lane;
-  for (int k = 0; k < lanes; ++k) lane[k] = static_cast<Acc>(k);
-  const Acc middle_y = static_cast<Acc>(y.samples - 1) / 2;
-  const Acc middle_x = static_cast<Acc>(x.samples - 1) / 2;
-  PointSums<Acc> sums;
   for (int64_t i = 0; i < y.samples; ++i, grad += x.samples) {
     ahead.prefetch(i);
     const Acc *const upper = rows.line(0, i), *const lower = rows.line(1, i);
-    const Acc above = y.weights[0][i], below = y.weights[1][i];
-    for (int64_t j = 0; j < x.samples; j += lanes) {
-      const Vec<Acc> given = end - (grad + j) >= lanes
-                                 ? load(grad + j)
-                                 : load_part(grad + j, 1, least(x.samples - j, lanes));
-      Vec<Acc> along_y = given * (load(lower + j) - load(upper + j));
-      Vec<Acc> along_x = above * load(upper + slope + j);
-      if (below != 0) along_x += below * load(lower + slope + j);
-      along_x *= given;
-      const Vec<Acc> column = lane + static_cast<Acc>(j);
-      if (j + lanes > x.samples) {  // what lies behind the row may be not finite
-        along_y = column < static_cast<Acc>(x.samples) ? along_y : Vec<Acc>{};
-        along_x = column < static_cast<Acc>(x.samples) ? along_x : Vec<Acc>{};
-      }
-      sums.add(along_y, along_x, static_cast<Acc>(i) - middle_y, column - middle_x);
+    for (int64_t j = 0; j < x.samples; j += kLanes<Acc>)
+      sums.add(i, j, {load(upper + j), load(upper + slope + j)},
+               {load(lower + j), load(lower + slope + j)}, grad + j, end);
+  }
+}
+
+// The same as sample_run. `channel`: of the image.
+template <class T, class Acc>
+SRT_INLINE void sum_run(const WindowsPlan& plan, const RowsAhead<T, Acc>& ahead, const T* channel,
+                        const T* grad, const T* end, PointSums<T, Acc>& sums) {
+  const WindowAxis<Acc>&y = sums.y, &x = sums.x;
+  const Acc left = x.weights[0][0], right = x.weights[1][0];
+  for (int64_t j = 0; j < x.samples; j += kLanes<Acc>) {
+    const auto row = [&](int64_t r) -> RowPart<Acc> {
+      if (r < 0) return {};
+      const T* const from = channel + r * plan.image_strides[2] + x.run + j;
+      const Vec<Acc> first = load(from), second = load(from + 1);
+      return {right != 0 ? left * first + right * second : left * first, second - first};
+    };
+    RowPart<Acc> lower;
+    int64_t held = -1;
+    for (int64_t i = 0; i < y.samples; ++i) {
+      if (j == 0) ahead.prefetch(i);
+      const RowPart<Acc> upper = y.pixels[0][i] == held ? lower : row(y.pixels[0][i]);
+      held = y.pixels[1][i];
+      lower = row(held);
+      sums.add(i, j, upper, lower, grad + i * x.samples + j, end);
     }
   }
-  return sums;
 }
 
 template <class T>
@@ -185,13 +220,19 @@ void windows_points(const WindowsPointsPlan& plan, int64_t begin, int64_t end, v
     const T* const image =
         static_cast<const T*>(plan.image) + window / plan.count * plan.image_strides[0];
     const T* const grad = static_cast<const T*>(plan.out) + window * plan.channels * samples;
+    const T* const grad_end = grad + plan.channels * samples;
+    const bool run = reads_whole_vectors(plan, x);
     WindowLines<T, Acc, true> rows(plan, y, x, image, scratch);
     RowsAhead<T, Acc> ahead(plan, y, x, window, end);
     double value[2] = {}, moment[2] = {};
     for (int64_t c = 0; c < plan.channels; ++c, rows.next_channel()) {
       ahead.next_channel();
-      const PointSums<Acc> sums =
-          point_sums(rows, ahead, grad + c * samples, grad + plan.channels * samples);
+      PointSums<T, Acc> sums(y, x);
+      if (run) {
+        sum_run(plan, ahead, image + c * plan.image_strides[1], grad + c * samples, grad_end, sums);
+      } else {
+        sum_rows(rows, ahead, grad + c * samples, grad_end, sums);
+      }
       for (int axis = 0; axis < 2; ++axis) {
         value[axis] += total(sums.value[axis]);
         moment[axis] += total(sums.moment[axis]);
