@@ -342,6 +342,11 @@ void sample_channels(const WindowsPlan& plan, const WindowAxis<Acc>& y, const Wi
   }
 }
 
+// Whether vectors run along the channels of a pixel.
+SRT_INLINE bool has_dense_channels(const WindowsPlan& plan) {
+  return plan.image_strides[1] == 1 && plan.image_strides[3] != 1 && plan.channels >= 8;
+}
+
 // Whether vectors may read its rows directly, also behind the last sample.
 template <class Acc>
 SRT_INLINE bool reads_whole_vectors(const WindowsPlan& plan, const WindowAxis<Acc>& x) {
@@ -355,8 +360,7 @@ void windows(const WindowsPlan& plan, int64_t begin, int64_t end, void* memory) 
   using Acc = typename AccumulatorOf<T>::type;
   char* const scratch = static_cast<char*>(memory);
   const int64_t elements = plan.channels * plan.size[0] * plan.size[1];
-  const bool dense_channels =
-      plan.image_strides[1] == 1 && plan.image_strides[3] != 1 && plan.channels >= 8;
+  const bool dense_channels = has_dense_channels(plan);
   for (int64_t window = begin; window < end; ++window) {
     WindowAxis<Acc> y, x;
     fill_axis<false>(plan, 0, window, scratch, y);

@@ -208,6 +208,97 @@ SRT_INLINE void sum_run(const WindowsPlan& plan, const RowsAhead<T, Acc>& ahead,
   }
 }
 
+// The derivatives of one sample along y and x, times its gradient, summed over dense channels.
+// `grad`: of its channel 0, with `samples` elements to the next one.
+template <class T, class Acc>
+struct SampleSlopes {
+  static constexpr int lanes = kLanes<Acc>;
+  const T* pixels[2][2];  // null for a padded zero
+  Acc rows[2], columns[2];
+
+  SRT_INLINE SampleSlopes(const WindowsPlan& plan, const WindowAxis<Acc>& y,
+                          const WindowAxis<Acc>& x, const T* image, int64_t i, int64_t j) {
+    for (int k = 0; k < 2; ++k) {
+      rows[k] = y.weights[k][i];
+      columns[k] = x.weights[k][j];
+      for (int m = 0; m < 2; ++m) {
+        const int64_t row = y.pixels[k][i], column = x.pixels[m][j];
+        const bool exists = row >= 0 && column >= 0;
+        pixels[k][m] =
+            exists ? image + row * plan.image_strides[2] + column * plan.image_strides[3] : nullptr;
+      }
+    }
+  }
+
+  SRT_INLINE Vec<Acc> pixel(int k, int m, int64_t c, int64_t n) const {
+    if (pixels[k][m] == nullptr) return Vec<Acc>{};
+    return n >= lanes ? load(pixels[k][m] + c) : load_part(pixels[k][m] + c, 1, n);
+  }
+
+  SRT_INLINE void sum(const T* grad, int64_t samples, int64_t channels, double (&along)[2]) const {
+    Vec<Acc> sums[2] = {};
+    for (int64_t c = 0; c < channels; c += lanes) {
+      const int64_t n = least(channels - c, lanes);
+      const Vec<Acc> given = load_part(grad + c * samples, samples, n);
+      Vec<Acc> value[2][2];
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) value[k / 2][k % 2] = pixel(k / 2, k % 2, c, n);
+#pragma GCC unroll 2
+      for (int k = 0; k < 2; ++k) {  // a pixel of weight 0 may be not finite
+        if (columns[k] != 0) sums[0] += given * (columns[k] * (value[1][k] - value[0][k]));
+        if (rows[k] != 0) sums[1] += given * (rows[k] * (value[k][1] - value[k][0]));
+      }
+    }
+    for (int axis = 0; axis < 2; ++axis) along[axis] = total(sums[axis]);
+  }
+};
+
+// The sums of windows_points for a window of an image with dense channels.
+template <class T, class Acc>
+SRT_INLINE void sum_channels(const WindowsPlan& plan, const WindowAxis<Acc>& y,
+                             const WindowAxis<Acc>& x, const T* image, const T* grad,
+                             double (&value)[2], double (&moment)[2]) {
+  const int64_t samples[2] = {y.samples, x.samples};
+  for (int64_t i = 0; i < y.samples; ++i) {
+    for (int64_t j = 0; j < x.samples; ++j, ++grad) {
+      const int64_t at[2] = {i, j};
+      double along[2];
+      SampleSlopes<T, Acc>(plan, y, x, image, i, j)
+          .sum(grad, y.samples * x.samples, plan.channels, along);
+      for (int axis = 0; axis < 2; ++axis) {
+        const double middle = static_cast<double>(samples[axis] - 1) / 2;
+        value[axis] += along[axis];
+        moment[axis] += along[axis] * (static_cast<double>(at[axis]) - middle);
+      }
+    }
+  }
+}
+
+// The sums of windows_points, one channel after the other.
+template <class T, class Acc>
+SRT_INLINE void sum_planes(const WindowsPlan& plan, const WindowAxis<Acc>& y,
+                           const WindowAxis<Acc>& x, const T* image, const T* grad,
+                           RowsAhead<T, Acc>& ahead, char* scratch, double (&value)[2],
+                           double (&moment)[2]) {
+  const int64_t samples = y.samples * x.samples;
+  const T* const end = grad + plan.channels * samples;
+  const bool run = reads_whole_vectors(plan, x);
+  WindowLines<T, Acc, true> rows(plan, y, x, image, scratch);
+  for (int64_t c = 0; c < plan.channels; ++c, rows.next_channel(), grad += samples) {
+    ahead.next_channel();
+    PointSums<T, Acc> sums(y, x);
+    if (run) {
+      sum_run(plan, ahead, image + c * plan.image_strides[1], grad, end, sums);
+    } else {
+      sum_rows(rows, ahead, grad, end, sums);
+    }
+    for (int axis = 0; axis < 2; ++axis) {
+      value[axis] += total(sums.value[axis]);
+      moment[axis] += total(sums.moment[axis]);
+    }
+  }
+}
+
 template <class T>
 void windows_points(const WindowsPointsPlan& plan, int64_t begin, int64_t end, void* memory) {
   using Acc = typename AccumulatorOf<T>::type;
@@ -220,23 +311,12 @@ void windows_points(const WindowsPointsPlan& plan, int64_t begin, int64_t end, v
     const T* const image =
         static_cast<const T*>(plan.image) + window / plan.count * plan.image_strides[0];
     const T* const grad = static_cast<const T*>(plan.out) + window * plan.channels * samples;
-    const T* const grad_end = grad + plan.channels * samples;
-    const bool run = reads_whole_vectors(plan, x);
-    WindowLines<T, Acc, true> rows(plan, y, x, image, scratch);
     RowsAhead<T, Acc> ahead(plan, y, x, window, end);
     double value[2] = {}, moment[2] = {};
-    for (int64_t c = 0; c < plan.channels; ++c, rows.next_channel()) {
-      ahead.next_channel();
-      PointSums<T, Acc> sums(y, x);
-      if (run) {
-        sum_run(plan, ahead, image + c * plan.image_strides[1], grad + c * samples, grad_end, sums);
-      } else {
-        sum_rows(rows, ahead, grad + c * samples, grad_end, sums);
-      }
-      for (int axis = 0; axis < 2; ++axis) {
-        value[axis] += total(sums.value[axis]);
-        moment[axis] += total(sums.moment[axis]);
-      }
+    if (has_dense_channels(plan)) {
+      sum_channels(plan, y, x, image, grad, value, moment);
+    } else {
+      sum_planes(plan, y, x, image, grad, ahead, scratch, value, moment);
     }
     for (int axis = 0; axis < 2; ++axis) {
       plan.grad_centers[2 * window + axis] = value[axis];
