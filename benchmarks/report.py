@@ -23,7 +23,8 @@ FRESH, HUGE = "allocate + fill", "allocate + fill, huge pages"
 LIMITS = ("fill", "copy", FRESH, HUGE, "allocate + copy", "fill, sum", "sum")
 OUT = "ours, out="
 GEMMS = ("GEMM", "GEMM, compiled", "GEMM, tf32")
-OTHERS = (*GEMMS, "sliced loop", "slices", "slices, compiled", "grid_sample")
+SAMPLED = ("grid_sample", "grid_sample, contiguous")
+OTHERS = (*GEMMS, "sliced loop", "slices", "slices, compiled", *SAMPLED)
 PEERS = ("published", *OTHERS)
 
 
@@ -110,7 +111,7 @@ def readme(results: Row) -> str:
     for row in results["rows"]:
         if row["dtype"] != "float32" or not is_main(row, MAIN + DEFAULT):
             continue
-        if row["op"].startswith("Running"):
+        if row["op"].startswith(("Running", "circular")):
             continue
         if row["op"].startswith("gradient") and not is_main(row):
             continue  # in cpu.md
@@ -161,6 +162,24 @@ def table(rows: list[Row]) -> str:
                 number(ratio(repeated, median(row, "fill", graph=True))),
             ]
         lines.append(line)
+    return markdown(head, lines)
+
+
+def over_coverage(row: Row, form: str = "") -> float | None:
+    """Our time with the border circular divided by that with coverage; ``form``: ", out=" or ""."""
+    return ratio(median(row, f"ours{form}"), median(row, f"ours, coverage{form}"))
+
+
+def borders(rows: list[Row]) -> str:
+    head = ["op", "dtype", "shape", "coverage", "circular", "circular / coverage", "with `out=`"]
+    lines = [
+        [
+            *(row[key] for key in ("op", "dtype", "shape")),
+            *(milliseconds(median(row, name)) for name in ("ours, coverage", "ours")),
+            *(number(over_coverage(row, form)) for form in ("", ", out=")),
+        ]
+        for row in rows
+    ]
     return markdown(head, lines)
 
 
@@ -215,6 +234,20 @@ class Target:
         if self.measured is None:
             return None
         return self.measured <= self.bound if self.at_most else self.measured >= self.bound
+
+
+def circular_targets(results: Row) -> list[Target]:
+    """Of each op the shape with the largest ratio, with ``out=`` where that was read."""
+    worst: dict[str, tuple[float, str]] = {}
+    for row in results["rows"]:
+        measured = over_coverage(row, ", out=") or over_coverage(row)
+        if row["op"].startswith("circular") and measured is not None:
+            found = (measured, row["shape"])
+            worst[row["op"]] = max(worst.get(row["op"], found), found)
+    return [
+        Target(f"{op}, the worst shape, {shape}: circular / coverage", measured, 1.2)
+        for op, (measured, shape) in worst.items()
+    ]
 
 
 def cpu_targets(results: Row) -> list[Target]:
@@ -283,6 +316,7 @@ def cpu_targets(results: Row) -> list[Target]:
         for name, bound in zip(("published", "grid_sample"), bounds, strict=True):
             if bound is not None:
                 add(f"{op}: {name} / ours", median(row, name), median(row, "ours"), bound, False)
+    targets += circular_targets(results)
     for op in ("mean", "median", "moments"):
         for up in ("bilinear", "nearest"):
             full = find(results, f"{op}, {up}")
@@ -351,6 +385,7 @@ def cuda_targets(results: Row) -> list[Target]:
             at_most=False,
         )
     add(f"mean, {default}: published / ours", (mean, "float32", default), published, 100, False)
+    targets += circular_targets(results)
     for row in results["end_to_end"]:
         if "small" in row["model"]:
             text = f"{row['model']}, {row['views']} views: shift + ensemble, % of SRT"
@@ -392,13 +427,16 @@ def tables(results: Row) -> str:
         "Mean": ("mean",),
         "Shift": ("shift",),
         "Windows": ("windows",),
+        "Points of a field": ("sample",),
         "Median, moments, streams": ("median", "moments", "Running"),
         "Gradients": ("gradient",),
+        "Circular border": ("circular",),
     }
     for title, ops in sections.items():
         chosen = [row for row in rows if row["op"].startswith(ops)]
         if chosen:
-            parts += [f"## {title}", table(chosen)]
+            made = borders(chosen) if title == "Circular border" else table(chosen)
+            parts += [f"## {title}", made]
     if results["end_to_end"]:
         parts += ["## SRT around a model", end_to_end(results)]
     if results["memory"]:
@@ -439,7 +477,7 @@ def plot_peers(results: Row, path: Path) -> None:
     from matplotlib import pyplot
 
     rows = [r for r in results["rows"] if is_main(r) and r["dtype"] == "float32"]
-    rows = [r for r in rows if not r["op"].startswith("Running")]
+    rows = [r for r in rows if not r["op"].startswith(("Running", "circular"))]
     names = ("ours", OUT, "fill", FRESH, *PEERS)
     colours = {n: pyplot.get_cmap("tab20")(i) for i, n in enumerate(names)}
     figure, axes = pyplot.subplots(2, 3, figsize=(12, 6), layout="constrained")

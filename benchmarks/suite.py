@@ -54,6 +54,7 @@ SLOW, FEW = 0.5e6, 3  # what takes more microseconds is read so often only
 ONCE = 5e6  # what takes more is read once: when it is checked
 IN_A_GRAPH = 50
 CROP = 8  # channels that are compared with the oracle
+CHECKED = 500  # points whose gradients are
 LARGEST_STACK = 2**33  # bytes of all views at pixel scale
 SMALL_RESULT = 2**26  # bytes of views, which are then also read as a graph
 COMPILE_UNTIL, SLOW_UNTIL = 0.5, 0.7  # of the time there is: what is slow is left out after it
@@ -393,6 +394,27 @@ class Places:
         return (where * room + self.patch / 2 + 2).to(device)
 
 
+@dataclass(frozen=True)
+class Points:
+    """A call of sample: so many points of a field, a cell or more from its edges."""
+
+    cells: Pair
+    channels: int
+    count: int
+    stride: Pair
+
+    def text(self) -> str:
+        height, width = self.cells
+        shape = f"1x{self.channels}x{height}x{width}"
+        return f"{shape} N={self.count} stride {self.stride[0]}"
+
+    def points(self, device: torch.device) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        where = torch.rand(1, self.count, 2, generator=generator)
+        room = torch.tensor(self.cells) - 2
+        return ((where * room + 1) * torch.tensor(self.stride)).to(device)
+
+
 def limits(bench: Bench, out: torch.Tensor) -> dict[str, Callable[[], Peer]]:
     """What it costs to write, or to copy, a result like ``out``: warm, and newly allocated."""
     source = torch.rand_like(out)  # with its strides
@@ -418,6 +440,15 @@ def on_the_cpu(bench: Bench, call: Call, peer: Callable[..., Peer]) -> dict[str,
         name: within(partial(kernels, name), call) for name in sets[:-1]
     }
     return {f"ours, out=, {name}": partial(peer, run) for name, run in calls.items()}
+
+
+def backward(call: Callable[[torch.Tensor], Any], of: torch.Tensor, by: torch.Tensor) -> Call:
+    """The gradient of ``of``. The forward runs once, here."""
+    of = of.detach().requires_grad_()
+    result = call(of)
+    results = (result,) if isinstance(result, torch.Tensor) else result
+    grads = [by] * len(results)
+    return lambda: torch.autograd.grad(results, of, grads, retain_graph=True)[0]
 
 
 class Sample:
@@ -446,6 +477,32 @@ class Sample:
 
     def crop(self, result: torch.Tensor) -> torch.Tensor:
         return result[:, self.picked]
+
+    def moments(self, **modes: Any) -> Peer:
+        call = partial(srt_ext.ensemble_moments, **self.modes, **modes)
+        exact = partial(reference.ensemble_moments, **self.modes, **modes)
+        with torch.device(self.device):
+            truth = torch.stack(exact(self.tokens[..., self.picked], *self.place))
+
+        def crop(result: Any) -> torch.Tensor:
+            return torch.stack([self.crop(moment) for moment in result])
+
+        return Peer(partial(call, self.tokens, *self.place), truth, crop)
+
+    def gradient(self, function: str, grad: torch.Tensor, **modes: Any) -> Peer:
+        picked = self.picked[:1]  # the oracle's graph keeps maps of pixels for every view
+        forward, exact = (
+            partial(getattr(module, function), **self.modes, **modes)
+            for module in (srt_ext, reference)
+        )
+        with torch.device(self.device):
+            truth = backward(
+                lambda t: exact(t, *self.place),
+                self.tokens[..., picked].double(),
+                grad[:, picked].double(),
+            )()
+        call = backward(lambda t: forward(t, *self.place), self.tokens, grad)
+        return Peer(call, truth, lambda result: result[..., picked])
 
     def about(self, op: str) -> dict[str, Any]:
         row = {"op": f"{op}, {self.upsample}", "shape": self.case.text(), **self.case.numbers()}
@@ -565,17 +622,8 @@ def measure_median(bench: Bench, case: Field, dtype: torch.dtype, upsample: str)
 
 def measure_moments(bench: Bench, case: Field, dtype: torch.dtype, upsample: str) -> None:
     sample = Sample(case, dtype, upsample, bench.clock.device)
-    call = partial(srt_ext.ensemble_moments, sample.tokens, *sample.place, **sample.modes)
-    with torch.device(sample.device):
-        truth = reference.ensemble_moments(
-            sample.tokens[..., sample.picked], *sample.place, **sample.modes
-        )
-
-    def crop(result: Any) -> torch.Tensor:
-        return torch.stack([sample.crop(moment) for moment in result])
-
     two = torch.empty(2, *sample.out.shape, dtype=dtype, device=sample.device)
-    peers: dict[str, Callable[[], Peer]] = {"ours": lambda: Peer(call, torch.stack(truth), crop)}
+    peers: dict[str, Callable[[], Peer]] = {"ours": sample.moments}
     bench.row(sample.about("moments"), peers | limits(bench, two), case.small, dtype)
 
 
@@ -622,47 +670,50 @@ def _measure_gradients(
     sample = Sample(case, dtype, upsample, bench.clock.device)
     tokens, place, modes = sample.tokens, sample.place, sample.modes
     grad = torch.randn_like(sample.out)
-    picked = sample.picked[:1]  # the oracle's graph keeps maps of pixels for every view
-
-    def gradient(call: Callable[[torch.Tensor], Any], of: torch.Tensor, by: torch.Tensor) -> Call:
-        """The forward runs once, here."""
-        of = of.detach().requires_grad_()
-        result = call(of)
-        results = (result,) if isinstance(result, torch.Tensor) else result
-        grads = [by] * len(results)
-        return lambda: torch.autograd.grad(results, of, grads, retain_graph=True)[0]
 
     def gemm() -> Peer:
         function, tables = separable_ensemble(*place, case.stride, upsample, "coverage", tokens)
-        same = gradient(lambda t: srt_ext.ensemble(t, *place, **modes), tokens, grad)
-        return Peer(gradient(lambda t: function(t, *tables), tokens, grad), same=same)
+        same = backward(lambda t: srt_ext.ensemble(t, *place, **modes), tokens, grad)
+        return Peer(backward(lambda t: function(t, *tables), tokens, grad), same=same)
 
     for op in ops:
         if op == "median" and torch.finfo(dtype).bits == 16:
             continue  # of views that are alike each may be the median: it cannot be compared
         kind = {} if op == "moments" else {"reduce": op}
-        function = getattr(srt_ext, "ensemble_moments" if op == "moments" else "ensemble")
-        forward = partial(function, **modes, **kind)
-        exact = partial(getattr(reference, function.__name__), **modes, **kind)
-
-        def ours(forward: Any = forward, exact: Any = exact) -> Peer:
-            with torch.device(sample.device):
-                truth = gradient(
-                    lambda t: exact(t, *place),
-                    tokens[..., picked].double(),
-                    grad[:, picked].double(),
-                )()
-            call = gradient(lambda t: forward(t, *place), tokens, grad)
-            return Peer(call, truth, lambda result: result[..., picked])
-
+        function = "ensemble_moments" if op == "moments" else "ensemble"
+        forward = partial(getattr(srt_ext, function), tokens, *place, **modes, **kind)
         peers: dict[str, Callable[[], Peer]] = {
-            "ours": ours,
-            "ours, forward": lambda forward=forward: Peer(lambda: forward(tokens, *place)),
+            "ours": partial(sample.gradient, function, grad, **kind),
+            "ours, forward": partial(Peer, forward),
             "read the gradient": lambda: Peer(grad.sum),
         }
         if op == "mean" and case.loops:
             peers["GEMM"] = gemm
         bench.row(sample.about(f"gradient of {op}"), peers, False, dtype)
+
+
+def measure_circular(bench: Bench, case: Field, dtype: torch.dtype, upsample: str, op: str) -> None:
+    """The same call with both borders."""
+    sample = Sample(case, dtype, upsample, bench.clock.device)
+    grad = torch.randn_like(sample.out)
+
+    def ours(border: str, out: torch.Tensor | None = None) -> Peer:
+        if op == "moments":
+            return sample.moments(border=border)
+        if op == "gradient of mean":
+            return sample.gradient("ensemble", grad, border=border)
+        modes = {**sample.modes, "reduce": op, "border": border, "out": out}
+        call = partial(srt_ext.ensemble, sample.tokens, *sample.place, **modes)
+        return Peer(call, sample.truth(reduce=op, border=border), sample.crop, into=out)
+
+    peers: dict[str, Callable[[], Peer]] = {
+        "ours": partial(ours, "circular"),
+        "ours, coverage": partial(ours, "coverage"),
+    }
+    if op in ("mean", "median"):
+        peers["ours, out="] = partial(ours, "circular", sample.out)
+        peers["ours, coverage, out="] = partial(ours, "coverage", sample.out)
+    bench.row(sample.about(f"circular {op}"), peers, False, dtype)
 
 
 def measure_views(bench: Bench, case: Views, dtype: torch.dtype) -> None:
@@ -778,6 +829,80 @@ def measure_windows(bench: Bench, case: Places, dtype: torch.dtype) -> None:
     bench.row({"op": "windows and gradient of centers", **about}, both, False, dtype)
 
 
+class FieldPoints:
+    """A call of sample, and the same of grid_sample and of the oracle."""
+
+    def __init__(self, case: Points, dtype: torch.dtype, device: torch.device) -> None:
+        torch.manual_seed(0)
+        field = torch.randn(1, case.channels, *case.cells, device=device).to(dtype)
+        self.field = field.contiguous(memory_format=torch.channels_last)
+        self.fields = {"grid_sample": self.field, "grid_sample, contiguous": field}
+        self.points = case.points(device)
+        self.out = torch.empty(1, case.count, case.channels, dtype=dtype, device=device)
+        self.ours = partial(srt_ext.sample, stride=case.stride)
+        self.case = case
+        self.stride = torch.tensor(case.stride, device=device)
+        self.picked = torch.linspace(0, case.channels - 1, min(CROP, case.channels)).long()
+
+    def exact(self, field: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+        with torch.device(field.device):
+            return reference.windows(field, points.double() / self.stride, (1, 1)).flatten(2)
+
+    def sampled(self, field: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+        places = window_places(points / self.stride, 1, self.case.cells).to(field)
+        return sampled_windows(field, places).flatten(2)
+
+    def about(self, op: str) -> dict[str, Any]:
+        row = {"op": op, "shape": self.case.text(), "views": self.case.count}
+        return row | {"output_bytes": self.out.nbytes, "input_bytes": self.field.nbytes}
+
+
+def measure_sample(bench: Bench, case: Points, dtype: torch.dtype) -> None:
+    sample = FieldPoints(case, dtype, bench.clock.device)
+    field, points, picked = sample.field, sample.points, sample.picked
+    truth = sample.exact(field[:, picked], points)
+    places = window_places(points / sample.stride, 1, case.cells).to(dtype)
+    checked = partial(Peer, truth=truth, crop=lambda result: result[..., picked])
+    peers: dict[str, Callable[[], Peer]] = {
+        "ours": partial(checked, partial(sample.ours, field, points)),
+        **limits(bench, sample.out),
+    }
+    for name, of in sample.fields.items():
+        call = partial(sampled_windows, of, places)
+        peers[name] = lambda call=call: checked(lambda: call().flatten(2))
+    bench.row(sample.about("sample"), peers, sample.out.nbytes < SMALL_RESULT, dtype)
+
+
+def measure_sample_gradients(bench: Bench, case: Points, dtype: torch.dtype) -> None:
+    """Of the points, checked at the first of them; of the field, checked in some channels."""
+    sample = FieldPoints(case, dtype, bench.clock.device)
+    field, points, picked = sample.field, sample.points, sample.picked
+    grad = torch.randn_like(sample.out)
+    first = slice(CHECKED)
+    exact = partial(sample.exact, field)
+    of_points = backward(exact, points[:, first], grad[:, first].double())()
+    exact = partial(sample.exact, points=points)
+    of_field = backward(exact, field[:, picked].double(), grad[..., picked].double())()
+
+    def to_points(function: Callable[..., torch.Tensor], of: torch.Tensor) -> Call:
+        return backward(partial(function, of), points, grad)
+
+    def to_field(function: Callable[..., torch.Tensor], of: torch.Tensor) -> Peer:
+        call = backward(partial(function, points=points), of, grad)
+        return Peer(call, of_field, lambda result: result[:, picked])
+
+    points_peers: dict[str, Callable[[], Peer]] = {
+        "ours": lambda: Peer(to_points(sample.ours, field), of_points, lambda g: g[:, first])
+    }
+    field_peers: dict[str, Callable[[], Peer]] = {"ours": partial(to_field, sample.ours, field)}
+    for name, of in sample.fields.items():
+        # Not compared: beside the centre of a cell its slopes are others, for float32 positions.
+        points_peers[name] = lambda of=of: Peer(to_points(sample.sampled, of))
+        field_peers[name] = partial(to_field, sample.sampled, of)
+    bench.row(sample.about("sample, gradient of points"), points_peers, False, dtype)
+    bench.row(sample.about("sample, gradient of field"), field_peers, False, dtype)
+
+
 def ceilings(clock: Clock, size: int, rounds: int) -> dict[str, Any]:
     """TB/s of writing, and of reading and writing, ``size`` bytes."""
     source = torch.randn(size // 4, device=clock.device)
@@ -800,6 +925,8 @@ Step = partial[None]  # of a Bench
 UPSAMPLES = ("bilinear", "nearest")
 VALUES = (measure_median, measure_moments, measure_streams)
 WINDOWS = Places(32, (224, 224), 25, 16)
+POINTS = Points((120, 212), 384, 20_000, (4, 4))
+CIRCULAR = ("mean", "median", "moments", "gradient of mean")
 TOKENS, SMALL = (14, 14), (16, 16)  # 224 x 224 in patches of 16
 DAVIS, LARGE = (30, 53), (37, 37)  # 480 x 848; 518 x 518 in patches of 14, as of DINOv2
 
@@ -825,7 +952,7 @@ def title(step: Step) -> str:
     def word(value: Any) -> str:
         if isinstance(value, torch.dtype):
             return name_of(value)
-        return str(value.text() if isinstance(value, (Field, Views, Places)) else value)
+        return str(value.text() if isinstance(value, (Field, Views, Places, Points)) else value)
 
     return ", ".join([step.func.__name__, *map(word, step.keywords.values())])
 
@@ -849,13 +976,24 @@ def _steps(
 
 def _each(
     function: Callable[..., None],
-    cases: Iterable[Field | Views | Places],
+    cases: Iterable[Field | Views | Places | Points],
     dtypes: Iterable[torch.dtype] = (torch.bfloat16, torch.float32),
     **modes: str,
 ) -> list[Step]:
     """One case after the other, each in all dtypes."""
     return [
         partial(function, case=case, dtype=dtype, **modes) for case in cases for dtype in dtypes
+    ]
+
+
+def _circular(cases: Iterable[Field], ops: Iterable[str] = CIRCULAR) -> list[Step]:
+    """Float32, the borders in turn."""
+    return [
+        step
+        for op in ops
+        for case in cases
+        for upsample in UPSAMPLES
+        for step in _each(measure_circular, [case], (torch.float32,), upsample=upsample, op=op)
     ]
 
 
@@ -876,6 +1014,7 @@ class Sizes(NamedTuple):
     large: Field
     stride: Pair  # a cell of several pixels
     windows: Places
+    points: Points
 
 
 REAL = Sizes(
@@ -884,6 +1023,7 @@ REAL = Sizes(
     Field("", LARGE, (14, 14), 1024),
     (4, 4),
     WINDOWS,
+    POINTS,
 )
 TINY = Sizes(
     Field("", (3, 4), (4, 4), 16),
@@ -891,6 +1031,7 @@ TINY = Sizes(
     Field("", (5, 5), (3, 3), 24),
     (2, 2),
     Places(2, (12, 16), 3, 4),
+    Points((8, 10), 16, 5, (2, 2)),
 )
 
 
@@ -980,6 +1121,10 @@ def _rest(sizes: Sizes) -> list[Step]:
         *_each(measure_streams, [small], **nearest),
         *_each(measure_gradients, [small], **nearest),
         *_each(measure_recomputed_gradients, [small_default], (torch.float32,), **bilinear),
+        *_each(measure_sample, [sizes.points]),
+        *_each(measure_sample_gradients, [sizes.points]),
+        *_circular([default, small]),
+        *_circular([replace(default, stride=sizes.stride)], ["mean"]),
     ]
 
 
@@ -992,11 +1137,16 @@ def _main() -> list[Step]:
         Views(1, (224, 224), default.offsets, DEFAULT),
     ]
     functions = (measure_mean, measure_median, measure_moments, measure_gradients)
+    four = by_views(case, "best:4")
     return [
         *_steps([case], views, torch.float32, functions),
         *_steps([default], [], torch.float32, functions),
-        *_steps([by_views(case, "best:4")], [], torch.float32, [measure_mean]),
-        partial(measure_windows, case=WINDOWS, dtype=torch.float32),
+        *_steps([four], [], torch.float32, [measure_mean]),
+        *_each(measure_windows, [WINDOWS], (torch.float32,)),
+        *_each(measure_sample, [POINTS], (torch.float32,)),
+        *_each(measure_sample_gradients, [POINTS], (torch.float32,)),
+        *_circular([case, default]),
+        *_circular([four, *(replace(c, stride=(4, 4)) for c in (case, default, four))], ["mean"]),
     ]
 
 
@@ -1059,4 +1209,12 @@ def _on_cpu() -> list[Step]:
         ),
         *_steps(shapes, views, torch.float32, [measure_mean]),
         *_steps([davis, by_views(davis, DEFAULT)], [], torch.float32, VALUES),
+        *_circular(
+            [
+                replace(case, stride=stride)
+                for case in (davis, by_views(davis, DEFAULT), by_views(davis, "best:4"))
+                for stride in ((1, 1), (4, 4))
+            ],
+            ["mean"],
+        ),
     ]
