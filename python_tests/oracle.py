@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from backends import Backend, Ops, Place
@@ -165,21 +165,35 @@ def check(kernel: str, case: Case, values: torch.Tensor, result: torch.Tensor) -
     assert_within_rounding(result, truth(kernel, case, values), bound_of(kernel, case, values))
 
 
-@lru_cache(128)  # the same for every backend
-def _expected(kernel: str, case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """The oracle's result, the bound, and the result of the oracle's code in float32."""
+# What the oracle says of a fixed sample is computed once for all backends.
+once = lru_cache(128)
+
+
+@once
+def _expected(kernel: str, case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The oracle's result and the bound, for ``values_of`` the case."""
     values = values_of(kernel, case, dtype)
-    exact, same = (truth(kernel, case, values, t) for t in (torch.float64, torch.float32))
-    return exact, bound_of(kernel, case, values), same.to(dtype)
+    return truth(kernel, case, values), bound_of(kernel, case, values)
+
+
+@once
+def _in_float32(kernel: str, case: Case, dtype: torch.dtype) -> torch.Tensor:
+    """The result of the oracle's code in float32."""
+    return truth(kernel, case, values_of(kernel, case, dtype), torch.float32).to(dtype)
+
+
+def check_rounding(kernel: str, case: Case, dtype: torch.dtype, result: torch.Tensor) -> None:
+    """By forward error bounds; ``result`` is that of ``values_of`` the case."""
+    assert result.dtype == dtype
+    assert_within_rounding(result, *_expected(kernel, case, dtype))
 
 
 def check_result(kernel: str, case: Case, dtype: torch.dtype, result: torch.Tensor) -> None:
     """Of a fixed sample, ``values_of`` it: by the oracle's own error, too."""
-    exact, bound, same = _expected(kernel, case, dtype)
-    assert result.dtype == dtype
-    assert_within_rounding(result, exact, bound)
+    check_rounding(kernel, case, dtype, result)
     if dtype in (torch.float64, torch.uint8):
         return
+    exact, same = _expected(kernel, case, dtype)[0], _in_float32(kernel, case, dtype)
     fields = (
         zip(result, exact, same, strict=True) if kernel == "moments" else [(result, exact, same)]
     )
@@ -194,25 +208,52 @@ def check_sample(
     check_result(kernel, case, dtype, result)
 
 
-def check_containment(kernel: str, backend: Backend, case: Case, values: torch.Tensor) -> None:
+class Spoilt(NamedTuple):
+    """Values that are not all finite, and what the oracle says of them."""
+
+    values: torch.Tensor
+    expected: torch.Tensor
+    clean: torch.Tensor  # values with 0 in place of what is not finite
+    of_clean: tuple[torch.Tensor, ...]  # for the mean: the oracle's result and the bound
+
+    @classmethod
+    def of(cls, kernel: str, case: Case, values: torch.Tensor) -> Spoilt:
+        clean = torch.where(values.isfinite(), values, 0)
+        of_clean = (truth, bound_of) if kernel == "mean" else ()
+        parts = (function(kernel, case, clean) for function in of_clean)
+        return cls(values, truth(kernel, case, values), clean, tuple(parts))
+
+
+@once
+def _poisoned(kernel: str, case: Case, dtype: torch.dtype, seed: int) -> Spoilt:
+    return Spoilt.of(kernel, case, poisoned(kernel, case, dtype, seed))
+
+
+def check_containment(
+    kernel: str, backend: Backend, case: Case, dtype: torch.dtype, seed: int = 1
+) -> None:
+    """Of values that are ``poisoned``."""
+    check_contained(kernel, backend, case, _poisoned(kernel, case, dtype, seed))
+
+
+def check_contained(kernel: str, backend: Backend, case: Case, spoilt: Spoilt) -> None:
     """A non-finite value reaches the outputs that read it, and changes no others.
 
     Near it a mean is summed in another order where it was a walk, on CUDA at every stride: the
     others are right there, but not the same bits.
     """
-    result, expected = run(backend, kernel, case, values), truth(kernel, case, values)
-    reached = ~expected.isfinite()
+    values, expected, clean, of_clean = spoilt
+    result, reached = run(backend, kernel, case, values), ~expected.isfinite()
     assert torch.equal(~result.isfinite(), reached)
     if kernel in ("median", "moments"):
         # An infinite value that is not the median leaves no trace. A variance may be Inf or NaN.
         first = 0 if kernel == "moments" else ...
         assert torch.equal(result[first].isinf(), expected[first].isinf())
         return
-    clean = torch.where(values.isfinite(), values, 0)
     on_cpu = isinstance(backend, Ops) and backend.device == "cpu"
     if kernel == "mean" and not (on_cpu and min(case.stride) > 1):
-        known = truth("mean", case, clean).to(result.dtype)
-        check("mean", case, clean, torch.where(reached, known, result))
+        known = torch.where(reached, of_clean[0].to(result.dtype), result)
+        assert_within_rounding(known, *of_clean)
     else:
         backend.assert_same(result[~reached], run(backend, kernel, case, clean)[~reached])
 

@@ -35,7 +35,7 @@ from backends import (
 )
 from oracle import KERNELS, check_containment, check_sample
 from process import run_python
-from samples import DTYPES, ENSEMBLES, REDUCES, SHIFTS, WINDOWS, each_reduce, poison, random_views
+from samples import DTYPES, ENSEMBLES, REDUCES, SHIFTS, WINDOWS, each_reduce, random_views
 
 ALL_DTYPES = (*DTYPES, torch.uint8)
 Call = Callable[[], torch.Tensor]
@@ -54,7 +54,7 @@ def cuda() -> Iterator[CudaOnHost]:
 def check_mean(cuda: CudaOnHost) -> None:
     case = replace(ENSEMBLES["real"], channels=40)
     check_sample("mean", cuda, case, torch.float32)
-    check_containment("mean", cuda, case, poison(case.tokens(), 1))
+    check_containment("mean", cuda, case, torch.float32)
 
 
 def check_shift(cuda: CudaOnHost) -> None:

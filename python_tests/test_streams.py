@@ -114,7 +114,7 @@ def still(views: int) -> torch.Tensor:
 # ---- the kernels --------------------------------------------------------------------------------
 
 
-@lru_cache(32)  # the same for every backend
+@lru_cache(64)  # the same for every backend; the samples in all dtypes
 def expected_state(
     case: Ensemble, dtype: torch.dtype, joins: int
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
