@@ -20,9 +20,10 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from ctypes import (
     CFUNCTYPE,
     POINTER,
@@ -644,6 +645,17 @@ def objects() -> dict[str, Path]:
             list(pool.map(lambda source: compiled(source, built[source.name], flag), sources))
             (folder / "done").touch()
     return built
+
+
+def compile_in_background() -> None:
+    """So that the first tests need not wait for the compiler."""
+
+    def compile_() -> None:
+        # Whoever needs the objects compiles them again, and sees why it cannot be done.
+        with suppress(pytest.skip.Exception, subprocess.CalledProcessError):
+            objects()
+
+    threading.Thread(target=compile_).start()
 
 
 @functools.cache

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from collections import defaultdict
@@ -57,6 +58,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         cuda = [item for item in items if item.get_closest_marker("cuda")]
         items[:] = [item for item in items if not item.get_closest_marker("cuda")]
         config.hook.pytest_deselected(items=cuda)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    # Modules, items and models live long: the garbage collector would search them all the time.
+    gc.freeze()
+    gc.set_threshold(10_000)
+    if session.config.option.collectonly:
+        return
+    if any(item.get_closest_marker("interp") for item in session.items):
+        backends.compile_in_background()
 
 
 # Beside the checkout, on machines that have it.
