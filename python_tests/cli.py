@@ -43,7 +43,12 @@ def small_weights(seed: int = 0) -> Path:
     return path
 
 
+@functools.cache
+def _photo() -> np.ndarray:
+    return data.chelsea()
+
+
 def crops(count: int, size: tuple[int, int] = (48, 64)) -> list[np.ndarray]:
     """Different parts of a photograph."""
-    photo = data.chelsea()
+    photo = _photo()
     return [photo[40 * i : 40 * i + size[0], 60 * i : 60 * i + size[1]] for i in range(count)]

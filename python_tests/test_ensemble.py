@@ -248,7 +248,7 @@ def test_a_channel_that_is_nan_changes_no_bit_of_others(cpu_kernels: str) -> Non
 def test_a_large_result_may_lie_anywhere(dtype: torch.dtype, cpu_kernels: str) -> None:
     """It is written around the cache where it is aligned: at least 32 MB."""
     channels = 960 // dtype.itemsize
-    case = Ensemble((14, 10), (16, 16), ((0.0, 0.0), (3.0, -5.5)), channels=channels, batch=1)
+    case = Ensemble((2, 10), (16, 16), ((0.0, 0.0), (3.0, -5.5)), channels=channels, batch=7)
     tokens = case.tokens().to(dtype)
     field = Ops("cpu").ensemble(case, tokens)
     assert field.data_ptr() % 64 == 0
