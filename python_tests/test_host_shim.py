@@ -246,6 +246,17 @@ def test_nothing_to_sample(
             assert not result.elements.any()
 
 
+def test_too_many_lines_are_refused_before_memory_is_taken(cuda: CudaOnHost) -> None:
+    """By the size of the workspace, which is all that is asked for here."""
+    args = WindowsArgs(batch=2**10, channels=1, height=5, width=6, count=2**16)
+    none, size = Values(None, "host"), c_int64(-1)
+    for rows, error in ((8, None), (9, b"at most 2^29; got 603979776")):
+        args.size[:] = rows, 1
+        given = (byref(args), byref(none.struct), byref(none.struct), None, byref(size))
+        message = cuda.library.windows_backward_image(None, *given)
+        assert (message is None) if error is None else (error in message)
+
+
 # ---- memory -------------------------------------------------------------------------------------
 
 

@@ -170,6 +170,14 @@ def test_errors_of_fake_kernels() -> None:
             srt.ensemble.out(tokens, offsets, [2, 3], [4, 5], out=torch.ones(1, 3, 8, 8))
         with pytest.raises(ValueError, match=r"image must have 4 dimensions, .*; got \[2, 2\]"):
             srt.shift(torch.ones(2, 2), offsets)
+        image, centers, scale = torch.ones(1, 3, 5, 6), torch.ones(1, 4, 2), torch.ones(1, 2)
+        for size in ((2, 4, 2), (1, 4, 3), (1, 2)):
+            with pytest.raises(ValueError, match=r"centers must be \[B, N, 2\] with B = 1; got"):
+                srt.windows(image, torch.ones(size), [2, 2])
+        with pytest.raises(
+            ValueError, match=r"scale must be \[2\] or .*, \[1, 4, 2\]; got \[1, 2\]"
+        ):
+            srt.windows(image, centers, [2, 2], scale)
 
 
 @pytest.mark.parametrize("kind", ["fake", "meta"])

@@ -177,4 +177,5 @@ def test_the_teacher_of_phreg() -> None:
         **modes,
     )
     field, _ = srt((image - fill)[None])
+    # The teacher sums the same tokens in another order, in float32.
     torch.testing.assert_close(field[0], expected.float(), rtol=1e-5, atol=1e-5)

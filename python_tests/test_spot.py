@@ -337,6 +337,7 @@ def test_the_gradient_with_respect_to_the_positions() -> None:
     def total(at: torch.Tensor) -> torch.Tensor:
         return vit(images, at).sin().sum()
 
+    # The total curves along a step of 1e-4, which the tolerance allows for.
     assert torch.autograd.gradcheck(total, centers.requires_grad_(), eps=1e-4, atol=1e-4)
 
 
@@ -457,7 +458,7 @@ def test_search_is_reproducible_and_pictures_are_independent() -> None:
     assert torch.equal(one.loss, two.loss)
     assert not torch.equal(one.centers, other.centers)
     assert one.path is None
-    with torch.no_grad():  # which search does not heed
+    with torch.no_grad():  # search enables gradients itself
         alone = spot.search(model, images[2:3], labels[2:3], seed=1, **settings)
     torch.testing.assert_close(alone.loss[:, 0], one.loss[:, 2], rtol=1e-3, atol=1e-4)
 

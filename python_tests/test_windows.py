@@ -228,9 +228,10 @@ def test_the_published_sampler() -> None:
     assert whole.any()
     grad = data["grad_features"][:, :, :channels].double()
     of_image, of_mu = torch.autograd.grad(result, (image, mu), grad)
-    expected = data["grad_mu_window"].double()
+    expected = data["grad_mu_window"].double()  # sums in float32, of size up to 800
     torch.testing.assert_close(of_mu[whole], expected[whole], atol=1e-3, rtol=1e-5)
-    # Pixels that no other window reads, wherever it clamps them.
+    # Pixels that no other window reads, wherever it clamps them. Published positions are
+    # float32, which changes the weights by 1e-6 or so, each of them times the gradient of a sample.
     reads = srt_ext.windows(image, mu.detach() * sizes + 0.5, (patch, patch), scale)
     others = (~whole)[:, :, None, None, None].double().expand_as(reads)
     alone = torch.autograd.grad(reads, image, others)[0] == 0
@@ -258,6 +259,29 @@ def test_sample(device: str, stride: Any) -> None:
     cells = grid_centers((3, 5), (sh, sw)).expand(2, -1, -1).to(device)
     whole = srt_ext.sample(field, cells, stride)
     assert torch.equal(whole, field.flatten(2).transpose(1, 2))
+
+
+@pytest.mark.parametrize("stride", [1, 4, (4, 2)])
+def test_errors_of_sample(stride: Any) -> None:
+    """The same at every stride, by the names of its own arguments."""
+    field, points = torch.ones(1, 2, 3, 5), torch.ones(1, 4, 2)
+    points_rule, four = r"points must be \[B, N, 2\]; got ", "field must have 4 dimensions, "
+    wrong: list[tuple[type[Exception], str, Any, Any]] = [
+        (TypeError, "points must be a torch.Tensor; got list", field, [[[1.0, 1.0]]]),
+        (TypeError, "points must be float32 or float64; got torch.int64", field, points.long()),
+        (TypeError, "points must be float32 or float64; got torch.float16", field, points.half()),
+        (ValueError, points_rule + r"\[4, 2\]", field, points[0]),
+        (ValueError, points_rule + r"\[1, 4, 1\]", field, points[..., :1]),
+        (TypeError, "field must be a torch.Tensor; got NoneType", None, points),
+        (ValueError, four + r".*; got \[2, 3, 5\]", field[0], points),
+    ]
+    for error, rule, *arguments in wrong:
+        with pytest.raises(error, match="^srt_ext.sample: " + rule):
+            srt_ext.sample(*arguments, stride)
+    far = torch.full((1, 4, 2), 2.0**25 * 1.01, dtype=torch.float64) * torch.tensor(stride)
+    with pytest.raises(ValueError, match=r"centers must be finite and at most 2\^25 pixels"):
+        srt_ext.sample(field, far, stride)
+    srt_ext.sample(field, far / 1.02, stride)
 
 
 # ---- derivatives --------------------------------------------------------------------------------
@@ -449,7 +473,7 @@ def test_invalid_values_on_the_device_give_windows_of_0(
         assert not values[:, 1:5].any()
         check("windows", kept, image, values[:, (0, 5, 6)])
         check("windows_backward", kept, valid, backend.windows_backward(case, grad, place="device"))
-        points = backend.windows_points(case, grad.nan_to_num(1.0), image, place="device")
+        points = backend.windows_points(case, grad, image, place="device")
         assert not points[:, :, 1:5].any()
         bound = WindowsBounds(kept, torch.float32).points(valid, image)
         expected = windows_points(kept, valid, image)

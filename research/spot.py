@@ -28,26 +28,14 @@ from srt_ext import spot
 from srt_ext.cli.spot import gradient_magnitude
 
 SIDE = 224  # of a crop, pixels
-COUNTS = (
-    9,
-    16,
-    25,
-    36,
-    49,
-    64,
-    100,
-    144,
-    196,
-)  # squares, so that a square picture can have as many patches
+# Squares, so that a square picture can have as many patches.
+COUNTS = (9, 16, 25, 36, 49, 64, 100, 144, 196)
 STEPS, RATE = 10, 3.0  # of the search: Adam, pixels
 BATCH = 20  # pictures in one forward
 
-SEARCH, RESIZED, PATCHES, SALIENT = (
-    "search from isotropic",
-    "reduced picture",
-    "random patches",
-    "salient",
-)
+# Beside the placements, by the names in the tables.
+SEARCH, RESIZED = "search from isotropic", "reduced picture"
+PATCHES, SALIENT = "random patches", "salient"
 RANDOM = {"uniform", "gauss", "sobol", "edge", PATCHES, SALIENT}  # the mean of several seeds
 METHODS = (SEARCH, RESIZED, *spot.PLACEMENTS, SALIENT, PATCHES)
 

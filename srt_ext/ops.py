@@ -165,10 +165,10 @@ def windows(
     Args:
         image: [B, C, H, W] of any strides, H and W at least 1; float32, float16, bfloat16, float64
             or uint8. It is read in place: a field of many channels best in channels_last.
-        centers: [B, N, 2], (y, x) in pixels, finite and at most 2^25 in size, in the image or not;
-            B * N up to 2^26; float32 or float64, on the CPU or on the device of ``image``. On a GPU
-            they and ``scale`` are not validated (that would synchronise): a window with one that is
-            not finite or too large is 0.
+        centers: [B, N, 2], (y, x) in pixels, finite and at most 2^25 in size; they may lie outside
+            of the image. B * N up to 2^26; float32 or float64, on the CPU or on the device of
+            ``image``. On a GPU they and ``scale`` are not validated (that would synchronise): a
+            window with one that is not finite or too large is 0.
         size: (Ph, Pw), samples of a window; (1, 1) samples the image at the centers.
         scale: pixels from sample to sample, (y, x): [2] for all windows or [B, N, 2] for each;
             finite and at most 2^20 in size, negative ones mirror the window; float32 or float64;
@@ -207,7 +207,8 @@ def sample(field: torch.Tensor, points: torch.Tensor, stride: Stride = 1) -> tor
     Args:
         field: [B, C, H', W'], as of :func:`ensemble`; float32, float16, bfloat16, float64 or uint8.
             Of channels_last, which :func:`ensemble` returns, a point reads whole rows of channels.
-        points: [B, N, 2], (y, x) in pixels of the picture, as the centers of :func:`windows`.
+        points: [B, N, 2], (y, x) in pixels of the picture, float32 or float64; as the centers of
+            :func:`windows`, but the bound of 2^25 is on points / stride.
         stride: pixels per cell of the field, (sh, sw) or one for both, as given to
             :func:`ensemble`.
 
@@ -216,16 +217,23 @@ def sample(field: torch.Tensor, points: torch.Tensor, stride: Stride = 1) -> tor
         value. Differentiable as :func:`windows`.
 
     Raises:
-        TypeError, ValueError: as :func:`windows`.
+        TypeError, ValueError: as :func:`windows`, whose centers are points / stride.
 
     Example:
         >>> field = torch.tensor([[1.0, 3.0]]).reshape(1, 1, 1, 2)  # two cells of 4 x 4 pixels
         >>> sample(field, torch.tensor([[[2.0, 2.0], [2.0, 3.0]]]), stride=4)[0, :, 0]
         tensor([1.0000, 1.5000])
     """
-    check_tensor("srt_ext.sample", "points", points)
-    sh, sw = check_pair("srt_ext.sample", "stride", stride)
-    if (sh, sw) != (1, 1) and points.dim() == 3 and points.shape[2] == 2:
+    where, rule = "srt_ext.sample", "points must be float32 or float64"
+    for name, tensor in (("field", field), ("points", points)):
+        check_tensor(where, name, tensor)
+    _check_rank(where, "field", field, 4, "must have 4 dimensions, [B, C, H', W']")
+    if points.dtype not in (torch.float32, torch.float64):
+        raise wrong(TypeError, where, rule, points.dtype)
+    if points.dim() != 3 or points.shape[2] != 2:
+        raise wrong(ValueError, where, "points must be [B, N, 2]", list(points.shape))
+    sh, sw = check_pair(where, "stride", stride)
+    if (sh, sw) != (1, 1):
         points = torch.stack([points[..., 0].double() / sh, points[..., 1].double() / sw], -1)
     return windows(field, points, (1, 1)).flatten(2)
 
@@ -348,6 +356,8 @@ def ensemble_moments(
 # ---- fake kernels -------------------------------------------------------------------------------
 # They know the rules that the shape of a result follows from. The ops check all, when they run.
 
+Size = int | torch.SymInt
+
 
 def field_shape(
     op: str,
@@ -381,10 +391,18 @@ def _check_rank(where: str, name: str, tensor: torch.Tensor, rank: int, rule: st
 
 def _check_view_count(where: str, name: str, tensor: torch.Tensor) -> None:
     """The limit of the views, [V, ...]; a symbolic V is left to the op, for it would be a guard."""
-    count: int | torch.SymInt = tensor.shape[0]
+    count: Size = tensor.shape[0]
     if isinstance(count, int) and count > MAX_VIEWS:
         rule = f"{name} must hold at most 2^20 views"
         raise wrong(ValueError, where, rule, list(tensor.shape))
+
+
+def _differs(shape: Sequence[Size], wanted: Sequence[Size]) -> bool:
+    """Whether a shape is not the wanted one; a symbolic size is left to the op, as above."""
+    return len(shape) != len(wanted) or any(
+        isinstance(a, int) and isinstance(b, int) and a != b
+        for a, b in zip(shape, wanted, strict=True)
+    )
 
 
 def _check_meta(where: str, given: torch.Tensor, **numbers: torch.Tensor | None) -> None:
@@ -425,7 +443,12 @@ def _windows_shape(
     """[B, N, C, Ph, Pw]."""
     where = f"srt::{op}"
     _check_rank(where, "image", image, 4, "must have 4 dimensions, [B, C, H, W]")
-    _check_rank(where, "centers", centers, 3, "must be [B, N, 2]")
+    if _differs(centers.shape, (image.shape[0], *centers.shape[1:-1], 2)):
+        rule = f"centers must be [B, N, 2] with B = {image.shape[0]}"
+        raise wrong(ValueError, where, rule, list(centers.shape))
+    if scale is not None and _differs(scale.shape, (2,)) and _differs(scale.shape, centers.shape):
+        rule = f"scale must be [2] or have the shape of centers, {list(centers.shape)}"
+        raise wrong(ValueError, where, rule, list(scale.shape))
     _check_meta(where, image, centers=centers, scale=scale)
     return [image.shape[0], centers.shape[1], image.shape[1], *check_pair(where, "size", size)]
 

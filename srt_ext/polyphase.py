@@ -10,7 +10,7 @@ from ._validation import check_pair, check_tensor, wrong
 def polyphase(
     image: torch.Tensor, patch: int | tuple[int, int], full: bool = False
 ) -> torch.Tensor:
-    """Where each image begins, whatever it was rolled by.
+    """The polyphase anchor of each image, which moves with its content.
 
     Of the Ph * Pw phases ``image[:, :, py::Ph, px::Pw]`` the anchor is that of the largest energy,
     the sum of squares over channels and places; of equal ones the first in row order. So

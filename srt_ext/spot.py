@@ -539,7 +539,7 @@ def search(
             total = losses.sum()  # so that pictures do not change each other's gradient
         if gradient:
             (grad,) = torch.autograd.grad(total, [centers])
-            centers.grad = grad.nan_to_num(0, 0, 0)  # a picture without one stays where it is
+            centers.grad = grad.nan_to_num(0, 0, 0)  # a picture without one gets a gradient of 0
         record.append((centers.detach().clone(), losses.detach(), _agreement(output, labels)))
         return total.detach()
 

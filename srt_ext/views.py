@@ -1,7 +1,7 @@
 """Designs of views: the offsets under which a model sees an image.
 
-Every design is a :class:`Views` whose offsets have mean 0, so that features stay in place;
-:func:`patches` alone is random, and has another mean.
+Every design is a :class:`Views`. Every design but :func:`patches` has offsets of mean 0, so that
+features stay in place.
 Arguments that must be integers raise a TypeError if they are not, those out of range a ValueError.
 
 Any real offsets are allowed. But a shift by part of a pixel interpolates the image, which blurs it:

@@ -10,8 +10,10 @@ struct Cpu {
     shift_backward_cpu(call.args, grad_image, torch_parallel());
   }
   static void windows(WindowsCall& call) { windows_cpu(call.args, torch_parallel()); }
-  static void windows_backward_image(WindowsCall& call, void* grad_image) {
-    windows_backward_image_cpu(call.args, grad_image, torch_parallel());
+  static Tensor windows_backward_image(WindowsCall& call) {
+    const Tensor grad_image = call.new_image();
+    windows_backward_image_cpu(call.args, grad_image.mutable_data_ptr(), torch_parallel());
+    return grad_image;
   }
   static void windows_backward_points(WindowsCall& call, double* grad_centers, double* grad_scale) {
     windows_backward_points_cpu(call.args, grad_centers, grad_scale, torch_parallel());

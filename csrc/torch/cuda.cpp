@@ -60,13 +60,17 @@ struct Cuda {
                  current_stream(call.input));
   }
 
-  static void windows_backward_image(WindowsCall& call, void* grad_image) {
+  static Tensor windows_backward_image(WindowsCall& call) {
     const DeviceGuard guard(call.input.get_device_index());
     const Places places(call);
+    // Its size first: there the number of windows is checked.
     const Tensor workspace = new_workspace(
         windows_backward_image_cuda_workspace(call.args, places.centers, places.scale), call.input);
-    windows_backward_image_cuda(call.args, places.centers, places.scale, grad_image,
-                                workspace.mutable_data_ptr(), current_stream(call.input));
+    const Tensor grad_image = call.new_image();
+    windows_backward_image_cuda(call.args, places.centers, places.scale,
+                                grad_image.mutable_data_ptr(), workspace.mutable_data_ptr(),
+                                current_stream(call.input));
+    return grad_image;
   }
 
   static void windows_backward_points(WindowsCall& call, double* grad_centers, double* grad_scale) {

@@ -57,9 +57,7 @@ struct Ops {
     WindowsCall call(op, grad, image_of(op, grad, pixels), size, {centers, scale, padding},
                      /*allow_uint8=*/false);
     const Tensor dense = call.set_gradient(grad);
-    const Tensor grad_image = empty(call.image_shape(), grad.scalar_type(), grad);
-    Backend::windows_backward_image(call, grad_image.mutable_data_ptr());
-    return grad_image;
+    return Backend::windows_backward_image(call);
   }
 
   static std::tuple<Tensor, Tensor> windows_backward_points(const Tensor& grad, const Tensor& image,

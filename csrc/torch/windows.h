@@ -31,8 +31,9 @@ struct WindowsCall : CheckedWindows {
 
   // `grad` is the gradient of the windows, which is read; the tensor returned must outlive it.
   Tensor set_gradient(const Tensor& grad);
-  std::vector<int64_t> image_shape() const {
-    return {args.batch, args.channels, args.height, args.width};
+  // For the gradient of the image.
+  Tensor new_image() const {
+    return empty({args.batch, args.channels, args.height, args.width}, input.scalar_type(), input);
   }
 };
 

@@ -39,6 +39,12 @@ struct WindowsPlan {
     return scale.value(parameters, scale_of_each ? int64_t{2} * window + axis : axis);
   }
 
+  // Whether the host would take the values of a window.
+  __device__ bool is_valid(const InlineArrays& parameters, int32_t window) const {
+    return window_is_valid(center(parameters, window, 0), step(parameters, window, 0)) &&
+           window_is_valid(center(parameters, window, 1), step(parameters, window, 1));
+  }
+
   // No taps in a window whose values the host would refuse.
   template <class Acc>
   __device__ SampleTaps<Acc> taps(const InlineArrays& parameters, int32_t window, int axis,

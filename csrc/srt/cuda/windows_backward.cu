@@ -487,7 +487,7 @@ __device__ void differentiate(const ImagePlan& image, const SampleTaps<Acc>& y,
 struct PointsPlan {
   ImagePlan image;
   const void* grad;  // [B, N, C, Ph, Pw]
-  double* out[2];    // [B, N, 2] each, or null
+  double* out[2];    // [B, N, 2] each
 };
 
 constexpr int kSums = 4;  // of both axes: for the centers, for the scale
@@ -549,11 +549,12 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int s = 0; s < kSums; ++s) sums[s][thread] = own[s];
     add_up(sums, size, thread % size);
     if (has_window && thread % size == 0) {
+      // Not 0 times the gradient, which may be NaN.
+      const bool valid = plan.is_valid(parameters, window);
 #pragma unroll
-      for (int s = 0; s < kSums; ++s) {
-        double* const out = call.out[s / 2];
-        if (out) store(out + int64_t{2} * window + s % 2, sums[s][thread], /*keep_in_l2=*/true);
-      }
+      for (int s = 0; s < kSums; ++s)
+        store(call.out[s / 2] + int64_t{2} * window + s % 2, valid ? sums[s][thread] : 0.0,
+              /*keep_in_l2=*/true);
     }
     __syncthreads();  // before the next windows' sums replace these
   }
@@ -563,8 +564,9 @@ constexpr char kImageOp[] = "_windows_backward_image";
 constexpr char kPointsOp[] = "_windows_backward_points";
 
 // Each reads two rows of pixels, and both are counted in 32 bits.
-void check_lines(int64_t lines) {
+void check_lines(const WindowsArgs& args) {
   constexpr int64_t kMost = int64_t{1} << 29;
+  const int64_t lines = args.batch * args.count * args.size[0];
   if (lines > kMost)
     throw Error("srt::" + std::string(kImageOp) +
                 ": on CUDA B * N * Ph must be at most 2^29; got " + std::to_string(lines));
@@ -578,14 +580,14 @@ namespace srt {
 int64_t windows_backward_image_cuda_workspace(const WindowsArgs& args, const ViewArray& centers,
                                               const ViewArray& scale) {
   using namespace cuda;
+  if (args.batch == 0 || args.channels == 0) return 0;
+  check_lines(args);
   Workspace space(nullptr);
   InlineArrays parameters;
   WindowsCall{kImageOp, args, centers, scale}.plan(space, /*run=*/false, nullptr, parameters);
-  if (args.batch > 0) {
-    dispatch_floating(args.dtype, [&](auto element) {
-      Lists<typename AccumulatorOf<decltype(element)>::type>(args, space);
-    });
-  }
+  dispatch_floating(args.dtype, [&](auto element) {
+    Lists<typename AccumulatorOf<decltype(element)>::type>(args, space);
+  });
   return space.bytes();
 }
 
@@ -604,7 +606,6 @@ void windows_backward_image_cuda(const WindowsArgs& args, const ViewArray& cente
     const Lists<Acc> lists(args, space);
     const int64_t counters = args.batch * args.height * lists.chunks;
     const int64_t lines = call.windows() * args.size[0];
-    check_lines(lines);
     const int64_t most = std::max({counters, lines, call.windows() * args.size[1]});
     launch(kImageOp, prepare_kernel<Acc>, div_up(most, kThreads), stream, plan, parameters,
            args.batch, lists);
