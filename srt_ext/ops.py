@@ -443,7 +443,7 @@ def _windows_shape(
     """[B, N, C, Ph, Pw]."""
     where = f"srt::{op}"
     _check_rank(where, "image", image, 4, "must have 4 dimensions, [B, C, H, W]")
-    if _differs(centers.shape, (image.shape[0], *centers.shape[1:-1], 2)):
+    if _differs(centers.shape, (image.shape[0], *centers.shape[1:2], 2)):
         rule = f"centers must be [B, N, 2] with B = {image.shape[0]}"
         raise wrong(ValueError, where, rule, list(centers.shape))
     if scale is not None and _differs(scale.shape, (2,)) and _differs(scale.shape, centers.shape):
