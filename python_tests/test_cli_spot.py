@@ -131,8 +131,12 @@ def test_windows_and_paths_lie_where_the_pixels_are() -> None:
         ("photo.png --model test_convnext", "--model test_convnext: spot.Subpixel: model must"),
         ("photo.png SMALL --placement grid", "n must be <= 12, the patches of [16, 16]"),
         ("photo.png SMALL --size 12", "at least one patch; got 12 x 9 pixels"),
-        ("photo.png SMALL --search 1 --lr 0", "lr must be > 0, and finite; got 0.0"),
-        ("flat.png SMALL --placement salient", "mask must have a value > 0"),
+        ("photo.png --search 1 --lr 0", "--lr must be > 0, and finite; got 0.0"),
+        ("flat.png SMALL --placement salient", "the photograph has no gradient; use another"),
+        (
+            "photo.png SMALL --placement salient --mask black.png",
+            "--mask black.png must not be black",
+        ),
     ],
 )
 def test_an_error_is_one_line_and_nothing_is_written(
@@ -140,6 +144,7 @@ def test_an_error_is_one_line_and_nothing_is_written(
 ) -> None:
     monkeypatch.chdir(photo.parent)
     Image.new("RGB", (32, 32), "grey").save("flat.png")
+    Image.new("RGB", (32, 32)).save("black.png")
     files = sorted(photo.parent.iterdir())
     words = options.replace("SMALL", f"--model {SMALL} --weights {small_weights()}").split()
     if "test_convnext" in words:
@@ -153,3 +158,8 @@ def test_an_error_is_one_line_and_nothing_is_written(
     assert text.count("error: ") == 1
     assert message in text
     assert sorted(photo.parent.iterdir()) == files
+
+
+def test_the_step_does_not_matter_without_a_search(photo: Path, drawn: list[Drawn]) -> None:
+    draw(photo, "--tokens", 4, "--lr", 0)
+    assert torch.equal(drawn[0].centers, spot.isotropic(4, (48, 64)))

@@ -179,6 +179,11 @@ def test_defaults_of_torch_do_not_change_positions() -> None:
         (lambda: spot.edge(1, (8, 0)), ValueError, "spot.edge: size must be two integers >= 1"),
         (lambda: spot.sobol(1, 8, -1), ValueError, "spot.sobol: seed must be an integer >= 0"),
         (lambda: spot.uniform(1, 8, 2**63), ValueError, "spot.uniform: seed must be < 2\\^63"),
+        (
+            lambda: spot.grid(None, (8, 8)),
+            ValueError,
+            r"spot.grid: size must hold at least one patch of \[16, 16\]; got \[8, 8\]",
+        ),
         (lambda: spot.center(1, 8, 0), ValueError, "spread must be > 0, and finite; got 0"),
         (lambda: spot.center(1, 8, math.nan), ValueError, "spread must be > 0, and finite"),
         (
@@ -186,7 +191,7 @@ def test_defaults_of_torch_do_not_change_positions() -> None:
             ValueError,
             r"spot.grid: n must be <= 6, the patches of \[16, 16\] pixels in \[32, 48\]; got 7",
         ),
-        (lambda: spot.grid(None, 8, 16), ValueError, "n must be an integer >= 1, or None; got 0"),
+        (lambda: spot.grid(0, 32), ValueError, "n must be an integer >= 1, or None; got 0"),
         (lambda: spot.salient(torch.zeros(3, 4), 1), ValueError, "a value > 0, where"),
         (lambda: spot.salient(torch.ones(0, 4), 1), ValueError, "a value > 0, where"),
         (lambda: spot.salient(torch.ones(3), 1), ValueError, r"mask must be \[H, W\]; got \[3\]"),
@@ -374,6 +379,84 @@ def test_a_forward_that_was_set_on_the_model_is_refused() -> None:
         vit(images, centers)
 
 
+def scale(module: torch.nn.Module, inputs: Any, output: Any = None) -> None:
+    """A hook."""
+
+
+@pytest.mark.parametrize("name", ["patch_embed", "patch_embed.proj"])
+@pytest.mark.parametrize("way", ["register_forward_hook", "register_forward_pre_hook"])
+@torch.no_grad()
+def test_hooks_that_would_be_bypassed_are_refused(name: str, way: str) -> None:
+    model, images, centers = tiny(), pictures(), spot.isotropic(5, 32)
+    vit = spot.Subpixel(model)
+    handle = getattr(model.get_submodule(name), way)(scale)
+    with pytest.raises(TypeError, match=f"{name} must have no hooks, .* called; got scale"):
+        vit(images, centers)
+    handle.remove()
+    assert vit(images, centers).shape == (2, 5)
+
+
+@torch.no_grad()
+def test_hooks_of_the_norm_of_the_patch_embedding_run() -> None:
+    model, images = tiny(pre_norm=False), pictures()
+    model.patch_embed.norm.register_forward_hook(lambda module, inputs, output: 2 * output)
+    found = spot.Subpixel(model)(images, spot.grid(None, 32, 8))
+    torch.testing.assert_close(found, model(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("utils", "weight"),
+    [
+        (torch.nn.utils.weight_norm, "weight_g"),
+        (torch.nn.utils.parametrizations.weight_norm, "parametrizations.weight.original0"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+@torch.no_grad()
+def test_weights_that_are_computed_are_those_of_the_moment(utils: Any, weight: str) -> None:
+    model, images = tiny(), pictures()
+    utils(model.patch_embed.proj)
+    vit = spot.Subpixel(model)
+    model.patch_embed.proj.get_parameter(weight).mul_(3)
+    found = vit(images, spot.grid(None, 32, 8))
+    torch.testing.assert_close(found, model(images), rtol=1e-4, atol=1e-4)
+
+
+class Scaled(timm.layers.PatchEmbed):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+class ScaledConv(torch.nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def test_forwards_that_would_be_bypassed_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"forward of patch_embed, .* of PatchEmbed; got Scaled"):
+        spot.Subpixel(tiny(embed_layer=Scaled))
+    model = tiny()
+    vit = spot.Subpixel(model)
+    model.patch_embed.proj = ScaledConv(3, 32, 8, 8)
+    with pytest.raises(TypeError, match=r"forward of patch_embed.proj, .* Conv2d; got ScaledConv"):
+        vit(pictures(), spot.isotropic(5, 32))
+
+
+@torch.no_grad()
+def test_pictures_of_another_dtype() -> None:
+    vit, images, centers = spot.Subpixel(tiny()), pictures(), spot.isotropic(5, 32)
+    for dtype in (torch.uint8, torch.bfloat16, torch.float64):
+        with pytest.raises(TypeError, match=f"images must be torch.float32, .*; got {dtype}"):
+            vit(images.to(dtype), centers)
+    expected = vit(images, centers)
+    with torch.autocast("cpu", torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16):
+            found = vit(images.to(dtype), centers).float()
+            torch.testing.assert_close(found, expected, rtol=0.1, atol=0.1)
+        with pytest.raises(TypeError, match=r"images must be floating-point; got torch\.uint8"):
+            vit(images.byte(), centers)
+
+
 class Overlapping(timm.layers.PatchEmbed):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -516,9 +599,36 @@ def test_a_loss_that_is_not_a_number_is_never_the_best() -> None:
     assert (found.best == 0).all()
 
 
+def test_a_start_beyond_the_picture_is_moved_to_its_edge() -> None:
+    model, images, labels = task()
+    start = torch.tensor([[-5.0, 40], [8, 8]])
+    found = spot.search(model, images, labels, 2, 0, start=start, path=True)
+    assert torch.equal(found.path[0, 0], torch.tensor([[0.0, 32], [8, 8]]))
+    free = spot.search(model, images, labels, 2, 0, start=start, path=True, clamp=False)
+    assert torch.equal(free.path[0, 0], start)
+
+
+def test_search_works_in_inference_mode() -> None:
+    model, images, labels = task()
+    expected = spot.search(model, images, labels, 3, 2)
+    with torch.inference_mode():
+        found = spot.search(model, images.clone(), labels.clone(), 3, 2)
+    torch.testing.assert_close(found.centers, expected.centers)
+    assert not found.centers.is_inference()
+
+
+@pytest.mark.parametrize("loss", [lambda o, _: o.detach().sum(1), lambda o, _: torch.zeros(4)])
+def test_a_loss_without_a_gradient_is_refused(loss: Any) -> None:
+    model, images, labels = task()
+    with pytest.raises(ValueError, match=r"spot.search: loss must have a gradient with respect"):
+        spot.search(model, images, labels, 3, 1, loss=loss)
+
+
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [
+        ({"optimizer": "adam"}, TypeError, "optimizer must be callable, as .*; got str"),
+        ({"start": torch.full((4, 2), math.nan)}, ValueError, "start must be finite; got 8 val"),
         ({"model": tiny(drop_rate=0.5).train()}, ValueError, "must be in eval mode"),
         ({"n": 0}, ValueError, "n must be an integer >= 1; got 0"),
         ({"steps": -1}, ValueError, "steps must be an integer >= 0; got -1"),

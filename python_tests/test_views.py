@@ -365,6 +365,8 @@ def test_parse_of_any_text_is_a_design_or_a_value_error(text: str) -> None:
         (lambda: views.patches(0, 9), ValueError, "n must be an integer >= 1; got 0"),
         (lambda: views.patches(4, 9.5), TypeError, "grid must be two integers"),  # type: ignore[arg-type]
         (lambda: views.patches(4, 9, -0.1), ValueError, "fraction must be from 0 to 1; got -0.1"),
+        (lambda: views.parse(4), TypeError, "views.parse: text must be a string; got int"),
+        (lambda: views.patches(4, 9, seed=2**63), ValueError, "patches: seed must be < 2.63"),
         (lambda: views.patches(4, 9, seed=-1), ValueError, "seed must be an integer >= 0; got -1"),
         (lambda: views.patches(4, 9, patch=0), ValueError, "patch must be two integers >= 1"),
         (

@@ -194,10 +194,14 @@ def grid(n: int | None, size: Stride, patch: Stride = 16, seed: int = 0) -> torc
     """
     where = "spot.grid"
     size, patch = check_pair(where, "size", size), check_pair(where, "patch", patch)
-    h, w = size[0] // patch[0], size[1] // patch[1]
+    if n is not None:
+        n = check_count(where, "n", n, 1, ", or None")
+    seed, (h, w) = check_seed(where, seed), (size[0] // patch[0], size[1] // patch[1])
+    if not h * w:
+        rule = f"size must hold at least one patch of {list(patch)}"
+        raise wrong(ValueError, where, rule, list(size))
     if n is None:
         n = h * w
-    n, seed = check_count(where, "n", n, 1, ", or None"), check_seed(where, seed)
     if n > h * w:
         rule = f"n must be <= {h * w}, the patches of {list(patch)} pixels in {list(size)}"
         raise wrong(ValueError, where, rule, n)
@@ -302,7 +306,8 @@ class Subpixel(nn.Module):
     Args:
         model: a ``VisionTransformer`` of timm with a patch embedding of one convolution, whose
             stride is its kernel; or such a model within ``torch.compile`` or ``DataParallel``
-            (whose forwards are not used). It is shared, not copied.
+            (whose forwards are not used). It is shared, not copied. The patch embedding and its
+            convolution are not called, so they must have no hooks and no forward of their own.
 
     Attributes:
         patch: (Ph, Pw) of a window in pixels.
@@ -321,13 +326,15 @@ class Subpixel(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = _check_vit(model)
+        _check_forwards(self.model)
         self.patch: tuple[int, int] = tuple(self.model.patch_embed.proj.kernel_size)
 
     def forward(self, images: torch.Tensor, centers: torch.Tensor) -> Any:
         """The output of the model.
 
         Args:
-            images: [B, C, H, W], normalised as the model wants them. The size is the model's
+            images: [B, C, H, W], normalised as the model wants them, of the dtype of its patch
+                embedding; under autocast any floating-point one. The size is the model's
                 ``img_size``, or any number of whole patches if it was made with
                 ``dynamic_img_size``.
             centers: [B, N, 2], or [N, 2] for all images, float32 or float64: (y, x) in pixels.
@@ -347,7 +354,7 @@ class Subpixel(nn.Module):
     @contextmanager
     def _windowed(self, images: torch.Tensor, centers: torch.Tensor) -> Iterator[Any]:
         """The model with these windows as its patches: its own forward runs."""
-        _check_forward(self.model)
+        _check_forwards(self.model)
         _check_images(images, self.model)
         centers = _check_centers(centers, images)
         tokens = self._embed(images, centers)
@@ -364,6 +371,8 @@ class Subpixel(nn.Module):
     def _embed(self, images: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
         """[B, N, D]: the convolution sees one window at a time, so it is a matrix product."""
         embed = self.model.patch_embed
+        for hook in filter(_computes_weight, embed.proj._forward_pre_hooks.values()):
+            hook(embed.proj, ())
         pixels = windows(images, centers, self.patch).flatten(2)  # [B, N, C * Ph * Pw]
         tokens: torch.Tensor = embed.norm(
             F.linear(pixels, embed.proj.weight.flatten(1), embed.proj.bias)
@@ -408,12 +417,38 @@ def _check_vit(model: Any) -> Any:
     return inner
 
 
-def _check_forward(model: Any) -> None:
-    """Refuses a forward that was set on the model, which would run with its own patches."""
-    forward = vars(model).get("forward")  # of its class, where accelerate's hooks were removed
-    if forward is not None and getattr(forward, "__func__", None) is not type(model).forward:
-        rule = "the forward of the model must be that of its class, not one set on the model"
-        raise wrong(TypeError, "spot.Subpixel", rule, getattr(forward, "__qualname__", forward))
+def _check_forwards(model: Any) -> None:
+    """Refuses forwards and hooks that would be bypassed, or run with the model's own patches."""
+    from timm.layers.patch_embed import PatchEmbed
+
+    where, embed = "spot.Subpixel", model.patch_embed
+    _check_not_set(model, "the model")
+    plain = (("patch_embed", embed, PatchEmbed), ("patch_embed.proj", embed.proj, nn.Conv2d))
+    for name, module, kind in plain:
+        _check_not_set(module, name)
+        if type(module).forward is not kind.forward:
+            rule = f"the forward of {name}, which is not called, must be that of {kind.__name__}"
+            raise wrong(TypeError, where, rule, type(module).__name__)
+        hooks = [*module._forward_hooks.values(), *module._backward_hooks.values()]
+        hooks += [*module._forward_pre_hooks.values(), *module._backward_pre_hooks.values()]
+        for hook in hooks:
+            if name == "patch_embed" or not _computes_weight(hook):
+                got = getattr(hook, "__qualname__", type(hook).__name__)
+                rule = f"{name} must have no hooks, for it is not called"
+                raise wrong(TypeError, where, rule, got)
+
+
+def _check_not_set(module: Any, name: str) -> None:
+    forward = vars(module).get("forward")  # of its class, where accelerate's hooks were removed
+    if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
+        rule = f"the forward of {name} must be that of its class, not one set on {name}"
+        got = getattr(forward, "__qualname__", forward)
+        raise wrong(TypeError, "spot.Subpixel", rule, got)
+
+
+def _computes_weight(hook: object) -> bool:
+    """A pre-hook of torch.nn.utils: weight_norm, spectral_norm or pruning."""
+    return type(hook).__module__.startswith("torch.nn.utils.")
 
 
 def _check_images(images: torch.Tensor, model: Any) -> None:
@@ -423,6 +458,13 @@ def _check_images(images: torch.Tensor, model: Any) -> None:
     if images.dim() != 4 or images.shape[1] != channels:
         rule = f"images must be [B, {channels}, H, W]"
         raise wrong(ValueError, where, rule, list(images.shape))
+    dtype = next(embed.proj.parameters()).dtype  # not .weight, which a parametrisation computes
+    if torch.is_autocast_enabled(images.device.type):
+        if not images.is_floating_point():
+            raise wrong(TypeError, where, "images must be floating-point", images.dtype)
+    elif images.dtype != dtype:
+        rule = f"images must be {dtype}, as the weight of the patch embedding, outside of autocast"
+        raise wrong(TypeError, where, rule, images.dtype)
     size, patch = tuple(images.shape[2:]), embed.proj.kernel_size
     if not model.dynamic_img_size and size != tuple(embed.img_size):
         rule = (
@@ -465,6 +507,7 @@ class Search(NamedTuple):
         return self.loss.nan_to_num(math.inf).argmin(0)
 
 
+@torch.inference_mode(False)
 def search(
     model: nn.Module,
     images: torch.Tensor,
@@ -490,16 +533,16 @@ def search(
         model: :class:`Subpixel`, or a model for it; in eval mode.
         images: [B, C, H, W], as :meth:`Subpixel.forward` takes them. The memory is that of a
             training step of B pictures of n tokens.
-        labels: [B], int64, for the cross-entropy; for another loss what it takes.
+        labels: [B], int64, for the cross-entropy; for another loss a tensor that it takes.
         n: windows of a picture, >= 1.
         steps: of the optimiser, >= 0.
         lr: learning rate; of Adam about the pixels that a window moves along an axis in a step.
         start: a name in :data:`PLACEMENTS`, whose positions all pictures share; or positions
-            [n, 2] or [B, n, 2] in pixels.
+            [n, 2] or [B, n, 2] in pixels, finite.
         loss: (output of the model, labels) -> [B], one of each picture. Default: cross-entropy.
         optimizer: ``optimizer([positions], lr=lr)`` makes one: a class of ``torch.optim``, or a
             function. Weight decay is set to 0: it would pull the positions towards (0, 0).
-        clamp: keep the positions within the picture.
+        clamp: keep the positions within the picture; ``start`` is moved to its edge first.
         path: return the positions of all evaluations.
         seed: of a random ``start``, >= 0 and < 2^63.
 
@@ -524,9 +567,14 @@ def search(
         raise wrong(ValueError, where, rule, lr)
     _check_images(images, vit.model)
     check_tensor(where, "labels", labels)
-    labels = labels.to(images.device)
-    centers = _starts(start, n, images, seed).requires_grad_()
-    chosen = optimizer([centers], lr=lr)
+    if not callable(optimizer):
+        rule = "optimizer must be callable, as optimizer([positions], lr=lr)"
+        raise wrong(TypeError, where, rule, type(optimizer).__name__)
+    images, labels = _usable(images), _usable(labels.to(images.device))
+    centers = _starts(start, n, images, seed)
+    if clamp:
+        _clamp_(centers, images)
+    chosen = optimizer([centers.requires_grad_()], lr=lr)
     for group in chosen.param_groups:
         if "weight_decay" in group:
             group["weight_decay"] = 0.0
@@ -538,8 +586,7 @@ def search(
             losses = _losses(loss, output, labels, len(images))
             total = losses.sum()  # so that pictures do not change each other's gradient
         if gradient:
-            (grad,) = torch.autograd.grad(total, [centers])
-            centers.grad = grad.nan_to_num(0, 0, 0)  # a picture without one gets a gradient of 0
+            centers.grad = _gradient(total, centers)
         record.append((centers.detach().clone(), losses.detach(), _agreement(output, labels)))
         return total.detach()
 
@@ -549,6 +596,22 @@ def search(
             _clamp_(centers.detach(), images)
     evaluate(gradient=False)
     return _best_of(record, path)
+
+
+def _usable(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that backward can use, which one of the inference mode is not."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+def _gradient(total: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
+    """[B, n, 2]; 0 where it is not finite."""
+    grad = None
+    if total.requires_grad:
+        (grad,) = torch.autograd.grad(total, [centers], allow_unused=True)
+    if grad is None:
+        rule = "loss must have a gradient with respect to the output of the model"
+        raise wrong(ValueError, "spot.search", rule, "a value without one")
+    return grad.nan_to_num(0, 0, 0)
 
 
 def _starts(start: str | torch.Tensor, n: int, images: torch.Tensor, seed: int) -> torch.Tensor:
@@ -566,6 +629,9 @@ def _starts(start: str | torch.Tensor, n: int, images: torch.Tensor, seed: int) 
     if start.shape not in (shape, shape[1:]):
         rule = f"start must be [n, 2] or [B, n, 2] with n = {n} and B = {len(images)}"
         raise wrong(ValueError, where, rule, list(start.shape))
+    if not start.isfinite().all():
+        count = int((~start.isfinite()).sum())
+        raise wrong(ValueError, where, "start must be finite", f"{count} values that are not")
     return start.detach().to(images.device, torch.float32).expand(shape).clone()
 
 

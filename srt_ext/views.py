@@ -19,7 +19,15 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from ._validation import check_count, check_number, check_pair, check_tensor, is_integer, wrong
+from ._validation import (
+    check_count,
+    check_number,
+    check_pair,
+    check_string,
+    check_tensor,
+    is_integer,
+    wrong,
+)
 
 MAX_VIEWS = 2**16  # a larger number is a typing error
 MAX_RADIUS = 2**20  # pixels, the limit of the ops
@@ -391,7 +399,7 @@ def patches(
         grid: (h, w), the tokens of an image, or one for both.
         fraction: from 0 to 1, of the grid. Views reach ry = round(fraction * h) patches up and down
             and rx = round(fraction * w) to the left and right.
-        seed: of the draw, >= 0.
+        seed: of the draw, >= 0 and < 2^63.
         patch: (Ph, Pw), pixels per token, or one for both.
 
     Returns:
@@ -403,7 +411,7 @@ def patches(
         >>> (patches(10, grid=(37, 20), patch=14).offsets / 14).abs().amax(0)
         tensor([6., 3.])
     """
-    n, seed = _check_views("patches", n), check_count("views.patches", "seed", seed, 0)
+    n, seed = _check_views("patches", n), check_seed("views.patches", seed)
     grid = check_pair("views.patches", "grid", grid)
     rule = "fraction must be from 0 to 1"
     share = check_number("views.patches", rule, fraction)
@@ -548,12 +556,14 @@ def parse(text: str, patch: int | tuple[int, int] = 16, scale: float = 1) -> Vie
             the image; the views that are returned are on whole pixels of the enlarged one.
 
     Raises:
-        ValueError: anything else.
+        ValueError: any other string.
+        TypeError: no string.
 
     Example:
         >>> parse("grid:2.5").offsets.shape
         torch.Size([36, 2])
     """
+    check_string("views.parse", "text", text)
     words, plus, suffix = text.partition("+")
     name, *numbers = words.split(":")
     if re.fullmatch("[0-9]+", words):

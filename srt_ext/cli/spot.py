@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -52,7 +53,7 @@ def command(
             "to that of all its patches; their paths are drawn.",
         ),
     ] = 0,
-    lr: Annotated[float, typer.Option(min=0, help="Pixels of a step of the search.")] = 3.0,
+    lr: Annotated[float, typer.Option(help="Pixels of a step of the search, > 0.")] = 3.0,
     size: common.Size = 448,
     seed: Annotated[int, typer.Option(min=0, help="Of the random placements.")] = 0,
 ) -> None:
@@ -65,6 +66,8 @@ def command(
     common.check_output(output, common.FIGURE_SUFFIXES, [photo, *filter(None, [mask])])
     if mask is not None and placement != "salient":
         raise common.fatal(f"--mask needs --placement salient; got {placement}")
+    if search and not 0 < lr < math.inf:
+        raise common.fatal(f"--lr must be > 0, and finite; got {lr}")
     from ..viz import draw_windows
 
     common.check_inputs(None, weights)
@@ -75,6 +78,7 @@ def command(
     pixels = whole_patches(pixels, vit.patch)
     if placement == "salient":
         density = gradient_magnitude(pixels) if density is None else density
+        check_density(density[: pixels.shape[0], : pixels.shape[1]], mask)
     start = place(placement, tokens, pixels.shape[:2], vit.patch, seed, density)
     found = approach(vit, network.image(pixels), start, search, lr)
     best = int(found.best[0])
@@ -117,6 +121,16 @@ def gradient_magnitude(pixels: np.ndarray) -> np.ndarray:
     return magnitude
 
 
+def check_density(density: np.ndarray, mask: Path | None) -> None:
+    if density.any():
+        return
+    if mask is not None:
+        raise common.fatal(f"--mask {mask} must not be black all over the picture that is drawn")
+    raise common.fatal(
+        "--placement salient: the photograph has no gradient; use another placement or --mask"
+    )
+
+
 def place(
     placement: Placement,
     n: int,
@@ -151,7 +165,9 @@ def approach(
     with torch.no_grad():
         wanted = vector(vit(image, spot.grid(None, image.shape[2:], vit.patch)))
     settings: Any = {"start": start, "loss": distance, "path": True}
-    return spot.search(vit, image, wanted, len(start), steps, lr, **settings)
+    if steps:
+        settings["lr"] = lr
+    return spot.search(vit, image, wanted, len(start), steps, **settings)
 
 
 def vector(output: torch.Tensor) -> torch.Tensor:
