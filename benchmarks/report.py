@@ -165,18 +165,18 @@ def table(rows: list[Row]) -> str:
     return markdown(head, lines)
 
 
-def over_coverage(row: Row, form: str = "") -> float | None:
-    """Our time with the border circular divided by that with coverage; ``form``: ", out=" or ""."""
-    return ratio(median(row, f"ours{form}"), median(row, f"ours, coverage{form}"))
+def over_coverage(row: Row) -> float | None:
+    """Our time with the border circular divided by that with coverage."""
+    return ratio(median(row, "ours"), median(row, "ours, coverage"))
 
 
 def borders(rows: list[Row]) -> str:
-    head = ["op", "dtype", "shape", "coverage", "circular", "circular / coverage", "with `out=`"]
+    head = ["op", "dtype", "shape", "coverage", "circular", "circular / coverage"]
     lines = [
         [
             *(row[key] for key in ("op", "dtype", "shape")),
             *(milliseconds(median(row, name)) for name in ("ours, coverage", "ours")),
-            *(number(over_coverage(row, form)) for form in ("", ", out=")),
+            number(over_coverage(row)),
         ]
         for row in rows
     ]
@@ -237,10 +237,10 @@ class Target:
 
 
 def circular_targets(results: Row) -> list[Target]:
-    """Of each op the shape with the largest ratio, with ``out=`` where that was read."""
+    """Of each op the shape with the largest ratio."""
     worst: dict[str, tuple[float, str]] = {}
     for row in results["rows"]:
-        measured = over_coverage(row, ", out=") or over_coverage(row)
+        measured = over_coverage(row)
         if row["op"].startswith("circular") and measured is not None:
             found = (measured, row["shape"])
             worst[row["op"]] = max(worst.get(row["op"], found), found)
