@@ -693,7 +693,7 @@ def _measure_gradients(
 
 
 def measure_circular(bench: Bench, case: Field, dtype: torch.dtype, upsample: str, op: str) -> None:
-    """The same call with both borders, where it can into a warm buffer: they differ in nothing else."""
+    """The same call with both borders, into a warm buffer where the op has ``out=``."""
     sample = Sample(case, dtype, upsample, bench.clock.device)
     grad = torch.randn_like(sample.out)
 
