@@ -25,9 +25,9 @@ struct Axis {
   SRT_HD int64_t pixels() const { return tokens * patch; }
   SRT_HD int64_t cells() const { return pixels() / stride; }
 
-  // Pixels read tokens by their places, which ascend along the axis. Place i is token i, but under
-  // circular the tokens are rolled, so that less than a token of the offset is left, and the last
-  // one stands before the first, too, and the first one behind the last.
+  // Pixels read tokens by their places, which ascend along the axis. Place i is token i, except
+  // under circular: there the tokens are rolled by the whole tokens of the offset, with one more
+  // token at each end, wrapped around.
   SRT_HD bool wraps() const { return border == Border::circular; }
   SRT_HD int64_t places() const { return tokens + (wraps() ? 2 : 0); }
   // The whole tokens of an offset: at least -patch / 2 and less than patch / 2 pixels are left.
@@ -35,7 +35,7 @@ struct Axis {
     const bool rolls = wraps() && std::fabs(offset) <= static_cast<double>(kMaxOffset);
     return rolls ? floor_of(offset / static_cast<double>(patch) + 0.5) : 0;
   }
-  // The token of place 0 on an axis that goes on beyond its ends: at most half of its length away,
+  // The token of place 0, counted on beyond the ends of the axis: at most half of its length away,
   // so it may be negative.
   SRT_HD int64_t start(double offset) const {
     if (!wraps()) return 0;

@@ -13,9 +13,9 @@ namespace {
 
 // The table of an axis transposed: a row for each token, whose outputs are the offsets and whose
 // inputs are the cells that read the token. Its weights stay in the other table: an edge token may
-// be read by all cells. Under circular cells at both ends may read a token: the axis is repeated
-// before its beginning and behind its end, so that the cells of a token follow each other, and
-// cells are numbered over all three periods.
+// be read by all cells. Under circular, cells at both ends of the axis may read a token. So that
+// the cells of a token follow each other, they are numbered as if the axis came three times in a
+// row: of 10 cells, 8, 9 and 0 become 18, 19 and 20.
 template <class Acc>
 struct TransposedTable {
   const AxisTable<Acc>& table;

@@ -8,8 +8,8 @@
 namespace srt::cpu {
 namespace {
 
-// Whether a window reads none of the rows [begin, end): told without its table where it lies inside
-// the image.
+// Whether a window reads none of the rows [begin, end), decided from its two ends: only for windows
+// inside the image.
 SRT_INLINE bool misses_band(const WindowsPlan& plan, int64_t window, int64_t begin, int64_t end) {
   const double first = position_of(plan, 0, window, 0);
   const double last = position_of(plan, 0, window, plan.size[0] - 1);

@@ -16,10 +16,10 @@ namespace {
 // views of a grid of 7 x 7 offsets are one part.
 constexpr int kEntries = 7;
 
-// The cells that read a token in a part, and cells between them; none if `end` is 0. Under circular
-// cells at both ends of an axis may read a token: the axis is repeated before its beginning and
-// behind its end, so that those of a token follow each other, and cells are numbered over all three
-// periods.
+// The cells that read a token in a part, and cells between them; none if `end` is 0. Under
+// circular, cells at both ends of the axis may read a token. So that the cells of a token follow
+// each other, they are numbered as if the axis came three times in a row: of 10 cells, 8, 9 and 0
+// become 18, 19 and 20.
 struct CellSpan {
   int32_t begin, end;
 };
