@@ -378,39 +378,8 @@ class _WindowsBatching(_Batching):
 class _Windows(_Function):
     """Linear in the image."""
 
-    op, name = _ops.windows.default, "windows"
-    constant: ClassVar = {}
-    batching = _WindowsBatching((0, 0, None, 0), 0)
-
-    @classmethod
-    def reads_first(cls, ctx: Any) -> bool:
-        return bool(ctx.needs_input_grad[1] or ctx.needs_input_grad[3])
-
-    @classmethod
-    def setup_context(cls, ctx: Any, inputs: Any, output: Any) -> None:
-        super().setup_context(ctx, inputs, output)
-        ctx.pixels = inputs[0].shape[-2:]
-
-    @classmethod
-    def gradients(cls, ctx: Any, args: list[Any], grads: Sequence[Any]) -> tuple[Any, ...]:
-        image, centers, _, scale = args
-        image_grad = None
-        if ctx.needs_input_grad[0]:
-            image_grad = _ops._windows_backward_image(
-                grads[0], centers, ctx.pixels, scale, **ctx.modes
-            )
-        return image_grad, *_points_gradients(ctx, grads[0], image, centers, scale)
-
-    @classmethod
-    def tangents(cls, ctx: Any, args: list[Any], tangents: Sequence[Any]) -> Any:
-        _no_tangent(cls.name, centers=tangents[1], scale=tangents[3])
-        return cls.op(tangents[0], *args[1:], **ctx.modes)
-
-
-class _WindowsBackwardImage(_Function):
-    """Linear in the gradient of the windows."""
-
-    op, name = _ops._windows_backward_image.default, "windows"
+    op, transpose = _ops.windows.default, _ops._windows_backward_image.default
+    name = "windows"
     constant: ClassVar = {}
     batching = _WindowsBatching((0, 0, None, 0), 0)
 
@@ -424,18 +393,33 @@ class _WindowsBackwardImage(_Function):
         ctx.size = inputs[0].shape[-2:]
 
     @classmethod
+    def grad_and_image(cls, first: Any, grad: Any) -> tuple[Any, Any]:
+        """The gradient of windows and the image, of the first argument and the gradient."""
+        return grad, first
+
+    @classmethod
     def gradients(cls, ctx: Any, args: list[Any], grads: Sequence[Any]) -> tuple[Any, ...]:
-        grad, centers, _, scale = args
-        grad_grad = None
+        first, centers, _, scale = args
+        of_first = None
         if ctx.needs_input_grad[0]:
-            grad_grad = _ops.windows(grads[0], centers, ctx.size, scale, **ctx.modes)
-        # As the image enters: <grads, op(grad)> = <windows(grads), grad>.
-        return grad_grad, *_points_gradients(ctx, grad, grads[0], centers, scale)
+            of_first = cls.transpose(grads[0], centers, ctx.size, scale, **ctx.modes)
+        pair = cls.grad_and_image(first, grads[0])
+        return of_first, *_points_gradients(ctx, *pair, centers, scale)
 
     @classmethod
     def tangents(cls, ctx: Any, args: list[Any], tangents: Sequence[Any]) -> Any:
         _no_tangent(cls.name, centers=tangents[1], scale=tangents[3])
         return cls.op(tangents[0], *args[1:], **ctx.modes)
+
+
+class _WindowsBackwardImage(_Windows):
+    """Linear in the gradient of the windows: <x, op(grad)> = <windows(x), grad>."""
+
+    op, transpose = _Windows.transpose, _Windows.op
+
+    @classmethod
+    def grad_and_image(cls, first: Any, grad: Any) -> tuple[Any, Any]:
+        return first, grad
 
 
 class _WindowsBackwardPoints(_Function):

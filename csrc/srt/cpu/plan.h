@@ -209,6 +209,9 @@ struct ShiftBackwardPlan : ShiftPlan {
   void* grad_image;  // [planes, height, width]
 };
 
+// Vectors may reach so many elements behind the last one of a line of windows.
+constexpr int64_t kBehind = 64;
+
 // A task is one window, counted over images. Arrays of the accumulator's type, and the tile of the
 // image's, have the bytes of float64.
 struct WindowsPlan : WindowsArgs {

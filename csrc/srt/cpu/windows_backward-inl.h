@@ -66,7 +66,7 @@ void windows_backward(const WindowsBackwardPlan& plan, int64_t begin, int64_t en
   using Acc = typename AccumulatorOf<T>::type;
   char* const scratch = static_cast<char*>(memory);
   Acc* const sums = reinterpret_cast<Acc*>(in(scratch, plan.sums));
-  Acc* const line = reinterpret_cast<Acc*>(in(scratch, plan.scratch.lines)) + 64;
+  Acc* const line = reinterpret_cast<Acc*>(in(scratch, plan.scratch.lines)) + kBehind;
   const int64_t samples = plan.size[0] * plan.size[1];
   for (int64_t task = begin; task < end; ++task) {
     const int64_t b = task / plan.bands / plan.chunks;

@@ -8,9 +8,6 @@
 
 namespace srt::cpu {
 
-// Vectors may reach this far behind the last element of a line.
-constexpr int64_t kBehind = 64;
-
 inline Layout lay_out(const WindowsArgs& args, WindowsPlan& plan) {
   static_cast<WindowsArgs&>(plan) = args;
   Layout layout;
