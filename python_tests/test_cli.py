@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 from srt_ext import SRT, hub, views, viz
 from srt_ext.__main__ import main
 from srt_ext.cli import common
-from srt_ext.cli.images import open_image
 from srt_ext.demo.small import load_small
+from srt_ext.images import open_image
 from srt_ext.viz import Panel
 
 ROOT = Path(__file__).parents[1]

@@ -27,7 +27,8 @@ from torch.utils.data import dataloader
 
 from srt_ext import SRT
 from srt_ext.cli import common, folder
-from srt_ext.cli.images import ImageError, find_images, open_image, to_pixels
+from srt_ext.extraction import Network, to_tensors
+from srt_ext.images import ImageError, find_images, open_image, to_pixels
 from srt_ext.srt import SRTOutput
 
 
@@ -80,7 +81,7 @@ def test_each_image_has_a_file(
     assert list(made(out)) == NAMES
     assert "3 pictures: 3 written, 0 skipped (already done), 0 failed" in text
     assert "left out: 2 hidden, 1 .txt" in text
-    network = common.Network(SMALL, small_weights(), 2)
+    network = Network.load(SMALL, small_weights(), 2)
     srt = SRT(network.backbone, "grid:1", stride=8)
     for name in NAMES:
         tensors = load_file(out / name)
@@ -480,5 +481,5 @@ def test_a_disk_that_gets_full_ends_the_run(photos: Path, out: Path) -> None:
 def test_values_beyond_float16_are_refused() -> None:
     output = SRTOutput(torch.tensor([1.0, -7e4]).reshape(1, 2, 1, 1), None)
     with pytest.raises(ValueError, match="field goes to 70000"):
-        folder.to_tensors(output, torch.float16)
-    assert folder.to_tensors(output, torch.bfloat16)["field"].isfinite().all()
+        to_tensors(output, torch.float16)
+    assert to_tensors(output, torch.bfloat16)["field"].isfinite().all()

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import srt_ext
-from srt_ext.cli.common import Network
 from srt_ext.demo import quality, scenes
 from srt_ext.demo.quality import HELD_OUT, METHODS, RODS, SIDE, Evaluation, frames
 from srt_ext.demo.scenes import BOX, CLASSES, CONE, CYLINDER, FAR, Scene, scene
 from srt_ext.demo.small import FILE, load_small, make_small
+from srt_ext.extraction import Network
 
 
 def inside(kind: int, points: np.ndarray) -> np.ndarray:
@@ -170,7 +170,7 @@ def test_the_small_vit_is_small_and_takes_any_picture() -> None:
 
 @pytest.fixture(scope="module")
 def evaluation() -> Evaluation:
-    return Evaluation(Network("small", None, None), "4")
+    return Evaluation(Network.load("small"), "4")
 
 
 def test_fields_are_those_of_the_model(evaluation: Evaluation) -> None:

@@ -10,13 +10,13 @@ import torch
 from cli import SMALL, crops, small_weights
 
 from srt_ext import SRT, viz
-from srt_ext.cli.common import Network
+from srt_ext.extraction import Network
 from srt_ext.viz import Comparison, PCAColors
 
 
 @pytest.fixture(scope="module")
 def network() -> Network:
-    return Network(SMALL, small_weights(), [2, -1])
+    return Network.load(SMALL, small_weights(), [2, -1])
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -25,8 +24,9 @@ from .._library import unavailable
 from ..options import Quality
 
 if TYPE_CHECKING:
-    import torch
     from matplotlib.figure import Figure
+
+    from ..extraction import Network
 
 # A model of timm. Where its weights are not available, the small model of srt_ext.demo is used.
 DEFAULT_MODEL = "vit_small_patch14_dinov2.lvd142m"
@@ -294,43 +294,6 @@ def utf8(name: str) -> str:
 # ---- the model ----------------------------------------------------------------------------------
 
 
-class Network:
-    """A frozen model and its image normalisation; ``backbone`` measures the model's seconds.
-
-    Arguments and errors are those of :func:`srt_ext.hub.load_timm` and
-    :func:`srt_ext.backbones.describe`.
-    """
-
-    def __init__(self, name: str, weights: Path | None, layers: int | list[int] | None) -> None:
-        import torch
-
-        from ..backbones import TimedBackbone, describe
-        from ..hub import load_timm
-
-        self.name = name
-        self.model, config = load_timm(name, weights)
-        self.backbone = TimedBackbone(describe(self.model, layers))
-        self._mean, self._std = (
-            torch.tensor(config[k], dtype=torch.float32, device="cpu")[:, None, None]
-            for k in ("mean", "std")
-        )
-
-    def image(self, pixels: np.ndarray) -> torch.Tensor:
-        """pixels [H, W, 3] uint8 -> [1, 3, H, W] float32, normalised."""
-        import torch
-
-        image = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
-        return (image - self._mean) / self._std
-
-    def digest(self) -> str:
-        """A hash of the weights, independent of the file that they came from."""
-        sha256 = hashlib.sha256()
-        for name, tensor in self.model.state_dict().items():
-            sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            sha256.update(tensor.numpy().tobytes())
-        return sha256.hexdigest()[:16]
-
-
 @contextmanager
 def warnings_as_notes() -> Iterator[None]:
     """Prints each warning of this package in one line."""
@@ -349,11 +312,12 @@ def load_network(
     If the weights of the default model are not available, the small model replaces it, with a note.
     A named model is never replaced.
     """
+    from ..extraction import Network
     from ..hub import SMALL, PretrainedError
 
     try:
         with warnings_as_notes():
-            return Network(DEFAULT_MODEL if model is None else model, weights, layers)
+            return Network.load(DEFAULT_MODEL if model is None else model, weights, layers)
     except PretrainedError as reason:
         if model is not None:
             raise
@@ -361,4 +325,4 @@ def load_network(
             f"the weights of {DEFAULT_MODEL} are not available ({reason.reason}): using the small "
             "ViT that comes with srt_ext; choose another with --model or --weights"
         )
-    return Network(SMALL, None, layers)
+    return Network.load(SMALL, layers=layers)

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from ..images import open_image, to_pixels
 from . import common
-from .images import open_image, to_pixels
 
 
 @common.user_errors()
@@ -40,11 +40,12 @@ def command(
         first_with_rods,
         frames,
     )
+    from ..extraction import Network
     from ..hub import SMALL
     from ..viz import draw
 
     common.check_inputs(views, None)
-    evaluation = Evaluation(common.Network(SMALL, None, None), views)
+    evaluation = Evaluation(Network.load(SMALL), views)
     first = HELD_OUT + 1000 * seed
     with common.progress_bar("scenes", scenes) as progress:
         scores = evaluation.scores((frames(first + i) for i in range(scenes)), progress)

@@ -11,8 +11,8 @@ import numpy as np
 import typer
 
 from .. import __version__
+from ..images import find_images, open_image, to_pixels
 from . import common
-from .images import find_images, open_image, to_pixels
 
 
 class DType(str, Enum):
@@ -72,8 +72,9 @@ def command(
         raise common.fatal(f"--output must be a folder for the pictures of a folder; got {output}")
     import torch
 
+    from ..extraction import to_tensors
     from ..srt import SRT
-    from .folder import Extraction, lock_folder, save, to_tensors, write_folder
+    from .folder import Extraction, lock_folder, save, write_folder
 
     common.check_inputs(views, weights)
     if many:

@@ -19,27 +19,14 @@ import typer
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from ..extraction import Network, to_tensors
 from ..hub import by_descriptor
-from ..srt import SRT, SRTOutput
+from ..images import Found, ImageError, find_files, open_image, to_pixels
+from ..srt import SRT
 from . import common
 from .common import OutputError
-from .images import Found, ImageError, find_files, open_image, to_pixels
 
 LOCK_TIMEOUT = 10.0  # seconds; workers live up to 5 s longer than a run that was killed
-
-
-def to_tensors(output: SRTOutput, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """``field`` [C, H', W'] and ``prefix`` [K, C] of an image, dense, in the range of ``dtype``."""
-    tensors = {}
-    for name, tensor in output._asdict().items():
-        if tensor is None:
-            continue
-        tensors[name] = tensor[0].to(dtype).contiguous()
-        if dtype == torch.float16 and tensors[name].isinf().any() and not tensor.isinf().any():
-            raise ValueError(
-                f"float16 ends at 65504, {name} goes to {tensor.abs().max():g}: --dtype bfloat16"
-            )
-    return tensors
 
 
 def _decode(path: Path, size: int) -> torch.Tensor | str:
@@ -171,7 +158,7 @@ def lock_folder(out: Path) -> Iterator[None]:
 class Extraction(NamedTuple):
     """What to extract; ``settings`` is everything that the features depend on, for metadata."""
 
-    network: common.Network
+    network: Network
     srt: SRT
     size: int
     dtype: torch.dtype

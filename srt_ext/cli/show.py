@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..images import Found, ImageError, find_images, open_image, to_pixels
 from . import common
-from .images import Found, ImageError, find_images, open_image, to_pixels
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from ..extraction import Network
     from ..viz import Comparison
 
 
@@ -99,7 +100,7 @@ def command(
 def draw_photo(
     pixels: np.ndarray,
     comparison: Comparison,
-    network: common.Network,
+    network: Network,
     names: list[str],
     output: Path,
 ) -> None:
@@ -162,7 +163,7 @@ def parse_query(text: str, size: tuple[int, int]) -> tuple[float, float]:
 
 
 def draw_frames(
-    paths: list[Path], comparison: Comparison, network: common.Network, names: list[str], size: int
+    paths: list[Path], comparison: Comparison, network: Network, names: list[str], size: int
 ) -> Iterator[Any]:
     """Yields a frame, an image of Pillow, for each path.
 

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 import typer
 
+from ..images import open_image, to_pixels
 from . import common
-from .images import open_image, to_pixels
 
 if TYPE_CHECKING:
     import torch
 
+    from ..extraction import Network
     from ..spot import Search, Subpixel
 
 
@@ -87,7 +88,7 @@ def command(
     report(pixels, vit.patch, tokens, placement, found, output)
 
 
-def subpixel(network: common.Network) -> Subpixel:
+def subpixel(network: Network) -> Subpixel:
     from ..spot import Subpixel
 
     try:

@@ -23,7 +23,7 @@ from .scenes import Scene, scene
 from .small import PATCH
 
 if TYPE_CHECKING:
-    from ..cli.common import Network
+    from ..extraction import Network
 
 SIDE = 112  # pixels of a frame: the largest that the model was trained on
 STRIDE = 2  # pixels between the cells that are compared

@@ -10,7 +10,7 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -53,21 +53,30 @@ def open_image(path: Path) -> Any:
         # A pipe or a device may never end.
         if not stat.S_ISREG(path.stat().st_mode):
             raise ImageError(f"{path} is not a regular file")
-        with warnings.catch_warnings():  # Pillow warns of files that it can still read
-            warnings.simplefilter("ignore")
-            return _to_rgb(_upright(path))
+        with path.open("rb") as file:
+            return decode_image(file, str(path))
     except FileNotFoundError:
         raise ImageError(f"{path} does not exist") from None
-    except (ImageError, MemoryError):
-        raise
-    except Exception as error:  # decoders raise anything on a broken file
+    except OSError as error:
         raise ImageError(f"{path} is not a readable picture: {error}") from None
 
 
-def _upright(path: Path) -> Any:
+def decode_image(file: IO[bytes], name: str) -> Any:
+    """:func:`open_image` for an open file; ``name`` stands in the ImageError."""
+    try:
+        with warnings.catch_warnings():  # Pillow warns of files that it can still read
+            warnings.simplefilter("ignore")
+            return _to_rgb(_upright(file))
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise anything on a broken file
+        raise ImageError(f"{name} is not a readable picture: {error}") from None
+
+
+def _upright(content: IO[bytes]) -> Any:
     from PIL import Image, ImageOps
 
-    with Image.open(path, formats=formats()) as file:
+    with Image.open(content, formats=formats()) as file:
         file.load()
         try:
             return ImageOps.exif_transpose(file)

@@ -1,0 +1,1 @@
+"""Extraction of a data set on Ray Data."""
