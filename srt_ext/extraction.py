@@ -31,6 +31,7 @@ class Network:
         layers: int | list[int] | None = None,
     ) -> None:
         self.name, self.model = name, model
+        self.mean, self.std = tuple(mean), tuple(std)
         self.backbone = TimedBackbone(describe(model, layers))
         self._mean, self._std = (
             torch.tensor(values, dtype=torch.float32, device="cpu")[:, None, None]

@@ -235,6 +235,15 @@ def check_output(path: Path, suffixes: tuple[str, ...], inputs: Iterable[Path] =
             raise fatal(f"{path} cannot be written: no permission for {place}")
 
 
+def other_settings(before: dict[str, str], now: dict[str, str]) -> str:
+    """Which settings of an output differ; empty if none does."""
+    return "; ".join(
+        f"{name} {before.get(name, 'unknown')}, now {value}"
+        for name, value in now.items()
+        if before.get(name) != value
+    )
+
+
 # ---- output -------------------------------------------------------------------------------------
 
 

@@ -1,18 +1,23 @@
-"""``srt-ext features``: the fields of an image or of a folder, in files."""
+"""``srt-ext features``: the fields of an image, of a folder or of a data set, in files."""
 
 from __future__ import annotations
 
+import random
 import time
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
 import typer
 
 from .. import __version__
 from ..images import find_images, open_image, to_pixels
+from ..options import Quality
 from . import common
+
+if TYPE_CHECKING:
+    from .folder import Extraction
 
 
 class DType(str, Enum):
@@ -23,20 +28,72 @@ class DType(str, Enum):
     bfloat16 = "bfloat16"
 
 
+class Engine(str, Enum):
+    """What runs the extraction of many pictures."""
+
+    ray = "ray"
+
+
+class Request(NamedTuple):
+    """What is asked for: the options of the model and of SRT."""
+
+    model: str | None
+    weights: Path | None
+    layer: int | None
+    views: str | None
+    scale: float | None
+    quality: Quality | None
+    stride: int
+    view_batch: int
+    size: int
+    dtype: DType
+
+    def load(self) -> Extraction:
+        """Loads the model and checks what depends on it."""
+        import torch
+
+        from ..srt import SRT
+        from .folder import Extraction
+
+        network = common.load_network(self.model, self.weights, self.layer)
+        with common.warnings_as_notes():
+            srt = SRT(network.backbone, **self.srt_arguments())
+        settings = {
+            "srt_ext": __version__,
+            "model": common.utf8(network.name),
+            "weights": network.digest(),
+            "views": self.views or str(len(srt.views.offsets)),
+            "scale": f"{srt.scale:g}",
+            "stride": str(self.stride),
+            "size": str(self.size),
+            "layer": "last" if self.layer is None else str(self.layer),
+            "dtype": self.dtype.value,
+        }
+        dtype = getattr(torch, self.dtype.value)
+        return Extraction(network, srt, self.size, dtype, settings)
+
+    def srt_arguments(self) -> dict[str, Any]:
+        names = ("views", "scale", "quality", "stride", "view_batch")
+        return {name: getattr(self, name) for name in names}
+
+
 @common.user_errors()
 def command(
-    photo: Annotated[
-        Path,
+    source: Annotated[
+        str,
         typer.Argument(
-            help="A picture that Pillow can read, or a folder of pictures, with its subfolders."
+            help="A picture that Pillow can read, or a folder of pictures, with its subfolders. "
+            "With --engine also a glob, a Parquet file of paths or bytes, or tar shards "
+            "(WebDataset), each a path or a URL."
         ),
     ],
     output: Annotated[
-        Path,
+        str,
         typer.Option(
             "--output",
             "-o",
-            help="A .npz or .safetensors file. For a folder: a folder for .safetensors files.",
+            help="A .npz or .safetensors file. For a folder: a folder for .safetensors files. "
+            "With --engine: a folder or a URL for Parquet files.",
         ),
     ],
     model: common.ModelName = None,
@@ -54,61 +111,161 @@ def command(
         ),
     ] = None,
     dtype: Annotated[DType, typer.Option(help="Data type of the output.")] = DType.float32,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only the first pictures of the source.")
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print the number of pictures, the settings, and the bytes and the time to expect "
+            "from a few that are timed; write nothing.",
+        ),
+    ] = False,
     workers: Annotated[
-        int, typer.Option(min=0, help="Processes that decode the pictures of a folder; 0: none.")
-    ] = 2,
+        int | None,
+        typer.Option(
+            min=0, help="Processes that decode the pictures of a folder; 0: none. Default: 2."
+        ),
+    ] = None,
+    engine: Annotated[
+        Engine | None,
+        typer.Option(help="ray: run on Ray Data, for data sets of any size. Default: one process."),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="Address of a Ray cluster, or auto. Default: RAY_ADDRESS, or a cluster on this "
+            "machine for this run. (--engine ray)"
+        ),
+    ] = None,
+    actors: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Processes that hold the model. Default: one a GPU, or one for every two CPUs. "
+            "(--engine ray)",
+        ),
+    ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Pictures of a task; those of one size go into one forward. Default: 16. "
+            "(--engine ray)",
+        ),
+    ] = None,
+    rows_per_file: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Pictures in a file, at least: what is computed again after an unfinished write. "
+            "Default: as many as give 256 MB. (--engine ray)",
+        ),
+    ] = None,
+    pca: Annotated[
+        str | None,
+        typer.Option(
+            help="Number of principal components to store in place of the channels, or the pca.npz "
+            "of another output. (--engine ray)"
+        ),
+    ] = None,
+    column: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of a Parquet file that has the pictures: paths, bytes, or both. Default: "
+            "bytes, path or image. (--engine ray)"
+        ),
+    ] = None,
+    key: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of a Parquet file that names the pictures. Default: key, or the paths. "
+            "(--engine ray)"
+        ),
+    ] = None,
 ) -> None:
     """Writes the SRT field of photographs: `field` [C, H', W'] and `prefix` [K, C].
 
-    FOLDER/a/b.jpg becomes OUTPUT/a/b.jpg.safetensors. The same command resumes a run that was
-    stopped: it skips the files that are done. An OUTPUT with files of other settings is an error.
+    FOLDER/a/b.jpg becomes OUTPUT/a/b.jpg.safetensors. With --engine the fields are rows of
+    OUTPUT/data/*.parquet. The same command resumes a run that was stopped: it skips the pictures
+    that are done. An OUTPUT with features of other settings is an error.
     """
-    many = photo.is_dir()
-    if not many:
-        common.check_output(output, (".npz", ".safetensors"))
-        if output.suffix.lower() == ".npz" and dtype is DType.bfloat16:
-            raise common.fatal(f"--dtype bfloat16 does not exist in .npz files; got {output}")
-    elif output.suffix.lower() in (".npz", ".safetensors") or output.is_file():
-        raise common.fatal(f"--output must be a folder for the pictures of a folder; got {output}")
-    import torch
-
-    from ..extraction import to_tensors
-    from ..srt import SRT
-    from .folder import Extraction, lock_folder, save, write_folder
-
     common.check_inputs(views, weights)
-    if many:
-        inside = None if output.resolve() == photo.resolve() else output
-        found = find_images(photo, nested=True, without=inside)
-    else:
-        pixels = to_pixels(open_image(photo), size)
-    network = common.load_network(model, weights, layer)
-    setting: Any = {"scale": scale, "quality": quality}
-    with common.warnings_as_notes():
-        srt = SRT(network.backbone, views, stride=stride, view_batch=view_batch, **setting)
-    count = len(srt.views.offsets)
-    torch_dtype = getattr(torch, dtype.value)
-    settings = {
-        "srt_ext": __version__,
-        "model": common.utf8(network.name),
-        "weights": network.digest(),
-        "views": views or str(count),
-        "scale": f"{srt.scale:g}",
-        "stride": str(stride),
-        "size": str(size),
-        "layer": "last" if layer is None else str(layer),
-        "dtype": dtype.value,
+    asked: Any = {"stride": stride, "view_batch": view_batch, "size": size, "dtype": dtype}
+    request = Request(model, weights, layer, views, scale, quality, **asked)
+    for_ray = {
+        "--address": address,
+        "--actors": actors,
+        "--batch": batch,
+        "--rows-per-file": rows_per_file,
+        "--pca": pca,
+        "--column": column,
+        "--key": key,
     }
-    if many:
-        with lock_folder(output):
-            extraction = Extraction(network, srt, size, torch_dtype, settings)
-            write_folder(photo, found, output, extraction, workers)
+    if engine is Engine.ray:
+        if workers is not None:
+            raise common.fatal("--workers is for one process; with --engine ray use --actors")
+        from .dataset import Cluster, extract
+
+        cluster = Cluster(address, actors, batch or 16, rows_per_file)
+        columns = {"column": column, "key": key}
+        extract(source, output, request, cluster, pca, limit=limit, dry_run=dry_run, **columns)
         return
+    if given := [name for name, value in for_ray.items() if value is not None]:
+        raise common.fatal(f"{given[0]} needs --engine ray")
+    if Path(source).is_dir():
+        _folder(
+            Path(source), Path(output), request, 2 if workers is None else workers, limit, dry_run
+        )
+    else:
+        _picture(Path(source), Path(output), request, dry_run)
+
+
+def _folder(
+    folder: Path, output: Path, request: Request, workers: int, limit: int | None, dry_run: bool
+) -> None:
+    if output.suffix.lower() in (".npz", ".safetensors") or output.is_file():
+        raise common.fatal(f"--output must be a folder for the pictures of a folder; got {output}")
+    from .folder import list_tasks, lock_folder, sizes, write_folder
+
+    inside = None if output.resolve() == folder.resolve() else output
+    found = find_images(folder, nested=True, without=inside)
+    found = found._replace(files=found.files[:limit])
+    extraction = request.load()
+    if dry_run:
+        from .plan import TIMED, print_plan
+
+        count = len(found.files)
+        done = count - len(list_tasks(folder, found, output, extraction.settings))
+        timed = random.Random(0).sample(found.files, min(1 + TIMED, count))
+        print_plan(count, True, done, extraction.settings, sizes(timed, extraction))
+        return
+    with lock_folder(output):
+        write_folder(folder, found, output, extraction, workers)
+
+
+def _picture(photo: Path, output: Path, request: Request, dry_run: bool) -> None:
+    common.check_output(output, (".npz", ".safetensors"))
+    if output.suffix.lower() == ".npz" and request.dtype is DType.bfloat16:
+        raise common.fatal(f"--dtype bfloat16 does not exist in .npz files; got {output}")
+    from ..extraction import to_tensors
+    from .folder import save, sizes
+
+    pixels = to_pixels(open_image(photo), request.size)
+    extraction = request.load()
+    network, srt, _, dtype, settings = extraction
+    if dry_run:
+        from .plan import print_plan
+
+        print_plan(1, True, 0, settings, sizes([photo, photo], extraction))
+        return
+    count = len(srt.views.offsets)
     with common.progress_bar("views", count) as progress:
         start = time.perf_counter()
         result = srt(network.image(pixels), progress)
         seconds = time.perf_counter() - start
-    tensors = to_tensors(result, torch_dtype)
+    tensors = to_tensors(result, dtype)
     with common.replacing(output.resolve()) as partial:
         if output.suffix.lower() == ".npz":
             arrays: Any = {name: tensor.numpy() for name, tensor in tensors.items()}

@@ -185,7 +185,8 @@ def write_folder(
     followed. Raises an OutputError if ``out`` has features of other settings, before any work, or
     cannot be written; typer.Exit if images failed or the run was interrupted.
     """
-    tasks = _tasks(folder, found, out, extraction.settings)
+    tasks = list_tasks(folder, found, out, extraction.settings)
+    common.remove_partials(task.target for task in tasks)
     done = len(found.files) - len(tasks)
     written: list[int | None] = []  # bytes; None for images that failed
     for message in found.errors:
@@ -216,11 +217,10 @@ def write_folder(
         raise typer.Exit(1)
 
 
-def _tasks(folder: Path, found: Found, out: Path, settings: dict[str, str]) -> list[_Task]:
-    """The images that are not finished. Removes the temporary files of killed runs."""
+def list_tasks(folder: Path, found: Found, out: Path, settings: dict[str, str]) -> list[_Task]:
+    """The images that are not finished."""
     targets = {out / f"{path.relative_to(folder)}.safetensors": path for path in found.files}
     finished = _finished(out, targets, settings)
-    common.remove_partials(targets)
     tasks = []
     for target, path in targets.items():
         source = {"photo": common.utf8(path.relative_to(folder).as_posix()), **_file_version(path)}
@@ -249,6 +249,17 @@ def _write_all(tasks: list[_Task], extraction: Extraction, workers: int) -> Iter
         yield written
 
 
+def sizes(paths: list[Path], extraction: Extraction) -> Iterator[int | None]:
+    """Extracts each image and yields the bytes of its features; None if it cannot be decoded."""
+    for path in paths:
+        pixels = _decode(path, extraction.size)
+        if isinstance(pixels, str):
+            yield None
+            continue
+        output = extraction.srt(extraction.network.image(pixels.numpy()))
+        yield sum(tensor.nbytes for tensor in to_tensors(output, extraction.dtype).values())
+
+
 def _finished(out: Path, targets: Any, settings: dict[str, str]) -> dict[Path, dict[str, str]]:
     """The metadata of the files in ``out``; an OutputError if one has other settings."""
     metadata_of = {}
@@ -259,15 +270,10 @@ def _finished(out: Path, targets: Any, settings: dict[str, str]) -> dict[Path, d
             continue  # absent or broken: written again if it is one of the targets
         if path not in targets and "srt_ext" not in metadata:
             continue  # not written by srt_ext
-        others = [
-            f"{key} {metadata.get(key, 'unknown')}, now {value}"
-            for key, value in settings.items()
-            if metadata.get(key) != value
-        ]
-        if others:
+        if others := common.other_settings(metadata, settings):
             raise OutputError(
-                f"{path} was made with other settings ({'; '.join(others)}): choose another "
-                f"--output, or remove the features in {out}"
+                f"{path} was made with other settings ({others}): choose another --output, or "
+                f"remove the features in {out}"
             )
         metadata_of[path] = metadata
     return metadata_of
