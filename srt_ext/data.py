@@ -7,20 +7,31 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs
 import pyarrow.parquet as pq
+import torch
+from torch.utils.data import Dataset
 
-from ._validation import wrong
+from ._validation import is_integer, wrong
+
+T = TypeVar("T")
 
 FORMAT = 1
+THREADS = 16  # that read footers and keys: an object store takes long to answer
 ROW_GROUP_BYTES = 64 << 20  # of fields and prefixes: what a reader must hold
 
 FIELDS = pa.schema(
@@ -114,7 +125,6 @@ def write_rows(table: pa.Table, file: Any) -> None:
         compression=dict.fromkeys(small, "zstd"),  # the others: none
         use_dictionary=small,
         write_statistics=small,
-        write_batch_size=16,  # rows, after which a page may end: a page is held in memory
     )
     with writer:
         for start, count in _row_groups(table):
@@ -140,3 +150,215 @@ def _row_groups(table: pa.Table) -> Iterator[tuple[int, int]]:
         total += size
     if start < table.num_rows:
         yield start, table.num_rows - start
+
+
+# ---- reading ------------------------------------------------------------------------------------
+
+
+def open(out: str | Path, columns: Sequence[str] | None = None) -> Fields:
+    """The data set of the pictures in a folder that ``srt-ext features --engine ray`` wrote.
+
+    Args:
+        out: a local path or a URL of pyarrow or fsspec.
+        columns: what is read beside the numbers of a picture: any of ``field``, ``prefix`` and the
+            columns of the source. None: all.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: a folder without a manifest or without pictures; a column that no file has.
+
+    Only footers are read. Files that a killed run left without a checkpoint are left out.
+
+    Example:
+        >>> import tempfile
+        >>> out = tempfile.mkdtemp()
+        >>> files, path = filesystem(out)
+        >>> Manifest({"model": "small"}, channels=2).write(files, path)
+        >>> row = {"key": "a.jpg", "height": 2, "width": 3, "stride": 8, "channels": 2}
+        >>> row |= {"dtype": "float16", "field": np.zeros((2, 3, 2), np.float16).tobytes()}
+        >>> row |= {"image_height": 16, "image_width": 24}
+        >>> files.create_dir(f"{path}/data")
+        >>> with files.open_output_stream(f"{path}/data/0.parquet") as file:
+        ...     write_rows(pa.Table.from_pylist([row], FIELDS), file)
+        >>> fields = open(out)
+        >>> len(fields), fields["a.jpg"]["field"].shape, fields.settings
+        (1, torch.Size([2, 2, 3]), {'model': 'small'})
+    """
+    return Fields(out, columns)
+
+
+class Fields(Dataset[dict[str, Any]]):
+    """A map-style data set, which :func:`open` returns. Its order is that of the files by name.
+
+    ``fields[i]`` or ``fields[key]`` is a dict:
+
+    - ``key``, ``stride`` in pixels, ``image_height`` and ``image_width`` in pixels,
+    - ``field`` [C, H', W'], channels last in memory, and ``prefix`` [n, C] if the model has one,
+    - the columns of the source; None for those that its file does not have.
+
+    Each process keeps the row group that it read last, of about 64 MB. So iterating reads each
+    once; a random order reads one for each picture. Shuffle the row groups instead::
+
+        first = fields.row_groups
+        order = [i for g in torch.randperm(len(first) - 1) for i in range(first[g], first[g + 1])]
+        loader = DataLoader(fields, sampler=order, batch_size=None)
+
+    Attributes:
+        settings: those of the extraction, by name.
+        columns: what a picture has beside its numbers.
+        row_groups: [G + 1], the index of the first picture of each row group, and ``len(fields)``.
+    """
+
+    def __init__(self, out: str | Path, columns: Sequence[str] | None = None) -> None:
+        if not isinstance(out, str | Path):
+            raise wrong(TypeError, "srt_ext.data.open", "out must be a path or a URL", repr(out))
+        self._url = str(out)
+        files, self._out = filesystem(self._url)
+        self._process: tuple[int, pyarrow.fs.FileSystem] = os.getpid(), files
+        self._last: tuple[int, pa.Table] = -1, None
+        manifest = Manifest.read(files, self._out)
+        if manifest is None:
+            rule = "out must be a folder of srt-ext features --engine ray, with a manifest.json"
+            raise wrong(ValueError, "srt_ext.data.open", rule, out)
+        self.settings, self._manifest = manifest.settings, manifest
+        self._paths = self._committed("data")
+        footers = self._map(self._footer, self._paths)
+        groups = [
+            (file, group, rows)
+            for file, (_, counts) in enumerate(footers)
+            for group, rows in enumerate(counts)
+        ]
+        self._groups = np.array(groups, dtype=np.int64).reshape(-1, 3)
+        self.row_groups = np.concatenate([[0], self._groups[:, 2].cumsum()])
+        if not len(self):
+            raise wrong(ValueError, "srt_ext.data.open", "out must have pictures", f"none in {out}")
+        names = dict.fromkeys(name for columns_of_file, _ in footers for name in columns_of_file)
+        found = [name for name in names if name in _BLOBS or name not in NAMES]
+        self.columns = found if columns is None else list(columns)
+        if isinstance(columns, str) or not set(self.columns) <= set(found):
+            rule = f"columns must be a sequence of some of {found}"
+            raise wrong(ValueError, "srt_ext.data.open", rule, repr(columns))
+
+    def __len__(self) -> int:
+        return int(self.row_groups[-1])
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, index: int | str) -> dict[str, Any]:
+        i = self._find(index) if isinstance(index, str) else self._position(index)
+        group = int(self.row_groups.searchsorted(i, "right")) - 1
+        if self._last[0] != group:
+            self._last = -1, None  # frees the memory of one before the other is read
+            self._last = group, self._read(group)
+        table, row = self._last[1], i - int(self.row_groups[group])
+        blobs = {
+            name: table[name][row].as_buffer() for name in _BLOBS if name in table.column_names
+        }
+        return self._picture(table.drop_columns([*blobs]).slice(row, 1).to_pylist()[0], blobs)
+
+    @cached_property
+    def keys(self) -> pa.Array:
+        """The key of each picture, strings of pyarrow. Reads the key columns and nothing else."""
+        tables = self._map(lambda path: self._file(path).read(["key"]), self._paths)
+        return pa.concat_tables(tables)["key"].cast(pa.large_string()).combine_chunks()
+
+    @property
+    def errors(self) -> pa.Table:
+        """``key`` and ``reason`` of each picture that has no field."""
+        schema = pa.schema({"key": pa.string(), "reason": pa.string()})
+        paths = self._committed("errors")
+        tables = self._map(lambda path: self._file(path).read(schema.names), paths)
+        return pa.concat_tables([schema.empty_table(), *tables])
+
+    @property
+    def pca(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """``mean`` [C] and ``components`` [K, C] of a field [K, H', W'], float32; None without."""
+        if self._manifest.pca is None:
+            return None
+        with self._files.open_input_stream(f"{self._out}/pca.npz") as file:
+            arrays = np.load(io.BytesIO(file.read()))
+        return torch.from_numpy(arrays["mean"]), torch.from_numpy(arrays["components"])
+
+    # A worker of a DataLoader shares neither connections nor rows with its parent.
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_process": (0, None), "_last": (-1, None)}
+
+    @property
+    def _files(self) -> pyarrow.fs.FileSystem:
+        if self._process[0] != os.getpid():
+            self._process = os.getpid(), filesystem(self._url)[0]
+        return self._process[1]
+
+    def _committed(self, folder: str) -> list[str]:
+        """Paths of Parquet files. A run under Ray's checkpoints has one of the same name."""
+
+        def names(folder: str) -> set[str]:
+            place = pyarrow.fs.FileSelector(f"{self._out}/{folder}", allow_not_found=True)
+            found = (file.base_name for file in self._files.get_file_info(place))
+            return {name for name in found if name.endswith(".parquet")}
+
+        found = names(folder)
+        checkpoint = self._files.get_file_info(f"{self._out}/checkpoint")
+        if checkpoint.type != pyarrow.fs.FileType.NotFound:
+            found &= names("checkpoint")
+        return [f"{self._out}/{folder}/{name}" for name in sorted(found)]
+
+    def _map(self, call: Callable[[str], T], paths: list[str]) -> list[T]:
+        with ThreadPoolExecutor(THREADS) as pool:
+            return list(pool.map(call, paths))
+
+    def _file(self, path: str) -> pq.ParquetFile:
+        try:
+            return pq.ParquetFile(path, filesystem=self._files, pre_buffer=True)
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"srt_ext.data.open: {path} is damaged: {error}") from None
+
+    def _footer(self, path: str) -> tuple[list[str], list[int]]:
+        """The columns of a file, and the rows of each row group."""
+        with self._file(path) as file:
+            groups = (file.metadata.row_group(i) for i in range(file.num_row_groups))
+            return file.schema_arrow.names, [group.num_rows for group in groups]
+
+    def _read(self, group: int) -> pa.Table:
+        index, part, _ = self._groups[group]
+        # Closed at once: an open file keeps the bytes of a row group beside its table.
+        with self._file(self._paths[index]) as file:
+            wanted = {*NAMES, *self.columns} - ({*_BLOBS} - {*self.columns})
+            names = [name for name in file.schema_arrow.names if name in wanted]
+            return file.read_row_group(int(part), names)
+
+    def _picture(self, row: dict[str, Any], blobs: dict[str, pa.Buffer | None]) -> dict[str, Any]:
+        picture = {name: row[name] for name in ("key", "stride", "image_height", "image_width")}
+        dtype = getattr(torch, row["dtype"])
+        shapes = {
+            "field": (row["height"], row["width"], row["channels"]),
+            "prefix": (-1, self._manifest.channels),
+        }
+        for name, blob in blobs.items():
+            if blob is not None:
+                # Copied: the picture can be written to, and does not keep its row group alive.
+                picture[name] = torch.frombuffer(bytearray(blob), dtype=dtype).view(shapes[name])
+        if "field" in picture:
+            picture["field"] = picture["field"].permute(2, 0, 1)
+        return picture | {name: row.get(name) for name in self.columns if name not in _BLOBS}
+
+    def _position(self, index: int) -> int:
+        where, count = "srt_ext.data.Fields", len(self)
+        if not is_integer(index):
+            raise wrong(TypeError, where, "index must be an integer or a key", repr(index))
+        if not -count <= index < count:
+            raise IndexError(f"{where}: index must be in {-count} .. {count - 1}; got {index}")
+        return int(index) % count
+
+    @cached_property
+    def _order(self) -> np.ndarray:
+        """What sorts the keys: a tenth of the memory of a dict."""
+        order: np.ndarray = pc.sort_indices(self.keys).to_numpy()
+        return order
+
+    def _find(self, key: str) -> int:
+        place = bisect_left(self._order, key, key=lambda i: self.keys[i].as_py())
+        if place == len(self) or self.keys[self._order[place]].as_py() != key:
+            raise KeyError(f"srt_ext.data.Fields: key must be that of a picture; got {key!r}")
+        return int(self._order[place])
