@@ -25,13 +25,14 @@ EXAMPLES = {
 
 
 @pytest.mark.parametrize(
-    "module", ["dlpack", "numpy", "ops", "polyphase", "spot", "srt", "streaming", "views"]
+    "module", ["data", "dlpack", "numpy", "ops", "polyphase", "spot", "srt", "streaming", "views"]
 )
 def test_docstrings(module: str) -> None:
     if module == "numpy":
         pytest.importorskip("srt_ext.numpy", exc_type=ImportError)
-    if module == "spot":
-        pytest.importorskip("timm")
+    for name, needed in (("data", "pyarrow"), ("spot", "timm")):
+        if module == name:
+            pytest.importorskip(needed)
     results = doctest.testmod(importlib.import_module(f"srt_ext.{module}"))
     assert results.attempted > 0
     assert results.failed == 0

@@ -100,12 +100,13 @@ class Manifest(NamedTuple):
     def write(self, files: pyarrow.fs.FileSystem, out: str) -> None:
         """Replaces it as a whole, as far as the file system can."""
         path = f"{out}/manifest.json"
+        content = json.dumps({"format": FORMAT, **self._asdict()}, indent=1).encode()
         # An object store shows no file before it is complete.
         local = isinstance(files, pyarrow.fs.LocalFileSystem)
         partial = f"{path}.partial" if local else path
         files.create_dir(out, recursive=True)
         with files.open_output_stream(partial) as file:
-            file.write(json.dumps({"format": FORMAT, **self._asdict()}, indent=1).encode())
+            file.write(content)
         if local:
             files.move(partial, path)
 
