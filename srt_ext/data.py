@@ -253,9 +253,7 @@ class Fields(Dataset[dict[str, Any]]):
             self._last = -1, None  # frees the memory of one before the other is read
             self._last = group, self._read(group)
         table, row = self._last[1], i - int(self.row_groups[group])
-        blobs = {
-            name: table[name][row].as_buffer() for name in _BLOBS if name in table.column_names
-        }
+        blobs = {name: _value(table[name], row) for name in _BLOBS if name in table.column_names}
         return self._picture(table.drop_columns([*blobs]).slice(row, 1).to_pylist()[0], blobs)
 
     @cached_property
@@ -329,7 +327,7 @@ class Fields(Dataset[dict[str, Any]]):
             names = [name for name in file.schema_arrow.names if name in wanted]
             return file.read_row_group(int(part), names)
 
-    def _picture(self, row: dict[str, Any], blobs: dict[str, pa.Buffer | None]) -> dict[str, Any]:
+    def _picture(self, row: dict[str, Any], blobs: dict[str, bytearray | None]) -> dict[str, Any]:
         picture = {name: row[name] for name in ("key", "stride", "image_height", "image_width")}
         dtype = getattr(torch, row["dtype"])
         shapes = {
@@ -338,8 +336,7 @@ class Fields(Dataset[dict[str, Any]]):
         }
         for name, blob in blobs.items():
             if blob is not None:
-                # Copied: the picture can be written to, and does not keep its row group alive.
-                picture[name] = torch.frombuffer(bytearray(blob), dtype=dtype).view(shapes[name])
+                picture[name] = torch.frombuffer(blob, dtype=dtype).view(shapes[name])
         if "field" in picture:
             picture["field"] = picture["field"].permute(2, 0, 1)
         return picture | {name: row.get(name) for name in self.columns if name not in _BLOBS}
@@ -363,3 +360,16 @@ class Fields(Dataset[dict[str, Any]]):
         if place == len(self) or self.keys[self._order[place]].as_py() != key:
             raise KeyError(f"srt_ext.data.Fields: key must be that of a picture; got {key!r}")
         return int(self._order[place])
+
+
+def _value(column: pa.ChunkedArray, row: int) -> bytearray | None:
+    """A copy, which can be written to and does not keep its row group alive.
+
+    From the buffers: ``column[row]`` copies, too.
+    """
+    array = column.slice(row, 1).chunk(0)
+    if array.null_count:
+        return None
+    _, offsets, content = array.buffers()
+    start, end = np.frombuffer(offsets, np.int64)[array.offset : array.offset + 2].tolist()
+    return bytearray(content.slice(start, end - start))
