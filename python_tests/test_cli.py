@@ -334,7 +334,7 @@ def test_too_little_memory_is_one_line_that_says_what_to_change(
     text = run(command, photo, "-o", output, "--model", "small", *FAST, code=1)
     (line,) = (line for line in text.splitlines() if line.startswith("error"))
     assert "not enough memory" in line
-    assert "use a smaller --size or --scale, a larger --stride, a smaller --view-batch" in line
+    assert "use a smaller size or scale, a larger stride, smaller batches" in line
 
 
 def test_a_bug_keeps_its_traceback(

@@ -189,7 +189,7 @@ def test_images_that_fail_are_reported_and_skipped(
         "a.png is not a readable",
         "b[red].jpg is not a readable",
         "gone.png does not exist",
-        "tall.png: not enough memory (out of memory): use a smaller --size",
+        "tall.png: not enough memory (out of memory): use a smaller size",
     ):
         assert message in text
     assert list(made(out)) == [NAMES[0], NAMES[2]]

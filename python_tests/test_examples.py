@@ -24,15 +24,16 @@ EXAMPLES = {
 }
 
 
-@pytest.mark.parametrize(
-    "module", ["data", "dlpack", "numpy", "ops", "polyphase", "spot", "srt", "streaming", "views"]
-)
+NEEDED = {"data": "pyarrow", "numpy": "srt_ext.numpy", "ray.features": "pyarrow", "spot": "timm"}
+MODULES = [*NEEDED, "dlpack", "ops", "polyphase", "srt", "streaming", "views"]
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_docstrings(module: str) -> None:
-    if module == "numpy":
-        pytest.importorskip("srt_ext.numpy", exc_type=ImportError)
-    for name, needed in (("data", "pyarrow"), ("spot", "timm")):
-        if module == name:
-            pytest.importorskip(needed)
+    if module in NEEDED:
+        pytest.importorskip(NEEDED[module], exc_type=ImportError)
+    if module == "ray.features":
+        pytest.importorskip("timm")
     results = doctest.testmod(importlib.import_module(f"srt_ext.{module}"))
     assert results.attempted > 0
     assert results.failed == 0

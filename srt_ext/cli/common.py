@@ -6,7 +6,6 @@ import hashlib
 import os
 import re
 import secrets
-import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from .._library import unavailable
+from .._messages import describe, is_out_of_memory, one_line
 from ..options import Quality
 
 if TYPE_CHECKING:
@@ -81,18 +81,6 @@ ViewBatch = Annotated[int, typer.Option(min=1, help="Views in one forward of the
 # ---- messages -----------------------------------------------------------------------------------
 
 
-def one_line(text: str) -> str:
-    """Escapes characters that would end the line, move the cursor or could not be encoded."""
-    return "".join(
-        char.encode("unicode_escape").decode() if unicodedata.category(char) in _ESCAPED else char
-        for char in text
-    )
-
-
-# Control characters, surrogates (from names that are not UTF-8), separators of lines.
-_ESCAPED = ("Cc", "Cs", "Zl", "Zp")
-
-
 def _diagnose(level: str, color: str, message: str) -> None:
     # No markup: a name may hold brackets.
     text = Text.assemble((f"{level}: ", color), one_line(message))
@@ -127,37 +115,6 @@ class OutputError(RuntimeError):
     @classmethod
     def of(cls, path: Path, error: OSError) -> OutputError:
         return cls(f"{path} cannot be written: {error.strerror or error}", error.errno)
-
-
-# The messages of torch, of its libraries and of ours.
-_OUT_OF_MEMORY = re.compile(
-    r"out of memory|can.?(no)?t allocate|bad_alloc|ALLOC_FAILED|failed to map segment"
-    r"|can't start new thread|could not (create|execute) a primitive",
-    re.IGNORECASE,
-)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    kinds = (RuntimeError, OSError, ImportError)
-    return isinstance(error, MemoryError) or (
-        isinstance(error, kinds) and _OUT_OF_MEMORY.search(str(error)) is not None
-    )
-
-
-def describe(error: BaseException) -> str:
-    """The error in one line; if memory ran out, with the options to change."""
-    text = str(error).partition("\n")[0].rpartition("DefaultCPUAllocator: ")[2]
-    if "new thread" in text:
-        return (
-            f"not enough memory, or too few threads are allowed ({text}): use a smaller --size, "
-            "fewer --workers and OMP_NUM_THREADS=1, or a larger ulimit -u"
-        )
-    if is_out_of_memory(error):
-        return (
-            f"not enough memory ({text or type(error).__name__}): use a smaller --size or "
-            "--scale, a larger --stride, a smaller --view-batch or fewer --views"
-        )
-    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
 
 
 @contextmanager

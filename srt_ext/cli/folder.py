@@ -19,6 +19,7 @@ import typer
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from .._messages import describe
 from ..extraction import Network, to_tensors
 from ..hub import by_descriptor
 from ..images import Found, ImageError, find_files, open_image, to_pixels
@@ -36,7 +37,7 @@ def _decode(path: Path, size: int) -> torch.Tensor | str:
     except ImageError as error:  # its message names the file
         return str(error)
     except Exception as error:  # mostly too little memory
-        return f"{path}: {common.describe(error)}"
+        return f"{path}: {describe(error)}"
 
 
 class _Pixels(Dataset[Any]):
@@ -245,7 +246,7 @@ def _write_all(tasks: list[_Task], extraction: Extraction, workers: int) -> Iter
             if isinstance(error, OutputError) and error.errno not in _OF_ONE_NAME:
                 raise
             named = isinstance(error, (ImageError, OutputError))
-            common.error(str(error) if named else f"{task.path}: {common.describe(error)}")
+            common.error(str(error) if named else f"{task.path}: {describe(error)}")
         yield written
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .._messages import describe
 from ..images import Found, ImageError, find_images, open_image, to_pixels
 from . import common
 
@@ -184,7 +185,7 @@ def draw_frames(
                 frame = render(draw(comparison(network.image(pixels), pixels), names))
             except Exception as error:  # one frame never ends the video
                 named = isinstance(error, ImageError)
-                reason = str(error) if named else f"{path}: {common.describe(error)}"
+                reason = str(error) if named else f"{path}: {describe(error)}"
                 common.error(f"{reason}; skipped")
             else:
                 yield frame

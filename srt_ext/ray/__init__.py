@@ -1,1 +1,5 @@
-"""Extraction of a data set on Ray Data."""
+"""Extraction of a data set on Ray Data. :class:`Features` itself needs pyarrow and torch alone."""
+
+from .features import Features
+
+__all__ = ["Features"]
