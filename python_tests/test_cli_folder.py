@@ -480,6 +480,8 @@ def test_a_disk_that_gets_full_ends_the_run(photos: Path, out: Path) -> None:
 
 def test_values_beyond_float16_are_refused() -> None:
     output = SRTOutput(torch.tensor([1.0, -7e4]).reshape(1, 2, 1, 1), None)
-    with pytest.raises(ValueError, match="field goes to 70000"):
+    with pytest.raises(ValueError, match="field goes to 70000: use dtype bfloat16"):
         to_tensors(output, torch.float16)
     assert to_tensors(output, torch.bfloat16)["field"].isfinite().all()
+    infinite = SRTOutput(torch.tensor([1.0, -torch.inf]).reshape(1, 2, 1, 1), None)
+    assert to_tensors(infinite, torch.float16)["field"].isinf().any()

@@ -70,7 +70,8 @@ def decode_image(file: IO[bytes], name: str) -> Any:
     except MemoryError:
         raise
     except Exception as error:  # decoders raise anything on a broken file
-        raise ImageError(f"{name} is not a readable picture: {error}") from None
+        reason = str(error).removesuffix(f" {file!r}")
+        raise ImageError(f"{name} is not a readable picture: {reason}") from None
 
 
 def _upright(content: IO[bytes]) -> Any:
