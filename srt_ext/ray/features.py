@@ -52,7 +52,8 @@ class Features:
         pca: (mean [C], components [K, C]) in float32, or a path or URL of a .npz file that has
             both: the field is projected, to (x - mean) @ components.T. The prefix is not.
         column: name of the column that has the encoded pictures (JPEG, PNG, ...).
-        device: None: ``cuda`` if there is one, else ``cpu``.
+        device: None: ``cuda`` if there is one, else ``cpu``. Ray hides the GPUs of actors that ask
+            for none with ``num_gpus``.
         settings: arguments of :class:`srt_ext.SRT`, such as ``quality``, ``views``, ``scale``,
             ``stride`` (one for both axes), ``view_batch``, ``reduce``; not ``layers``, ``inject``.
 
