@@ -53,7 +53,7 @@ def make_row(
 def write(out: str | Path, files: dict[str, list[dict[str, Any]]], **manifest: Any) -> None:
     """An output with these files in data/."""
     place, path = data.filesystem(str(out))
-    data.Manifest({"model": "small"}, CHANNELS, **manifest).write(place, path)
+    data.Manifest({"model": "small"}, **manifest).write(place, path)
     place.create_dir(f"{path}/data")
     for name, rows in files.items():
         with place.open_output_stream(f"{path}/data/{name}") as file:
@@ -147,10 +147,10 @@ def test_wrong_rows_are_not_written(tmp_path: Path, name: str) -> None:
 def test_manifest(tmp_path: Path) -> None:
     files, out = data.filesystem(str(tmp_path / "new"))
     assert data.Manifest.read(files, out) is None
-    first = data.Manifest({"model": "before"}, 3)
+    first = data.Manifest({"model": "before"})
     first.write(files, out)
     with (tmp_path / "new/manifest.json").open() as before:
-        second = data.Manifest({}, 5, pca=2)
+        second = data.Manifest({}, pca=2)
         second.write(files, out)
         assert data.Manifest.read(files, out) == second
         assert "before" in before.read()  # the file was replaced, not changed

@@ -78,10 +78,9 @@ def filesystem(url: str) -> tuple[pyarrow.fs.FileSystem, str]:
 
 
 class Manifest(NamedTuple):
-    """What all rows of an output have in common; ``channels``: of the model."""
+    """What all rows of an output have in common."""
 
     settings: dict[str, str]
-    channels: int
     pca: int | None = None  # components
 
     @classmethod
@@ -174,7 +173,7 @@ def open(out: str | Path, columns: Sequence[str] | None = None) -> Fields:
         >>> import tempfile
         >>> out = tempfile.mkdtemp()
         >>> files, path = filesystem(out)
-        >>> Manifest({"model": "small"}, channels=2).write(files, path)
+        >>> Manifest({"model": "small"}).write(files, path)
         >>> row = {"key": "a.jpg", "height": 2, "width": 3, "stride": 8, "channels": 2}
         >>> row |= {"dtype": "float16", "field": np.zeros((2, 3, 2), np.float16).tobytes()}
         >>> row |= {"image_height": 16, "image_width": 24}
@@ -279,6 +278,11 @@ class Fields(Dataset[dict[str, Any]]):
             arrays = np.load(io.BytesIO(file.read()))
         return torch.from_numpy(arrays["mean"]), torch.from_numpy(arrays["components"])
 
+    @cached_property
+    def _projected(self) -> int:
+        """The channels that prefixes keep and fields do not; 0 without a basis."""
+        return 0 if self.pca is None else len(self.pca[0])
+
     # A worker of a DataLoader shares neither connections nor rows with its parent.
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_process": (0, None), "_last": (-1, None)}
@@ -332,7 +336,7 @@ class Fields(Dataset[dict[str, Any]]):
         dtype = getattr(torch, row["dtype"])
         shapes = {
             "field": (row["height"], row["width"], row["channels"]),
-            "prefix": (-1, self._manifest.channels),
+            "prefix": (-1, self._projected or row["channels"]),
         }
         for name, blob in blobs.items():
             if blob is not None:
