@@ -9,7 +9,7 @@ import stat
 import warnings
 from collections import Counter, deque
 from collections.abc import Collection
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -111,6 +111,11 @@ def to_pixels(image: Any, size: int) -> np.ndarray:
     return np.array(image)
 
 
+def utf8(name: str) -> str:
+    """The name of a path for metadata; bytes that are not UTF-8 are escaped."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 # ---- folders ------------------------------------------------------------------------------------
 
 
@@ -168,7 +173,7 @@ def find_files(
                 found.files.append(path)
             else:
                 found.skipped[path.suffix.lower() or "without a suffix"] += 1
-    found.files.sort(key=_natural_key)
+    found.files.sort(key=natural_key)
     return found
 
 
@@ -191,7 +196,7 @@ def _identity(folder: Path) -> tuple[int, int] | None:
     return state.st_dev, state.st_ino
 
 
-def _natural_key(path: Path) -> list[list[Any]]:
+def natural_key(path: PurePath) -> list[list[Any]]:
     """Text and numbers alternate in each part, so that lists are comparable."""
     return [
         [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]

@@ -252,11 +252,6 @@ def save_figure(figure: Figure, path: Path, dpi: int) -> None:
         partial.write_bytes(drawing.getvalue())
 
 
-def utf8(name: str) -> str:
-    """The name of a path for metadata; bytes that are not UTF-8 are escaped."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
-
-
 # ---- the model ----------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import typer
 
 from .. import __version__
-from ..images import find_images, open_image, to_pixels
+from ..images import find_images, open_image, to_pixels, utf8
 from ..options import Quality
 from . import common
 
@@ -60,7 +60,7 @@ class Request(NamedTuple):
             srt = SRT(network.backbone, **self.srt_arguments())
         settings = {
             "srt_ext": __version__,
-            "model": common.utf8(network.name),
+            "model": utf8(network.name),
             "weights": network.digest(),
             "views": self.views or str(len(srt.views.offsets)),
             "scale": f"{srt.scale:g}",
@@ -272,7 +272,7 @@ def _picture(photo: Path, output: Path, request: Request, dry_run: bool) -> None
             with partial.open("wb") as file:  # given a path, savez would append a suffix
                 np.savez(file, **arrays)
         else:
-            save(tensors, partial, {**settings, "photo": common.utf8(photo.name)})
+            save(tensors, partial, {**settings, "photo": utf8(photo.name)})
     height, width = pixels.shape[:2]
     shape = " x ".join(str(n) for n in tensors["field"].shape)
     common.echo(

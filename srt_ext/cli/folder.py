@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from .._messages import describe
 from ..extraction import Network, to_tensors
 from ..hub import by_descriptor
-from ..images import Found, ImageError, find_files, open_image, to_pixels
+from ..images import Found, ImageError, find_files, open_image, to_pixels, utf8
 from ..srt import SRT
 from . import common
 from .common import OutputError
@@ -224,7 +224,7 @@ def list_tasks(folder: Path, found: Found, out: Path, settings: dict[str, str]) 
     finished = _finished(out, targets, settings)
     tasks = []
     for target, path in targets.items():
-        source = {"photo": common.utf8(path.relative_to(folder).as_posix()), **_file_version(path)}
+        source = {"photo": utf8(path.relative_to(folder).as_posix()), **_file_version(path)}
         if target not in finished or not source.items() <= finished[target].items():
             tasks.append(_Task(path, target, {**settings, **source}, target in finished))
     return tasks
