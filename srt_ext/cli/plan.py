@@ -39,12 +39,12 @@ def print_plan(
     if not timed:
         raise common.fatal("none of the pictures that were tried could be read")
     seconds = median(second for second, _ in timed[1:] or timed)
-    size = sum(size for _, size in timed) / len(timed)
+    mean = sum(size for _, size in timed) / len(timed)
     left = max(0, pictures - done)
     common.echo(
-        f"about {_bytes(size)} a picture, {_bytes(size * pictures)} in all",
+        f"about {_bytes(mean)} a picture, {_bytes(mean * pictures)} in all",
         f"about {seconds:.2g} s a picture in one process on this machine: "
-        f"{timedelta(seconds=round(seconds * left))} h for the {left} that are left",
+        f"{timedelta(seconds=round(seconds * left))} for the {left} that are left",
         f"from {len(timed)} pictures; nothing was written",
     )
 

@@ -1,0 +1,308 @@
+"""``srt-ext features --engine ray``: the features of a data set, by Ray Data."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import posixpath
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow.fs
+import ray
+import typer
+from pyarrow.parquet import read_metadata
+from ray.data import ActorPoolStrategy, DataContext
+from ray.data.checkpoint import CheckpointConfig
+from ray.exceptions import RayError
+
+from .._messages import describe
+from ..data import Manifest, filesystem
+from ..ray.features import Features
+from ..ray.pca import PICTURES, Basis, Cells, fit
+from ..ray.rows import BYTES, ID
+from ..ray.sink import PENDING, FieldSink, Written, remove_uncommitted
+from ..ray.sources import Pictures, Source, find, read_bytes
+from . import common
+from .common import OutputError
+from .features import Request
+from .folder import lock_folder
+from .plan import TIMED, print_plan
+
+SEED = 0  # of the sample that the basis is fitted on
+COMPLETE = "complete.json"
+REASONS = 10  # that are printed
+
+
+class Cluster(NamedTuple):
+    """Where to run: ``address`` of a Ray cluster, or None for one on this machine."""
+
+    address: str | None
+    actors: int | None
+    batch: int  # pictures of a task
+    rows_per_file: int | None
+
+
+class Job(NamedTuple):
+    """What to extract. ``arguments`` are those of Features but for the basis."""
+
+    source: Source
+    arguments: dict[str, Any]
+    settings: dict[str, str]
+    components: int | None
+    basis: Basis | None  # of another output
+
+
+class Output(NamedTuple):
+    """A folder of any file system."""
+
+    name: str  # as the user wrote it
+    files: pyarrow.fs.FileSystem
+    path: str
+
+    def file(self, name: str) -> str:
+        return posixpath.join(self.path, name)
+
+
+def extract(
+    source: str,
+    output: str,
+    request: Request,
+    cluster: Cluster,
+    pca: str | None,
+    *,
+    limit: int | None,
+    dry_run: bool,
+    **columns: str | None,
+) -> None:
+    """Runs the command. ``pca``: a number of components, or the pca.npz of another output."""
+    out = Output(output, *filesystem(output))
+    found = find(source, limit=limit, without=output, **columns)
+    components, basis = _parse_pca(pca)
+    network, _, size, _, settings = request.load()
+    settings = {**settings, "pca": _name_of_pca(components, basis)}
+    arguments = {
+        "column": BYTES,
+        "model": network.model,
+        "mean": network.mean,
+        "std": network.std,
+        "layer": request.layer,
+        "size": size,
+        "dtype": request.dtype.value,
+        **request.srt_arguments(),
+    }
+    job = Job(found, arguments, settings, components, basis)
+    if dry_run:
+        count, exact = found.count()
+        print_plan(count, exact, _count_done(out), settings, _sizes(job))
+    else:
+        _write(job, out, cluster)
+
+
+def _parse_pca(pca: str | None) -> tuple[int | None, Basis | None]:
+    if pca is None:
+        return None, None
+    if pca.isdecimal():
+        return int(pca), None
+    basis = Basis.read(*filesystem(pca))
+    return len(basis.components), basis
+
+
+def _name_of_pca(components: int | None, basis: Basis | None) -> str:
+    """For the settings."""
+    if components is None:
+        return "none"
+    return str(components) if basis is None else f"{components} of {basis.digest()}"
+
+
+def _sizes(job: Job) -> Iterator[int | None]:
+    """Extracts a few pictures and yields the bytes of the features of each; None if it failed."""
+    extract = Features(**job.arguments)
+    sample = job.source.sample(1 + TIMED, SEED)
+    for row in range(sample.num_rows):
+        (result,) = extract(sample.slice(row, 1)).to_pylist()
+        if result["reason"] is not None:
+            yield None
+            continue
+        share = 1 if job.components is None else job.components / result["channels"]
+        yield int(len(result["field"]) * share) + len(result["prefix"] or b"")
+
+
+def _write(job: Job, out: Output, cluster: Cluster) -> None:
+    """Writes the features of the pictures that are not done, with Ray's progress bars.
+
+    Raises an OutputError if ``out`` has features of other settings, before any work; typer.Exit if
+    pictures failed or the run was interrupted.
+    """
+    start = time.perf_counter()
+    with ExitStack() as stack:
+        if isinstance(out.files, pyarrow.fs.LocalFileSystem):
+            stack.enter_context(lock_folder(Path(out.path)))
+        started = _check_settings(job, out)
+        for message in job.source.errors:
+            common.error(message)
+        done = _count_done(out)
+        if started and _read_complete(out) == _complete(job):
+            common.echo(f"nothing left to do: {done} pictures are done in {out.name}")
+            return
+        stack.enter_context(_ray_errors())
+        placement = stack.enter_context(_placement(cluster))
+        remove_uncommitted(out.files, out.path)
+        basis = _basis(job, out, {**placement, "batch_size": 1}, started)
+        pca = None if basis is None else len(basis.components)
+        Manifest(job.settings, pca).write(out.files, out.path)
+        sink = FieldSink(out.path, out.files, cluster.rows_per_file)
+        arguments = {**job.arguments, "pca": basis}
+        _run(job.source, out, sink, arguments, {**placement, "batch_size": cluster.batch})
+        with out.files.open_output_stream(out.file(COMPLETE)) as file:
+            file.write(json.dumps(_complete(job)).encode())
+    _report(sink.total, done, out, time.perf_counter() - start)
+    if sink.total.failed or job.source.errors:
+        raise typer.Exit(1)
+
+
+def _run(
+    source: Source,
+    out: Output,
+    sink: FieldSink,
+    arguments: dict[str, Any],
+    placement: dict[str, Any],
+) -> None:
+    """The pipeline. ``arguments``: of Features. ``placement``: of its actors."""
+    context = DataContext.get_current()
+    context.checkpoint_config = CheckpointConfig(
+        ID,
+        out.file("checkpoint"),
+        delete_checkpoint_on_success=False,
+        override_filesystem=out.files,
+    )
+    try:
+        pictures = ray.data.read_datasource(Pictures(source))
+        # Blocks are units of work: what is computed again if an actor is lost.
+        blocks = pictures.repartition(target_num_rows_per_block=placement["batch_size"])
+        # Another share of a CPU keeps it apart from the actors, which then wait for no file.
+        loaded = blocks.map_batches(
+            read_bytes, batch_format="pyarrow", batch_size=None, num_cpus=0.5
+        )
+        fields = loaded.map_batches(
+            Features, fn_constructor_kwargs=arguments, batch_format="pyarrow", **placement
+        )
+        fields.write_datasink(sink)
+    finally:
+        context.checkpoint_config = None
+
+
+def _report(written: Written, done: int, out: Output, seconds: float) -> None:
+    for reason in written.reasons[:REASONS]:
+        common.error(reason)
+    common.echo(
+        f"{written.pictures} pictures written, {written.failed} failed, {done} done before",
+        *[f"all reasons are in {out.file('errors')}"] * bool(written.failed),
+        f"{written.bytes / 1e9:.2f} GB in {seconds:.1f} s",
+        f"wrote to {out.name}",
+    )
+
+
+# ---- the cluster --------------------------------------------------------------------------------
+
+
+@contextmanager
+def _placement(cluster: Cluster) -> Iterator[dict[str, Any]]:
+    """Connects to Ray and yields how the actors that hold the model are placed."""
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    cores = len(os.sched_getaffinity(0))
+    connected = ray.is_initialized()
+    if not connected:
+        here: dict[str, Any] = {"num_cpus": cores + 2, "include_dashboard": False}
+        ray.init(
+            address, log_to_driver=False, logging_level=logging.ERROR, **({} if address else here)
+        )
+    try:
+        resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+        # A quarter for what reads and writes, which mostly waits; here that is added.
+        cpus = cpus * 3 // 4 if address or connected else cores
+        actors = cluster.actors or gpus or max(1, cpus // 2)
+        share: dict[str, Any] = {"num_cpus": max(1, cpus // actors)}
+        if gpus:
+            share["num_gpus"] = min(1, gpus / actors)
+        yield {"compute": ActorPoolStrategy(size=actors), **share}
+    finally:
+        if not connected:
+            ray.shutdown()
+
+
+@contextmanager
+def _ray_errors() -> Iterator[None]:
+    """Reports what ends a job in one line."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        common.error("interrupted; the same command resumes")
+        raise typer.Exit(130) from None
+    except RayError as error:
+        cause = getattr(error, "cause", None) or error
+        raise common.fatal(f"Ray ended the job: {describe(cause)}") from error
+
+
+# ---- the output ---------------------------------------------------------------------------------
+
+
+def _check_settings(job: Job, out: Output) -> bool:
+    """Whether ``out`` was started before; an OutputError if it was with other settings."""
+    manifest = Manifest.read(out.files, out.path)
+    if manifest is None:
+        return False
+    if others := common.other_settings(manifest.settings, job.settings):
+        raise OutputError(
+            f"{out.name} was made with other settings ({others}): choose another --output"
+        )
+    return True
+
+
+def _count_done(out: Output) -> int:
+    """Pictures whose write is committed, with a field or a reason."""
+    folder = pyarrow.fs.FileSelector(out.file("checkpoint"), allow_not_found=True)
+    names = [f.path for f in out.files.get_file_info(folder) if not f.path.endswith(PENDING)]
+    with ThreadPoolExecutor(16) as pool:
+        metadata = pool.map(lambda name: read_metadata(name, filesystem=out.files), names)
+        return sum(file.num_rows for file in metadata)
+
+
+def _complete(job: Job) -> dict[str, str]:
+    """What marks a finished run: the same source has nothing left to do."""
+    return {"source": job.source.fingerprint()}
+
+
+def _read_complete(out: Output) -> Any:
+    try:
+        with out.files.open_input_stream(out.file(COMPLETE)) as file:
+            return json.loads(file.read())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _basis(job: Job, out: Output, placement: dict[str, Any], started: bool) -> Basis | None:
+    """That of --pca; fitted and written before the first field."""
+    if job.components is None:
+        return None
+    path = out.file("pca.npz")
+    if started:
+        return Basis.read(out.files, path)
+    basis = job.basis
+    if basis is None:
+        sample = job.source.sample(PICTURES, SEED)
+        cells = ray.data.from_arrow(sample).map_batches(
+            Cells,
+            fn_constructor_kwargs={**job.arguments, "dtype": "float32"},
+            batch_format="pyarrow",
+            **placement,
+        )
+        basis = fit(cells.take_all(), job.components)
+    basis.write(out.files, path)
+    return basis

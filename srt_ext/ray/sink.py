@@ -1,0 +1,122 @@
+"""Rows of features into Parquet files, under Ray's checkpoints."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow.fs import FileSelector, FileSystem, LocalFileSystem
+from pyarrow.parquet import write_table
+from ray.data._internal.planner.plan_write_op import WRITE_UUID_KWARG_NAME
+from ray.data.block import BlockAccessor
+from ray.data.datasource import BlockBasedFileDatasink
+
+from ..data import NAMES, write_rows
+from .rows import INTERNAL
+
+PENDING = ".pending.parquet"  # Ray's suffix for the checkpoint of an unfinished write
+FILE_BYTES = 2**28
+REASONS = 3  # that a write task returns
+
+
+class Written(NamedTuple):
+    """What a write task, or all of them, wrote. ``reasons`` are the first lines of the failures."""
+
+    pictures: int
+    failed: int
+    bytes: int
+    reasons: list[str]
+
+
+class FieldSink(BlockBasedFileDatasink):
+    """Writes rows with a field to data/ and rows with a reason to errors/.
+
+    Each write task writes at most one file of each, of the same name. Ray's checkpoint commits
+    both: it has that name too, and is renamed once ``write`` has returned. ``total`` is known when
+    all tasks are done.
+    """
+
+    def __init__(self, path: str, filesystem: FileSystem, rows: int | None = None) -> None:
+        """``path``: OUT, a folder that exists.
+
+        A write task gets at least ``rows`` rows if there are as many, or FILE_BYTES bytes.
+        """
+        # Ray removes the uncommitted files of this folder, not of its parent with the checkpoints.
+        super().__init__(
+            posixpath.join(path, "data"),
+            filesystem=filesystem,
+            min_rows_per_file=rows,
+            file_format="parquet",
+        )
+        self._out, self._is_local = path, isinstance(filesystem, LocalFileSystem)
+        self.total = Written(0, 0, 0, [])
+
+    def write(self, blocks: Iterable[Any], ctx: Any) -> Any:
+        tables = [BlockAccessor.for_block(block).to_arrow() for block in blocks]
+        tables = [table for table in tables if table.num_rows]
+        if not tables:
+            return Written(0, 0, 0, [])
+        table = pa.concat_tables(tables, promote_options="permissive")
+        name = self.filename_provider.get_filename_for_task(
+            ctx.kwargs[WRITE_UUID_KWARG_NAME], ctx.task_idx
+        )
+        fields = _without(table.filter(pc.is_null(table["reason"])), [*INTERNAL, "reason"])
+        errors = _without(table.filter(pc.is_valid(table["reason"])), [*INTERNAL, *NAMES[1:]])
+        size = self._write("data", name, fields, write_rows)
+        self._write("errors", name, errors, write_table)
+        lines = errors.slice(0, REASONS).select(["key", "reason"]).to_pylist()
+        reasons = [
+            row["reason"] if row["key"] in row["reason"] else f"{row['key']}: {row['reason']}"
+            for row in lines
+        ]
+        return Written(fields.num_rows, errors.num_rows, size, reasons)
+
+    def _write(
+        self, folder: str, name: str, table: pa.Table, write: Callable[[pa.Table, Any], None]
+    ) -> int:
+        """Returns the bytes of the file. Readers never see a part of it."""
+        if not table.num_rows:
+            return 0
+        path = posixpath.join(self._out, folder, name)
+        # Object stores show a file only when it is closed.
+        partial = posixpath.join(self._out, "partial", name) if self._is_local else path
+        for place in {posixpath.dirname(path), posixpath.dirname(partial)}:
+            self.filesystem.create_dir(place, recursive=True)
+        with self.open_output_stream(partial) as file:
+            write(table, file)
+        if partial != path:
+            self.filesystem.move(partial, path)
+        return int(self.filesystem.get_file_info(path).size or 0)
+
+    @property
+    def min_bytes_per_write(self) -> int | None:
+        return FILE_BYTES if self.min_rows_per_write is None else None
+
+    def on_write_complete(self, write_result: Any) -> None:
+        results: list[Written] = write_result.write_returns
+        self.total = Written(
+            sum(result.pictures for result in results),
+            sum(result.failed for result in results),
+            sum(result.bytes for result in results),
+            [reason for result in results for reason in result.reasons],
+        )
+
+
+def _without(table: pa.Table, columns: list[str]) -> pa.Table:
+    return table.select([name for name in table.column_names if name not in columns])
+
+
+def remove_uncommitted(filesystem: FileSystem, path: str) -> None:
+    """Removes what killed write tasks left in OUT, but for data/, where Ray removes it."""
+    folder = FileSelector(posixpath.join(path, "checkpoint"), allow_not_found=True)
+    for file in filesystem.get_file_info(folder):
+        if file.base_name.endswith(PENDING):
+            name = file.base_name.removesuffix(PENDING) + ".parquet"
+            with suppress(FileNotFoundError):
+                filesystem.delete_file(posixpath.join(path, "errors", name))
+    with suppress(FileNotFoundError):
+        filesystem.delete_dir(posixpath.join(path, "partial"))
