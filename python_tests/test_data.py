@@ -50,10 +50,10 @@ def make_row(
     return {"label": i, "key": f"{i % 7}/{i}", "dtype": dtype, **numbers, **image, **values}
 
 
-def write(out: str | Path, files: dict[str, list[dict[str, Any]]], **manifest: Any) -> None:
+def write(out: str | Path, files: dict[str, list[dict[str, Any]]]) -> None:
     """An output with these files in data/."""
     place, path = data.filesystem(str(out))
-    data.Manifest({"model": "small"}, **manifest).write(place, path)
+    data.write_settings({"model": "small"}, place, path)
     place.create_dir(f"{path}/data")
     for name, rows in files.items():
         with place.open_output_stream(f"{path}/data/{name}") as file:
@@ -146,18 +146,18 @@ def test_wrong_rows_are_not_written(tmp_path: Path, name: str) -> None:
 
 def test_manifest(tmp_path: Path) -> None:
     files, out = data.filesystem(str(tmp_path / "new"))
-    assert data.Manifest.read(files, out) is None
-    first = data.Manifest({"model": "before"})
-    first.write(files, out)
+    assert data.read_settings(files, out) is None
+    first = {"model": "before"}
+    data.write_settings(first, files, out)
     with (tmp_path / "new/manifest.json").open() as before:
-        second = data.Manifest({}, pca=2)
-        second.write(files, out)
-        assert data.Manifest.read(files, out) == second
+        second = {"model": "after"}
+        data.write_settings(second, files, out)
+        assert data.read_settings(files, out) == second
         assert "before" in before.read()  # the file was replaced, not changed
     assert [path.name for path in tmp_path.glob("new/*")] == ["manifest.json"]
     (tmp_path / "new/manifest.json").write_text('{"format": 2}')
     with pytest.raises(ValueError, match="must be of format 1"):
-        data.Manifest.read(files, out)
+        data.read_settings(files, out)
 
 
 # ---- reading ------------------------------------------------------------------------------------
@@ -185,14 +185,13 @@ def test_round_trip(tmp_path: Path, dtype: str, prefix: int) -> None:
 
 def test_a_projected_field_has_a_prefix_of_the_model(tmp_path: Path) -> None:
     row = make_row(3, channels=2)
-    write(tmp_path, {"a.parquet": [row]}, pca=2)
-    basis = {"mean": np.ones(CHANNELS, np.float32), "components": np.eye(2, 4, dtype=np.float32)}
-    np.savez(tmp_path / "pca.npz", **basis)
+    write(tmp_path, {"a.parquet": [row]})
+    basis = np.eye(2, CHANNELS, dtype=np.float32)
+    np.save(tmp_path / "pca.npy", basis)
     fields = data.open(tmp_path)
     assert fields[0]["field"].shape == (2, row["height"], row["width"])
     np.testing.assert_array_equal(fields[0]["prefix"], expected(row, "prefix"))
-    for tensor, array in zip(fields.pca, basis.values(), strict=True):
-        np.testing.assert_array_equal(tensor, array)
+    np.testing.assert_array_equal(fields.pca, basis)
 
 
 def test_access(many: Many) -> None:

@@ -2,7 +2,7 @@
 
 ``OUT/manifest.json`` has the settings; ``OUT/data/*.parquet`` one row a picture, with the columns
 :data:`FIELDS` and those of the source; ``OUT/errors/*.parquet`` the pictures that have no field;
-``OUT/pca.npz`` the basis, if the fields are projected on one. pyarrow is needed.
+``OUT/pca.npy`` the basis, if the fields are projected on one. pyarrow is needed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +31,7 @@ from ._validation import is_integer, wrong
 T = TypeVar("T")
 
 FORMAT = 1
+COMPONENTS = "pca.npy"
 THREADS = 16  # that read footers and keys: an object store takes long to answer
 ROW_GROUP_BYTES = 64 << 20  # of fields and prefixes: what a reader must hold
 
@@ -77,37 +78,49 @@ def filesystem(url: str) -> tuple[pyarrow.fs.FileSystem, str]:
     raise wrong(ValueError, "srt_ext.data.filesystem", rule, url)
 
 
-class Manifest(NamedTuple):
-    """What all rows of an output have in common."""
+def read_settings(files: pyarrow.fs.FileSystem, out: str) -> dict[str, str] | None:
+    """The settings of the folder ``out``, from its manifest; None if it has none."""
+    try:
+        with files.open_input_stream(f"{out}/manifest.json") as file:
+            manifest = json.loads(file.read())
+    except FileNotFoundError:
+        return None
+    if manifest.get("format") != FORMAT:
+        rule = f"{out}/manifest.json must be of format {FORMAT}"
+        raise wrong(ValueError, "srt_ext.data", rule, manifest)
+    settings: dict[str, str] = manifest["settings"]
+    return settings
 
-    settings: dict[str, str]
-    pca: int | None = None  # components
 
-    @classmethod
-    def read(cls, files: pyarrow.fs.FileSystem, out: str) -> Manifest | None:
-        """That of the folder ``out``; None if it has none."""
-        try:
-            with files.open_input_stream(f"{out}/manifest.json") as file:
-                values = json.loads(file.read())
-        except FileNotFoundError:
-            return None
-        if values.pop("format", None) != FORMAT:
-            rule = f"{out}/manifest.json must be of format {FORMAT}"
-            raise wrong(ValueError, "srt_ext.data", rule, values)
-        return cls(**values)
+def write_settings(settings: dict[str, str], files: pyarrow.fs.FileSystem, out: str) -> None:
+    """Replaces the manifest as a whole, as far as the file system can."""
+    path = f"{out}/manifest.json"
+    # An object store shows no file before it is complete.
+    local = isinstance(files, pyarrow.fs.LocalFileSystem)
+    partial = f"{path}.partial" if local else path
+    files.create_dir(out, recursive=True)
+    with files.open_output_stream(partial) as file:
+        file.write(json.dumps({"format": FORMAT, "settings": settings}, indent=1).encode())
+    if local:
+        files.move(partial, path)
 
-    def write(self, files: pyarrow.fs.FileSystem, out: str) -> None:
-        """Replaces it as a whole, as far as the file system can."""
-        path = f"{out}/manifest.json"
-        content = json.dumps({"format": FORMAT, **self._asdict()}, indent=1).encode()
-        # An object store shows no file before it is complete.
-        local = isinstance(files, pyarrow.fs.LocalFileSystem)
-        partial = f"{path}.partial" if local else path
-        files.create_dir(out, recursive=True)
-        with files.open_output_stream(partial) as file:
-            file.write(content)
-        if local:
-            files.move(partial, path)
+
+def read_components(files: pyarrow.fs.FileSystem, path: str) -> np.ndarray:
+    """The basis of projected fields, [K, C] float32. Raises a ValueError if a file has none."""
+    with files.open_input_stream(path) as file:
+        components: np.ndarray = np.load(io.BytesIO(file.read()), allow_pickle=False)
+    if components.ndim != 2 or components.dtype != np.float32:
+        rule = f"{path} must have components [K, C] in float32"
+        got = f"{list(components.shape)} in {components.dtype}"
+        raise wrong(ValueError, "srt_ext.data", rule, got)
+    return components
+
+
+def write_components(components: np.ndarray, files: pyarrow.fs.FileSystem, out: str) -> None:
+    content = io.BytesIO()
+    np.save(content, components)
+    with files.open_output_stream(f"{out}/{COMPONENTS}") as file:
+        file.write(content.getvalue())
 
 
 def write_rows(table: pa.Table, file: Any) -> None:
@@ -173,7 +186,7 @@ def open(out: str | Path, columns: Sequence[str] | None = None) -> Fields:
         >>> import tempfile
         >>> out = tempfile.mkdtemp()
         >>> files, path = filesystem(out)
-        >>> Manifest({"model": "small"}).write(files, path)
+        >>> write_settings({"model": "small"}, files, path)
         >>> row = {"key": "a.jpg", "height": 2, "width": 3, "stride": 8, "channels": 2}
         >>> row |= {"dtype": "float16", "field": np.zeros((2, 3, 2), np.float16).tobytes()}
         >>> row |= {"image_height": 16, "image_width": 24}
@@ -216,11 +229,11 @@ class Fields(Dataset[dict[str, Any]]):
         files, self._out = filesystem(self._url)
         self._process: tuple[int, pyarrow.fs.FileSystem] = os.getpid(), files
         self._last: tuple[int, pa.Table] = -1, None
-        manifest = Manifest.read(files, self._out)
-        if manifest is None:
+        settings = read_settings(files, self._out)
+        if settings is None:
             rule = "out must be a folder of srt-ext features --engine ray, with a manifest.json"
             raise wrong(ValueError, "srt_ext.data.open", rule, out)
-        self.settings, self._manifest = manifest.settings, manifest
+        self.settings = settings
         self._paths = self._committed("data")
         footers = self._map(self._footer, self._paths)
         groups = [
@@ -269,19 +282,13 @@ class Fields(Dataset[dict[str, Any]]):
         tables = self._map(lambda path: self._file(path).read(schema.names), paths)
         return pa.concat_tables([schema.empty_table(), *tables])
 
-    @property
-    def pca(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """``mean`` [C] and ``components`` [K, C] of a field [K, H', W'], float32; None without."""
-        if self._manifest.pca is None:
-            return None
-        with self._files.open_input_stream(f"{self._out}/pca.npz") as file:
-            arrays = np.load(io.BytesIO(file.read()))
-        return torch.from_numpy(arrays["mean"]), torch.from_numpy(arrays["components"])
-
     @cached_property
-    def _projected(self) -> int:
-        """The channels that prefixes keep and fields do not; 0 without a basis."""
-        return 0 if self.pca is None else len(self.pca[0])
+    def pca(self) -> torch.Tensor | None:
+        """[K, C] float32 of projected fields, which are ``pca @ field``; None if they are not."""
+        try:
+            return torch.from_numpy(read_components(self._files, f"{self._out}/{COMPONENTS}"))
+        except FileNotFoundError:
+            return None
 
     # A worker of a DataLoader shares neither connections nor rows with its parent.
     def __getstate__(self) -> dict[str, Any]:
@@ -336,7 +343,7 @@ class Fields(Dataset[dict[str, Any]]):
         dtype = getattr(torch, row["dtype"])
         shapes = {
             "field": (row["height"], row["width"], row["channels"]),
-            "prefix": (-1, self._projected or row["channels"]),
+            "prefix": (-1, row["channels"] if self.pca is None else self.pca.shape[1]),
         }
         for name, blob in blobs.items():
             if blob is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow.fs
 import ray
 import typer
@@ -22,9 +24,16 @@ from ray.data.checkpoint import CheckpointConfig
 from ray.exceptions import RayError
 
 from .._messages import describe
-from ..data import Manifest, filesystem
+from ..data import (
+    COMPONENTS,
+    filesystem,
+    read_components,
+    read_settings,
+    write_components,
+    write_settings,
+)
 from ..ray.features import Features
-from ..ray.pca import PICTURES, Basis, Cells, fit
+from ..ray.pca import PICTURES, Cells, fit
 from ..ray.rows import BYTES, ID
 from ..ray.sink import PENDING, FieldSink, Written, remove_uncommitted
 from ..ray.sources import Pictures, Source, find, read_bytes
@@ -54,8 +63,7 @@ class Job(NamedTuple):
     source: Source
     arguments: dict[str, Any]
     settings: dict[str, str]
-    components: int | None
-    basis: Basis | None  # of another output
+    components: int | np.ndarray | None  # their number, or those of another output: [K, C]
 
 
 class Output(NamedTuple):
@@ -83,9 +91,9 @@ def extract(
     """Runs the command. ``pca``: a number of components, or the pca.npz of another output."""
     out = Output(output, *filesystem(output))
     found = find(source, limit=limit, without=output, **columns)
-    components, basis = _parse_pca(pca)
+    components = _parse_pca(pca)
     network, _, size, _, settings = request.load()
-    settings = {**settings, "pca": _name_of_pca(components, basis)}
+    settings = {**settings, "pca": _name_of(components)}
     arguments = {
         "column": BYTES,
         "model": network.model,
@@ -96,7 +104,7 @@ def extract(
         "dtype": request.dtype.value,
         **request.srt_arguments(),
     }
-    job = Job(found, arguments, settings, components, basis)
+    job = Job(found, arguments, settings, components)
     if dry_run:
         count, exact = found.count()
         print_plan(count, exact, _count_done(out), settings, _sizes(job))
@@ -104,20 +112,17 @@ def extract(
         _write(job, out, cluster)
 
 
-def _parse_pca(pca: str | None) -> tuple[int | None, Basis | None]:
-    if pca is None:
-        return None, None
-    if pca.isdecimal():
-        return int(pca), None
-    basis = Basis.read(*filesystem(pca))
-    return len(basis.components), basis
+def _parse_pca(pca: str | None) -> int | np.ndarray | None:
+    if pca is None or pca.isdecimal():
+        return None if pca is None else int(pca)
+    return read_components(*filesystem(pca))
 
 
-def _name_of_pca(components: int | None, basis: Basis | None) -> str:
+def _name_of(components: int | np.ndarray | None) -> str:
     """For the settings."""
-    if components is None:
-        return "none"
-    return str(components) if basis is None else f"{components} of {basis.digest()}"
+    if isinstance(components, np.ndarray):
+        return f"{len(components)} of {hashlib.sha256(components.tobytes()).hexdigest()[:16]}"
+    return "none" if components is None else str(components)
 
 
 def _sizes(job: Job) -> Iterator[int | None]:
@@ -129,7 +134,8 @@ def _sizes(job: Job) -> Iterator[int | None]:
         if result["reason"] is not None:
             yield None
             continue
-        share = 1 if job.components is None else job.components / result["channels"]
+        stored = job.components if job.components is not None else result["channels"]
+        share = (stored if isinstance(stored, int) else len(stored)) / result["channels"]
         yield int(len(result["field"]) * share) + len(result["prefix"] or b"")
 
 
@@ -154,8 +160,7 @@ def _write(job: Job, out: Output, cluster: Cluster) -> None:
         placement = stack.enter_context(_placement(cluster))
         remove_uncommitted(out.files, out.path)
         basis = _basis(job, out, {**placement, "batch_size": 1}, started)
-        pca = None if basis is None else len(basis.components)
-        Manifest(job.settings, pca).write(out.files, out.path)
+        write_settings(job.settings, out.files, out.path)
         sink = FieldSink(out.path, out.files, cluster.rows_per_file)
         arguments = {**job.arguments, "pca": basis}
         _run(job.source, out, sink, arguments, {**placement, "batch_size": cluster.batch})
@@ -255,10 +260,10 @@ def _ray_errors() -> Iterator[None]:
 
 def _check_settings(job: Job, out: Output) -> bool:
     """Whether ``out`` was started before; an OutputError if it was with other settings."""
-    manifest = Manifest.read(out.files, out.path)
-    if manifest is None:
+    before = read_settings(out.files, out.path)
+    if before is None:
         return False
-    if others := common.other_settings(manifest.settings, job.settings):
+    if others := common.other_settings(before, job.settings):
         raise OutputError(
             f"{out.name} was made with other settings ({others}): choose another --output"
         )
@@ -287,22 +292,21 @@ def _read_complete(out: Output) -> Any:
         return None
 
 
-def _basis(job: Job, out: Output, placement: dict[str, Any], started: bool) -> Basis | None:
-    """That of --pca; fitted and written before the first field."""
+def _basis(job: Job, out: Output, placement: dict[str, Any], started: bool) -> np.ndarray | None:
+    """[K, C] of --pca; fitted and written before the first field."""
     if job.components is None:
         return None
-    path = out.file("pca.npz")
     if started:
-        return Basis.read(out.files, path)
-    basis = job.basis
-    if basis is None:
-        sample = job.source.sample(PICTURES, SEED)
-        cells = ray.data.from_arrow(sample).map_batches(
+        return read_components(out.files, out.file(COMPONENTS))
+    components = job.components
+    if isinstance(components, int):
+        cells = ray.data.from_arrow(job.source.sample(PICTURES, SEED)).map_batches(
             Cells,
             fn_constructor_kwargs={**job.arguments, "dtype": "float32"},
             batch_format="pyarrow",
             **placement,
         )
-        basis = fit(cells.take_all(), job.components)
-    basis.write(out.files, path)
-    return basis
+        components = fit(cells.take_all(), components)
+    out.files.create_dir(out.path, recursive=True)
+    write_components(components, out.files, out.path)
+    return components

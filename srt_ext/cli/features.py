@@ -166,7 +166,7 @@ def command(
     pca: Annotated[
         str | None,
         typer.Option(
-            help="Number of principal components to store in place of the channels, or the pca.npz "
+            help="Number of principal components to store in place of the channels, or the pca.npy "
             "of another output. (--engine ray)"
         ),
     ] = None,

@@ -17,7 +17,7 @@ from torch import nn
 from .._messages import describe, is_out_of_memory, one_line
 from .._validation import check_count, is_integer, wrong
 from ..backbones import Layer
-from ..data import FIELDS, filesystem
+from ..data import FIELDS, filesystem, read_components
 from ..extraction import Network, cast
 from ..images import ImageError, decode_image, to_pixels
 from ..srt import SRT
@@ -49,8 +49,8 @@ class Features:
         dtype: of the field and the prefix: ``float32``, ``float16`` or ``bfloat16``.
         mean, std: of a module's pictures, one number or one a channel, for pixels in 0 .. 1. None:
             ImageNet's. A model by name has its own.
-        pca: (mean [C], components [K, C]) in float32, or a path or URL of a .npz file that has
-            both: the field is projected, to (x - mean) @ components.T. The prefix is not.
+        pca: components [K, C], or the path or URL of a .npy file that has them in float32: the
+            field is projected, to components @ x in every cell. The prefix is not.
         column: name of the column that has the encoded pictures (JPEG, PNG, ...).
         device: None: ``cuda`` if there is one, else ``cpu``. Ray hides the GPUs of actors that ask
             for none with ``num_gpus``.
@@ -120,7 +120,7 @@ class Features:
         dtype: str = "float32",
         mean: float | Sequence[float] | None = None,
         std: float | Sequence[float] | None = None,
-        pca: tuple[Any, Any] | str | os.PathLike[str] | None = None,
+        pca: np.ndarray | str | os.PathLike[str] | None = None,
         column: str = "bytes",
         device: str | torch.device | None = None,
         **settings: Any,
@@ -139,7 +139,7 @@ class Features:
         self.size = check_count(_WHERE, "size", size, 0)
         self.dtype, self.column = dtype, column
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self._projection = None if pca is None else _projection(pca, self.device)
+        self._components = None if pca is None else _components(pca).to(self.device)
         known = {name: settings.pop(name) for name in _MODEL_SETTINGS if name in settings}
         self.network = _network(model, weights, mean, std, layer, known)
         self.network.model.to(self.device)
@@ -206,8 +206,8 @@ class Features:
         images = self.network.image(*pixels, device=self.device).to(self._model_dtype)
         field, prefix = self.srt(images)
         field = field.permute(0, 2, 3, 1)  # as it lies in memory
-        if self._projection is not None:
-            field = _project(field, *self._projection)
+        if self._components is not None:
+            field = _project(field, self._components)
         dtype = DTYPES[self.dtype]
         # Dense before they leave the device, which is one copy then.
         field = cast("field", field, dtype).contiguous().cpu()
@@ -253,26 +253,22 @@ def _network(
     return Network(name, model, mean.tolist(), std.tolist(), layer, **known)
 
 
-def _projection(pca: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """components [K, C] and bias [K], float32 on the device."""
+def _components(pca: Any) -> torch.Tensor:
+    """[K, C] float32."""
     if isinstance(pca, (str, os.PathLike)):
-        files, path = filesystem(os.fspath(pca))
-        with files.open_input_file(path) as file, np.load(io.BytesIO(file.read())) as found:
-            pca = [found[name] for name in ("mean", "components") if name in found]
-    arrays = [torch.tensor(np.asarray(part, np.float64)) for part in pca]
-    shapes = [list(part.shape) for part in arrays]
-    if list(map(len, shapes)) != [1, 2] or shapes[0] != shapes[1][1:]:
-        raise wrong(ValueError, _WHERE, "pca must be mean [C] and components [K, C]", shapes)
-    mean, components = arrays
-    return components.float().to(device), -(components @ mean).float().to(device)
+        pca = read_components(*filesystem(os.fspath(pca)))
+    components = torch.tensor(np.asarray(pca, np.float32))
+    if components.ndim != 2:
+        raise wrong(ValueError, _WHERE, "pca must be components [K, C]", list(components.shape))
+    return components
 
 
-def _project(field: torch.Tensor, components: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def _project(field: torch.Tensor, components: torch.Tensor) -> torch.Tensor:
     """field [B, h, w, C] -> [B, h, w, K], float32."""
     if field.shape[3] != components.shape[1]:
         rule = f"pca must be of the {field.shape[3]} channels of the model"
         raise wrong(ValueError, _WHERE, rule, components.shape[1])
-    return nn.functional.linear(field.float(), components, bias)
+    return nn.functional.linear(field.float(), components)
 
 
 # ---- tables -------------------------------------------------------------------------------------

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import io
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs
 
 from .features import Features
 
@@ -16,41 +14,15 @@ PICTURES = 128  # of the sample
 CELLS = 512  # of each
 
 
-class Basis(NamedTuple):
-    """``mean`` [C] and ``components`` [K, C], float32: a cell x becomes components @ (x - mean)."""
-
-    mean: np.ndarray
-    components: np.ndarray
-
-    @classmethod
-    def read(cls, files: pyarrow.fs.FileSystem, path: str) -> Basis:
-        with files.open_input_stream(path) as file, np.load(io.BytesIO(file.read())) as arrays:
-            return cls(arrays["mean"], arrays["components"])
-
-    def write(self, files: pyarrow.fs.FileSystem, path: str) -> None:
-        content = io.BytesIO()
-        np.savez(content, mean=self.mean, components=self.components)
-        with files.open_output_stream(path) as file:
-            file.write(content.getvalue())
-
-    def digest(self) -> str:
-        return hashlib.sha256(self.mean.tobytes() + self.components.tobytes()).hexdigest()[:16]
-
-
 class Cells(Features):
     """Random cells of each field in place of the field, the same in every run."""
 
     def __call__(self, batch: Any) -> pa.Table:
         table = super().__call__(batch)
-        rows = table.select(["key", "channels", "field", "reason"]).to_pylist()
-        chosen = [_choose(row["key"], row["field"], row["channels"]) for row in rows]
-        return pa.table(
-            {
-                "key": table["key"],
-                "reason": table["reason"],
-                "cells": pa.array(chosen, pa.large_binary()),
-            }
-        )
+        rows = table.select(["key", "channels", "field"]).to_pylist()
+        cells = [_choose(row["key"], row["field"], row["channels"]) for row in rows]
+        kept = table.select(["key", "reason"])
+        return kept.append_column("cells", pa.array(cells, pa.large_binary()))
 
 
 def _choose(key: str, field: bytes | None, channels: int) -> bytes | None:
@@ -62,20 +34,24 @@ def _choose(key: str, field: bytes | None, channels: int) -> bytes | None:
     return cells[index].tobytes()
 
 
-def fit(rows: list[dict[str, Any]], components: int) -> Basis:
-    """The basis of the rows of :class:`Cells`; a ValueError for more components than they have."""
-    from sklearn.decomposition import PCA
+def fit(rows: list[dict[str, Any]], count: int) -> np.ndarray:
+    """[count, C] float32, orthonormal: the principal components of the rows of :class:`Cells`.
 
+    About the origin, not about the mean of the cells: so inner products and cosines of projected
+    cells are those of the cells, but for what the components leave out. Raises a ValueError if the
+    cells have fewer channels, or if there are none.
+    """
     found = sorted((row["key"], row["cells"]) for row in rows if row["cells"] is not None)
     if not found:
-        raise ValueError(
-            "--pca needs a picture that can be read, to fit the components on; the first of "
-            f"{len(rows)}: {rows[0]['reason'] if rows else 'none'}"
-        )
+        reason = rows[0]["reason"] if rows else "there are none"
+        raise ValueError(f"--pca needs pictures to fit the components on; {reason}")
     cells = np.stack([np.frombuffer(cells, np.float32).reshape(CELLS, -1) for _, cells in found])
-    cells = cells.reshape(-1, cells.shape[-1])
-    if not 0 < components < cells.shape[1]:
+    cells = cells.reshape(-1, cells.shape[-1]).astype(np.float64)
+    if not 0 < count < cells.shape[1]:
         rule = f"between 1 and {cells.shape[1] - 1}, one less than the channels of the model"
-        raise ValueError(f"--pca must be {rule}; got {components}")
-    pca = PCA(components, svd_solver="full").fit(cells)
-    return Basis(pca.mean_.astype(np.float32), pca.components_.astype(np.float32))
+        raise ValueError(f"--pca must be {rule}; got {count}")
+    components = np.linalg.eigh(cells.T @ cells)[1].T[: -count - 1 : -1]  # the largest first
+    # Eigenvectors have no sign: their largest element is made positive.
+    largest = np.abs(components).argmax(axis=1)[:, None]
+    components = components * np.sign(np.take_along_axis(components, largest, axis=1))
+    return np.ascontiguousarray(components, np.float32)

@@ -112,6 +112,8 @@ def find(
     Parquet. Raises an ImageError if there are none, a ValueError if they cannot be used.
     """
     kind, files, skipped, errors = list_files(source, without)
+    if kind != "parquet" and (column or key):
+        raise ValueError(f"column and key are for Parquet files; got a source of {kind}: {source}")
     found = Source(utf8(source), kind, files, limit, skipped, errors)
     if kind == "pictures":
         return replace(found, files=files if limit is None else files.slice(0, limit))

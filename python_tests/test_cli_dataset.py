@@ -1,0 +1,322 @@
+"""``srt-ext features --engine ray``: what is written, what a second run does, what goes wrong."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("ray")
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+from cli import SMALL, crops, run, small_weights
+from PIL import Image
+from safetensors.torch import load_file
+
+import srt_ext
+from srt_ext import data
+from srt_ext.cli import dataset
+
+OPTIONS = {"model": SMALL, "weights": small_weights(), "views": "grid:1", "stride": 8}
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Of two sizes, one in a folder, one that is none."""
+    path = tmp_path / "photos"
+    (path / "trip").mkdir(parents=True)
+    for i, pixels in enumerate(crops(5)):
+        Image.fromarray(pixels if i % 2 else pixels[:32]).save(path / f"{i}.png")
+    Image.fromarray(crops(1)[0]).save(path / "trip/b.png")
+    (path / "bad.jpg").write_bytes(b"no picture")
+    return path
+
+
+NAMES = ["0.png", "1.png", "2.png", "3.png", "4.png", "trip/b.png"]
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "new/out"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(dataset.ray, "init", refuse)
+
+
+def arguments(source: object, out: object, **changed: object) -> list[object]:
+    settings = OPTIONS | {"engine": "ray"} | changed
+    options = [f"--{k.replace('_', '-')}={v}" for k, v in settings.items() if v is not None]
+    return ["features", source, "-o", out, *options]
+
+
+def extract(source: object, out: object, code: int = 0, **changed: object) -> str:
+    return run(*arguments(source, out, **{"actors": 2, **changed}), code=code)
+
+
+def keys(out: Path) -> list[str]:
+    return sorted(data.open(out).keys.to_pylist())
+
+
+# ---- without a cluster --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"engine": None, "pca": 4}, "--pca needs --engine ray"),
+        ({"engine": None, "batch": 4}, "--batch needs --engine ray"),
+        ({"workers": 2}, "--workers is for one process"),
+        ({"pca": "nothing.npy"}, "nothing.npy"),
+        ({"column": "image"}, "column and key are for Parquet files"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(
+    photos: Path, out: Path, changed: dict[str, object], message: str, no_cluster: None
+) -> None:
+    changed = {"actors": None, **changed}
+    assert message in extract(photos, out, code=1, **changed)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("engine", ["ray", None])
+def test_a_dry_run_writes_nothing(
+    photos: Path, out: Path, engine: str | None, no_cluster: None
+) -> None:
+    changed = {"engine": engine, "actors": None, "dtype": "float16"}
+    text = run(*arguments(photos, out, **changed), "--dry-run")
+    assert "7 pictures, 0 of them done" in text
+    assert "views grid:1, scale 1, stride 8" in text
+    sizes = [1 * (4 + 2 * (i % 2)) * 8 * 64 * 2 for i in range(5)] + [6 * 8 * 64 * 2]
+    low, high = (n * 1e-3 for n in (min(sizes), max(sizes) + 64 * 2))
+    found = float(text.split("about ")[1].split(" kB a picture")[0])
+    assert low <= found <= high
+    assert "in one process on this machine" in text
+    assert not out.exists()
+
+
+def test_a_folder_is_limited(photos: Path, out: Path) -> None:
+    text = run(*arguments(photos, out, engine=None, limit=2))
+    assert "2 pictures: 2 written" in text
+    assert sorted(path.name for path in out.iterdir()) == [f"{i}.png.safetensors" for i in (0, 1)]
+
+
+def test_other_settings_and_finished_outputs_need_no_cluster(
+    photos: Path, out: Path, no_cluster: None
+) -> None:
+    network_settings = {"model": "another", "pca": "none"}
+    files, path = data.filesystem(str(out))
+    data.Manifest(network_settings).write(files, path)
+    text = extract(photos, out, code=1)
+    assert "was made with other settings (" in text
+    assert f"model another, now {SMALL}" in text
+
+
+# ---- on a cluster -------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_folder_has_the_fields_of_one_process(
+    photos: Path, out: Path, tmp_path: Path, cluster: None
+) -> None:
+    text = extract(photos, out, code=1, rows_per_file=2, batch=2)
+    assert "6 pictures written, 1 failed, 0 done before" in text
+    assert "bad.jpg is not a readable picture" in text
+    run(*arguments(photos, tmp_path / "files", engine=None), code=1)
+    fields = data.open(out)
+    assert keys(out) == NAMES
+    for name in NAMES:
+        expected = load_file(tmp_path / "files" / f"{name}.safetensors")
+        assert fields[name]["field"].shape == expected["field"].shape
+        torch.testing.assert_close(fields[name]["field"], expected["field"])
+        torch.testing.assert_close(fields[name]["prefix"], expected["prefix"])
+    assert fields.errors["key"].to_pylist() == ["bad.jpg"]
+    schema = pq.read_schema(next((out / "errors").iterdir()))
+    assert schema.names == ["key", "reason"]
+    assert not list((out / "partial").glob("*"))
+
+
+@pytest.mark.slow
+def test_a_second_run_computes_what_is_new(photos: Path, out: Path, cluster: None) -> None:
+    extract(photos, out, code=1)
+    before = {path: path.stat().st_mtime_ns for path in out.glob("data/*")}
+    assert "nothing left to do: 7 pictures are done" in extract(photos, out)
+    Image.fromarray(crops(1)[0]).save(photos / "new.png")
+    assert "1 pictures written, 0 failed, 7 done before" in extract(photos, out)
+    assert keys(out) == sorted([*NAMES, "new.png"])
+    assert all(path.stat().st_mtime_ns == when for path, when in before.items())
+    assert "stride 8, now 16" in extract(photos, out, code=1, stride=16)
+
+
+def write_shard(path: Path, pictures: list[np.ndarray]) -> None:
+    with tarfile.open(path, "w") as archive:
+        for i, pixels in enumerate(pictures):
+            content = io.BytesIO()
+            Image.fromarray(pixels).save(content, "png")
+            for suffix, value in (("png", content.getvalue()), ("txt", f"text {i}".encode())):
+                member = tarfile.TarInfo(f"{i}.{suffix}")
+                member.size = len(value)
+                archive.addfile(member, io.BytesIO(value))
+
+
+@pytest.mark.slow
+def test_shards_are_projected_on_one_basis(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, cluster: None
+) -> None:
+    (tmp_path / "shards").mkdir()
+    for i in range(2):
+        write_shard(tmp_path / f"shards/{i}.tar", crops(4)[2 * i : 2 * i + 2])
+    shards = tmp_path / "shards"
+    extract(shards, out, pca=5)
+    assert keys(out) == ["0.tar/0", "0.tar/1", "1.tar/0", "1.tar/1"]
+    extract(shards, tmp_path / "all", stride=8)
+    extract(shards, tmp_path / "again", pca=5, actors=1)
+    one = f"{tmp_path}/shards/1.tar"
+    extract(one, tmp_path / "one", pca=out / "pca.npy")
+    fields, whole = data.open(out), data.open(tmp_path / "all")
+    components = fields.pca
+    assert torch.allclose(components @ components.T, torch.eye(5), atol=1e-5)
+    for again in ("again", "one"):
+        assert data.open(tmp_path / again).pca.equal(components)
+    for key in fields.keys.to_pylist():
+        projected = torch.einsum("kc,chw->khw", components, whole[key]["field"])
+        torch.testing.assert_close(fields[key]["field"], projected, atol=1e-4, rtol=1e-4)
+        assert fields[key]["prefix"].equal(whole[key]["prefix"])  # all channels
+        assert fields[key]["txt"] == f"text {key[-1]}"
+    # They hold nearly as much of the cells as any 5 directions can.
+    cells = torch.cat([whole[key]["field"].flatten(1) for key in whole.keys.to_pylist()], 1)
+    best = torch.linalg.svdvals(cells)[:5].square().sum()
+    assert (components @ cells).square().sum() > 0.99 * best
+    assert "pca 5, now 6" in extract(shards, out, code=1, pca=6)
+
+
+@pytest.mark.slow
+def test_more_components_than_channels_are_refused(photos: Path, out: Path, cluster: None) -> None:
+    text = extract(photos, out, code=1, pca=64)
+    assert "--pca must be between 1 and 63" in text
+    assert not (out / "manifest.json").exists()
+
+
+@pytest.mark.slow
+def test_parquet_keeps_its_columns(photos: Path, out: Path, cluster: None) -> None:
+    names = [*NAMES, "0.png", "missing.png"]
+    table = pa.table({"path": [f"photos/{name}" for name in names], "label": range(8)})
+    pq.write_table(table, photos.parent / "list.parquet")
+    text = extract(photos.parent / "list.parquet", f"file://{out}", code=1)
+    assert "6 pictures written, 2 failed" in text
+    fields = data.open(out)
+    assert fields["photos/trip/b.png"]["label"] == 5
+    reasons = dict(zip(*fields.errors.to_pydict().values(), strict=True))
+    assert "does not exist" in reasons["photos/missing.png"]
+    assert "repeats the key" in reasons["photos/0.png"]
+
+
+# ---- what is killed -----------------------------------------------------------------------------
+
+MANY = 150
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    path = tmp_path / "many"
+    path.mkdir()
+    random = np.random.default_rng(0)
+    for i in range(MANY):
+        Image.fromarray(random.integers(0, 255, (48, 64, 3), np.uint8)).save(path / f"{i}.png")
+    return path
+
+
+def start(source: Path, out: Path) -> subprocess.Popen[str]:
+    options = {"rows_per_file": 10, "batch": 5, "actors": 2}
+    command = [sys.executable, "-m", "srt_ext", *map(str, arguments(source, out, **options))]
+    output: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    path = {"PYTHONPATH": str(Path(srt_ext.__file__).parents[1])}
+    return subprocess.Popen(command, env=os.environ | path, **output)
+
+
+def wait_until(process: subprocess.Popen[str], reached: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 120
+    while not reached():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def committed(out: Path) -> list[Path]:
+    return [path for path in out.glob("checkpoint/*") if ".pending" not in path.name]
+
+
+def actors_of(process: subprocess.Popen[str]) -> list[int]:
+    """Process ids of the descendants that hold the model."""
+    parents, found = {}, []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            name, state = (folder / "cmdline").read_text(), (folder / "stat").read_text()
+        except OSError:  # it has ended
+            continue
+        parents[int(folder.name)] = int(state.rpartition(")")[2].split()[1])
+        if name.startswith("ray::MapWorker") and "Features" in name:
+            found.append(int(folder.name))
+    return [pid for pid in found if process.pid in _line(pid, parents)]
+
+
+def _line(pid: int, parents: dict[int, int]) -> Iterator[int]:
+    while pid in parents:
+        pid = parents[pid]
+        yield pid
+
+
+@pytest.mark.slow
+@pytest.mark.serial
+def test_nothing_is_lost_or_doubled_if_a_worker_is_killed(many: Path, out: Path) -> None:
+    process = start(many, out)
+    wait_until(process, lambda: committed(out))
+    actors = actors_of(process)
+    assert len(actors) == 2
+    os.kill(actors[0], signal.SIGKILL)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, text
+    assert keys(out) == sorted(f"{i}.png" for i in range(MANY))
+
+
+@pytest.mark.slow
+@pytest.mark.serial
+def test_a_killed_run_is_resumed(many: Path, out: Path) -> None:
+    """Only the write tasks that were not committed are computed again."""
+    process = start(many, out)
+    wait_until(process, lambda: len(committed(out)) > 2)
+    process.kill()
+    process.communicate()
+    assert set(keys(out)) < {f"{i}.png" for i in range(MANY)}  # readable, and not all
+    done = {path.name: (out / "data" / path.name).stat().st_mtime_ns for path in committed(out)}
+    process = start(many, out)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, text
+    assert keys(out) == sorted(f"{i}.png" for i in range(MANY))
+    assert done.items() <= {p.name: p.stat().st_mtime_ns for p in out.glob("data/*")}.items()
+    assert json.loads((out / "complete.json").read_text())
