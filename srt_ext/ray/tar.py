@@ -115,7 +115,7 @@ def _samples(file: IO[bytes], contents: bool = True) -> Iterator[_Sample]:
                 if sample.members:
                     yield sample
                 sample = _Sample(name, {})
-            sample.members[extension] = data
+            sample.members[extension] = data.read() if data else None
     except _NoEnd:
         if sample.members:
             yield sample
@@ -124,7 +124,7 @@ def _samples(file: IO[bytes], contents: bool = True) -> Iterator[_Sample]:
         yield sample
 
 
-def _members(file: IO[bytes], contents: bool) -> Iterator[tuple[str, bytes | None]]:
+def _members(file: IO[bytes], contents: bool) -> Iterator[tuple[str, IO[bytes] | None]]:
     """Names, as those below a folder, and contents: None for a link, which cannot be followed."""
     with tarfile.open(fileobj=file, mode="r|*", tarinfo=_Member) as archive:
         for member in archive:
@@ -132,8 +132,7 @@ def _members(file: IO[bytes], contents: bool) -> Iterator[tuple[str, bytes | Non
             path = posixpath.normpath(member.name)
             if member.isdir() or any(part.startswith(".") for part in path.split("/")):
                 continue
-            data = archive.extractfile(member) if contents and member.isreg() else None
-            yield path, data.read() if data else None
+            yield path, archive.extractfile(member) if contents and member.isreg() else None
 
 
 def _row(sample: _Sample, shard: str, i: int, seen: dict[str, int]) -> _Row:
