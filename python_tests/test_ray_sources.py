@@ -127,7 +127,7 @@ def test_folder_of_pictures(place: tuple[str, Any]) -> None:
     [
         ("*.png", ["2.png", "10.png"]),
         ("a/*.png", ["1.png"]),
-        ("**/*.png", ["2.png", "10.png", "a/1.png", "a/b/1.png"]),
+        ("**/*.png", ["2.png", "10.png", "a/1.png", "a/b/1.png", "None/3.png"]),
         ("a/**/1.png", ["1.png", "b/1.png"]),
         ("?.png", ["2.png"]),
         ("{2..3}.p*", ["2.png"]),
@@ -137,7 +137,8 @@ def test_folder_of_pictures(place: tuple[str, Any]) -> None:
 def test_globs(place: tuple[str, Any], pattern: str, found: list[str]) -> None:
     """Keys are names below the part without a wildcard."""
     folder, put = place
-    for name in ("10.png", "2.png", "a/1.png", "a/b/1.png", "a/x.jpg", "x.parquet", "a/.h/1.png"):
+    pictures = ["10.png", "2.png", "a/1.png", "a/b/1.png", "None/3.png"]
+    for name in [*pictures, "a/x.jpg", "x.parquet", "a/.h/1.png"]:
         put(name)
     assert sorted(keys(find(f"{folder}/{pattern}"))) == sorted(found)
 
@@ -477,6 +478,17 @@ def test_samples_of_a_shard(tmp_path: Path, name: str, mode: str) -> None:
     (table,) = tables(find(str(tmp_path)))
     assert table.schema.field("txt").type == pa.string()
     assert table.schema.field("seg.png").type == pa.large_binary()
+
+
+def test_members_whose_names_are_not_utf8(tmp_path: Path) -> None:
+    names = (b"caf\xe9.png", b"caf\xe9.\xe9")
+    shard(tmp_path / "s.tar", [(os.fsdecode(name), b"picture") for name in names])
+    assert rows(find(str(tmp_path))) == [
+        {
+            **{ID: r"s.tar/caf\xe9", "key": r"s.tar/caf\xe9"},
+            **{BYTES: b"picture", r"\xe9": b"picture"},
+        }
+    ]
 
 
 def test_samples_without_a_picture(tmp_path: Path) -> None:

@@ -198,7 +198,12 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 def natural_key(path: PurePath) -> list[list[Any]]:
     """Text and numbers alternate in each part, so that lists are comparable."""
-    return [
-        [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]
-        for name in path.parts
-    ]
+    return [_natural_part(name) for name in path.parts]
+
+
+@functools.lru_cache(maxsize=1024)  # the folders that many files have in common
+def _natural_part(name: str) -> list[Any]:
+    return [int(part) if i % 2 else part for i, part in enumerate(_NUMBER.split(name))]
+
+
+_NUMBER = re.compile(r"(\d+)")

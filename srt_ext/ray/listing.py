@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 import posixpath
 import re
@@ -137,31 +138,34 @@ def _named(name: str, found: Found) -> Iterator[_Entry]:
 
 
 def _below(folder: str, nested: bool, without: str | None, found: Found) -> Iterator[_Entry]:
-    root, path, query = _split(folder)
-    if not root:
-        top = os.path.abspath(path)
-        out = Path(without) if without and not is_url(without) else None
-        suffixes = images.suffixes() | {".parquet", ".tar", ".gz", ".tgz"}
-        local = images.find_files(Path(top), suffixes, nested=nested, without=out)
-        found.skipped.update(local.skipped)
-        found.errors.extend(utf8(error) for error in local.errors)
-        for file in local.files:
-            name = str(file)
-            yield _local(name, utf8(name[len(top.rstrip("/")) + 1 :]))
+    if is_url(folder):
+        yield from _below_url(folder, nested, without or "", found)
         return
+    top = os.path.abspath(folder)
+    out = Path(without) if without and not is_url(without) else None
+    suffixes = images.suffixes() | {".parquet", ".tar", ".gz", ".tgz"}
+    local = images.find_files(Path(top), suffixes, nested=nested, without=out)
+    found.skipped.update(local.skipped)
+    found.errors.extend(utf8(error) for error in local.errors)
+    for path in map(str, local.files):
+        yield _local(path, utf8(path[len(top.rstrip("/")) + 1 :]))
+
+
+def _below_url(folder: str, nested: bool, without: str, found: Found) -> Iterator[_Entry]:
+    root, path, query = _split(folder)
     files, top = _locate(folder)
     infos = files.get_file_info(pafs.FileSelector(top, recursive=nested))
     names = {info.path[len(top) :].strip("/"): info for info in infos}
     start = f"{root}{path}".rstrip("/") + "/"
-    out_name = "".join(_split(without)[:2]).removeprefix(start).strip("/") if without else None
+    out = "".join(_split(without)[:2]).removeprefix(start).strip("/")
     for name in sorted(names, key=lambda name: images.natural_key(PurePosixPath(name))):
         info = names[name]
-        if info.type == pafs.FileType.Directory or f"{name}/".startswith(f"{out_name}/"):
+        if info.type == pafs.FileType.Directory or (out and f"{name}/".startswith(f"{out}/")):
             continue
         if any(part.startswith(".") for part in name.split("/")):
             found.skipped["hidden"] += 1
-            continue
-        yield _Entry(name, f"{start}{name}{query}".encode(), info.size, info.mtime_ns)
+        else:
+            yield _Entry(name, f"{start}{name}{query}".encode(), info.size, info.mtime_ns)
 
 
 def _local(path: str, key: str) -> _Entry:
@@ -196,11 +200,8 @@ def open_file(uri: bytes) -> Any:
 
 def open_stream(uri: bytes) -> Any:
     """:func:`open_file` to read in order, which takes few requests."""
-    name = _plain(os.fsdecode(uri))
-    if not is_url(name):
-        return open_file(uri)
-    files, path = _locate(name)
-    return files.open_input_stream(path, compression=None, buffer_size=_BUFFER)
+    file = open_file(uri)
+    return io.BufferedReader(file, _BUFFER) if is_url(uri) else file
 
 
 def is_url(place: str | bytes) -> bool:

@@ -307,9 +307,9 @@ def _estimate(files: pa.Table) -> tuple[int, bool]:
         try:
             with open_stream(row["uri"]) as file:
                 count, ended = count_samples(file, None, SCANNED)
-                samples, read = samples + count, read + (row["size"] if ended else file.tell())
+                samples, read = samples + count, read + ((ended and row["size"]) or file.tell())
         except (OSError, ImageError):
-            continue
+            ended = False
         exact = exact and ended
     total = pc.sum(files["size"]).as_py() or 0
     return samples if exact else round(total * samples / max(1, read)), exact

@@ -70,7 +70,9 @@ def count_samples(file: IO[bytes], most: int | None, size: int | None = None) ->
             count += 1
             if count == most or (size is not None and file.tell() > size):
                 return count, False
-    except tarfile.TarError:
+    except (MemoryError, OSError):
+        raise
+    except Exception:  # as in read_tar
         pass
     return count, True
 
@@ -110,7 +112,7 @@ def _samples(file: IO[bytes], contents: bool = True) -> Iterator[_Sample]:
             stem, dot, extension = name.partition(".")
             if not dot:
                 continue
-            name, extension = posixpath.join(folder, stem), extension.lower()
+            name, extension = posixpath.join(folder, stem), utf8(extension.lower())
             if name != sample.name or extension in sample.members:
                 if sample.members:
                     yield sample
