@@ -68,11 +68,10 @@ class Source:
 
         Where pictures are in large files, those of a few files, chosen by their hashes.
         """
+        order = np.argsort(hashes(self.files["key"].to_pylist(), seed), kind="stable")
         if self.kind == "pictures":
-            order = np.argsort(hashes(self.files["key"].to_pylist(), seed), kind="stable")
             return read_bytes(_rows_of_pictures(self.files.take(order[:n]), 0, {}))
         few = SHARDS if self.columns is None or self.columns.has_bytes else self.files.num_rows
-        order = np.argsort(hashes(self.files["key"].to_pylist(), seed), kind="stable")
         found = SCHEMA.empty_table()
         for i, file in enumerate(self.file(index, {}) for index in order.tolist()):
             if i >= few and found.num_rows >= n:
