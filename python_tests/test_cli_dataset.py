@@ -129,9 +129,7 @@ def test_a_folder_is_limited(photos: Path, out: Path) -> None:
 def test_other_settings_and_finished_outputs_need_no_cluster(
     photos: Path, out: Path, no_cluster: None
 ) -> None:
-    network_settings = {"model": "another", "pca": "none"}
-    files, path = data.filesystem(str(out))
-    data.Manifest(network_settings).write(files, path)
+    data.write_settings({"model": "another", "pca": "none"}, *data.filesystem(str(out)))
     text = extract(photos, out, code=1)
     assert "was made with other settings (" in text
     assert f"model another, now {SMALL}" in text

@@ -122,6 +122,19 @@ def test_dtype(dtype: str) -> None:
         assert field_of(row, name).equal(expected.to(getattr(torch, dtype)))
 
 
+def test_a_field_too_large_for_parquet_has_a_reason(
+    features: Features, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = [alone(pixels)[0].nbytes for pixels in pictures()]
+    assert min(sizes) < max(sizes)
+    monkeypatch.setattr("srt_ext.ray.features.LARGEST", max(sizes))
+    rows = features(table([encoded(pixels) for pixels in pictures()])).to_pylist()
+    for row, size in zip(rows, sizes, strict=True):
+        assert (row["reason"] is None) == (size < max(sizes))
+        if row["reason"]:
+            assert f"less than 2 GiB, the field {size} bytes" in row["reason"]
+
+
 def test_pca_projects_the_field(features: Features, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     basis = np.linalg.qr(rng.normal(size=(64, 3)))[0].T.astype(np.float32)

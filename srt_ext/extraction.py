@@ -52,10 +52,15 @@ class Network:
         return cls(name, model, config["mean"], config["std"], layers, **settings)
 
     def image(self, *pixels: np.ndarray, device: torch.device | None = None) -> torch.Tensor:
-        """[H, W, 3] uint8, B of one size -> [B, 3, H, W] float32, normalised, on ``device``."""
+        """[H, W, 3] uint8, B of one size -> [B, 3, H, W] for the model, on ``device``.
+
+        They are normalised in float32 and have the dtype of the model's parameters.
+        """
         # Copied as bytes, a quarter of the floats.
         images = torch.from_numpy(np.stack(pixels)).to(device or "cpu").permute(0, 3, 1, 2)
-        return (images.float() / 255 - self._mean.to(images.device)) / self._std.to(images.device)
+        mean, std = (values.to(images.device) for values in (self._mean, self._std))
+        parameters = (p.dtype for p in self.model.parameters() if p.is_floating_point())
+        return ((images.float() / 255 - mean) / std).to(next(parameters, torch.float32))
 
     def digest(self) -> str:
         """A hash of the weights, independent of the file that they came from."""
@@ -80,10 +85,10 @@ def cast(name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return result
 
 
-def to_tensors(output: SRTOutput, dtype: torch.dtype, index: int = 0) -> dict[str, torch.Tensor]:
+def to_tensors(output: SRTOutput, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """``field`` [C, H', W'] and ``prefix`` [K, C] of an image, dense, in the range of ``dtype``."""
     return {
-        name: cast(name, tensor[index], dtype).contiguous()
+        name: cast(name, tensor[0], dtype).contiguous()
         for name, tensor in output._asdict().items()
         if tensor is not None
     }

@@ -8,7 +8,8 @@ import re
 import stat
 import warnings
 from collections import Counter, deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import IO, Any, NamedTuple
 
@@ -53,7 +54,7 @@ def open_image(path: Path) -> Any:
         # A pipe or a device may never end.
         if not stat.S_ISREG(path.stat().st_mode):
             raise ImageError(f"{path} is not a regular file")
-        with path.open("rb") as file:
+        with path.open("rb") as file, quiet_decoders():
             return decode_image(file, str(path))
     except FileNotFoundError:
         raise ImageError(f"{path} does not exist") from None
@@ -61,12 +62,18 @@ def open_image(path: Path) -> Any:
         raise ImageError(f"{path} is not a readable picture: {error}") from None
 
 
+@contextmanager
+def quiet_decoders() -> Iterator[None]:
+    """Ignores warnings: Pillow warns of files that it can still read. Not for use in a thread."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def decode_image(file: IO[bytes], name: str) -> Any:
     """:func:`open_image` for an open file; ``name`` stands in the ImageError."""
     try:
-        with warnings.catch_warnings():  # Pillow warns of files that it can still read
-            warnings.simplefilter("ignore")
-            return _to_rgb(_upright(file))
+        return _to_rgb(_upright(file))
     except MemoryError:
         raise
     except Exception as error:  # decoders raise anything on a broken file

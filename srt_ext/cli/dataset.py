@@ -53,7 +53,7 @@ class Cluster(NamedTuple):
 
     address: str | None
     actors: int | None
-    batch: int  # pictures of a task
+    batch: int | None  # pictures of a task
     rows_per_file: int | None
 
 
@@ -163,7 +163,8 @@ def _write(job: Job, out: Output, cluster: Cluster) -> None:
         write_settings(job.settings, out.files, out.path)
         sink = FieldSink(out.path, out.files, cluster.rows_per_file)
         arguments = {**job.arguments, "pca": basis}
-        _run(job.source, out, sink, arguments, {**placement, "batch_size": cluster.batch})
+        batch = cluster.batch or _batch_size(job.arguments)
+        _run(job.source, out, sink, arguments, {**placement, "batch_size": batch})
         with out.files.open_output_stream(out.file(COMPLETE)) as file:
             file.write(json.dumps(_complete(job)).encode())
     _report(sink.total, done, out, time.perf_counter() - start)
@@ -211,6 +212,12 @@ def _report(written: Written, done: int, out: Output, seconds: float) -> None:
         f"{written.bytes / 1e9:.2f} GB in {seconds:.1f} s",
         f"wrote to {out.name}",
     )
+
+
+def _batch_size(arguments: dict[str, Any]) -> int:
+    """16, or fewer whose fields may take 256 MB in float32, for a model of 768 channels."""
+    cells = ((arguments["size"] or 1024) / arguments["stride"]) ** 2
+    return min(16, max(1, int(2**28 / (cells * 768 * 4))))
 
 
 # ---- the cluster --------------------------------------------------------------------------------
@@ -300,7 +307,9 @@ def _basis(job: Job, out: Output, placement: dict[str, Any], started: bool) -> n
         return read_components(out.files, out.file(COMPONENTS))
     components = job.components
     if isinstance(components, int):
-        cells = ray.data.from_arrow(job.source.sample(PICTURES, SEED)).map_batches(
+        sample = job.source.sample(PICTURES, SEED)
+        blocks = ray.data.from_arrow(sample, override_num_blocks=max(1, sample.num_rows))
+        cells = blocks.map_batches(
             Cells,
             fn_constructor_kwargs={**job.arguments, "dtype": "float32"},
             batch_format="pyarrow",

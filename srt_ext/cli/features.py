@@ -47,6 +47,7 @@ class Request(NamedTuple):
     view_batch: int
     size: int
     dtype: DType
+    model_dtype: DType
 
     def load(self) -> Extraction:
         """Loads the model and checks what depends on it."""
@@ -56,6 +57,7 @@ class Request(NamedTuple):
         from .folder import Extraction
 
         network = common.load_network(self.model, self.weights, self.layer)
+        network.model.to(getattr(torch, self.model_dtype.value))  # which is in its digest
         with common.warnings_as_notes():
             srt = SRT(network.backbone, **self.srt_arguments())
         settings = {
@@ -111,6 +113,9 @@ def command(
         ),
     ] = None,
     dtype: Annotated[DType, typer.Option(help="Data type of the output.")] = DType.float32,
+    model_dtype: Annotated[
+        DType, typer.Option(help="Data type of the model: bfloat16 is the fast one on GPUs.")
+    ] = DType.float32,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only the first pictures of the source.")
     ] = None,
@@ -151,8 +156,8 @@ def command(
         int | None,
         typer.Option(
             min=1,
-            help="Pictures of a task; those of one size go into one forward. Default: 16. "
-            "(--engine ray)",
+            help="Pictures of a task; those of one size go into one forward. Default: 16, or fewer "
+            "where their fields are large. (--engine ray)",
         ),
     ] = None,
     rows_per_file: Annotated[
@@ -192,7 +197,8 @@ def command(
     that are done. An OUTPUT with features of other settings is an error.
     """
     common.check_inputs(views, weights)
-    asked: Any = {"stride": stride, "view_batch": view_batch, "size": size, "dtype": dtype}
+    asked: Any = {"stride": stride, "view_batch": view_batch, "size": size}
+    asked |= {"dtype": dtype, "model_dtype": model_dtype}
     request = Request(model, weights, layer, views, scale, quality, **asked)
     for_ray = {
         "--address": address,
@@ -208,7 +214,7 @@ def command(
             raise common.fatal("--workers is for one process; with --engine ray use --actors")
         from .dataset import Cluster, extract
 
-        cluster = Cluster(address, actors, batch or 16, rows_per_file)
+        cluster = Cluster(address, actors, batch, rows_per_file)
         columns = {"column": column, "key": key}
         extract(source, output, request, cluster, pca, limit=limit, dry_run=dry_run, **columns)
         return

@@ -6,6 +6,7 @@ import copy
 import io
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from .._validation import check_count, is_integer, wrong
 from ..backbones import Layer
 from ..data import FIELDS, filesystem, read_components
 from ..extraction import Network, cast
-from ..images import ImageError, decode_image, to_pixels
+from ..images import ImageError, decode_image, quiet_decoders, to_pixels
 from ..srt import SRT
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std
+LARGEST = 2**31  # bytes of a field, which are one value
 _WHERE = "Features"
 _KEYS = ("key", "__key__", "path")  # columns that name a picture, the first that there is
 _MODEL_SETTINGS = ("norm", "patch", "prefix")  # of SRT
@@ -105,7 +107,8 @@ class Features:
             fn_constructor_kwargs=settings,
             batch_size=16,
             batch_format="pyarrow",
-            concurrency=2,
+            compute=ray.data.ActorPoolStrategy(size=2),
+            num_cpus=8,
             num_gpus=1,
         ).write_parquet("s3://bucket/features")
     """
@@ -143,19 +146,18 @@ class Features:
         known = {name: settings.pop(name) for name in _MODEL_SETTINGS if name in settings}
         self.network = _network(model, weights, mean, std, layer, known)
         self.network.model.to(self.device)
-        parameters = (p.dtype for p in self.network.model.parameters() if p.is_floating_point())
-        self._model_dtype = next(parameters, torch.float32)
         self.srt = SRT(self.network.backbone, stride=self.stride, **settings)
 
     def __call__(self, batch: pa.Table | Mapping[str, np.ndarray]) -> pa.Table:
         table = _table(batch)
         rows = _rows(table)
+        # Ray sets the threads of torch by the num_cpus of the actor. Decoders release the GIL.
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool, quiet_decoders():
+            decoded = list(pool.map(self._decode, rows, self._contents(table)))
         by_size: dict[tuple[int, ...], list[_Picture]] = {}
-        for row, content in zip(rows, self._contents(table), strict=True):
-            if row["reason"] is None:
-                pixels = self._decode(row, content)
-                if pixels is not None:
-                    by_size.setdefault(pixels.shape, []).append((row, pixels))
+        for row, pixels in zip(rows, decoded, strict=True):
+            if pixels is not None:
+                by_size.setdefault(pixels.shape, []).append((row, pixels))
         for pictures in by_size.values():
             reason = self._extract(pictures)
             for row, pixels in pictures if reason else []:
@@ -176,6 +178,8 @@ class Features:
 
     def _decode(self, row: _Row, content: bytes | None) -> np.ndarray | None:
         """[H, W, 3] uint8; None if there is no picture, with the reason in ``row``."""
+        if row["reason"] is not None:
+            return None
         try:
             if content is None:
                 raise ImageError(f"{row['name']} has no bytes")
@@ -203,7 +207,7 @@ class Features:
 
     def _run(self, pixels: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[H, W, 3] uint8, B of one size -> fields [B, h, w, C] and prefixes [B, n, C]."""
-        images = self.network.image(*pixels, device=self.device).to(self._model_dtype)
+        images = self.network.image(*pixels, device=self.device)
         field, prefix = self.srt(images)
         field = field.permute(0, 2, 3, 1)  # as it lies in memory
         if self._components is not None:
@@ -211,6 +215,9 @@ class Features:
         dtype = DTYPES[self.dtype]
         # Dense before they leave the device, which is one copy then.
         field = cast("field", field, dtype).contiguous().cpu()
+        if field[0].nbytes >= LARGEST:
+            rule = "a value in Parquet has less than 2 GiB"
+            raise ValueError(f"{rule}, the field {field[0].nbytes} bytes: use a larger stride")
         return field, None if prefix is None else cast("prefix", prefix, dtype).contiguous().cpu()
 
 
