@@ -12,7 +12,8 @@ from process import run_python
 import srt_ext
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted(ROOT.glob("docs/*.md"))
+ON_RAY = ROOT / "docs/extraction.md"  # whose blocks follow each other: .ci/run --full runs them
+PAGES = sorted({*ROOT.glob("docs/*.md")} - {ON_RAY})
 
 
 # The code of each section of a page, by its heading.

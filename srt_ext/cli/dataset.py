@@ -234,6 +234,9 @@ def _placement(cluster: Cluster) -> Iterator[dict[str, Any]]:
         ray.init(
             address, log_to_driver=False, logging_level=logging.ERROR, **({} if address else here)
         )
+    # Plans are not logged; progress is, where there is no terminal for bars.
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.INFO)
     try:
         resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
         gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
