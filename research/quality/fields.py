@@ -161,7 +161,7 @@ class Fields:
                 self._field(s, how, *tokens[how])[:, :height, :width]
                 for how in s.shown(self.network.patch)
             ]
-            found.append((sum(parts[1:], parts[0]) / len(parts)).contiguous())
+            found.append(s.stored((sum(parts[1:], parts[0]) / len(parts)).contiguous()))
         return found
 
     def _field(

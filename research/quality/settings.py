@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from srt_ext import views
 from srt_ext.views import Views
+
+if TYPE_CHECKING:
+    import torch
 
 IDENTITY = "grid:0"  # the untouched picture: no SRT
 FLIP = "+flip"
@@ -71,6 +74,10 @@ class Setting:
     def row(self) -> dict[str, Any]:
         """The fields that are not defaults, as they stand in the JSON."""
         return {f.name: v for f in fields(self) if (v := getattr(self, f.name)) != f.default}
+
+    def stored(self, field: torch.Tensor) -> torch.Tensor:
+        """A field [C, h, w] as the tasks get it; :mod:`research.pca` stores less of it."""
+        return field
 
 
 def settings(layers: list[int], patch: int, extent: str) -> list[Setting]:
