@@ -71,7 +71,11 @@ def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def arguments(source: object, out: object, **changed: object) -> list[object]:
     settings = OPTIONS | {"engine": "ray"} | changed
-    options = [f"--{k.replace('_', '-')}={v}" for k, v in settings.items() if v is not None]
+    options = [
+        f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
+        for name, value in settings.items()
+        if value is not None
+    ]
     return ["features", source, "-o", out, *options]
 
 
@@ -169,6 +173,20 @@ def test_a_second_run_computes_what_is_new(photos: Path, out: Path, cluster: Non
     assert keys(out) == sorted([*NAMES, "new.png"])
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
     assert "stride 8, now 16" in extract(photos, out, code=1, stride=16)
+
+
+@pytest.mark.slow
+def test_failures_are_tried_again_on_request(photos: Path, out: Path, cluster: None) -> None:
+    table = pa.table({"path": [*NAMES, "bad.jpg", "missing.png", "0.png"]})
+    pq.write_table(table, photos / "list.parquet")
+    source = photos / "list.parquet"
+    assert "6 pictures written, 3 failed" in extract(source, out, code=1, rows_per_file=4)
+    Image.fromarray(crops(1)[0]).save(photos / "bad.jpg")
+    assert "nothing left to do: 9 pictures" in extract(source, out, rows_per_file=4)
+    text = extract(source, out, code=1, rows_per_file=4, retry_failed=True)
+    assert "1 pictures written, 2 failed, 6 done before" in text
+    assert keys(out) == sorted([*NAMES, "bad.jpg"])
+    assert sorted(data.open(out).errors["key"].to_pylist()) == ["0.png", "missing.png"]
 
 
 def write_shard(path: Path, pictures: list[np.ndarray]) -> None:

@@ -154,7 +154,7 @@ def test_manifest(tmp_path: Path) -> None:
         data.write_settings(second, files, out)
         assert data.read_settings(files, out) == second
         assert "before" in before.read()  # the file was replaced, not changed
-    assert [path.name for path in tmp_path.glob("new/*")] == ["manifest.json"]
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["manifest.json"]
     (tmp_path / "new/manifest.json").write_text('{"format": 2}')
     with pytest.raises(ValueError, match="must be of format 1"):
         data.read_settings(files, out)

@@ -83,7 +83,7 @@ def run(source: Path, out: Path, *options: str) -> dict[str, Any]:
         nonlocal peak
         while process.poll() is None:
             peak = max(peak, memory(process.pid))
-            time.sleep(0.5)
+            time.sleep(5)  # reading it takes the time of the processes
 
     watcher = threading.Thread(target=watch)
     watcher.start()

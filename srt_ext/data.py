@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import posixpath
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,7 @@ T = TypeVar("T")
 
 FORMAT = 1
 COMPONENTS = "pca.npy"
+PARTIAL = "partial"  # folder of files that are being written
 THREADS = 16  # that read footers and keys: an object store takes long to answer
 ROW_GROUP_BYTES = 64 << 20  # of fields and prefixes: what a reader must hold
 
@@ -93,16 +95,8 @@ def read_settings(files: pyarrow.fs.FileSystem, out: str) -> dict[str, str] | No
 
 
 def write_settings(settings: dict[str, str], files: pyarrow.fs.FileSystem, out: str) -> None:
-    """Replaces the manifest as a whole, as far as the file system can."""
-    path = f"{out}/manifest.json"
-    # An object store shows no file before it is complete.
-    local = isinstance(files, pyarrow.fs.LocalFileSystem)
-    partial = f"{path}.partial" if local else path
-    files.create_dir(out, recursive=True)
-    with files.open_output_stream(partial) as file:
-        file.write(json.dumps({"format": FORMAT, "settings": settings}, indent=1).encode())
-    if local:
-        files.move(partial, path)
+    text = json.dumps({"format": FORMAT, "settings": settings}, indent=1)
+    write_file(files, out, "manifest.json", lambda file: file.write(text.encode()))
 
 
 def read_components(files: pyarrow.fs.FileSystem, path: str) -> np.ndarray:
@@ -119,8 +113,26 @@ def read_components(files: pyarrow.fs.FileSystem, path: str) -> np.ndarray:
 def write_components(components: np.ndarray, files: pyarrow.fs.FileSystem, out: str) -> None:
     content = io.BytesIO()
     np.save(content, components)
-    with files.open_output_stream(f"{out}/{COMPONENTS}") as file:
-        file.write(content.getvalue())
+    write_file(files, out, COMPONENTS, lambda file: file.write(content.getvalue()))
+
+
+def write_file(
+    files: pyarrow.fs.FileSystem, out: str, name: str, write: Callable[[Any], object]
+) -> None:
+    """Writes ``out/name`` by ``write``, a function of an open file.
+
+    A reader sees it as a whole or not at all: object stores show a file when it is closed, and a
+    local one is moved there from ``out/partial``.
+    """
+    path = f"{out}/{name}"
+    local = isinstance(files, pyarrow.fs.LocalFileSystem)
+    partial = f"{out}/{PARTIAL}/{posixpath.basename(name)}" if local else path
+    for place in {path, partial}:
+        files.create_dir(posixpath.dirname(place), recursive=True)
+    with files.open_output_stream(partial) as file:
+        write(file)
+    if local:
+        files.move(partial, path)
 
 
 def write_rows(table: pa.Table, file: Any) -> None:

@@ -30,13 +30,14 @@ from ..data import (
     read_components,
     read_settings,
     write_components,
+    write_file,
     write_settings,
 )
 from ..ray.features import Features
 from ..ray.pca import PICTURES, Cells, fit
 from ..ray.rows import BYTES, ID
-from ..ray.sink import PENDING, FieldSink, Written, remove_uncommitted
-from ..ray.sources import Pictures, Source, find, read_bytes
+from ..ray.sink import PENDING, FieldSink, Written, forget_failures, remove_uncommitted
+from ..ray.sources import Pictures, Source, read_bytes
 from . import common
 from .common import OutputError
 from .features import Request
@@ -46,6 +47,7 @@ from .plan import TIMED, print_plan
 SEED = 0  # of the sample that the basis is fitted on
 COMPLETE = "complete.json"
 REASONS = 10  # that are printed
+RETRIES = 5  # of a task whose actor dies. Ray's default, without end, lets one picture stop a run
 
 
 class Cluster(NamedTuple):
@@ -78,19 +80,16 @@ class Output(NamedTuple):
 
 
 def extract(
-    source: str,
+    source: Source,
     output: str,
     request: Request,
     cluster: Cluster,
     pca: str | None,
-    *,
-    limit: int | None,
     dry_run: bool,
-    **columns: str | None,
+    retry_failed: bool,
 ) -> None:
-    """Runs the command. ``pca``: a number of components, or the pca.npz of another output."""
+    """Runs the command. ``pca``: a number of components, or the pca.npy of another output."""
     out = Output(output, *filesystem(output))
-    found = find(source, limit=limit, without=output, **columns)
     components = _parse_pca(pca)
     network, _, size, _, settings = request.load()
     settings = {**settings, "pca": _name_of(components)}
@@ -104,18 +103,32 @@ def extract(
         "dtype": request.dtype.value,
         **request.srt_arguments(),
     }
-    job = Job(found, arguments, settings, components)
+    job = Job(source, arguments, settings, components)
+    if isinstance(components, np.ndarray):
+        _check_channels(job, components)
     if dry_run:
-        count, exact = found.count()
+        count, exact = source.count()
         print_plan(count, exact, _count_done(out), settings, _sizes(job))
     else:
-        _write(job, out, cluster)
+        _write(job, out, cluster, retry_failed)
 
 
 def _parse_pca(pca: str | None) -> int | np.ndarray | None:
-    if pca is None or pca.isdecimal():
-        return None if pca is None else int(pca)
-    return read_components(*filesystem(pca))
+    if pca is None:
+        return None
+    if not pca.isdecimal():
+        return read_components(*filesystem(pca))
+    if int(pca) < 1:
+        raise common.fatal(f"--pca must be at least 1; got {pca}")
+    return int(pca)
+
+
+def _check_channels(job: Job, components: np.ndarray) -> None:
+    """Or every picture would fail."""
+    for channels in Features(**job.arguments)(job.source.sample(1, SEED))["channels"].to_pylist():
+        if channels not in (None, components.shape[1]):
+            rule = f"the {channels} channels of the model"
+            raise common.fatal(f"--pca must have {rule}; got those of {components.shape[1]}")
 
 
 def _name_of(components: int | np.ndarray | None) -> str:
@@ -139,7 +152,7 @@ def _sizes(job: Job) -> Iterator[int | None]:
         yield int(len(result["field"]) * share) + len(result["prefix"] or b"")
 
 
-def _write(job: Job, out: Output, cluster: Cluster) -> None:
+def _write(job: Job, out: Output, cluster: Cluster, retry_failed: bool) -> None:
     """Writes the features of the pictures that are not done, with Ray's progress bars.
 
     Raises an OutputError if ``out`` has features of other settings, before any work; typer.Exit if
@@ -152,10 +165,15 @@ def _write(job: Job, out: Output, cluster: Cluster) -> None:
         started = _check_settings(job, out)
         for message in job.source.errors:
             common.error(message)
-        done = _count_done(out)
-        if started and _read_complete(out) == _complete(job):
-            common.echo(f"nothing left to do: {done} pictures are done in {out.name}")
+        if job.source.skipped:
+            common.echo(f"left out: {job.source.skipped}")
+        finished, this = _read_complete(out), job.source.fingerprint()
+        if retry_failed:
+            forget_failures(out.files, out.path)
+        elif started and finished.get("source") == this:
+            common.echo(f"nothing left to do: {finished['done']} pictures are done in {out.name}")
             return
+        done = _count_done(out)
         stack.enter_context(_ray_errors())
         placement = stack.enter_context(_placement(cluster))
         remove_uncommitted(out.files, out.path)
@@ -165,8 +183,9 @@ def _write(job: Job, out: Output, cluster: Cluster) -> None:
         arguments = {**job.arguments, "pca": basis}
         batch = cluster.batch or _batch_size(job.arguments)
         _run(job.source, out, sink, arguments, {**placement, "batch_size": batch})
-        with out.files.open_output_stream(out.file(COMPLETE)) as file:
-            file.write(json.dumps(_complete(job)).encode())
+        done_now = done + sink.total.pictures + sink.total.failed
+        complete = json.dumps({"source": this, "done": done_now}).encode()
+        write_file(out.files, out.path, COMPLETE, lambda file: file.write(complete))
     _report(sink.total, done, out, time.perf_counter() - start)
     if sink.total.failed or job.source.errors:
         raise typer.Exit(1)
@@ -196,7 +215,11 @@ def _run(
             read_bytes, batch_format="pyarrow", batch_size=None, num_cpus=0.5
         )
         fields = loaded.map_batches(
-            Features, fn_constructor_kwargs=arguments, batch_format="pyarrow", **placement
+            Features,
+            fn_constructor_kwargs=arguments,
+            batch_format="pyarrow",
+            max_task_retries=RETRIES,
+            **placement,
         )
         fields.write_datasink(sink)
     finally:
@@ -289,17 +312,14 @@ def _count_done(out: Output) -> int:
         return sum(file.num_rows for file in metadata)
 
 
-def _complete(job: Job) -> dict[str, str]:
-    """What marks a finished run: the same source has nothing left to do."""
-    return {"source": job.source.fingerprint()}
-
-
-def _read_complete(out: Output) -> Any:
+def _read_complete(out: Output) -> dict[str, Any]:
+    """The source and the number of pictures of a run that ended; empty if none did."""
     try:
         with out.files.open_input_stream(out.file(COMPLETE)) as file:
-            return json.loads(file.read())
+            complete: dict[str, Any] = json.loads(file.read())
     except (FileNotFoundError, ValueError):
-        return None
+        return {}
+    return complete
 
 
 def _basis(job: Job, out: Output, placement: dict[str, Any], started: bool) -> np.ndarray | None:
@@ -319,6 +339,5 @@ def _basis(job: Job, out: Output, placement: dict[str, Any], started: bool) -> n
             **placement,
         )
         components = fit(cells.take_all(), components)
-    out.files.create_dir(out.path, recursive=True)
     write_components(components, out.files, out.path)
     return components

@@ -127,6 +127,14 @@ def command(
             "from a few that are timed; write nothing.",
         ),
     ] = False,
+    retry_failed: Annotated[
+        bool,
+        typer.Option(
+            "--retry-failed",
+            help="Also try the pictures again that failed before. Without --engine they always "
+            "are. (--engine ray)",
+        ),
+    ] = False,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -208,15 +216,17 @@ def command(
         "--pca": pca,
         "--column": column,
         "--key": key,
+        "--retry-failed": retry_failed or None,
     }
     if engine is Engine.ray:
         if workers is not None:
             raise common.fatal("--workers is for one process; with --engine ray use --actors")
+        from ..ray.sources import find
         from .dataset import Cluster, extract
 
+        found = find(source, limit=limit, without=output, column=column, key=key)
         cluster = Cluster(address, actors, batch, rows_per_file)
-        columns = {"column": column, "key": key}
-        extract(source, output, request, cluster, pca, limit=limit, dry_run=dry_run, **columns)
+        extract(found, output, request, cluster, pca, dry_run, retry_failed)
         return
     if given := [name for name, value in for_ray.items() if value is not None]:
         raise common.fatal(f"{given[0]} needs --engine ray")

@@ -5,18 +5,19 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow.fs import FileSelector, FileSystem, LocalFileSystem
-from pyarrow.parquet import write_table
+from pyarrow.parquet import read_table, write_table
 from ray.data._internal.planner.plan_write_op import WRITE_UUID_KWARG_NAME
 from ray.data.block import BlockAccessor
 from ray.data.datasource import BlockBasedFileDatasink
 
-from ..data import NAMES, write_rows
-from .rows import INTERNAL
+from ..data import NAMES, PARTIAL, write_file, write_rows
+from .rows import ID, INTERNAL
 
 PENDING = ".pending.parquet"  # Ray's suffix for the checkpoint of an unfinished write
 FILE_BYTES = 2**28
@@ -52,7 +53,9 @@ class FieldSink(BlockBasedFileDatasink):
             min_rows_per_file=rows,
             file_format="parquet",
         )
-        self._out, self._is_local = path, isinstance(filesystem, LocalFileSystem)
+        is_local = isinstance(filesystem, LocalFileSystem)
+        self._files = filesystem if is_local else self.filesystem  # Ray's, which tries again
+        self._out = path
         self.total = Written(0, 0, 0, [])
 
     def write(self, blocks: Iterable[Any], ctx: Any) -> Any:
@@ -66,8 +69,8 @@ class FieldSink(BlockBasedFileDatasink):
         )
         fields = _without(table.filter(pc.is_null(table["reason"])), [*INTERNAL, "reason"])
         errors = _without(table.filter(pc.is_valid(table["reason"])), [*INTERNAL, *NAMES[1:]])
-        size = self._write("data", name, fields, write_rows)
-        self._write("errors", name, errors, write_table)
+        size = self._write(f"data/{name}", fields, write_rows)
+        self._write(f"errors/{name}", errors, write_table)
         lines = errors.slice(0, REASONS).select(["key", "reason"]).to_pylist()
         reasons = [
             row["reason"] if row["key"] in row["reason"] else f"{row['key']}: {row['reason']}"
@@ -75,22 +78,12 @@ class FieldSink(BlockBasedFileDatasink):
         ]
         return Written(fields.num_rows, errors.num_rows, size, reasons)
 
-    def _write(
-        self, folder: str, name: str, table: pa.Table, write: Callable[[pa.Table, Any], None]
-    ) -> int:
-        """Returns the bytes of the file. Readers never see a part of it."""
+    def _write(self, name: str, table: pa.Table, write: Callable[[pa.Table, Any], None]) -> int:
+        """Returns the bytes of the file."""
         if not table.num_rows:
             return 0
-        path = posixpath.join(self._out, folder, name)
-        # Object stores show a file only when it is closed.
-        partial = posixpath.join(self._out, "partial", name) if self._is_local else path
-        for place in {posixpath.dirname(path), posixpath.dirname(partial)}:
-            self.filesystem.create_dir(place, recursive=True)
-        with self.open_output_stream(partial) as file:
-            write(table, file)
-        if partial != path:
-            self.filesystem.move(partial, path)
-        return int(self.filesystem.get_file_info(path).size or 0)
+        write_file(self._files, self._out, name, lambda file: write(table, file))
+        return int(self._files.get_file_info(f"{self._out}/{name}").size or 0)
 
     @property
     def min_bytes_per_write(self) -> int | None:
@@ -110,13 +103,34 @@ def _without(table: pa.Table, columns: list[str]) -> pa.Table:
     return table.select([name for name in table.column_names if name not in columns])
 
 
-def remove_uncommitted(filesystem: FileSystem, path: str) -> None:
-    """Removes what killed write tasks left in OUT, but for data/, where Ray removes it."""
-    folder = FileSelector(posixpath.join(path, "checkpoint"), allow_not_found=True)
-    for file in filesystem.get_file_info(folder):
-        if file.base_name.endswith(PENDING):
-            name = file.base_name.removesuffix(PENDING) + ".parquet"
-            with suppress(FileNotFoundError):
-                filesystem.delete_file(posixpath.join(path, "errors", name))
+def remove_uncommitted(files: FileSystem, out: str) -> None:
+    """Removes what killed write tasks left, but for data/, where Ray removes it."""
+    for name in _names(files, f"{out}/checkpoint"):
+        if name.endswith(PENDING):
+            _delete(files, f"{out}/errors/{name.removesuffix(PENDING)}.parquet")
     with suppress(FileNotFoundError):
-        filesystem.delete_dir(posixpath.join(path, "partial"))
+        files.delete_dir(f"{out}/{PARTIAL}")
+
+
+def forget_failures(files: FileSystem, out: str) -> None:
+    """Makes the pictures of errors/ be computed again, by taking them out of the checkpoints."""
+    remove_uncommitted(files, out)
+    for name in _names(files, f"{out}/errors"):
+        try:
+            keys = read_table(f"{out}/data/{name}", columns=["key"], filesystem=files)
+        except FileNotFoundError:
+            _delete(files, f"{out}/checkpoint/{name}")
+        else:
+            done = keys.rename_columns([ID])  # a picture with a field has its key as its id
+            write_file(files, out, f"checkpoint/{name}", partial(write_table, done))
+        _delete(files, f"{out}/errors/{name}")
+
+
+def _names(files: FileSystem, folder: str) -> list[str]:
+    found = files.get_file_info(FileSelector(folder, allow_not_found=True))
+    return [file.base_name for file in found]
+
+
+def _delete(files: FileSystem, path: str) -> None:
+    with suppress(FileNotFoundError):
+        files.delete_file(path)
