@@ -21,7 +21,7 @@ import typer
 from pyarrow.parquet import read_metadata
 from ray.data import ActorPoolStrategy, DataContext
 from ray.data.checkpoint import CheckpointConfig
-from ray.exceptions import RayError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryError, RayError
 
 from .._messages import describe
 from ..data import (
@@ -47,7 +47,7 @@ from .plan import TIMED, print_plan
 SEED = 0  # of the sample that the basis is fitted on
 COMPLETE = "complete.json"
 REASONS = 10  # that are printed
-RETRIES = 5  # of a task whose actor dies. Ray's default, without end, lets one picture stop a run
+RETRIES = 5  # of a task whose actor dies
 
 
 class Cluster(NamedTuple):
@@ -218,12 +218,17 @@ def _run(
             Features,
             fn_constructor_kwargs=arguments,
             batch_format="pyarrow",
-            max_task_retries=RETRIES,
+            ray_remote_args_fn=_retries,
             **placement,
         )
         fields.write_datasink(sink)
     finally:
         context.checkpoint_config = None
+
+
+def _retries() -> dict[str, int]:
+    """Ray's default, without end, would let one picture that ends its process stop a run."""
+    return {"max_task_retries": RETRIES}
 
 
 def _report(written: Written, done: int, out: Output, seconds: float) -> None:
@@ -283,6 +288,11 @@ def _ray_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         common.error("interrupted; the same command resumes")
         raise typer.Exit(130) from None
+    except (ActorDiedError, ActorUnavailableError, OutOfMemoryError) as error:
+        raise common.fatal(
+            "Ray ended the job: a process that holds the model died again and again. Too little "
+            "memory is likely: use a smaller --batch or --size, or fewer --actors"
+        ) from error
     except RayError as error:
         cause = getattr(error, "cause", None) or error
         raise common.fatal(f"Ray ended the job: {describe(cause)}") from error
