@@ -107,6 +107,19 @@ def test_each_image_has_a_file(
     assert all(alone[key].equal(tensors[key]) for key in ("field", "prefix"))
 
 
+def test_the_model_in_bfloat16_gives_other_features_of_its_own(
+    photos: Path, out: Path, tmp_path: Path
+) -> None:
+    extract(photos, out)
+    extract(photos, tmp_path / "half", **{"model-dtype": "bfloat16"})
+    for name in NAMES:
+        half, full = (load_file(place / name)["field"] for place in (tmp_path / "half", out))
+        assert half.dtype == torch.float32
+        error = (half - full).norm() / full.norm()
+        assert 1e-4 < error < 3e-2
+    assert "was made with other settings (weights" in extract(photos, tmp_path / "half", code=1)
+
+
 def test_another_run_writes_the_same_bytes(photos: Path, out: Path, tmp_path: Path) -> None:
     for place in (out, tmp_path / "again"):
         extract(photos, place, workers=2 * (place == out))

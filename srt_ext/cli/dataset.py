@@ -21,7 +21,8 @@ import typer
 from pyarrow.parquet import read_metadata
 from ray.data import ActorPoolStrategy, DataContext
 from ray.data.checkpoint import CheckpointConfig
-from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryError, RayError
+from ray.data.exceptions import ExecutionTimeoutError
+from ray.exceptions import RayError
 
 from .._messages import describe
 from ..data import (
@@ -47,7 +48,6 @@ from .plan import TIMED, print_plan
 SEED = 0  # of the sample that the basis is fitted on
 COMPLETE = "complete.json"
 REASONS = 10  # that are printed
-RETRIES = 5  # of a task whose actor dies
 
 
 class Cluster(NamedTuple):
@@ -218,7 +218,6 @@ def _run(
             Features,
             fn_constructor_kwargs=arguments,
             batch_format="pyarrow",
-            ray_remote_args_fn=_retries,
             **placement,
         )
         fields.write_datasink(sink)
@@ -226,17 +225,12 @@ def _run(
         context.checkpoint_config = None
 
 
-def _retries() -> dict[str, int]:
-    """Ray's default, without end, would let one picture that ends its process stop a run."""
-    return {"max_task_retries": RETRIES}
-
-
 def _report(written: Written, done: int, out: Output, seconds: float) -> None:
     for reason in written.reasons[:REASONS]:
         common.error(reason)
     common.echo(
         f"{written.pictures} pictures written, {written.failed} failed, {done} done before",
-        *[f"all reasons are in {out.file('errors')}"] * bool(written.failed),
+        *[f"all reasons are in {out.name.rstrip('/')}/errors"] * bool(written.failed),
         f"{written.bytes / 1e9:.2f} GB in {seconds:.1f} s",
         f"wrote to {out.name}",
     )
@@ -288,10 +282,10 @@ def _ray_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         common.error("interrupted; the same command resumes")
         raise typer.Exit(130) from None
-    except (ActorDiedError, ActorUnavailableError, OutOfMemoryError) as error:
+    except ExecutionTimeoutError as error:  # after 30 minutes; it starts a process again each time
         raise common.fatal(
-            "Ray ended the job: a process that holds the model died again and again. Too little "
-            "memory is likely: use a smaller --batch or --size, or fewer --actors"
+            "Ray ended the job: it made no progress. If processes that hold the model die, too "
+            "little memory is likely: use a smaller --batch or --size, or fewer --actors"
         ) from error
     except RayError as error:
         cause = getattr(error, "cause", None) or error
