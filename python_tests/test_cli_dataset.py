@@ -28,8 +28,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import srt_ext
+from research.extraction import descendants
 from srt_ext import data
 from srt_ext.cli import dataset
+from srt_ext.ray import sink
 
 OPTIONS = {"model": SMALL, "weights": small_weights(), "views": "grid:1", "stride": 8}
 
@@ -139,6 +141,70 @@ def test_other_settings_and_finished_outputs_need_no_cluster(
     assert f"model another, now {SMALL}" in text
 
 
+def test_uncommitted_files_are_removed(out: Path) -> None:
+    files = {
+        "checkpoint/a.pending.parquet": True,  # Ray's: it also names the data to remove
+        "errors/a.parquet": False,
+        "checkpoint/b.parquet": True,
+        "checkpoint/b.pending.parquet": False,  # of a task that ran again after its commit
+        "errors/b.parquet": True,
+        "errors/c.parquet": True,
+        "partial/d.parquet": False,
+    }
+    for name in files:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_bytes(b"")
+    sink.remove_uncommitted(*data.filesystem(str(out)))
+    assert {name: (out / name).exists() for name in files} == files
+
+
+def test_failures_are_forgotten_with_the_end_of_their_run(out: Path) -> None:
+    """So that a run which is stopped then has something left to do."""
+    for folder in ("checkpoint", "data", "errors"):
+        (out / folder).mkdir(parents=True)
+    (out / "complete.json").write_text("{}")
+    pq.write_table(pa.table({"__id__": ["x", "y", "y\0row 3"]}), out / "checkpoint/a.parquet")
+    pq.write_table(pa.table({"key": ["x"]}), out / "data/a.parquet")
+    pq.write_table(pa.table({"key": ["y", "y"]}), out / "errors/a.parquet")
+    pq.write_table(pa.table({"__id__": ["z"]}), out / "checkpoint/b.parquet")
+    pq.write_table(pa.table({"key": ["z"]}), out / "errors/b.parquet")
+    sink.forget_failures(*data.filesystem(str(out)))
+    left = sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file())
+    assert left == ["checkpoint/a.parquet", "data/a.parquet"]
+    assert pq.read_table(out / "checkpoint/a.parquet").to_pydict() == {"__id__": ["x"]}
+
+
+GPU_NODE = {"CPU": 64.0, "GPU": 8.0}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "actors", "placed"),
+    [
+        ([{"CPU": 4}], None, (1, {"num_cpus": 2})),
+        ([{"CPU": 4}], 2, (2, {"num_cpus": 1})),
+        ([{"CPU": 4}, {"CPU": 4}], 1, (1, {"num_cpus": 3})),  # on one node
+        ([{"CPU": 18}], None, (7, {"num_cpus": 2})),
+        ([GPU_NODE, {"CPU": 320}], None, (8, {"num_cpus": 6, "num_gpus": 1})),
+        ([GPU_NODE], 12, (12, {"num_cpus": 4, "num_gpus": 0.5})),
+        ([{}, {"CPU": 16, "GPU": 1}], None, (1, {"num_cpus": 12, "num_gpus": 1})),
+    ],
+)
+def test_actors_fit_on_the_nodes_and_leave_cpus(
+    nodes: list[dict[str, float]], actors: int | None, placed: tuple[int, dict[str, float]]
+) -> None:
+    assert dataset.place(nodes, actors) == placed
+
+
+def test_more_actors_than_cpus_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"--actors must be at most 2, .* got 3"):
+        dataset.place([{"CPU": 4}], 3)
+
+
+def test_an_output_of_ray_is_none_of_one_process(photos: Path, out: Path) -> None:
+    data.write_settings({}, *data.filesystem(str(out)))
+    assert "has the output of --engine ray" in run(*arguments(photos, out, engine=None), code=1)
+
+
 # ---- on a cluster -------------------------------------------------------------------------------
 
 
@@ -164,10 +230,15 @@ def test_a_folder_has_the_fields_of_one_process(
 
 
 @pytest.mark.slow
-def test_a_second_run_computes_what_is_new(photos: Path, out: Path, cluster: None) -> None:
+def test_a_second_run_computes_what_is_new(
+    photos: Path, out: Path, cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     extract(photos, out, code=1)
     before = {path: path.stat().st_mtime_ns for path in out.glob("data/*")}
-    assert "nothing left to do: 7 pictures are done" in extract(photos, out)
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "_placement", None)  # Ray is not asked
+        text = extract(photos, out)
+    assert f"nothing left to do: 6 pictures are in {out}, 1 failed; --retry-failed" in text
     Image.fromarray(crops(1)[0]).save(photos / "new.png")
     assert "1 pictures written, 0 failed, 7 done before" in extract(photos, out)
     assert keys(out) == sorted([*NAMES, "new.png"])
@@ -182,7 +253,7 @@ def test_failures_are_tried_again_on_request(photos: Path, out: Path, cluster: N
     source = photos / "list.parquet"
     assert "6 pictures written, 3 failed" in extract(source, out, code=1, rows_per_file=4)
     Image.fromarray(crops(1)[0]).save(photos / "bad.jpg")
-    assert "nothing left to do: 9 pictures" in extract(source, out, rows_per_file=4)
+    assert "nothing left to do: 6 pictures" in extract(source, out, rows_per_file=4)
     text = extract(source, out, code=1, rows_per_file=4, retry_failed=True)
     assert "1 pictures written, 2 failed, 6 done before" in text
     assert keys(out) == sorted([*NAMES, "bad.jpg"])
@@ -289,22 +360,8 @@ def committed(out: Path) -> list[Path]:
 
 def actors_of(process: subprocess.Popen[str]) -> list[int]:
     """Process ids of the descendants that hold the model."""
-    parents, found = {}, []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            name, state = (folder / "cmdline").read_text(), (folder / "stat").read_text()
-        except OSError:  # it has ended
-            continue
-        parents[int(folder.name)] = int(state.rpartition(")")[2].split()[1])
-        if name.startswith("ray::MapWorker") and "Features" in name:
-            found.append(int(folder.name))
-    return [pid for pid in found if process.pid in _line(pid, parents)]
-
-
-def _line(pid: int, parents: dict[int, int]) -> Iterator[int]:
-    while pid in parents:
-        pid = parents[pid]
-        yield pid
+    started = descendants(process.pid)
+    return [pid for pid, name in started if name.startswith("ray::MapWorker") and "Feat" in name]
 
 
 @pytest.mark.slow

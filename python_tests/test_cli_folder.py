@@ -117,7 +117,7 @@ def test_the_model_in_bfloat16_gives_other_features_of_its_own(
         assert half.dtype == torch.float32
         error = (half - full).norm() / full.norm()
         assert 1e-4 < error < 3e-2
-    assert "was made with other settings (weights" in extract(photos, tmp_path / "half", code=1)
+    assert "was made with other settings (model" in extract(photos, tmp_path / "half", code=1)
 
 
 def test_another_run_writes_the_same_bytes(photos: Path, out: Path, tmp_path: Path) -> None:
@@ -267,8 +267,8 @@ def test_a_run_that_ends_early_leaves_whole_files(
 def test_two_runs_do_not_write_to_one_folder(
     photos: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folder, "LOCK_TIMEOUT", 0.0)
-    with folder.lock_folder(out):
+    monkeypatch.setattr(common, "LOCK_TIMEOUT", 0.0)
+    with common.lock_folder(out):
         assert "another run is writing" in extract(photos, out, 1)
     extract(photos, out)
 

@@ -186,6 +186,7 @@ def test_round_trip(tmp_path: Path, dtype: str, prefix: int) -> None:
 def test_a_projected_field_has_a_prefix_of_the_model(tmp_path: Path) -> None:
     row = make_row(3, channels=2)
     write(tmp_path, {"a.parquet": [row]})
+    data.write_settings({"pca": "2"}, *data.filesystem(str(tmp_path)))
     basis = np.eye(2, CHANNELS, dtype=np.float32)
     np.save(tmp_path / "pca.npy", basis)
     fields = data.open(tmp_path)

@@ -365,7 +365,7 @@ def test_rows_of_parquet_without_a_picture_or_key(tmp_path: Path) -> None:
     parquet(tmp_path / "x.parquet", [*found, {"key": None, "bytes": b"data"}])
     assert reasons(find(str(tmp_path))) == {
         "b": "has neither bytes nor a path",
-        "x.parquet, row 2": "its key is null",
+        "x.parquet, row 2": "its key is null (--key names another column)",
     }
 
 

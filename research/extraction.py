@@ -74,7 +74,7 @@ def memory(pid: int) -> int:
 
 
 def run(source: Path, out: Path, *options: str) -> dict[str, Any]:
-    """Seconds, peak memory, and seconds from the first file to the last."""
+    """Seconds, and the peak of the memory of all processes."""
     began = time.perf_counter()
     process = start(source, out, *options)
     peak = 0
@@ -102,6 +102,8 @@ def kill_in_the_middle(source: Path, out: Path, files: int, *, worker: bool) -> 
     """Kills a process that holds the model, or the driver, when ``files`` are committed."""
     process = start(source, out, *RAY)
     while committed(out) < files:
+        if process.poll() is not None:
+            raise SystemExit(process.communicate()[0])
         time.sleep(0.05)
     actors = [pid for pid, name in descendants(process.pid) if name.startswith("ray::MapWorker")]
     os.kill(actors[0] if worker else process.pid, signal.SIGKILL)
@@ -125,11 +127,11 @@ def main(
             source, out = Path(folder, "pictures"), Path(folder, "out")
             make_pictures(source, count)
             if kill:
-                kill_in_the_middle(source, out, count // 400, worker=True)
+                kill_in_the_middle(source, out, max(1, count // 400), worker=True)
                 check(out, count)
                 print(f"{count} pictures, a worker killed: all there, once")
                 again = Path(folder, "again")
-                kill_in_the_middle(source, again, count // 200, worker=False)
+                kill_in_the_middle(source, again, max(1, count // 200), worker=False)
                 before = committed(again)
                 run(source, again, *RAY)
                 check(again, count)

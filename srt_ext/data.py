@@ -2,7 +2,8 @@
 
 ``OUT/manifest.json`` has the settings; ``OUT/data/*.parquet`` one row a picture, with the columns
 :data:`FIELDS` and those of the source; ``OUT/errors/*.parquet`` the pictures that have no field;
-``OUT/pca.npy`` the basis, if the fields are projected on one. pyarrow is needed.
+``OUT/pca.npy`` has the basis, if the fields are projected on one. ``OUT/checkpoint`` has the keys
+that Ray has committed. pyarrow is needed.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def filesystem(url: str) -> tuple[pyarrow.fs.FileSystem, str]:
     URLs that pyarrow does not know are those of fsspec. Raises a ValueError for a scheme that
     neither knows or that needs a package, which the message names.
     """
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", url)
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)(::[^:/]+)*://", url)  # :: chains those of fsspec
     if not scheme:
         return pyarrow.fs.LocalFileSystem(), os.path.abspath(url)
     try:
@@ -102,7 +103,15 @@ def write_settings(settings: dict[str, str], files: pyarrow.fs.FileSystem, out: 
 def read_components(files: pyarrow.fs.FileSystem, path: str) -> np.ndarray:
     """The basis of projected fields, [K, C] float32. Raises a ValueError if a file has none."""
     with files.open_input_stream(path) as file:
-        components: np.ndarray = np.load(io.BytesIO(file.read()), allow_pickle=False)
+        content = file.read()
+    try:
+        components: np.ndarray = np.load(io.BytesIO(content), allow_pickle=False)
+    except (EOFError, ValueError) as error:
+        rule = f"{path} must be a .npy file of components [K, C]"
+        raise wrong(ValueError, "srt_ext.data", rule, "another file") from error
+    if not isinstance(components, np.ndarray):
+        rule = f"{path} must be a .npy file of components [K, C]"
+        raise wrong(ValueError, "srt_ext.data", rule, "a .npz file")
     if components.ndim != 2 or components.dtype != np.float32:
         rule = f"{path} must have components [K, C] in float32"
         got = f"{list(components.shape)} in {components.dtype}"
@@ -121,18 +130,23 @@ def write_file(
 ) -> None:
     """Writes ``out/name`` by ``write``, a function of an open file.
 
-    A reader sees it as a whole or not at all: object stores show a file when it is closed, and a
-    local one is moved there from ``out/partial``.
+    A reader sees it as a whole or not at all: a local file is moved there from ``out/partial``; an
+    object store shows one when it is closed, also after an error, so all bytes are made before. The
+    folder of a file that is not local must exist, where there are folders.
     """
     path = f"{out}/{name}"
-    local = isinstance(files, pyarrow.fs.LocalFileSystem)
-    partial = f"{out}/{PARTIAL}/{posixpath.basename(name)}" if local else path
-    for place in {path, partial}:
+    if not isinstance(files, pyarrow.fs.LocalFileSystem):
+        content = pa.BufferOutputStream()
+        write(content)
+        with files.open_output_stream(path) as file:
+            file.write(content.getvalue())
+        return
+    partial = f"{out}/{PARTIAL}/{posixpath.basename(name)}"
+    for place in (path, partial):
         files.create_dir(posixpath.dirname(place), recursive=True)
     with files.open_output_stream(partial) as file:
         write(file)
-    if local:
-        files.move(partial, path)
+    files.move(partial, path)
 
 
 def write_rows(table: pa.Table, file: Any) -> None:
@@ -273,10 +287,11 @@ class Fields(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int | str) -> dict[str, Any]:
         i = self._find(index) if isinstance(index, str) else self._position(index)
         group = int(self.row_groups.searchsorted(i, "right")) - 1
-        if self._last[0] != group:
-            self._last = -1, None  # frees the memory of one before the other is read
-            self._last = group, self._read(group)
-        table, row = self._last[1], i - int(self.row_groups[group])
+        last = self._last
+        if last[0] != group:
+            last = self._last = -1, None  # frees the memory of one before the other is read
+            last = self._last = group, self._read(group)
+        table, row = last[1], i - int(self.row_groups[group])
         blobs = {name: _value(table[name], row) for name in _BLOBS if name in table.column_names}
         return self._picture(table.drop_columns([*blobs]).slice(row, 1).to_pylist()[0], blobs)
 
@@ -297,6 +312,8 @@ class Fields(Dataset[dict[str, Any]]):
     @cached_property
     def pca(self) -> torch.Tensor | None:
         """[K, C] float32 of projected fields, which are ``pca @ field``; None if they are not."""
+        if self.settings.get("pca", "none") == "none":
+            return None
         try:
             return torch.from_numpy(read_components(self._files, f"{self._out}/{COMPONENTS}"))
         except FileNotFoundError:

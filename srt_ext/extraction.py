@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from .backbones import Layer, TimedBackbone, describe
 from .hub import load_timm
-from .srt import SRTOutput
+from .srt import SRT, SRTOutput
 
 
 class Network:
@@ -70,6 +70,16 @@ class Network:
             data = tensor.cpu().contiguous().flatten().view(torch.uint8)  # NumPy has no bfloat16
             sha256.update(data.numpy())
         return sha256.hexdigest()[:16]
+
+
+class Extraction(NamedTuple):
+    """What to extract; ``settings`` is everything that the features depend on, for metadata."""
+
+    network: Network
+    srt: SRT
+    size: int
+    dtype: torch.dtype
+    settings: dict[str, str]
 
 
 def cast(name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

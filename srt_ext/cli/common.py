@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import re
 import secrets
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 # A model of timm. Where its weights are not available, the small model of srt_ext.demo is used.
 DEFAULT_MODEL = "vit_small_patch14_dinov2.lvd142m"
+LOCK_TIMEOUT = 10.0  # seconds; workers live up to 5 s longer than a run that was killed
 FIGURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp")
 
 console = Console()
@@ -134,7 +137,8 @@ def user_errors() -> Iterator[None]:
         if isinstance(reason, ValueError) or is_out_of_memory(reason):
             raise fatal(describe(reason)) from None
         if isinstance(reason, ImportError):
-            raise fatal(f"{reason}; run pip install 'srt_ext[models]'") from None
+            extra = "ray" if reason.name in ("pyarrow", "ray") else "models"
+            raise fatal(f"{reason}; run pip install 'srt_ext[{extra}]'") from None
         raise
 
 
@@ -202,6 +206,32 @@ def other_settings(before: dict[str, str], now: dict[str, str]) -> str:
 
 
 # ---- output -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def lock_folder(out: Path) -> Iterator[None]:
+    """Makes and locks the folder; the lock ends with the last process that has the handle."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        handle = os.open(out, os.O_RDONLY)
+    except OSError as error:
+        raise OutputError.of(out, error) from None
+    deadline = time.monotonic() + LOCK_TIMEOUT
+    try:
+        with suppress(OSError):  # some file systems have no locks
+            while True:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise OutputError(f"another run is writing to {out}") from None
+                    time.sleep(0.1)
+        if not os.access(out, os.W_OK):
+            raise OutputError(f"{out} cannot be written: no permission")
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from ray.exceptions import RayError
 from .._messages import describe
 from ..data import (
     COMPONENTS,
+    THREADS,
     filesystem,
     read_components,
     read_settings,
@@ -37,17 +38,16 @@ from ..data import (
 from ..ray.features import Features
 from ..ray.pca import PICTURES, Cells, fit
 from ..ray.rows import BYTES, ID
-from ..ray.sink import PENDING, FieldSink, Written, forget_failures, remove_uncommitted
+from ..ray.sink import COMPLETE, PENDING, FieldSink, Written, forget_failures, remove_uncommitted
 from ..ray.sources import Pictures, Source, read_bytes
 from . import common
 from .common import OutputError
 from .features import Request
-from .folder import lock_folder
 from .plan import TIMED, print_plan
 
 SEED = 0  # of the sample that the basis is fitted on
-COMPLETE = "complete.json"
 REASONS = 10  # that are printed
+FREE = 2  # CPUs beside those of the actors: for Ray's filter of what is done, and the other tasks
 
 
 class Cluster(NamedTuple):
@@ -90,6 +90,10 @@ def extract(
 ) -> None:
     """Runs the command. ``pca``: a number of components, or the pca.npy of another output."""
     out = Output(output, *filesystem(output))
+    if "?" in out.path:  # Ray takes what follows for a query
+        raise common.fatal(f"--output must not have a ? in its name; got {output}")
+    if "memory" in out.files.type_name:
+        raise common.fatal(f"--output must be a place that all processes see; got {output}")
     components = _parse_pca(pca)
     network, _, size, _, settings = request.load()
     settings = {**settings, "pca": _name_of(components)}
@@ -107,8 +111,9 @@ def extract(
     if isinstance(components, np.ndarray):
         _check_channels(job, components)
     if dry_run:
+        _check_settings(job, out)
         count, exact = source.count()
-        print_plan(count, exact, _count_done(out), settings, _sizes(job))
+        print_plan(count, exact, _count(out, "checkpoint"), settings, _sizes(job))
     else:
         _write(job, out, cluster, retry_failed)
 
@@ -125,7 +130,9 @@ def _parse_pca(pca: str | None) -> int | np.ndarray | None:
 
 def _check_channels(job: Job, components: np.ndarray) -> None:
     """Or every picture would fail."""
-    for channels in Features(**job.arguments)(job.source.sample(1, SEED))["channels"].to_pylist():
+    for channels in Features(**job.arguments)(job.source.sample(1, SEED, quick=True))[
+        "channels"
+    ].to_pylist():
         if channels not in (None, components.shape[1]):
             rule = f"the {channels} channels of the model"
             raise common.fatal(f"--pca must have {rule}; got those of {components.shape[1]}")
@@ -141,7 +148,7 @@ def _name_of(components: int | np.ndarray | None) -> str:
 def _sizes(job: Job) -> Iterator[int | None]:
     """Extracts a few pictures and yields the bytes of the features of each; None if it failed."""
     extract = Features(**job.arguments)
-    sample = job.source.sample(1 + TIMED, SEED)
+    sample = job.source.sample(1 + TIMED, SEED, quick=True)
     for row in range(sample.num_rows):
         (result,) = extract(sample.slice(row, 1)).to_pylist()
         if result["reason"] is not None:
@@ -161,30 +168,37 @@ def _write(job: Job, out: Output, cluster: Cluster, retry_failed: bool) -> None:
     start = time.perf_counter()
     with ExitStack() as stack:
         if isinstance(out.files, pyarrow.fs.LocalFileSystem):
-            stack.enter_context(lock_folder(Path(out.path)))
+            stack.enter_context(common.lock_folder(Path(out.path)))
         started = _check_settings(job, out)
         for message in job.source.errors:
             common.error(message)
         if job.source.skipped:
             common.echo(f"left out: {job.source.skipped}")
         finished, this = _read_complete(out), job.source.fingerprint()
-        if retry_failed:
-            forget_failures(out.files, out.path)
-        elif started and finished.get("source") == this:
-            common.echo(f"nothing left to do: {finished['done']} pictures are done in {out.name}")
+        if started and finished.get("source") == this and not retry_failed:
+            failed = finished["failed"]
+            hint = "; --retry-failed tries them again" if failed else ""
+            common.echo(
+                f"nothing left to do: {finished['done'] - failed} pictures are in {out.name}, "
+                f"{failed} failed{hint}"
+            )
             return
-        done = _count_done(out)
         stack.enter_context(_ray_errors())
         placement = stack.enter_context(_placement(cluster))
+        for folder in ("data", "errors"):
+            out.files.create_dir(out.file(folder), recursive=True)
         remove_uncommitted(out.files, out.path)
+        if retry_failed:
+            forget_failures(out.files, out.path)
+        done = _count(out, "checkpoint")
         basis = _basis(job, out, {**placement, "batch_size": 1}, started)
         write_settings(job.settings, out.files, out.path)
         sink = FieldSink(out.path, out.files, cluster.rows_per_file)
         arguments = {**job.arguments, "pca": basis}
         batch = cluster.batch or _batch_size(job.arguments)
         _run(job.source, out, sink, arguments, {**placement, "batch_size": batch})
-        done_now = done + sink.total.pictures + sink.total.failed
-        complete = json.dumps({"source": this, "done": done_now}).encode()
+        counts = {"done": _count(out, "checkpoint"), "failed": _count(out, "errors")}
+        complete = json.dumps({"source": this, **counts}).encode()
         write_file(out.files, out.path, COMPLETE, lambda file: file.write(complete))
     _report(sink.total, done, out, time.perf_counter() - start)
     if sink.total.failed or job.source.errors:
@@ -210,7 +224,7 @@ def _run(
         pictures = ray.data.read_datasource(Pictures(source))
         # Blocks are units of work: what is computed again if an actor is lost.
         blocks = pictures.repartition(target_num_rows_per_block=placement["batch_size"])
-        # Another share of a CPU keeps it apart from the actors, which then wait for no file.
+        # Ray fuses steps of equal resources. Apart from the actors, files are read ahead.
         loaded = blocks.map_batches(
             read_bytes, batch_format="pyarrow", batch_size=None, num_cpus=0.5
         )
@@ -237,7 +251,7 @@ def _report(written: Written, done: int, out: Output, seconds: float) -> None:
 
 
 def _batch_size(arguments: dict[str, Any]) -> int:
-    """16, or fewer whose fields may take 256 MB in float32, for a model of 768 channels."""
+    """16, or as many as have fields of 256 MB, in float32 and with the channels of a ViT-B."""
     cells = ((arguments["size"] or 1024) / arguments["stride"]) ** 2
     return min(16, max(1, int(2**28 / (cells * 768 * 4))))
 
@@ -249,29 +263,49 @@ def _batch_size(arguments: dict[str, Any]) -> int:
 def _placement(cluster: Cluster) -> Iterator[dict[str, Any]]:
     """Connects to Ray and yields how the actors that hold the model are placed."""
     address = cluster.address or os.environ.get("RAY_ADDRESS")
-    cores = len(os.sched_getaffinity(0))
     connected = ray.is_initialized()
     if not connected:
-        here: dict[str, Any] = {"num_cpus": cores + 2, "include_dashboard": False}
-        ray.init(
-            address, log_to_driver=False, logging_level=logging.ERROR, **({} if address else here)
-        )
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if address is None:
+            cores = len(os.sched_getaffinity(0))
+            quiet |= {
+                "num_cpus": max(cores, cluster.actors or 1) + FREE,
+                "include_dashboard": False,
+            }
+        ray.init(address or "local", **quiet)
     # Plans are not logged; progress is, where there is no terminal for bars.
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.INFO)
     try:
-        resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
-        # A quarter for what reads and writes, which mostly waits; here that is added.
-        cpus = cpus * 3 // 4 if address or connected else cores
-        actors = cluster.actors or gpus or max(1, cpus // 2)
-        share: dict[str, Any] = {"num_cpus": max(1, cpus // actors)}
-        if gpus:
-            share["num_gpus"] = min(1, gpus / actors)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+        actors, share = place(nodes, cluster.actors)
         yield {"compute": ActorPoolStrategy(size=actors), **share}
     finally:
         if not connected:
             ray.shutdown()
+
+
+def place(nodes: list[dict[str, float]], actors: int | None) -> tuple[int, dict[str, float]]:
+    """The number of actors, and the resources of each, for the resources of the nodes.
+
+    They leave a quarter of the CPUs, or FREE, and each fits on one node. Raises a ValueError if
+    there are too many.
+    """
+    gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+    every = [int(node.get("CPU", 0)) for node in nodes]
+    with_gpu = [cpu for cpu, node in zip(every, nodes, strict=True) if node.get("GPU", 0) >= 1]
+    cpus = [cpu - cpu // 4 for cpu in (with_gpu if gpus else every)]
+    largest = cpus.index(max(cpus))
+    cpus[largest] -= max(0, FREE - (sum(every) - sum(cpus)))
+    wanted = actors or gpus or max(1, sum(cpus) // 2)
+    fits = [n for n in range(1, cpus[largest] + 1) if sum(cpu // n for cpu in cpus) >= wanted]
+    if not fits:
+        rule = f"{max(0, sum(cpus))}, the CPUs that reading and writing leave"
+        raise ValueError(f"--actors must be at most {rule}; got {wanted}")
+    share: dict[str, float] = {"num_cpus": max(fits)}
+    if gpus:
+        share["num_gpus"] = 1 / -(-wanted // gpus)
+    return wanted, share
 
 
 @contextmanager
@@ -307,11 +341,12 @@ def _check_settings(job: Job, out: Output) -> bool:
     return True
 
 
-def _count_done(out: Output) -> int:
-    """Pictures whose write is committed, with a field or a reason."""
-    folder = pyarrow.fs.FileSelector(out.file("checkpoint"), allow_not_found=True)
-    names = [f.path for f in out.files.get_file_info(folder) if not f.path.endswith(PENDING)]
-    with ThreadPoolExecutor(16) as pool:
+def _count(out: Output, folder: str) -> int:
+    """The rows of the files in a folder, without those of writes that are not committed."""
+    selector = pyarrow.fs.FileSelector(out.file(folder), allow_not_found=True)
+    paths = [file.path for file in out.files.get_file_info(selector)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        names = [path for path in paths if not path.endswith(PENDING)]
         metadata = pool.map(lambda name: read_metadata(name, filesystem=out.files), names)
         return sum(file.num_rows for file in metadata)
 

@@ -17,7 +17,7 @@ from ..options import Quality
 from . import common
 
 if TYPE_CHECKING:
-    from .folder import Extraction
+    from ..extraction import Extraction
 
 
 class DType(str, Enum):
@@ -53,16 +53,17 @@ class Request(NamedTuple):
         """Loads the model and checks what depends on it."""
         import torch
 
+        from ..extraction import Extraction
         from ..srt import SRT
-        from .folder import Extraction
 
         network = common.load_network(self.model, self.weights, self.layer)
-        network.model.to(getattr(torch, self.model_dtype.value))  # which is in its digest
+        network.model.to(getattr(torch, self.model_dtype.value))
         with common.warnings_as_notes():
             srt = SRT(network.backbone, **self.srt_arguments())
+        in_dtype = "" if self.model_dtype is DType.float32 else f" in {self.model_dtype.value}"
         settings = {
             "srt_ext": __version__,
-            "model": utf8(network.name),
+            "model": utf8(network.name) + in_dtype,
             "weights": network.digest(),
             "views": self.views or str(len(srt.views.offsets)),
             "scale": f"{srt.scale:g}",
@@ -243,7 +244,9 @@ def _folder(
 ) -> None:
     if output.suffix.lower() in (".npz", ".safetensors") or output.is_file():
         raise common.fatal(f"--output must be a folder for the pictures of a folder; got {output}")
-    from .folder import list_tasks, lock_folder, sizes, write_folder
+    if (output / "manifest.json").is_file():
+        raise common.fatal(f"{output} has the output of --engine ray: choose another --output")
+    from .folder import list_tasks, sizes, write_folder
 
     inside = None if output.resolve() == folder.resolve() else output
     found = find_images(folder, nested=True, without=inside)
@@ -257,7 +260,7 @@ def _folder(
         timed = random.Random(0).sample(found.files, min(1 + TIMED, count))
         print_plan(count, True, done, extraction.settings, sizes(timed, extraction))
         return
-    with lock_folder(output):
+    with common.lock_folder(output):
         write_folder(folder, found, output, extraction, workers)
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import resource
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,14 +18,11 @@ from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from .._messages import describe
-from ..extraction import Network, to_tensors
+from ..extraction import Extraction, to_tensors
 from ..hub import by_descriptor
 from ..images import Found, ImageError, find_files, open_image, to_pixels, utf8
-from ..srt import SRT
 from . import common
 from .common import OutputError
-
-LOCK_TIMEOUT = 10.0  # seconds; workers live up to 5 s longer than a run that was killed
 
 
 def _decode(path: Path, size: int) -> torch.Tensor | str:
@@ -128,42 +123,6 @@ def _from_workers(paths: list[Path], size: int, workers: int) -> Iterator[Any]:
         except RuntimeError as error:
             raise _WorkerError(str(error)) from None
         yield item
-
-
-@contextmanager
-def lock_folder(out: Path) -> Iterator[None]:
-    """Makes and locks the folder; the lock ends with the last process that has the handle."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        handle = os.open(out, os.O_RDONLY)
-    except OSError as error:
-        raise OutputError.of(out, error) from None
-    deadline = time.monotonic() + LOCK_TIMEOUT
-    try:
-        with suppress(OSError):  # some file systems have no locks
-            while True:
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        raise OutputError(f"another run is writing to {out}") from None
-                    time.sleep(0.1)
-        if not os.access(out, os.W_OK):
-            raise OutputError(f"{out} cannot be written: no permission")
-        yield
-    finally:
-        os.close(handle)
-
-
-class Extraction(NamedTuple):
-    """What to extract; ``settings`` is everything that the features depend on, for metadata."""
-
-    network: Network
-    srt: SRT
-    size: int
-    dtype: torch.dtype
-    settings: dict[str, str]
 
 
 class _Task(NamedTuple):

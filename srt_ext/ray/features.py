@@ -209,7 +209,7 @@ class Features:
         """[H, W, 3] uint8, B of one size -> fields [B, h, w, C] and prefixes [B, n, C]."""
         images = self.network.image(*pixels, device=self.device)
         field, prefix = self.srt(images)
-        field = field.permute(0, 2, 3, 1)  # as it lies in memory
+        field = field.permute(0, 2, 3, 1)  # which is dense: channels are last in memory
         if self._components is not None:
             field = _project(field, self._components)
         dtype = DTYPES[self.dtype]

@@ -108,7 +108,11 @@ def _rows(
         row = {ID: key, "key": key, URI: join(uri, path) if empty and path else None}
         where = f"{name}, row {i}"
         if key is None:
-            row |= {ID: special_id("", where), "key": where, "reason": "its key is null"}
+            row |= {
+                ID: special_id("", where),
+                "key": where,
+                "reason": "its key is null (--key names another column)",
+            }
         elif i in repeats:
             row |= {ID: special_id(key, where), "reason": f"repeats the key of {repeats[i]}"}
         elif empty and not path:

@@ -14,7 +14,7 @@ from pyarrow.fs import FileSelector, FileSystem, LocalFileSystem
 from pyarrow.parquet import read_table, write_table
 from ray.data._internal.planner.plan_write_op import WRITE_UUID_KWARG_NAME
 from ray.data.block import BlockAccessor
-from ray.data.datasource import BlockBasedFileDatasink
+from ray.data.datasource import BlockBasedFileDatasink, FilenameProvider
 
 from ..data import NAMES, PARTIAL, write_file, write_rows
 from .rows import ID, INTERNAL
@@ -22,6 +22,7 @@ from .rows import ID, INTERNAL
 PENDING = ".pending.parquet"  # Ray's suffix for the checkpoint of an unfinished write
 FILE_BYTES = 2**28
 REASONS = 3  # that a write task returns
+COMPLETE = "complete.json"  # the source of a run that has ended
 
 
 class Written(NamedTuple):
@@ -31,6 +32,13 @@ class Written(NamedTuple):
     failed: int
     bytes: int
     reasons: list[str]
+
+
+class _Names(FilenameProvider):
+    """As Ray's, with room for more tasks: its recovery takes names for those that begin alike."""
+
+    def get_filename_for_task(self, write_uuid: str, task_index: int) -> str:
+        return f"{write_uuid}_{task_index:012}.parquet"
 
 
 class FieldSink(BlockBasedFileDatasink):
@@ -51,7 +59,7 @@ class FieldSink(BlockBasedFileDatasink):
             posixpath.join(path, "data"),
             filesystem=filesystem,
             min_rows_per_file=rows,
-            file_format="parquet",
+            filename_provider=_Names(),
         )
         is_local = isinstance(filesystem, LocalFileSystem)
         self._files = filesystem if is_local else self.filesystem  # Ray's, which tries again
@@ -105,16 +113,20 @@ def _without(table: pa.Table, columns: list[str]) -> pa.Table:
 
 def remove_uncommitted(files: FileSystem, out: str) -> None:
     """Removes what killed write tasks left, but for data/, where Ray removes it."""
-    for name in _names(files, f"{out}/checkpoint"):
-        if name.endswith(PENDING):
-            _delete(files, f"{out}/errors/{name.removesuffix(PENDING)}.parquet")
+    names = set(_names(files, f"{out}/checkpoint"))
+    for pending in (name for name in names if name.endswith(PENDING)):
+        name = f"{pending.removesuffix(PENDING)}.parquet"
+        if name in names:  # a task that ran again after its commit: Ray would remove its data
+            _delete(files, f"{out}/checkpoint/{pending}")
+        else:
+            _delete(files, f"{out}/errors/{name}")
     with suppress(FileNotFoundError):
         files.delete_dir(f"{out}/{PARTIAL}")
 
 
 def forget_failures(files: FileSystem, out: str) -> None:
     """Makes the pictures of errors/ be computed again, by taking them out of the checkpoints."""
-    remove_uncommitted(files, out)
+    _delete(files, f"{out}/{COMPLETE}")
     for name in _names(files, f"{out}/errors"):
         try:
             keys = read_table(f"{out}/data/{name}", columns=["key"], filesystem=files)

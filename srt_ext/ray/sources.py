@@ -19,18 +19,18 @@ from ray.data import Datasource
 from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
+from ..data import THREADS
 from ..images import ImageError, utf8
 from .listing import is_url, list_files, open_file, open_stream
 from .parquet import Columns, Footer, read_footer, read_keys, read_parquet
 from .rows import BYTES, ID, SCHEMA, URI, error_row, hashes, make_rows, special_id
 from .tar import count_samples, read_tar
 
-THREADS = 16  # that read files
 ATTEMPTS = 4  # to read a remote file
-SHARDS = 4  # that stand for all, chosen by their hashes
-SCANNED = 64 << 20  # bytes of each in which samples are counted
-TASK_ROWS = 4096  # of pictures in a read task, and
-TASK_BYTES = 64 << 20  # of small files in one
+SHARDS = 4  # for estimates and samples, chosen by their hashes
+SCANNED = 64 << 20  # bytes of a shard whose samples are counted for an estimate
+TASK_ROWS = 4096  # pictures of a read task
+TASK_BYTES = 64 << 20  # of small files in a read task
 
 _Item = TypeVar("_Item")
 
@@ -48,7 +48,7 @@ class Source:
     columns: Columns | None = None  # of Parquet
 
     def fingerprint(self) -> str:
-        """Differs if a file was added, removed or changed, or other pictures of them are asked."""
+        """Changes if a file is added, removed or changed, and with the limit and the columns."""
         columns = (self.files[name].to_pylist() for name in ("key", "size", "changed", "rows"))
         digest = sha256(repr((self.kind, self.limit, self.columns)).encode())
         for row in zip(*columns, strict=True):
@@ -63,15 +63,17 @@ class Source:
             return pc.sum(self.files["rows"]).as_py() or 0, True
         return _estimate(self.files)
 
-    def sample(self, n: int, seed: int) -> pa.Table:
+    def sample(self, n: int, seed: int, *, quick: bool = False) -> pa.Table:
         """``n`` rows with their bytes, of rows.SCHEMA: those whose keys have the least hashes.
 
-        Where pictures are in large files, those of a few files, chosen by their hashes.
+        Where pictures are in large files, those of a few files, chosen by their hashes; with
+        ``quick`` the first ones of as few files as possible.
         """
         order = np.argsort(hashes(self.files["key"].to_pylist(), seed), kind="stable")
         if self.kind == "pictures":
             return read_bytes(_rows_of_pictures(self.files.take(order[:n]), 0, {}))
-        few = SHARDS if self.columns is None or self.columns.has_bytes else self.files.num_rows
+        large = self.columns is None or self.columns.has_bytes
+        few = 1 if quick else SHARDS if large else self.files.num_rows
         found = SCHEMA.empty_table()
         for i, file in enumerate(self.file(index, {}) for index in order.tolist()):
             if i >= few and found.num_rows >= n:
@@ -81,6 +83,8 @@ class Source:
                 rows = rows.filter(pc.is_null(rows["reason"]))
                 least = np.argsort(hashes(rows["key"].to_pylist(), seed), kind="stable")
                 found = rows.take(least[:n])
+                if quick and found.num_rows == n:
+                    break
         return read_bytes(found)
 
     def file(self, index: int, repeats: Mapping[int, str]) -> _File:
