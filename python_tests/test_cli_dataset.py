@@ -31,7 +31,7 @@ import srt_ext
 from research.extraction import descendants
 from srt_ext import data
 from srt_ext.cli import dataset
-from srt_ext.ray import sink
+from srt_ext.ray import pca, sink
 
 OPTIONS = {"model": SMALL, "weights": small_weights(), "views": "grid:1", "stride": 8}
 
@@ -193,6 +193,33 @@ def test_actors_fit_on_the_nodes_and_leave_cpus(
     nodes: list[dict[str, float]], actors: int | None, placed: tuple[int, dict[str, float]]
 ) -> None:
     assert dataset.place(nodes, actors) == placed
+
+
+@pytest.mark.parametrize("actors", [1, 2, 3, 5, 16, 64])
+def test_a_cluster_on_this_machine_has_place_for_the_actors(actors: int) -> None:
+    cpus = dataset.cpus_for(actors)
+    assert dataset.place([{"CPU": cpus}], actors) == (actors, {"num_cpus": 1})
+    assert cpus >= actors + 2
+
+
+def test_components_are_those_of_the_finite_cells() -> None:
+    random = np.random.default_rng(0)
+    scale = np.float32([1, 9, 3, 0.1, 0.3, 5])
+    cells = [random.normal(2, 1, (pca.CELLS, 6)).astype(np.float32) * scale for _ in range(3)]
+    cells[1][::7] = np.nan
+    rows = [{"key": str(i), "cells": x.tobytes(), "reason": None} for i, x in enumerate(cells)]
+    rows.append({"key": "bad", "cells": None, "reason": "damaged"})
+    components = pca.fit(rows, 3)
+    finite = np.concatenate(cells)
+    finite = finite[np.isfinite(finite).all(1)]
+    directions = np.linalg.svd(finite, full_matrices=False)[2][:3]  # about the origin
+    np.testing.assert_allclose(np.abs((components * directions).sum(1)), 1, rtol=1e-5)
+    np.testing.assert_array_equal(components, pca.fit(rows[::-1], 3))
+    cells[0][:] = np.inf
+    with pytest.raises(ValueError, match="needs finite features; none of 1 pictures"):
+        pca.fit([{**rows[0], "cells": cells[0].tobytes()}], 3)
+    with pytest.raises(ValueError, match="to fit the components on; damaged"):
+        pca.fit(rows[-1:], 3)
 
 
 def test_more_actors_than_cpus_are_refused() -> None:

@@ -130,9 +130,8 @@ def _parse_pca(pca: str | None) -> int | np.ndarray | None:
 
 def _check_channels(job: Job, components: np.ndarray) -> None:
     """Or every picture would fail."""
-    for channels in Features(**job.arguments)(job.source.sample(1, SEED, quick=True))[
-        "channels"
-    ].to_pylist():
+    table = Features(**job.arguments)(job.source.sample(1, SEED, quick=True))
+    for channels in table["channels"].to_pylist():
         if channels not in (None, components.shape[1]):
             rule = f"the {channels} channels of the model"
             raise common.fatal(f"--pca must have {rule}; got those of {components.shape[1]}")
@@ -268,10 +267,8 @@ def _placement(cluster: Cluster) -> Iterator[dict[str, Any]]:
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if address is None:
             cores = len(os.sched_getaffinity(0))
-            quiet |= {
-                "num_cpus": max(cores, cluster.actors or 1) + FREE,
-                "include_dashboard": False,
-            }
+            cpus = cpus_for(max(cores, cluster.actors or 1))
+            quiet |= {"num_cpus": cpus, "include_dashboard": False}
         ray.init(address or "local", **quiet)
     # Plans are not logged; progress is, where there is no terminal for bars.
     logging.getLogger("ray.data").setLevel(logging.WARNING)
@@ -283,6 +280,11 @@ def _placement(cluster: Cluster) -> Iterator[dict[str, Any]]:
     finally:
         if not connected:
             ray.shutdown()
+
+
+def cpus_for(actors: int) -> int:
+    """CPUs of a cluster on this machine with as many for actors: what is beside mostly waits."""
+    return actors + max(FREE, -(-actors // 3))
 
 
 def place(nodes: list[dict[str, float]], actors: int | None) -> tuple[int, dict[str, float]]:

@@ -48,6 +48,8 @@ def fit(rows: list[dict[str, Any]], count: int) -> np.ndarray:
     cells = np.stack([np.frombuffer(cells, np.float32).reshape(CELLS, -1) for _, cells in found])
     cells = cells.reshape(-1, cells.shape[-1]).astype(np.float64)
     cells = cells[np.isfinite(cells).all(1)]
+    if not len(cells):
+        raise ValueError(f"--pca needs finite features; none of {len(found)} pictures has any")
     if not 0 < count < cells.shape[1]:
         rule = f"between 1 and {cells.shape[1] - 1}, one less than the channels of the model"
         raise ValueError(f"--pca must be {rule}; got {count}")
