@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (numpy then knows bfloat16)
 import numpy as np
 import pytest
 import torch
 from process import run_python
 from torch.utils.data import DataLoader
 
+pytest.importorskip("ml_dtypes")  # NumPy then knows bfloat16
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 data = pytest.importorskip("srt_ext.data")
@@ -20,7 +20,7 @@ DTYPES = ["float32", "float16", "bfloat16"]
 CHANNELS = 4  # of the model
 Many = tuple[Path, list[dict[str, Any]]]
 
-# Reads OUT without srt_ext; the documentation has the same lines.
+# Reads OUT without srt_ext.
 PLAIN = """
 from pathlib import Path
 import numpy as np

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 pytest.importorskip("ray.data")
 pa = pytest.importorskip("pyarrow")
 fsspec = pytest.importorskip("fsspec")
 
 import pyarrow.parquet as pq  # noqa: E402
+from PIL import Image  # noqa: E402
 from ray import cloudpickle  # noqa: E402
 
 from srt_ext.images import ImageError  # noqa: E402
