@@ -120,7 +120,7 @@ def test_a_dry_run_writes_nothing(
     text = run(*arguments(photos, out, **changed), "--dry-run")
     assert "7 pictures, 0 of them done" in text
     assert "views grid:1, scale 1, stride 8" in text
-    sizes = [1 * (4 + 2 * (i % 2)) * 8 * 64 * 2 for i in range(5)] + [6 * 8 * 64 * 2]
+    sizes = [(4 + 2 * (i % 2)) * 8 * 64 * 2 for i in range(5)] + [6 * 8 * 64 * 2]
     low, high = (n * 1e-3 for n in (min(sizes), max(sizes) + 64 * 2))
     found = float(text.split("about ")[1].split(" kB a picture")[0])
     assert low <= found <= high
