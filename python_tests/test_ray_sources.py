@@ -648,7 +648,7 @@ def test_tasks_hold_their_own_part(tmp_path: Path) -> None:
         ],
         schema=find(str(write(tmp_path / "a.png"))).files.schema,
     )
-    tasks = Pictures(Source("s", "pictures", files, None, "", [])).get_read_tasks(10)
+    tasks = Pictures(Source("pictures", files, None, "", [])).get_read_tasks(10)
     assert len(tasks) >= 1_000_000 // sources.TASK_ROWS
     assert sum(task.metadata.num_rows for task in tasks) == 1_000_000
     assert max(len(cloudpickle.dumps(task)) for task in tasks[::50]) < 2**20

@@ -39,7 +39,6 @@ _Item = TypeVar("_Item")
 class Source:
     """What is to be read. ``skipped`` and ``errors``: what was left out of it."""
 
-    name: str
     kind: str  # pictures, parquet or tar
     files: pa.Table  # of listing.FILES, in natural order
     limit: int | None
@@ -117,7 +116,7 @@ def find(
     kind, files, skipped, errors = list_files(source, without)
     if kind != "parquet" and (column or key):
         raise ValueError(f"column and key are for Parquet files; got a source of {kind}: {source}")
-    found = Source(utf8(source), kind, files, limit, skipped, errors)
+    found = Source(kind, files, limit, skipped, errors)
     if kind == "pictures":
         return replace(found, files=files if limit is None else files.slice(0, limit))
     if kind == "tar":
