@@ -1,6 +1,8 @@
-// One axis of one view as a small table: for each output cell, the tokens it reads, their summed
-// weights, and how many of its pixels count. Upsampling, border and stride end here; the kernels
-// that read the table contain no modes. Host and device share this file.
+// One axis (y or x) of one view as a small table. For each output cell it holds the tokens that the
+// cell reads, their weights summed over the pixels of the cell, and the number of pixels that count
+// in the mean. Upsampling, border and stride are resolved here, once per call and distinct offset,
+// so the kernels that read the tables contain no modes. Coordinates are float64; the centre of
+// pixel y is y + 0.5. Host and device share this file.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -9,7 +11,7 @@
 
 namespace srt {
 
-// std::floor, which is a call where the compiler may not use SSE4.1.
+// As std::floor, which is a function call if the compiler may not use SSE4.1.
 SRT_HD inline double floor_of(double x) {
   const double whole = static_cast<double>(static_cast<int64_t>(x));
   return whole > x ? whole - 1 : whole;
@@ -25,24 +27,26 @@ struct Axis {
   SRT_HD int64_t pixels() const { return tokens * patch; }
   SRT_HD int64_t cells() const { return pixels() / stride; }
 
-  // Pixels read tokens by their places, which ascend along the axis. Place i is token i, except
-  // under circular: there the tokens are rolled by the whole tokens of the offset, with one more
-  // token at each end, wrapped around.
+  // Tables number the tokens by `place`, which never decreases from pixel to pixel. Place i is
+  // token i, except under Border::circular: there the axis is rolled by the offset rounded to whole
+  // tokens and extended by one wrapped token at each end.
   SRT_HD bool wraps() const { return border == Border::circular; }
   SRT_HD int64_t places() const { return tokens + (wraps() ? 2 : 0); }
-  // The whole tokens of an offset: at least -patch / 2 and less than patch / 2 pixels are left.
+  // The offset rounded to whole tokens: the remainder is in [-patch / 2, patch / 2) pixels. 0
+  // unless the border is circular.
   SRT_HD double roll(double offset) const {
     const bool rolls = wraps() && std::fabs(offset) <= static_cast<double>(kMaxOffset);
     return rolls ? floor_of(offset / static_cast<double>(patch) + 0.5) : 0;
   }
-  // The token of place 0, counted on beyond the ends of the axis: at most half of its length away,
-  // so it may be negative.
+  // The token at place 0. The roll is reduced modulo the axis to the number closest to 0, so the
+  // result may be negative.
   SRT_HD int64_t start(double offset) const {
     if (!wraps()) return 0;
     int64_t roll_by = static_cast<int64_t>(roll(offset)) % tokens;
     if (roll_by < 0) roll_by += tokens;
     return (2 * roll_by > tokens ? roll_by - tokens : roll_by) - 1;
   }
+  // The token at a place, given start().
   SRT_HD int64_t token_at(int64_t start, int64_t place) const {
     int64_t token = start + place;
     if (token < 0) token += tokens;
@@ -50,25 +54,27 @@ struct Axis {
     return token;
   }
 
-  // A cell spans (stride - 1) / patch tokens; interpolation adds one at each end.
+  // Tokens that a cell reads, at most: it spans (stride - 1) / patch tokens, and interpolation adds
+  // one at each end.
   SRT_HD int64_t max_taps() const {
     const int64_t taps = stride == 1 ? 2 : (stride - 1) / patch + 3;
     return taps < places() ? taps : places();
   }
 };
 
-// What pixel y of a view reads: a token with weight 1 - after, the one behind it with weight after.
+// How one output pixel reads a view along one axis: the token at place `token` with weight 1 -
+// after and the next one with weight `after`.
 struct PixelRead {
-  bool counts;    // in the weight of its cell
-  int32_t token;  // its place, -1 for none
+  bool counts;    // whether the pixel counts in the weight of its cell
+  int32_t token;  // a place; -1 if the pixel reads no token
   double after;
-  double slope;  // from pixel to pixel `after` grows by so much; 0 at the edges, and under nearest
+  double slope;  // the change of `after` per pixel; 0 at the edges and under nearest
 };
 
-// `offset`: pixels that the view's content moved. An axis has at most kMaxPixels, so positions fit
-// 32 bits.
+// How output pixel y reads a view whose content moved by `offset` pixels. An axis has at most
+// kMaxPixels pixels, so places fit 32 bits.
 SRT_HD inline PixelRead read_pixel(const Axis& axis, double offset, int64_t y) {
-  // A non-finite offset covers nothing. On CUDA values are not validated.
+  // CUDA offsets are not validated: one that is not finite or too large covers no pixel.
   if (!(std::fabs(offset) <= static_cast<double>(kMaxOffset))) return {false, -1, 0, 0};
   const double patch = static_cast<double>(axis.patch);
   const bool nearest = axis.upsample == Upsample::nearest;
@@ -90,12 +96,12 @@ SRT_HD inline PixelRead read_pixel(const Axis& axis, double offset, int64_t y) {
   return {true, token, inside - static_cast<double>(token), q < 0 || q >= last ? 0 : 1 / patch};
 }
 
-// What one output cell reads. Calls tap(place, weight) for each token of positive weight,
-// ascending, and returns the number of pixels that count.
+// Visits the tokens that one output cell reads: calls tap(place, weight) for each place of positive
+// weight, in ascending order. Returns the number of pixels of the cell that count.
 template <class Tap>
 SRT_HD int32_t visit_axis_cell(const Axis& axis, double offset, int64_t cell, Tap&& tap) {
-  // Pixels of a cell read non-decreasing tokens, so two running sums, for token `at` and the one
-  // after it, hold the weights in double and each is rounded once.
+  // The places that the pixels of a cell read never decrease. So two running sums in double are
+  // enough, for place `at` and the next one, and each weight is rounded only once.
   int32_t counted = 0, at = -1;
   double here = 0, next = 0;
   for (int64_t y = cell * axis.stride; y < (cell + 1) * axis.stride; ++y) {
@@ -111,20 +117,21 @@ SRT_HD int32_t visit_axis_cell(const Axis& axis, double offset, int64_t cell, Ta
     here += 1 - read.after;
     next += read.after;
   }
-  // A tap of weight zero is no tap: it would let a non-finite token reach a cell that ignores it.
+  // Taps of weight 0 are omitted: 0 * Inf is NaN, so a non-finite token would reach a cell that
+  // does not read it.
   if (here > 0) tap(at, here);
   if (next > 0) tap(at + 1, next);
   return counted;
 }
 
-// The tables of one axis for D offsets. A cell reads places first .. first + taps - 1, those of
-// weight 0 excepted: with patch 1 the rounding of a coordinate can step over a token.
+// The tables of one axis for D offsets. A cell reads places first .. first + taps - 1. A weight in
+// between can be 0, and readers must skip that place: at patch 1, rounding can step over a token.
 template <class Acc>
 struct AxisTable {
   int32_t* first;  // [D, cells]
   int32_t* taps;   // [D, cells]; 0 where no pixel of the cell reads a token
   Acc* weight;     // [D, cells, max_taps]
-  double* count;   // [D, cells], counted pixels
+  double* count;   // [D, cells]; pixels of the cell that count
   int64_t cells;
   int64_t max_taps;
 

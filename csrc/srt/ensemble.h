@@ -1,12 +1,13 @@
-// ensemble: the tokens of shifted views, moved back into the frame of the picture and aggregated,
-// in one call or in chunks of views that arrive one after the other.
+// ensemble: moves the tokens [V, B, h*w, C] of V shifted views back into the pixel frame of the
+// image and aggregates them over the views (mean, median, or mean and variance) into a field
+// [B, C, H', W']. One call reduces all views; a stream reduces them chunk by chunk.
 #pragma once
 #include "types.h"
 
 namespace srt {
 
-// The lower median of a stream, in 8 numbers an element: the kWindow values around the median, in
-// order, then the place of the median among them. See running_median.h.
+// The state of a streamed lower median is 8 numbers per element: the kWindow sorted values around
+// the median, then the position of the median among them. See running_median.h.
 constexpr int kWindow = 7;
 constexpr int kWindowPlanes = kWindow + 1;
 
@@ -24,13 +25,13 @@ struct EnsembleArgs {
   Upsample upsample;
   Border border;
   void* out;               // [B, C, h*Ph/sh, w*Pw/sw]: the mean or median
-  int64_t out_strides[4];  // in elements; no two elements share a place
-  void* variance;          // as `out`; of moments only
-  // Null for one call over all views. Otherwise the tokens are the next chunk of a stream: `out`
-  // and `variance` are its state so far, in float32 (float64 for float64 tokens), and this is the
-  // total weight of each cell, for the median the number of views: the call adds to it. Where it
-  // is 0 the state is not read. The state of a median is kWindowPlanes planes as `out`,
-  // `plane_stride` apart.
+  int64_t out_strides[4];  // in elements; elements must not overlap
+  void* variance;          // shape and strides of `out`; for Reduce::moments only
+  // Null for one call over all views. Otherwise `tokens` is the next chunk of a stream, and `out`
+  // and `variance` are the state so far, in float32 (float64 for float64 tokens). `total_weight` is
+  // the weight of each cell so far (for a median, the number of views); the call adds the chunk to
+  // it. Where it is 0, the state is not read. The state of a median is kWindowPlanes planes of the
+  // shape of `out`, `plane_stride` elements apart.
   double* total_weight;  // [h*Ph/sh, w*Pw/sw], dense
   int64_t plane_stride;
 };
@@ -38,10 +39,10 @@ struct EnsembleArgs {
 // Throws std::bad_alloc before anything is written.
 void ensemble_cpu(const EnsembleArgs& args, const Parallel& parallel);
 
-// The gradient of the tokens of a mean, [V, B, h*w, C], dense, of the dtype of tokens: 0 for views
-// of weight 0. `args` is the call that it belongs to, with `out` the gradient of what that writes,
-// only read, channels dense; no stream. The tokens are not read and may be null. Throws
-// std::bad_alloc before anything is written.
+// The gradient of the mean with respect to the tokens. Writes grad_tokens [V, B, h*w, C], dense, in
+// the dtype of the tokens; it is 0 for views of weight 0. `args` describes the forward call, not a
+// stream; args.out is the gradient of the mean [B, C, H', W'], only read, with dense channels.
+// args.tokens is not read and may be null. Throws std::bad_alloc before anything is written.
 void mean_backward_cpu(const EnsembleArgs& args, void* grad_tokens, const Parallel& parallel);
 
 }  // namespace srt

@@ -1,7 +1,8 @@
-// The lower median of N values in registers, by a network of comparators: Batcher's merge exchange
-// (Knuth, The Art of Computer Programming, volume 3, algorithm 5.2.2M), less what does not reach
-// the result. 4 values take 7 minima and maxima, 16 take 91, 49 take 578. Host and device share
-// this file.
+// The lower median of N values that are held in registers. A sorting network (Batcher's merge
+// exchange; Knuth, The Art of Computer Programming, volume 3, algorithm 5.2.2M) is pruned at
+// compile time to the comparators that the median depends on. It has no branches and no memory
+// accesses, so every lane of a vector, or thread of a warp, selects independently. 4 values need 7
+// minima and maxima, 16 need 91, 49 need 578. Host and device share this file.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -13,13 +14,14 @@
 
 namespace srt {
 
-// Networks exist for the counts of the usual designs: the presets have 4 views, best:N is used with
-// 9 and 16, grid:2, grid:2.5 and grid:3 have 25, 36 and 49, and paper:3 has 50. Other counts are
-// filled up with infinities of both signs.
+// Networks exist for the numbers of views of the usual designs: 4 (the presets), 9 and 16 (best:N),
+// 25, 36 and 49 (grid:2, grid:2.5, grid:3) and 50 (paper:3). Other numbers are padded with
+// infinities of both signs.
 constexpr int kNetworkSizes[] = {4, 9, 16, 25, 36, 49, 50};
 constexpr int kLargestNetwork = 50;
 
-// network(N), N the smallest of kNetworkSizes that holds n values; beyond the largest, other().
+// Calls network(N) with the smallest N of kNetworkSizes that is at least n, or other() if n is
+// larger than all of them.
 template <size_t I = 0, class Network, class Other>
 auto with_network(int64_t n, Network&& network, Other&& other) {
   if constexpr (I == std::size(kNetworkSizes)) {
@@ -30,7 +32,8 @@ auto with_network(int64_t n, Network&& network, Other&& other) {
   }
 }
 
-// value[low] becomes the smaller one of the two and value[high] the larger one, where it is needed.
+// Stores the smaller of two values in value[low] and the larger one in value[high]. A result that
+// no later step needs is not computed.
 struct Comparator {
   int16_t low, high;
   bool needs_low, needs_high;
@@ -38,7 +41,7 @@ struct Comparator {
 
 template <int N>
 struct MedianNetwork {
-  static constexpr int kMost = N * 12;  // comparators, more than there are
+  static constexpr int kMost = N * 12;  // an upper bound of the number of comparators
   Comparator at[kMost]{};
   size_t count = 0;
 
@@ -55,7 +58,7 @@ struct MedianNetwork {
         if (q == p) break;
       }
     }
-    // Backwards: a comparator is needed if one of its places still is.
+    // Backwards: a comparator is needed if a later step needs one of its two results.
     bool needed[N]{};
     needed[(N - 1) / 2] = true;
     for (int i = total - 1; i >= 0; --i) {
@@ -75,8 +78,8 @@ struct MedianNetwork {
 #define SRT_UNROLL _Pragma("GCC unroll 8")
 #endif
 
-// `Order` has min(a, b) and max(a, b). On the CPU it is in an anonymous namespace, so that each
-// instruction set has its own copy of this code (cpu/vector_blocks-inl.h).
+// `Order` provides min(a, b) and max(a, b). On the CPU, `Order` is in an anonymous namespace, so
+// that each instruction set gets its own instantiation of this code (cpu/vector_blocks-inl.h).
 template <int N, class Order, class V>
 struct MedianOf {
   static constexpr MedianNetwork<N> network{};
@@ -98,7 +101,8 @@ struct MedianOf {
   }
 };
 
-// With n values and this many -inf before them, the rest +inf, the lower median of all N is theirs.
+// How many -inf to add to n values, with +inf for the rest of the N, so that the lower median of
+// all N is the lower median of the n values.
 SRT_HD constexpr int low_padding(int N, int n) { return (N - 1) / 2 - (n - 1) / 2; }
 
 }  // namespace srt

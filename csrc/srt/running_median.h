@@ -1,9 +1,10 @@
-// The lower median of a stream in constant memory: the kWindow values around it, in order. Values
-// below and above the window are only counted. As long as the median stays inside it is exact;
-// where it leaves (a stream that drifts), the window follows it by steps of the mean gap between
-// its values. After Munro and Paterson, "Selection and sorting with limited storage", 1980, whose
-// window finds the exact median of n values in random order if it holds about sqrt(n) of them; the
-// steps beyond are ours. Host and device share this file; V is a number or a vector of them.
+// The lower median of a stream of values in constant memory. The state is a window of the kWindow
+// sorted values around the median; values below and above the window are only counted. While the
+// median stays inside the window, it is exact. If it leaves the window (the stream drifts), the
+// window follows in steps of the mean gap between its values, and the result is approximate. After
+// Munro and Paterson, "Selection and sorting with limited storage", 1980, whose window finds the
+// exact median of n values in random order if it holds about sqrt(n) values; the steps beyond the
+// window are not in their paper. Host and device share this file; V is a scalar or a vector.
 #pragma once
 #include <cmath>
 
@@ -12,8 +13,9 @@
 
 namespace srt {
 
-// A chunk is added in steps of the golden ratio through its views, which are sorted by dx: in that
-// order they would drift. spread_step finds the step, prime to the number of views.
+// Views are sorted by dx, and in that order their values would drift. So the views of a chunk are
+// added in steps of about the golden ratio times their number. Returns that step, which is coprime
+// to the number of views.
 SRT_HD inline int64_t spread_step(int64_t views) {
   const auto golden = static_cast<int64_t>(static_cast<double>(views) * 0.6180339887498949 + 0.5);
   for (int64_t step = golden < 1 ? 1 : golden;; ++step) {
@@ -27,13 +29,13 @@ SRT_HD inline int64_t spread_step(int64_t views) {
   }
 }
 
-// What the number of earlier values decides; the same for all elements of a cell. `Acc` is float or
-// double.
+// The constants of one update, which depend only on `count`, the number of earlier values. All
+// elements of a cell share them. `Acc` is float or double.
 template <class Acc>
 struct WindowStep {
   Acc rank;   // of the median among the earlier values, from 0
-  Acc move;   // 0 or 1: how far its rank moves now
-  Acc above;  // values that were in the window or above it, less the window, if none was below it
+  Acc move;   // 0 or 1: by how much this rank increases now
+  Acc above;  // count - kWindow: the values above the window, if none is below it
 
   explicit SRT_HD WindowStep(double count) {
     const double before = count > 0 ? std::floor((count - 1) / 2) : 0;
@@ -43,8 +45,8 @@ struct WindowStep {
   }
 };
 
-// Adds x. `place` is the position of the median in the window, which starts as +inf; a NaN makes it
-// NaN for good. The caller starts it at 0.
+// Adds a value x. `place` is the position of the median in the window. The caller initialises the
+// window to +inf and `place` to 0. A NaN makes `place` NaN permanently.
 template <class V, class Acc>
 SRT_INLINE void add_to_window(V (&window)[kWindow], V& place, V x, const WindowStep<Acc>& step) {
   constexpr int last = kWindow - 1;
@@ -53,10 +55,10 @@ SRT_INLINE void add_to_window(V (&window)[kWindow], V& place, V x, const WindowS
   const V above = step.above - below;
   const V target = place + step.move;
   // Adding x moves the median by at most one rank. If the new rank is outside of the window, its
-  // value was dropped earlier: it is estimated as the edge of the window plus or minus the mean gap
-  // of the window, but not beyond x. If seven equal values have no gap, the dropped ones are taken
-  // to lie evenly up to x. (Comparisons are chosen so that a NaN, of an infinite window, changes
-  // nothing.)
+  // value was dropped earlier. It is estimated as the edge of the window plus or minus the mean gap
+  // of the window, but not beyond x. If all seven values are equal, the gap is 0; then the dropped
+  // values are assumed to be spaced evenly between the edge and x. The comparisons are written so
+  // that a NaN, which an infinite window causes, changes nothing.
   const V gap = (window[last] - window[0]) * (Acc{1} / last);
   const V gap_low = gap > Acc{0} ? gap : (window[0] - x) / (below + Acc{1});
   const V gap_high = gap > Acc{0} ? gap : (x - window[last]) / (above + Acc{1});
@@ -66,14 +68,16 @@ SRT_INLINE void add_to_window(V (&window)[kWindow], V& place, V x, const WindowS
   const V highest = above > Acc{0} ? lost_high : infinity;
   V value = lowest > x ? lowest : x;
   value = highest < value ? highest : value;
-  // One of the eight values has to go: x itself if it lies beyond the window and others do so too;
-  // otherwise the one whose loss leaves the median nearest to the middle.
+  // One of the eight values must be dropped: x itself if it is beyond an end of the window at which
+  // values were dropped before, otherwise the end whose loss keeps the median nearest to the
+  // middle.
   const V middle = none + Acc{kWindow / 2};
   const V if_below = below > Acc{0} ? none : middle;
   const V if_above = above > Acc{0} ? none + Acc{last} : middle;
   const V inside = x > window[last] ? if_above : middle;
-  const V most = x < window[0] ? if_below : inside;  // the lowest goes where the target is beyond
-  // The eight in order, by two steps that do not wait for each other.
+  const V most = x < window[0] ? if_below : inside;  // if target > most, the lowest is dropped
+  // Insertion: `before` and `after` are numbers i and i + 1 of the eight sorted values. Each
+  // `after` depends on the old window only, so there is no chain of dependent operations.
   V before = value < window[0] ? value : window[0];
   SRT_UNROLL
   for (int i = 0; i < kWindow; ++i) {

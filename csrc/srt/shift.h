@@ -1,4 +1,4 @@
-// shift: every translated view of a batch of images, view_v(y, x) = image(y - dy, x - dx).
+// shift: computes all translated views of a batch of images, view_v(y, x) = image(y - dy, x - dx).
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -8,7 +8,7 @@
 namespace srt {
 
 struct ShiftArgs {
-  DType dtype;                    // any
+  DType dtype;                    // every one
   const void* image;              // [B*C, H, W], dense
   int64_t planes, height, width;  // planes = B*C
   int64_t views;
@@ -20,17 +20,19 @@ struct ShiftArgs {
 
 void shift_cpu(const ShiftArgs& args, const Parallel& parallel);
 
-// The gradient of the image, [B*C, H, W], dense; not for u8. `out` holds that of the views and is
-// only read, `image` is not used.
+// The gradient of shift with respect to the image. Writes grad_image [B*C, H, W], dense. args.out
+// is the gradient of the views [V, B*C, H, W], only read; args.image is not used. Does not support
+// u8.
 void shift_backward_cpu(const ShiftArgs& args, void* grad_image, const Parallel& parallel);
 
-// An offset this close to a whole pixel is that whole pixel: the weights of its other taps, down to
-// the square of the distance, would vanish in float32 and multiply a non-finite pixel by 0.
+// An offset this close to a whole pixel is treated as that whole pixel. The weights of its other
+// taps can be as small as the square of the distance: they would vanish in float32, and 0 times a
+// non-finite pixel is NaN.
 constexpr double kWholePixel = 0x1p-40;
 
-// One axis of one view: output pixel y reads source pixels y + first + k with weight[k], k < taps.
-// The weights do not depend on y and none of them is 0, so a whole-pixel offset is one tap of
-// weight 1, which the kernels copy bit for bit.
+// One axis of one view: output pixel y is the sum over k < taps of weight[k] times source pixel
+// y + first + k. The weights do not depend on y, and none of them is 0. A whole-pixel offset is one
+// tap of weight 1, which the kernels copy bit for bit.
 struct ShiftTaps {
   int64_t first;
   int32_t taps;
@@ -50,8 +52,8 @@ SRT_HD inline ShiftTaps shift_taps(double offset, Interpolation interpolation) {
     t.weight[0] = g;
     t.weight[1] = f;
   } else {
-    // Cubic convolution (Keys 1981) with a = -0.75, the constant that PyTorch uses. As products
-    // with f or g, so that no weight cancels to 0 between two that are not.
+    // Cubic convolution (Keys 1981) with a = -0.75, the constant that PyTorch uses. Written as
+    // products with f or g, so that no weight becomes 0 by cancellation.
     const double a = -0.75;
     t.first = static_cast<int64_t>(whole) - 1;
     t.taps = 4;
@@ -63,7 +65,7 @@ SRT_HD inline ShiftTaps shift_taps(double offset, Interpolation interpolation) {
   return t;
 }
 
-// The source pixel that stands at position i of an axis of n pixels; -1 for a padded zero.
+// The source pixel at position i of a padded axis of n pixels; -1 for a padded zero.
 SRT_HD_INLINE int64_t pad_index(int64_t i, int64_t n, Padding padding) {
   if (i >= 0 && i < n) return i;
   switch (padding) {

@@ -22,7 +22,7 @@ enum class Border : int32_t { coverage, zeros, clamp, circular };
 enum class Padding : int32_t { zeros, border, reflect, circular };
 enum class Interpolation : int32_t { nearest, bilinear, bicubic };
 
-// Storage of the 16-bit types. The arithmetic is in float; the conversions live with the backend.
+// Storage of the 16-bit types. The arithmetic is in float; each backend has its own conversions.
 struct Half {
   uint16_t bits;
 };
@@ -30,7 +30,7 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// The type of sums: double for double, float for others.
+// The accumulator type: double for double, float for all others.
 template <class T>
 struct AccumulatorOf {
   using type = float;
@@ -57,13 +57,13 @@ auto dispatch_dtype(DType dtype, Body&& body) {
   }
   return body(float{});
 }
-// The same for floating types alone: tokens, and everything that has a gradient.
+// As dispatch_dtype, for floating types only: tokens, and every tensor that has a gradient.
 template <class Body>
 auto dispatch_floating(DType dtype, Body&& body) {
   return dispatch_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     if constexpr (std::is_same<T, uint8_t>::value) {
-      return body(float{});  // never: validation refuses it
+      return body(float{});  // unreachable: validation raises an error
     } else {
       return body(element);
     }
@@ -72,11 +72,12 @@ auto dispatch_floating(DType dtype, Body&& body) {
 
 SRT_HD constexpr int64_t div_up(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-// Bounds the axis tables, and keeps a pixel coordinate exact in every type that holds one.
+// Pixels of an axis, at most. It bounds the axis tables and keeps a pixel coordinate exact in every
+// type that holds one.
 constexpr int64_t kMaxPixels = int64_t{1} << 24;
 constexpr int64_t kMaxOffset = int64_t{1} << 20;
-// Views of one call. With kMaxPixels and kMaxOffset, it keeps the sizes of tables and of scratch
-// below 2^63.
+// Views of one call, at most. With kMaxPixels and kMaxOffset, it keeps the sizes of tables and
+// scratch below 2^63.
 constexpr int64_t kMaxViews = int64_t{1} << 20;
 
 // The parallel runtime, injected (torch's, a thread pool, a serial one in tests). `run` calls

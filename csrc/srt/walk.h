@@ -1,9 +1,10 @@
-// The sums of the mean along one axis, at stride 1, as a walk. Under bilinear upsampling the weight
-// of a token is linear from pixel to pixel, but for a kink where a view passes the centre of a
-// token; under nearest it is constant, but for a jump at the edge of a token. So is the sum over
-// all views: value + t * slope, with t the distance from the centre of an interval of pixels. A
-// step changes value and slope at a kink, and where a view starts to count; in between a pixel
-// costs one multiply-add, however many views there are. Host and device share this file.
+// The sums of the mean along one axis at stride 1, as a walk from pixel to pixel. Under bilinear
+// upsampling, the weight of a token is linear in the pixel coordinate except for a kink where a
+// view passes the centre of a token; under nearest it is constant except for a jump at the edge of
+// a token. The same holds for the sum over all views: it is value + t * slope, where t is the
+// distance from the centre of an interval of pixels. The walk changes `value` and `slope` only at
+// kinks and where a view starts to count. In between, a pixel costs one multiply-add per channel,
+// however many views there are. Host and device share this file.
 #pragma once
 #include <cstdint>
 
@@ -11,8 +12,8 @@
 
 namespace srt {
 
-// The sums start anew in every interval: neither rounding nor a token that is large reaches
-// farther. At most 16 pixels, and one token.
+// Pixels of an interval: at most 16, and at most one token. The sums restart from 0 in every
+// interval, so that neither rounding errors nor a very large token can spread farther.
 SRT_HD inline int64_t walk_interval(const Axis& axis) { return axis.patch < 16 ? axis.patch : 16; }
 
 // The distance of pixel y from the centre of its interval.
@@ -21,8 +22,8 @@ SRT_HD inline double walk_position(const Axis& axis, int64_t y) {
   return static_cast<double>(y % interval) - 0.5 * static_cast<double>(interval - 1);
 }
 
-// What a view reads around a pixel: token `token + 1` with weight after + t * slope, `token` with
-// the rest of 1.
+// The weights with which a view reads tokens around a pixel, as functions of t: place `token` + 1
+// has weight after + t * slope, place `token` has 1 minus that.
 struct Line {
   int32_t token;  // -1 for none
   double after, slope;
@@ -40,15 +41,17 @@ SRT_HD inline Line line_at(const Axis& axis, double offset, int64_t y) {
   return {read.token, read.after - walk_position(axis, y) * read.slope, read.slope};
 }
 
-// Whether a view reads the pixel before y and not y. There the sums start anew, too: it may have a
-// weight beside which the views that go on are less than its rounding.
+// Whether a view reads tokens at pixel y - 1 but not at pixel y. There the sums restart from 0,
+// too: subtracting a view of a very large weight could leave a rounding error larger than the other
+// views.
 SRT_HD inline bool stops_at(const Axis& axis, double offset, int64_t y) {
   return y > 0 && read_pixel(axis, offset, y).token < 0 &&
          read_pixel(axis, offset, y - 1).token >= 0;
 }
 
-// The step of one view at pixel y: calls tap(token, value, slope) with what it adds for a token,
-// ascending. With `anew` (an interval starts here, or a view stops) the sums are 0 before the step.
+// The step of one view to pixel y: calls tap(place, value, slope) with the change of the value and
+// the slope for each token, in ascending order. With `anew` (an interval starts here, or a view
+// stops) the sums are 0 before the step.
 template <class Tap>
 SRT_HD void visit_step(const Axis& axis, double offset, int64_t y, bool anew, Tap&& tap) {
   const Line to = line_at(axis, offset, y);
