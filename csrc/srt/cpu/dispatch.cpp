@@ -1,3 +1,4 @@
+// Detects the instruction sets of this processor when the library is loaded and selects the widest.
 #include "dispatch.h"
 
 #include <atomic>

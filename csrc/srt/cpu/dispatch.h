@@ -1,4 +1,4 @@
-// The kernels, one set for each instruction set, and the choice between them.
+// Tables of kernel functions, one per instruction set, and the selection between them at run time.
 #pragma once
 #include <cstdint>
 
@@ -6,11 +6,12 @@
 
 namespace srt::cpu {
 
-// Runs tasks [begin, end). Scratch is the worker's own, 64-byte aligned.
+// Runs tasks [begin, end) of a plan. `scratch` belongs to the calling worker and is 64-byte
+// aligned.
 template <class Plan>
 using Kernel = void (*)(const Plan& plan, int64_t begin, int64_t end, void* scratch);
 
-// For tokens and images of type T. In a stream `out` has the accumulator's type.
+// The kernels for tokens and images of type T. In a stream, `out` has the accumulator type.
 template <class T>
 struct KernelsOf {
   using Acc = typename AccumulatorOf<T>::type;
@@ -35,8 +36,8 @@ struct Kernels : KernelsOf<float>,
                  KernelsOf<double>,
                  KernelsOf<uint8_t> {
   const char* name;
-  int64_t block_bytes;  // of the channels that are treated together, at most
-  int64_t max_tile;     // outputs of a TileTable
+  int64_t block_bytes;  // of a block of channels that is processed at once, at most
+  int64_t max_tile;     // outputs of a TileTable, at most
 
   template <class T>
   const KernelsOf<T>& of() const {
@@ -50,11 +51,12 @@ extern const Kernels avx2;
 extern const Kernels avx512;
 #endif
 
-// The set in use: the widest one that this processor runs, unless another was forced.
+// The selected set: the widest that this processor supports, unless another was forced.
 const Kernels& kernels();
-// Forces a set by name; "auto" returns to the widest. False if this machine has no such set.
+// Forces a set by name; "auto" selects the widest again. Returns false if this processor does not
+// support a set of that name.
 bool force_kernels(const char* name);
-// The names that force_kernels takes here, narrowest first, separated by commas.
+// The names that force_kernels accepts on this processor, narrowest first, separated by commas.
 const char* available_kernels();
 
 }  // namespace srt::cpu

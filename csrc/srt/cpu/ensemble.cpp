@@ -1,4 +1,5 @@
-// The entry of ensemble on the CPU: which file reduces. A stream also adds up total weights.
+// The entry point of ensemble on the CPU. Calls the reduction in mean.cpp or per_view.cpp; for a
+// stream it also updates the total weights [H', W'].
 #include "../ensemble.h"
 
 #include <vector>
@@ -8,8 +9,8 @@
 namespace srt {
 namespace {
 
-// What a chunk adds to the total weight of each cell of a stream: [H', W']. For a median, to its
-// number of views.
+// The weight [H', W'] that a chunk adds to each cell of a stream; for a median, its number of
+// views.
 std::vector<double> chunk_weights(const EnsembleArgs& args) {
   cpu::ViewsPlan<double> plan{};
   const cpu::Views<double> views(args, /*divide=*/false, plan);

@@ -1,5 +1,5 @@
-// What the calls of ensemble and of its gradient begin with: the views sorted and the tables of
-// their axes, owned.
+// Setup that ensemble and its gradient share: sorts the views by dx, builds the axis tables of
+// their distinct offsets and tiles of them, and owns the memory.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -13,11 +13,11 @@
 
 namespace srt::cpu {
 
-// The channels of a cell are read or written at least this many bytes at a time: pieces of a few
-// cache lines, a whole cell apart, cost more than taller tiles save.
+// The channels of a cell are read or written in pieces of at least this many bytes. Pieces of a few
+// cache lines, each a whole cell apart, cost more than the taller tiles that they allow would save.
 constexpr int64_t kPieceBytes = 1024;
 
-// What it costs to load a vector in multiply-adds: of tokens, and of sums in the cache.
+// The cost of loading a vector, in multiply-adds: of tokens from memory, and of sums in the cache.
 constexpr int64_t kLoadTokens = 4, kLoadSums = 1;
 
 // Owns the table of one axis for its distinct offsets.
@@ -28,7 +28,7 @@ struct AxisTableStorage {
   std::vector<Acc> weight;
   std::vector<double> count;
 
-  // `divide`: the weights by the counted pixels of their cell.
+  // Builds the table. With `divide`, the weights are divided by the counted pixels of their cell.
   AxisTable<Acc> fill(const Axis& axis, const std::vector<double>& offsets, bool divide) {
     const int64_t cells = axis.cells();
     const size_t slots = offsets.size() * static_cast<size_t>(cells);
@@ -52,7 +52,7 @@ struct AxisTableStorage {
     return table;
   }
 
-  // For each cell, the first one after it that differs in some view.
+  // [cells]: for each cell, the first later cell whose table entries differ in at least one offset.
   std::vector<int32_t> ends(const AxisTable<Acc>& table, int64_t offsets) const {
     std::vector<int32_t> end(static_cast<size_t>(table.cells));
     const auto same = [&](int64_t a, int64_t b) {
@@ -76,7 +76,7 @@ struct AxisTableStorage {
   }
 };
 
-// The distinct values, ascending: a grid of n x n views needs n tables an axis, not n * n.
+// The distinct values in ascending order: a grid of n x n views needs n tables per axis, not n * n.
 inline std::vector<double> distinct(std::vector<double> values) {
   std::sort(values.begin(), values.end());
   values.erase(std::unique(values.begin(), values.end()), values.end());
@@ -87,7 +87,7 @@ inline int64_t position(const std::vector<double>& sorted, double value) {
   return std::lower_bound(sorted.begin(), sorted.end(), value) - sorted.begin();
 }
 
-// Sorts the views and fills the tables of a plan; owns what it points to.
+// Sorts the views and builds the tables of a plan; owns the memory that the plan points to.
 template <class Acc>
 struct Views {
   std::vector<double> dy, dx;
@@ -95,9 +95,9 @@ struct Views {
   std::vector<int64_t> group_begin;
   AxisTableStorage<Acc> y, x;
 
-  // `divide`: the weights of the tables by the counted pixels.
+  // With `divide`, the weights of the tables are divided by the counted pixels of their cell.
   Views(const EnsembleArgs& args, bool divide, ViewsPlan<Acc>& plan) {
-    // Only ratios of weights matter: scaled to at most 1, their sums overflow in no type.
+    // Only ratios of weights matter. Scaled to at most 1, their sums cannot overflow in any type.
     double scale = 1;
     if (args.weights) scale = *std::max_element(args.weights, args.weights + args.views);
     std::vector<int64_t> counted;
@@ -150,7 +150,8 @@ struct Views {
   }
 };
 
-// The inputs [first, end) that slots [slot, slot_end) of a table read; it may skip some between.
+// The range [first, end) of inputs that slots [slot, slot_end) of a table read. Not every input in
+// the range need be read.
 template <class Table>
 std::pair<int64_t, int64_t> inputs_of(const Table& table, int64_t slot, int64_t slot_end) {
   int64_t first = INT32_MAX, end = 0;
@@ -162,7 +163,7 @@ std::pair<int64_t, int64_t> inputs_of(const Table& table, int64_t slot, int64_t 
   return {std::min(first, end), end};
 }
 
-// The same of `tile` outputs of a row, from `output` on.
+// The same for up to `tile` outputs of a row, starting at `output`.
 template <class Table>
 std::pair<int64_t, int64_t> inputs_of_tile(const Table& table, int64_t row, int64_t output,
                                            int64_t tile) {
@@ -170,14 +171,14 @@ std::pair<int64_t, int64_t> inputs_of_tile(const Table& table, int64_t row, int6
   return inputs_of(table, slot + output, slot + std::min(output + tile, table.cells));
 }
 
-// Owns a TileTable: add() what each tile reads, then close() it. A Table is an AxisTable, whose
-// outputs are cells and whose inputs are places, or a TransposedTable.
+// Builds and owns a TileTable: call add() with the inputs of a tile, then close() to end the tile.
+// A Table is an AxisTable (outputs are cells, inputs are places) or a TransposedTable.
 template <class Acc>
 struct TileStorage {
   std::vector<int64_t> begin{0}, input;
   std::vector<Acc> weight;
 
-  // Adds the inputs that `tile` outputs of a row read with a weight that is not 0: at(i) is the
+  // Adds the inputs that `tile` outputs of a row read with a nonzero weight. at(i) returns the
   // position of input i.
   template <class Table, class Position>
   void add(const Table& table, int64_t row, int64_t output, int64_t tile, Position&& at) {
@@ -197,7 +198,7 @@ struct TileStorage {
   }
   void close() { begin.push_back(static_cast<int64_t>(input.size())); }
 
-  // A set of tiles for each row of a table. at(row, i): the position of input i.
+  // Adds a set of tiles for each row of a table. at(row, i) returns the position of input i.
   template <class Table, class Position>
   void add_rows(const Table& table, int64_t rows, int64_t tile, Position&& at) {
     for (int64_t row = 0; row < rows; ++row) {
@@ -211,7 +212,7 @@ struct TileStorage {
   TileTable<Acc> table(int64_t tile, int64_t outputs) const {
     return {tile, div_up(outputs, tile), begin.data(), input.data(), weight.data()};
   }
-  // Inputs of one tile, at most.
+  // The largest number of inputs of a tile.
   int64_t largest() const {
     int64_t most = 0;
     for (size_t i = 1; i < begin.size(); ++i) most = std::max(most, begin[i] - begin[i - 1]);
@@ -219,9 +220,9 @@ struct TileStorage {
   }
 };
 
-// The tile of a TileTable, a power of two and at most `largest` outputs, that takes the least work
-// for the rows of a table. `load`: what it costs to load a vector, in multiply-adds.
-// uses(output, tile): how often the tiles from this output on are used.
+// Returns the outputs per tile, a power of two of at most `largest`, that need the least work over
+// the rows of a table. `load` is the cost of loading a vector, in multiply-adds. uses(output, tile)
+// returns how often the tile that starts at `output` is used.
 template <class Table, class Uses>
 int64_t choose_tile(const Table& table, int64_t rows, int64_t largest, int64_t load, Uses&& uses) {
   int64_t best = 1, least = INT64_MAX;
@@ -243,13 +244,14 @@ int64_t choose_tile(const Table& table, int64_t rows, int64_t largest, int64_t l
 }
 inline int64_t once(int64_t, int64_t) { return 1; }
 
-// Halves the chunks of channels until there are tasks enough for all threads.
+// Halves the chunk of channels until there are at least four tasks per thread, or one block per
+// chunk.
 template <class Count>
 void split_channels(int64_t block, int64_t threads, int64_t& chunk, Count&& count_tasks) {
   while (chunk > block && count_tasks() < 4 * threads) chunk = div_up(chunk / block, 2) * block;
 }
 
-// The weight that each cell gets: [H', W']; with `counts_views` the number of views.
+// The total weight of each cell, [H', W'], or with `counts_views` its number of views.
 template <class Acc>
 std::vector<double> cell_weights(const ViewsPlan<Acc>& plan, bool counts_views) {
   std::vector<double> total(static_cast<size_t>(plan.height * plan.width));
@@ -259,8 +261,7 @@ std::vector<double> cell_weights(const ViewsPlan<Acc>& plan, bool counts_views) 
   return total;
 }
 
-// The two halves of ensemble_cpu (mean.cpp and per_view.cpp), for a batch and channels that are not
-// empty.
+// The two reductions of ensemble_cpu (mean.cpp and per_view.cpp). Batch and channels must not be 0.
 void run_mean(const EnsembleArgs& args, const Parallel& parallel);
 void run_per_view(const EnsembleArgs& args, const Parallel& parallel);
 

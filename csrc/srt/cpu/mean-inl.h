@@ -1,12 +1,19 @@
-// The inner loops of the mean (vector_blocks-inl.h has the rules for this file).
+// The inner loops of the mean: tokens [V, B, h*w, C] to a field [B, C, H', W'], in two separable
+// passes over a band of output rows. First, for every group of views that share a dx, the token
+// rows that the band reads are summed along y into scratch, [band, groups, columns, channels]. Then
+// each output row is computed from these sums along x, over all groups at once. At stride 1 both
+// passes are walks (walk.h), whose cost per pixel does not depend on the number of views; otherwise
+// they are products with small tiles of weights (TileTable). Vectors run along the channels. plan.h
+// has the formula, vector_blocks-inl.h the rules for code in this file.
 #pragma once
 #include "vector_blocks-inl.h"
 
 namespace srt::cpu {
 namespace {
 
-// How the tokens are read. Every channel is summed by itself, so bfloat16 that is also written
-// stays in pairs of vectors, of even and of odd channels, in registers and in the scratch.
+// The type as which tokens are read. Channels are independent, so if input and output are both
+// bfloat16, even and odd channels stay in separate vectors, in registers and in the scratch, and
+// are interleaved again by the store.
 template <class T, class Out>
 struct InputOf {
   using type = T;
@@ -16,19 +23,19 @@ struct InputOf<BFloat16, BFloat16> {
   using type = PairedBFloat16;
 };
 
-// What a task makes in one pass: cells [x, x_end) of the rows of a band, n channels of them.
+// The output of one pass of a task: n channels of cells [x, x_end) in rows [y, y_end) of a band.
 template <class T, class Out>
 struct MeanPart {
   int64_t y, y_end, x, x_end;
-  Span columns;                                  // the places of tokens that are read
-  const typename InputOf<T, Out>::type* tokens;  // of view 0, token 0
-  Out* out;                                      // of cell (y, x)
+  Span columns;                                  // places of the tokens that are read
+  const typename InputOf<T, Out>::type* tokens;  // at view 0, token 0
+  Out* out;                                      // at cell (y, x)
   int64_t n;
 };
 
-// Steps [first, first + n_steps) of a walk; the first one starts anew. Reads n channels of input i
-// at from + i * scale; with `kFar` they are not in the cache. Calls emit(i, value + position[i] *
-// slope) for the i-th step.
+// Runs steps [first, first + n_steps) of a walk; its sums must restart at the first one. Input i is
+// the n channels at from + i * scale; `kFar` means that the inputs are not in the cache. Calls
+// emit(i, value + position[i] * slope) for the i-th step.
 template <bool kFar, int V, class T, class Acc, class Emit>
 SRT_INLINE void walk(const WalkTable<Acc>& table, int64_t first, int64_t n_steps,
                      const Acc* position, const T* from, int64_t scale, int64_t n, Emit&& emit) {
@@ -59,9 +66,10 @@ SRT_INLINE void walk(const WalkTable<Acc>& table, int64_t first, int64_t n_steps
 
 // ---- rows of tokens: the sum over the views of every group --------------------------------------
 
-// Rows of tile number `tile`, X of them from its row `first` on: sums [X, groups, columns, pass],
-// with zeros up to a whole block. X is a whole tile, or 1 with `kExact`. Returns whether they are
-// finite, with room for the sums along x: see kMaxSumOfSquares.
+// Sums token rows along y for X output rows of tile number `tile`, starting at its row `first`.
+// Writes sums [X, groups, columns, pass], padded with zeros to a whole block. X is the whole tile,
+// or 1 with `kExact`. Returns whether the sums are finite and small enough for the pass along x
+// (see kMaxSumOfSquares).
 template <int X, bool kExact, class T, class Out, class Acc>
 bool sum_rows(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64_t tile, int64_t first,
               char* base) {
@@ -87,7 +95,7 @@ bool sum_rows(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64_t t
     const int64_t row = plan.groups * plan.columns * plan.pass;
     for (int64_t j = part.columns.begin; j < part.columns.end; ++j) {
       Acc* const to = sums + (j - part.columns.begin) * plan.pass;
-      if (j - part.columns.begin >= plan.tokens_x) {  // a token at its second place
+      if (j - part.columns.begin >= plan.tokens_x) {  // a token at a second place: copy its sum
         for (int y = 0; y < X; ++y)
           std::memcpy(to + y * row, to + y * row - plan.tokens_x * plan.pass,
                       static_cast<size_t>(plan.pass) * sizeof(Acc));
@@ -100,8 +108,8 @@ bool sum_rows(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64_t t
   return all_below(squares, kMaxSumOfSquares<Acc>);
 }
 
-// The rows of a band by walks of all groups down them: as sum_rows, but with zeros up to half a
-// block if no more is read.
+// Computes the same sums for a whole band by walking down its rows, group by group. Unlike in
+// sum_rows, the channels are padded with zeros only to half a block if they fit one.
 template <class T, class Out, class Acc>
 bool walk_down(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, char* base) {
   constexpr int lanes = kLanes<Acc>;
@@ -135,8 +143,8 @@ bool walk_down(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, char* ba
 
 // ---- cells: from the sums of all groups ---------------------------------------------------------
 
-// keep * out is added to n channels of any stride. Not inlined: it would be compiled for each cell
-// of a tile.
+// Stores n channels of any stride: out = sums + keep * out. Not inlined, because it would be
+// compiled once for each cell of a tile.
 template <int V, class Out, class Acc>
 __attribute__((noinline)) void write_part(const Acc* sums, Acc keep, Out* out, int64_t stride_c,
                                           int64_t n) {
@@ -147,14 +155,14 @@ __attribute__((noinline)) void write_part(const Acc* sums, Acc keep, Out* out, i
   store_block(out, stride_c, n, sum);
 }
 
-// A cell from its sum: out = inverse * sum, and where there is a `keep`, keep * out is added.
-// `finite`: all sums are.
+// Writes a cell: out = inverse * sum + keep * out, where keep is 0 outside of streams. `finite`
+// states that all sums are finite.
 template <int V, class Out, class Acc>
 SRT_INLINE void write_cell(Vec<Acc> (&sum)[V], Acc inverse, Acc keep, Out* out, int64_t stride_c,
                            int64_t n, bool finite, bool past_cache) {
   constexpr int lanes = kLanes<Acc>;
   // A cell without weight is 0, even if its sum is infinite. Adding 0 turns -0 into 0, as the
-  // weights of 0 do in a tile.
+  // products with weights of 0 do in a tile.
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) sum[v] = inverse != 0 ? sum[v] * inverse + Acc{0} : Vec<Acc>{};
   if (finite && stride_c == 1 && n >= V * lanes) {
@@ -173,8 +181,8 @@ SRT_INLINE void write_cell(Vec<Acc> (&sum)[V], Acc inverse, Acc keep, Out* out, 
   write_part<V>(sums, keep, out, stride_c, n);
 }
 
-// Writes the first `cells` of X cells from x on, row r of the band; channels from c on. `finite`:
-// all sums are.
+// Writes the first `cells` of X cells starting at cell x of row r of the band, starting at channel
+// c. `finite` states that all sums are finite.
 template <int X, int V, class T, class Out, class Acc>
 SRT_INLINE void write_cells(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64_t r,
                             int64_t x, int64_t cells, int64_t c, Vec<Acc> (&sum)[X][V], bool finite,
@@ -192,7 +200,7 @@ SRT_INLINE void write_cells(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& p
   }
 }
 
-// Row r of the band by a walk along it.
+// Computes row r of the band by a walk along x.
 template <class T, class Out, class Acc>
 void walk_along(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64_t r, char* base) {
   constexpr int64_t block = kVectors * kLanes<Acc>;
@@ -209,7 +217,7 @@ void walk_along(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64_t
   }
 }
 
-// The rows of a band, X cells at a time.
+// Computes the rows of a band with the tiles along x, X cells at a time.
 template <int X, class T, class Out, class Acc>
 void filter_tiles(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, char* base) {
   const TileTable<Acc>& table = plan.tile_x;
@@ -230,7 +238,8 @@ void filter_tiles(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, char*
   }
 }
 
-// Row r of the band a cell at a time, from the table of the axis: only what a cell reads enters it.
+// Computes row r of the band cell by cell from the axis table. Only tokens that a cell reads enter
+// its sum, so a non-finite token does not reach other cells.
 template <class T, class Out, class Acc>
 void filter_row(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64_t r, char* base) {
   int64_t* const at = in(base, plan.scratch.at);
@@ -256,8 +265,8 @@ void filter_row(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64_t
 
 // ---- tasks --------------------------------------------------------------------------------------
 
-// For row r of the band: what the sums of a cell are multiplied by, and what is there already in a
-// stream.
+// For each cell of row r of the band: `inverse`, the factor of its sum, and in a stream `keep`, the
+// factor of its previous state.
 template <class T, class Out, class Acc>
 void fill_inverse(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64_t r, char* base) {
   const int64_t y = part.y + r, cells = part.x_end - part.x;
@@ -273,8 +282,8 @@ void fill_inverse(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, int64
   }
 }
 
-// By walks or tiles. If a sum of a row is not finite or too large, by the exact path: from the
-// tables, one row and one cell at a time.
+// Computes a part by walks or tiles. If a sum along y is not finite or too large, it is computed
+// again by the exact path: from the axis tables, one row and one cell at a time.
 template <class T, class Out, class Acc>
 void mean_of_part(const MeanPlan<Acc>& plan, const MeanPart<T, Out>& part, char* base) {
   const bool small =

@@ -1,4 +1,6 @@
-// The mean on the CPU: its plan, and its tasks over threads.
+// The mean on the CPU: builds the plan of a call (walks or tiles along each axis, sizes of bands,
+// parts and channel chunks that fit the cache) and distributes its tasks over threads. mean-inl.h
+// has the inner loops.
 #include <algorithm>
 #include <vector>
 
@@ -10,19 +12,20 @@
 namespace srt::cpu {
 namespace {
 
-// The least cells and tokens of a part of a row. A part reads two tokens more: larger ones read
-// fewer of them twice, but the sums of smaller ones stay in the cache.
+// The minimum size of a part of a row, in cells and in tokens. Neighbouring parts read about two
+// tokens twice: larger parts repeat less, but the sums of smaller parts stay in the cache.
 constexpr int64_t kPartCells = 48, kPartTokens = 3;
 
-// The least rows of a band that walks: it begins anew in each.
+// The minimum rows of a band that is walked along y. The walk restarts in each band.
 constexpr int64_t kBandRows = 8;
 
-// An output from this size on is written around the cache. That takes no longer at any size, but
-// leaves the next reader less in the cache. Writing and one reading (2 cores, 2 MB of L2 each) take
-// up to a quarter longer so at 24 MB, up to 15 % at 48 MB, and two thirds of the time at 96 MB.
+// Outputs of at least this size are written with non-temporal stores, which bypass the cache. The
+// write itself is not slower at any size, but the next reader finds less in the cache. Measured on
+// 2 cores with 2 MB of L2 each, writing plus one read takes up to 25 % longer at 24 MB, up to 15 %
+// longer at 48 MB, and two thirds of the time at 96 MB.
 constexpr int64_t kPastCacheBytes = int64_t{32} << 20;
 
-// Owns a WalkTable.
+// Builds and owns a WalkTable.
 template <class Acc>
 struct WalkStorage {
   std::vector<int64_t> begin{0};
@@ -30,14 +33,14 @@ struct WalkStorage {
   std::vector<uint8_t> anew;
   std::vector<Acc> position;
 
-  // Adds a walk over n views: offset(i) of view number i, row(i) its row of the axis table, and
-  // tap(i, place, value, slope) as it enters the sums.
+  // Adds a walk over n views. offset(i) returns the offset of view i, row(i) its row of the axis
+  // table, and tap(i, place, value, slope) the entry of the walk for a change of one of its tokens.
   template <class Offset, class Row, class Tap>
   void add(const Axis& axis, const AxisTable<Acc>& table, int64_t n, Offset&& offset, Row&& row,
            Tap&& tap) {
     for (int64_t cell = 0; cell < table.cells; ++cell) {
       bool starts = cell % walk_interval(axis) == 0;
-      for (int64_t i = 0; i < n && !starts; ++i) {  // stops_at, from the table
+      for (int64_t i = 0; i < n && !starts; ++i) {  // as stops_at, but from the table
         const int32_t* const at = table.taps + row(i) * table.cells + cell;
         starts = at[-1] > 0 && at[0] == 0;
       }
@@ -57,7 +60,7 @@ struct WalkStorage {
   }
 };
 
-// The tables of one call, owned.
+// Builds and owns the tables of one call.
 template <class Acc>
 struct MeanTables {
   using Tap = typename WalkTable<Acc>::Tap;
@@ -105,7 +108,7 @@ struct MeanTables {
     plan.tile_x = tile_x.table(tile, plan.width);
   }
 
-  // Splits a row into equal parts of whole `unit`s of cells.
+  // Splits a row into parts of equal size, each a multiple of `unit` cells.
   void split_row(const Axis& axis, int64_t unit, MeanPlan<Acc>& plan) {
     const int64_t cells = std::max(kPartCells, kPartTokens * axis.patch / axis.stride);
     const int64_t parts = std::max<int64_t>(1, plan.width / cells);
@@ -117,7 +120,7 @@ struct MeanTables {
         const auto [first, end] = inputs_of_tile(plan.x, g, x, plan.part);
         if (first < end) own = {std::min(own.begin, first), std::max(own.end, end)};
       }
-      // A walk has a tap of the next token, too, where its weight is 0 in the last pixel.
+      // A walk also changes the token after the last one read, whose weight is 0 at the last pixel.
       own = {std::min(own.begin, own.end), std::min(own.end + 1, plan.places_x)};
       columns.push_back(own);
       plan.columns = std::max(plan.columns, own.end - own.begin);
@@ -126,8 +129,9 @@ struct MeanTables {
   }
 };
 
-// The largest tile of rows: its sums must fit the cache, for a piece of channels or more, and each
-// thread must get one. `row_bytes`: the sums of a row and a channel.
+// The largest allowed tile of rows: its sums, for at least a piece of channels, must fit the cache,
+// and there must be a tile for each thread. `row_bytes` is the size of the sums of one row and one
+// channel.
 template <class Acc>
 int64_t largest_tile(const MeanPlan<Acc>& plan, int64_t block, int64_t row_bytes, int64_t threads) {
   const int64_t piece = std::min(div_up(plan.channels, block) * block,
@@ -139,7 +143,8 @@ int64_t largest_tile(const MeanPlan<Acc>& plan, int64_t block, int64_t row_bytes
   return largest;
 }
 
-// Whether the output is written around the cache: large, and in whole aligned vectors.
+// Whether the output is written with non-temporal stores: it is large and consists of whole aligned
+// cache lines.
 template <class Out>
 bool goes_past_cache(const EnsembleArgs& args, int64_t elements) {
   constexpr int64_t line = 64, size = sizeof(Out);
@@ -179,10 +184,11 @@ void mean_of(const EnsembleArgs& args, const Parallel& parallel) {
   } else {
     tables.make_tiles(axis_x, isa.max_tile, plan);
   }
-  // With all weights 0 there is no group.
+  // There are no groups if all weights are 0.
   const int64_t row_bytes = std::max<int64_t>(1, plan.groups * plan.columns) * kSize;
-  // A band and pass whose sums are not small take the exact path, which adds in another order than
-  // a walk. Results have the same bits for any number of threads, so its extent must, too.
+  // A band and pass whose sums are too large take the exact path, which adds in another order than
+  // a walk. Results must be bitwise equal for any number of threads, so with walks the sizes of a
+  // band and of a pass must not depend on that number.
   const bool walks = plan.walks_y || plan.walks_x;
   const int64_t largest = largest_tile(plan, block, row_bytes, walks ? 1 : parallel.threads);
   const int64_t tile_y =

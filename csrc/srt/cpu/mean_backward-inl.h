@@ -1,14 +1,19 @@
-// The inner loops of the gradient of the mean (vector_blocks-inl.h has the rules for this file).
+// The inner loops of the gradient of the mean: from the gradient of the field [B, C, H', W'] to the
+// gradient of the tokens [V, B, h*w, C]. These are the two filters of the mean transposed and in
+// the opposite order. For each distinct dy, the gradient rows that read a token row are summed
+// once, into scratch; then each token of each view sums the cells of that row that read it. Tokens
+// gather, so no two threads add to one element. vector_blocks-inl.h has the rules for code in this
+// file.
 #pragma once
 #include "vector_blocks-inl.h"
 
 namespace srt::cpu {
 namespace {
 
-// sums [X, longest_span, pass]: for X offsets of tile number `tile`, from its offset `first` on,
-// the gradient rows that read token row i, summed, at the cells of `span` and n channels from
-// `grad` on; zeros up to a whole block. X is a whole tile, or 1 with `kExact`. Returns whether all
-// of them are finite, and not too large: see kMaxSumOfSquares.
+// Sums the gradient rows that read token row i, for X offsets of tile number `tile` starting at its
+// offset `first`, at the cells of `span` and n channels starting at `grad`. Writes sums [X,
+// longest_span, pass], padded with zeros to a whole block. X is the whole tile, or 1 with `kExact`.
+// Returns whether all sums are finite and small enough for the second pass (see kMaxSumOfSquares).
 template <int X, bool kExact, class T, class Acc>
 bool sum_rows(const MeanBackwardPlan<Acc>& plan, int64_t i, int64_t tile, int64_t first,
               const Span& span, const T* grad, int64_t n, char* base) {
@@ -37,9 +42,9 @@ bool sum_rows(const MeanBackwardPlan<Acc>& plan, int64_t i, int64_t tile, int64_
   return all_below(squares, kMaxSumOfSquares<Acc>);
 }
 
-// The gradient of token j for the views `own`: sums over the cells of `span` in `sums` [span,
-// pass]. X is a whole tile of groups. `to`: of view 0, channel 0. With `kExact` each view by
-// itself.
+// Computes the gradient of token j for the views `own`, which share a dy, from `sums` [span, pass].
+// X is a whole tile of groups; with `kExact` each view is computed separately. `to` points to the
+// token in view 0, first channel.
 template <int X, bool kExact, class T, class Acc>
 void sum_cells(const MeanBackwardPlan<Acc>& plan, const TileViews& own, int64_t j, const Span& span,
                const Acc* sums, int64_t n, T* to, char* base) {
@@ -55,7 +60,7 @@ void sum_cells(const MeanBackwardPlan<Acc>& plan, const TileViews& own, int64_t 
   for (int64_t k = 0; k < count; ++k) at[k] = table.input[first + k] - span.begin;
   for (int64_t c = 0; c < n; c += block) {
     Vec<Acc> sum[X][V];
-    Acc by_group[X * block];  // in memory: which of them a view takes is not known here
+    Acc by_group[X * block];  // in memory, because views index it at run time
     if constexpr (!kExact) {
       sum_inputs<X, false, false>(sums + c, at, plan.pass, weight, X, count, block, sum);
 #pragma GCC unroll 8
@@ -83,7 +88,8 @@ void sum_cells(const MeanBackwardPlan<Acc>& plan, const TileViews& own, int64_t 
   }
 }
 
-// Tokens [j, j_end) of row i, n channels of them. `to`: of view 0, token 0 of the row.
+// Computes tokens [j, j_end) of token row i, n channels. `to` points to token 0 of the row in view
+// 0.
 template <class T, class Acc>
 void segment_backward(const MeanBackwardPlan<Acc>& plan, int64_t i, int64_t j, int64_t j_end,
                       const Span& span, const T* grad, int64_t n, T* to, char* base) {
@@ -119,7 +125,7 @@ void mean_backward(const MeanBackwardPlan<Acc>& plan, int64_t begin, int64_t end
   char* const base = static_cast<char*>(scratch);
   const int64_t chunks = (plan.channels + plan.chunk - 1) / plan.chunk;
   for (int64_t task = begin; task < end; ++task) {
-    // Token rows that follow each other read the same gradients.
+    // The token row varies fastest, because consecutive rows read mostly the same gradients.
     const int64_t i = task % plan.tokens_y;
     const int64_t chunk = task / plan.tokens_y % chunks * plan.chunk;
     const int64_t b = task / plan.tokens_y / chunks;

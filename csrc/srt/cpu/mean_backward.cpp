@@ -1,4 +1,5 @@
-// The gradient of the mean on the CPU: its plan, and its tasks over threads.
+// The gradient of the mean on the CPU: transposes the axis tables, builds the plan of a call and
+// distributes its tasks over threads. mean_backward-inl.h has the inner loops.
 #include <algorithm>
 #include <cstring>
 #include <utility>
@@ -11,18 +12,18 @@
 namespace srt::cpu {
 namespace {
 
-// The table of an axis transposed: a row for each token, whose outputs are the offsets and whose
-// inputs are the cells that read the token. Its weights stay in the other table: an edge token may
-// be read by all cells. Under circular, cells at both ends of the axis may read a token. So that
-// the cells of a token follow each other, they are numbered as if the axis came three times in a
-// row: of 10 cells, 8, 9 and 0 become 18, 19 and 20.
+// An axis table transposed: one row per token, whose outputs are the offsets and whose inputs are
+// the cells that read the token. Weights are looked up in the original table, because storing them
+// would be large: all cells may read an edge token. Under a circular border, cells at both ends of
+// the axis may read the same token. To make the cells of a token consecutive, they are numbered as
+// if the axis were repeated three times: of 10 cells, 8, 9 and 0 become 18, 19 and 20.
 template <class Acc>
 struct TransposedTable {
   const AxisTable<Acc>& table;
   const std::vector<int64_t>& start;  // [offsets], Axis::start
-  int64_t cells;                      // offsets
-  int64_t tokens;                     // of a period
-  int64_t before;                     // periods before the axis
+  int64_t cells;                      // outputs of a row: the offsets
+  int64_t tokens;                     // of one repetition
+  int64_t before;                     // repetitions before the axis itself
   std::vector<int32_t> first, taps;   // [tokens, offsets]
 
   TransposedTable(const AxisTable<Acc>& of, const std::vector<int64_t>& start, int64_t tokens,
@@ -59,7 +60,8 @@ struct TransposedTable {
   }
 };
 
-// The views sorted by dy, then by group, in parts of one dy whose groups lie in one tile.
+// The views sorted by dy, then by group, and split into parts. The views of a part share a dy, and
+// their groups are in the same tile.
 template <class Acc>
 struct ViewsByDy {
   std::vector<typename ViewsPlan<Acc>::View> views;
@@ -70,7 +72,7 @@ struct ViewsByDy {
     std::stable_sort(views.begin(), views.end(),
                      [](const auto& a, const auto& b) { return a.dy < b.dy; });
   }
-  // How often sums over a tile of groups are taken: for each dy that has views in it.
+  // How often a tile of groups is summed: once for each dy that has views in it.
   int64_t uses(int64_t group, int64_t tile) const {
     int64_t count = 0, last = -1;
     for (const auto& view : views) {
@@ -95,9 +97,9 @@ struct ViewsByDy {
   }
 };
 
-// Segments of a row of tokens, as long as the cache holds for a piece of channels. Their spans of
-// cells overlap: where the offsets alone reach farther than that, shorter ones would only read
-// more.
+// Splits a row of tokens into segments whose sums fit the cache for a piece of channels. The spans
+// of cells of neighbouring segments overlap. Splitting stops when the segments together would read
+// more than twice the row: then the range of the offsets dominates, and shorter segments read more.
 template <class Acc>
 std::vector<Span> choose_segments(const TransposedTable<Acc>& x, int64_t cell_bytes,
                                   MeanBackwardPlan<Acc>& plan) {

@@ -1,4 +1,5 @@
-// Compiled once for each instruction set; SRT_ISA names it (CMakeLists.txt has the flags).
+// Instantiates all CPU kernels. CMakeLists.txt compiles this file once for each instruction set,
+// with its compiler flags and SRT_ISA set to its name.
 #include "dispatch.h"
 #include "mean-inl.h"
 #include "mean_backward-inl.h"
@@ -14,7 +15,7 @@ namespace srt::cpu {
 #define SRT_STRING(x) SRT_STRING_(x)
 
 namespace {
-// In the order of dispatch.h.
+// In the order of the members of KernelsOf in dispatch.h.
 template <class T, class Acc = typename AccumulatorOf<T>::type>
 constexpr KernelsOf<T> kKernels = {mean<T, T>,
                                    mean<T, Acc>,

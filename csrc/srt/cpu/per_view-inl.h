@@ -1,5 +1,10 @@
-// The inner loops of the reductions that need the value of every view in a cell
-// (vector_blocks-inl.h has the rules for this file).
+// The inner loops of the reductions that need the value of every view in a cell, the median and the
+// moments: tokens [V, B, h*w, C] to a field [B, C, H', W'] (or to mean and variance), and the same
+// for chunks of a stream. For an output row, combine_views sums the token rows that each view
+// reads, once per view. A cell then gathers its V values from these sums along x, a few vectors of
+// channels at a time, and a Reduction selects or sums them while they are in the first-level cache.
+// Cells that read the same tokens with the same weights in every view are computed once and copied.
+// vector_blocks-inl.h has the rules for code in this file.
 #pragma once
 #include "../running_median.h"
 #include "vector_blocks-inl.h"
@@ -7,25 +12,25 @@
 namespace srt::cpu {
 namespace {
 
-// Vectors of channels that are gathered at a time: the values of 49 views and the two tokens that
-// each view reads stay in the first-level cache.
+// Vectors of channels that are gathered at a time: few enough that the values of 49 views, and the
+// two tokens that each view reads, stay in the first-level cache.
 constexpr int kValueVectors = 2;
 
-// Cells [y, y_end) x [x, x_end) that all views give the same values, and n channels of them.
+// n channels of the cells [y, y_end) x [x, x_end), which have the same values in every view.
 struct CellRun {
   int64_t y, y_end, x, x_end;
-  int64_t at;  // of the first channel and cell (0, 0) in the output, in elements
+  int64_t at;  // offset of the first channel at cell (0, 0) in the output, in elements
   int64_t n;
 };
 
 template <class Acc>
 struct CellValues {
-  Acc* value;             // [count, block], and room for kLargestNetwork
-  const Acc* share;       // [count], of their total weight
+  Acc* value;             // [count, block]; allocated for kLargestNetwork values or more
+  const Acc* share;       // [count], fractions of the total weight
   WindowStep<Acc>* step;  // [count], scratch
   int64_t count;
-  double total;  // weight
-  bool finite;   // all values
+  double total;  // total weight
+  bool finite;   // whether all values are finite
 };
 
 // Calls cell(offset in the output, number of the cell) for each cell of a run.
@@ -60,19 +65,20 @@ __attribute__((noinline)) Vec<Acc> median_by_network(Acc* values, int64_t count,
   return MedianOf<N, VectorOrder<V>, V>::lower(value);
 }
 
-// Any number of values: the bits of the result are found from the top, by counting. A number is
-// ordered as its key, an integer. Overwrites the values.
+// The median of any number of values. Determines the bits of the result from the highest to the
+// lowest; for each bit it counts the values below a candidate. Floating-point numbers are compared
+// by integer keys of the same order. Overwrites the values with their keys.
 template <class Acc>
 __attribute__((noinline)) Vec<Acc> median_by_bits(Acc* values, int64_t count, int64_t step) {
   using Key = decltype(Vec<Acc>{} < Vec<Acc>{});  // integers of the same size
   using One = std::decay_t<decltype(Key{}[0])>;
   constexpr int bits = 8 * sizeof(One);
-  constexpr One top = One{1} << (bits - 2);  // the highest bit but the sign
+  constexpr One top = One{1} << (bits - 2);  // the highest bit below the sign
   const auto flip = [](Key bit) { return bit ^ ((bit >> (bits - 1)) & (top - 1 + top)); };
   for (int64_t i = 0; i < count; ++i)
     store(values + i * step, bits_as<Vec<Acc>>(flip(read<Key>(values + i * step))));
   const One rank = static_cast<One>((count - 1) / 2);
-  const auto reach = [&](Key key) {  // whether no more than `rank` keys are below it
+  const auto reach = [&](Key key) {  // whether at most `rank` keys are below `key`
     Key below = {};
     for (int64_t i = 0; i < count; ++i) below -= read<Key>(values + i * step) < key;
     return below <= rank;
@@ -82,7 +88,7 @@ __attribute__((noinline)) Vec<Acc> median_by_bits(Acc* values, int64_t count, in
   return bits_as<Vec<Acc>>(flip(key));
 }
 
-// The median of one vector of channels; NaN if a value is. Overwrites the values.
+// The median of one vector of channels; NaN if one of the values is NaN. Overwrites the values.
 template <class Acc>
 Vec<Acc> median_of(Acc* value, int64_t count, bool finite) {
   constexpr int64_t block = kValueVectors * kLanes<Acc>;
@@ -132,7 +138,7 @@ struct StreamMedian {
           for (int v = 0; v < kValueVectors; ++v) planes[i][v] += kInfinity<Acc>;
         }
       }
-      // By vector: each has a window of its own, and one does not wait for the other.
+      // Each vector has its own window, so that their dependency chains can overlap.
       Vec<Acc> window[kValueVectors][kWindow], place[kValueVectors];
       for (int v = 0; v < kValueVectors; ++v) {
         for (int i = 0; i < kWindow; ++i) window[v][i] = planes[i][v];
@@ -156,7 +162,7 @@ struct StreamMedian {
 
 // ---- the moments --------------------------------------------------------------------------------
 
-// The moments of the values of a cell, in two passes over them.
+// Mean and variance of the values of a cell, in two passes.
 template <class Acc>
 void moments_of(const CellValues<Acc>& values, Vec<Acc> (&mean)[kValueVectors],
                 Vec<Acc> (&variance)[kValueVectors]) {
@@ -168,7 +174,7 @@ void moments_of(const CellValues<Acc>& values, Vec<Acc> (&mean)[kValueVectors],
     for (int64_t i = 0; i < values.count; ++i) {
       const Vec<Acc> from_mean = load(value + i * block) - sum;
       const Vec<Acc> part = values.share[i] * from_mean;
-      rest += part;  // what rounding left out of the mean
+      rest += part;  // the rounding error of the mean
       squares += part * from_mean;
     }
     squares -= rest * rest;
@@ -177,7 +183,8 @@ void moments_of(const CellValues<Acc>& values, Vec<Acc> (&mean)[kValueVectors],
   }
 }
 
-// In a stream the state and a chunk are joined as two samples are (Chan, Golub and LeVeque 1979).
+// In a stream, the state and the chunk are combined as two samples are (Chan, Golub and LeVeque
+// 1979).
 template <class Out, class Acc>
 struct Moments {
   static void reduce(const PerViewPlan<Acc>& plan, const CellRun& run,
@@ -199,13 +206,13 @@ struct Moments {
         return;
       }
       const Acc added = static_cast<Acc>(chunk / (before + chunk));
-      if (added == 0) return;  // too little to show
+      if (added == 0) return;  // below the precision of the state
       Vec<Acc> old_mean[kValueVectors] = {}, old_variance[kValueVectors] = {};
       load_block(state[0], stride, run.n, old_mean);
       load_block(state[1], stride, run.n, old_variance);
       for (int v = 0; v < kValueVectors; ++v) {
         const Vec<Acc> apart = mean[v] - old_mean[v];
-        // The first form rounds less, the second keeps an infinite mean.
+        // The first form has the smaller rounding error; the second keeps an infinite mean.
         const Vec<Acc> joined = keep * old_mean[v] + added * mean[v];
         old_mean[v] = apart - apart == Acc{0} ? old_mean[v] + added * apart : joined;
         old_variance[v] =
@@ -219,9 +226,11 @@ struct Moments {
 
 // ---- the values ---------------------------------------------------------------------------------
 
-// What does not depend on the reduction is not inlined: it is compiled once for all of them.
+// Functions that do not depend on the reduction are not inlined, so that they are compiled only
+// once.
 
-// buffer[i] = the value of view i for one block of channels from `c` on; whether all are finite.
+// Computes buffer[i], the value of view i for one block of channels starting at `c`. Returns
+// whether all values are finite.
 template <class Acc>
 __attribute__((noinline)) bool gather(const ViewValue<Acc>* values, int64_t count, int64_t chunk,
                                       int64_t c, Acc* buffer) {
@@ -245,8 +254,8 @@ __attribute__((noinline)) bool gather(const ViewValue<Acc>* values, int64_t coun
   return no_nan(check);
 }
 
-// The token rows that each view reads in output row y, summed, for n channels from `tokens` on:
-// sums [views that count, places_x, chunk], with zeros up to a whole block.
+// Sums the token rows that each view reads in output row y, for n channels starting at `tokens`.
+// Writes sums [views that count, places_x, chunk], padded with zeros to a whole block.
 template <class T, class Acc>
 __attribute__((noinline)) void combine_views(const PerViewPlan<Acc>& plan, int64_t y,
                                              const T* tokens, int64_t n, char* base) {
@@ -272,7 +281,7 @@ __attribute__((noinline)) void combine_views(const PerViewPlan<Acc>& plan, int64
   }
 }
 
-// The views that count in a cell, after combine_views of its row.
+// Collects the views that count in a cell. combine_views must have been called for its row.
 template <class Acc>
 __attribute__((noinline)) CellValues<Acc> views_of_cell(const PerViewPlan<Acc>& plan, int64_t y,
                                                         int64_t x, char* base) {

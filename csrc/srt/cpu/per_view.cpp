@@ -1,4 +1,5 @@
-// Median and moments on the CPU, and their streams: which kernel, its plan, its tasks over threads.
+// Median and moments on the CPU, and their streams: selects the kernel, builds its plan and
+// distributes its tasks over threads. per_view-inl.h has the inner loops.
 #include <algorithm>
 #include <vector>
 
@@ -47,8 +48,8 @@ void per_view_of(const EnsembleArgs& args, const Parallel& parallel) {
     for (int64_t k = 0, at = 0; k < counted; ++k, at = (at + step) % counted) order.push_back(at);
     plan.order = order.data();
   }
-  // A band is as tall as a token: its rows read the same tokens. It gets lower, and chunks
-  // narrower, where a thread would be without work.
+  // A band is as tall as a token, because its rows then read the same tokens. Bands are made lower,
+  // and chunks narrower, until there are enough tasks for all threads.
   const int64_t block = kernels().block_bytes / static_cast<int64_t>(sizeof(Acc));
   const int64_t sums = counted * plan.places_x * static_cast<int64_t>(sizeof(Acc));
   plan.band = std::max<int64_t>(1, args.patch[0] / args.stride[0]);
