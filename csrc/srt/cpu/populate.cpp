@@ -1,3 +1,4 @@
+// Populates pages with madvise(MADV_POPULATE_WRITE) on Linux; does nothing on other systems.
 #include "populate.h"
 
 #if defined(__linux__)
@@ -9,14 +10,16 @@
 namespace srt {
 namespace {
 
-// A malloc keeps smaller pieces and gives them out again (glibc's: M_MMAP_THRESHOLD, its maximum).
+// The smallest size that is populated. malloc recycles smaller blocks, whose pages are already
+// there (in glibc, the maximum of M_MMAP_THRESHOLD).
 constexpr int64_t kFreshBytes = int64_t{32} << 20;
-// MADV_POPULATE_WRITE, Linux 5.14: clears pages in bulk, without an exception for each. Older
-// kernels refuse it, and the pages come as they are touched.
+// MADV_POPULATE_WRITE (Linux 5.14) allocates pages in bulk, without a page fault for each. Older
+// Linux kernels return an error, and pages are then allocated on first access.
 constexpr int kPopulateWrite = 23;
-// What a thread gets at a time.
+// Bytes that a thread populates per call.
 constexpr int64_t kPart = int64_t{2} << 20;
-// Not a local static: a process forked while another thread initialises one would wait forever.
+// Not a local static: if a process forks while another thread initialises a local static, the child
+// waits for it forever.
 const int64_t page = sysconf(_SC_PAGESIZE);
 
 }  // namespace

@@ -1,4 +1,5 @@
-// The pages of a fresh result: to fault them in one by one takes longer than all of the arithmetic.
+// Populates the pages of a newly allocated result in bulk. Faulting them in one by one, as they are
+// first written, takes longer than the arithmetic of a call.
 #pragma once
 #include <cstdint>
 
@@ -6,7 +7,8 @@
 
 namespace srt {
 
-// Memory on the CPU that was just allocated gets its pages, by all threads.
+// Faults in the pages of newly allocated CPU memory, with all threads. Does nothing for small
+// sizes.
 void fault_in(void* data, int64_t bytes, const Parallel& parallel);
 
 }  // namespace srt

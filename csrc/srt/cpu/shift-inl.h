@@ -1,4 +1,8 @@
-// The inner loops of shift (vector_blocks-inl.h has the rules for this file).
+// The inner loop of shift: images [B*C, H, W] to views [V, B*C, H, W]. One task computes one output
+// row. Whole-pixel offsets are copied bit for bit. Otherwise the taps along y are summed first,
+// into a line that includes the padding along x; then the taps along x run over the line as
+// unaligned vector loads, without any index arithmetic. vector_blocks-inl.h has the rules for code
+// in this file.
 #pragma once
 #include "plan.h"
 #include "simd.h"
@@ -6,13 +10,14 @@
 namespace srt::cpu {
 namespace {
 
+// A row of the image that an output row reads.
 template <class Acc>
 struct SourceRow {
   const void* pixels;
   Acc weight;
 };
 
-// One source position of a line: the vertical taps at column `column`, -1 being a padded zero.
+// Sums the vertical taps at one source column; -1 is a padded zero.
 template <class T, class Acc>
 Acc vertical_taps(const SourceRow<Acc>* rows, int row_count, int64_t column) {
   Acc sum = 0;
@@ -40,7 +45,7 @@ void shift(const ShiftPlan& plan, int64_t begin, int64_t end, void* scratch) {
     const T* image = static_cast<const T*>(plan.image) + plane * plan.height * width;
     T* out = static_cast<T*>(plan.out) + task * width;
 
-    // Whole pixels on both axes: a copy, bit for bit.
+    // Whole pixels along both axes are copied bit for bit.
     if (view.y.taps == 1 && view.x.taps == 1) {
       if (source_y[0] < 0) {
         std::memset(static_cast<void*>(out), 0, static_cast<size_t>(width) * sizeof(T));
@@ -57,7 +62,7 @@ void shift(const ShiftPlan& plan, int64_t begin, int64_t end, void* scratch) {
       continue;
     }
 
-    // The vertical taps first, into a line that already holds the horizontal padding.
+    // Sum the vertical taps into a line that includes the horizontal padding.
     SourceRow<Acc> rows[4];
     int row_count = 0;
     for (int k = 0; k < view.y.taps; ++k) {

@@ -1,4 +1,5 @@
-// Shift on the CPU: a task is one row of one plane of a view.
+// Shift on the CPU: builds the plan and distributes tasks over threads. A task is one row of one
+// plane of a view. shift-inl.h has the inner loop.
 #include "../shift.h"
 
 #include "dispatch.h"

@@ -1,4 +1,8 @@
-// The inner loops of the gradient of shift (vector_blocks-inl.h has the rules for this file).
+// The inner loop of the gradient of shift: the gradient of the views [V, B*C, H, W] to the gradient
+// of the images [B*C, H, W]. One task computes one image row. It gathers, from every view, the
+// gradient rows that read it (a list that shift_backward.cpp builds), so threads never add to the
+// same element. Positions inside the image are added as vectors; padded positions are added one by
+// one to the pixel that they repeat. vector_blocks-inl.h has the rules for code in this file.
 #pragma once
 #include "plan.h"
 #include "simd.h"
@@ -12,7 +16,8 @@ void shift_backward(const ShiftBackwardPlan& plan, int64_t begin, int64_t end, v
   constexpr int lanes = kLanes<Acc>;
   constexpr int64_t pad = lanes < 4 ? 4 : lanes;  // four taps reach three pixels beyond
   const int64_t width = plan.width, line = width + 128;
-  // A gradient row between zeros, what its positions get, and the sum over views.
+  // `row`: the weighted sum of gradient rows, with zeros on both sides. `at_position`: the gradient
+  // of each source position. `sum`: the sum over views for each pixel.
   Acc* const row = static_cast<Acc*>(scratch) + 64;
   Acc* const at_position = row - 64 + line;
   Acc* const sum = at_position + line;
@@ -36,7 +41,7 @@ void shift_backward(const ShiftBackwardPlan& plan, int64_t begin, int64_t end, v
           store(row + x, load(row + x) + weight * load(from + x));
         if (x < width) store(row + x, load(row + x) + weight * load_part(from + x, 1, width - x));
       }
-      // Output pixel x reads positions x + k: position m goes to pixels m - k.
+      // Output pixel x reads positions x + k, so position m gathers from pixels m - k.
       const int64_t positions = width + view.x.taps - 1;
       for (int64_t m = 0; m < positions; m += lanes) {
         Vec<Acc> value = {};

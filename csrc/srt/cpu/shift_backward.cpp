@@ -1,4 +1,5 @@
-// The gradient of shift on the CPU: each row of the image gathers the gradient rows that read it.
+// The gradient of shift on the CPU: lists, for each row of the image, the gradient rows that read
+// it, builds the plan and distributes tasks over threads. shift_backward-inl.h has the inner loop.
 #include <vector>
 
 #include "../shift.h"

@@ -1,4 +1,5 @@
-// What shift and its gradient begin with: the taps and the padding of every view, owned.
+// Setup that shift and its gradient share: the taps and the padded source indices of every view,
+// with their memory.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -8,7 +9,7 @@
 
 namespace srt::cpu {
 
-// Up to four taps read three positions past the last pixel of an axis.
+// Positions that four taps read past the last pixel of an axis.
 constexpr int64_t kPast = 3;
 
 struct ShiftViews {

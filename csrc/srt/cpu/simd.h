@@ -1,5 +1,6 @@
-// Vectors as wide as the instruction set that compiles this file, and their loads and stores for
-// every element type. vector_blocks-inl.h says why all of it is in an anonymous namespace.
+// Vectors of accumulators, as wide as the registers of the instruction set for which the file is
+// compiled, and their loads and stores for every element type. Built on the vector extensions of
+// GCC and Clang. vector_blocks-inl.h explains why everything is in an anonymous namespace.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -76,8 +77,8 @@ inline void store(uint8_t* p, Vec<float> v) {
   const VecU8 bytes = __builtin_convertvector(__builtin_convertvector(v, VecI32), VecU8);
   std::memcpy(p, &bytes, sizeof(bytes));
 }
-// Rounded half to even to the upper half of each number. Of NaN only those stay NaN whose lower
-// half is 0, as that which arithmetic makes.
+// Rounds each number half to even to its upper 16 bits, which are left in place. A NaN stays NaN
+// only if its lower half is 0; this holds for the NaNs that arithmetic produces.
 inline VecU32 round_to_upper(Vec<float> v) {
   const VecU32 bits = bits_as<VecU32>(v), even = VecU32{} + 0x7fffu, odd = VecU32{} + 0x8000u;
   return bits + ((bits & 0x10000u) != 0 ? odd : even);
@@ -89,18 +90,18 @@ inline void store(BFloat16* p, Vec<float> v) {
   std::memcpy(p, &half, sizeof(half));
 }
 
-// Two vectors of bfloat16 as numbers of even and of odd channels: that takes half the instructions
-// of loading and storing them in order.
+// Loads two vectors of bfloat16 as one vector of the even and one of the odd channels. This takes
+// half the instructions of loading and storing them in order.
 inline void load_pair(const BFloat16* p, Vec<float>& even, Vec<float>& odd) {
   const VecU32 both = read<VecU32>(p);
   even = bits_as<Vec<float>>(both << 16);
   odd = bits_as<Vec<float>>(both & 0xffff0000u);
 }
-// Rounds half to even; for finite numbers.
+// The inverse of load_pair. Rounds half to even; the numbers must be finite.
 inline VecU32 pair_bits(Vec<float> even, Vec<float> odd) {
   return (round_to_upper(even) >> 16) | (round_to_upper(odd) & 0xffff0000u);
 }
-// The first n channels of a pair, fewer than all; the others are 0.
+// Loads the first n channels of a pair, where n is less than all; the others are 0.
 inline void load_pair_part(const BFloat16* p, int64_t n, Vec<float>& even, Vec<float>& odd) {
   BFloat16 part[2 * kLanes<float>] = {};
 #if defined(__AVX512BW__)
@@ -112,7 +113,7 @@ inline void load_pair_part(const BFloat16* p, int64_t n, Vec<float>& even, Vec<f
 #endif
   load_pair(part, even, odd);
 }
-// From even and odd channels to those of the first half and the second.
+// Interleaves even and odd channels: `even` becomes the first half in order, `odd` the second.
 inline void put_in_order(Vec<float>& even, Vec<float>& odd) {
   constexpr int lanes = kLanes<float>;
   float pairs[2][lanes], ordered[2 * lanes];
@@ -157,15 +158,15 @@ inline uint16_t float_to_half(float value) {
   if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
   if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // 65520 and above
   if (magnitude < 0x38800000u) {
-    // Below 2^-14 a half counts in steps of 2^-24, which is the ulp of a float at 0.5: adding 0.5
-    // rounds to them.
+    // Below 2^-14, the spacing of halves is 2^-24, which is the ulp of a float at 0.5. So adding
+    // 0.5 rounds to it.
     const uint32_t steps = bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3f000000u;
     return static_cast<uint16_t>(sign | steps);
   }
   const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
   return static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
 }
-// Not inlined: long, and called wherever tokens are read.
+// Not inlined: the code is long and is called wherever tokens are read.
 __attribute__((noinline)) inline Vec<float> load(const Half* p) {
   Vec<float> v;
   for (int i = 0; i < kLanes<float>; ++i) v[i] = half_to_float(p[i].bits);
@@ -176,8 +177,9 @@ __attribute__((noinline)) inline void store(Half* p, Vec<float> v) {
 }
 #endif
 
-// Stores a vector around the cache: to whole lines, one after the other, without reading them
-// first. Aligned; only a fence makes it visible to other threads.
+// Stores a vector with a non-temporal store: it bypasses the cache and does not read the line
+// first. `p` must be aligned, and whole lines should be written in sequence. The data is visible to
+// other threads only after a fence.
 template <class V>
 inline void stream(void* p, V v) {
 #if defined(__AVX512F__)
@@ -205,7 +207,7 @@ inline void fence_past_cache() {
 #endif
 }
 
-// Whether no lane is NaN, for lanes that are 0 or NaN.
+// Whether no lane is NaN. Every lane must be 0 or NaN.
 template <class V>
 inline bool no_nan(V v) {
   auto sum = v[0];
@@ -213,7 +215,7 @@ inline bool no_nan(V v) {
   return sum == 0;
 }
 
-// Whether all lanes are below a limit; NaN is not.
+// Whether all lanes are below a limit; false if a lane is NaN.
 template <class V, class Acc>
 inline bool all_below(V v, Acc limit) {
   bool below = true;
@@ -221,7 +223,7 @@ inline bool all_below(V v, Acc limit) {
   return below;
 }
 
-// The first n lanes; the others read as zero.
+// Loads the first n lanes; the others are 0.
 template <class T>
 inline auto load_part(const T* p, int64_t stride, int64_t n) {
   constexpr int all = kLanes<typename AccumulatorOf<T>::type>;

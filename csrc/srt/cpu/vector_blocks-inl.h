@@ -1,11 +1,13 @@
-// Blocks of channels in registers: loads, stores and weighted sums.
+// Blocks of channels in registers: loads, stores, and the weighted sums of which all reductions are
+// built.
 //
-// per_instruction_set.cpp compiles this header, and the other ones that end in -inl.h, once for
-// each instruction set, with other flags. Everything in them, and everything they call, has
-// internal linkage: a template or inline function with one name in all the objects would be merged
-// by the linker, and the copy it kept could hold instructions that the processor lacks. So no std::
-// templates and no functions of other headers but small ones that are inlined (median_network.h,
-// running_median.h); plan.h has plain structs. CI looks for such names.
+// Rules for this file and all others that end in -inl.h. per_instruction_set.cpp compiles them once
+// for each instruction set, with different compiler flags. Everything in them, and everything that
+// they call, must have internal linkage. Otherwise the linker would merge templates and inline
+// functions of the same name, and the copy that it keeps could contain instructions that the
+// processor does not support. So these files use no std:: templates, and from other headers only
+// plain structs (plan.h) and small functions that are always inlined (median_network.h,
+// running_median.h). CI checks the symbols of the objects.
 #pragma once
 #include "plan.h"
 #include "simd.h"
@@ -13,21 +15,23 @@
 namespace srt::cpu {
 namespace {
 
-// Four vectors of channels at a time: independent sums enough to hide the latency of an add, with
-// registers left on every instruction set.
+// Vectors of channels that are summed at a time: enough independent sums to hide the latency of an
+// add, and few enough to leave free registers on every instruction set.
 constexpr int kVectors = 4;
 constexpr int64_t kBlockBytes = kVectors * kVectorBytes;
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// An array in the scratch that begins at `base`.
+// The address of an array in the scratch memory at `base`.
 template <class T>
 inline T* in(char* base, const ScratchArray<T>& array) {
   return reinterpret_cast<T*>(base + array.offset);
 }
 
-// Loops over vectors that stay in registers are unrolled, and what they are passed to is inlined:
-// an index that is not constant would put the array into memory.
+// Loops over arrays of vectors are unrolled, and functions that receive such arrays are inlined: an
+// index that is not a constant would move the array from registers to memory.
+//
+// Stores the first n channels of a block, `stride` elements apart.
 template <int N, class T, class V>
 SRT_INLINE void store_block(T* to, int64_t stride, int64_t n, const V (&value)[N]) {
   constexpr int lanes = kLanes<typename AccumulatorOf<T>::type>;
@@ -43,6 +47,7 @@ SRT_INLINE void store_block(T* to, int64_t stride, int64_t n, const V (&value)[N
   }
 }
 
+// Loads the first n channels of a block, `stride` elements apart. Other vectors keep their value.
 template <int N, class T, class V>
 SRT_INLINE void load_block(const T* from, int64_t stride, int64_t n, V (&value)[N]) {
   constexpr int lanes = kLanes<typename AccumulatorOf<T>::type>;
@@ -53,7 +58,7 @@ SRT_INLINE void load_block(const T* from, int64_t stride, int64_t n, V (&value)[
   }
 }
 
-// A block of n channels, or its first n and then zeros.
+// Loads a block of channels. If n is less than a block, the rest is filled with zeros.
 template <int N, class T, class V>
 SRT_INLINE void load_inputs(const T* from, int64_t n, V (&value)[N]) {
   constexpr int lanes = kLanes<typename AccumulatorOf<T>::type>;
@@ -67,7 +72,7 @@ SRT_INLINE void load_inputs(const T* from, int64_t n, V (&value)[N]) {
   }
 }
 
-// bfloat16 that is read in pairs of vectors: see load_pair.
+// bfloat16 that is loaded as vectors of even and odd channels (load_pair).
 struct PairedBFloat16 : BFloat16 {};
 template <int N>
 SRT_INLINE void load_inputs(const PairedBFloat16* from, int64_t n, Vec<float> (&value)[N]) {
@@ -86,7 +91,7 @@ SRT_INLINE void load_inputs(const PairedBFloat16* from, int64_t n, Vec<float> (&
   }
 }
 
-// The next block of N channels, or one behind it: two cache lines ahead at least.
+// Prefetches the next block of N channels, but at least two cache lines ahead.
 template <int N, class T>
 SRT_INLINE void prefetch_next(const T* p) {
   constexpr size_t line = 64, block = N * sizeof(T), ahead = block < 2 * line ? 2 * line : block;
@@ -95,7 +100,7 @@ SRT_INLINE void prefetch_next(const T* p) {
   for (size_t i = 0; i < block; i += line) __builtin_prefetch(bytes + i);
 }
 
-// A whole block; bfloat16 from pairs of vectors, which must be finite.
+// Stores a whole block. For bfloat16, the vectors hold even and odd channels and must be finite.
 template <int N, class T, class V>
 SRT_INLINE void store_whole(T* to, const V (&value)[N], bool past_cache) {
   constexpr int lanes = kLanes<typename AccumulatorOf<T>::type>;
@@ -122,7 +127,8 @@ SRT_INLINE void store_whole(BFloat16* to, const Vec<float> (&value)[N], bool pas
   }
 }
 
-// The sums of a tile of X outputs that stay in registers, by V vectors of channels.
+// A tile of X outputs by V vectors of channels is summed in registers: kMaxTile limits X, kTileSums
+// limits X * V.
 #if defined(__AVX512F__)
 constexpr int kMaxTile = 8, kTileSums = 16;
 #else
@@ -136,13 +142,13 @@ struct Constant {
   static constexpr int value = N;
 };
 
-// Calls body(how many vectors n channels take: half a block or a whole one).
+// Calls body with the vectors that n channels need, as a constant: half a block or a whole one.
 template <class Acc, class Body>
 SRT_INLINE void with_vectors(int64_t n, Body&& body) {
   n <= kVectors / 2 * kLanes<Acc> ? body(Constant<kVectors / 2>{}) : body(Constant<kVectors>{});
 }
 
-// Calls body(the outputs of a tile, as a constant).
+// Calls body with the outputs of a tile as a constant.
 template <class Body>
 SRT_INLINE auto with_tile(int64_t tile, Body&& body) {
   if constexpr (kMaxTile >= 8) {
@@ -153,9 +159,9 @@ SRT_INLINE auto with_tile(int64_t tile, Body&& body) {
   return body(Constant<1>{});
 }
 
-// sum[i] = the sum over k < count of weight[k * pitch + i] * the n channels from at[k] * scale on;
-// 0 in lanes past n. `kExact`, of one output: without the inputs of weight 0, which may be not
-// finite. `kFar`: the inputs are not in the cache.
+// Computes sum[i], the sum over k < count of weight[k * pitch + i] times the n channels at from +
+// at[k] * scale. Lanes past n are 0. `kExact` (one output only) skips inputs of weight 0, which may
+// be non-finite. `kFar` means that the inputs are not in the cache, and prefetches.
 template <int X, bool kExact, bool kFar, int V, class T, class Acc>
 SRT_INLINE void sum_inputs(const T* from, const int64_t* at, int64_t scale, const Acc* weight,
                            int64_t pitch, int64_t count, int64_t n, Vec<Acc> (&sum)[X][V]) {
@@ -179,13 +185,15 @@ SRT_INLINE void sum_inputs(const T* from, const int64_t* at, int64_t scale, cons
   }
 }
 
-// Sums whose squares add up to less than this are below 2^63 (in float64 2^511). What the weights
-// of the other axis make of them is finite, too. Larger sums are made again, exactly.
+// If the squares of the sums add up to less than this, each sum is below 2^63 (2^511 in float64),
+// so that the weighted sums along the other axis are finite, too. Otherwise the sums are computed
+// again by the exact path.
 template <class Acc>
 constexpr Acc kMaxSumOfSquares = static_cast<Acc>(sizeof(Acc) == 4 ? 0x1p126 : 0x1p1022);
 
-// The sums of X outputs over n channels, from `to` on and `row` apart, with zeros up to a whole
-// block; the inputs are those of sum_inputs. Adds their squares to `squares`.
+// Stores the sums of X outputs over n channels at `to`, `row` elements apart, padded with zeros to
+// a whole block. The inputs are described as in sum_inputs. Adds the squares of the sums to
+// `squares`.
 template <int X, bool kExact, class T, class Acc>
 SRT_INLINE void store_sums(const T* from, const int64_t* at, const Acc* weight, int64_t pitch,
                            int64_t count, int64_t n, Acc* to, int64_t row, Vec<Acc>& squares) {
@@ -197,7 +205,7 @@ SRT_INLINE void store_sums(const T* from, const int64_t* at, const Acc* weight, 
     sum_inputs<X, kExact, true>(from + c, at, 1, weight, pitch, count, n - c, sum);
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      Vec<Acc> own = {};  // one sum over all blocks would make each wait for the one before
+      Vec<Acc> own = {};  // a single sum over all blocks would be one long dependency chain
 #pragma GCC unroll 8
       for (int i = 0; i < X; ++i) {
         store(to + i * row + c + v * kLanes<Acc>, sum[i][v]);

@@ -1,4 +1,9 @@
-// The inner loops of windows (vector_blocks-inl.h has the rules for this file).
+// The inner loops of windows: images [B, C, H, W] and centers [B, N, 2] to windows [B, N, C, Ph,
+// Pw], sampled bilinearly. One task computes one window. The pixels and weights of each axis are
+// computed once per window and used by all channels; then the window takes the fastest path that
+// fits: a copy (all samples are pixels), vectors along rows of consecutive pixels (scale 1, inside
+// the image), vectors along dense channels (channels_last), or a general path. Rows are prefetched
+// one channel ahead. vector_blocks-inl.h has the rules for code in this file.
 #pragma once
 #include "plan.h"
 #include "simd.h"
@@ -7,19 +12,20 @@
 namespace srt::cpu {
 namespace {
 
-// One axis of one window. Sample i reads pixels[0][i] and pixels[1][i] with these weights; -1 is
-// the number 0: a padded zero, or a pixel of weight 0, which is not read.
+// One axis of one window. Sample i is the sum over k of weights[k][i] times pixel pixels[k][i]. An
+// index of -1 stands for the value 0: a padded zero, or a pixel of weight 0, which must not be
+// read.
 template <class Acc>
 struct WindowAxis {
   int64_t* pixels[2];
   Acc* weights[2];
   int64_t samples;
-  bool whole;   // all samples are pixels
-  bool padded;  // some of the pixels are -1
-  int64_t run;  // the first of pixels that follow each other and have the same weights, or -1
+  bool whole;   // whether all samples are exactly at pixels
+  bool padded;  // whether some indices are -1
+  int64_t run;  // the first pixel if the pixels are consecutive with equal weights, otherwise -1
 };
 
-// Pixels from sample to sample.
+// The scale of a window along an axis, in pixels per sample.
 SRT_INLINE double step_of(const WindowsPlan& plan, int axis, int64_t window) {
   if (plan.scale == nullptr) return 1;
   return plan.scale[(plan.scale_of_each ? 2 * window : 0) + axis];
@@ -29,7 +35,8 @@ SRT_INLINE double position_of(const WindowsPlan& plan, int axis, int64_t window,
                          plan.size[axis]);
 }
 
-// `kNext`: the pixel to the right is read where it has weight 0, too, as derivatives do.
+// Fills one axis of a window. With `kNext`, the second pixel is read even if its weight is 0,
+// because derivatives need it.
 template <bool kNext, class Acc>
 void fill_axis(const WindowsPlan& plan, int axis, int64_t window, char* scratch,
                WindowAxis<Acc>& to) {
@@ -61,14 +68,14 @@ void fill_axis(const WindowsPlan& plan, int axis, int64_t window, char* scratch,
   to.run = step == 1 && first.first >= 0 && last < pixels ? first.first : -1;
 }
 
-// A row of pixels at the samples of a window.
+// Loads the pixels that the samples of a window read from one row of the image.
 template <class T, class Acc>
 struct WindowRow {
   const WindowAxis<Acc>& x;
   const T* pixels;
   int64_t step, width;
 
-  // The pixels with weights[k] of the samples [j, j + n), or of as many as a vector has.
+  // Loads tap k of the samples [j, j + n), at most one vector.
   SRT_INLINE Vec<Acc> load_taps(int k, int64_t j, int64_t n) const {
     constexpr int lanes = kLanes<Acc>;
     if (x.run >= 0 && step == 1) {
@@ -78,7 +85,7 @@ struct WindowRow {
     }
     const int64_t* const at = x.pixels[k] + j;
     if constexpr (sizeof(T) == sizeof(Acc)) {
-      // In registers: a vector cannot be loaded from elements that were stored just before.
+      // Gathered in registers: loading a vector from elements that were just stored would stall.
       if (!x.padded) {
         Vec<Acc> value;
 #pragma GCC unroll 16
@@ -93,7 +100,7 @@ struct WindowRow {
   }
 };
 
-// Where the first sample of a window reads an image, or near it.
+// The address of the pixel that the first sample of a window reads, clamped to the image.
 template <class T>
 SRT_INLINE const T* corner_of(const WindowsPlan& plan, int64_t window) {
   const T* at = static_cast<const T*>(plan.image) + window / plan.count * plan.image_strides[0];
@@ -106,15 +113,15 @@ SRT_INLINE const T* corner_of(const WindowsPlan& plan, int64_t window) {
   return at;
 }
 
-// Rows of the image are far apart: each is a wait for memory. So a row is prefetched a channel
-// earlier, those of the first channel of a window during the last channel of the window before, as
-// if both had the same shape.
+// Prefetches rows of the image. Rows are far apart in memory, so each would be a cache miss. A row
+// is prefetched while the previous channel is processed; the rows of the first channel of a window
+// are prefetched during the last channel of the previous window, assuming the same shape.
 template <class T, class Acc>
 struct RowsAhead {
   const WindowAxis<Acc>& y;
   const T* next_window;
-  const T* channel;  // the first sample's pixel in the next channel
-  int64_t channels;  // left
+  const T* channel;  // the pixel of the first sample, in the next channel
+  int64_t channels;  // remaining
   int64_t channel_stride, row_stride, last;
 
   SRT_INLINE RowsAhead(const WindowsPlan& plan, const WindowAxis<Acc>& y, const WindowAxis<Acc>& x,
@@ -139,15 +146,16 @@ struct RowsAhead {
   }
 };
 
-// Rows of one window that are interpolated along x: the last two of them. With `kSlopes` the
-// derivative along x follows the values, plan.length[1] behind.
+// Rows of the image interpolated along x at the samples of one window. The last two rows are kept,
+// because consecutive samples along y mostly read them again. With `kSlopes`, the derivative along
+// x is stored plan.length[1] elements after the values.
 template <class T, class Acc, bool kSlopes>
 struct WindowLines {
   const WindowsPlan& plan;
   const WindowAxis<Acc>&y, &x;
   const T* image;
-  Acc* lines;  // two rows and zeros
-  int64_t held[2];
+  Acc* lines;       // two rows, then a row of zeros
+  int64_t held[2];  // the image rows that are kept
 
   SRT_INLINE WindowLines(const WindowsPlan& plan, const WindowAxis<Acc>& y,
                          const WindowAxis<Acc>& x, const T* image, char* scratch)
@@ -167,7 +175,7 @@ struct WindowLines {
     held[0] = held[1] = -1;
   }
 
-  // The row that tap k of sample i reads.
+  // The interpolated row that tap k of sample i along y reads.
   SRT_INLINE const Acc* line(int k, int64_t i) {
     const int64_t row = y.pixels[k][i];
     if (row < 0) return at(2);
@@ -196,7 +204,7 @@ struct WindowLines {
   }
 };
 
-// All samples are pixels: a copy, bit for bit.
+// Copies a window whose samples are all exactly at pixels, bit for bit.
 template <class T, class Acc>
 void copy_window(const WindowsPlan& plan, const WindowAxis<Acc>& y, const WindowAxis<Acc>& x,
                  const T* image, const RowsAhead<T, Acc>& ahead, T* out) {
@@ -215,8 +223,9 @@ void copy_window(const WindowsPlan& plan, const WindowAxis<Acc>& y, const Window
   }
 }
 
-// One channel after the other, vectors along the rows of the window. A vector that is longer than
-// the rest of a row reaches into the next one, which is written later.
+// The general path: one channel after the other, vectors along the rows of the window. A vector
+// that is longer than the rest of a row overwrites the start of the next row, which is written
+// later.
 template <class T, class Acc>
 void sample_rows(const WindowsPlan& plan, const WindowAxis<Acc>& y, const WindowAxis<Acc>& x,
                  const T* image, RowsAhead<T, Acc>& ahead, T* out, char* scratch) {
@@ -241,9 +250,9 @@ void sample_rows(const WindowsPlan& plan, const WindowAxis<Acc>& y, const Window
   }
 }
 
-// The same for a window whose columns are a run of dense pixels inside the image: the rows of a
-// block of columns stay in registers. Blocks go from right to left: a vector that is longer than
-// the rest of a row reaches into the next one, which is written later.
+// As sample_rows, for a window whose columns are a run of dense pixels inside the image. The rows
+// of a block of columns stay in registers. Blocks are processed from right to left: a vector that
+// is longer than the rest of a row overwrites the start of the next row, which is written later.
 template <bool kWhole, class T, class Acc>
 void sample_run(const WindowsPlan& plan, const WindowAxis<Acc>& y, const WindowAxis<Acc>& x,
                 const T* image, RowsAhead<T, Acc>& ahead, T* out) {
@@ -300,7 +309,7 @@ struct WindowTaps {
     }
   }
 
-  // n channels from c on. One pixel of weight 1 is copied.
+  // Computes n channels starting at c. A single pixel of weight 1 is copied.
   SRT_INLINE void sum(int64_t c, int64_t n, T* to) const {
     constexpr int lanes = kLanes<Acc>;
     if (count == 1 && weights[0] == 1) {
@@ -316,7 +325,8 @@ struct WindowTaps {
   }
 };
 
-// Vectors along dense channels: tiles of samples and channels, written the other way round.
+// Vectors along dense channels. Samples and channels are computed in tiles, which are transposed
+// when they are written.
 template <class T, class Acc>
 void sample_channels(const WindowsPlan& plan, const WindowAxis<Acc>& y, const WindowAxis<Acc>& x,
                      const T* image, T* out, char* scratch) {
@@ -342,12 +352,12 @@ void sample_channels(const WindowsPlan& plan, const WindowAxis<Acc>& y, const Wi
   }
 }
 
-// Whether vectors run along the channels of a pixel.
+// Whether sample_channels is used: channels are dense and pixels are not.
 SRT_INLINE bool has_dense_channels(const WindowsPlan& plan) {
   return plan.image_strides[1] == 1 && plan.image_strides[3] != 1 && plan.channels >= 8;
 }
 
-// Whether vectors may read its rows directly, also behind the last sample.
+// Whether whole vectors can be loaded from the rows of the window, including past its last sample.
 template <class Acc>
 SRT_INLINE bool reads_whole_vectors(const WindowsPlan& plan, const WindowAxis<Acc>& x) {
   constexpr int lanes = kLanes<Acc>;

@@ -1,4 +1,5 @@
-// Windows on the CPU: a task is one window of an image.
+// Windows on the CPU: builds the plan and distributes tasks over threads. A task is one window of
+// an image. windows-inl.h has the inner loops.
 #include "../windows.h"
 
 #include "dispatch.h"

@@ -1,4 +1,15 @@
-// The inner loops of the gradients of windows (vector_blocks-inl.h has the rules for this file).
+// The inner loops of the gradients of windows, from the gradient of the windows [B, N, C, Ph, Pw].
+//
+// windows_backward: to the gradient of the images [B, C, H, W]. One task owns a band of rows of one
+// image and some of its channels. It goes through the windows of the image in order, skips those
+// that miss the band, and adds the others to sums that stay in the cache. So threads never add to
+// the same element, and results are bitwise equal for any number of threads.
+//
+// windows_points: to the gradients of centers and scale [B, N, 2]. One task sums, over the samples
+// of one window, the gradient times the spatial derivative of the image (for the center), and the
+// same times the distance of the sample from the center (for the scale).
+//
+// vector_blocks-inl.h has the rules for code in this file.
 #pragma once
 #include "plan.h"
 #include "simd.h"
@@ -8,8 +19,8 @@
 namespace srt::cpu {
 namespace {
 
-// Whether a window reads none of the rows [begin, end), decided from its two ends: only for windows
-// inside the image.
+// Whether a window certainly reads none of the rows [begin, end), decided from its first and last
+// sample. Always false for windows that reach beyond the image.
 SRT_INLINE bool misses_band(const WindowsPlan& plan, int64_t window, int64_t begin, int64_t end) {
   const double first = position_of(plan, 0, window, 0);
   const double last = position_of(plan, 0, window, plan.size[0] - 1);
@@ -20,7 +31,7 @@ SRT_INLINE bool misses_band(const WindowsPlan& plan, int64_t window, int64_t beg
          (high < static_cast<double>(begin) || low >= static_cast<double>(end));
 }
 
-// One row of the gradient of a window and the rows of sums that it goes to, null for none.
+// One row of the gradient of a window, and the rows of sums to which it is added; null for none.
 template <class T, class Acc>
 struct SpreadRow {
   const T* grad;
@@ -28,8 +39,8 @@ struct SpreadRow {
   Acc weights[2];
 };
 
-// To pixels that follow each other: position m gets what sample m gives its first pixel and sample
-// m - 1 its second one. `line` has room before and behind the samples.
+// Adds a row to consecutive pixels: pixel m receives sample m with the first weight and sample m -
+// 1 with the second weight. `line` has free elements before and after the samples.
 template <class T, class Acc>
 SRT_INLINE void spread_run(const WindowAxis<Acc>& x, const SpreadRow<T, Acc>& row, Acc* line) {
   constexpr int lanes = kLanes<Acc>;
@@ -49,6 +60,7 @@ SRT_INLINE void spread_run(const WindowAxis<Acc>& x, const SpreadRow<T, Acc>& ro
   }
 }
 
+// Adds a row to arbitrary pixels, one sample at a time.
 template <class T, class Acc>
 SRT_INLINE void spread(const WindowAxis<Acc>& x, const SpreadRow<T, Acc>& row) {
   for (int64_t j = 0; j < x.samples; ++j) {
@@ -115,14 +127,14 @@ void windows_backward(const WindowsBackwardPlan& plan, int64_t begin, int64_t en
   }
 }
 
-// A row of an image at some columns of a window: the value, and the derivative along x.
+// A row of an image at one vector of columns of a window: the values and the derivatives along x.
 template <class Acc>
 struct RowPart {
   Vec<Acc> value = {}, slope = {};
 };
 
-// Sums over the samples of one channel: of grad times the derivative along y and x, and of these
-// times the distance of the sample from the center.
+// Sums over the samples of one channel. value[axis]: the gradient times the derivative along the
+// axis. moment[axis]: the same, times the distance of the sample from the center.
 template <class T, class Acc>
 struct PointSums {
   static constexpr int lanes = kLanes<Acc>;
@@ -138,7 +150,7 @@ struct PointSums {
     for (int k = 0; k < lanes; ++k) lane[k] = static_cast<Acc>(k);
   }
 
-  // Samples (i, j) and on. `end`: of the gradient of the window.
+  // Adds one vector of samples, starting at (i, j). `end` is the end of the gradient of the window.
   SRT_INLINE void add(int64_t i, int64_t j, const RowPart<Acc>& upper, const RowPart<Acc>& lower,
                       const T* grad, const T* end) {
     const Acc above = y.weights[0][i], below = y.weights[1][i];
@@ -149,7 +161,7 @@ struct PointSums {
     if (below != 0) along_x += below * lower.slope;
     along_x *= given;
     const Vec<Acc> column = lane + static_cast<Acc>(j);
-    if (j + lanes > x.samples) {  // what lies behind the row may be not finite
+    if (j + lanes > x.samples) {  // values past the row may be non-finite
       along_y = column < static_cast<Acc>(x.samples) ? along_y : Vec<Acc>{};
       along_x = column < static_cast<Acc>(x.samples) ? along_x : Vec<Acc>{};
     }
@@ -168,7 +180,7 @@ SRT_INLINE double total(V v) {
   return sum;
 }
 
-// Of one channel. `end`: of the gradient of the window.
+// Adds one channel from interpolated rows. `end` is the end of the gradient of the window.
 template <class T, class Acc>
 SRT_INLINE void sum_rows(WindowLines<T, Acc, true>& rows, const RowsAhead<T, Acc>& ahead,
                          const T* grad, const T* end, PointSums<T, Acc>& sums) {
@@ -183,7 +195,8 @@ SRT_INLINE void sum_rows(WindowLines<T, Acc, true>& rows, const RowsAhead<T, Acc
   }
 }
 
-// The same as sample_run. `channel`: of the image.
+// Adds one channel of a window whose columns are a run of pixels, as in sample_run. `channel`
+// points to the channel of the image.
 template <class T, class Acc>
 SRT_INLINE void sum_run(const WindowsPlan& plan, const RowsAhead<T, Acc>& ahead, const T* channel,
                         const T* grad, const T* end, PointSums<T, Acc>& sums) {
@@ -208,8 +221,8 @@ SRT_INLINE void sum_run(const WindowsPlan& plan, const RowsAhead<T, Acc>& ahead,
   }
 }
 
-// The derivatives of one sample along y and x, times its gradient, summed over dense channels.
-// `grad`: of its channel 0, with `samples` elements to the next one.
+// The derivatives of one sample along y and x times its gradient, summed over dense channels.
+// `grad` points to channel 0 of the sample; channels are `samples` elements apart.
 template <class T, class Acc>
 struct SampleSlopes {
   static constexpr int lanes = kLanes<Acc>;
@@ -244,7 +257,7 @@ struct SampleSlopes {
 #pragma GCC unroll 4
       for (int k = 0; k < 4; ++k) value[k / 2][k % 2] = pixel(k / 2, k % 2, c, n);
 #pragma GCC unroll 2
-      for (int k = 0; k < 2; ++k) {  // a pixel of weight 0 may be not finite
+      for (int k = 0; k < 2; ++k) {  // skip pixels of weight 0, which may be non-finite
         if (columns[k] != 0) sums[0] += given * (columns[k] * (value[1][k] - value[0][k]));
         if (rows[k] != 0) sums[1] += given * (rows[k] * (value[k][1] - value[k][0]));
       }
@@ -253,7 +266,7 @@ struct SampleSlopes {
   }
 };
 
-// The sums of windows_points for a window of an image with dense channels.
+// Computes the sums of windows_points for a window of an image with dense channels.
 template <class T, class Acc>
 SRT_INLINE void sum_channels(const WindowsPlan& plan, const WindowAxis<Acc>& y,
                              const WindowAxis<Acc>& x, const T* image, const T* grad,
@@ -274,7 +287,7 @@ SRT_INLINE void sum_channels(const WindowsPlan& plan, const WindowAxis<Acc>& y,
   }
 }
 
-// The sums of windows_points, one channel after the other.
+// Computes the sums of windows_points one channel after the other.
 template <class T, class Acc>
 SRT_INLINE void sum_planes(const WindowsPlan& plan, const WindowAxis<Acc>& y,
                            const WindowAxis<Acc>& x, const T* image, const T* grad,

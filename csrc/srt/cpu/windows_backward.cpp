@@ -1,4 +1,5 @@
-// The gradients of windows on the CPU. Each band of an image gathers from the windows over it.
+// The gradients of windows on the CPU: builds the plans and distributes tasks over threads.
+// windows_backward-inl.h has the inner loops.
 #include <algorithm>
 
 #include "../windows.h"
@@ -16,7 +17,8 @@ void windows_backward_image_cpu(const WindowsArgs& args, void* grad_image,
     Layout layout = lay_out(args, plan);
     plan.grad_image = grad_image;
     plan.pitch = (args.width + 2 * kBehind) / kBehind * kBehind;
-    // Half of the cache for the sums, but bands enough to be split between threads.
+    // The sums of a task fit the cache; at most 32 rows, so that there are enough bands for all
+    // threads.
     plan.chunk = std::min<int64_t>(args.channels, 16);
     const int64_t row_bytes = plan.chunk * plan.pitch * static_cast<int64_t>(sizeof(double));
     plan.band = std::clamp<int64_t>(sums_bytes / row_bytes, 1, std::min<int64_t>(args.height, 32));

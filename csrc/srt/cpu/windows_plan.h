@@ -1,4 +1,4 @@
-// What windows and its gradients begin with: the scratch of a worker.
+// Setup that windows and its gradients share: the layout of the scratch of a worker.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -21,7 +21,7 @@ inline Layout lay_out(const WindowsArgs& args, WindowsPlan& plan) {
   return layout;
 }
 
-// Four taps a sample, as numbers that may be large.
+// The work of a call: four taps per sample. In double, because the product can overflow int64.
 inline double window_work(const WindowsArgs& args) {
   return 4.0 * static_cast<double>(args.batch) * static_cast<double>(args.count) *
          static_cast<double>(args.channels) * static_cast<double>(args.size[0]) *

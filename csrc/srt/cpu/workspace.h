@@ -1,4 +1,4 @@
-// Allocates the memory of the workers of one call and splits its tasks between them.
+// Allocates the scratch memory of the workers of one call and distributes its tasks over them.
 #pragma once
 #if defined(__linux__)
 #include <unistd.h>
@@ -18,9 +18,9 @@ namespace srt::cpu {
 constexpr int64_t kAlign = 64;
 inline int64_t align_up(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 
-// Bytes of the second-level cache for the sums of a task; the rest is for tokens and output.
-// Read when the library is loaded: a process forked while another thread initialises a local static
-// would wait for that thread forever.
+// Bytes of the second-level cache for the sums of a task; the rest is left to tokens and output.
+// Initialised when the library is loaded, not as a local static: if a process forks while another
+// thread initialises a local static, the child waits for it forever.
 inline const int64_t sums_bytes = [] {
 #if defined(_SC_LEVEL2_CACHE_SIZE)
   const int64_t cache = sysconf(_SC_LEVEL2_CACHE_SIZE);
@@ -36,8 +36,9 @@ inline int64_t fitting_channels(int64_t channels, int64_t block, int64_t bytes) 
   return div_up(blocks, div_up(blocks, fit)) * block;  // parts of equal size
 }
 
-// There is not enough memory for tables or scratch. torch and pybind11 raise it in Python as a
-// MemoryError with this text; torch's own allocator raises a RuntimeError for the result.
+// Thrown if the memory for tables or scratch cannot be allocated. In Python, torch and pybind11
+// raise it as a MemoryError with this text. (If the result cannot be allocated, torch raises a
+// RuntimeError.)
 struct OutOfMemory : std::bad_alloc {
   const char* what() const noexcept override {
     return "srt: not enough memory for the tables of the offsets and the scratch of the threads; "
@@ -45,6 +46,7 @@ struct OutOfMemory : std::bad_alloc {
   }
 };
 
+// Calls call(); replaces std::bad_alloc by OutOfMemory.
 template <class Call>
 void with_memory(Call&& call) {
   try {
@@ -54,7 +56,7 @@ void with_memory(Call&& call) {
   }
 }
 
-// Places arrays one behind the other.
+// Lays out arrays one after the other, aligned.
 struct Layout {
   int64_t bytes = 0;
   template <class T>
@@ -64,13 +66,14 @@ struct Layout {
   }
 };
 
-// `work`: multiply-adds. A second thread costs more than it saves below about 100 microseconds.
+// The number of workers for `work` multiply-adds. Below about 100 microseconds, a second thread
+// costs more than it saves.
 inline int64_t workers_for(double work, const Parallel& parallel) {
   return work < 2e6 ? 1 : parallel.threads;
 }
 
 // Splits `tasks` evenly over at most `workers` workers with `scratch_bytes` each. All memory is
-// taken here, before the parallel region: a body that runs in it must not throw.
+// allocated here, before the parallel region, because its body must not throw.
 template <class Plan>
 void run_tasks(const Plan& plan, Kernel<Plan> kernel, int64_t tasks, int64_t workers,
                int64_t scratch_bytes, const Parallel& parallel) {
