@@ -1,5 +1,6 @@
-// What the CUDA kernels share: element types as they are loaded and stored, offsets and weights,
-// checked launches, and the views as the kernels of ensemble read them.
+// Code that the CUDA kernels share: loads and stores of every element type, access to offsets and
+// weights on the host or the device, checked launches, the plan of shift, and the sorted views of
+// ensemble.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -20,14 +21,14 @@
 
 namespace srt::cuda {
 
-constexpr int kThreads = 256;  // of every block
+constexpr int kThreads = 256;  // per block, in every kernel
 constexpr int kWarpThreads = 32;
 constexpr int kWarps = kThreads / kWarpThreads;
 constexpr int kVectorBytes = 16;
 
 // ---- elements -----------------------------------------------------------------------------------
 
-// N elements that are loaded and stored together, 16 bytes an instruction.
+// N elements that are loaded and stored together, 16 bytes per instruction.
 template <class T, int N>
 struct alignas(sizeof(T) * N < kVectorBytes ? sizeof(T) * N : kVectorBytes) Pack {
   T at[N];
@@ -48,7 +49,7 @@ __device__ inline auto to_acc(const Pack<T, N>& pack) {
   for (int e = 0; e < N; ++e) values.at[e] = to_acc(pack.at[e]);
   return values;
 }
-// Two at a time: left to itself the compiler takes three instructions for them.
+// Converts two elements at a time; otherwise the compiler needs three instructions for them.
 template <int N>
 __device__ inline auto to_acc(const Pack<BFloat16, N>& pack) {
   uint32_t word[(N + 1) / 2];
@@ -88,8 +89,8 @@ using WordOf = std::conditional_t<
         std::conditional_t<kBytes == 4, unsigned int,
                            std::conditional_t<kBytes == 8, unsigned long long, uint4>>>>;
 
-// Reads what no thread of this kernel writes, in as few instructions as its alignment allows; left
-// to itself the compiler may split a pack.
+// Loads data that no thread of this kernel writes, through the read-only cache and in as few
+// instructions as its alignment allows. Otherwise the compiler may split a pack.
 template <class T>
 __device__ inline T load(const T* from) {
   constexpr int kBytes = sizeof(T) < kVectorBytes ? sizeof(T) : kVectorBytes;
@@ -112,7 +113,7 @@ __device__ inline void store_word(Word* to, Word word) {
 #endif
 }
 
-// Writes an output element. Every element is written once. With `keep_in_l2` (see fits_l2) it stays
+// Writes an output element; every element is written once. With `keep_in_l2` (see fits_l2) it stays
 // in L2 for the kernel that reads it next. Otherwise it is stored evict-first, so that it does not
 // evict the tokens, which are read again.
 template <class T>
@@ -129,17 +130,18 @@ __device__ inline void store(T* to, const T& value, bool keep_in_l2) {
 
 // ---- offsets and weights ------------------------------------------------------------------------
 
-// Those on the host travel in the parameters of a kernel, which hold 4 KB. A copy from pageable
-// memory could wait for the stream, and a graph that captured it would read the memory of the host
-// again at each replay.
+// Offsets and weights on the host are passed as kernel parameters, which hold 4 KB. A copy from
+// pageable host memory could synchronise with the stream, and a CUDA graph that captured it would
+// read the host memory again at each replay.
 constexpr int64_t kInlineDoubles = 480;
 struct InlineArrays {
   double at[kInlineDoubles];
 };
 
+// An array that a kernel reads, in device memory or in its parameters.
 struct DeviceArray {
-  const void* data;  // null: in the parameters, from `begin` on
-  bool f64;
+  const void* data;  // null if the values are in the parameters, starting at `begin`
+  bool f64;          // whether `data` is float64; otherwise it is float32
   int64_t begin;
 
   __device__ double value(const InlineArrays& parameters, int64_t i) const {
@@ -165,19 +167,21 @@ inline int64_t attribute(const char* op, cudaDeviceAttr name) {
 
 inline int64_t processors(const char* op) { return attribute(op, cudaDevAttrMultiProcessorCount); }
 
-// Some kernels count views in 32 bits, a block's worth of them beyond the last.
+// Throws if there are too many views: some kernels count them in 32 bits, up to one block beyond
+// the last.
 inline void check_views(const char* op, int64_t views) {
   if (views > INT32_MAX - kThreads)
     throw Error("srt::" + std::string(op) + ": on CUDA there must be fewer than 2^31 views; got " +
                 std::to_string(views));
 }
 
-// Whether what a kernel reads and its result fit L2 together.
+// Whether the input and the result of a kernel fit L2 together.
 inline bool fits_l2(const char* op, int64_t input_bytes, int64_t result_bytes) {
   return input_bytes + result_bytes <= attribute(op, cudaDevAttrL2CacheSize);
 }
 
-// Most kernels walk their work in steps of the grid, which may be smaller than it.
+// Launches a kernel with kThreads threads per block. The size of a grid is limited, so most kernels
+// loop over their work in steps of the grid.
 template <class... Parameters, class... Arguments>
 void launch(const char* op, void (*kernel)(Parameters...), int64_t blocks, CUstream_st* stream,
             Arguments... arguments) {
@@ -189,15 +193,15 @@ void launch(const char* op, void (*kernel)(Parameters...), int64_t blocks, CUstr
   check(op, cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
-// Block b does the work b, b + gridDim.x, ... below n.
+// Loops over work items 0 .. n - 1: block b processes the items b, b + gridDim.x, ...
 #define SRT_FOR_BLOCK(work, n) for (int64_t work = blockIdx.x; work < (n); work += gridDim.x)
-// One piece of work a thread.
+// As SRT_FOR_BLOCK, with one work item per thread.
 #define SRT_FOR_THREAD(work, n)                                                              \
   for (int64_t work = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; work < (n); \
        work += static_cast<int64_t>(gridDim.x) * kThreads)
 
-// The sum of `own` over the threads before this one; adds that of all threads to `total`. For a
-// whole block.
+// Returns the sum of `own` over the threads before this one, and adds the sum over all threads to
+// `total`. All threads of the block must call it.
 __device__ inline int32_t exclusive_sum(int32_t own, int32_t& total) {
   __shared__ int32_t values[kThreads];
   const int thread = static_cast<int>(threadIdx.x);
@@ -218,8 +222,9 @@ static __global__ void __launch_bounds__(kThreads)
   SRT_FOR_THREAD(i, n) { to[i] = parameters.at[i]; }
 }
 
-// Makes an array of the views available to kernels: n doubles of the host go into the parameters,
-// from `at` on, if `fits`, otherwise to `device`, kInlineDoubles a launch.
+// Makes an array of the views available to kernels. n doubles on the host are copied into the
+// parameters, starting at `at`, if `fits`. Otherwise launches copy them to `device`, kInlineDoubles
+// per launch.
 inline DeviceArray place_array(const char* op, const ViewArray& array, int64_t n, bool fits,
                                InlineArrays& parameters, int64_t at, double* device,
                                CUstream_st* stream) {
@@ -237,7 +242,7 @@ inline DeviceArray place_array(const char* op, const ViewArray& array, int64_t n
   return {device, true, 0};
 }
 
-// Gives out aligned pieces of a workspace; counts only, if there is none.
+// Divides a workspace into aligned pieces. If `base` is null, it only counts the bytes.
 class Workspace {
  public:
   explicit Workspace(void* base) : base_(static_cast<char*>(base)) {}
@@ -262,19 +267,19 @@ class Workspace {
 
 // ---- shift --------------------------------------------------------------------------------------
 
-// Shift and its gradient.
+// The plan of shift and its gradient.
 struct ShiftPlan {
-  const void* from;               // the planes that are read
+  const void* from;               // [B*C, H, W]; for the gradient [V, B*C, H, W]
   int64_t planes, height, width;  // pixels
   int64_t views;
   DeviceArray offsets;  // [V, 2] (dy, dx), pixels
   Padding padding;
   Interpolation interpolation;
-  bool aligned;     // every row of `out` starts at a multiple of 16 bytes
-  bool keep_in_l2;  // out
-  void* out;
+  bool aligned;     // whether every row of `out` is aligned to 16 bytes
+  bool keep_in_l2;  // of `out`, see store()
+  void* out;        // [V, B*C, H, W]; for the gradient [B*C, H, W]
 
-  // The taps of offset i; none for a view that covers nothing.
+  // The taps of offset i, which is 2 * view + axis; none if the offset is invalid.
   __device__ ShiftTaps taps(const InlineArrays& inline_offsets, int64_t i, Interpolation of) const {
     const double offset = offsets.value(inline_offsets, i);
     const bool counts = fabs(offset) <= static_cast<double>(kMaxOffset);
@@ -285,7 +290,7 @@ struct ShiftPlan {
 inline ShiftPlan make_shift_plan(const char* op, const ShiftArgs& args, const ViewArray& offsets,
                                  void* workspace, CUstream_st* stream,
                                  InlineArrays& inline_offsets) {
-  // Positions of an axis, padding included, are kept in 32 bits.
+  // Positions along an axis, including the padding, are stored in 32 bits.
   constexpr int64_t kMostPixels = int64_t{1} << 28;
   if (args.height > kMostPixels || args.width > kMostPixels)
     throw Error("srt::" + std::string(op) + ": on CUDA height and width must be at most " +
@@ -303,15 +308,16 @@ inline ShiftPlan make_shift_plan(const char* op, const ShiftArgs& args, const Vi
 struct View {
   double dy, dx;  // pixels; NaN for a view that covers nothing
   double weight;  // at most 1
-  int64_t index;  // in tokens
+  int64_t index;  // of the view in `tokens`
 };
 
+// The views in the order of the arguments, before sorting.
 struct RawViews {
   DeviceArray offsets, weights;  // [V, 2] and [V]
   int64_t views;
   bool weighted;
-  bool float_weights;             // rounded as the sums use them
-  bool absolute_weights = false;  // weights count against those of other chunks, and have limits
+  bool float_weights;             // whether weights are rounded to float, as the sums use them
+  bool absolute_weights = false;  // of a stream: weights are compared across chunks, and limited
 
   __device__ View operator()(const InlineArrays& parameters, int64_t v) const {
     View view{};
@@ -324,8 +330,8 @@ struct RawViews {
   }
 };
 
-// The rules that the host enforces with errors. Only ratios of weights matter: they become at
-// most 1.
+// Applies the rules that the host enforces with errors: an invalid view gets weight 0 and covers
+// nothing. Only ratios of weights matter, so they are scaled to at most 1.
 __device__ inline View counted_view(View view, double largest) {
   view.weight /= largest;
   const double limit = static_cast<double>(kMaxOffset);
@@ -337,6 +343,8 @@ __device__ inline View counted_view(View view, double largest) {
   return view;
 }
 
+// Sorts the views by dx. The rank of a view is the number of views before it, which each thread
+// counts for its own view. This is stable and needs no synchronisation.
 static __global__ void __launch_bounds__(kThreads)
     sort_views_kernel(const __grid_constant__ RawViews raw,
                       const __grid_constant__ InlineArrays parameters, View* sorted,
@@ -360,17 +368,17 @@ static __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// What the kernels of ensemble read and write.
+// The input and output of the kernels of ensemble.
 struct FieldPlan {
   const void* tokens;        // [V, B, h*w, C]
   int64_t token_strides[3];  // of V, B and h*w, in elements
   int64_t views, batch, channels;
   void* out;               // [B, C, H', W']
   int64_t out_strides[4];  // in elements
-  bool keep_in_l2;         // everything that is written
+  bool keep_in_l2;         // of everything that is written, see store()
 };
 
-// One call of ensemble or of its gradient. Without a workspace only its size is asked for.
+// One call of ensemble or of its gradient. If `workspace` is null, only its size is computed.
 struct Call {
   const char* op;
   const EnsembleArgs& args;
@@ -381,14 +389,14 @@ struct Call {
   Axis axis(int i) const {
     return {args.grid[i], args.patch[i], args.stride[i], args.upsample, args.border};
   }
-  // Elements of all tokens, and of a field.
+  // The number of elements of all tokens, and of a field.
   int64_t token_elements() const {
     return args.views * args.batch * args.grid[0] * args.grid[1] * args.channels;
   }
   int64_t field_elements() const {
     return args.batch * args.channels * axis(0).cells() * axis(1).cells();
   }
-  // `cell_bytes`: of all that is written for an element of the field.
+  // `cell_bytes`: bytes written per element of the field.
   void set_field(FieldPlan& plan, int64_t token_bytes, int64_t cell_bytes) const {
     plan.tokens = args.tokens;
     std::copy_n(args.token_strides, 3, plan.token_strides);
@@ -401,7 +409,8 @@ struct Call {
   }
 };
 
-// What does not fit the parameters is uploaded to a piece of the workspace.
+// The views of a call. Values that do not fit the parameters are copied to a piece of the
+// workspace.
 inline RawViews raw_views(const Call& call, Workspace& workspace, InlineArrays& parameters) {
   const ViewArray &offsets = call.offsets, &weights = call.weights;
   const int64_t views = call.args.views;
@@ -413,7 +422,7 @@ inline RawViews raw_views(const Call& call, Workspace& workspace, InlineArrays& 
   RawViews raw{};
   raw.views = views;
   raw.weighted = weighted;
-  // The total weight of a stream is kept in float64.
+  // The total weight of a stream is stored in float64.
   raw.float_weights = call.args.dtype != DType::f64 && !call.args.total_weight;
   if (!call.workspace) return raw;
   raw.offsets =
@@ -423,16 +432,16 @@ inline RawViews raw_views(const Call& call, Workspace& workspace, InlineArrays& 
   return raw;
 }
 
-// Sorts by counting, for each view, those before it. Views that cover nothing come last. Stores the
-// largest weight in `scale` unless it is null.
+// Sorts the views by dx; views that cover nothing come last. Stores the largest weight in `scale`
+// unless it is null.
 inline void sort_views(const Call& call, const RawViews& raw, const InlineArrays& parameters,
                        View* sorted, double* scale) {
   launch(call.op, sort_views_kernel, div_up(raw.views, kThreads), call.stream, raw, parameters,
          sorted, scale);
 }
 
-// mean.cu, and per_view.cu: the reductions that need the value of every view. With no workspace:
-// return how large it must be.
+// The reductions in mean.cu and per_view.cu. They return the size of the workspace in bytes; if
+// call.workspace is null, they launch nothing.
 int64_t run_mean(const Call& call);
 int64_t run_per_view(const Call& call);
 

@@ -1,6 +1,6 @@
-// The CUDA entry points. All pointers are of the current device unless a name says host; everything
-// is enqueued on `stream`, nothing waits for it, and all of it can be captured in a CUDA graph.
-// Each throws srt::Error where a launch fails.
+// The CUDA entry points. Pointers refer to memory of the current device unless their name contains
+// `host`. All work is enqueued on `stream`; the calls do not synchronise and can be captured in a
+// CUDA graph. They throw srt::Error if a launch fails.
 #pragma once
 #include <cstdint>
 
@@ -12,33 +12,33 @@ struct CUstream_st;  // cudaStream_t is a pointer to it
 
 namespace srt {
 
-// The offsets or the weights of the views, dense: in the memory of the host, where they have been
-// checked, or on the device, unchecked. A view whose device values the host would refuse (an
-// offset or a weight that is not finite, an offset beyond 2^20 px, a weight that is negative or
-// below 2^-80 of the largest) covers nothing.
+// A dense array of offsets or weights of the views: on the host, already validated, or on the
+// device, not validated. A view with an invalid device value covers nothing. Invalid are offsets
+// and weights that are not finite, offsets beyond 2^20 pixels, and weights that are negative or
+// below 2^-80 of the largest.
 struct ViewArray {
-  const double* host;  // read before the call returns; null where `device` is given
+  const double* host;  // read before the call returns; null if `device` is given
   const void* device;
   DType dtype;  // of `device`: f32 or f64
 };
 
-// For tests. A workspace is one allocation of several pieces, so memcheck cannot see a kernel that
-// writes beyond one piece into the next. If this is set, there is a gap behind each piece, and it
-// is called once per gap, before the first kernel that uses the workspace.
+// For tests. A workspace is one allocation of several pieces, so memcheck cannot detect a kernel
+// that writes beyond one piece into the next. If this callback is set, a gap follows each piece,
+// and the callback is called once per gap, before the first kernel that uses the workspace.
 inline void (*workspace_gap)(void* gap, int64_t bytes) = nullptr;
 
-// Bytes of device memory, aligned to 256, that ensemble_cuda needs besides its arguments, all of
-// which must be set; free to reuse in stream order.
+// The size in bytes of the workspace that ensemble_cuda needs. All arguments must be set as for the
+// call. The workspace must be aligned to 256 bytes and can be reused in stream order.
 int64_t ensemble_cuda_workspace(const EnsembleArgs& args, const ViewArray& offsets,
                                 const ViewArray& weights);
 
-// offsets [V, 2] (dy, dx), pixels; weights [V] or both pointers null for ones. The pointers to
-// offsets and weights in `args` are not read. f32, f16, bf16 and f64. `op` names the operator in
-// messages.
+// As ensemble_cpu, on the device. offsets [V, 2] (dy, dx), pixels; weights [V], or both pointers
+// null for ones. The pointers to offsets and weights in `args` are not read. Supports f32, f16,
+// bf16 and f64. `op` is the name of the operator in error messages.
 void ensemble_cuda(const char* op, const EnsembleArgs& args, const ViewArray& offsets,
                    const ViewArray& weights, void* workspace, CUstream_st* stream);
 
-// As mean_backward_cpu.
+// As mean_backward_cpu (ensemble.h); grad_tokens [V, B, h*w, C].
 int64_t mean_backward_cuda_workspace(const EnsembleArgs& args, const ViewArray& offsets,
                                      const ViewArray& weights);
 void mean_backward_cuda(const char* op, const EnsembleArgs& args, const ViewArray& offsets,
@@ -47,12 +47,12 @@ void mean_backward_cuda(const char* op, const EnsembleArgs& args, const ViewArra
 
 int64_t shift_cuda_workspace(const ShiftArgs& args);
 
-// offsets [V, 2] (dy, dx), pixels; the pointer in `args` is not read. Every dtype. A view that
-// covers nothing is 0.
+// As shift_cpu, on the device. offsets [V, 2] (dy, dx), pixels; the pointer in `args` is not read.
+// Supports every dtype. A view with an invalid offset is filled with 0.
 void shift_cuda(const ShiftArgs& args, const ViewArray& offsets, void* workspace,
                 CUstream_st* stream);
 
-// As shift_backward_cpu.
+// As shift_backward_cpu (shift.h); grad_image [B*C, H, W].
 int64_t shift_backward_cuda_workspace(const ShiftArgs& args);
 void shift_backward_cuda(const ShiftArgs& args, const ViewArray& offsets, void* grad_image,
                          void* workspace, CUstream_st* stream);
@@ -60,20 +60,21 @@ void shift_backward_cuda(const ShiftArgs& args, const ViewArray& offsets, void* 
 int64_t windows_cuda_workspace(const WindowsArgs& args, const ViewArray& centers,
                                const ViewArray& scale);
 
-// centers [B, N, 2] (y, x), pixels; scale [2], or with args.scale_of_each [B, N, 2], pixels from
-// sample to sample, or both pointers null for ones. The pointers to them in `args` are not read.
-// Every dtype. A window with a value on the device that the host would refuse (windows.h) is 0.
+// As windows_cpu, on the device. centers [B, N, 2] (y, x), pixels; scale [2], or with
+// args.scale_of_each [B, N, 2], pixels per sample, or both pointers null for ones. The pointers to
+// them in `args` are not read. Supports every dtype. A window with an invalid device value
+// (windows.h) is filled with 0.
 void windows_cuda(const WindowsArgs& args, const ViewArray& centers, const ViewArray& scale,
                   void* workspace, CUstream_st* stream);
 
-// As windows_backward_image_cpu.
+// As windows_backward_image_cpu (windows.h); grad_image [B, C, H, W].
 int64_t windows_backward_image_cuda_workspace(const WindowsArgs& args, const ViewArray& centers,
                                               const ViewArray& scale);
 void windows_backward_image_cuda(const WindowsArgs& args, const ViewArray& centers,
                                  const ViewArray& scale, void* grad_image, void* workspace,
                                  CUstream_st* stream);
 
-// As windows_backward_points_cpu.
+// As windows_backward_points_cpu (windows.h); grad_centers and grad_scale [B, N, 2].
 int64_t windows_backward_points_cuda_workspace(const WindowsArgs& args, const ViewArray& centers,
                                                const ViewArray& scale);
 void windows_backward_points_cuda(const WindowsArgs& args, const ViewArray& centers,

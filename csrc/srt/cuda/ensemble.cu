@@ -1,4 +1,4 @@
-// The entry of ensemble: which file reduces.
+// The entry point of ensemble on the device. Calls the reduction in mean.cu or per_view.cu.
 #include "common.cuh"
 
 namespace srt {

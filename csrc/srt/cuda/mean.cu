@@ -1,12 +1,17 @@
 // The mean on the device:
 //     mean = sum_v w_v A_v T_v B_v^T / sum_v w_v c_v d_v^T
-// with A_v [H', h] and B_v [W', w] the weights with which view v reads the rows and the columns of
-// its tokens T_v, and c_v, d_v the pixels that count in a row and a column of cells. The views that
-// share a dx, so that B_v is the same, are a group: first dense sums along y, of all its views,
-// then a walk along x (walk.h) over all groups. A "column" is one token position of a group: for a
-// row of the output, the sum over its views and over the token rows that they read. Two small
-// kernels make the tables from the offsets, wherever these lie. Nothing ever comes back to the
-// host.
+// computes a field [B, C, H', W'] from tokens [V, B, h*w, C]. A_v [H', h] and B_v [W', w] are the
+// weights with which view v reads the rows and columns of its tokens T_v [h, w]; c_v [H'] and d_v
+// [W'] are the numbers of pixels that count in each row and column of cells. Views that share a dx
+// share B_v and form a group. A "column" is one token position of a group: for an output row, it is
+// the sum over the views of the group and over the token rows that they read.
+//
+// A block computes a tile of 8 rows x 64 cells x a few channels. It sums columns along y into
+// shared memory, and walks along x (walk.h) over the columns of all groups, with the sums of the
+// cells in registers. So tokens are loaded per tile rather than per cell, the cost of a cell
+// between kinks does not depend on the number of views, and every output element is written once.
+// Two small kernels compute the tables from the offsets on the device, so nothing is copied back to
+// the host.
 #include "../axis.h"
 #include "../walk.h"
 #include "common.cuh"
@@ -15,46 +20,47 @@
 namespace srt::cuda {
 namespace {
 
-// A block makes a tile of rows x strips of cells x channels from kRoundColumns columns at a time: a
-// round. Their sums are in shared memory, of which there are 48 KB.
+// A block computes a tile of kRows rows x kStrips strips of cells x channels. It processes the
+// columns in rounds of kRoundColumns, whose sums fit 48 KB of shared memory.
 constexpr int kLanes = 8;  // threads along the channels
 constexpr int kRows = 8;
 constexpr int kStrips = 4;
-constexpr int kCells = 16;  // of a strip, at most; a thread keeps the sums of all of them
+constexpr int kCells = 16;  // of a strip, at most; all of them are summed by one thread
 constexpr int kTileCells = kStrips * kCells;
 constexpr int kRoundColumns = 44;
-constexpr int kResident = 2;  // blocks that a processor holds at a time
+constexpr int kResident = 2;  // resident blocks per multiprocessor
 
-// The rows that a thread sums for a column, and the tokens that it loads before it uses the first
-// of them: what the registers allow beside the sums of its cells.
+// kSumRows: the rows that a thread sums for a column. kAhead: the tokens that it loads before it
+// uses the first of them. Both are as large as the registers allow in addition to the sums of the
+// cells.
 template <class T, bool kVector>
 constexpr int kSumRows = sizeof(T) == 2 && kVector ? 8 : 4;
 template <class T, bool kVector>
 constexpr int kAhead = sizeof(T) == 4 || !kVector ? 3 : 2;
-// The channels of a thread.
+// Channels per thread.
 template <class Acc>
 constexpr int kChannels = kVectorBytes / static_cast<int>(sizeof(Acc));
 template <class Acc>
 using Sum = Pack<Acc, kChannels<Acc>>;
 
-// A token row of a view.
+// A token row of a view that a tile reads.
 template <class Acc>
 struct alignas(kVectorBytes) Input {
   int64_t offset;                           // of its first token, in elements
-  alignas(kVectorBytes) Acc weight[kRows];  // in the rows of a tile, times that of the view
+  alignas(kVectorBytes) Acc weight[kRows];  // for each row of the tile, times the view's weight
 };
 
 struct alignas(kVectorBytes) Column {
-  int32_t view;  // the first of the group
-  int32_t place;
-  int32_t token;
-  int32_t group_columns;  // of the whole group, in this tile
+  int32_t view;           // the first view of the group
+  int32_t place;          // along x (axis.h)
+  int32_t token;          // along x
+  int32_t group_columns;  // columns of the group in this tile
 };
 
-// What a step of the walk adds for a column of the round.
+// The change of value and slope that a step of the walk makes for a column of the round.
 template <class Acc>
 struct alignas(kVectorBytes) Tap {
-  int32_t at;  // among the sums of the round
+  int32_t at;  // index into the sums of the round
   Acc value, slope;
 };
 
@@ -62,23 +68,24 @@ template <class Acc>
 struct MeanPlan : FieldPlan {
   Axis y, x;
   int64_t rows, cells;
-  int64_t strip;  // cells of a strip: whole intervals of the walk, or kCells of several pixels
+  int64_t strip;  // cells of a strip: whole intervals of the walk; kCells if the stride is not 1
   int64_t row_blocks, x_tiles, tiles;
-  Acc position[kCells];  // of the cells of a strip, each from the centre of its interval
+  Acc position[kCells];  // of the cells of a strip, relative to the centre of the interval
   View* sorted;          // [V] by dx
-  // What a block of rows reads in the views of a group: a list at the place of the first of them.
-  int64_t inputs;                             // of a view, at most
+  // The token rows that a block of rows reads: a list per group, stored at its first view.
+  int64_t inputs;                             // token rows of a view, at most
   int32_t* total_inputs;                      // [row_blocks, V]
   Input<Acc>* input;                          // [row_blocks, V, inputs]
-  int64_t max_columns, max_rounds, max_taps;  // of a tile
+  int64_t max_columns, max_rounds, max_taps;  // per tile
   int32_t* total_columns;                     // [x_tiles]
   Column* column;                             // [x_tiles, max_columns]
-  // Where the taps of a cell end in `tap`; ~end if value and slope start from 0 in this cell.
+  // The end of the taps of a cell in `tap`; ~end if value and slope restart from 0 at this cell.
   int32_t* step;  // [x_tiles, max_rounds, kTileCells]
   Tap<Acc>* tap;  // [x_tiles, max_taps]
-  Acc* inverse;   // [row_blocks * kRows, x_tiles * kTileCells] 1 / total weight, 0 for none
+  Acc* inverse;   // [row_blocks * kRows, x_tiles * kTileCells]; 1 / total weight, or 0
 
-  // A place is a cell of the strips of a row, each with room for kCells. Returns its cell, or -1.
+  // Cells are stored strip by strip, kCells entries per strip. Returns the cell of an entry, or -1
+  // if it is unused.
   __device__ int64_t cell_at(int64_t place) const {
     const int64_t cell = place / kCells * strip + place % kCells;
     return place % kCells < strip && cell < cells ? cell : -1;
@@ -87,8 +94,9 @@ struct MeanPlan : FieldPlan {
 
 // ---- the tables ---------------------------------------------------------------------------------
 
-// The places that a view may read in some cells: those that it reads at both ends, and between. A
-// walk also has a tap of the token behind them where its weight is 0, but not its slope.
+// The range of places that a view may read in `cells` cells, from its first and last pixel. A walk
+// also has a tap for the token after the last one if that token has weight 0 there but a nonzero
+// slope.
 struct Span {
   int32_t first, count;
 };
@@ -100,7 +108,7 @@ __device__ inline Span span_of(Axis axis, double offset, int64_t cell, int64_t c
   return {first.token, last.token - first.token + 1 + (last.after > 0 || last.slope > 0)};
 }
 
-// What a block of rows reads in a view.
+// Lists the token rows that a block of rows reads in view v, with their weights.
 template <class Acc>
 __device__ void fill_inputs(const MeanPlan<Acc>& plan, int64_t block, int64_t v) {
   const View* const views = plan.sorted;
@@ -108,7 +116,7 @@ __device__ void fill_inputs(const MeanPlan<Acc>& plan, int64_t block, int64_t v)
   if (!(view.weight > 0)) return;
   const auto span = [&](int64_t u) { return span_of(plan.y, views[u].dy, block * kRows, kRows); };
   const Span own = span(v);
-  int32_t before = 0;  // in the list of the group
+  int32_t before = 0;  // entries of earlier views of the group
   int64_t leader = v;
   for (; leader > 0 && views[leader - 1].dx == view.dx; --leader) before += span(leader - 1).count;
   const int64_t list = block * plan.views + leader;
@@ -127,7 +135,7 @@ __device__ void fill_inputs(const MeanPlan<Acc>& plan, int64_t block, int64_t v)
   }
 }
 
-// The columns of a tile, group by group, by a whole block. Returns how many.
+// Lists the columns of a tile, group by group, and returns their number. Called by a whole block.
 template <class Acc>
 __device__ int32_t list_columns(const MeanPlan<Acc>& plan, int64_t tile, Column* columns) {
   const View* const views = plan.sorted;
@@ -150,7 +158,7 @@ __device__ int32_t list_columns(const MeanPlan<Acc>& plan, int64_t tile, Column*
   return total;
 }
 
-// The columns and the steps of a tile, by a whole block: a thread a cell.
+// Computes the columns and the steps of a tile. Called by a whole block, with one thread per cell.
 template <class Acc>
 __device__ void fill_steps(const MeanPlan<Acc>& plan, int64_t tile) {
   Column* const columns = plan.column + tile * plan.max_columns;
@@ -160,16 +168,16 @@ __device__ void fill_steps(const MeanPlan<Acc>& plan, int64_t tile) {
   if (thread == 0) plan.total_columns[tile] = total;
   const auto dx_of = [&](int32_t column) { return plan.sorted[columns[column].view].dx; };
   const int64_t x = thread < kTileCells ? plan.cell_at(tile * kTileCells + thread) : -1;
-  const bool walks = plan.x.stride == 1;  // cells of several pixels are summed one by one
+  const bool walks = plan.x.stride == 1;  // at other strides, each cell is summed separately
   bool anew = x < 0 || !walks || x % walk_interval(plan.x) == 0;
   for (int32_t i = 0; !anew && i < total; i += columns[i].group_columns)
     anew = stops_at(plan.x, dx_of(i), x);
 
   int32_t* step = plan.step + tile * plan.max_rounds * kTileCells + thread;
-  int32_t taps = 0, first = 0;  // column of the first group that reaches into the round
+  int32_t taps = 0, first = 0;  // `first`: the first column of the first group in the round
   for (int32_t round = 0; round < total; round += kRoundColumns, step += kTileCells) {
     const int32_t end = x < 0 ? 0 : min(round + kRoundColumns, total);
-    // Calls tap(place in the round, value, slope).
+    // Calls tap(column of the round, value, slope) for the changes at cell x.
     const auto visit = [&](auto&& tap) {
       for (int32_t i = first; i < end; i += columns[i].group_columns) {
         const auto add = [&](int32_t place, double value, double slope) {
@@ -196,7 +204,8 @@ __device__ void fill_steps(const MeanPlan<Acc>& plan, int64_t tile) {
   }
 }
 
-// The inverses of a block of rows, by a whole block: a thread a cell.
+// Computes the inverse total weights of a block of rows. Called by a whole block, with one thread
+// per column of cells.
 template <class Acc>
 __device__ void fill_inverse(const MeanPlan<Acc>& plan, int64_t block, int64_t place) {
   static_assert(kRows == kWeightRows);
@@ -215,7 +224,7 @@ __device__ void fill_inverse(const MeanPlan<Acc>& plan, int64_t block, int64_t p
         total[r] > 0 ? static_cast<Acc>(1 / total[r]) : 0;
 }
 
-// Blocks make steps, then inputs, then inverses.
+// Builds all tables. The first blocks compute steps, the next ones inputs, the last ones inverses.
 template <class Acc>
 __global__ void __launch_bounds__(kThreads, 2)  // with fewer registers it spills
     fill_tables(const __grid_constant__ MeanPlan<Acc> plan, int64_t for_inputs, int64_t for_cells) {
@@ -234,14 +243,14 @@ __global__ void __launch_bounds__(kThreads, 2)  // with fewer registers it spill
 
 // ---- the mean -----------------------------------------------------------------------------------
 
-// The tile of a block. It is read from shared memory whenever it is needed: in registers it would
-// displace the sums.
+// The tile of a block. It is kept in shared memory and read when it is needed, because in registers
+// it would displace the sums.
 template <class T, class Acc>
 struct Tile {
-  const T* tokens;  // of its image, from its first channel on
+  const T* tokens;  // of the image of the tile, at its first channel
   T* out;
   int32_t channels, columns;
-  int64_t y, place;  // of its first row and cell
+  int64_t y, place;  // the first row and the entry of the first cell
   const int32_t* total_inputs;
   const Input<Acc>* input;
   const Column* column;
@@ -249,7 +258,8 @@ struct Tile {
   const Tap<Acc>* tap;
 
   __device__ void find(const MeanPlan<Acc>& plan, int64_t i) {
-    // Blocks that run together share token rows: channels first, then along the row.
+    // Channels vary fastest, then x, so that blocks that run at the same time share token rows in
+    // L2.
     constexpr int64_t kSize = kLanes * kChannels<Acc>;
     const int64_t chunks = div_up(plan.channels, kSize), c = i % chunks * kSize;
     const int64_t x = i / chunks % plan.x_tiles, row = i / chunks / plan.x_tiles;
@@ -268,7 +278,8 @@ struct Tile {
   }
 };
 
-// The channels of a thread, of which there are n. kVector: all of them, aligned and dense.
+// Loads the channels of a thread. With kVector they are aligned and dense, and all of them exist;
+// otherwise only the first n exist.
 template <bool kVector, class T, class Acc = typename AccumulatorOf<T>::type>
 __device__ Pack<T, kChannels<Acc>> load_channels(const T* from, int n) {
   using Tokens = Pack<T, kChannels<Acc>>;
@@ -304,7 +315,7 @@ __device__ void add(Pack<Acc, N>& sum, Acc weight, const Pack<Acc, N>& value) {
   for (int e = 0; e < N; ++e) sum.at[e] += weight * value.at[e];
 }
 
-// Along y: the columns of the round that begins at column `first`.
+// Pass along y: sums the columns of the round that begins at column `first` into shared memory.
 template <bool kVector, class T, class Acc>
 __device__ void sum_columns(const MeanPlan<Acc>& plan, const Tile<T, Acc>& tile, int32_t first,
                             Sum<Acc> (&sums)[kRoundColumns][kRows][kLanes]) {
@@ -344,7 +355,8 @@ __device__ void sum_columns(const MeanPlan<Acc>& plan, const Tile<T, Acc>& tile,
   }
 }
 
-// Along x: adds a round to the cells of a strip, in one row. `sums`: of the first column.
+// Pass along x: adds a round to the cells of one row of a strip. `sums` points to the sum of the
+// first column of the round. `follows`: whether the strip has steps before it in the table.
 template <class Acc>
 __device__ void walk(const MeanPlan<Acc>& plan, const int32_t* steps, const Tap<Acc>* taps,
                      bool follows, const Sum<Acc>* sums, Sum<Acc> (&cells)[kCells]) {
@@ -374,9 +386,10 @@ __device__ void walk(const MeanPlan<Acc>& plan, const int32_t* steps, const Tap<
   }
 }
 
-// Cells from x on by the formula itself, for threads whose sums are not finite. The sums along y
-// multiply by weights of 0, and 0 * Inf is NaN; the walk carries a value past the cells that read
-// it; and sums may overflow where their mean does not.
+// Computes cells starting at x directly from the formula, for threads whose sums are not finite.
+// This is needed because the sums along y multiply by weights of 0, and 0 * Inf is NaN; because the
+// walk carries a value past the cells that read it; and because sums can overflow although their
+// mean does not.
 template <bool kVector, class T, class Acc>
 __device__ __noinline__ void write_directly(const MeanPlan<Acc>& plan, const T* tokens, T* to,
                                             const Acc* inverse, int64_t y, int64_t x, int cells,
@@ -406,8 +419,9 @@ __global__ void __launch_bounds__(kThreads, kResident)
     mean_kernel(const __grid_constant__ MeanPlan<Acc> plan) {
   __shared__ Sum<Acc> sums[kRoundColumns][kRows][kLanes];
   __shared__ Tile<T, Acc> tile;
-  // A warp takes some rows of one strip: its steps are the same in all of them.
-  // Unsigned, so that they cost one instruction each and need not be kept.
+  // A warp computes rows of a single strip, so that all its threads have the same steps. The
+  // indices are unsigned, so that each is recomputed in one instruction instead of occupying a
+  // register.
   const unsigned thread = threadIdx.x, warp = thread / kWarpThreads;
   const int lane = static_cast<int>(thread % kLanes);
   const int strip = static_cast<int>(warp % kStrips);
@@ -457,7 +471,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
 
 // ---- on the host --------------------------------------------------------------------------------
 
-// Whether the channels are whole, aligned vectors of n elements on both sides.
+// Whether the channels of input and output are whole, aligned vectors of n elements.
 bool vectors_fit(const EnsembleArgs& args, int64_t n, int64_t element_size) {
   const int64_t *in = args.token_strides, *out = args.out_strides;
   bool fit = args.channels % n == 0 && out[1] == 1;
@@ -468,8 +482,8 @@ bool vectors_fit(const EnsembleArgs& args, int64_t n, int64_t element_size) {
   return fit;
 }
 
-// Places that so many cells may read: their pixels span (pixels - 1) / patch of them, the first one
-// may lie anywhere in a token, and interpolation adds one.
+// The number of places that `cells` cells read, at most. Their pixels span (pixels - 1) / patch
+// tokens, the first pixel can be anywhere in a token, and interpolation adds one token.
 int64_t most_tokens(const Axis& axis, int64_t cells) {
   const int64_t more = axis.upsample == Upsample::nearest ? 2 : 3;
   return std::min(axis.places(), (cells * axis.stride - 1) / axis.patch + more);
@@ -493,7 +507,7 @@ MeanPlan<Acc> make_plan(const Call& call, Workspace& workspace) {
   plan.inputs = most_tokens(plan.y, kRows);
   plan.max_columns = plan.views * most_tokens(plan.x, kStrips * plan.strip);
   plan.max_rounds = div_up(plan.max_columns, kRoundColumns);
-  // A step of the walk changes the weights of three tokens.
+  // A step of the walk changes the weights of at most three tokens of a view.
   plan.max_taps = plan.views * kTileCells * (plan.x.stride == 1 ? 3 : plan.x.max_taps());
   const int64_t most = std::max({plan.views * plan.inputs, plan.max_columns, plan.max_taps});
   if (most > INT32_MAX - kThreads)
