@@ -1,7 +1,11 @@
-// The gradient of the mean on the device: with transposed tables, each token gathers the
-// gradients of the cells that read it. Like the mean it is separable: cells of a row are summed
-// once for all views that share a dx, then rows of these sums for each view. Nothing ever comes
-// back to the host.
+// The gradient of the mean on the device: from the gradient of the field [B, C, H', W'] to the
+// gradient of the tokens [V, B, h*w, C]. Every token gathers the gradients of the cells that read
+// it, so no two threads add to one element. Like the mean, the gradient is separable: the cells of
+// a row are summed once for all views that share a dx, and the rows of these sums are then summed
+// for each view. A block goes down the rows of a token column once. It holds the token rows that
+// the current cells belong to in registers, so each gradient row is loaded once per column and part
+// of the views. Small kernels compute the tables from the offsets on the device, so nothing is
+// copied back to the host.
 #include <type_traits>
 
 #include "../ensemble.h"
@@ -12,14 +16,14 @@ namespace {
 
 // ---- the tables ---------------------------------------------------------------------------------
 
-// Views are handled in entries, which share a dx, and entries in parts: so many at a time. The
-// views of a grid of 7 x 7 offsets are one part.
+// Views that share a dx form entries, and kEntries entries form a part, which a block processes
+// together. The views of a grid of 7 x 7 offsets are one part.
 constexpr int kEntries = 7;
 
-// The cells that read a token in a part, and cells between them; none if `end` is 0. Under
-// circular, cells at both ends of the axis may read a token. So that the cells of a token follow
-// each other, they are numbered as if the axis came three times in a row: of 10 cells, 8, 9 and 0
-// become 18, 19 and 20.
+// The range of cells that read a token in a part; empty if `end` is 0. Under a circular border,
+// cells at both ends of the axis may read the same token. To make the cells of a token consecutive,
+// they are numbered as if the axis were repeated three times: of 10 cells, 8, 9 and 0 become 18, 19
+// and 20.
 struct CellSpan {
   int32_t begin, end;
 };
@@ -27,35 +31,36 @@ struct CellSpan {
 template <class Acc>
 struct GradPlan {
   ViewTables<Acc> tables;
-  int64_t slots;      // views of an entry, at most
-  int64_t parts;      // at most
-  int32_t* begin;     // [V + 1], of each entry among the views; V behind the last one
-  int32_t* entry_of;  // [V]
-  int32_t* entries;
+  int64_t slots;              // views of an entry, at most
+  int64_t parts;              // parts, at most
+  int32_t* begin;             // [V + 1]; the first view of each entry, then V
+  int32_t* entry_of;          // [V]; the entry of a view
+  int32_t* entries;           // [1]; the number of entries
   CellSpan *span_y, *span_x;  // [parts, h] and [parts, w]
-  Acc* inverse;               // [H', W'] 1 / total weight, 0 where no view counts
-  const void* grad;           // [B, C, H', W'], of the mean
+  Acc* inverse;               // [H', W']; 1 / total weight, 0 if no view counts
+  const void* grad;           // [B, C, H', W'], the gradient of the mean
   int64_t grad_strides[4];    // in elements
   int64_t batch, channels;
-  int64_t segment, segments;  // token rows of a task; all of them in so many tasks
+  int64_t segment, segments;  // token rows of a task, and the number of segments
   void* out;                  // [V, B, h*w, C], dense
-  bool keep_in_l2;            // out
+  bool keep_in_l2;            // of `out`, see store()
 
   SRT_HD int64_t spans() const { return parts * (tables.y.axis.tokens + tables.x.axis.tokens); }
 };
 
-// Empty spans, and the entries: each thread goes through the views up to its own.
+// Clears the spans and lists the entries. The thread of a view goes through all views up to its
+// own.
 template <class Acc>
 __global__ void __launch_bounds__(kThreads)
     list_entries(const __grid_constant__ GradPlan<Acc> plan) {
-  SRT_FOR_THREAD(i, plan.spans()) plan.span_y[i] = {INT32_MAX, 0};  // those of x lie behind
+  SRT_FOR_THREAD(i, plan.spans()) plan.span_y[i] = {INT32_MAX, 0};  // span_x follows
   SRT_FOR_THREAD(v, plan.tables.views) {
     int32_t entry = -1;
     int64_t begin = 0;
     double dx = 0;
     for (int64_t u = 0; u <= v; ++u) {
       const double next = plan.tables.sorted[u].dx;
-      const bool same = next == dx || (isnan(next) && isnan(dx));  // NaN: it covers nothing
+      const bool same = next == dx || (isnan(next) && isnan(dx));  // NaN covers nothing
       if (entry < 0 || !same || u == begin + plan.slots) {
         ++entry;
         begin = u;
@@ -70,11 +75,11 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// An axis as its tokens see it: which cells read them, numbered as above.
+// The transposed table of an axis: the cells that read a token, numbered as in CellSpan.
 template <class Acc>
 struct CellsOfTokens {
   const ViewAxis<Acc>& axis;
-  int cells, tokens, before;  // of a period, and periods before the axis
+  int cells, tokens, before;  // of one repetition, and repetitions before the axis itself
 
   __device__ explicit CellsOfTokens(const ViewAxis<Acc>& of)
       : axis(of),
@@ -92,7 +97,7 @@ struct CellsOfTokens {
     const int place = token - (number / cells - before) * tokens - axis.start[v];
     return axis.table.weight_of(v, cell(number), place);
   }
-  // A cell of view v joins the spans of the tokens that it reads.
+  // Extends the spans of the tokens that a cell of view v reads by this cell.
   __device__ void widen_spans(int64_t v, int64_t cell, CellSpan* span) const {
     const AxisTable<Acc>& table = axis.table;
     const int64_t slot = v * cells + cell;
@@ -133,17 +138,19 @@ __global__ void __launch_bounds__(kThreads, 2)  // with fewer registers it spill
 
 // ---- the gradient -------------------------------------------------------------------------------
 
-// Blocks of the gradient that a processor holds at a time.
+// Resident blocks of the gradient kernel per multiprocessor.
 constexpr int kBackwardResident = 2;
 
 // A block goes down the rows of one token column, for a part of the views and a few channels, in
-// two steps. Cells are summed along 16 rows at a time, for each entry of the part (a warp 4 rows
-// and half of the cells, 8 lanes along the channels), into shared memory. Rows of these sums are
-// summed for each view into the tokens that are open: a token row is open while its cells go by
-// (two warps an open row, 4 entries each, 8 lanes along the channels). It stays in registers, and
-// is written when they have gone.
-// kVector: the channels of a thread in one access, which needs aligned rows of them on both sides.
-// Otherwise a thread has one channel.
+// two alternating steps. Step 1 sums the cells of 16 rows along x, for each entry of the part, into
+// shared memory: a warp processes 4 rows and half of the cells, with 8 lanes along the channels.
+// Step 2 sums the rows of these sums, for each view, into the open token rows. A token row is open
+// while the current cell rows belong to it; its sums are held in registers, and it is written when
+// its last cell row has been summed. Two warps process an open row, 4 entries each, with 8 lanes
+// along the channels.
+//
+// With kVector, a thread accesses several channels at a time, which must be aligned in input and
+// output. Otherwise a thread processes one channel.
 template <class T, bool kVector>
 struct GradTile {
   using Acc = typename AccumulatorOf<T>::type;
@@ -155,7 +162,8 @@ struct GradTile {
   static constexpr int rows = kThreads / lanes / halves;
   static constexpr int open = 4;
   static constexpr int slots = sizeof(Acc) == 8 ? 4 : 7;  // views of an entry
-  // Cells of a row whose weights are kept, and cells that are loaded before the first is used.
+  // Cells of a row whose weights are in shared memory, and cells that are loaded before the first
+  // one is used.
   static constexpr int batch = sizeof(Acc) == 8 ? 56 : 112;
   static constexpr int ahead = sizeof(Acc) == 8 ? 2 : 4;
 };
@@ -169,21 +177,21 @@ struct GradShared {
   Pack<Acc, padded> row_weight[Tile::open][Tile::rows][kEntries];  // of the views of an entry
   Pack<Acc, kEntries + 1> column_weight[Tile::batch];              // of the entries
 
-  // The task of the block. It is read from shared memory whenever it is needed: in registers it
-  // would displace the sums.
-  const T* grad;   // channel c0 of image b
-  T* out;          // the same, of the token column in view 0
-  int channels;    // from c0 on
-  int token;       // the column
+  // The task of the block. It is kept in shared memory and read when it is needed, because in
+  // registers it would displace the sums.
+  const T* grad;   // at channel c0 of image b
+  T* out;          // the same, at the token column in view 0
+  int channels;    // starting at c0
+  int token;       // the token column
   int begin, end;  // token rows
   CellSpan column;
   const CellSpan* rows;         // [h] of the part
-  int32_t entry[kEntries + 1];  // of the part: where each begins among the views
-  int most;                     // views of an entry
-  int staged;                   // the first of the cells whose column weights are there
+  int32_t entry[kEntries + 1];  // the first view of each entry of the part
+  int most;                     // views of an entry, at most
+  int staged;                   // the first cell of column_weight, or -1
 };
 
-// One thread of a block.
+// The state of one thread of a block.
 template <class T, class Tile>
 struct GradThread {
   using Acc = typename Tile::Acc;
@@ -191,9 +199,10 @@ struct GradThread {
   static constexpr int kSlots = Tile::slots;
   const GradPlan<Acc>& plan;
   GradShared<T, Tile>& shared;
-  // Whose cells this thread sums, and whose rows: a place among the open tokens, and an entry.
+  // Step 1: this thread sums every second cell (`half`) of row `own_row`. Step 2: it sums the rows
+  // of the open token row at `place`, for `entry`.
   int lane, half, own_row, place, entry;
-  Acc total[kSlots][kVec];  // of the open token, by view
+  Acc total[kSlots][kVec];  // of the open token row, by view
 
   __device__ GradThread(const GradPlan<Acc>& plan, GradShared<T, Tile>& shared)
       : plan(plan), shared(shared), total{} {
@@ -206,11 +215,11 @@ struct GradThread {
     entry = warp % 2 * Tile::quarters + quarter;
   }
 
-  // Channels of the task from the first one of this thread on; may be negative.
+  // Channels of the task, starting at the first channel of this thread; may be negative.
   __device__ int channels() const { return shared.channels - lane * kVec; }
 
-  // Blocks that run together read the same cells: two columns, all channels of them, all parts,
-  // then the columns beside them.
+  // Two neighbouring columns vary fastest, then channels, parts and the remaining columns, so that
+  // blocks that run at the same time read the same cells.
   __device__ void set_task(int64_t task, int64_t parts) const {
     const ViewTables<Acc>& tables = plan.tables;
     const int64_t h = tables.y.axis.tokens, w = tables.x.axis.tokens;
@@ -243,7 +252,8 @@ struct GradThread {
     shared.staged = -1;
   }
 
-  // The weights of the views in rows y and on, for the open tokens: i to `next`.
+  // Stages the weights of the views in the cell rows starting at y, for the open token rows [i,
+  // next).
   __device__ void stage_rows(int y, int i, int next) const {
     const CellsOfTokens<Acc> rows(plan.tables.y);
 #pragma unroll 1
@@ -260,7 +270,8 @@ struct GradThread {
     }
   }
 
-  // The weights of the entries in cells x0 and on, for all rows of the task, if they fit.
+  // Stages the weights of the entries in the cells starting at x0. They are the same for all rows
+  // of the task, so they are staged only once if all cells fit.
   __device__ void stage_columns(int x0) const {
     if (shared.staged == x0) return;
     const CellsOfTokens<Acc> columns(plan.tables.x);
@@ -276,8 +287,9 @@ struct GradThread {
     __syncthreads();
   }
 
-  // Sums the cells of row y + own_row for each entry. A weight of 0 is not multiplied: the gradient
-  // may not be finite. Where no view counts, the weight is not 0, but no row of the sum is used.
+  // Step 1: sums the cells of row y + own_row for each entry. Weights of 0 are skipped, because the
+  // gradient may be non-finite. If no view counts in a cell, the weight need not be 0, but no token
+  // row uses the sum.
   __device__ void sum_cells(int y) const {
     const CellsOfTokens<Acc> rows(plan.tables.y), columns(plan.tables.x);
     const int64_t row = rows.cell(y + own_row);
@@ -289,7 +301,7 @@ struct GradThread {
     for (int x0 = shared.column.begin; x0 < shared.column.end; x0 += Tile::batch) {
       stage_columns(x0);
       const int end = reads ? min(shared.column.end, x0 + Tile::batch) : x0;
-      // The halves take turns.
+      // The two halves process alternate cells.
 #pragma unroll Tile::ahead
       for (int x = x0 + half; x < end; x += Tile::halves) {
         const int column = columns.cell(x);
@@ -314,7 +326,8 @@ struct GradThread {
       for (int c = 0; c < kVec; ++c) shared.sums[half][e][own_row][lane].at[c] = sum[e][c];
   }
 
-  // Sums these, rows y and on, into the open token of this thread, for up to kViews of its entry.
+  // Step 2: sums the rows starting at y into the open token row of this thread, for up to kViews
+  // views of its entry.
   template <int kViews>
   __device__ void sum_rows(int y, int i, int next) {
     const int token = i + ((place - i) & (kOpen - 1));
@@ -338,7 +351,7 @@ struct GradThread {
     }
   }
 
-  // The token row is complete.
+  // Writes a token row that is complete, and closes it.
   __device__ void write_row(int row) {
     if (place != row % kOpen || entry >= kEntries) return;
     const int64_t w = plan.tables.x.axis.tokens, h = plan.tables.y.axis.tokens;
@@ -360,7 +373,7 @@ struct GradThread {
     }
   }
 
-  // Cells from row y on go by; token rows i to `next` are open.
+  // Goes down the cell rows in steps of kRows. Token rows [i, next) are open at cell row y.
   __device__ void go_down() {
     const auto span_of = [&](int row) { return load(shared.rows + row); };
     int i = shared.begin, next = i, y = 0;
@@ -370,12 +383,13 @@ struct GradThread {
         if (next == shared.end) return;
         if (span_of(next).end > 0) y = span_of(next).begin;
       }
-      // A row whose first cells have gone by waits until all others are done.
+      // A token row whose first cell row has already been passed is opened after all others are
+      // closed.
       for (; next < shared.end && next - i < kOpen; ++next) {
         const CellSpan own = span_of(next);
         if (own.end > 0 && (own.begin < y || own.begin >= y + kRows)) break;
       }
-      if (span_of(i).end <= y) continue;  // nothing reads it
+      if (span_of(i).end <= y) continue;  // no cell reads it
       stage_rows(y, i, next);
       sum_cells(y);
       __syncthreads();
@@ -387,13 +401,13 @@ struct GradThread {
         sum_rows<kSlots>(y, i, next);
       }
       y += kRows;
-      __syncthreads();  // before the next rows take the place of these
+      __syncthreads();  // before the next rows overwrite these
     }
   }
 };
 
-// As many blocks as the device holds at a time go through the tasks: how many there are, only the
-// device knows.
+// The grid has as many blocks as the device can hold, and they loop over the tasks, because only
+// the device knows the number of tasks.
 template <class T, bool kVector>
 __global__ void __launch_bounds__(kThreads, kBackwardResident)
     mean_backward_kernel(const __grid_constant__ GradPlan<typename AccumulatorOf<T>::type> plan) {
@@ -405,7 +419,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardResident)
   const int64_t chunks = div_up(plan.channels, Tile::channels);
   const int64_t pairs = div_up(plan.tables.x.axis.tokens, 2);
   SRT_FOR_BLOCK(task, 2 * chunks * parts * pairs * plan.segments * plan.batch) {
-    __syncthreads();  // nobody needs the last task any more
+    __syncthreads();  // all threads have finished the previous task
     if (threadIdx.x == 0) own.set_task(task, parts);
     __syncthreads();
     own.go_down();
@@ -414,8 +428,9 @@ __global__ void __launch_bounds__(kThreads, kBackwardResident)
 
 // ---- on the host --------------------------------------------------------------------------------
 
-// Token rows of a block. Shorter segments give more blocks to share out; each reads a token and a
-// half more than it writes.
+// Returns the number of token rows of a segment. Shorter segments give more blocks, which balances
+// the load, but each segment reads cells of about 1.5 token rows in addition to those that it
+// writes.
 int64_t choose_segment(int64_t rows, int64_t columns_of_blocks, int64_t resident) {
   int64_t best = rows;
   double least = 0;
@@ -460,7 +475,7 @@ int64_t mean_backward(const Call& call, void* grad_tokens) {
   constexpr int64_t kSize = sizeof(T);
   plan.keep_in_l2 = fits_l2(call.op, kSize * call.field_elements(), kSize * call.token_elements());
   const int64_t resident = kBackwardResident * std::max<int64_t>(1, processors(call.op));
-  // For offsets on the device the number of entries is unknown: as many as on a grid.
+  // The number of entries is unknown if the offsets are on the device: assume that of a grid.
   const int64_t parts = div_up(div_up(args.views, Tile::slots), kEntries);
   const int64_t columns =
       args.batch * parts * 2 * div_up(args.grid[1], 2) * div_up(args.channels, Tile::channels);
@@ -479,7 +494,7 @@ int64_t mean_backward(const Call& call, void* grad_tokens) {
   return workspace.bytes();
 }
 
-// Whether rows of channels can be accessed as vectors.
+// Whether the channels of input and output can be accessed as aligned vectors.
 template <class T>
 bool are_vectors(const EnsembleArgs& args, const void* grad_tokens) {
   constexpr int64_t kChannels = GradTile<T, true>::vector;

@@ -1,9 +1,11 @@
-// The reductions on the device that need the value of every view in a cell: the median, the
-// moments, and what a chunk of a stream adds to its state. A block makes a few cells of a row, 32
-// channels at a time. Along a row a view is linear between its tokens: the block combines the token
-// rows of every view once, in shared memory, and a cell blends two columns of that. A warp is a run
-// of cells, a thread a channel. Small kernels make the tables from the offsets, wherever these lie.
-// Nothing ever comes back to the host.
+// The reductions on the device that need the value of every view in a cell: the median and the
+// moments, from tokens [V, B, h*w, C] to a field [B, C, H', W'] (or to mean and variance), and the
+// update of a stream by a chunk of views. A block computes a few cells of an output row, 32
+// channels at a time. Along a row, a view is linear between its tokens. So the block combines the
+// token rows of every view once, into shared memory, and each cell only blends two columns of the
+// result per view. A warp processes a run of equal cells, a thread one channel; the median of up to
+// 50 views is selected in registers. Small kernels compute the tables from the offsets on the
+// device, so nothing is copied back to the host.
 #include <type_traits>
 
 #include "../running_median.h"
@@ -12,28 +14,28 @@
 namespace srt::cuda {
 namespace {
 
-// Token columns of a view, in shared memory. As many as a token's width of pixels can read; where
-// cells are larger, there is a place for the values of so many of them instead.
+// Token columns of a view in shared memory: as many as the pixels of one token width can read. If a
+// cell is more than one pixel, the same memory holds the values of kColumns cells instead.
 constexpr int kColumns = 3;
 
 template <class Acc>
 struct PerViewPlan : FieldPlan {
   ViewTables<Acc> tables;
-  int64_t spread;                // the step between views that are taken one after the other
-  uint8_t* breaks[2];            // [H'] and [W'], 1 where a cell differs from the one before it
+  int64_t spread;                // views are added in steps of `spread` (spread_step)
+  uint8_t* breaks[2];            // [H'] and [W']; 1 if a cell differs from the one before it
   int64_t row_step, token_step;  // between tokens, in elements
-  bool linear;                   // a cell is a pixel: of at most two taps along each axis
-  int columns;                   // of tokens that a tile reads of a view, if `linear`
+  bool linear;                   // a cell is one pixel: at most two taps along each axis
+  int columns;                   // token columns of a view that a tile reads, if `linear`
   int64_t tile;                  // cells of a block
-  int64_t groups;                // of 32 channels, that a block makes one after the other
-  void* variance;                // as out
-  // For a stream alone (ensemble.h).
+  int64_t groups;                // of 32 channels, which a block processes in sequence
+  void* variance;                // as `out`
+  // For streams only (ensemble.h).
   int64_t plane_stride;
   double* total_weight;  // [H', W']
-  double* scale;         // of the weights, in units of `total_weight`
+  double* scale;         // View::weight * scale is in units of `total_weight`
   bool counts_views;
 
-  // The view that is taken at turn i, in the tables.
+  // The table index of the view that is added at turn i.
   __device__ int64_t view_at(int64_t i) const { return i * spread % views; }
 };
 
@@ -51,7 +53,8 @@ __device__ bool equals_the_one_before(const AxisTable<Acc>& table, int64_t slot)
   return equal;
 }
 
-// A block a cell of an axis, a thread a view.
+// Finds the cells of each axis that differ from the previous one in some view. A block processes
+// one cell, a thread some of the views.
 template <class Acc>
 __global__ void __launch_bounds__(kThreads)
     find_breaks(const __grid_constant__ PerViewPlan<Acc> plan) {
@@ -69,43 +72,44 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- values -------------------------------------------------------------------------------------
 
-// In a tile, at most; static shared memory has 48 KB.
+// Runs of a tile, at most; static shared memory is limited to 48 KB.
 template <class Acc>
 constexpr int kRuns = sizeof(Acc) == 8 ? kColumns : 16;
-constexpr int64_t kEnoughBlocks = 2048;  // before one makes several groups of channels
+constexpr int64_t kEnoughBlocks = 2048;  // with fewer, a block processes one group
 
-// What all channels of a tile share, and the columns of 32 of them. A view's value in a run is
-// `row(at[0]) * weight[0] + row(at[1]) * weight[1]`; a tap that is none reads zeros.
+// The shared memory of a block: data common to all channels of a tile, and the columns of 32
+// channels. The value of a view in a run is `row(at[0]) * weight[0] + row(at[1]) * weight[1]`; an
+// absent tap reads a row of zeros.
 template <class T, class Reduction>
 struct Stage {
   using Acc = typename AccumulatorOf<T>::type;
-  static constexpr int kViews = Reduction::kViews;                   // more come in several turns
+  static constexpr int kViews = Reduction::kViews;                   // more are staged in turns
   static constexpr int kZeros = 0, kLow = 1, kHigh = 2, kFixed = 3;  // rows of 0, -inf, inf
-  static constexpr int kAbsent = -1;  // at[0] of a view that does not count, until it is left out
+  static constexpr int kAbsent = -1;  // at[0] of a view that does not count, until it is removed
 
   struct alignas(kVectorBytes) Blend {
-    int32_t at[2];  // bytes from the beginning of `rows`
+    int32_t at[2];  // byte offsets into `rows`
     Acc weight[2];
   };
   struct Source {
-    const T* token;  // channel 0 of the first one that is read if `linear`, otherwise of token 0
-    Acc weight[2];   // of token rows
-    int32_t row;     // from the first row to the second
-    int32_t column[kColumns - 1];  // from the first column to the others
+    const T* token;  // channel 0 of the first token that is read if `linear`, otherwise of token 0
+    Acc weight[2];   // of the two token rows
+    int32_t row;     // distance from the first row to the second
+    int32_t column[kColumns - 1];  // distances from the first column to the others
   };
   struct Share {
     Acc weight;  // of the view in the cell
-    Acc part;    // that it is of the weights so far
+    Acc part;    // `weight` as a fraction of the weights so far
   };
 
   Blend blend[kRuns<Acc>][kViews];
   Source source[kViews];
   Acc rows[kFixed + kViews * kColumns][kWarpThreads];
   Share share[Reduction::kWeighted ? kRuns<Acc> : 1][kViews];
-  int32_t counted[kRuns<Acc>];    // views that count, of those staged
+  int32_t counted[kRuns<Acc>];    // staged views that count
   double weight[kRuns<Acc>];      // of all views so far
-  int64_t image, y, y_end;        // of the tile; rows y to y_end are alike
-  int32_t begin[kRuns<Acc> + 1];  // cells
+  int64_t image, y, y_end;        // of the tile; rows [y, y_end) are equal
+  int32_t begin[kRuns<Acc> + 1];  // first cell of each run
   int32_t runs;
 
   static __device__ int32_t place(int row) {
@@ -123,17 +127,17 @@ struct Cell {
   using Stage = cuda::Stage<T, Reduction>;
   const PerViewPlan<Acc>& plan;
   Stage& stage;
-  int64_t channel;  // of a lane beyond the last channel there is none
-  int run;          // beyond the last one: a warp that only helps to stage
+  int64_t channel;  // may be beyond the last channel: the thread then only helps to stage
+  int run;          // may be beyond the last run: the warp then only helps to stage
 
   static __device__ int lane() { return static_cast<int>(threadIdx.x) % kWarpThreads; }
   static __device__ int warp() { return static_cast<int>(threadIdx.x) / kWarpThreads; }
-  __device__ int staged(int64_t first) const {  // views, from this one on
+  __device__ int staged(int64_t first) const {  // number of staged views
     return static_cast<int>(min(int64_t{Stage::kViews}, plan.views - first));
   }
   __device__ bool staged_once() const { return plan.views <= Stage::kViews; }
 
-  // The runs of the tile that begins at row y and cell x, by one thread. They end with it.
+  // Lists the runs of the tile that begins at row y and cell x. Called by one thread.
   __device__ void stage_runs(int64_t image, int64_t y, int64_t x) const {
     const int32_t end = static_cast<int32_t>(min(x + plan.tile, plan.tables.x.table.cells));
     stage.runs = 0;
@@ -149,7 +153,8 @@ struct Cell {
     stage.y_end = y;
   }
 
-  // Views `first` and on: a thread a view in a run, then a run with all its views.
+  // Stages the views starting at `first`. First, each thread stages one view of one run; then each
+  // thread removes the views of one run that do not count.
   __device__ void stage_views(int64_t first) const {
     constexpr int kViews = Stage::kViews;
     const int views = staged(first), own = static_cast<int>(threadIdx.x);
@@ -162,7 +167,8 @@ struct Cell {
       const int64_t v = plan.view_at(first + k);
       const AxisTable<Acc>&ty = plan.tables.y.table, &tx = plan.tables.x.table;
       const int64_t slot_y = v * ty.cells + stage.y, slot_x = v * tx.cells + stage.begin[run];
-      // The first place that the tile reads. 0 for a cell that is not covered.
+      // The first place of the columns in shared memory. tx.first is 0 for a cell that is not
+      // covered.
       int32_t from = 0;
       if (plan.linear)
         from = min(tx.first[v * tx.cells + stage.begin[0]],
@@ -196,8 +202,8 @@ struct Cell {
     Reduction::prepare(stage, own, first == 0);
   }
 
-  // Where to read view v, the k-th that is staged. Where there are fewer columns than kColumns, the
-  // last one is read again.
+  // Stages where to read view v, the k-th staged view. If there are fewer columns than kColumns,
+  // the last one is read again.
   __device__ void stage_source(int k, int64_t v, int64_t index, int32_t from) const {
     const AxisTable<Acc>& table = plan.tables.y.table;
     const int64_t slot = v * table.cells + stage.y, first = table.first[slot];
@@ -215,8 +221,8 @@ struct Cell {
           static_cast<int32_t>(column(from + min(j, plan.columns - 1)) - column(from));
   }
 
-  // This channel of the columns of all views; of the values themselves, where a cell is more than a
-  // pixel.
+  // Loads the columns of all staged views for this channel; if a cell is more than one pixel,
+  // computes the values themselves.
   __device__ void stage_rows(int64_t first) const {
     const int views = staged(first);
     const bool exists = channel < plan.channels;
@@ -246,12 +252,12 @@ struct Cell {
     }
   }
 
-  // The weight of tap k; 0 where there is none.
+  // The weight of tap k; 0 if there is no such tap.
   static __device__ Acc tap(const AxisTable<Acc>& table, int64_t slot, int k) {
     return k < table.taps[slot] ? table.weight[slot * table.max_taps + k] : 0;
   }
 
-  // The value for any number of taps.
+  // The value of a view in cell x, for any number of taps.
   __device__ Acc value(int64_t v, int64_t x, const T* token) const {
     const AxisTable<Acc>&ty = plan.tables.y.table, &tx = plan.tables.x.table;
     const int64_t slot_y = v * ty.cells + stage.y, slot_x = v * tx.cells + x;
@@ -272,7 +278,8 @@ struct Cell {
     return sum / static_cast<Acc>(ty.count[slot_y] * tx.count[slot_x]);
   }
 
-  // Every time the same to the last bit, so not left to the compiler.
+  // The value of the k-th staged view in this run. The operations are written explicitly, because
+  // the value is computed several times and must be bitwise equal each time.
   __device__ Acc value(int k) const {
     const typename Stage::Blend blend = stage.blend[run][k];
     const auto row = [&](int32_t at) {
@@ -282,8 +289,8 @@ struct Cell {
     return fma(blend.weight[0], row(blend.at[0]), blend.weight[1] * row(blend.at[1]));
   }
 
-  // Calls visit(value, share) for each view that counts. All threads of the block call it equally
-  // often: more than kViews are staged in turns.
+  // Calls visit(value, share) for each view that counts. All threads of the block must call it
+  // equally often, because more than kViews views are staged in turns, with barriers.
   template <class Visit>
   __device__ void each_value(Visit&& visit) const {
     for (int64_t first = 0; first < plan.views; first += Stage::kViews) {
@@ -300,7 +307,7 @@ struct Cell {
     }
   }
 
-  // Calls visit(offset in the output, number of the cell) for each cell.
+  // Calls visit(offset in the output, number of the cell) for each cell of the run.
   template <class Visit>
   __device__ void each_cell(Visit&& visit) const {
     if (channel >= plan.channels || run >= stage.runs) return;
@@ -320,21 +327,22 @@ struct Cell {
 
 // ---- reductions ---------------------------------------------------------------------------------
 
-// Each has kBlocks: how many blocks a processor holds, which share its 65536 registers. `prepare`
-// is one thread's turn with a run, when its views are staged.
+// A reduction defines kBlocks, the resident blocks per multiprocessor, which share its 65536
+// registers. prepare() is called by one thread per run after its views are staged. reduce()
+// computes one channel of a run.
 
-// What most of them have in common.
+// Defaults of the reductions.
 template <class T>
 struct Common {
   static constexpr int kViews = 50;
   static constexpr int kBlocks = sizeof(T) == 8 ? 2 : 3;
-  static constexpr bool kWeighted = false;  // whether it asks for shares
-  static constexpr bool kCopies = true;     // whether all cells of a run get the same
+  static constexpr bool kWeighted = false;  // whether it uses shares
+  static constexpr bool kCopies = true;     // whether all cells of a run get the same result
   template <class Stage>
   static __device__ void prepare(Stage&, int, bool) {}
 };
 
-// A NaN is both less and more than any number: it reaches the median.
+// Orders a NaN both below and above every number, so that it propagates to the median.
 struct NanOrder {
   template <class V>
   static SRT_INLINE V min(V a, V b) {
@@ -365,8 +373,8 @@ struct NetworkMedian : Common<T> {
   static constexpr int kViews = N;
   static constexpr int kBlocks = N * sizeof(Acc) <= 100 ? 3 : N * sizeof(Acc) <= 256 ? 2 : 1;
 
-  // Behind the views that count infinities of both signs, in turn, which leaves the
-  // median where it is (low_padding): -inf first if N is odd.
+  // Pads the views that count with infinities of alternating sign, which keeps the median
+  // (low_padding); -inf comes first if N is odd.
   template <class Stage>
   static __device__ void prepare(Stage& stage, int run, bool) {
     int padding = N % 2 ? Stage::kLow : Stage::kHigh;
@@ -387,14 +395,15 @@ struct NetworkMedian : Common<T> {
   }
 };
 
-// The median of any number of views. It finds the bits of the result from the top, by counting the
-// values below, which it gathers again for each bit. Numbers are compared by integer keys.
+// The median of any number of views. Determines the bits of the result from the highest to the
+// lowest; for each bit it computes all values again and counts those below a candidate. Numbers are
+// compared by integer keys of the same order.
 template <class T>
 struct CountingMedian : Common<T> {
   using Acc = typename AccumulatorOf<T>::type;
   using Key = typename std::conditional<sizeof(Acc) == 8, int64_t, int32_t>::type;
   static constexpr int kBits = 8 * sizeof(Key);
-  static constexpr Key kTop = Key{1} << (kBits - 2);  // the highest bit but the sign
+  static constexpr Key kTop = Key{1} << (kBits - 2);  // the highest bit below the sign
 
   static __device__ Key flip(Key bits) {
     return bits ^ ((bits >> (kBits - 1)) & (kTop - 1 + kTop));
@@ -407,7 +416,7 @@ struct CountingMedian : Common<T> {
       ++count;
       if (value != value) poison = value;
     });
-    const auto reach = [&](Key key) {  // whether no more than half of the keys are below it
+    const auto reach = [&](Key key) {  // whether at most half of the keys are below `key`
       int64_t below = 0;
       cell.each_value([&](Acc value, auto) {
         Key bits;
@@ -428,9 +437,9 @@ struct CountingMedian : Common<T> {
   }
 };
 
-// Mean and variance; in a stream, of the state and the chunk. The sum of squared deviations is kept
-// as West does (1979), of the distances from the first value: beside a large mean they are small,
-// and so are their roundings.
+// Mean and variance; in a stream, of the state and the chunk combined. The sum of squared
+// deviations is updated as in West (1979), for the distances from the first value: compared with a
+// large mean they are small, and so are their rounding errors.
 template <class T>
 struct Moments : Common<T> {
   using Acc = typename AccumulatorOf<T>::type;
@@ -469,8 +478,8 @@ struct Moments : Common<T> {
     }
   }
 
-  // The state and a chunk are joined as two samples are (Chan, Golub and LeVeque 1979). The stream
-  // of a mean has no variance.
+  // Combines the state and a chunk as two samples (Chan, Golub and LeVeque 1979). The stream of a
+  // mean has no variance.
   template <class Cell>
   static __device__ void join(const Cell& cell, double weight, Acc mean, Acc variance) {
     const PerViewPlan<Acc>& plan = cell.plan;
@@ -482,12 +491,12 @@ struct Moments : Common<T> {
       const double share = total > 0 ? 1 / total : 0;
       const Acc keep = static_cast<Acc>(before * share), added = static_cast<Acc>(chunk * share);
       Acc new_mean = mean, new_variance = variance;
-      if (keep != 0 && added == 0) {  // too little to show
+      if (keep != 0 && added == 0) {  // below the precision of the state
         new_mean = *old_mean;
         if (plan.variance) new_variance = *old_variance;
       } else if (keep != 0) {  // a cell that has no weight yet has no state
         const Acc old = *old_mean, apart = mean - old;
-        // The first form rounds less, the second keeps an infinite mean.
+        // The first form has the smaller rounding error; the second keeps an infinite mean.
         new_mean = apart - apart == 0 ? old + added * apart : keep * old + added * mean;
         if (plan.variance)
           new_variance = keep * *old_variance + added * variance + keep * added * apart * apart;
@@ -501,7 +510,7 @@ struct Moments : Common<T> {
 template <class T>
 struct StreamMedian : Common<T> {
   using Acc = typename AccumulatorOf<T>::type;
-  static constexpr bool kCopies = false;  // every cell has a state of its own
+  static constexpr bool kCopies = false;  // every cell has its own state
   template <class Cell>
   static __device__ void reduce(const Cell& cell) {
     const PerViewPlan<Acc>& plan = cell.plan;
@@ -547,7 +556,7 @@ __global__ void __launch_bounds__(kThreads, Reduction::kBlocks)
     stage.rows[Stage::kLow][lane] = -static_cast<Acc>(INFINITY);
     stage.rows[Stage::kHigh][lane] = static_cast<Acc>(INFINITY);
   }
-  // Blocks that follow each other read the same token rows.
+  // Tiles of a row vary fastest, because consecutive blocks then read the same token rows.
   SRT_FOR_BLOCK(i, plan.batch * rows * parts * tiles) {
     const int64_t y = i / tiles / parts % rows, begin = i / tiles % parts * step;
     if (Reduction::kCopies && !plan.breaks[0][y]) continue;
@@ -556,7 +565,7 @@ __global__ void __launch_bounds__(kThreads, Reduction::kBlocks)
     if (threadIdx.x == 0) cell.stage_runs(i / tiles / parts / rows, y, i % tiles * plan.tile);
     __syncthreads();
     if (cell.staged_once()) cell.stage_views(0);
-    // Whole warps enter the loops: some of their threads only help to stage.
+    // Whole warps enter the loops, because all threads help to stage.
     for (int group = 0; group < plan.groups && cell.channel - lane < plan.channels; ++group) {
       __syncthreads();
       if (cell.staged_once()) {
@@ -570,7 +579,7 @@ __global__ void __launch_bounds__(kThreads, Reduction::kBlocks)
   }
 }
 
-// What the chunk adds to the total weight of each cell; the kernel above has read it.
+// Adds the weight of a chunk to the total weight of each cell, after per_view_kernel has read it.
 template <class Acc>
 __global__ void __launch_bounds__(kThreads)
     add_weights(const __grid_constant__ PerViewPlan<Acc> plan) {
@@ -586,7 +595,7 @@ using Kernel = void (*)(PerViewPlan<typename AccumulatorOf<T>::type>);
 
 template <class T>
 Kernel<T> choose_kernel(const EnsembleArgs& args) {
-  if (args.reduce != Reduce::median) return per_view_kernel<T, Moments<T>>;  // a mean: of a stream
+  if (args.reduce != Reduce::median) return per_view_kernel<T, Moments<T>>;  // a mean: a stream
   if (args.total_weight) return per_view_kernel<T, StreamMedian<T>>;
   return with_network(
       args.views, [](auto n) -> Kernel<T> { return per_view_kernel<T, NetworkMedian<T, n>>; },

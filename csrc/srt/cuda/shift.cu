@@ -1,3 +1,9 @@
+// shift on the device: images [B*C, H, W] to views [V, B*C, H, W]. The views are V times larger
+// than the images, so the time goes to writing them. A warp computes a strip of a few rows: it
+// reads each row once with coalesced loads, sums the taps along y in registers, passes the rows
+// through shared memory for the taps along x, and writes 16 bytes per lane. Whole-pixel offsets
+// skip the arithmetic and are copied bit for bit. Offsets are read on the device, so the call does
+// not synchronise.
 #include "../shift.h"
 #include "common.cuh"
 
@@ -5,33 +11,33 @@ namespace srt::cuda {
 namespace {
 
 // A warp computes a strip of one view of one plane: a few rows of at most kColumns pixels. A lane
-// reads every 32nd position of a row. The source columns of these positions, padding included, are
-// the same for all rows of the strip and are computed once. Rows go through shared memory, so that
-// a lane writes 16 bytes at a time.
+// reads every 32nd position of a row. The source columns of these positions, including the padding,
+// are the same for all rows of the strip and are computed once.
 constexpr int kColumns = 256;
-constexpr int kPositions = kColumns / kWarpThreads;  // of a lane
-// Whole vectors are read from a line: they may reach past its last position.
+constexpr int kPositions = kColumns / kWarpThreads;  // per lane
+// Whole vectors are read from a line, so they can reach past its last position.
 constexpr int kLine = kColumns + kVectorBytes;
 template <class Acc>
 constexpr int kRows = sizeof(Acc) == sizeof(double) ? 2 : 4;
-constexpr int kResident = 2;  // blocks that a processor holds at a time
+constexpr int kResident = 2;  // resident blocks per multiprocessor
 
-// State shared by the warps of a block. Their strips are stacked vertically.
+// The state that the warps of a block share. Their strips are stacked vertically.
 template <class T>
 struct Block {
   const T* image;     // the plane
   T* out;             // the plane of the view
   int32_t y, x;       // of the first pixel
-  ShiftTaps taps[2];  // of y and x; none for a view that covers nothing
+  ShiftTaps taps[2];  // along y and x; no taps if the offset is invalid
 };
 
-// Called by two threads, one for each axis.
+// Locates the tile number `index`. Called by two threads, one for each axis.
 template <int kTaps, class T>
 __device__ void locate(const ShiftPlan& plan, const InlineArrays& inline_offsets, int64_t index,
                        int block_rows, int axis, Block<T>& block) {
   const int64_t tiles_y = div_up(plan.height, block_rows), tiles_x = div_up(plan.width, kColumns);
   const int64_t rows = index / tiles_x, layer = rows / tiles_y, view = layer / plan.planes;
-  // So the compiler leaves the cubic weights out of the kernel that does not need them.
+  // Depends on kTaps so that the compiler omits the cubic weights from the kernel that does not
+  // need them.
   const Interpolation interpolation = kTaps == 4 ? Interpolation::bicubic
                                       : plan.interpolation == Interpolation::nearest
                                           ? Interpolation::nearest
@@ -59,12 +65,12 @@ struct Strip {
   using Acc = typename AccumulatorOf<T>::type;
   const ShiftPlan& plan;
   const T* image;
-  T* out;  // at its first pixel
+  T* out;  // at the first pixel of the strip
   int lane, rows, columns;
   int taps_y, taps_x;
-  int32_t first_row;  // of the image, that the strip reads; may lie in the padding
-  // Source columns of the positions lane + 32 i, and of one more for the taps beyond the last
-  // column. -1 for a padded zero, and where there is no position.
+  int32_t first_row;  // first image row that the strip reads; may be in the padding
+  // Source columns of the positions lane + 32 i, plus one for the taps beyond the last column. -1
+  // for a padded zero and for positions that do not exist.
   int32_t column[kPositions + 1];
 
   __device__ Strip(const ShiftPlan& plan, const Block<T>& block)
@@ -92,7 +98,7 @@ struct Strip {
     return source < 0 ? nullptr : image + source * plan.width;
   }
 
-  // make(from, to) fills an array `to` with the pixels whose line begins at `from`.
+  // Writes the strip. make(from, to) computes the pixels `to` from the line that begins at `from`.
   template <class Line, class Make>
   __device__ void write(const Line (*lines)[kLine], Make&& make) const {
     if (plan.aligned) {
@@ -118,7 +124,8 @@ struct Strip {
   }
 };
 
-// Whole pixels on both axes, bit for bit: not through the accumulator.
+// Reads a strip whose offset is whole pixels along both axes. The pixels are not converted to the
+// accumulator type, so that they are copied bit for bit.
 template <class T>
 __device__ void read_pixels(const Strip<T>& strip, T (*lines)[kLine]) {
   constexpr int kStripRows = kRows<typename Strip<T>::Acc>;
@@ -140,18 +147,18 @@ __device__ void read_pixels(const Strip<T>& strip, T (*lines)[kLine]) {
   }
 }
 
-// The taps along y, of every position that the taps along x read.
+// Sums the taps along y at every position that the taps along x read, into `lines`.
 template <int kTaps, class T, class Acc>
 __device__ void filter_rows(const Strip<T>& strip, const ShiftTaps& taps, Acc (*lines)[kLine]) {
-  // A view with fewer taps uses the last ones, so row p - (kTaps - 1) of the strip is complete once
-  // row p of the image is added.
+  // A view with fewer taps uses the last of the kTaps, so row p - (kTaps - 1) of the strip is
+  // complete after the p-th row of the image has been added.
   const int absent = kTaps - strip.taps_y;
   constexpr int kReads = kRows<Acc> + kTaps - 1;
   Acc weight[kTaps];
 #pragma unroll
   for (int k = 0; k < kTaps; ++k)
     weight[k] = k < absent ? Acc{0} : static_cast<Acc>(taps.weight[k - absent]);
-  const T* row[kReads];  // found first, so that the loads of one row need not wait for another
+  const T* row[kReads];  // computed first, so that the loads of all rows are independent
 #pragma unroll
   for (int p = 0; p < kReads; ++p)
     row[p] = p >= absent && p < strip.rows + kTaps - 1 ? strip.row(p - absent) : nullptr;
@@ -165,7 +172,7 @@ __device__ void filter_rows(const Strip<T>& strip, const ShiftTaps& taps, Acc (*
 #pragma unroll
       for (int k = 0; k < kTaps; ++k) {
         const int r = p - k;
-        // A tap that the view does not have is skipped: 0 times a value that is not finite is NaN.
+        // Absent taps are skipped, because 0 times a non-finite value is NaN.
         const bool has_tap = k == kTaps - 1 || k >= absent;
         if (r >= 0 && r < kRows<Acc> && has_tap) sum[r][i] += weight[k] * value;
       }
@@ -180,7 +187,7 @@ __device__ void filter_rows(const Strip<T>& strip, const ShiftTaps& taps, Acc (*
   }
 }
 
-// out[i] = line[i]. Several pixels are read in one vector.
+// out[i] = line[i], read as one vector.
 template <class T, int N>
 __device__ void copy_line(const T* line, T (&out)[N]) {
   const Pack<T, N> pack = *reinterpret_cast<const Pack<T, N>*>(line);
@@ -188,8 +195,7 @@ __device__ void copy_line(const T* line, T (&out)[N]) {
   for (int i = 0; i < N; ++i) out[i] = pack.at[i];
 }
 
-// out[i] = sum over k < taps of weight[k] * line[i + k]. Several pixels are read in whole
-// vectors.
+// out[i] = sum over k < taps of weight[k] * line[i + k]. Several pixels are read as whole vectors.
 template <int kTaps, class T, class Acc, int N>
 __device__ void filter_line(const Acc* line, int taps, const Acc (&weight)[kTaps], T (&out)[N]) {
   constexpr int kReads = N + kTaps - 1, kLanes = kVectorBytes / sizeof(Acc);
@@ -246,7 +252,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
       strip.write(own,
                   [&](const Acc* from, auto& to) { filter_line(from, strip.taps_x, weight, to); });
     }
-    __syncthreads();  // before the next block's state replaces this one
+    __syncthreads();  // before the next tile overwrites the state
   }
 }
 

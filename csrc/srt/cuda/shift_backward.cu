@@ -1,5 +1,8 @@
-// The gradient of the image on the device: each pixel gathers, from every view, the output pixels
-// that read it, where it stands and where it stands in the padding.
+// The gradient of shift on the device: from the gradient of the views [V, B*C, H, W] to the
+// gradient of the images [B*C, H, W]. Each image pixel gathers, from every view, the output pixels
+// that read it, at its own position and at its copies in the padding. So no atomic operations are
+// needed, and the result does not depend on timing. Padding is rare: its positions are only
+// computed for tiles that have some.
 
 #include "../shift.h"
 #include "common.cuh"
@@ -7,24 +10,25 @@
 namespace srt::cuda {
 namespace {
 
-// A block makes a tile of one plane: a lane a column, a few rows a thread, every warp for its own
-// share of the views. What the warps have is added up in shared memory, always in one order.
+// A block computes a tile of one plane: a lane processes one column, with a few rows per thread,
+// and the warps divide the views among them. The results of the warps are added in shared memory in
+// a fixed order.
 constexpr int kImageRows = kWarps;
 constexpr int kViewsStaged = kThreads / 2;
 constexpr int kMostTaps = 4;
-constexpr int kImageResident = 3;  // blocks that a processor holds at a time
+constexpr int kImageResident = 3;  // resident blocks per multiprocessor
 
-// One axis of one view, as ShiftTaps.
+// The taps of one axis of one view, as in ShiftTaps.
 template <class Acc>
 struct AxisTaps {
   int32_t first, taps;
   Acc weight[kMostTaps];
 
-  // The output pixels of an axis of n pixels read the positions from `first` to this one.
+  // The output pixels of an axis of n pixels read the positions first .. last(n).
   __device__ int last(int n) const { return first + n + taps - 2; }
 };
 
-// Whether a pixel of [low, high] may stand at several of the positions begin to last.
+// Whether a pixel of [low, high] may occur at several of the padded positions [begin, last].
 __device__ inline bool repeats(int low, int high, int n, Padding padding, int begin, int last) {
   switch (padding) {
     case Padding::zeros:
@@ -39,17 +43,17 @@ __device__ inline bool repeats(int low, int high, int n, Padding padding, int be
   return false;
 }
 
-// The least position from `begin` on that is i, but for a multiple of `period`.
+// The smallest position from `begin` on that is congruent to i modulo `period`.
 __device__ inline int first_from(int begin, int i, int period) {
   const int rest = (i - begin) % period;
   return begin + (rest < 0 ? rest + period : rest);
 }
 
-// Calls visit(position) for each position at which a pixel stands: one or two sequences of the same
-// step. Without an array, which would lie in memory.
+// Calls visit(position) for each of the positions [begin, last] at which pixel i occurs. They form
+// one or two sequences of the same step. No array is used, because it would be in local memory.
 template <class Visit>
 __device__ void visit_positions(int i, int n, Padding padding, int begin, int last, Visit&& visit) {
-  int start = i, end = i, step = 1, sequences = 1;  // where it stands itself, and nowhere else
+  int start = i, end = i, step = 1, sequences = 1;  // its own position only
   if (repeats(i, i, n, padding, begin, last)) {
     if (padding == Padding::border || n == 1) {
       start = i == 0 ? begin : max(begin, i);
@@ -68,8 +72,8 @@ __device__ void visit_positions(int i, int n, Padding padding, int begin, int la
   }
 }
 
-// Calls visit(value) for each position of a column: what it gets of N output rows, from `row` on.
-// Rows that are not there give nothing.
+// Calls visit(value) for each position of column x. value[N] is the gradient that the position
+// receives from N output rows, starting at `row`; 0 for rows that do not exist.
 template <int N, class T, class Acc, class Visit>
 __device__ void each_position(const ShiftPlan& plan, const T* grad, const AxisTaps<Acc>& taps,
                               int x, int row, Visit&& visit) {
@@ -92,11 +96,12 @@ __device__ void each_position(const ShiftPlan& plan, const T* grad, const AxisTa
   });
 }
 
-// Adds to `share` what one view gives to N pixels of column x, from row y on, at their own rows.
+// Adds the contribution of one view to N pixels of column x, starting at row y, through their own
+// row positions (not those in the padding).
 template <int kTaps, int N, class T, class Acc>
 __device__ void add_own_rows(const ShiftPlan& plan, const T* grad, const AxisTaps<Acc>& taps_y,
                              const AxisTaps<Acc>& taps_x, int y, int x, Acc* share) {
-  // Row y gets output row y - first - k by tap k.
+  // Image row y receives output row y - first - k through tap k.
   constexpr int kReads = N + kTaps - 1;
   each_position<kReads>(plan, grad, taps_x, x, y - taps_y.first - (kTaps - 1),
                         [&](const Acc(&value)[kReads]) {
@@ -111,14 +116,15 @@ __device__ void add_own_rows(const ShiftPlan& plan, const T* grad, const AxisTap
                         });
 }
 
-// The part of one view in the gradient of pixel (y, x), from the rows that read it as padding.
+// The contribution of one view to the gradient of pixel (y, x) through row positions in the
+// padding.
 template <class T, class Acc>
 __device__ Acc sum_padded_rows(const ShiftPlan& plan, const T* grad, const AxisTaps<Acc>& taps_y,
                                const AxisTaps<Acc>& taps_x, int y, int x) {
   const int height = static_cast<int>(plan.height);
   Acc sum = 0;
   visit_positions(y, height, plan.padding, taps_y.first, taps_y.last(height), [&](int p) {
-    if (p == y) return;  // where the pixel stands itself
+    if (p == y) return;  // its own position
     Acc position = 0;
 #pragma unroll 1
     for (int k = 0; k < taps_y.taps; ++k) {
@@ -144,7 +150,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : kImageResident)
   const int height = static_cast<int>(plan.height), width = static_cast<int>(plan.width);
   const int64_t tiles_y = div_up(plan.height, kImageRows);
   const int64_t tiles_x = div_up(plan.width, kWarpThreads);
-  bool staged = false;  // all views
+  bool staged = false;  // whether the taps of all views are in shared memory
 
   SRT_FOR_BLOCK(tile, plan.planes * tiles_y * tiles_x) {
     const int x = static_cast<int>(tile % tiles_x) * kWarpThreads + lane;
@@ -186,7 +192,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : kImageResident)
           add_own_rows<1, kImageRows>(plan, grad, rows, columns, y0, x, share);
         } else if (rows.taps == 2) {
           add_own_rows<2, kImageRows>(plan, grad, rows, columns, y0, x, share);
-        } else {  // in halves, for all that they read takes too many registers
+        } else {  // in two halves, because all rows at once need too many registers
           constexpr int kHalf = kImageRows / 2;
 #pragma unroll 1
           for (int r = 0; r < kImageRows; r += kHalf)
@@ -206,9 +212,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : kImageResident)
 #pragma unroll
       for (int k = 0; k < kWarps; ++k) total += shares[k][warp][lane];
       store(static_cast<T*>(plan.out) + (plane * plan.height + y0 + warp) * plan.width + x,
-            from_acc<T>(total), /*keep_in_l2=*/true);  // V times smaller than what was read
+            from_acc<T>(total), /*keep_in_l2=*/true);  // V times smaller than the input
     }
-    __syncthreads();  // before the next tile takes the place of this
+    __syncthreads();  // before the next tile overwrites the sums
   }
 }
 

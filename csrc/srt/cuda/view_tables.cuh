@@ -1,5 +1,5 @@
-// What the views of a call read and weigh in each cell, made on the device, wherever the offsets
-// and the weights lie.
+// The axis tables of all views of a call and the total weights of cells, computed on the device
+// from offsets and weights on the host or the device.
 #pragma once
 #include "../axis.h"
 #include "common.cuh"
@@ -8,14 +8,15 @@ namespace srt::cuda {
 
 constexpr int kWeightRows = 8;
 
-// What cells are divided by: the sum of w c_y c_x over the views, or with `counts_views` the number
-// of views that count. For kWeightRows rows from y on. Called by a whole block; each thread has a
-// column x, -1 for none. pixels_y(v, row) and pixels_x(v, x) are the pixels of view v that count.
+// Computes the total weight of cells, by which their sums are divided: the sum of w c_y c_x over
+// the views, or with `counts_views` the number of views that count. `total` receives column x of
+// kWeightRows rows, starting at y. Called by a whole block; x is -1 for a thread without a column.
+// pixels_y(v, row) and pixels_x(v, x) return the number of pixels of view v that count.
 template <class PixelsY, class PixelsX>
 __device__ void sum_weights(const View* sorted, int64_t views, bool counts_views, int64_t y,
                             int64_t x, PixelsY&& pixels_y, PixelsX&& pixels_x,
                             double (&total)[kWeightRows]) {
-  constexpr int kViews = kThreads / kWeightRows;  // at a time
+  constexpr int kViews = kThreads / kWeightRows;  // staged at a time
   __shared__ double of_rows[kViews][kWeightRows];
   const auto count = [&](double pixels) { return counts_views ? min(pixels, 1.0) : pixels; };
   const int row = static_cast<int>(threadIdx.x) % kWeightRows;
@@ -35,6 +36,7 @@ __device__ void sum_weights(const View* sorted, int64_t views, bool counts_views
   }
 }
 
+// The tables of one axis for all views.
 template <class Acc>
 struct ViewAxis {
   Axis axis;
@@ -55,7 +57,7 @@ struct ViewAxis {
   __device__ int64_t token_at(int64_t v, int64_t place) const {
     return axis.token_at(start[v], place);
   }
-  // One cell of view v, if there is such a one.
+  // Fills one cell of view v; does nothing if the cell does not exist.
   __device__ void fill(double offset, int64_t v, int64_t cell) const {
     if (cell < 0 || cell >= table.cells) return;
     if (cell == 0) start[v] = static_cast<int32_t>(axis.start(offset));
@@ -63,10 +65,11 @@ struct ViewAxis {
   }
 };
 
+// The tables of both axes for all views.
 template <class Acc>
 struct ViewTables {
   int64_t views;
-  View* sorted;  // [V] by dx, as sort_views makes it; both tables are in this order
+  View* sorted;  // [V], sorted by dx (sort_views); both tables are in this order
   ViewAxis<Acc> y, x;
 
   ViewTables() = default;
@@ -78,7 +81,7 @@ struct ViewTables {
 
   SRT_HD int64_t cells() const { return y.table.cells + x.table.cells; }  // of both axes
 
-  // Calls body(number of the cell, its total weight) for all cells, by weight_blocks() blocks.
+  // Calls body(number of the cell, its total weight) for all cells, with weight_blocks() blocks.
   SRT_HD int64_t weight_blocks() const {
     return div_up(y.table.cells, kWeightRows) * div_up(x.table.cells, kThreads);
   }
@@ -103,6 +106,7 @@ struct ViewTables {
   }
 };
 
+// Fills both tables, one cell of an axis per thread.
 template <class Acc>
 static __global__ void __launch_bounds__(kThreads)
     fill_view_tables(const __grid_constant__ ViewTables<Acc> tables) {
