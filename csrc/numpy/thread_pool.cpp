@@ -1,3 +1,5 @@
+// The thread pool: a queue of calls, whose pieces the caller and the threads of the pool take in
+// turn.
 #include "thread_pool.h"
 
 #include <pthread.h>
@@ -13,7 +15,7 @@
 namespace srt::numpy {
 namespace {
 
-// One call, on the stack of its caller: [0, n) in pieces of about the same size.
+// One call, on the stack of its caller: [0, n) divided into pieces of about equal size.
 struct Job {
   int64_t n, pieces;
   Parallel::Body body;
@@ -22,7 +24,8 @@ struct Job {
   std::condition_variable finished{};
 };
 
-// Everything but the bodies runs under the mutex: they take a hundred microseconds or more.
+// Everything except the bodies runs under the mutex. Bodies take 100 microseconds or more, so there
+// is little contention.
 class Pool {
  public:
   void run(int64_t n, int64_t pieces, Parallel::Body body, void* context) {
@@ -31,8 +34,8 @@ class Pool {
     jobs_.push_back(&job);
     start(pieces - 1);
     has_work_.notify_all();
-    // The caller works on its own call until nothing of it is left to take: it waits only for
-    // pieces that run, so no call waits for another one.
+    // The caller processes pieces of its own call until none is left. It then waits only for pieces
+    // that are already running, so no call waits for another one.
     while (job.taken < job.pieces) work_on(job, lock);
     job.finished.wait(lock, [&] { return job.done == job.pieces; });
   }
@@ -44,7 +47,7 @@ class Pool {
     lock.unlock();
     job.body(job.n * piece / job.pieces, job.n * (piece + 1) / job.pieces, job.context);
     lock.lock();
-    // Under the mutex, without which the caller cannot return: then the job is gone.
+    // The caller needs the mutex to return, and `job` exists until then.
     if (++job.done == job.pieces) job.finished.notify_one();
   }
 
@@ -52,7 +55,7 @@ class Pool {
     try {
       for (; started_ < threads; ++started_) std::thread([this] { serve(); }).detach();
     } catch (const std::exception&) {
-      // A machine that gives no more threads: the caller takes the pieces that nobody else does.
+      // No more threads can be started: the caller processes the pieces that no other thread takes.
     }
   }
 
@@ -66,17 +69,17 @@ class Pool {
 
   std::mutex mutex_;
   std::condition_variable has_work_;
-  std::deque<Job*> jobs_;  // those that have pieces to take
+  std::deque<Job*> jobs_;  // those with pieces left
   int64_t started_ = 0;
 };
 
 std::atomic<int64_t> threads_of_a_call{1};
 
-// Never deleted: its threads wait on it until the process ends.
+// Never deleted, because its threads wait on it until the process ends.
 std::atomic<Pool*> pool{nullptr};
 
-// The child has no threads, and a mutex may be locked by one that it does not have: the pool of the
-// parent is left alone, and the next call makes another.
+// A forked child has no pool threads, and the mutex may be locked by a thread that does not exist
+// in the child. So the child abandons the pool of the parent, and its next call creates a new one.
 [[maybe_unused]] const int at_fork =
     pthread_atfork(nullptr, nullptr, [] { pool.store(nullptr, std::memory_order_relaxed); });
 

@@ -1,5 +1,6 @@
-// Threads of our own, where there is no torch to bring some: started when they are first needed and
-// kept. A process that was forked has none of its parent's threads, and starts its own.
+// A thread pool for the NumPy binding, which has no torch to provide one. Threads are started when
+// they are first needed and are kept. A forked process has no threads of its parent, and starts its
+// own.
 #pragma once
 #include <cstdint>
 
@@ -7,11 +8,11 @@
 
 namespace srt::numpy {
 
-// How many threads share the work of one call, that of the caller among them: >= 1, at first 1.
+// The number of threads that share the work of one call, including the caller: >= 1, initially 1.
 void set_threads(int64_t threads);
 int64_t get_threads();
 
-// For any number of calls at the same time.
+// The pool as a parallel runtime. Any number of calls can use it at the same time.
 Parallel thread_pool();
 
 }  // namespace srt::numpy

@@ -1,3 +1,4 @@
+// Conversion between stable tensors and the plain types of csrc/srt, and allocation of results.
 #include "common.h"
 
 #include <algorithm>
@@ -7,7 +8,7 @@
 namespace srt::glue {
 namespace {
 
-// As NumPy calls it.
+// The name of a dtype in NumPy.
 const char* dtype_name(ScalarType dtype) {
   static constexpr struct {
     ScalarType dtype;
@@ -33,7 +34,7 @@ const char* dtype_name(ScalarType dtype) {
 }
 
 std::string device_name(const Tensor& tensor) {
-  // The kernels are registered for no third kind of device.
+  // The ops are registered for CPU and CUDA only.
   return tensor.is_cpu() ? "cpu" : "cuda:" + std::to_string(tensor.get_device_index());
 }
 

@@ -1,4 +1,4 @@
-// What the glue of every op and backend needs from a stable tensor.
+// Helpers that the bindings of all ops and backends share: views of tensors, threads, allocation.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -13,8 +13,9 @@
 #include "../srt/types.h"
 #include "../srt/validation.h"
 
-// Throws if a function of torch's C shim fails. STABLE_TORCH_ERROR_CODE_CHECK also says why; the
-// headers of torch 2.10 and 2.11 do not have it. Remove this when neither is supported.
+// Throws if a function of torch's C shim fails. STABLE_TORCH_ERROR_CODE_CHECK also reports the
+// reason, but the headers of torch 2.10 and 2.11 do not define it. Remove this macro when neither
+// version is supported.
 #ifdef STABLE_TORCH_ERROR_CODE_CHECK
 #define SRT_SHIM_CHECK STABLE_TORCH_ERROR_CODE_CHECK
 #else
@@ -30,14 +31,15 @@ std::vector<int64_t> shape_of(const Tensor& tensor);
 ArrayView view_of(const Tensor& tensor);
 ArrayView written_view_of(const Tensor& tensor);
 
-// Offsets or weights that lie on a device, made dense there: float32 or float64, [V, 2] or [V].
+// Offsets [V, 2] or weights [V] (or centers, scale) on a device, dense, float32 or float64; nothing
+// for tensors on the CPU.
 std::optional<Tensor> on_device(const std::optional<Tensor>& numbers);
 
-// torch's intra-op threads.
+// The parallel runtime of torch (its intra-op threads).
 Parallel torch_parallel();
 
-// On the device of `like`; dense in the order of its dimensions, as torch lays it out where a size
-// is 0, too. On the CPU a large one has its pages (srt/cpu/populate.h).
+// A new tensor on the device of `like`, contiguous; its strides equal those of torch even if a size
+// is 0. On the CPU, the pages of a large tensor are populated (srt/cpu/populate.h).
 Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like);
 Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                      ScalarType dtype, const Tensor& like);

@@ -1,4 +1,4 @@
-// The ops on the CPU.
+// Registers the ops for the CPU.
 #include "ops.h"
 
 namespace srt::glue {

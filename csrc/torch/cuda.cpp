@@ -1,4 +1,5 @@
-// The ops on CUDA: on the current stream of the device of the input, without waiting for it.
+// Registers the ops for CUDA. They run on the current stream of the input's device and do not
+// synchronise.
 #include "../srt/cuda/cuda.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -17,14 +18,15 @@ CUstream_st* current_stream(const Tensor& tensor) {
   return static_cast<CUstream_st*>(stream);
 }
 
-// A view of the values on the host, or of `device` if they are there.
+// Refers to the values in `device`, or to those at `host` if there are none on the device.
 ViewArray pointers(const double* host, const std::optional<Tensor>& device) {
   if (!device) return {host, nullptr, DType::f64};
   const bool f64 = device->scalar_type() == ScalarType::Double;
   return {nullptr, device->const_data_ptr(), f64 ? DType::f64 : DType::f32};
 }
 
-// Freed on return and reused in the order of the stream, as torch's own temporaries are.
+// Freed on return, while the kernels may still run. The caching allocator reuses it in stream
+// order, as for torch's own temporaries.
 Tensor new_workspace(int64_t bytes, const Tensor& like) {
   return empty({bytes}, ScalarType::Byte, like);
 }
@@ -63,7 +65,7 @@ struct Cuda {
   static Tensor windows_backward_image(WindowsCall& call) {
     const DeviceGuard guard(call.input.get_device_index());
     const Places places(call);
-    // Its size first: there the number of windows is checked.
+    // The size of the workspace is computed first, because this checks the number of windows.
     const Tensor workspace = new_workspace(
         windows_backward_image_cuda_workspace(call.args, places.centers, places.scale), call.input);
     const Tensor grad_image = call.new_image();

@@ -1,3 +1,4 @@
+// Checks the arguments of ensemble and its variants and turns them into EnsembleArgs.
 #include "ensemble.h"
 
 #include <algorithm>

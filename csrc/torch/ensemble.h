@@ -8,7 +8,7 @@
 
 namespace srt::glue {
 
-// Where the tokens belong: what all of these ops take.
+// The arguments that all these ops share, except the tokens.
 struct ViewArguments {
   const Tensor& offsets;
   const std::vector<int64_t>&grid, &patch;
@@ -17,20 +17,21 @@ struct ViewArguments {
   const std::vector<int64_t>& stride;
 };
 
-// The tokens [V, B, N, C] that a gradient `grad` [B, C, H', W'] of their mean belongs to. There is
-// no memory: they are not read.
+// Describes the tokens [V, B, N, C] of the mean whose gradient is `grad` [B, C, H', W']. The view
+// has no memory, because the tokens are not read.
 ArrayView tokens_of(const char* op, const Tensor& grad, const ViewArguments& given);
 
 struct EnsembleCall : CheckedEnsemble {
-  const Tensor& input;  // tokens, or the gradient of what the call writes
+  const Tensor& input;  // the tokens, or the gradient of the result
   std::optional<Tensor> device_offsets, device_weights;
 
   EnsembleCall(const char* op, const Tensor& input, const ArrayView& tokens,
                const ViewArguments& given, Reduce reduce, bool stream = false, int64_t least = 1);
 
-  // A result as the schema promises it: channels_last.
+  // A new result [B, C, H', W'] in channels_last, as the schema guarantees.
   Tensor new_out() const;
-  // `input` is the gradient that is read; the tensor returned must outlive it.
+  // Sets args.out to the gradient in `input`, copied if its channels are not dense. The returned
+  // tensor owns the memory and must outlive the call.
   Tensor set_gradient();
 };
 

@@ -1,5 +1,5 @@
-// The ops, for a Backend that runs their checked calls: with the current device and stream, without
-// waiting.
+// The implementation of every op over a Backend, which runs the checked calls (cpu.cpp, cuda.cpp).
+// An op checks its arguments, allocates the result and calls the backend.
 #pragma once
 #include <tuple>
 
@@ -9,7 +9,7 @@
 
 namespace srt::glue {
 
-// Parameters that the schemas of ensemble share (schemas.cpp), and an EnsembleCall of them.
+// The parameters that the schemas of ensemble share (schemas.cpp), and an EnsembleCall from them.
 #define SRT_TOKENS const Tensor &tokens, const Tensor &offsets, const List &grid, const List &patch
 #define SRT_WEIGHTS const std::optional<Tensor>& weights
 #define SRT_MODES const Word &upsample, const Word &border, const List &stride
@@ -131,7 +131,8 @@ struct Ops {
     Backend::ensemble(call);
   }
 
-  // The rules alone, before anything is allocated. Of a `stream`: a chunk, which may have no views.
+  // Only checks the arguments, without allocating anything. With `stream`, for a chunk of a stream,
+  // which may have no views.
   static void check_views(const Word& op, SRT_TOKENS, SRT_WEIGHTS, const Word& reduce, bool stream,
                           SRT_MODES) {
     SRT_CALL(op.c_str(), weights, parse_reduce(reduce), stream, stream ? 0 : 1);

@@ -1,4 +1,4 @@
-// The schemas of namespace srt, and the private ops that name and force the CPU kernels.
+// The schemas of namespace srt, and the private ops that report and force the CPU instruction set.
 #include "../srt/cpu/dispatch.h"
 #include "common.h"
 
@@ -19,7 +19,8 @@ void force_cpu_kernels(const std::string& name) {
 #define SRT_VIEWS "Tensor tokens, Tensor offsets, int[2] grid, int[2] patch"
 #define SRT_MODES "str upsample=\"bilinear\", str border=\"coverage\", int[2] stride=1"
 
-// A promise: extended only with defaulted keyword arguments that are no tensors.
+// The public schemas are stable: they are extended only by keyword arguments with defaults, other
+// than tensors.
 STABLE_TORCH_LIBRARY(srt, m) {
   m.def(
       "shift(Tensor image, Tensor offsets, *, str padding=\"reflect\", "
@@ -34,14 +35,14 @@ STABLE_TORCH_LIBRARY(srt, m) {
   m.def("ensemble_moments(" SRT_VIEWS ", Tensor? weights=None, *, " SRT_MODES
         ") "
         "-> (Tensor mean, Tensor var)");
-  // The state of a stream; srt_ext/streaming.py makes it.
+  // Updates of a stream; srt_ext/streaming.py allocates the state.
   m.def("accumulate_mean_(Tensor(a!) mean, Tensor(b!) weight, " SRT_VIEWS
         ", Tensor? weights=None, *, " SRT_MODES ") -> ()");
   m.def("accumulate_moments_(Tensor(a!) mean, Tensor(b!) var, Tensor(c!) weight, " SRT_VIEWS
         ", Tensor? weights=None, *, " SRT_MODES ") -> ()");
   m.def("accumulate_median_(Tensor(a!) window, Tensor(b!) count, " SRT_VIEWS ", *, " SRT_MODES
         ") -> ()");
-  // Gradients, for srt_ext/_autograd.py.
+  // Gradients, called by srt_ext/_autograd.py.
   m.def(
       "_shift_backward(Tensor grad, Tensor offsets, *, str padding, str interpolation) -> Tensor");
   m.def(
@@ -53,7 +54,7 @@ STABLE_TORCH_LIBRARY(srt, m) {
   m.def(
       "_mean_backward(Tensor grad, Tensor offsets, int[2] grid, int[2] patch, Tensor? weights, *, "
       "str upsample, str border, int[2] stride) -> Tensor");
-  // For srt_ext/streaming.py and srt_ext/dlpack.py.
+  // Called by srt_ext/streaming.py and srt_ext/dlpack.py.
   m.def("_check_views(str op, " SRT_VIEWS
         ", Tensor? weights=None, *, str reduce, bool stream, " SRT_MODES ") -> ()");
   m.def("_cpu_kernels() -> str");

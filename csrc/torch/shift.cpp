@@ -1,9 +1,10 @@
+// Checks the arguments of shift and of its gradient and turns them into ShiftArgs.
 #include "shift.h"
 
 namespace srt::glue {
 namespace {
 
-// The image, or one view of a gradient [V, B, C, H, W].
+// Describes the image, or one view [B, C, H, W] of a gradient [V, B, C, H, W].
 ArrayView image_of(const Tensor& given, const Tensor& offsets, bool backward) {
   ArrayView view = view_of(given);
   if (!backward) return view;
@@ -20,7 +21,7 @@ ArrayView image_of(const Tensor& given, const Tensor& offsets, bool backward) {
 
 }  // namespace
 
-// One image is small beside its views: a strided one is made dense first.
+// A non-contiguous image is copied first: an image is small compared with its views.
 ShiftCall::ShiftCall(const Tensor& given, const Tensor& offsets, const std::string& padding,
                      const std::string& interpolation, bool is_backward)
     : CheckedShift(is_backward ? "_shift_backward" : "shift", is_backward ? "grad" : "image",

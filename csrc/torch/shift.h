@@ -15,7 +15,7 @@ struct ShiftCall : CheckedShift {
   ShiftCall(const Tensor& given, const Tensor& offsets, const std::string& padding,
             const std::string& interpolation, bool backward);
 
-  // The views, or the gradient of the image.
+  // Allocates the views [V, B, C, H, W], or the gradient of the image [B, C, H, W].
   Tensor new_result() const;
 };
 

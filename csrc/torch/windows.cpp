@@ -1,3 +1,4 @@
+// Checks the arguments of windows and of its gradients and turns them into WindowsArgs.
 #include "windows.h"
 
 #include <algorithm>

@@ -8,17 +8,17 @@
 
 namespace srt::glue {
 
-// What these ops take besides an image or a gradient.
+// The arguments that these ops share, except the image and the gradient.
 struct WindowPlaces {
   const Tensor& centers;
   const std::optional<Tensor>& scale;
   const std::string& padding;
 };
 
-// The image [B, C, H, W] that a gradient `grad` [B, N, C, Ph, Pw] of its windows belongs to, with
-// `pixels` (H, W). There is no memory: it is not read.
+// Describes the image [B, C, H, W] whose windows have the gradient `grad` [B, N, C, Ph, Pw];
+// `pixels` is (H, W). The view has no memory, because the image is not read.
 ArrayView image_of(const char* op, const Tensor& grad, const std::vector<int64_t>& pixels);
-// (Ph, Pw) of a gradient.
+// (Ph, Pw) of a gradient [B, N, C, Ph, Pw].
 std::vector<int64_t> window_size(const char* op, const Tensor& grad);
 
 struct WindowsCall : CheckedWindows {
@@ -29,9 +29,10 @@ struct WindowsCall : CheckedWindows {
   WindowsCall(const char* op, const Tensor& input, const ArrayView& image,
               const std::vector<int64_t>& size, const WindowPlaces& places, bool allow_uint8);
 
-  // `grad` is the gradient of the windows, which is read; the tensor returned must outlive it.
+  // Sets args.out to the gradient of the windows, copied if it is not contiguous. The returned
+  // tensor owns the memory and must outlive the call.
   Tensor set_gradient(const Tensor& grad);
-  // For the gradient of the image.
+  // Allocates the gradient of the image [B, C, H, W].
   Tensor new_image() const {
     return empty({args.batch, args.channels, args.height, args.width}, input.scalar_type(), input);
   }

@@ -1,18 +1,25 @@
+// windows on the device: images [B, C, H, W] and centers [B, N, 2] to windows [B, N, C, Ph, Pw],
+// sampled bilinearly. A block computes a tile of samples of one or several windows. The taps of the
+// tile along each axis are computed once, in float64, and kept in shared memory. Each thread then
+// samples one position for one channel after the other, reading four pixels per output element. A
+// window of one sample (a point) uses several threads per sample and vectors of channels instead.
+// Centers and scale are read on the device, so the call does not synchronise.
 #include "windows.cuh"
 
 namespace srt::cuda {
 namespace {
 
-constexpr int kResident = 4;  // blocks that a processor holds at a time
-constexpr int kPacks = 16;    // of channels, that a thread makes
+constexpr int kResident = 4;  // resident blocks per multiprocessor
+constexpr int kPacks = 16;    // of channels, per thread
 
-// The work of a call, in parts that a block makes: windows, a tile of their samples, channels.
+// The work of a call, divided into parts. A block computes one part: some windows, a tile of their
+// samples and a chunk of channels.
 struct Parts {
   Teams teams;
-  int64_t groups;    // of windows
-  int32_t tiles[2];  // of samples
-  int64_t chunks;    // of channels
-  bool keep_in_l2;   // out
+  int64_t groups;    // groups of windows
+  int32_t tiles[2];  // tiles of samples along y and x
+  int64_t chunks;    // chunks of channels
+  bool keep_in_l2;   // of `out`, see store()
   ImagePlan image;
   void* out;
 
@@ -27,7 +34,8 @@ struct Parts {
   SRT_HD int64_t number() const { return groups * tiles[0] * tiles[1] * chunks; }
 };
 
-// The channels of one sample, kPack of them at a time, for the packs begin, begin + lanes, ...
+// Computes the channels of one sample, kPack channels at a time: the packs begin, begin + lanes,
+// ...
 template <class T, int kPack, class Acc>
 __device__ void make_sample(const Parts& parts, const SampleTaps<Acc>& y, const SampleTaps<Acc>& x,
                             int32_t image, int64_t begin, int64_t end, T* out, int64_t area) {
@@ -94,7 +102,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
                             window / plan.count, begin + member.lane,
                             min(begin + parts.chunk(), teams.packs), out, plan.area());
     }
-    __syncthreads();  // before the next part's taps replace these
+    __syncthreads();  // before the taps of the next part overwrite these
   }
 }
 

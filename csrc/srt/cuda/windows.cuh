@@ -1,32 +1,33 @@
-// What windows and its gradients share: the call as the kernels read it, and the taps of a sample.
+// Code that windows and its gradients share: the plan of a call, the taps of a sample, and the
+// division of the samples of windows among the threads of a block.
 #pragma once
 #include "../windows.h"
 #include "common.cuh"
 
 namespace srt::cuda {
 
-// What a sample reads along one axis: pixel at[k] with weight[k]. A pixel of -1 is a padded zero. A
-// tap of weight 0 belongs to no sum; only a derivative reads it.
+// The two taps of a sample along one axis: pixel at[k] with weight[k]. -1 is a padded zero. A tap
+// of weight 0 is not part of the sum and must not be read, except by derivatives.
 template <class Acc>
 struct alignas(kVectorBytes) SampleTaps {
   int32_t at[2];
   Acc weight[2];
 };
 
-// Not inlined: a few threads of a block call it once.
+// Not inlined: only a few threads of a block call it, once.
 __device__ __noinline__ inline int32_t padded_pixel(int64_t i, int32_t n, Padding padding) {
   return static_cast<int32_t>(pad_index(i, n, padding));
 }
 
-// Axes are in the order y, x.
+// The plan of one call. Axes are in the order y, x.
 struct WindowsPlan {
-  int32_t windows;    // of all images
-  int32_t count;      // of one image
-  int32_t size[2];    // samples of a window
-  int32_t pixels[2];  // of an image
+  int32_t windows;    // B * N
+  int32_t count;      // N
+  int32_t size[2];    // samples of a window, (Ph, Pw)
+  int32_t pixels[2];  // pixels of an image, (H, W)
   int64_t channels;
   DeviceArray centers;  // [B, N, 2], pixels
-  DeviceArray scale;    // [B, N, 2] or [2], pixels
+  DeviceArray scale;    // [B, N, 2] or [2], pixels per sample
   bool scaled, scale_of_each;
   Padding padding;
 
@@ -39,13 +40,13 @@ struct WindowsPlan {
     return scale.value(parameters, scale_of_each ? int64_t{2} * window + axis : axis);
   }
 
-  // Whether the host would take the values of a window.
+  // Whether the values of a window are valid.
   __device__ bool is_valid(const InlineArrays& parameters, int32_t window) const {
     return window_is_valid(center(parameters, window, 0), step(parameters, window, 0)) &&
            window_is_valid(center(parameters, window, 1), step(parameters, window, 1));
   }
 
-  // No taps in a window whose values the host would refuse.
+  // The taps of sample i of a window along an axis; none if the values of the axis are invalid.
   template <class Acc>
   __device__ SampleTaps<Acc> taps(const InlineArrays& parameters, int32_t window, int axis,
                                   int32_t i) const {
@@ -72,14 +73,14 @@ struct WindowsCall {
   int64_t scale_values() const {
     return !scale.host && !scale.device ? 0 : args.scale_of_each ? 2 * windows() : 2;
   }
-  // Whether the values that lie on the host fit the parameters of a kernel.
+  // Whether the values on the host fit the parameters of a kernel.
   bool fits() const {
     return (centers.host ? center_values() : 0) + (scale.host ? scale_values() : 0) <=
            kInlineDoubles;
   }
 
-  // What does not fit the parameters is uploaded to a piece of the workspace. Unless `run`, the
-  // pieces are only counted.
+  // Makes the plan. Values on the host that do not fit the parameters are copied to pieces of the
+  // workspace. Without `run`, only the size of the workspace is counted.
   WindowsPlan plan(Workspace& workspace, bool run, CUstream_st* stream,
                    InlineArrays& parameters) const {
     double* const new_centers =
@@ -108,7 +109,7 @@ struct WindowsCall {
   }
 };
 
-// Divides `rest` by n and returns the remainder. Usually n is 1, and 64-bit division is slow.
+// Divides `rest` by n and returns the remainder. n is usually 1, and 64-bit division is slow.
 __device__ inline int32_t take_digit(int64_t& rest, int64_t n) {
   if (n == 1) return 0;
   const int64_t whole = rest / n, digit = rest - whole * n;
@@ -118,15 +119,16 @@ __device__ inline int32_t take_digit(int64_t& rest, int64_t n) {
 
 // ---- windows shared by the threads of a block ---------------------------------------------------
 
-// A block makes a tile of samples of one window or of several. A sample has one thread, which makes
-// its channels one after the other; the threads of a row are neighbours. A window of one sample has
-// several, for its channels, or for packs of channels, that are neighbours in memory.
+// Divides windows among the threads of a block. A block processes a tile of samples of one or
+// several windows. Each sample has one thread, which loops over the channels; threads of a row of
+// samples are neighbours. If a window is a single sample, it has several threads (lanes), which
+// divide its channels or packs of channels; neighbouring lanes access neighbouring memory.
 struct Teams {
   static constexpr int kMostLanes = 16;
-  int32_t tile[2];  // samples
-  int32_t lanes;    // threads of a sample
-  int32_t windows;  // of a block
-  int64_t packs;    // of channels
+  int32_t tile[2];  // samples of a tile
+  int32_t lanes;    // threads per sample
+  int32_t windows;  // windows per block
+  int64_t packs;    // packs of channels
 
   Teams(const WindowsArgs& args, int64_t packs) : packs(packs) {
     tile[1] = even_part(args.size[1], kThreads);
@@ -135,7 +137,7 @@ struct Teams {
     lanes = points ? even_part(std::max<int64_t>(1, packs), kMostLanes) : 1;
     windows = kThreads / (tile[0] * tile[1] * lanes);
   }
-  // Of n, cut into as few parts of at most `most` as possible, the largest.
+  // The size of the parts if n is divided evenly into as few parts of at most `most` as possible.
   static int32_t even_part(int64_t n, int64_t most) {
     return static_cast<int32_t>(div_up(n, div_up(n, most)));
   }
@@ -143,7 +145,7 @@ struct Teams {
 
 // The place of a thread in its block.
 struct Member {
-  int window, sample[2], lane;  // in the block, in the tile, of the sample
+  int window, sample[2], lane;  // window in the block, sample in the tile, lane of the sample
 
   __device__ explicit Member(const Teams& teams) {
     int rest = static_cast<int>(threadIdx.x);
@@ -152,17 +154,18 @@ struct Member {
     sample[1] = rest % teams.tile[1];
     rest /= teams.tile[1];
     sample[0] = rest % teams.tile[0];
-    window = rest / teams.tile[0];  // that of a thread without a window is teams.windows
+    window = rest / teams.tile[0];  // >= teams.windows: the thread has no window
   }
 };
 
-// The taps of a tile: for each window those of its rows, then those of its columns. As a sample has
-// a thread, there are at most two for each thread of a block.
+// The taps of a tile in shared memory: for each window, the taps of its rows, then of its columns.
+// Every sample has a thread, so there are at most two taps per thread.
 template <class Acc>
 struct TapTable {
   SampleTaps<Acc> taps[2 * kThreads];
 
-  // The tile begins at sample (y, x) of the windows from `first` on. For a whole block.
+  // Fills the taps of the tile that begins at sample (y, x), for the windows starting at `first`.
+  // Called by a whole block.
   __device__ void fill(const WindowsPlan& plan, const InlineArrays& parameters, const Teams& teams,
                        int32_t first, int32_t y, int32_t x) {
     const int rows = teams.tile[0], of_window = rows + teams.tile[1];
@@ -185,19 +188,19 @@ __device__ inline Pack<T, kPack> load_pack(const T* from) {
   return load(reinterpret_cast<const Pack<T, kPack>*>(from));
 }
 
-// An image as it is read.
+// The images that are read.
 struct ImagePlan {
   const void* data;
   int64_t strides[4];  // of B, C, H and W, in elements
 };
 
-// The four pixels that a sample reads, of one channel.
+// The addresses of the four pixels that a sample reads.
 template <class T>
 struct Corners {
-  const T* pixel[2][2];  // null where none is read
+  const T* pixel[2][2];  // null if the pixel is not read
   int64_t step;          // to the next channel
 
-  // reads(i, j): whether the sample needs them. Without a branch.
+  // reads(i, j) returns whether the sample needs a pixel. Written without branches.
   template <class Acc, class Reads>
   __device__ Corners(const ImagePlan& image, int32_t b, const SampleTaps<Acc>& y,
                      const SampleTaps<Acc>& x, Reads&& reads)
@@ -215,8 +218,8 @@ struct Corners {
     }
   }
 
-  // From `channel` on; zeros for what is not read. As a word, for the compiler would choose between
-  // the two element by element.
+  // Loads kPack channels of a pixel, starting at `channel`; 0 if it is not read. Loaded as one
+  // word, because the compiler would otherwise select between value and 0 element by element.
   template <int kPack>
   __device__ Pack<T, kPack> value(int i, int j, int64_t channel) const {
     using Word = WordOf<sizeof(T) * kPack>;
@@ -234,11 +237,13 @@ inline ImagePlan image_plan(const WindowsArgs& args) {
   return image;
 }
 
-// Elements of a vector: more than 8 values take too many registers, and bytes have few channels.
+// Channels of a vector. More than 8 values would need too many registers; images of bytes have few
+// channels.
 template <class T>
 constexpr int kVectorOf = sizeof(T) == 1 ? 4 : kVectorBytes / static_cast<int>(sizeof(T));
 
-// Whether the channels of a window of one sample, and of a pixel, are whole vectors.
+// Whether channels can be accessed as vectors: windows are single samples, and the channels of a
+// pixel and of a window are dense, aligned and a multiple of the vector size.
 template <class T>
 bool has_vectors(const WindowsArgs& args) {
   const int64_t sizes[4] = {args.batch, args.channels, args.height, args.width};

@@ -1,9 +1,13 @@
-// The gradients of windows on the device.
+// The gradients of windows on the device, from the gradient of the windows [B, N, C, Ph, Pw].
 //
-// Of the image: each row of pixels has a list of the rows of samples that read it, made by a
-// counting sort whose order depends on the positions alone. The pixels of a row gather from its
-// list, so that no two threads add to one pixel. Of the centers and the scale: the threads of a
-// block share windows as in the forward, and add up what they have in a tree.
+// With respect to the images [B, C, H, W]: a counting sort lists, for each row of pixels, the rows
+// of samples that read it. The order depends only on the positions, not on timing. Each pixel then
+// gathers from the list of its row, so no two threads add to one pixel and the result is
+// deterministic.
+//
+// With respect to centers and scale [B, N, 2]: the threads of a block divide windows as in the
+// forward pass. Each thread sums the gradient times the spatial derivative of the image over its
+// samples, and the sums of a window are added in a tree.
 
 #include "windows.cuh"
 
@@ -12,31 +16,32 @@ namespace {
 
 // ---- the lists of rows --------------------------------------------------------------------------
 
-// A row of samples of a window reads row y of the pixels with this weight.
+// An entry of the lists: row `row` of the samples of a window reads row y of the pixels with
+// `weight`.
 template <class Acc>
 struct alignas(sizeof(Acc) * 4) Line {
   int32_t window, row, y;
   Acc weight;
 };
 
-// Along x, what a window covers.
+// The columns of pixels that a window reads.
 struct Span {
-  int32_t low, high;  // pixels beyond which it reads nothing
-  int32_t first;      // the pixel of its first sample, on or left of it, if `inverse` is not 0
-  float inverse;      // of the scale; 0 where the samples that read a pixel are not predictable
+  int32_t low, high;  // no pixels outside of [low, high] are read
+  int32_t first;      // the pixel at or left of the first sample, if `inverse` is not 0
+  float inverse;      // 1 / scale; 0 if the samples that read a pixel cannot be computed
 };
 
 template <class Acc>
 struct Lists {
-  int32_t chunks;    // of the lines of an image, in which they are counted and placed
-  int32_t chunk;     // lines of one
-  int32_t* ends;     // [B, H, chunks] of the lines of a row of pixels and of a chunk; first counts
-  Line<Acc>* lines;  // [2 * B * N * Ph], ordered by rows of pixels
+  int32_t chunks;    // chunks of the lines of an image; lines are counted and placed by chunk
+  int32_t chunk;     // lines of a chunk
+  int32_t* ends;     // [B, H, chunks]; counts of lines, then the end of each list in `lines`
+  Line<Acc>* lines;  // [2 * B * N * Ph], sorted by rows of pixels
   SampleTaps<Acc>* columns;  // [B, N, Pw]
   Span* spans;               // [B, N]
 
   Lists(const WindowsArgs& args, Workspace& space) {
-    constexpr int64_t kLeast = 256, kMost = 128;  // lines of a chunk, chunks of all images
+    constexpr int64_t kLeast = 256, kMost = 128;  // lines per chunk, chunks of all images
     const int64_t windows = args.batch * args.count, lines = args.count * args.size[0];
     const int64_t most = std::max<int64_t>(1, kMost / args.batch);
     chunks = static_cast<int32_t>(std::clamp<int64_t>(div_up(lines, kLeast), 1, most));
@@ -65,12 +70,14 @@ __device__ Span span_of(const WindowsPlan& plan, const InlineArrays& parameters,
   const auto clamped = [&](int64_t x) {
     return static_cast<int32_t>(max(int64_t{0}, min(x, int64_t{width} - 1)));
   };
-  // Beyond the image the first pixel may not fit 32 bits; a scale this small has no inverse.
+  // Outside of the image, the first pixel may not fit 32 bits; the inverse of a tiny scale is
+  // useless.
   const bool fits = first.first == static_cast<int32_t>(first.first) && fabs(step) > 0x1p-20;
   return {clamped(begin), clamped(end), static_cast<int32_t>(first.first),
           fits ? static_cast<float>(1 / step) : 0.0f};
 }
 
+// Clears the counters and computes the spans and the taps along x of all windows.
 template <class Acc>
 __global__ void __launch_bounds__(kThreads)
     prepare_kernel(const __grid_constant__ WindowsPlan plan,
@@ -87,13 +94,14 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The counter of what line `i` of image b has with the row of pixels y.
+// The index of the counter for line i of image b and the row of pixels y.
 template <class Acc>
 __device__ int64_t counter(const WindowsPlan& plan, const Lists<Acc>& lists, int32_t b, int32_t i,
                            int32_t y) {
   return (int64_t{b} * plan.pixels[0] + y) * lists.chunks + i / lists.chunk;
 }
 
+// Counts the lines of each row of pixels, by chunk.
 template <class Acc>
 __global__ void __launch_bounds__(kThreads)
     count_kernel(const __grid_constant__ WindowsPlan plan,
@@ -112,7 +120,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Counts become the sums of the counts before them. For one block.
+// Replaces counts by their exclusive prefix sums. Launched with one block.
 static __global__ void __launch_bounds__(kThreads) sum_kernel(int64_t n, int32_t* counts) {
   const int64_t share = div_up(n, kThreads);
   const int64_t begin = min(n, threadIdx.x * share), end = min(n, begin + share);
@@ -128,8 +136,9 @@ static __global__ void __launch_bounds__(kThreads) sum_kernel(int64_t n, int32_t
   }
 }
 
-// A block places the lines of a chunk, as many at a time as it has threads for their taps. Within a
-// batch the place of a line is found by counting those before it, so it never depends on timing.
+// Places the lines of a chunk into the lists. A block processes one chunk, in batches of one thread
+// per tap. Within a batch, the position of a line is the number of lines of the same list before
+// it, so it does not depend on timing.
 template <class Acc>
 __global__ void __launch_bounds__(kThreads)
     place_kernel(const __grid_constant__ WindowsPlan plan,
@@ -160,7 +169,7 @@ __global__ void __launch_bounds__(kThreads)
       const int32_t slot = at ? *at + before : 0;
       if (at) lists.lines[slot] = {window, i % rows, y, weight};
       __syncthreads();
-      if (at && after == 1) *at = slot + 1;  // the last of its row: `after` counts itself
+      if (at && after == 1) *at = slot + 1;  // the last one of its list (`after` includes itself)
       __syncthreads();
     }
   }
@@ -174,8 +183,8 @@ struct GradPlan {
   void* out;  // [B, C, H, W]
 };
 
-// The place of a thread among those of its block for which `wanted`; adds their number to `total`.
-// For a whole block.
+// Returns the number of earlier threads of the block for which `wanted` is true, and adds the
+// number of all such threads to `total`. Called by a whole block.
 __device__ inline int place_among(bool wanted, int& total) {
   __shared__ uint32_t votes[kWarps];
   const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;
@@ -194,7 +203,7 @@ __device__ inline int place_among(bool wanted, int& total) {
   return before;
 }
 
-// The lines of `rows` rows of pixels from `row` on, counted through all images.
+// The range of the lines of `rows` rows of pixels, starting at `row`, numbered through all images.
 template <class Acc>
 struct Range {
   int32_t begin, end;
@@ -204,25 +213,27 @@ struct Range {
   }
 };
 
-constexpr int kResident = 4;  // blocks that a processor holds at a time
-constexpr int kChannels = 4;  // of a thread, which has a column
-constexpr int kRows = 4;      // that a block makes one after the other
+constexpr int kResident = 4;  // resident blocks per multiprocessor
+constexpr int kChannels = 4;  // per thread, which processes one column
+constexpr int kRows = 4;      // per block, processed in sequence
 
-// A line that a tile reads.
+// A line that a tile reads, in shared memory.
 template <class Acc>
 struct Staged {
   Line<Acc> line;
   Span span;
 };
 
-// Calls visit(j, weight) for the samples j of a line that read pixel x. Which they may be follows
-// from the scale, but for the ends of a row, at which others stand in the padding.
+// Calls visit(j, weight) for the samples j of a line that read pixel x. The candidates are computed
+// from the scale, except at the ends of a row: there, samples in the padding can read the pixel,
+// too.
 template <class Acc, class Visit>
 __device__ void visit_samples(const WindowsPlan& plan, const SampleTaps<Acc>* columns,
                               const Span& span, int32_t x, Visit&& visit) {
   int32_t begin = 0, end = plan.size[1];
   if (span.inverse != 0 && x != 0 && x != plan.pixels[1] - 1) {
-    // Sample j lies left of first + 1 + j / inverse and within a pixel of x. Rounding: 2 ulp.
+    // Sample j is left of first + 1 + j / inverse and within one pixel of x. `slack` covers the
+    // rounding errors of 2 ulp.
     const float distance = static_cast<float>(int64_t{x} - span.first);
     const float from = (distance - 2) * span.inverse, to = (distance + 1) * span.inverse;
     const float slack = 0x1p-20f * (1 + max(fabsf(from), fabsf(to)));
@@ -239,7 +250,7 @@ __device__ void visit_samples(const WindowsPlan& plan, const SampleTaps<Acc>* co
   }
 }
 
-// A pixel of a thread: that of its column in the row which is made.
+// The pixel that a thread computes: its column in the current row, kChannels channels.
 template <class T, class Acc>
 struct Pixel {
   int32_t x;
@@ -257,7 +268,7 @@ struct Pixel {
     to += width;
   }
 
-  // grad: of the first sample and channel of the line.
+  // Adds a line. `grad` points to its first sample and channel.
   __device__ void add(const WindowsPlan& plan, const Staged<Acc>& staged,
                       const SampleTaps<Acc>* columns, const T* grad) {
     Acc line[kChannels] = {};
@@ -272,8 +283,8 @@ struct Pixel {
   }
 };
 
-// A block makes a tile: a column a thread, whose pixels are made one after the other, as the lines
-// are in their order.
+// Computes the gradient of the images. A block computes a tile of kRows rows. Each thread processes
+// one column and goes down its pixels, because the lines are sorted by rows.
 template <class T, class Acc>
 __global__ void __launch_bounds__(kThreads, kResident)
     gather_windows_kernel(const __grid_constant__ WindowsPlan plan,
@@ -319,27 +330,28 @@ __global__ void __launch_bounds__(kThreads, kResident)
                               int64_t{line.row} * plan.size[1];
         pixel.add(plan, staged[k], lists.columns + int64_t{line.window} * plan.size[1], grad);
       }
-      __syncthreads();  // before the next lines replace these
+      __syncthreads();  // before the next lines overwrite these
     }
     for (; y < end_y; ++y) pixel.write_and_go_down();
   }
 }
 
-// Windows of one sample: a block makes a few pixels of a row. A warp adds the gradients of their
-// points, one after the other, to sums in shared memory; a lane has its own channels.
+// The same for windows of one sample (points). A block computes kPixels pixels of a row. Each warp
+// adds the gradients of the points, one after the other, to sums in shared memory; each lane
+// processes its own channels.
 constexpr int kPixels = 16;
 template <class Acc>
-constexpr int kOwnChannels = sizeof(Acc) == sizeof(double) ? 1 : 2;  // of a lane
-constexpr int kInFlight = 4;  // gradients that a lane loads before it uses the first
+constexpr int kOwnChannels = sizeof(Acc) == sizeof(double) ? 1 : 2;  // per lane
+constexpr int kInFlight = 4;  // gradients that a lane loads before it uses the first one
 
 template <class Acc>
 struct Point {
   int32_t window;
-  int32_t at[2];  // pixels of the tile; -1 for none
+  int32_t at[2];  // pixels of the tile, or -1
   Acc weight[2];
 };
 
-// Adds the points to the channels of this lane. sums: [kPixels, pitch]. grad: of window 0.
+// Adds points to the sums [kPixels, pitch] of the channels of this lane. `grad` points to window 0.
 template <class T, int kOwn, class Acc>
 __device__ void add_points(const Point<Acc>* points, int number, const T* grad, int64_t channels,
                            Acc* sums, int pitch) {
@@ -371,7 +383,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
     gather_points_kernel(const __grid_constant__ WindowsPlan plan,
                          const __grid_constant__ Lists<Acc> lists,
                          const __grid_constant__ GradPlan call) {
-  constexpr int kOfWarp = kWarpThreads * kOwn, kPitch = kOfWarp + kOwn;  // against bank conflicts
+  constexpr int kOfWarp = kWarpThreads * kOwn, kPitch = kOfWarp + kOwn;  // avoids bank conflicts
   alignas(kVectorBytes) __shared__ Acc sums[kWarps][kPixels * kPitch];
   __shared__ Point<Acc> points[kThreads];
   const int64_t tiles = div_up(plan.pixels[1], kPixels);
@@ -381,7 +393,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
   SRT_FOR_BLOCK(work, call.images * plan.pixels[0] * tiles * chunks) {
     int64_t row = work;
     const int64_t of_block = int64_t{take_digit(row, chunks)} * kWarps;
-    const int64_t of_warp = (of_block + warp) * kOfWarp;  // its first channel
+    const int64_t of_warp = (of_block + warp) * kOfWarp;  // the first channel of the warp
     const int64_t channel = of_warp + lane * kOwn;
     const int32_t x0 = take_digit(row, tiles) * kPixels;
     const Range<Acc> range(lists, row, 1);
@@ -407,7 +419,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
       if (channel < plan.channels)
         add_points<T, kOwn>(points, number, static_cast<const T*>(call.grad) + channel,
                             plan.channels, &sums[warp][lane * kOwn], kPitch);
-      __syncthreads();  // before the next points replace these
+      __syncthreads();  // before the next points overwrite these
     }
     __syncwarp();
     const int columns = min(kPixels, plan.pixels[1] - x0);
@@ -420,7 +432,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
         store(out + (of_warp + c) * plan.pixels[0] * plan.pixels[1] + x,
               from_acc<T>(sums[warp][x * kPitch + c]), /*keep_in_l2=*/true);
     }
-    __syncwarp();  // before the next tile's sums replace these
+    __syncwarp();  // before the sums of the next tile overwrite these
   }
 }
 
@@ -448,13 +460,14 @@ void gather(const WindowsCall& call, const WindowsPlan& plan,
 
 // ---- the gradients of the centers and of the scale ----------------------------------------------
 
-// The derivatives of one sample by its position, times the gradient, summed over the channels of a
-// thread.
+// Computes slope[axis], the derivative of one sample with respect to its position times its
+// gradient, summed over the channels of a thread.
 template <class T, int kPack, class Acc>
 __device__ void differentiate(const ImagePlan& image, const SampleTaps<Acc>& y,
                               const SampleTaps<Acc>& x, int32_t b, int64_t begin, int64_t packs,
                               int lanes, const T* grad, int64_t area, Acc (&slope)[2]) {
-  // The difference of two pixels along one axis counts where the weight along the other is not 0.
+  // The difference of two pixels along one axis is used if the weight along the other axis is not
+  // 0.
   const Corners<T> corners(image, b, y, x,
                            [&](int i, int j) { return (y.weight[i] != 0) | (x.weight[j] != 0); });
   slope[0] = slope[1] = 0;
@@ -483,16 +496,17 @@ __device__ void differentiate(const ImagePlan& image, const SampleTaps<Acc>& y,
   }
 }
 
-// `out` is the gradient of the centers, then that of the scale; the sums in float64.
+// out[0] is the gradient of the centers, out[1] the gradient of the scale, both in float64.
 struct PointsPlan {
   ImagePlan image;
   const void* grad;  // [B, N, C, Ph, Pw]
   double* out[2];    // [B, N, 2] each
 };
 
-constexpr int kSums = 4;  // of both axes: for the centers, for the scale
+constexpr int kSums = 4;  // per window: two axes for the center, two for the scale
 
-// Adds up the sums of the threads of each window, which end in that of its first thread.
+// Adds the sums of the threads of each window in a tree; the first thread of the window gets the
+// total.
 __device__ inline void add_up(double (*sums)[kThreads], int size, int rank) {
   const int thread = static_cast<int>(threadIdx.x);
   int reach = 1;
@@ -506,6 +520,7 @@ __device__ inline void add_up(double (*sums)[kThreads], int size, int rank) {
   }
 }
 
+// Computes the gradients of centers and scale. A block processes teams.windows windows at a time.
 template <class T, int kPack>
 __global__ void __launch_bounds__(kThreads, 2)
     windows_backward_points_kernel(const __grid_constant__ WindowsPlan plan,
@@ -542,28 +557,30 @@ __global__ void __launch_bounds__(kThreads, 2)
             own[2 + axis] += slope[axis] * (sample[axis] - 0.5 * (plan.size[axis] - 1));
           }
         }
-        __syncthreads();  // before the next tile's taps replace these
+        __syncthreads();  // before the taps of the next tile overwrite these
       }
     }
 #pragma unroll
     for (int s = 0; s < kSums; ++s) sums[s][thread] = own[s];
     add_up(sums, size, thread % size);
     if (has_window && thread % size == 0) {
-      // Not 0 times the gradient, which may be NaN.
+      // An invalid window is set to 0 explicitly: its sums are 0 times the gradient, which may be
+      // NaN.
       const bool valid = plan.is_valid(parameters, window);
 #pragma unroll
       for (int s = 0; s < kSums; ++s)
         store(call.out[s / 2] + int64_t{2} * window + s % 2, valid ? sums[s][thread] : 0.0,
               /*keep_in_l2=*/true);
     }
-    __syncthreads();  // before the next windows' sums replace these
+    __syncthreads();  // before the sums of the next windows overwrite these
   }
 }
 
 constexpr char kImageOp[] = "_windows_backward_image";
 constexpr char kPointsOp[] = "_windows_backward_points";
 
-// Each reads two rows of pixels, and both are counted in 32 bits.
+// Throws if there are too many lines: each reads two rows of pixels, and the entries are counted in
+// 32 bits.
 void check_lines(const WindowsArgs& args) {
   constexpr int64_t kMost = int64_t{1} << 29;
   const int64_t lines = args.batch * args.count * args.size[0];
