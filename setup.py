@@ -1,19 +1,21 @@
-"""Builds the native library by driving CMake; metadata stands in pyproject.toml.
+"""Builds the native libraries by running CMake. The metadata of the package is in pyproject.toml.
 
-CMakeLists.txt is the one truth of the native build: what is compiled, with which flags, for which
-instruction sets and GPUs. This file only tells setuptools when to run it and where the result goes.
-The results ``_C.so`` and ``_C_cuda.so`` are no Python extensions: they are loaded by
-``torch.ops.load_library`` and know nothing of the interpreter, so one build serves every Python and
-every torch >= 2.10. ``_numpy.*.so`` (srt_ext.numpy) is one, by pybind11, for the Python that builds
-it; it knows nothing of torch.
+CMakeLists.txt defines the native build: sources, flags, instruction sets and GPUs. This file only
+integrates it into setuptools. ``_C.so`` and ``_C_cuda.so`` are not Python extensions:
+``torch.ops.load_library`` loads them, and they do not depend on the interpreter, so one build works
+with every Python and every torch >= 2.10. ``_numpy.*.so`` (srt_ext.numpy) is a pybind11 extension
+for the Python that builds it; it does not depend on torch.
 
-``pip install .`` builds in isolation, with the torch that pyproject.toml asks for; add
-``--no-build-isolation`` to build with the torch (and cmake, ninja and pybind11) that you have.
-``-v`` shows what the build chose. Nothing is downloaded here.
+``pip install .`` builds in isolation, with the torch that pyproject.toml requires. Add
+``--no-build-isolation`` to build with the installed torch, cmake, ninja and pybind11. ``-v`` prints
+the configuration of the build. This file downloads nothing.
 
-The CUDA kernels are built where nvcc is found. In the environment ``SRT_CUDA=1`` makes it an error
-if it is not, ``SRT_CUDA=0`` leaves them out, and ``SRT_CUDA_ARCHS`` (``90``, ``80;90``, ``native``)
-builds for other GPUs than ``all-major``, the default.
+Environment variables:
+
+- ``SRT_CUDA``: by default, the CUDA kernels are built if nvcc is found. ``1`` makes a missing nvcc
+  an error; ``0`` disables the CUDA kernels.
+- ``SRT_CUDA_ARCHS``: the GPU architectures, such as ``90``, ``80;90`` or ``native``. The default is
+  ``all-major``.
 """
 
 from __future__ import annotations
@@ -38,8 +40,8 @@ class CMakeBuild(build_ext):
 
     def run(self) -> None:
         package = ROOT / "srt_ext" if self.inplace else Path(self.build_lib).resolve() / "srt_ext"
-        # Compiled objects are kept for the next build. The cache is not: its paths are those of
-        # this build, and an isolated build is in a new folder every time.
+        # Compiled objects are kept for the next build. The CMake cache is deleted: it contains
+        # the paths of one build, and every isolated build has a new folder.
         build = ROOT / "build" / "cmake"
         (build / "CMakeCache.txt").unlink(missing_ok=True)
         options = [f"-DPython3_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Release"]
@@ -48,7 +50,7 @@ class CMakeBuild(build_ext):
                 options.append(f"-D{name}={os.environ[name]}")
         subprocess.check_call(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *options])
         subprocess.check_call(["cmake", "--build", build])
-        for library in libraries(package):  # of a build with other options
+        for library in libraries(package):  # from a build with other options
             library.unlink()
         subprocess.check_call(
             ["cmake", "--install", build, "--component", "python", "--prefix", package]
@@ -63,7 +65,7 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    # Named so that setuptools makes a platform wheel; CMake knows the sources.
+    # An extension is declared so that setuptools builds a platform wheel. CMake lists the sources.
     ext_modules=[Extension("srt_ext._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

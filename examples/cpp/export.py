@@ -1,9 +1,9 @@
-"""Compiles a model with SRT inside to a package that a C++ program loads (aoti.cpp).
+"""Compiles a model that contains SRT to a package that a C++ program loads (aoti.cpp).
 
     python export.py FOLDER
 
-writes model.pt2, the package, and case.pt: pictures, and the field that eager PyTorch makes of
-them.
+writes the package model.pt2 and case.pt, which contains images and the field that eager PyTorch
+computes from them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import srt_ext
 
 
 class DenseViT(torch.nn.Module):
-    """A small ViT on every shifted view, and the ensemble of what it says."""
+    """A small ViT that is applied to every shifted view, and the ensemble of its tokens."""
 
     def __init__(self, size: int = 64, patch: int = 16, channels: int = 32) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class DenseViT(torch.nn.Module):
         self.register_buffer("offsets", srt_ext.views.grid(2).offsets)  # [25, 2]
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """images [B, 3, H, W] -> field [B, C, H, W]"""
+        """Computes the field [B, C, H, W] of images [B, 3, H, W]."""
         views = torch.ops.srt.shift(images, self.offsets)  # [V, B, 3, H, W]
         maps = self.embed(views.flatten(0, 1))  # [V*B, C, h, w]
         tokens = maps.flatten(2).transpose(1, 2).contiguous()  # [V*B, N, C], channels dense

@@ -1,4 +1,5 @@
-// The kernels without torch: tokens of shifted views in plain buffers, aggregated on own threads.
+// Calls the kernels without torch: aggregates tokens of shifted views in plain buffers, with the
+// threads of the program.
 #include <srt/validation.h>
 
 #include <algorithm>
@@ -14,7 +15,7 @@ namespace {
 
 constexpr int64_t kThreads = 3;
 
-// What the kernels split their work with. A program that has a pool of threads gives it the ranges.
+// The parallel runtime that the kernels use. A program with a thread pool submits the ranges to it.
 void run_on_threads(int64_t n, srt::Parallel::Body body, void* context) {
   std::vector<std::thread> threads;
   for (int64_t t = 1; t < kThreads; ++t)
@@ -23,8 +24,8 @@ void run_on_threads(int64_t n, srt::Parallel::Body body, void* context) {
   for (std::thread& thread : threads) thread.join();
 }
 
-// The picture: a brightness that is linear in the place (y, x), in pixels. Bilinear upsampling
-// keeps a plane as it is, so the field of its tokens is this plane again, whatever the offsets.
+// The image: its brightness is linear in the position (y, x), in pixels. Bilinear upsampling
+// preserves a plane, so the field of its tokens is the same plane for all offsets.
 double picture(double y, double x) { return 2 + 0.03 * y - 0.05 * x; }
 
 int run() {
@@ -34,7 +35,7 @@ int run() {
   const int64_t tokens_per_view = grid[0] * grid[1];
 
   // [V, B, N, C]. A token of this "model" is the mean brightness of its patch, which for a plane is
-  // the one at the centre of the patch; channel c has c + 1 times that.
+  // the brightness at the centre of the patch. Channel c is c + 1 times that value.
   std::vector<float> tokens;
   for (int64_t v = 0; v < views; ++v)
     for (int64_t i = 0; i < grid[0]; ++i)
@@ -42,13 +43,13 @@ int run() {
         for (int64_t c = 0; c < channels; ++c) {
           const double y = (static_cast<double>(i) + 0.5) * static_cast<double>(patch[0]);
           const double x = (static_cast<double>(j) + 0.5) * static_cast<double>(patch[1]);
-          // The content of view v has moved by its offset.
+          // The content of view v is moved by its offset.
           const double value = picture(y - offsets[static_cast<size_t>(2 * v)],
                                        x - offsets[static_cast<size_t>(2 * v + 1)]);
           tokens.push_back(static_cast<float>(static_cast<double>(c + 1) * value));
         }
 
-  // The kernels trust their arguments; this applies the rules for them and throws srt::Error.
+  // The kernels do not check their arguments. CheckedEnsemble does, and throws srt::Error.
   const srt::ArrayView token_view{
       tokens.data(),
       {views, batch, tokens_per_view, channels},
@@ -65,7 +66,7 @@ int run() {
   call.set_result(out.data());
   srt::ensemble_cpu(call.args, {kThreads, &run_on_threads});
 
-  // Away from the border: there, beyond the centre of the last token, every view is constant.
+  // The border is excluded: beyond the centre of the outermost tokens, every view is constant.
   const int64_t margin = patch[0] / 2 + 4;
   double largest = 0;
   for (int64_t y = margin; y < height - margin; ++y)
@@ -76,9 +77,10 @@ int run() {
         const size_t at = static_cast<size_t>((y * width + x) * channels + c);
         largest = std::max(largest, std::fabs(static_cast<double>(out[at]) - expected));
       }
-  std::printf("kernels: %lld views, field of %lld x %lld pixels; off the plane by at most %.1e\n",
-              static_cast<long long>(views), static_cast<long long>(height),
-              static_cast<long long>(width), largest);
+  std::printf(
+      "kernels: %lld views, field of %lld x %lld pixels; differs from the plane by at most %.1e\n",
+      static_cast<long long>(views), static_cast<long long>(height), static_cast<long long>(width),
+      largest);
   return largest < 1e-4 ? 0 : 1;  // float32 of values up to 40
 }
 

@@ -1,4 +1,4 @@
-// srt::ensemble from C++, through torch's dispatcher. Linking srt::ops registers the op.
+// Calls srt::ensemble from C++ through torch's dispatcher. Linking srt::ops registers the op.
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
@@ -10,7 +10,7 @@
 
 namespace {
 
-// As the schema: the C++ type of an argument list is checked when the op is looked up.
+// The C++ type must match the schema; it is checked when the op is looked up.
 at::Tensor ensemble(const at::Tensor& tokens,   // [V, B, N, C]
                     const at::Tensor& offsets,  // [V, 2] (dy, dx), pixels
                     at::IntArrayRef grid, at::IntArrayRef patch) {
@@ -24,8 +24,8 @@ at::Tensor ensemble(const at::Tensor& tokens,   // [V, B, N, C]
                  {1, 1});
 }
 
-// The same, for offsets of whole pixels, as the method is told: upsample every view, move it back,
-// and average at each pixel the views that cover it.
+// The same by the published method, for whole-pixel offsets: upsample every view, move it back, and
+// average the views that cover each pixel.
 at::Tensor published(const at::Tensor& tokens, const at::Tensor& offsets, at::IntArrayRef grid,
                      at::IntArrayRef patch) {
   const int64_t height = grid[0] * patch[0], width = grid[1] * patch[1];
@@ -56,10 +56,11 @@ int run() {
 
   const at::Tensor field = ensemble(tokens, offsets, grid, patch);
   const at::Tensor difference = (field - published(tokens, offsets, grid, patch)).abs().max();
-  std::printf("ops: field [%lld, %lld, %lld, %lld]; off the published way by at most %.1e\n",
-              static_cast<long long>(field.size(0)), static_cast<long long>(field.size(1)),
-              static_cast<long long>(field.size(2)), static_cast<long long>(field.size(3)),
-              difference.item<double>());
+  std::printf(
+      "ops: field [%lld, %lld, %lld, %lld]; differs from the published method by at most %.1e\n",
+      static_cast<long long>(field.size(0)), static_cast<long long>(field.size(1)),
+      static_cast<long long>(field.size(2)), static_cast<long long>(field.size(3)),
+      difference.item<double>());
 
   bool refused = false;
   try {
@@ -69,7 +70,8 @@ int run() {
     refused = true;
     const std::string_view message = error.what();
     const std::string_view line = message.substr(0, message.find('\n'));
-    std::printf("ops: a wrong grid is refused: %.*s\n", static_cast<int>(line.size()), line.data());
+    std::printf("ops: a wrong grid raises an error: %.*s\n", static_cast<int>(line.size()),
+                line.data());
   }
   return difference.item<double>() < 1e-12 && refused ? 0 : 1;
 }
