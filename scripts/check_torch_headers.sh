@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Compiles csrc/torch against the headers of each torch named (default: the two oldest, which lack
-# some of what later ones have). The wheels are unpacked without their dependencies: nothing is linked.
+# Compiles csrc/torch against the headers of the given torch versions. The default is the two oldest
+# supported versions, whose headers lack some later additions. The wheels are unpacked without their
+# dependencies, because nothing is linked.
 #
 #   scripts/check_torch_headers.sh [VERSION ...]
 set -euo pipefail

@@ -1,6 +1,6 @@
-"""Whether an installed srt_ext is whole: run it where no checkout can be imported in its place.
+"""Checks that an installed srt_ext is complete, including all kernels that its torch can use.
 
-Every kernel that the torch of this environment can use must be there.
+Run it in a folder from which no checkout of srt_ext can be imported instead.
 """
 
 from pathlib import Path

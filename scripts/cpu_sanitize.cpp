@@ -1,11 +1,13 @@
-// The CPU kernels under the sanitizers, without Python and torch (scripts/sanitize.sh). Eight
+// Runs the CPU kernels under sanitizers, without Python and torch (scripts/sanitize.sh). Eight
 // threads call every kernel at the same time, on the thread pool of srt_ext.numpy, while a ninth
-// changes the number of threads of a call. Every result must have the bits of a serial call.
-// Buffers end where their allocation ends. Exit status 1 if a result differs.
+// thread changes the number of threads per call. Every result must be bitwise equal to the result
+// of a serial call. Buffers end at the end of their allocation, so that an access out of bounds is
+// detected. The exit status is 1 if a result differs.
 //
-//   cpu_sanitize [ROUNDS [SET]]    of all calls, on each thread; of all instruction sets or of one
-//   cpu_sanitize --fault KIND      race, overflow, leak or undefined: what the sanitizer must
-//   report
+//   cpu_sanitize [ROUNDS [SET]]    each thread runs ROUNDS rounds of all calls, for all instruction
+//                                  sets or only for SET
+//   cpu_sanitize --fault KIND      runs a fault that the sanitizer must report: race, overflow,
+//                                  leak or undefined
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -61,7 +63,7 @@ Bytes zeros(const List& shape, int64_t element) {
   return Bytes(static_cast<size_t>(elements(shape) * element));
 }
 
-// Positive numbers of moderate size, in every type.
+// Bytes that are positive numbers of moderate magnitude in every type.
 Bytes random_bytes(int64_t n) {
   std::mt19937 engine(1);
   Bytes bytes(static_cast<size_t>(n));
@@ -77,7 +79,7 @@ ArrayView dense(const void* data, const List& shape, const Type& type) {
 
 // ---- ensemble -----------------------------------------------------------------------------------
 
-// Large enough that a call is split over threads, and no whole number of vectors.
+// Large enough that a call is divided among threads, and not a whole number of vectors.
 struct Case {
   const char* name;
   List grid{7, 9}, patch{8, 8}, stride{1, 1};
@@ -94,7 +96,7 @@ const std::vector<double> kOffsets{0, 0, 0.25, -0.625, -3.3, 7.1, 2.5, 2.5, -0.7
 const std::vector<double> kWeights{1, 0, 2.5, 1e-3, 7, 0.5};
 const int64_t kViews = static_cast<int64_t>(kWeights.size());
 
-// What `run` needs of one call over the views [begin, end).
+// One checked call over the views [begin, end).
 struct Ensemble {
   CheckedEnsemble call;
 
@@ -135,7 +137,7 @@ Bytes run_ensemble(const Case& c, const Type& type, Reduce reduce, const Bytes& 
   return join({out, variance});
 }
 
-// Three chunks of two views.
+// A stream of three chunks of two views each.
 Bytes run_stream(const Case& c, const Type& type, Reduce reduce, const Bytes& tokens) {
   const bool f64 = type.size == 8, median = reduce == Reduce::median;
   const Type& kept = kFloating[f64 ? 3 : 0];
@@ -274,9 +276,9 @@ void add_windows(std::vector<Call>& calls, const Type& type) {
   }
 }
 
-// ---- what else a call does ----------------------------------------------------------------------
+// ---- page population and errors -----------------------------------------------------------------
 
-// The pages of a large new result.
+// Populates the pages of a large new result.
 Bytes run_fault_in() {
   const int64_t bytes = (int64_t{33} << 20) + 7;
   const std::unique_ptr<char, decltype(&std::free)> memory(
@@ -289,7 +291,7 @@ Bytes run_fault_in() {
 
 Bytes run_refused() {
   Case wrong = kCases[0];
-  wrong.stride = {3, 1};  // does not divide
+  wrong.stride = {3, 1};  // does not divide the image size
   const Bytes tokens(1);
   try {
     Ensemble(wrong, kFloating[0], Reduce::mean, tokens, /*stream=*/false);
@@ -314,7 +316,7 @@ std::vector<Call> all_calls() {
 
 // ---- the threads --------------------------------------------------------------------------------
 
-// Number of results that differ from the serial ones.
+// Returns the number of results that differ from the serial ones.
 int64_t run_callers(const std::vector<Call>& calls, int rounds) {
   numpy::set_threads(1);
   std::vector<Bytes> expected;
@@ -359,10 +361,10 @@ int run(int rounds, const std::string& sets) {
   return failures == 0 ? 0 : 1;
 }
 
-// ---- faults, which show that a sanitizer sees them ----------------------------------------------
+// ---- deliberate faults, to check that the sanitizer reports them --------------------------------
 
-// A thread of the pool and the caller write one number, each inside of its piece: relaxed, so that
-// the wait for the other one puts them in no order.
+// A thread of the pool and the caller write the same number, each in its own piece. They wait for
+// each other with relaxed atomics, which do not order the writes.
 void race() {
   struct Shared {
     std::atomic<int> arrived{0};
@@ -378,7 +380,7 @@ void race() {
   numpy::thread_pool().run(2, body, &shared);
 }
 
-// The kernel reads one token more than there are.
+// The kernel reads one token past the end of the buffer.
 void overflow() {
   const Case& c = kCases[0];
   const Bytes tokens(

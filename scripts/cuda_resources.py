@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""Reads what ptxas -v said in the log of a build: registers, spills and stack of each kernel.
+"""Tabulates the registers and spills of each kernel, from the output of ptxas -v in a build log.
 
-python3 scripts/cuda_resources.py LOG; exits with 1 if a kernel spills, or if there is none.
+    python3 scripts/cuda_resources.py LOG
+
+The exit status is 1 if a kernel spills, or if the log contains no kernel.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-// The CUDA kernels under compute-sanitizer, for what pytest cannot do there: buffers end where
-// their allocation ends (torch's caching allocator hides an access out of bounds), the gaps between
-// the pieces of a workspace are watched, and every kernel runs in every dtype, layout and alignment
-// without the start of Python and torch. Each call runs twice, on two poisons: the results must be
-// the same to the last bit where there is an element, and the poison elsewhere. Whether they are
-// right is for python_tests (test_kernels.py, test_cuda.py). Exit status 1 if any call fails.
+// Runs every CUDA kernel in every dtype, layout and alignment under compute-sanitizer, without
+// starting Python and torch. Unlike under pytest, buffers end at the end of their allocation (the
+// caching allocator of torch hides accesses out of bounds), and the gaps between the pieces of a
+// workspace are checked. Each call runs twice, with the output filled with two different poison
+// values: elements must be bitwise equal in both runs, and all other bytes must still be poison.
+// The values themselves are checked by python_tests (test_kernels.py, test_cuda.py). The exit
+// status is 1 if a call fails.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -46,7 +47,7 @@ constexpr Type kTypes[] = {{DType::f32, "f32", 4},
                            {DType::u8, "u8", 1}};
 constexpr int kFloating = 4;
 
-// Bytes of positive numbers of moderate size, in every type.
+// Bytes that are positive numbers of moderate magnitude in every type.
 std::vector<char> random_bytes(int64_t n) {
   std::mt19937 engine(1);
   std::vector<char> bytes(n);
@@ -58,8 +59,8 @@ std::vector<char> random_bytes(int64_t n) {
 
 cudaStream_t stream;
 
-// Ends where its allocation ends, and starts `skip` bytes into it: cudaMalloc alone gives only
-// aligned addresses.
+// A buffer that ends at the end of its allocation and starts `skip` bytes after its beginning,
+// because cudaMalloc only returns aligned addresses.
 class Buffer {
  public:
   explicit Buffer(int64_t bytes, int64_t skip = 0) : bytes_(bytes), skip_(skip) {
@@ -71,7 +72,7 @@ class Buffer {
       CHECK(cudaMemcpyAsync(data(), content.data(), bytes_, cudaMemcpyHostToDevice, stream));
   }
   Buffer(const Buffer&) = delete;
-  ~Buffer() { cudaFree(base_); }  // what fails, fails again in the next call
+  ~Buffer() { cudaFree(base_); }  // an error is reported by the next call, too
 
   char* data() const { return base_ ? static_cast<char*>(base_) + skip_ : nullptr; }
   void fill(int byte) const {
@@ -90,7 +91,7 @@ class Buffer {
   void* base_ = nullptr;
 };
 
-// What lies between the pieces of the workspace of a call (cuda.h), and its bytes.
+// The gaps between the pieces of the workspace of a call (cuda.h), with their sizes in bytes.
 std::vector<std::pair<void*, int64_t>> gaps;
 constexpr char kPoison = 0x5a;
 
@@ -99,7 +100,7 @@ void poison_gap(void* at, int64_t bytes) {
   gaps.emplace_back(at, bytes);
 }
 
-// Waits for a call, whose workspace still exists.
+// Synchronises with a call and checks its gaps. The workspace must still exist.
 void check_gaps() {
   CHECK(cudaStreamSynchronize(stream));
   for (const auto& [at, bytes] : gaps) {
@@ -111,7 +112,7 @@ void check_gaps() {
   gaps.clear();
 }
 
-// Offsets or weights, on the host or on the device.
+// The location of offsets or weights.
 enum class Where { host, device_f32, device_f64 };
 
 template <class T>
@@ -132,8 +133,8 @@ struct Placed {
   }
 };
 
-// An element that is not written differs between two poisons, and so does a race.
-// `exists[i]`: whether there is an element number i.
+// Runs a call twice with different poison values in the output. This detects elements that are not
+// written, and races. `exists[i]` states whether position i of the output is an element.
 template <class Run>
 void check_twice(const Type& type, int64_t skip, const std::vector<bool>& exists, Run&& run) {
   const Buffer out(static_cast<int64_t>(exists.size()) * type.size, skip * type.size);
@@ -158,8 +159,8 @@ void check_twice(const Type& type, int64_t skip, const std::vector<bool>& exists
 // ---- ensemble -----------------------------------------------------------------------------------
 
 struct Ensemble : EnsembleArgs {
-  int64_t gap = 0;                 // elements between the channels of one token and of the next
-  int64_t skip = 0, out_skip = 0;  // elements from an aligned address to the first
+  int64_t gap = 0;                 // unused elements between tokens
+  int64_t skip = 0, out_skip = 0;  // elements between an aligned address and the data
   bool padded = false, nchw = false;
   Where where = Where::host;
   std::vector<double> offset_list = {-3, -2, -3, 0, -3, 2, 0, -2, 0, 0, 0, 2, 3, -2, 3, 0, 3, 2};
@@ -185,7 +186,7 @@ struct Ensemble : EnsembleArgs {
     plane_stride = batch * out_strides[0] + 16;
   }
 
-  // The elements of [planes, B, C, H', W'].
+  // Which positions are elements of [planes, B, C, H', W'].
   std::vector<bool> elements(int64_t planes) const {
     std::vector<bool> exists;
     if (batch * channels == 0) return exists;
@@ -199,8 +200,8 @@ struct Ensemble : EnsembleArgs {
   }
 };
 
-// What is called: a reduction, as a stream or not, or the gradient of the mean. `planes`: that it
-// writes, or reads.
+// The kind of a call: a reduction, of one call or of a stream, or the gradient of the mean.
+// `planes` is the number of planes that it writes (or, for the gradient, reads).
 struct Kind {
   const char* name;
   Reduce reduce;
@@ -285,7 +286,7 @@ struct Windows : WindowsArgs {
   bool channels_last = false;
   Where where = Where::host;
   std::vector<double> center_list = {4, 10.5, 5.25, 8.625, 3.3, 17.1, -1.5, 2.5, 8.9, 30, -70, 99};
-  std::vector<double> scale_list;  // of all windows or of each, repeated for each image
+  std::vector<double> scale_list;  // for all windows, or for each window of an image
 
   Windows() : WindowsArgs{} {
     batch = 2, channels = 3, height = 9, width = 21;
@@ -300,7 +301,7 @@ struct Windows : WindowsArgs {
     count = static_cast<int64_t>(center_list.size()) / 2;
     scale_of_each = scale_list.size() > 2;
   }
-  // Those of each image.
+  // Repeats values for each image of the batch.
   std::vector<double> repeated(const std::vector<double>& values) const {
     std::vector<double> all;
     for (int64_t b = 0; b < batch; ++b) all.insert(all.end(), values.begin(), values.end());
@@ -308,7 +309,7 @@ struct Windows : WindowsArgs {
   }
 };
 
-enum class Of { windows, image, points };  // what is written
+enum class Of { windows, image, points };  // the output of a call
 
 void run(Windows w, Of what, const Type& type) {
   w.dtype = type.dtype;
@@ -382,7 +383,7 @@ constexpr void (*kEnsembles[])(E&) = {
     [](E& e) { e.offset_list = kRefused, e.where = Where::device_f64; },
     [](E& e) { e.offset_list = many(25), e.channels = 40; },
     [](E& e) { e.offset_list = many(50), e.channels = 8, e.where = Where::device_f64; },
-    // More than the parameters of a kernel hold.
+    // More views than fit the kernel parameters.
     [](E& e) { e.offset_list = many(301), e.batch = 1, e.channels = 9; },
     [](E& e) { e.batch = 0; },
     [](E& e) { e.channels = 0; },
@@ -395,7 +396,7 @@ constexpr void (*kEnsembles[])(E&) = {
       e.offset_list = kReal, e.weight_list = {kNaN, -1, 2, 0x1p-90, kInf};
       e.where = Where::device_f64;
     },
-    // 330 chunks of 32 channels: tiles that fill a GPU of 165 processors.
+    // 330 chunks of 32 channels: tiles that fill a GPU of 165 multiprocessors.
     [](E& e) { e.batch = 5, e.channels = kManyChannels; },
     [](E& e) { e.batch = 5, e.channels = kManyChannels, e.stride[0] = 2, e.offset_list = kReal; },
     [](E& e) { e.batch = 5, e.channels = kManyChannels, e.upsample = Upsample::nearest; },
@@ -423,14 +424,14 @@ constexpr void (*kWindows[])(W&) = {
     [](W& w) { w.size[0] = 20, w.size[1] = 17, w.channels = 18; },
     [](W& w) { w.size[0] = 1, w.size[1] = 300, w.width = 259, w.channels_last = true; },
     [](W& w) { w.size[0] = 300, w.size[1] = 1, w.width = 1; },
-    // Points, as vectors of channels and without.
+    // Points, with and without vectors of channels.
     [](W& w) { w.size[0] = w.size[1] = 1, w.channels = 3; },
     [](W& w) { w.size[0] = w.size[1] = 1, w.channels = 64, w.channels_last = true; },
     [](W& w) { w.size[0] = w.size[1] = 1, w.channels = 64, w.channels_last = true, w.skip = 1; },
     [](W& w) {
       w.size[0] = w.size[1] = 1, w.channels = 1058, w.channels_last = true, w.out_skip = 1;
     },
-    // More than the parameters of a kernel hold, and than a block sorts at a time.
+    // More windows than fit the kernel parameters, and than a block sorts at a time.
     [](W& w) { w.center_list = many(700), w.width = 300; },
     [](W& w) { w.center_list = many(700), w.size[0] = w.size[1] = 1, w.channels = 40; },
     [](W& w) { w.height = w.width = 1; },
@@ -440,7 +441,7 @@ constexpr void (*kWindows[])(W&) = {
 };
 
 struct Checks {
-  bool reduced;  // of the types one for each call
+  bool reduced;  // only one type for each call
   int calls = 0, failures = 0;
 
   template <class Run>
@@ -462,16 +463,16 @@ struct Checks {
     for (size_t i = 0; i < std::size(kEnsembles); ++i) {
       E e;
       kEnsembles[i](e);
-      if (kind.reduce == Reduce::median && !e.weight_list.empty()) continue;  // takes none
+      if (kind.reduce == Reduce::median && !e.weight_list.empty()) continue;  // no weights
       if (e.channels == kManyChannels && &kind != kKinds) continue;
-      if (kind.gradient) e.nchw = false;  // channels are dense
+      if (kind.gradient) e.nchw = false;  // requires dense channels
       each_type(kFloating, kind.name, static_cast<int>(i),
                 [&](const Type& type) { run(e, kind, type); });
     }
   }
 
   void shifts(bool gradient) {
-    constexpr int kModes = 12;  // padding x interpolation, then the cases
+    constexpr int kModes = 12;  // combinations of padding and interpolation, before kShifts
     for (int i = 0; i < kModes + static_cast<int>(std::size(kShifts)); ++i) {
       S s;
       if (i < kModes) {
@@ -497,8 +498,7 @@ struct Checks {
 
 }  // namespace
 
-// --probe: only asks the device whether it works. --reduced: a quarter of the calls, for the tools
-// that slow them down.
+// --probe only checks that the device works. --reduced runs a quarter of the calls, for slow tools.
 int main(int argc, char** argv) {
   try {
     const std::string option = argc > 1 ? argv[1] : "";

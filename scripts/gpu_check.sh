@@ -1,17 +1,21 @@
 #!/usr/bin/env bash
-# Tests, profiles and measures the CUDA kernels on a machine with one GPU, in two runs: `first` takes at
-# most 330 seconds and answers the most important questions, `second` takes at most 270 and has the rest.
+# Tests, profiles and measures the CUDA kernels on a machine with one GPU, in two runs. `first` takes at
+# most 330 seconds and contains the most important steps; `second` takes at most 270 seconds and contains
+# the rest.
 #
 #   scripts/gpu_check.sh [--dry-run] [--output FOLDER] first
 #   scripts/gpu_check.sh [--dry-run] [--output FOLDER] second [TEST ...]
 #
-# Runs what scripts/gpu_bundle.sh has put into gpu_bundle; without that folder it is made first, which
-# takes up to 240 seconds more. FOLDER (default benchmarks/results) gets a summary, a log, JSON files, the
-# clocks of the GPU and the report of Nsight Compute. They are written as they come, so that a run that
-# is ended early keeps its results. Each step has a time limit and runs even if an earlier step failed;
-# the last ones are left out if there is no time. `second` repeats each TEST of pytest that is named; at
-# its end `first` prints that command with the tests that failed. The exit status is 1 if a step failed,
-# 2 if something that is needed is missing. --dry-run does what needs no GPU, on the CPU.
+# The runs use the binaries in gpu_bundle, which scripts/gpu_bundle.sh builds. If that folder does not
+# exist, it is built first, which takes up to 240 seconds more.
+#
+# FOLDER (default benchmarks/results) receives a summary, a log, JSON files, the clocks of the GPU and the
+# report of Nsight Compute. They are written step by step, so a run that is stopped early keeps its
+# results. Each step has a time limit and runs even if an earlier step failed; the last steps are skipped
+# if no time is left. `second` first runs each TEST (a pytest node id); `first` ends by printing the
+# command that repeats its failed tests. --dry-run runs the steps that need no GPU, on the CPU.
+#
+# Exit status: 1 if a step failed, 2 if a requirement is missing.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 usage() {
@@ -37,29 +41,29 @@ case $run in
   second) limit=270 ;;
   *) usage ;;
 esac
-# A dry run writes readings of tiny shapes: they must not replace those of the repository.
+# A dry run measures tiny shapes; its results must not replace those of the repository.
 [ -z "$dry" ] || [ "$output" != "$root/benchmarks/results" ] || output=$(mktemp -d)
 output=$(mkdir -p "$output" && cd "$output" && pwd)
 device=${dry:+cpu}
 device=${device:-cuda}
 bundle=$root/gpu_bundle
 
-# ---- what is missing ----------------------------------------------------------------------------
+# ---- requirements -------------------------------------------------------------------------------
 missing=()
 need() { command -v "$1" >/dev/null || missing+=("$1${2:+ ($2)}"); }
 need python3
-[ -n "$dry" ] || need nvidia-smi "without a GPU: --dry-run"
+[ -n "$dry" ] || need nvidia-smi "use --dry-run without a GPU"
 if [ ! -d "$bundle" ]; then
-  hint="or make gpu_bundle elsewhere, by scripts/gpu_bundle.sh, and copy it here"
+  hint="or build gpu_bundle elsewhere with scripts/gpu_bundle.sh and copy it here"
   for tool in nvcc cmake ninja; do need $tool "$hint"; done
 elif [ "$(cat "$bundle/digest" 2>/dev/null)" != "$(bash "$root/scripts/kernel_digest.sh")" ]; then
-  missing+=("a gpu_bundle of these sources: it is of commit $(cat "$bundle/commit" 2>/dev/null), and csrc,\
- CMakeLists.txt or cuda_sanitize.cu differ; run scripts/gpu_bundle.sh again")
+  missing+=("a gpu_bundle of these sources: it was built from commit $(cat "$bundle/commit" 2>/dev/null),\
+ and csrc, CMakeLists.txt or cuda_sanitize.cu differ; run scripts/gpu_bundle.sh again")
 fi
-# Looked up, not imported: imports take seconds each.
+# Modules are located, not imported, because each import takes seconds.
 while read -r module; do
   case $module in
-    cupy | jax | triton) echo "WARNING: no $module: its tests are SKIPPED" ;;
+    cupy | jax | triton) echo "WARNING: $module is not installed: its tests are SKIPPED" ;;
     xdist) missing+=("the Python module xdist (pip install pytest-xdist)") ;;
     *) missing+=("the Python module $module") ;;
   esac
@@ -72,11 +76,11 @@ for name in sys.argv[1:]:
 PY
 )
 for tool in ncu compute-sanitizer; do
-  command -v $tool >/dev/null || echo "WARNING: no $tool: its steps are SKIPPED"
+  command -v $tool >/dev/null || echo "WARNING: $tool was not found: its steps are SKIPPED"
 done
 if [ -z "$dry" ] && [ ${#missing[@]} -eq 0 ] && [ -d "$bundle" ]; then
-  chmod +x "$bundle/cuda_sanitize" # a copy may have lost that
-  error=$("$bundle/cuda_sanitize" --probe 2>&1) || missing+=("a GPU that the bundle can use: $error")
+  chmod +x "$bundle/cuda_sanitize" # copying may have removed the permission
+  error=$("$bundle/cuda_sanitize" --probe 2>&1) || missing+=("a GPU that supports the bundle: $error")
 fi
 if [ ${#missing[@]} -gt 0 ]; then
   printf 'missing: %s\n' "${missing[@]}" >&2
@@ -100,8 +104,8 @@ log=$output/log-$run.txt
 : >"$log"
 failed=0
 
-# step NAME SECONDS COMMAND...: appends to the log as it comes; never longer than what is left. An
-# interrupt ends it, so that pytest still prints what has failed.
+# step NAME SECONDS COMMAND...: runs a command and appends its output to the log. It ends after SECONDS or
+# the remaining time by an interrupt, so that pytest still prints the failed tests.
 grace=12
 step() {
   local name=$1 seconds=$2 begin=$SECONDS status=0 left=$((limit - SECONDS - grace)) from
@@ -114,7 +118,7 @@ step() {
   [ "$left" -lt "$seconds" ] || left=$seconds
   printf '\n=== [%3d s] %s\n' "$SECONDS" "$name" | tee -a "$log"
   from=$(wc -l <"$log")
-  # In a group of its own and waited for, so that an interrupt of this script ends it, too.
+  # Runs in its own process group in the background, so that an interrupt of this script ends it, too.
   set -m
   timeout -s INT -k $((grace - 2)) "$left" "$@" </dev/null >>"$log" 2>&1 &
   child=$!
@@ -133,7 +137,8 @@ step() {
 skip() { printf '   0 s  SKIPPED %s\n' "$*" | tee -a "$summary"; }
 
 export PYTHONUNBUFFERED=1 OMP_WAIT_POLICY=PASSIVE XLA_PYTHON_CLIENT_PREALLOCATE=false
-# Threads that wait for each other on cores which the machine does not really have take minutes.
+# Virtual machines can report more cores than they have. More threads than cores then take minutes to
+# synchronise.
 cores=$(nproc)
 export OMP_NUM_THREADS=$((cores < 8 ? cores : 8))
 
@@ -145,24 +150,24 @@ fi
 commit=$(git -C "$root" describe --always --dirty --exclude '*' 2>/dev/null ||
   cat "$bundle/commit" 2>/dev/null || echo unknown)
 
-# A copy, so that the libraries do not replace those of the checkout.
+# Runs in a copy, so that the libraries of the bundle do not replace those of the checkout.
 mkdir "$work/tree"
 cp -r "$root"/{srt_ext,python_tests,benchmarks,scripts,pyproject.toml,README.md} "$work/tree"
 rm -f "$work"/tree/srt_ext/*.so
 cp "$bundle"/_C.so "$bundle"/_C_cuda.so "$work/tree/srt_ext"
-[ ! -d "$root/../shared" ] || ln -s "$root/../shared" "$work/shared" # published outputs, for tests
+[ ! -d "$root/../shared" ] || ln -s "$root/../shared" "$work/shared" # outputs of the published code, for tests
 cd "$work/tree"
 export PYTHONPATH=$work/tree
 
 if [ -z "$dry" ]; then
   facts=name,driver_version,compute_cap,clocks.sm,clocks.max.sm,clocks.mem,power.limit
   card=$(nvidia-smi --query-gpu=$facts --format=csv,noheader) || card="no GPU"
-  # Clocks under load are not those of an idle card.
+  # Samples the clocks during the run, because they differ from those of an idle GPU.
   nvidia-smi --query-gpu=timestamp,clocks.sm,clocks.mem,power.draw,temperature.gpu --format=csv \
     --loop-ms=500 >"$output/clocks-$run.csv" 2>/dev/null &
   sampler=$!
 else
-  card="no GPU: a dry run"
+  card="the CPU (dry run)"
 fi
 echo "$run run of commit $commit on $card" | tee -a "$summary"
 
@@ -174,7 +179,7 @@ benchmark() { # EXTENT SECONDS
     --extent "$extent" --seconds $(($2 < left ? $2 : left)) --rounds 20 --results "$output" \
     --commit "$commit"
 }
-# Of these files, what is marked cuda.
+# Tests marked cuda are selected from these files.
 tests=(python_tests/test_{cuda,kernels,ensemble,median,shift,windows,streams,gradients,ops,errors}.py
   python_tests/test_{backbones,dlpack}.py)
 pytest() { # NAME SECONDS WORKERS ARGUMENT...
@@ -186,13 +191,13 @@ pytest() { # NAME SECONDS WORKERS ARGUMENT...
 sanitize() { # TOOL SECONDS
   local probe
   if [ -n "$dry" ]; then
-    skip "$1: a dry run"
+    skip "$1: dry run"
     return
   elif ! command -v compute-sanitizer >/dev/null; then
-    skip "$1: no compute-sanitizer"
+    skip "$1: compute-sanitizer was not found"
     return
   fi
-  # It does not support the GPUs of some virtual machines.
+  # compute-sanitizer does not support the GPUs of some virtual machines.
   probe=$(timeout 15 compute-sanitizer "$bundle/cuda_sanitize" --probe 2>&1 || true)
   case $probe in
     *"not supported"*) skip "$1: compute-sanitizer does not support this GPU" ;;
@@ -202,12 +207,12 @@ sanitize() { # TOOL SECONDS
 }
 nsight_compute() { # SECONDS
   local call=(python3 -m benchmarks.profile --device "$device" --once)
-  local kernels='regex:mean_kernel|per_view_kernel|shift_kernel' # not those of their tables
+  local kernels='regex:mean_kernel|per_view_kernel|shift_kernel' # without the kernels that build tables
   for name in mean-float32 mean-bfloat16 median-float32 shift-float32; do call+=(--only "$name"); done
   if [ -n "$dry" ]; then
-    step "the calls that Nsight Compute looks at" "$1" "${call[@]}"
+    step "the calls that Nsight Compute profiles" "$1" "${call[@]}"
   elif ! command -v ncu >/dev/null; then
-    skip "Nsight Compute: no ncu"
+    skip "Nsight Compute: ncu was not found"
   else
     shown=5 step "Nsight Compute" "$1" ncu --clock-control none --set full --target-processes all \
       --profile-from-start off --kernel-name "$kernels" --page details --export "$output/kernels" \
@@ -219,10 +224,10 @@ nsight_compute() { # SECONDS
 if [ "$run" = first ]; then
   smoke "" 30
   if [ -z "$dry" ]; then
-    smoke ", the first call in a graph" 20 --graph
+    smoke ", first call in a CUDA graph" 20 --graph
     step "cuda_sanitize" 30 "$bundle/cuda_sanitize"
   else
-    skip "the first call in a graph, cuda_sanitize: a dry run"
+    skip "first call in a CUDA graph, cuda_sanitize: dry run"
   fi
   benchmark core 80
   shown=60 step "profile" 25 python3 -m benchmarks.profile --device "$device" --results "$output" \
@@ -230,24 +235,24 @@ if [ "$run" = first ]; then
   nsight_compute 40
   pytest "value tests" 60 "$((cores < 12 ? cores : 12))" -m "cuda and not serial and not slow" \
     "${tests[@]}"
-  pytest "graphs, streams, waits, compile" 45 0 -m "cuda and (serial or slow)" "${tests[@]}"
+  pytest "graphs, streams, synchronisation, compile" 45 0 -m "cuda and (serial or slow)" "${tests[@]}"
   sanitize memcheck 40
 else
-  [ ${#failed_before[@]} -eq 0 ] || pytest "what failed before" 30 0 -m "" "${failed_before[@]}"
+  [ ${#failed_before[@]} -eq 0 ] || pytest "tests that failed before" 30 0 -m "" "${failed_before[@]}"
   for tool in racecheck initcheck synccheck; do sanitize "$tool" 25; done
   if [ -z "$dry" ]; then
     benchmark rest 120
   else
-    skip "benchmark: rest: the first run walks through it"
+    skip "benchmark: rest: dry run (the first run covers it)"
   fi
 fi
 
 printf '\n'
 cat "$summary"
-printf '%4d s  in all; everything is in %s\n' "$SECONDS" "$output"
+printf '%4d s  in total; all results are in %s\n' "$SECONDS" "$output"
 mapfile -t again < <(sed -n 's/^FAILED \(python_tests[^ ]*::[^]]*\]\{0,1\}\).*/\1/p' "$log" | sort -u)
 if [ "$run" = first ] && [ ${#again[@]} -gt 0 ]; then
-  echo "to repeat what failed:"
+  echo "to repeat the failed tests:"
   printf '%q ' scripts/gpu_check.sh --output "$output" second "${again[@]}"
   printf '\n'
 fi

@@ -1,7 +1,8 @@
-"""Every op on the GPU in float32 and bfloat16, against the CPU kernels in float64, in seconds.
+"""Compares every op on the GPU, in float32 and bfloat16, with the CPU kernels in float64.
 
-With ``--graph`` the first call of the process is captured in a CUDA graph: nothing may have to be
-loaded, allocated or waited for outside of it. ``--device cpu`` tries the script without a GPU.
+Takes a few seconds. With ``--graph``, the first calls of the process are captured in a CUDA graph,
+which fails if an op synchronises or allocates outside of the graph. ``--device cpu`` runs the
+script without a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ GRID, PATCH, CHANNELS = (6, 9), (16, 16), 96
 VIEWS = srt_ext.views.best(16).offsets
 PLACE = (VIEWS, GRID, PATCH)
 CENTERS = (8 * VIEWS + 50.3)[None]  # [1, N, 2], pixels
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of norms
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # relative, of the norm
 
 Results = tuple[torch.Tensor, ...]
 Op = Callable[[torch.Tensor, torch.Tensor], Results]
@@ -33,14 +34,14 @@ def ensemble(**modes: object) -> Op:
 
 
 def uint8(_: torch.Tensor, image: torch.Tensor) -> Results:
-    # Bytes are exact in both precisions, and so are the views of whole pixels.
+    # Bytes are exact in both precisions, and whole-pixel views are copies.
     return (
         srt_ext.shift((40 * image.float()).clamp(0, 255).to(torch.uint8), VIEWS).to(image.dtype),
     )
 
 
 def on_the_device(tokens: torch.Tensor, _: torch.Tensor) -> Results:
-    """Offsets and weights lie where the tokens do."""
+    """The mean with offsets and weights on the device of the tokens."""
     weights = torch.linspace(0.5, 2, len(VIEWS), device=tokens.device)
     return (srt_ext.ensemble(tokens, VIEWS.to(tokens.device), GRID, PATCH, weights),)
 
@@ -108,7 +109,7 @@ OPS: dict[str, Op] = {
     "RunningMedian": stream(srt_ext.RunningMedian),
     "gradient of mean": gradient(ensemble()),
     "gradient of moments": gradient(moments),
-    # Under nearest upsampling a median is a token: rounding cannot choose another view.
+    # Under nearest upsampling, a median is a token, so rounding cannot select another view.
     "gradient of median": gradient(ensemble(reduce="median", upsample="nearest")),
     "gradient of shift": gradient(shift("bilinear"), of_image=True),
     "windows": windows,
@@ -120,7 +121,7 @@ OPS: dict[str, Op] = {
 
 
 def inputs(dtype: torch.dtype) -> list[torch.Tensor]:
-    """Tokens [V, 1, N, C] and an image [1, 3, H, W], on the CPU."""
+    """Returns tokens [V, 1, N, C] and an image [1, 3, H, W], on the CPU."""
     generator = torch.Generator().manual_seed(0)
     shapes = (len(VIEWS), 1, GRID[0] * GRID[1], CHANNELS), (1, 3, 96, 144)
     return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
@@ -139,7 +140,7 @@ def is_right(name: str, dtype: torch.dtype, results: Results) -> bool:
 
 
 def in_a_graph(device: str) -> bool:
-    """The first call of this process."""
+    """Captures the first calls of this process in a CUDA graph and checks their results."""
     names = ("mean", "median", "moments", "shift, bilinear", "windows")
     given = [value.to(device) for value in inputs(torch.float32)]
     torch.cuda.synchronize()

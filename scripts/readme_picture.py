@@ -1,9 +1,9 @@
-"""Makes the pictures of the README, docs/srt.jpg and docs/demo.jpg, and the photograph in them.
+"""Draws the figures of the README, docs/srt.jpg and docs/demo.jpg, and writes their photograph.
 
     python scripts/readme_picture.py [--weights FILE.safetensors]
 
-The weights are those of the ViT-Ti of docs/srt.jpg; without the option timm loads them. The
-photograph is skimage.data.astronaut(): Eileen Collins, by NASA, in the public domain.
+FILE contains the weights of the ViT-Ti of docs/srt.jpg; without the option, timm downloads them.
+The photograph is skimage.data.astronaut(): Eileen Collins, by NASA, in the public domain.
 """
 
 import subprocess

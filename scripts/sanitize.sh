@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# Builds the CPU code with the sanitizers of GCC and runs it, first with faults made on purpose, which
-# they must report. Exit status 1 if there is a finding.
+# Builds the CPU code with the sanitizers of GCC and runs it. Deliberate faults are run first, and the
+# sanitizers must report them. The exit status is 1 if a sanitizer reports any other error.
 #
-#   scripts/sanitize.sh address [PYTEST ARGUMENT ...]   AddressSanitizer and UndefinedBehaviorSanitizer: the
-#                      tests of the ops and of their bindings (or those that the arguments name) with one
-#                      thread and with two; cpu_sanitize, and whether it leaks
-#   scripts/sanitize.sh thread [ROUNDS [INSTRUCTION SET]]   ThreadSanitizer: cpu_sanitize. Its threads are
-#                      those of srt_ext.numpy; the OpenMP of torch is not instrumented, so torch is left out
+#   scripts/sanitize.sh address [PYTEST ARGUMENT ...]
+#       AddressSanitizer and UndefinedBehaviorSanitizer. Runs cpu_sanitize, also for leaks, and the tests of
+#       the ops and bindings (or those that the arguments select) with one thread and with two.
+#
+#   scripts/sanitize.sh thread [ROUNDS [INSTRUCTION SET]]
+#       ThreadSanitizer. Runs cpu_sanitize on the thread pool of srt_ext.numpy. torch is not used, because
+#       its OpenMP runtime is not instrumented.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 kind=${1:-}
@@ -23,14 +25,14 @@ build() { # FLAGS TARGET ...
   cmake --build "$work/build" --target "$@" | tail -n 1
 }
 
-reports() { # TEXT COMMAND ...: the command must fail, with a report of that text
+reports() { # TEXT COMMAND ...: the command must fail and print TEXT
   local text=$1
   shift
   if "$@" >"$work/report" 2>&1 || ! grep -q "$text" "$work/report"; then
     cat "$work/report"
-    echo "no report of '$text' from: $*" && exit 1
+    echo "expected a report of '$text' from: $*" && exit 1
   fi
-  echo "reported, as it must be: $text"
+  echo "reported as expected: $text"
 }
 
 thread() {
@@ -39,7 +41,8 @@ thread() {
   "$work/build/cpu_sanitize" "$@"
 }
 
-# A call of NAME on the first half of memory that has no second half: its kernels are instrumented.
+# Calls an op of NAME on tokens that exceed their memory. The sanitizer must report it, which shows that the
+# kernels are instrumented.
 overrun() { # NAME: torch or numpy
   reports heap-buffer-overflow sanitized -c "
 import ctypes, numpy, srt_ext, srt_ext.numpy, torch
@@ -53,8 +56,9 @@ else:
     srt_ext.numpy.ensemble(tokens, [(0, 0)] * 4, (5, 5), (2, 2))"
 }
 
-# Python itself is not instrumented and leaks: AddressSanitizer must be loaded before it, and cpu_sanitize
-# looks for leaks. A tensor of 2^60 bytes is an error of the caller, as without the sanitizer.
+# Runs Python under the sanitizers. Python is not instrumented, so AddressSanitizer must be loaded before it.
+# Python also leaks, so leaks are only checked by cpu_sanitize. An allocation of 2^60 bytes must fail as it
+# does without the sanitizer.
 sanitized() { # ARGUMENTS of Python
   local libraries
   libraries=$(for name in asan ubsan stdc++; do "${CXX:-c++}" -print-file-name=lib$name.so; done | paste -sd:)
@@ -70,7 +74,7 @@ address() {
   done
   "$work/build/cpu_sanitize"
 
-  # The tests import the package beside them: a copy, which gets the libraries.
+  # The tests import the package next to them, so they run in a copy with the sanitized libraries.
   git ls-files -z | xargs -0 cp --parents -t "$work"
   cmake --install "$work/build" --component python --prefix "$work/srt_ext" >/dev/null
   cd "$work"

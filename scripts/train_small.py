@@ -1,7 +1,7 @@
-"""Trains the small ViT that comes with the package (srt_ext/demo), from nothing but its own scenes.
+"""Trains the small ViT that is bundled with the package (srt_ext/demo), on generated scenes only.
 
-Run it in a clone with `pip install -e ".[models]"`: within an hour on two cores. Writes
-srt_ext/demo/small.safetensors.
+Run it in a clone after `pip install -e ".[models]"`. It takes less than an hour on two cores and
+writes srt_ext/demo/small.safetensors.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from srt_ext.demo.scenes import CLASSES, Scene, scene
 from srt_ext.demo.small import FILE, PATCH, make_small
 
 SIDE = 128  # pixels of a scene
-CUT = 108  # pixels of the smallest part of it that is shown
-CELLS = (9, 10, 12, 14)  # tokens along a side of the pictures of a batch
-HELD_OUT = 1_000_000  # seeds from here on are not trained on
-NEARNESS = 4.0  # its weight beside the classes
+CUT = 108  # pixels of the smallest crop
+CELLS = (9, 10, 12, 14)  # tokens along a side of the images of a batch
+HELD_OUT = 1_000_000  # first seed that is not used for training
+NEARNESS = 4.0  # weight of the nearness loss relative to the class loss
 
 
 def one(seed: int) -> Scene:
@@ -34,7 +34,10 @@ def one(seed: int) -> Scene:
 
 
 def make_scenes(first: int, count: int, processes: int) -> tuple[torch.Tensor, ...]:
-    """Pixels [S, 3, 128, 128] uint8, labels [S, 128, 128] uint8, nearness [S, 128, 128] float16."""
+    """Generates pixels [S, 3, 128, 128] and labels [S, 128, 128], both uint8, and nearness.
+
+    Nearness is [S, 128, 128], float16.
+    """
     pixels = torch.empty(count, 3, SIDE, SIDE, dtype=torch.uint8)
     labels = torch.empty(count, SIDE, SIDE, dtype=torch.uint8)
     nearness = torch.empty(count, SIDE, SIDE, dtype=torch.float16)
@@ -48,12 +51,12 @@ def make_scenes(first: int, count: int, processes: int) -> tuple[torch.Tensor, .
 
 
 def prepare(model: Any) -> None:
-    """Weights to begin with that learn sooner than random ones.
+    """Initialises the weights so that training converges faster than from random weights.
 
-    Patches are cosine waves of brightness and of two colours, the slow ones first; positions are
-    waves along both axes; keys are queries, so that a token first looks at those that are like it
-    and near it (after Trockman and Kolter, "Mimetic initialization of self-attention layers",
-    2023). All of them in random bases.
+    The patch embedding computes cosine transforms of brightness and two colours, low frequencies
+    first. The position embeddings are sine and cosine waves along both axes. Keys equal queries, so
+    that a token initially attends to similar and near tokens (after Trockman and Kolter, "Mimetic
+    initialization of self-attention layers", 2023). All of them are in random bases.
     """
 
     def basis(columns: int) -> torch.Tensor:
@@ -95,9 +98,9 @@ def prepare(model: Any) -> None:
 def batch(
     data: tuple[torch.Tensor, ...], size: int, random: np.random.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Nearly whole scenes in other colours: images [B, 3, s, s], shares [B, N, 6], nearness [B, N].
+    """Samples augmented crops: images [B, 3, s, s], class shares [B, N, 6], nearness [B, N].
 
-    A token is to know the shares of the classes in its patch, and the mean nearness there.
+    The targets of a token are the shares of the classes in its patch and the mean nearness there.
     """
     cells, side = int(random.choice(CELLS)), int(random.integers(CUT, SIDE + 1))
     index = torch.from_numpy(random.integers(len(data[0]), size=size))
@@ -123,7 +126,7 @@ def batch(
 
 @torch.inference_mode()
 def measured(model: Any, data: tuple[torch.Tensor, ...]) -> str:
-    """Of the plain tokens of pictures of 112 x 112 pixels, enlarged bilinearly."""
+    """Evaluates the plain tokens of 112 x 112 pixel images, upsampled bilinearly."""
     counts, squares = torch.zeros(len(CLASSES), len(CLASSES)), 0.0
     grid = CELLS[-1]
     for pixels, labels, nearness in zip(*(part.split(64) for part in data), strict=True):
@@ -140,14 +143,14 @@ def measured(model: Any, data: tuple[torch.Tensor, ...]) -> str:
 
 
 def main(
-    scenes: Annotated[int, typer.Option(help="To train on.")] = 12_000,
-    steps: Annotated[int, typer.Option(min=101, help="Batches.")] = 2500,
-    size: Annotated[int, typer.Option(help="Pictures in a batch.")] = 64,
+    scenes: Annotated[int, typer.Option(help="Scenes to train on.")] = 12_000,
+    steps: Annotated[int, typer.Option(min=101, help="Number of batches.")] = 2500,
+    size: Annotated[int, typer.Option(help="Images per batch.")] = 64,
     rate: Annotated[float, typer.Option(help="The highest learning rate.")] = 1e-3,
-    processes: Annotated[int, typer.Option(help="That make scenes.")] = 2,
+    processes: Annotated[int, typer.Option(help="Processes that generate scenes.")] = 2,
     output: Path = FILE,
 ) -> None:
-    """AdamW on soft classes and nearness; the weights are an exponential mean over steps."""
+    """Trains with AdamW on soft classes and nearness; saves an exponential mean of the weights."""
     torch.manual_seed(0)
     random = np.random.default_rng(0)
     data = make_scenes(0, scenes, processes)
