@@ -2,9 +2,10 @@
 // passes over a band of output rows. First, for every group of views that share a dx, the token
 // rows that the band reads are summed along y into scratch, [band, groups, columns, channels]. Then
 // each output row is computed from these sums along x, over all groups at once. At stride 1 both
-// passes are walks (walk.h), whose cost per pixel does not depend on the number of views; otherwise
-// they are products with small tiles of weights (TileTable). Vectors run along the channels. plan.h
-// has the formula, vector_blocks-inl.h the rules for code in this file.
+// passes are walks (walk.h): between kinks a pixel costs one multiply-add per channel, however many
+// views there are. At other strides they are products with small tiles of weights (TileTable).
+// Vectors run along the channels. plan.h has the formula, vector_blocks-inl.h the rules for code in
+// this file.
 #pragma once
 #include "vector_blocks-inl.h"
 

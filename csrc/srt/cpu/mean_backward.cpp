@@ -13,10 +13,10 @@ namespace srt::cpu {
 namespace {
 
 // An axis table transposed: one row per token, whose outputs are the offsets and whose inputs are
-// the cells that read the token. Weights are looked up in the original table, because storing them
-// would be large: all cells may read an edge token. Under a circular border, cells at both ends of
-// the axis may read the same token. To make the cells of a token consecutive, they are numbered as
-// if the axis were repeated three times: of 10 cells, 8, 9 and 0 become 18, 19 and 20.
+// the cells that read the token. Weights are looked up in the original table, because a transposed
+// copy could be large: all cells may read an edge token. Under a circular border, cells at both
+// ends of the axis may read the same token. To make the cells of a token consecutive, they are
+// numbered as if the axis were repeated three times: of 10 cells, 8, 9 and 0 become 18, 19 and 20.
 template <class Acc>
 struct TransposedTable {
   const AxisTable<Acc>& table;

@@ -16,8 +16,8 @@ namespace {
 
 // ---- the tables ---------------------------------------------------------------------------------
 
-// Views that share a dx form entries, and kEntries entries form a part, which a block processes
-// together. The views of a grid of 7 x 7 offsets are one part.
+// Views that share a dx form entries of at most GradPlan::slots views, and kEntries entries form a
+// part, which a block processes together. The views of a grid of 7 x 7 offsets are one part.
 constexpr int kEntries = 7;
 
 // The range of cells that read a token in a part; empty if `end` is 0. Under a circular border,

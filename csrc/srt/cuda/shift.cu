@@ -1,5 +1,5 @@
 // shift on the device: images [B*C, H, W] to views [V, B*C, H, W]. The views are V times larger
-// than the images, so the time goes to writing them. A warp computes a strip of a few rows: it
+// than the images, so writing them determines the time. A warp computes a strip of a few rows: it
 // reads each row once with coalesced loads, sums the taps along y in registers, passes the rows
 // through shared memory for the taps along x, and writes 16 bytes per lane. Whole-pixel offsets
 // skip the arithmetic and are copied bit for bit. Offsets are read on the device, so the call does
