@@ -89,6 +89,18 @@ MAIN = ("224x224 P=16 C=384 V=49", "1x3x224x224 V=49 whole")
 DEFAULT = ("best:16 224x224 P=16 C=384 V=16", "1x3x224x224 V=16 best:16")
 
 
+SUMMARY = (
+    "P = 16; C = 384, for `shift` 3 channels. The published loop upsamples the tokens of each "
+    "view, shifts the map back with an affine warp and adds it; for the median it stacks the maps "
+    "of all views and calls `torch.median`; for `shift` it warps the image once for each view. The "
+    "best alternative is the fastest of: matrix products of the separable formula (eager and "
+    "compiled), slices instead of the affine warp (eager and compiled), `grid_sample`. Times of "
+    "gradients exclude the forward pass. Allocate + fill is the time that torch needs to allocate "
+    "the output and write it once. Most of it is page faults of new memory, which `out=` with a "
+    "reused buffer avoids."
+)
+
+
 def is_main(row: Row, shapes: tuple[str, ...] = MAIN) -> bool:
     return row["shape"] in shapes and not row.get("growth")
 
@@ -104,9 +116,43 @@ def find(results: Row, op: str, dtype: str = "float32", shape: str = "") -> Row 
 
 
 def readme(results: Row) -> str:
-    """What the README shows: float32, the main shape from both designs of views."""
-    head = ["224 x 224", "published", "best other", "ours", "published / ours"]
-    head += ["best other / ours", FRESH, "ours / it", "with `out=`: ours / fill"]
+    """The four rows of the README: float32, 224 x 224, P = 16, C = 384."""
+    head = ["operation", "published loop", "best alternative in PyTorch", "srt_ext"]
+    head += ["speed-up over the published loop", f"srt_ext / lower bound ({FRESH})"]
+    lines = []
+    for op, shapes in (
+        ("mean, bilinear", DEFAULT),
+        ("mean, bilinear", MAIN),
+        ("median, bilinear", DEFAULT),
+        ("shift, bilinear", DEFAULT),
+    ):
+        (row,) = (
+            r
+            for r in results["rows"]
+            if r["op"] == op and r["dtype"] == "float32" and is_main(r, shapes)
+        )
+        ours, published = median(row, "ours"), median(row, "published")
+        lines.append(
+            [
+                f"{op}, {row['views']} views",
+                *map(three_digits, (published, fastest(row, OTHERS), ours)),
+                number(ratio(published, ours), " x"),
+                number(ratio(ours, median(row, FRESH))),
+            ]
+        )
+    return markdown(head, lines)
+
+
+def three_digits(us: float | None) -> str:
+    """Milliseconds, rounded to three significant digits."""
+    return "-" if us is None else f"{float(f'{us / 1e3:.3g}'):g} ms"
+
+
+def summary(results: Row) -> str:
+    """Float32, the main shape, with both designs of views."""
+    head = ["operation", "published loop", "best alternative in PyTorch", "srt_ext"]
+    head += ["published loop / srt_ext", "best alternative / srt_ext", FRESH]
+    head += [f"srt_ext / ({FRESH})", "with `out=`: srt_ext / fill"]
     lines = []
     for row in results["rows"]:
         if row["dtype"] != "float32" or not is_main(row, MAIN + DEFAULT):
@@ -114,7 +160,7 @@ def readme(results: Row) -> str:
         if row["op"].startswith(("Running", "circular")):
             continue
         if row["op"].startswith("gradient") and not is_main(row):
-            continue  # in cpu.md
+            continue  # in the section Gradients
         ours, published = median(row, "ours"), median(row, "published")
         other, limit = fastest(row, OTHERS), median(row, FRESH)
         lines.append(
@@ -422,6 +468,8 @@ def tables(results: Row) -> str:
     for commit, count in earlier.items():
         parts[0] += f" {count} of {len(rows)} rows are of a run of {commit} that was ended early."
     targets = cuda_targets if "gpu" in facts else cpu_targets
+    if "gpu" not in facts:
+        parts += ["## Summary: 224 x 224, float32", SUMMARY, summary(results)]
     parts += ["## Targets", target_table(targets(results))]
     sections = {
         "Mean": ("mean",),

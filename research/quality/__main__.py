@@ -285,6 +285,7 @@ def main(
     text = report.document(results)
     output.with_suffix(".md").write_text(text)
     report.plot(results, output.with_suffix(".svg"))
+    report.plot_readme(results, output.with_name(f"{output.stem}-readme.svg"))
     print(text)
 
 

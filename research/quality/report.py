@@ -79,13 +79,13 @@ PAIRED = {
     "discovery": ("IoU", "sequence"),
     "retrieval": ("mAP", "class"),
 }
-READ = {  # of the README
+READ = {  # in the summary and in the README
     "davis": "label propagation, DAVIS",
-    "camvid": "segments by a linear head, CamVid",
-    "motorcycle": "disparity by a linear head",
-    "nyu": "depth by a linear head, NYUv2",
+    "camvid": "segmentation with a linear head, CamVid",
+    "motorcycle": "disparity with a linear head",
+    "nyu": "depth with a linear head, NYUv2",
     "discovery": "object discovery, DAVIS",
-    "retrieval": "retrieval of regions, CamVid",
+    "retrieval": "region retrieval, CamVid",
 }
 WORDS = {
     "miou": "mIoU",
@@ -300,29 +300,56 @@ def presets(results: Row, stride: int) -> str:
     return markdown(["preset", "budget", "tasks", *headings(shown[0])], lines)
 
 
+# The settings of the summary: (scale, views) of each. Those of FOUR are the rows of the README.
+SUMMARISED = {
+    "plain tokens, interpolated": (1.0, IDENTITY),
+    "input enlarged by 1.5": (1.5, IDENTITY),
+    "SRT, 4 views (`fast`)": (1.0, "best:4:6"),
+    "SRT, 9 views": (1.0, "best:9:6"),
+    "both: 1.25, 4 views (`balanced`, the default)": (1.25, "best:4:6"),
+    "both: 1.5, 4 views (`outlines`)": (1.5, "best:4:6"),
+}
+NAMED = {name: name.split("`")[1] for name in SUMMARISED if "`" in name}  # presets
+FOUR = ("plain tokens", "input enlarged", "SRT, 4 views", "both: 1.25")
+
+
 def readme(results: Row) -> str:
-    """The README's table: plain tokens, a larger input, SRT, and both."""
-    own = (p for p in points(results, 8) if p.in_library)
-    shown = {(p.setting.scale, p.setting.views): p for p in own}
-    names = {
-        "plain": (1.0, IDENTITY),
-        "enlarged by 1.5": (1.5, IDENTITY),
-        "SRT, 4 views (`fast`)": (1.0, "best:4:6"),
-        "SRT, 9 views": (1.0, "best:9:6"),
-        "both: 1.25, 4 views (`balanced`)": (1.25, "best:4:6"),
-        "both: 1.5, 4 views (`outlines`)": (1.5, "best:4:6"),
+    """The table of the README: four settings, cost at the larger of the two image sizes."""
+    size = sizes(results)[-1]
+    names = [name for name in SUMMARISED if name.startswith(FOUR)]
+    return overview(results, names, f"cost in plain forward passes, {size.replace(' ', '')}", -1)
+
+
+def overview(results: Row, names: list[str], cost: str, at: int | None = None) -> str:
+    """Scores of settings of :class:`srt_ext.SRT` at stride 8; the best of a column is bold.
+
+    Args:
+        results: of quality.json.
+        names: keys of SUMMARISED, the rows of the table.
+        cost: heading of the column of costs.
+        at: index of the one image size whose cost is shown; None: the costs at all sizes.
+    """
+    own = {(p.setting.scale, p.setting.views): p for p in points(results, 8) if p.in_library}
+    shown = {name: own[SUMMARISED[name]] for name in names}
+    columns = list(shown[names[0]].scores)
+    best = {
+        (task, name): (min if name in ERRORS else max)(p.scores[task, name] for p in shown.values())
+        for task, name in columns
     }
-    chosen = [shown[key] for key in names.values()]
-    costs = [ratios(p.cost, 0) for p in chosen]
-    lines = [["operations, in plain forwards", *costs]]
-    for task, name in chosen[0].scores:
-        digits = 1 if name in ERRORS else 3
-        cells = [f"{p.scores[task, name]:.{digits}f}" for p in chosen]
-        better = min if name in ERRORS else max
-        best = better(p.scores[task, name] for p in chosen)
-        bold = [f"**{c}**" if c == f"{best:.{digits}f}" else c for c in cells]
-        lines.append([f"{READ[task]}: {WORDS.get(name, name)}", *bold])
-    return markdown(["", *names], lines)
+    lines = []
+    for label, p in shown.items():
+        costs = p.cost if at is None else [p.cost[at]]
+        cells = []
+        for column in columns:
+            digits = 1 if column[1] in ERRORS else 3
+            text = f"{p.scores[column]:.{digits}f}"
+            cells.append(f"**{text}**" if text == f"{best[column]:.{digits}f}" else text)
+        lines.append([label, ratios(costs, 0), *cells])
+    heads = [
+        f"{READ[task]}: {WORDS.get(name, name)} {'↓' if name in ERRORS else '↑'}"
+        for task, name in columns
+    ]
+    return markdown(["setting", cost, *heads], lines)
 
 
 def windows(results: Row) -> str:
@@ -416,6 +443,12 @@ def document(results: Row) -> str:
     if counted:
         stride = max(s.stride for s in counted) // 2
         parts += [
+            "## Summary",
+            "Last layer, stride 8; plain tokens are interpolated to the same grid. Cost: "
+            "operations of the model, as a multiple of one forward pass on the plain image, for "
+            f"images of {' and '.join(sizes(results))} pixels. ↑: higher is better; ↓: lower is "
+            "better; bold: the best of a column.",
+            overview(results, list(SUMMARISED), "cost in plain forward passes"),
             "## The best quality for a given cost",
             f"Last layer, stride {stride}. Cost: operations of the model, in forwards of the plain "
             f"picture, at {' and '.join(sizes(results))} pixels; s: seconds. Gains over plain "
@@ -527,6 +560,52 @@ STYLES = {
     "overlapping patches": "kD",
     "published": "ks",
 }
+
+
+# Of the plot in the README: style and label of each curve.
+FAMILIES = {
+    "enlarged": ("C1o--", "input enlarged (by 1.25, 1.5, 2)"),
+    "ours": ("C0o-", "SRT (2, 4, 9, 16 views)"),
+    "both": ("C2D", "both (2 to 6 views of an enlarged input)"),
+    "bilinear": ("ks", "plain tokens, interpolated"),
+}
+
+
+def plot_readme(results: Row, path: Path) -> None:
+    """Two scores at stride 8 against cost, small enough for the README: outlines and classes."""
+    from matplotlib import pyplot
+
+    found = points(results, 8)
+    size = sizes(results)[-1].replace(" ", "")
+    names = {SUMMARISED[name]: preset for name, preset in NAMED.items()}
+    with pyplot.rc_context({"font.size": 10}):
+        figure, axes = pyplot.subplots(1, 2, figsize=(8, 3.6), layout="constrained")
+        for axis, (task, name) in zip(axes, (("davis", "J"), ("camvid", "miou")), strict=True):
+            base = next(p for p in found if p.setting.family == "bilinear")
+            for family, (style, label) in FAMILIES.items():
+                shown = [p for p in found if p.setting.family == family]
+                if family in ("enlarged", "ours"):  # scale 1 and one view are the plain tokens
+                    shown.insert(0, base)
+                at = [(p.cost[-1], p.scores[task, name]) for p in shown]
+                axis.plot(*zip(*at, strict=True), style, markersize=5, label=label)
+                for p, (cost, value) in zip(shown, at, strict=True):
+                    if preset := names.get((p.setting.scale, p.setting.views)):
+                        axis.annotate(
+                            preset,
+                            (cost, value),
+                            xytext=(-24, -14) if preset == "balanced" else (6, -11),
+                            textcoords="offset points",
+                            fontsize="small",
+                        )
+            axis.set(xscale="log", xlabel=f"cost in plain forward passes, {size}")
+            task_name = READ[task].replace(" with a linear head", "")
+            axis.set_title(f"{task_name}: {WORDS.get(name, name)} ↑", fontsize="medium")
+            axis.set_xticks(ticks := [1, 2, 4, 8, 16, 32], [str(tick) for tick in ticks])
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize="medium")
+        save_figure(figure, path)
 
 
 def plot(results: Row, path: Path) -> None:
