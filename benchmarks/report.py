@@ -1,7 +1,7 @@
 """``python -m benchmarks.report``: tables and plots from the JSON of a run.
 
-Writes NAME.md and its plots beside each JSON of ``python -m benchmarks``; prints the table that
-stands in the README.
+Writes NAME.md and its plots next to each JSON of ``python -m benchmarks``; prints the table of the
+README. In the JSON, ``ours`` is srt_ext and ``published`` the published code.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ PEERS = ("published", *OTHERS)
 
 
 def median(row: Row, name: str, *, graph: bool = False) -> float | None:
-    """Microseconds; None if it was not read."""
+    """Microseconds; None if the call was not timed."""
     entry = row["calls"].get(name, {})
     us: float | None = (entry.get("graph", {}) if graph else entry).get("median")
     return us
 
 
 def steady(row: Row, name: str) -> float | None:
-    """None if its readings differ so much that their median says nothing."""
+    """The median; None if the upper quartile is at least twice the lower one."""
     entry = row["calls"].get(name, {})
     return median(row, name) if "q1" in entry and entry["q3"] < 2 * entry["q1"] else None
 
@@ -46,11 +46,11 @@ def ratio(over: float | None, under: float | None) -> float | None:
 
 
 def over_limit(row: Row) -> float | None:
-    """Our time divided by the limit measured in the same run, of a mean, a shift or windows.
+    """The time of srt_ext divided by the lower bound of the same run, of a mean, shift or windows.
 
-    The limit of a mean is one ``fill`` of the result and one reading of the tokens; that of a shift
-    or of windows is a copy of as many bytes as it writes. Ours writes into ``out=``, if that was
-    measured.
+    The bound of a mean is one ``fill`` of the result plus one read of the tokens. The bound of a
+    shift or of windows is a copy of the bytes that it writes. The time with ``out=`` is used if it
+    was measured.
     """
     writes, reads = median(row, "fill, sum") or median(row, "fill"), median(row, "read the tokens")
     limit = median(row, "copy") if row["op"].startswith(("shift", "windows")) else None
@@ -70,6 +70,13 @@ def milliseconds(us: float | None) -> str:
     return f"{us / 1e3:.0f} ms" if us >= 1e5 else f"{us / 1e3:.3g} ms"
 
 
+def label(call: str) -> str:
+    """The name of a call in tables and plots."""
+    if call == "published":
+        return "published code"
+    return call.replace("ours", "srt_ext", 1) if call.startswith("ours") else call
+
+
 def number(value: float | None, suffix: str = "") -> str:
     if value is None:
         return "-"
@@ -84,7 +91,7 @@ def markdown(head: list[str], rows: Iterable[list[str]]) -> str:
 # ---- tables -------------------------------------------------------------------------------------
 
 
-# 224 x 224, 16 pixels a token, 384 channels if there are channels: 49 views, and those of SRT.
+# 224 x 224, 16 pixels per token, 384 channels (ensembles): 49 views; the 16 views of `best:16`.
 MAIN = ("224x224 P=16 C=384 V=49", "1x3x224x224 V=49 whole")
 DEFAULT = ("best:16 224x224 P=16 C=384 V=16", "1x3x224x224 V=16 best:16")
 
@@ -106,7 +113,7 @@ def is_main(row: Row, shapes: tuple[str, ...] = MAIN) -> bool:
 
 
 def find(results: Row, op: str, dtype: str = "float32", shape: str = "") -> Row | None:
-    """The row of an op: of the shape that the README shows, or of one that begins so."""
+    """The first row of an op with the main shape, or with a shape that starts with ``shape``."""
     for row in results["rows"]:
         right = row["shape"].startswith(shape) if shape else is_main(row)
         if row["op"] == op and row["dtype"] == dtype and right and not row.get("growth"):
@@ -149,7 +156,7 @@ def three_digits(us: float | None) -> str:
 
 
 def summary(results: Row) -> str:
-    """Float32, the main shape, with both designs of views."""
+    """All float32 rows of the main shape, with 49 and with 16 views."""
     head = ["operation", "published loop", "best alternative in PyTorch", "srt_ext"]
     head += ["published loop / srt_ext", "best alternative / srt_ext", FRESH]
     head += [f"srt_ext / ({FRESH})", "with `out=`: srt_ext / fill"]
@@ -178,7 +185,10 @@ def summary(results: Row) -> str:
 
 
 def table(rows: list[Row]) -> str:
-    """Ours; ours over each limit; each peer over ours. ``repeated``: the call many times on end."""
+    """Times of srt_ext, relative to each lower bound; times of each alternative, relative to it.
+
+    The columns ``repeated`` are of the call repeated without pauses.
+    """
 
     def read(name: str) -> bool:
         return any(median(row, name) is not None for row in rows)
@@ -188,12 +198,13 @@ def table(rows: list[Row]) -> str:
     peers = [*ours, *(name for name in PEERS if read(name))]
     graphs = any(median(row, "ours", graph=True) is not None for row in rows)
     bounded = any(over_limit(row) is not None for row in rows)
-    head = ["op", "dtype", "shape", "ours"]
+    head = ["op", "dtype", "shape", "srt_ext"]
     if bounded:
-        head.append("with out=: ours / limit" if OUT in ours else "ours / limit")
-    head += [f"ours / {name}" for name in limits] + [f"{name} / ours" for name in peers]
+        head.append("with out=: srt_ext / bound" if OUT in ours else "srt_ext / bound")
+    head += [f"srt_ext / {name}" for name in limits]
+    head += [f"{label(name)} / srt_ext" for name in peers]
     if graphs:
-        head += ["repeated: ours", "repeated: ours / fill"]
+        head += ["repeated: srt_ext", "repeated: srt_ext / fill"]
     lines = []
     for row in rows:
         us, repeated = median(row, "ours"), median(row, "ours", graph=True)
@@ -212,7 +223,7 @@ def table(rows: list[Row]) -> str:
 
 
 def over_coverage(row: Row) -> float | None:
-    """Our time with the border circular divided by that with coverage."""
+    """The time with ``border="circular"`` divided by the time with ``border="coverage"``."""
     return ratio(median(row, "ours"), median(row, "ours, coverage"))
 
 
@@ -230,9 +241,9 @@ def borders(rows: list[Row]) -> str:
 
 
 def end_to_end(results: Row) -> str:
-    head = ["model", "dtype", "picture", "views", "one forward", "all forwards", "SRT", "shift"]
-    head += ["ensemble"]
-    head += ["shift + ensemble / SRT", "SRT - forwards / SRT"]
+    head = ["model", "dtype", "image", "views", "one forward pass", "all forward passes", "SRT"]
+    head += ["shift", "ensemble"]
+    head += ["(shift + ensemble) / SRT", "(SRT - forward passes) / SRT"]
     lines = []
     for row in results["end_to_end"]:
         calls = ("forward", "forwards of all views", "SRT", "shift", "ensemble")
@@ -252,7 +263,7 @@ def ours_of_srt(row: Row) -> float:
 
 
 def peak_memory(results: Row) -> str:
-    """Of the main shape, in outputs."""
+    """Peak memory for the main shape, in multiples of the output."""
     rows = [r for r in results["memory"] if r["pixels"] == 224**2 and r["channels"] == 384]
     counts = sorted({row["views"] for row in rows})
     lines = []
@@ -262,7 +273,7 @@ def peak_memory(results: Row) -> str:
             found = [r for r in rows if r["way"] == way and r["views"] == count and "bytes" in r]
             line.append(f"{found[0]['bytes'] / found[0]['output_bytes']:.1f}" if found else "-")
         lines.append(line)
-    return markdown(["peak, in outputs", *(f"V = {count}" for count in counts)], lines)
+    return markdown(["peak / output size", *(f"V = {count}" for count in counts)], lines)
 
 
 # ---- targets ------------------------------------------------------------------------------------
@@ -283,7 +294,7 @@ class Target:
 
 
 def circular_targets(results: Row) -> list[Target]:
-    """Of each op the shape with the largest ratio."""
+    """One target for each op: its shape with the largest ratio."""
     worst: dict[str, tuple[float, str]] = {}
     for row in results["rows"]:
         measured = over_coverage(row)
@@ -291,13 +302,13 @@ def circular_targets(results: Row) -> list[Target]:
             found = (measured, row["shape"])
             worst[row["op"]] = max(worst.get(row["op"], found), found)
     return [
-        Target(f"{op}, the worst shape, {shape}: circular / coverage", measured, 1.2)
+        Target(f"{op}, worst shape ({shape}): circular / coverage", measured, 1.2)
         for op, (measured, shape) in worst.items()
     ]
 
 
 def cpu_targets(results: Row) -> list[Target]:
-    """The goals of this project on two cores with AVX-512; ratios of one run."""
+    """The targets of this project on two cores with AVX-512; ratios within one run."""
     targets = []
 
     def add(
@@ -310,28 +321,32 @@ def cpu_targets(results: Row) -> list[Target]:
         if row is None:
             continue
         ours = median(row, "ours")
-        add(f"mean, {up}: ours / allocate + fill", ours, median(row, FRESH), 0.6, True)
-        add(f"mean, {up}: ours / the same in huge pages", ours, steady(row, HUGE), 1.5, True)
+        add(f"mean, {up}: srt_ext / (allocate + fill)", ours, median(row, FRESH), 0.6, True)
+        huge = f"mean, {up}: srt_ext / (allocate + fill, huge pages)"
+        add(huge, ours, steady(row, HUGE), 1.5, True)
         out = median(row, OUT)
-        add(f"mean, {up}: with out=, ours / fill", out, median(row, "fill"), 2.5, True)
-        add(f"mean, {up}: published / ours", median(row, "published"), ours, published, False)
-        add(f"mean, {up}: sliced loop / ours", median(row, "sliced loop"), ours, 100, False)
-        add(f"mean, {up}: best GEMM / ours", fastest(row, GEMMS), ours, 8, False)
+        add(f"mean, {up}: with out=, srt_ext / fill", out, median(row, "fill"), 2.5, True)
+        loop = median(row, "published")
+        add(f"mean, {up}: published loop / srt_ext", loop, ours, published, False)
+        add(f"mean, {up}: sliced loop / srt_ext", median(row, "sliced loop"), ours, 100, False)
+        add(f"mean, {up}: best GEMM / srt_ext", fastest(row, GEMMS), ours, 8, False)
         one = median(row, "ours, out=, one thread")
         add(f"mean, {up}: with out=, one thread / two", one, out, 1.7, False)
     for up in ("bilinear", "nearest"):
         row = find(results, f"gradient of mean, {up}")
         if row is not None:
             forward = median(row, "ours, forward")
-            add(f"gradient of mean, {up}: ours / forward", median(row, "ours"), forward, 3, True)
+            text = f"gradient of mean, {up}: srt_ext / forward pass"
+            add(text, median(row, "ours"), forward, 3, True)
     for up, bound in (("nearest", 250), ("bilinear", 80)):
         row = find(results, f"median, {up}")
         if row is None:
             continue
         stack = median(row, "published")
-        add(f"median, {up}: published / ours", stack, median(row, "ours"), bound, False)
+        add(f"median, {up}: published loop / srt_ext", stack, median(row, "ours"), bound, False)
         avx2, out = median(row, "ours, out=, avx2"), median(row, OUT)
-        add(f"median, {up}: with AVX2 and out=, published / ours", stack, avx2, bound / 2, False)
+        text = f"median, {up}: with AVX2 and out=, published loop / srt_ext"
+        add(text, stack, avx2, bound / 2, False)
         one = median(row, "ours, out=, one thread")
         add(f"median, {up}: with out=, one thread / two", one, out, 1.7, False)
     for up in ("bilinear", "nearest"):
@@ -339,29 +354,31 @@ def cpu_targets(results: Row) -> list[Target]:
         row = find(results, f"mean, {up}", shape=shape.format(49))
         if row is not None:
             read = median(row, "read the tokens")
-            add(f"token scale, {up}, 49 views: ours / sum()", median(row, "ours"), read, 2.5, True)
+            text = f"token scale, {up}, 49 views: srt_ext / sum()"
+            add(text, median(row, "ours"), read, 2.5, True)
         row = find(results, f"mean, {up}", shape=shape.format(9))
         if row is not None:
             for how, us in (
-                ("in turn with the peers", median(row, "ours")),
+                ("interleaved with the alternatives", median(row, "ours")),
                 ("repeated", median(row, "ours", graph=True)),
             ):
-                targets.append(Target(f"token scale, {up}, 9 views, {how}: us", us, 100))
+                targets.append(Target(f"token scale, {up}, 9 views, {how}: µs", us, 100))
     for batch in (1, 8):
         row = find(results, "shift, bilinear", shape=f"{batch}x3x224x224 V=49 whole")
         if row is None:
             continue
         ours = median(row, "ours")
         published, copy = median(row, "published"), median(row, "allocate + copy")
-        add(f"shift, batch {batch}: published / ours", published, ours, 20, False)
-        add(f"shift, batch {batch}: ours / allocate + copy", ours, copy, 1.5, True)
+        add(f"shift, batch {batch}: published loop / srt_ext", published, ours, 20, False)
+        add(f"shift, batch {batch}: srt_ext / (allocate + copy)", ours, copy, 1.5, True)
     for op, bounds in (("windows", (50, 4)), ("windows and gradient of centers", (None, 4))):
         row = find(results, op, shape="32x3x224x224 N=25 P=16")
         if row is None:
             continue
         for name, bound in zip(("published", "grid_sample"), bounds, strict=True):
             if bound is not None:
-                add(f"{op}: {name} / ours", median(row, name), median(row, "ours"), bound, False)
+                text = f"{op}: {label(name)} / srt_ext"
+                add(text, median(row, name), median(row, "ours"), bound, False)
     targets += circular_targets(results)
     for op in ("mean", "median", "moments"):
         for up in ("bilinear", "nearest"):
@@ -373,13 +390,13 @@ def cpu_targets(results: Row) -> list[Target]:
                     add(f"{op}, {up}: {dtype} / float32", us, median(full, "ours"), 1, True)
     for row in results["end_to_end"]:
         if "small" in row["model"]:
-            text = f"{row['model']}: shift + ensemble, % of SRT"
+            text = f"{row['model']}: shift + ensemble, % of the time of SRT"
             targets.append(Target(text, 100 * ours_of_srt(row), 3))
     return targets
 
 
 def cuda_targets(results: Row) -> list[Target]:
-    """The goals on an H100 or H200: device time on a cold L2, in one run; P = 16, C = 384."""
+    """The targets on an H100 or H200: device time, cold L2, within one run; P = 16, C = 384."""
     rows = {(row["op"], row["dtype"], row["shape"]): row for row in results["rows"]}
     targets = []
 
@@ -402,47 +419,52 @@ def cuda_targets(results: Row) -> list[Target]:
         for dtype, bound in zip(("float32", "bfloat16"), bounds, strict=True):
             for name, count in views.items():
                 shape = name + davis.format(count) + stride
-                text = f"mean, {dtype}, {shape}: ours / (fill + read)"
+                text = f"mean, {dtype}, {shape}: srt_ext / (fill + read)"
                 add(text, (mean, dtype, shape), over_limit, bound)
     for dtype in ("float32", "bfloat16"):
         for shape in ("1x3x480x848 V=16 best:16", "1x3x480x848 V=49 between"):
             key = ("shift, bilinear", dtype, shape)
-            add(f"shift, {dtype}, {shape}: ours / copy", key, over_limit, 1.25)
+            add(f"shift, {dtype}, {shape}: srt_ext / copy", key, over_limit, 1.25)
         for name, count in (("best:16 ", 16), ("", 49)):
             shape = f"{name}224x224 P=16 C=384 V={count} stride 16"
             add(
-                f"token scale, {dtype}, {count} views: us",
+                f"token scale, {dtype}, {count} views: µs",
                 (mean, dtype, shape),
                 partial(median, name="ours"),
                 30,
             )
         default = "best:16 " + davis.format(16)
         add(
-            f"median, {dtype}, {default}: ours / fill",
+            f"median, {dtype}, {default}: srt_ext / fill",
             ("median, bilinear", dtype, default),
             lambda row: ratio(median(row, "ours"), median(row, "fill")),
             12,
         )
         add(
-            f"mean, {dtype}, {default}: best of matrix products / ours",
+            f"mean, {dtype}, {default}: best GEMM / srt_ext",
             (mean, dtype, default),
             lambda row: ratio(fastest(row, GEMMS), median(row, "ours")),
             3,
             at_most=False,
         )
-    add(f"mean, {default}: published / ours", (mean, "float32", default), published, 100, False)
+    text = f"mean, {default}: published loop / srt_ext"
+    add(text, (mean, "float32", default), published, 100, False)
     targets += circular_targets(results)
     for row in results["end_to_end"]:
         if "small" in row["model"]:
-            text = f"{row['model']}, {row['views']} views: shift + ensemble, % of SRT"
+            text = f"{row['model']}, {row['views']} views: shift + ensemble, % of the time of SRT"
             targets.append(Target(text, 100 * ours_of_srt(row), 5))
     return targets
 
 
 def target_table(targets: list[Target]) -> str:
-    words = {True: "met", False: "**missed**", None: "not read, or unsteady"}
+    words = {
+        True: "met",
+        False: "**missed**",
+        None: "not measured, or readings differ by more than 2 x",
+    }
     return markdown(
-        ["figure", "target", "measured", ""],
+        ["figure", "target", "measured", "result"],
         (
             [t.text, f"{'<=' if t.at_most else '>='} {t.bound:g}", number(t.measured), words[t.met]]
             for t in targets
@@ -451,7 +473,7 @@ def target_table(targets: list[Target]) -> str:
 
 
 def tables(results: Row) -> str:
-    """All of a run, as Markdown."""
+    """All tables of a run, as Markdown."""
     rows = [row for row in results["rows"] if not row.get("growth")]
     facts = results["machine"]
     gpu = f"{facts['gpu']}, " if "gpu" in facts else f"{facts['threads']} threads, "
@@ -462,11 +484,13 @@ def tables(results: Row) -> str:
         f"{gpu}{facts['processor']}, {facts['kernels']} kernels, torch {facts['torch']}, commit "
         f"{facts['commit']}, {facts['date']}. Fill {speed['fill']:.1f} GB/s, copy "
         f"{speed['copy']:.1f} GB/s (read + written). Medians of {results['rounds']} interleaved "
-        "readings (3 of what takes over 0.5 s, 1 over 5 s); quartiles are in the JSON."
+        "readings (3 of calls over 0.5 s, 1 of calls over 5 s); the JSON has the quartiles. The "
+        "[README](../README.md) of the benchmarks explains calls and bounds."
     ]
     earlier = Counter(row["commit"] for row in rows if "commit" in row)
-    for commit, count in earlier.items():
-        parts[0] += f" {count} of {len(rows)} rows are of a run of {commit} that was ended early."
+    if earlier:
+        counts = ", ".join(f"{count} of {commit}" for commit, count in earlier.items())
+        parts[0] += f" Rows of interrupted runs, of {len(rows)} rows, by commit: {counts}."
     targets = cuda_targets if "gpu" in facts else cpu_targets
     if "gpu" not in facts:
         parts += ["## Summary: 224 x 224, float32", SUMMARY, summary(results)]
@@ -483,8 +507,8 @@ def tables(results: Row) -> str:
     for title, ops in sections.items():
         chosen = [row for row in rows if row["op"].startswith(ops)]
         if chosen:
-            made = borders(chosen) if title == "Circular border" else table(chosen)
-            parts += [f"## {title}", made]
+            text = borders(chosen) if title == "Circular border" else table(chosen)
+            parts += [f"## {title}", text]
     if results["end_to_end"]:
         parts += ["## SRT around a model", end_to_end(results)]
     if results["memory"]:
@@ -499,7 +523,7 @@ def tables(results: Row) -> str:
         parts += ["## Not timed", "\n".join(failed)]
     if results.get("left_out"):
         left = [f"- {step}" for step in results["left_out"]]
-        parts += ["## Left out for want of time", "\n".join(left)]
+        parts += ["## Not measured: the time limit was reached", "\n".join(left)]
     return "\n\n".join(parts)
 
 
@@ -507,7 +531,10 @@ def document(results: Row, name: str) -> str:
     """NAME.md."""
     plots = [
         f"![{text}]({name}-{plot}.svg)"
-        for plot, text in (("growth", "How time and memory grow"), ("peers", "Ours and the peers"))
+        for plot, text in (
+            ("growth", "Time and memory against views, pixels and channels"),
+            ("peers", "Times of srt_ext and of the alternatives"),
+        )
         if plot == "peers" or has_growth(results)
     ]
     return "\n\n".join((f"# {name}", "\n\n".join(plots), tables(results))) + "\n"
@@ -531,8 +558,9 @@ def plot_peers(results: Row, path: Path) -> None:
     figure, axes = pyplot.subplots(2, 3, figsize=(12, 6), layout="constrained")
     for axis, row in zip(axes.flat, rows, strict=False):
         read = [(n, median(row, n)) for n in names if median(row, n) is not None]
-        labels, us = zip(*read, strict=True)
-        axis.barh(labels, [value / 1e3 for value in us], color=[colours[n] for n in labels])
+        called, us = zip(*read, strict=True)
+        colour = [colours[name] for name in called]
+        axis.barh([label(name) for name in called], [value / 1e3 for value in us], color=colour)
         axis.invert_yaxis()
         axis.set(xscale="log", title=row["op"], xlabel="ms")
     for axis in axes.flat[len(rows) :]:
@@ -564,7 +592,8 @@ def plot_growth(results: Row, path: Path) -> None:
         rows = along(times, axis)
         for name in ("published", "GEMM", FRESH, "ours"):
             points = [(at(r)[axis], median(r, name)) for r in rows if median(r, name) is not None]
-            time.plot([p for p, _ in points], [us / 1e3 for _, us in points], "o-", label=name)
+            at_points, ms = [p for p, _ in points], [us / 1e3 for _, us in points]
+            time.plot(at_points, ms, "o-", label=label(name))
         for way in dict.fromkeys(row["way"] for row in results["memory"]):
             rows = [r for r in results["memory"] if r["way"] == way and "bytes" in r]
             points = [(at(row)[axis], row["bytes"] / 1e6) for row in along(rows, axis)]
@@ -580,17 +609,17 @@ def plot_growth(results: Row, path: Path) -> None:
 def save_figure(figure: Any, path: Path) -> None:
     from matplotlib import pyplot
 
-    with pyplot.rc_context({"svg.hashsalt": path.name}):  # the same file from the same numbers
+    with pyplot.rc_context({"svg.hashsalt": path.name}):  # identical numbers, identical file
         figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
 
 
 def main(
     files: Annotated[
-        list[Path] | None, typer.Argument(help="JSON of `python -m benchmarks`.")
+        list[Path] | None, typer.Argument(help="JSON files of `python -m benchmarks`.")
     ] = None,
 ) -> None:
-    """Writes NAME.md and its plots beside each JSON; prints the README's table."""
+    """Write NAME.md and its plots next to each JSON; print the README's table."""
     for path in files or [*RESULTS.glob("cpu.json"), *RESULTS.glob("cuda-*.json")]:
         results = load(path)
         path.with_suffix(".md").write_text(document(results, path.stem))
