@@ -1,4 +1,4 @@
-"""Speed and memory: see README.md beside this file."""
+"""Speed and memory: see README.md in this folder."""
 
 import time
 

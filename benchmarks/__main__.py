@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: ours against every peer and the limits, in one run."""
+"""``python -m benchmarks``: srt_ext, its alternatives and the lower bounds, in one run."""
 
 from __future__ import annotations
 
@@ -28,28 +28,30 @@ def main(
     extent: Annotated[
         Extent,
         typer.Option(
-            help="main: what the README shows; full: all shapes, on the CPU; core: what to know "
-            "first of a GPU, in a minute; rest: what that leaves out; walk: these two, tiny, for "
-            "tests."
+            help="main: the main shapes, on the CPU; full: all shapes, on the CPU; core: the most "
+            "important rows of a GPU, in a minute; rest: the other rows of a GPU; walk: core and "
+            "rest with tiny shapes, to test the code."
         ),
     ] = Extent.main,
-    rounds: Annotated[int, typer.Option(help="Readings of each call.")] = 9,
+    rounds: Annotated[int, typer.Option(help="Readings per call.")] = 9,
     seconds: Annotated[
         float,
         typer.Option(
-            help="From the start of the process. What there is no time for is left out: first what "
-            "has to be compiled, then the slow loops, then everything."
+            help="Time limit, from the start of the process. Near the limit, compiled calls are "
+            "skipped first, then slow loops, then all remaining rows."
         ),
     ] = float("inf"),
-    commit: Annotated[str, typer.Option(help="Of the sources, where git cannot tell.")] = "",
-    results: Annotated[Path, typer.Option(help="The folder that gets the JSON.")] = RESULTS,
+    commit: Annotated[
+        str, typer.Option(help="Commit of the sources, if git is not available.")
+    ] = "",
+    results: Annotated[Path, typer.Option(help="Folder for the JSON.")] = RESULTS,
     resume: Annotated[
-        bool, typer.Option(help="Keep the rows of the JSON that is there; they name their commit.")
+        bool, typer.Option(help="Keep the rows of the existing JSON, with their commit.")
     ] = False,
 ) -> None:
-    """Measures, writes the JSON after every row, prints the tables.
+    """Measure, write the JSON after every row, print the tables.
 
-    The exit status is 1 if a result of ours is wrong, or if the device has failed.
+    The exit status is 1 if a result of srt_ext is wrong or if the device has failed.
     """
     clock = Clock(torch.device(device))
     walk = extent is Extent.walk
@@ -81,7 +83,7 @@ def main(
 
     bench.save = keep
     planned = steps(bench, extent)
-    found["left_out"] = [title(step) for step in planned]  # until they are read
+    found["left_out"] = [title(step) for step in planned]  # until they are measured
     keep()
     for step in planned:
         if bench.elapsed() > seconds:
@@ -89,12 +91,12 @@ def main(
         found["left_out"].pop(0)
         try:
             step(bench)
-        except Exception as error:  # the rows that were read are written all the same
+        except Exception as error:  # the measured rows are written all the same
             bench.wrong.append(f"{title(step)}: {type(error).__name__}: {error}"[:500])
             traceback.print_exc()
             keep()
         if not clock.works():
-            bench.wrong.append("the device has failed: nothing more can be read from it")
+            bench.wrong.append("the device has failed: no further call can be measured")
             break
     keep()
     if extent is Extent.full and not found["memory"]:
@@ -107,7 +109,7 @@ def main(
 
 
 def steps(bench: Bench, extent: Extent) -> list[Step]:
-    """The plan, and SRT around the small model before it, the large one behind it."""
+    """The plan, with SRT around the small model before it and around the large one after it."""
     planned = plan(extent.value)
     if extent in (Extent.main, Extent.core):
         return planned

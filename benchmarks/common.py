@@ -1,4 +1,4 @@
-"""What the benchmarks of all devices share: where results go, and the facts of the machine."""
+"""Shared by all benchmarks and studies: the folder of results, JSON, facts of the machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import srt_ext
 
 RESULTS = Path(__file__).parent / "results"
 
-# Of timm; what is measured with a real model is measured with it, unless another is named.
+# A model of timm; the default wherever a real model is measured.
 MODEL = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 
 
@@ -28,7 +28,7 @@ def quartiles(readings: Sequence[float]) -> dict[str, float]:
 
 
 def output(*command: str) -> str:
-    """What a command prints; nothing if it fails or does not exist."""
+    """The stdout of a command; empty if the command fails or does not exist."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     except FileNotFoundError:
@@ -41,7 +41,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def save(results: dict[str, Any], path: Path) -> None:
-    """Writes the file atomically, since a run may be ended at any time."""
+    """Write the file atomically, because a run may be interrupted at any time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(json.dumps(results, indent=1) + "\n")
@@ -49,7 +49,7 @@ def save(results: dict[str, Any], path: Path) -> None:
 
 
 def machine(device: torch.device | None = None) -> dict[str, Any]:
-    """The facts that stand beside every figure; those of the GPU, too, if ``device`` is one."""
+    """Facts of the machine, and of the GPU if ``device`` is one, for the JSON of each run."""
     model = [line for line in output("lscpu").splitlines() if line.startswith("Model name")]
     facts = {
         "processor": model[0].split(":")[1].strip() if model else platform.processor(),
@@ -75,7 +75,7 @@ def machine(device: torch.device | None = None) -> dict[str, Any]:
 
 
 def slug(facts: dict[str, Any]) -> str:
-    """Of the device, for names of files: cpu, or cuda-NAME."""
+    """The device in names of files: cpu, or cuda-NAME."""
     if "gpu" not in facts:
         return "cpu"
     return "cuda-" + re.sub(r"[^a-z0-9]+", "-", facts["gpu"].lower()).strip("-")

@@ -1,4 +1,4 @@
-"""SRT around a real ViT: one forward, the forwards of all views, SRT, and what of it is ours."""
+"""SRT around a real ViT: one forward pass, the passes of all views, SRT, shift, ensemble."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def steps(extent: str, gpu: bool) -> list[Step]:
 @torch.no_grad()
 def measure_model(bench: Bench, name: str, size: Pair) -> None:
     """SRT with 16 views. Weights are random: time does not depend on them."""
-    import timm  # takes seconds, which not every run has
+    import timm  # takes seconds; not every run needs it
 
     clock = bench.clock
     dtype = torch.bfloat16 if clock.gpu else torch.float32

@@ -1,4 +1,4 @@
-"""What memory each way takes: the peak of a process of its own, above what it held before."""
+"""Peak memory of each way to a field, in a process of its own, above its memory before the call."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 PATCH, CHUNK = 16, 8
-MOST = 2**33  # bytes of a stack of views; what takes more is left out
+MOST = 2**33  # bytes of a stack of views; larger stacks are skipped
 
 # grid (n x n tokens), channels, radius of the grid of views
 POINT = (14, 384, 3)
@@ -37,7 +37,7 @@ def peak():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 
-def tokens(views):  # as a model gives them
+def tokens(views):  # as a model returns them
     return torch.randn(views, 1, n * n, channels, device=device)
 
 def field(offsets):
@@ -53,11 +53,11 @@ def field(offsets):
         return srt_ext.ensemble_moments(tokens(len(offsets)), offsets, grid, patch)
     return srt_ext.ensemble(tokens(len(offsets)), offsets, grid, patch, reduce=way)
 
-field(torch.zeros(1, 2))  # loads what is needed
+field(torch.zeros(1, 2))  # loads the libraries
 if device != "cpu":
     torch.cuda.reset_peak_memory_stats()
 else:
-    with open("/proc/self/clear_refs", "w") as file:  # the peak starts anew
+    with open("/proc/self/clear_refs", "w") as file:  # resets the peak
         file.write("5")
 before = peak()
 result = field(srt_ext.views.grid(radius).offsets)
@@ -66,7 +66,7 @@ print(peak() - before)
 
 
 def measure(device: str) -> list[dict[str, Any]]:
-    """Bytes above what a process held before, tokens included: against views, pixels, channels."""
+    """Peak bytes above the start, including tokens, against views, pixels and channels."""
     n, channels, radius = POINT
     points = [(way, n, channels, r) for way in WAYS for r in (1, 3, 7)]
     for way in ("mean", "RunningMean", "published mean"):
@@ -78,7 +78,7 @@ def measure(device: str) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"way": way, "views": views, "pixels": (n * PATCH) ** 2}
         row |= {"channels": channels, "output_bytes": output}
         if way == "published median" and views * output > MOST:
-            rows.append({**row, "failed": f"left out: a stack of {views * output} bytes"})
+            rows.append({**row, "failed": f"skipped: a stack of {views * output} bytes"})
             continue
         command = [sys.executable, "-c", PROCESS, way, device, *map(str, (n, channels, radius))]
         result = subprocess.run(command, capture_output=True, text=True, check=True)

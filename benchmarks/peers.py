@@ -1,4 +1,4 @@
-"""What ours is measured against."""
+"""The alternatives in PyTorch that srt_ext is compared with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Pair = tuple[int, int]
 
 
 def _translate(image: torch.Tensor, dy: float, dx: float) -> torch.Tensor:
-    """image [B, C, H, W] moved by whole pixels, zeros beyond the border, as torchvision does it."""
+    """image [B, C, H, W] translated by whole pixels by torchvision, zeros beyond the border."""
     return affine(
         image,
         angle=0.0,
@@ -29,7 +29,7 @@ def _translate(image: torch.Tensor, dy: float, dx: float) -> torch.Tensor:
 
 def _upsample(view: torch.Tensor, grid: Pair, patch: Pair, upsample: str) -> torch.Tensor:
     """view [B, N, C] -> [B, C, H, W], pixels."""
-    # Dense first: torch upsamples the transposed map several times slower.
+    # Dense first: torch is several times slower to upsample a transposed map.
     tokens_map = view.transpose(1, 2).reshape(*view.shape[::2], *grid).contiguous()
     return F.interpolate(tokens_map, (grid[0] * patch[0], grid[1] * patch[1]), mode=upsample)
 
@@ -37,7 +37,7 @@ def _upsample(view: torch.Tensor, grid: Pair, patch: Pair, upsample: str) -> tor
 def _published_maps(
     tokens: torch.Tensor, offsets: torch.Tensor, grid: Pair, patch: Pair, upsample: str
 ) -> Iterator[torch.Tensor]:
-    """Each view of tokens [V, B, N, C] at pixel scale [B, C, H, W], moved back."""
+    """Each view of tokens [V, B, N, C] at pixel scale [B, C, H, W], shifted back."""
     for view, (dy, dx) in zip(tokens, offsets.tolist(), strict=True):
         yield _translate(_upsample(view, grid, patch, upsample), -dy, -dx)
 
@@ -45,7 +45,7 @@ def _published_maps(
 def published_ensemble(
     tokens: torch.Tensor, offsets: torch.Tensor, grid: Pair, patch: Pair, upsample: str
 ) -> torch.Tensor:
-    """The published way to the mean: upsample each view to pixels, move it back, add.
+    """The mean as in the published code: upsample each view to pixels, shift it back, add.
 
     tokens [V, B, N, C], offsets [V, 2] whole pixels -> [B, C, H, W]. Pixels that a view does not
     cover count as zeros.
@@ -59,16 +59,16 @@ def published_ensemble(
 def published_median(
     tokens: torch.Tensor, offsets: torch.Tensor, grid: Pair, patch: Pair, upsample: str
 ) -> torch.Tensor:
-    """The published way to the median: a pixel-scale map of every view, stacked, torch.median."""
+    """The median as in the published code: stack pixel-scale maps of all views, torch.median."""
     maps = _published_maps(tokens, offsets, grid, patch, upsample)
     return torch.stack(list(maps)).median(0).values
 
 
 def p_square(values: torch.Tensor) -> torch.Tensor:
-    """values [V, E], V >= 5, in their order -> an estimate of the median of each element [E].
+    """values [V, E], V >= 5, in order -> an estimate of the median of each element [E].
 
     Jain and Chlamtac, "The P-square algorithm for dynamic calculation of quantiles and histograms
-    without storing observations", 1985. Five heights and three positions are kept.
+    without storing observations", 1985. The state is five heights and three positions.
     """
     heights = list(values[:5].sort(0).values)
     places = [torch.full_like(values[0], float(i + 1)) for i in range(5)]
@@ -95,9 +95,9 @@ def p_square(values: torch.Tensor) -> torch.Tensor:
 
 
 def step_halving(values: torch.Tensor) -> torch.Tensor:
-    """values [V, E] -> an estimate of the median [E], from two numbers: it and a step.
+    """values [V, E] -> an estimate of the median [E]. The state is the estimate and a step.
 
-    Every value moves the estimate by a step towards itself; one that lies within a step halves it.
+    Each value moves the estimate by one step towards itself; a value within a step halves the step.
     Feldman and Shavitt, "An optimal median calculation algorithm for estimating Internet link
     delays from active measurements", 2007.
     """
@@ -109,12 +109,12 @@ def step_halving(values: torch.Tensor) -> torch.Tensor:
 
 
 def published_shift(image: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """image [B, C, H, W] -> its views [V, B, C, H, W], one affine transform each, zeros outside."""
+    """image [B, C, H, W] -> views [V, B, C, H, W], one affine warp per view, zeros outside."""
     return torch.stack([_translate(image, dy, dx) for dy, dx in offsets.tolist()])
 
 
 def _overlap(size: int, offset: int) -> tuple[slice, slice]:
-    """The pixels of one axis that a moved view covers, and where the view has them."""
+    """The pixels of one axis that a shifted view covers: slices of the result and of the view."""
     begin, end = max(0, -offset), min(size, size - offset)
     return slice(begin, end), slice(begin + offset, end + offset)
 
@@ -122,7 +122,7 @@ def _overlap(size: int, offset: int) -> tuple[slice, slice]:
 def sliced_ensemble(
     tokens: torch.Tensor, offsets: torch.Tensor, grid: Pair, patch: Pair, upsample: str
 ) -> torch.Tensor:
-    """The published way without its affine: each upsampled view is added where it covers."""
+    """The published mean without the affine warp: each upsampled view is added where it covers."""
     height, width = grid[0] * patch[0], grid[1] * patch[1]
     total = tokens.new_zeros(tokens.shape[1], tokens.shape[3], height, width)
     for view, (dy, dx) in zip(tokens, offsets.int().tolist(), strict=True):
@@ -135,7 +135,7 @@ def sliced_ensemble(
 def _axis_matrix(
     offset: float, tokens: int, patch: int, stride: int, upsample: str, border: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One axis of one view: [cells, tokens] weights, and [cells] counted pixels; float64."""
+    """One axis of one view: weights [cells, tokens] and counted pixels [cells]; float64."""
     reads, seen, counted = reference._axis(offset, tokens, patch, upsample, border)
     matrix = torch.zeros(tokens * patch, tokens, dtype=torch.float64)
     for token, weight in reads:
@@ -150,8 +150,7 @@ def _by_columns(
     """tokens [Dy * Dx, B, N, C], rows [H', Dy * h], columns [W', Dx * w] -> [B, C, H', W']."""
     (count_y, count_x), (h, w) = views, grid
     batch, channels = tokens.shape[1], tokens.shape[3]
-    # The views that share dx are summed by the product along y: one copy of the tokens, which are
-    # small, and no more views from here on.
+    # The product along y also sums the views that share dx. It copies the tokens, which are small.
     stacked = tokens.reshape(count_y, count_x, batch, h, w, channels).permute(2, 0, 3, 1, 4, 5)
     stacked = stacked.reshape(batch, count_y * h, count_x * w * channels)
     combined = torch.bmm(rows.expand(batch, -1, -1), stacked)
@@ -173,11 +172,13 @@ def _by_views(
     fields = []
     for b in range(batch):
         maps = tokens[:, b].reshape(views, h, w * channels)
-        if torch.compiler.is_compiling() or tokens.requires_grad:  # which take no such out=
+        if torch.compiler.is_compiling() or tokens.requires_grad:  # which do not support this out=
             combined = torch.bmm(rows, maps).transpose(0, 1)
         else:
             combined = tokens.new_empty(height, views, w * channels)
-            torch.bmm(rows, maps, out=combined.transpose(0, 1))  # where the next product reads it
+            torch.bmm(
+                rows, maps, out=combined.transpose(0, 1)
+            )  # in the layout that the next product reads
         combined = combined.reshape(height, views * w, channels)
         fields.append(torch.bmm(columns.expand(height, -1, -1), combined).mul_(inverse))
     return (
@@ -196,9 +197,9 @@ def separable_ensemble(
 ) -> tuple[Callable[..., torch.Tensor], tuple[object, ...]]:
     """The mean as two matrix products, f = sum over dx of (sum over dy of A T) B^T.
 
-    Returns a function and what it takes after the tokens [V, B, N, C]; its result is
-    [B, C, H', W'], channels_last as ours. Its tables, of the dtype and device of ``like``, are made
-    here, before any clock starts.
+    Returns a function and its arguments after the tokens [V, B, N, C]. Its result is
+    [B, C, H', W'], channels_last as in srt_ext. Its tables, with the dtype and device of ``like``,
+    are built here, before the clock starts.
     """
     dy, dx = (offsets.double()[:, k].unique() for k in (0, 1))
     arguments = zip(grid, patch, stride, strict=True)
@@ -207,7 +208,7 @@ def separable_ensemble(
         for ds, axis in zip((dy.tolist(), dx.tolist()), arguments, strict=True)
     )  # [D, cells, tokens], [D, cells]
     if torch.equal(offsets.double(), torch.cartesian_prod(dy, dx)):
-        # Every dy with every dx: the counts are a product too, and go into the tables.
+        # A grid of offsets: the counts are also a product, and go into the tables.
         tables = []
         for matrix, count in ((rows, count_y), (columns, count_x)):
             total = count.sum(0)
@@ -225,7 +226,7 @@ def separable_ensemble(
 
 
 def sliced_shift(image: torch.Tensor, offsets: list[tuple[float, float]]) -> torch.Tensor:
-    """image [B, C, H, W] -> [V, B, C, H, W], reflected: pad once, then blend slices.
+    """image [B, C, H, W] -> [V, B, C, H, W], padding reflect: pad once, then blend slices.
 
     Views that share dy share the blend of their rows. A whole-pixel offset is one slice.
     """
@@ -244,7 +245,7 @@ def sliced_shift(image: torch.Tensor, offsets: list[tuple[float, float]]) -> tor
 
 
 def sampling_grid(image: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """[V * B, H, W, 2], what grid_sample wants for the views of ``image``."""
+    """[V * B, H, W, 2], the grid of grid_sample for the views of ``image``."""
     batch, _, height, width = image.shape
     y, x = (torch.arange(n, dtype=torch.float64) for n in (height, width))
     dy, dx = offsets.double().T[:, :, None]
@@ -256,7 +257,7 @@ def sampling_grid(image: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
 
 
 def sampled_shift(image: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """image [B, C, H, W] -> [V, B, C, H, W] by one grid_sample, reflected as ours."""
+    """image [B, C, H, W] -> [V, B, C, H, W] by one grid_sample with reflection padding."""
     views = len(places) // len(image)
     images = image.expand(views, *image.shape).flatten(0, 1)
     views_flat = F.grid_sample(images, places, padding_mode="reflection", align_corners=True)
@@ -264,10 +265,10 @@ def sampled_shift(image: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 
 
 def published_windows(image: torch.Tensor, centers: torch.Tensor, patch: int) -> torch.Tensor:
-    """image [B, C, H, W], centers [B, N, 2] as parts of its size -> [B, N, C, P, P], SPoT's way.
+    """image [B, C, H, W], centers [B, N, 2] as fractions of H, W -> [B, N, C, P, P], as SPoT.
 
-    P samples from end to end of a window of P pixels. The four pixels of each are picked from the
-    image by lists of indices, and weighted by their distances.
+    P samples span a window of P pixels from edge to edge. The four pixels of each sample are
+    indexed in the image and weighted by their distances.
     """
     size = torch.tensor(image.shape[2:]).to(centers)
     reach = torch.linspace(-1, 1, patch).to(centers) * patch / size.sum()
@@ -288,7 +289,7 @@ def published_windows(image: torch.Tensor, centers: torch.Tensor, patch: int) ->
 
 
 def window_places(centers: torch.Tensor, patch: int, size: Pair) -> torch.Tensor:
-    """[B, N * P, P, 2], what grid_sample wants for windows of P x P pixels."""
+    """[B, N * P, P, 2], the grid of grid_sample for windows of P x P pixels."""
     reach = torch.arange(patch, device=centers.device) - (patch - 1) / 2
     y, x = (
         (centers[..., axis, None] + reach) * (2 / size[axis]) - 1 for axis in (0, 1)

@@ -1,7 +1,7 @@
-"""``python -m benchmarks.profile``: how long each kernel of a call runs, by torch.profiler.
+"""``python -m benchmarks.profile``: the time of each kernel of a call, by torch.profiler.
 
-SRT's 16 views at 480x848, P=16, C=384; on the CPU, where only the ops show, tiny shapes. L2 is
-as the call before has left it. One call under Nsight Compute, after one that warms up:
+On a GPU: the 16 views of SRT at 480x848, P=16, C=384. On the CPU, where the profiler shows only
+ops: tiny shapes. L2 is not flushed between calls. One call under Nsight Compute, after a warm-up call:
 
     ncu --clock-control none --set full --profile-from-start off \
         python -m benchmarks.profile --device cuda --only mean-float32 --once
@@ -29,7 +29,7 @@ CALLS = 3
 
 
 def operations(sizes: Sizes, device: torch.device) -> dict[str, Callable[[], Call]]:
-    """What makes each call; its tensors are made with it."""
+    """For each operation a function that creates its tensors and returns the call."""
     case = by_views(sizes.davis, DEFAULT)
     coarse = by_views(sizes.davis, DEFAULT, stride=sizes.stride)
 
@@ -77,7 +77,7 @@ def operations(sizes: Sizes, device: torch.device) -> dict[str, Callable[[], Cal
 
 
 def kernels(call: Call, device: torch.device) -> list[dict[str, Any]]:
-    """Of a warm call: its kernels, or its ops on the CPU, with launches and microseconds a call."""
+    """The kernels of a warm call (on the CPU its ops), with launches and microseconds per call."""
     gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as profiler:
         for _ in range(CALLS):
@@ -87,11 +87,11 @@ def kernels(call: Call, device: torch.device) -> list[dict[str, Any]]:
     found = []
     for event in profiler.key_averages():
         if event.device_type != (DeviceType.CUDA if gpu else DeviceType.CPU):
-            continue  # launches, as the host sees them
+            continue  # launches on the host
         us = event.self_device_time_total if gpu else event.self_cpu_time_total
         found.append({"kernel": event.key, "launches": event.count / CALLS, "us": us / CALLS})
     if not found:
-        raise RuntimeError("the profiler has seen no kernel")
+        raise RuntimeError("the profiler reported no kernel")
     return sorted(found, key=lambda kernel: -kernel["us"])
 
 
@@ -116,20 +116,24 @@ def short(kernel: str) -> str:
 
 
 def main(
-    results: Annotated[Path, typer.Option(help="The folder that gets the JSON.")] = RESULTS,
+    results: Annotated[Path, typer.Option(help="Folder for the JSON.")] = RESULTS,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     only: Annotated[
-        list[str] | None, typer.Option(help="An operation, such as mean-float32; may be repeated.")
+        list[str] | None, typer.Option(help="An operation, such as mean-float32; repeatable.")
     ] = None,
     once: Annotated[
         bool,
-        typer.Option(help="For another profiler: call once to warm up, then once for it; no JSON."),
+        typer.Option(
+            help="For an external profiler: one warm-up call, then one profiled call; no JSON."
+        ),
     ] = False,
-    commit: Annotated[str, typer.Option(help="Of the sources, where git cannot tell.")] = "",
+    commit: Annotated[
+        str, typer.Option(help="Commit of the sources, if git is not available.")
+    ] = "",
 ) -> None:
-    """Prints the kernels of each operation, and writes the JSON after each.
+    """Print the kernels of each operation; write the JSON after each operation.
 
-    The exit status is 1 if one of them failed.
+    The exit status is 1 if an operation failed.
     """
     place = torch.device(device)
     makers = operations(REAL if place.type == "cuda" else TINY, place)

@@ -1,12 +1,12 @@
-"""What is measured: every op against its limits and its peers, interleaved in one run.
+"""The measurements: every op, its lower bounds and its alternatives, interleaved in one run.
 
-On a GPU a reading is device time between two events, on a cold L2: before it, a buffer several
-times as large as L2 is read (what is written there would have to leave the cache while the call
-runs), and a wait on the device hides the launches; small calls are also read as a CUDA graph of
-many. On the CPU it is the time of the call; its result is freed outside of it. Readings of all
-calls are taken in turn; medians and quartiles are kept. Every result is compared with the float64
-oracle before anything is timed, and those of peers with ours. What fails, or is wrong, is listed
-with the reason.
+On a GPU a reading is the device time between two events, with a cold L2: before it, a buffer
+several times as large as L2 is read (not written: written lines would be evicted while the call
+runs). A wait on the device hides the launches. Small calls are also measured as a CUDA graph of
+many calls. On the CPU a reading is the time of the call; the result is freed after the clock stops.
+Readings of all calls are taken in turn; medians and quartiles are stored. Every result is compared
+with the float64 oracle before the call is timed, and the result of an alternative also with
+srt_ext. A failed or wrong call is listed with the reason.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ Call = Callable[[], Any]
 
 M_MMAP_THRESHOLD = -3  # of mallopt
 FLUSH = 256 * 2**20  # bytes, several times the L2 of any GPU
-WAIT = 400_000  # clock cycles: at least about 0.2 ms of a wait before a call, while it is launched
-CYCLES = 2e9  # a second, at most
+WAIT = 400_000  # clock cycles, about 0.2 ms: the least wait before a call while it is launched
+CYCLES = 2e9  # per second, at most
 WARM_UP = 2  # readings
-SLOW, FEW = 0.5e6, 3  # what takes more microseconds is read so often only
-ONCE = 5e6  # what takes more is read once: when it is checked
+SLOW, FEW = 0.5e6, 3  # calls of more than SLOW microseconds are read FEW times
+ONCE = 5e6  # slower calls are read once, while they are checked
 IN_A_GRAPH = 50
-CROP = 8  # channels that are compared with the oracle
-CHECKED = 500  # points whose gradients are
+CROP = 8  # channels compared with the oracle
+CHECKED = 500  # points whose gradients are compared with the oracle
 LARGEST_STACK = 2**33  # bytes of all views at pixel scale
-SMALL_RESULT = 2**26  # bytes of views, which are then also read as a graph
-COMPILE_UNTIL, SLOW_UNTIL = 0.5, 0.7  # of the time there is: what is slow is left out after it
+SMALL_RESULT = 2**26  # bytes; calls with smaller results are also measured as a graph
+COMPILE_UNTIL, SLOW_UNTIL = 0.5, 0.7  # shares of the time limit; later, slow calls are skipped
 DEFAULT = "best:16"  # views=16 of SRT
 
 
@@ -65,7 +65,7 @@ DEFAULT = "best:16"  # views=16 of SRT
 
 
 class Clock:
-    """Microseconds of calls: by events on a GPU, by perf_counter elsewhere."""
+    """Microseconds of calls: by events on a GPU, by perf_counter on the CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -73,8 +73,8 @@ class Clock:
         self.flush = torch.zeros(FLUSH // 4 if self.gpu else 1, device=device)
         self.read = torch.zeros((), device=device)
         if sys.platform.startswith("linux"):
-            # Results are new memory for all calls alike: whether glibc's malloc has kept some
-            # depends on what was freed before.
+            # Gives every call new memory for its result. By default glibc's malloc may reuse
+            # memory that was freed before.
             ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
     def interleaved(self, calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
@@ -100,7 +100,7 @@ class Clock:
             torch.cuda.synchronize()
 
     def works(self) -> bool:
-        """After some errors of a kernel every later call fails, too."""
+        """Whether the device still works: after some kernel errors every later call fails."""
         try:
             self.wait()
         except RuntimeError:
@@ -108,9 +108,9 @@ class Clock:
         return True
 
     def _start(self, call: Call, wait: int) -> tuple[Callable[[], float], float]:
-        """What gives the reading, and the seconds in which the host has launched the call.
+        """Run a call after ``wait`` cycles on the device, so that the host is ahead of it.
 
-        The device waits for so many cycles before the call, so that the host is ahead of it.
+        Returns a function that returns the reading, and the seconds that the host took to launch.
         """
         if not self.gpu:
             start = time.perf_counter()
@@ -129,7 +129,7 @@ class Clock:
         return lambda: 1e3 * begin.elapsed_time(end), launched
 
     def replayed(self, call: Call, rounds: int) -> list[float]:
-        """Of one of the calls of a graph; L2 is warm."""
+        """Readings of one call of a graph of many; L2 is warm."""
         many: Call = partial(repeat, call, IN_A_GRAPH)
         replay = many
         if self.gpu:
@@ -174,42 +174,42 @@ def within(context: Callable[[], Any], call: Call) -> Call:
 
 
 def is_loop(name: str) -> bool:
-    """Peers of many launches: they are far behind, and first to be left out."""
+    """Alternatives of many launches: far slower, and skipped first near the time limit."""
     return name.startswith(("published", "sliced"))
 
 
 def fill_huge_pages(like: torch.Tensor) -> torch.Tensor:
-    """Allocate + fill, in huge pages (where the machine has them)."""
+    """Allocate + fill, in huge pages (if the machine has them)."""
     memory = mmap.mmap(-1, like.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=like.dtype).fill_(1.0)
 
 
-# ---- what is measured ---------------------------------------------------------------------------
+# ---- calls --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Peer:
     call: Call
-    truth: torch.Tensor | None = None  # what it should give, of CROP channels; None for a limit
+    truth: torch.Tensor | None = None  # expected result, CROP channels; None for a lower bound
     crop: Callable[[torch.Tensor], torch.Tensor] = lambda result: result
-    same: Call | None = None  # ours, which computes the same: compared in full
+    same: Call | None = None  # srt_ext with the same result: compared in full
     coarse: bool = False  # computes in tf32
-    into: torch.Tensor | None = None  # where the result goes
-    compared: Call | None = None  # in place of the result
+    into: torch.Tensor | None = None  # the buffer for the result
+    compared: Call | None = None  # returns the result to compare
 
 
 @dataclass
 class Bench:
     clock: Clock
     rounds: int
-    seconds: float  # that there are
+    seconds: float  # time limit
     compiler: str  # of torch.compile
-    save: Callable[[], None] = lambda: None  # what there is so far
+    save: Callable[[], None] = lambda: None  # of all rows so far
     rows: list[dict[str, Any]] = field(default_factory=list)
     end_to_end: list[dict[str, Any]] = field(default_factory=list)
-    wrong: list[str] = field(default_factory=list)  # what ours did
-    kept: list[dict[str, Any]] = field(default_factory=list)  # rows of a run that was ended
+    wrong: list[str] = field(default_factory=list)  # of srt_ext
+    kept: list[dict[str, Any]] = field(default_factory=list)  # rows of an interrupted run
 
     def elapsed(self) -> float:
         return time.monotonic() - benchmarks.STARTED
@@ -221,7 +221,7 @@ class Bench:
         graph: bool,
         dtype: torch.dtype,
     ) -> None:
-        """Checks and reads all peers; each is made here, so that its failure is its own."""
+        """Check and time all calls. Each is built here, so that a failure affects it alone."""
         title = f"{about['op']}, {name_of(dtype)}, {about['shape']}"
         new = {**about, "dtype": name_of(dtype)}
         for row in self.kept:
@@ -234,7 +234,7 @@ class Bench:
             late = COMPILE_UNTIL if "compiled" in name else SLOW_UNTIL
             slow = "compiled" in name or is_loop(name)
             if slow and self.elapsed() > late * self.seconds:
-                results[name] = {"failed": "left out: no time"}
+                results[name] = {"failed": "skipped: time limit"}
                 continue
             try:
                 peer = make()
@@ -272,7 +272,7 @@ class Bench:
         self.save()
 
     def check(self, name: str, peer: Peer, dtype: torch.dtype) -> tuple[dict[str, Any], float]:
-        """The relative error, by norms, or why the peer is not to be timed; and microseconds."""
+        """The relative error (of norms), or the reason not to time the call; and microseconds."""
         if "compiled" in name:
             peer.call()
         self.clock.wait()
@@ -305,9 +305,9 @@ def compare(name: str, result: torch.Tensor, peer: Peer, dtype: torch.dtype) -> 
         return {}
     error = ((peer.crop(result).double() - peer.truth).norm() / peer.truth.norm()).item()
     eps = 2.0**-10 if peer.coarse else torch.finfo(dtype).eps
-    # Ours sums in float32 or float64, and rounds to 16 bits once. The mean may be off by 4 times
-    # the error of sums of its type, about eps. Peers round each step, and a loop each view; a peer
-    # that moves pixels wrongly is off by tenths.
+    # srt_ext sums in float32 or float64 and rounds to 16 bits once. The bound of the mean is 4
+    # times the error of sums of its type, about eps. Alternatives round every step, loops every
+    # view; an alternative that shifts pixels wrongly has an error of tenths.
     is_ours = name.startswith("ours")
     allowed = (1 if torch.finfo(dtype).bits == 16 else 4) * eps if is_ours else max(8 * eps, 1e-4)
     if not error <= allowed:  # written so that NaN fails
@@ -318,14 +318,14 @@ def compare(name: str, result: torch.Tensor, peer: Peer, dtype: torch.dtype) -> 
     norm = partial(torch.linalg.vector_norm, dtype=torch.promote_types(dtype, torch.float32))
     difference = (norm(result - ours) / norm(ours)).item()
     found = {"error": error, "difference": difference}
-    if not difference <= 2 * allowed:  # though it is right in the channels that the oracle saw
-        return {"failed": f"it and ours differ by {difference:.2g}", **found}
+    if not difference <= 2 * allowed:  # though the channels compared with the oracle are correct
+        return {"failed": f"differs from srt_ext by {difference:.2g}", **found}
     return found
 
 
 @dataclass(frozen=True)
 class Field:
-    """A call of ensemble."""
+    """A shape of ensemble."""
 
     name: str
     grid: Pair
@@ -334,9 +334,9 @@ class Field:
     stride: Pair = (1, 1)
     offsets: torch.Tensor = field(default_factory=lambda: srt_ext.views.grid(3).offsets)
     small: bool = False
-    loops: bool = True  # read the loops over views: whole pixels and stride 1, float32 only
-    compiled: bool = True  # read what torch.compile makes
-    growth: bool = False  # a point of a curve: only what is plotted is read
+    loops: bool = True  # measure the loops over views (whole pixels, stride 1, float32 only)
+    compiled: bool = True  # measure the alternatives under torch.compile
+    growth: bool = False  # a point of a curve: measure only the plotted calls
 
     def pixels(self) -> Pair:
         return (self.grid[0] * self.patch[0], self.grid[1] * self.patch[1])
@@ -362,7 +362,7 @@ class Field:
 
 @dataclass(frozen=True)
 class Views:
-    """A call of shift."""
+    """A shape of shift."""
 
     batch: int
     size: Pair
@@ -377,7 +377,7 @@ class Views:
 
 @dataclass(frozen=True)
 class Places:
-    """A call of windows: so many in each image, inside it."""
+    """A shape of windows: ``count`` per image, inside the image."""
 
     batch: int
     size: Pair
@@ -396,7 +396,7 @@ class Places:
 
 @dataclass(frozen=True)
 class Points:
-    """A call of sample: so many points of a field, a cell or more from its edges."""
+    """A shape of sample: ``count`` points, at least a cell from the edges of the field."""
 
     cells: Pair
     channels: int
@@ -416,13 +416,13 @@ class Points:
 
 
 def limits(bench: Bench, out: torch.Tensor) -> dict[str, Callable[[], Peer]]:
-    """What it costs to write, or to copy, a result like ``out``: warm, and newly allocated."""
+    """Lower bounds: fill and copy of a result like ``out``, warm and newly allocated."""
     source = torch.rand_like(out)  # with its strides
     calls: dict[str, Call] = {
         "fill": lambda: out.fill_(1.0),
         "copy": lambda: out.copy_(source),
     }
-    if not bench.clock.gpu:  # whose memory comes from a cache
+    if not bench.clock.gpu:  # on a GPU memory comes from a cache
         calls |= {
             "allocate + fill": lambda: torch.empty_like(out).fill_(1.0),
             "allocate + fill, huge pages": lambda: fill_huge_pages(out),
@@ -432,7 +432,7 @@ def limits(bench: Bench, out: torch.Tensor) -> dict[str, Callable[[], Peer]]:
 
 
 def on_the_cpu(bench: Bench, call: Call, peer: Callable[..., Peer]) -> dict[str, Any]:
-    """The same call on one thread, and with the narrower kernels."""
+    """The same call on one thread, and with the kernels of each smaller instruction set."""
     if bench.clock.gpu:
         return {}
     sets = torch.ops.srt._available_cpu_kernels().split(",")
@@ -443,7 +443,7 @@ def on_the_cpu(bench: Bench, call: Call, peer: Callable[..., Peer]) -> dict[str,
 
 
 def backward(call: Callable[[torch.Tensor], Any], of: torch.Tensor, by: torch.Tensor) -> Call:
-    """The gradient of ``of``. The forward runs once, here."""
+    """A call that computes the gradient of ``of``. The forward pass runs once, here."""
     of = of.detach().requires_grad_()
     result = call(of)
     results = (result,) if isinstance(result, torch.Tensor) else result
@@ -452,7 +452,7 @@ def backward(call: Callable[[torch.Tensor], Any], of: torch.Tensor, by: torch.Te
 
 
 class Sample:
-    """A call of ensemble: its arguments, a buffer for it, and the truth in some channels."""
+    """Arguments of a call of ensemble, an output buffer, and the exact result of some channels."""
 
     def __init__(
         self, case: Field, dtype: torch.dtype, upsample: str, device: torch.device
@@ -490,7 +490,7 @@ class Sample:
         return Peer(partial(call, self.tokens, *self.place), truth, crop)
 
     def gradient(self, function: str, grad: torch.Tensor, **modes: Any) -> Peer:
-        picked = self.picked[:1]  # the oracle's graph keeps maps of pixels for every view
+        picked = self.picked[:1]  # because the oracle's graph keeps pixel maps of every view
         forward, exact = (
             partial(getattr(module, function), **self.modes, **modes)
             for module in (srt_ext, reference)
@@ -529,7 +529,7 @@ def measure_mean(bench: Bench, case: Field, dtype: torch.dtype, upsample: str) -
     def gemm(precision: str = "highest", backend: str | None = None) -> Peer:
         matmuls = function
         if backend is not None:
-            torch.compiler.reset()  # or the sizes of earlier rows count against a limit
+            torch.compiler.reset()  # the recompile limit counts the sizes of earlier rows
             matmuls = torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
 
         def call() -> torch.Tensor:
@@ -568,7 +568,7 @@ def measure_mean(bench: Bench, case: Field, dtype: torch.dtype, upsample: str) -
 
 
 def measure_read(bench: Bench, case: Field, dtype: torch.dtype, upsample: str) -> None:
-    """The mean, and at once a reading of it: is what was written still in the cache?"""
+    """The mean, followed by a read of it: shows whether the result is still in the cache."""
     sample = Sample(case, dtype, upsample, bench.clock.device)
     out = sample.out
     mean = partial(srt_ext.ensemble, sample.tokens, *sample.place, **sample.modes, out=out)
@@ -628,7 +628,7 @@ def measure_moments(bench: Bench, case: Field, dtype: torch.dtype, upsample: str
 
 
 def measure_streams(bench: Bench, case: Field, dtype: torch.dtype, upsample: str) -> None:
-    """A chunk of 8 views into each running state."""
+    """An update of each running state with 8 views."""
     sample = Sample(case, dtype, upsample, bench.clock.device)
     planes = {srt_ext.RunningMean: 1, srt_ext.RunningMoments: 2, srt_ext.RunningMedian: 8}
     for kind, count in planes.items():
@@ -639,13 +639,13 @@ def measure_streams(bench: Bench, case: Field, dtype: torch.dtype, upsample: str
             return running
 
         def exact(kind: Any = kind, run: Call = run) -> Peer:
-            """The median of a stream is exact up to 7 views: so many are compared."""
+            """Compares 7 views: up to that count the median of a stream is exact."""
             reduce = "median" if kind is srt_ext.RunningMedian else "mean"
             truth = sample.truth(views=7, reduce=reduce)
             call = partial(run(8).update, sample.tokens[:8], case.offsets[:8])
             return Peer(call, truth, sample.crop, compared=lambda: run(7).result())
 
-        # The limits are those of a state, which is kept in float32 at least.
+        # The bounds are of a state, whose dtype is at least float32.
         sums = torch.promote_types(dtype, torch.float32)
         state = torch.empty(count, *sample.out.shape, device=sample.device, dtype=sums)
         peers: dict[str, Callable[[], Peer]] = {"ours": exact, **limits(bench, state)}
@@ -653,14 +653,14 @@ def measure_streams(bench: Bench, case: Field, dtype: torch.dtype, upsample: str
 
 
 def measure_gradients(bench: Bench, case: Field, dtype: torch.dtype, upsample: str) -> None:
-    """The backward of a mean, which has kernels, beside its forward."""
+    """The backward pass of a mean, which has kernels, and its forward pass."""
     _measure_gradients(bench, case, dtype, upsample, ["mean"])
 
 
 def measure_recomputed_gradients(
     bench: Bench, case: Field, dtype: torch.dtype, upsample: str
 ) -> None:
-    """The backward of median and moments, which are recomputed view by view."""
+    """The backward passes of median and moments, which are recomputed view by view."""
     _measure_gradients(bench, case, dtype, upsample, ["median", "moments"])
 
 
@@ -678,7 +678,7 @@ def _measure_gradients(
 
     for op in ops:
         if op == "median" and torch.finfo(dtype).bits == 16:
-            continue  # of views that are alike each may be the median: it cannot be compared
+            continue  # any of several equal views may be the median: not comparable
         kind = {} if op == "moments" else {"reduce": op}
         function = "ensemble_moments" if op == "moments" else "ensemble"
         forward = partial(getattr(srt_ext, function), tokens, *place, **modes, **kind)
@@ -755,7 +755,7 @@ def measure_views(bench: Bench, case: Views, dtype: torch.dtype) -> None:
     }
     if bench.clock.gpu:
         peers["ours, offsets on the device"] = ours(on_device)
-    # Dozens of kernels each: seconds to compile.
+    # Each compiles to dozens of kernels, which takes seconds.
     if case.compiled and case.batch == 1 and dtype != torch.float16:
         peers["slices, compiled"] = partial(sliced, bench.compiler)
     if whole and case.loops:
@@ -777,7 +777,7 @@ def measure_windows(bench: Bench, case: Places, dtype: torch.dtype) -> None:
     image = torch.rand(case.batch, 3, *case.size, device=device).to(dtype)
     centers = case.centers(device)
     size = torch.tensor(case.size, device=device)
-    # That of the published sampler: P samples over P pixels, ends included.
+    # The scale of the published sampler: P samples over P pixels, ends included.
     spread = 2 * patch * size / (size.sum() * (patch - 1))
     parts = (centers - 0.5) / size
     ours = partial(srt_ext.windows, image, size=(patch, patch))
@@ -787,7 +787,7 @@ def measure_windows(bench: Bench, case: Places, dtype: torch.dtype) -> None:
     grad = torch.randn_like(out)
 
     def gradient(forward: Callable[[torch.Tensor], torch.Tensor], at: torch.Tensor) -> Call:
-        """Of a forward that runs in it."""
+        """Gradient of ``at``; the call includes the forward pass."""
         leaf = at.detach().clone().requires_grad_()
 
         def call() -> torch.Tensor:
@@ -800,7 +800,7 @@ def measure_windows(bench: Bench, case: Places, dtype: torch.dtype) -> None:
         with torch.device(device):
             return reference.windows(image, at, (patch, patch), scale)
 
-    # A peer rounds positions to float32: beside the centre of a pixel its slopes are others.
+    # Alternatives round positions to float32: near the centre of a pixel another slope results.
 
     def sampled(at: torch.Tensor) -> torch.Tensor:
         return sampled_windows(image, window_places(at, patch, case.size).to(dtype))
@@ -829,7 +829,7 @@ def measure_windows(bench: Bench, case: Places, dtype: torch.dtype) -> None:
 
 
 class FieldPoints:
-    """A call of sample, and the same of grid_sample and of the oracle."""
+    """Arguments of a call of sample, for srt_ext, for grid_sample and for the oracle."""
 
     def __init__(self, case: Points, dtype: torch.dtype, device: torch.device) -> None:
         torch.manual_seed(0)
@@ -873,7 +873,7 @@ def measure_sample(bench: Bench, case: Points, dtype: torch.dtype) -> None:
 
 
 def measure_sample_gradients(bench: Bench, case: Points, dtype: torch.dtype) -> None:
-    """Of the points, checked at the first of them; of the field, checked in some channels."""
+    """Gradients of points (the first are checked) and of the field (some channels are)."""
     sample = FieldPoints(case, dtype, bench.clock.device)
     field, points, picked = sample.field, sample.points, sample.picked
     grad = torch.randn_like(sample.out)
@@ -895,7 +895,7 @@ def measure_sample_gradients(bench: Bench, case: Points, dtype: torch.dtype) -> 
     }
     field_peers: dict[str, Callable[[], Peer]] = {"ours": partial(to_field, sample.ours, field)}
     for name, of in sample.fields.items():
-        # Not compared: beside the centre of a cell its slopes are others, for float32 positions.
+        # Not compared: near the centre of a cell, float32 positions select another slope.
         points_peers[name] = lambda of=of: Peer(to_points(sample.sampled, of))
         field_peers[name] = partial(to_field, sample.sampled, of)
     bench.row(sample.about("sample, gradient of points"), points_peers, False, dtype)
@@ -903,7 +903,7 @@ def measure_sample_gradients(bench: Bench, case: Points, dtype: torch.dtype) -> 
 
 
 def ceilings(clock: Clock, size: int, rounds: int) -> dict[str, Any]:
-    """TB/s of writing, and of reading and writing, ``size`` bytes."""
+    """TB/s of a fill and of a copy (read + written) of ``size`` bytes."""
     source = torch.randn(size // 4, device=clock.device)
     to = torch.empty_like(source)
     calls: dict[str, Call] = {"fill": lambda: to.fill_(1.5), "copy": lambda: to.copy_(source)}
@@ -918,9 +918,9 @@ def ceilings(clock: Clock, size: int, rounds: int) -> dict[str, Any]:
     }
 
 
-# ---- what there is to measure -------------------------------------------------------------------
+# ---- the plan -----------------------------------------------------------------------------------
 
-Step = partial[None]  # of a Bench
+Step = partial[None]  # called with a Bench
 UPSAMPLES = ("bilinear", "nearest")
 VALUES = (measure_median, measure_moments, measure_streams)
 WINDOWS = Places(32, (224, 224), 25, 16)
@@ -931,10 +931,10 @@ DAVIS, LARGE = (30, 53), (37, 37)  # 480 x 848; 518 x 518 in patches of 14, as o
 
 
 def plan(extent: str) -> list[Step]:
-    """Steps are ordered by importance.
+    """The steps of an extent, most important first.
 
-    "main" has what the README shows, "full" all of the CPU; "core" and "rest" are for a GPU; "walk"
-    goes through the code of these two with tiny shapes.
+    "main" has the main shapes on the CPU, "full" all shapes on the CPU; "core" and "rest" are for a
+    GPU; "walk" runs the code of these two with tiny shapes.
     """
     if extent == "core":
         return _core(REAL)
@@ -946,7 +946,7 @@ def plan(extent: str) -> list[Step]:
 
 
 def title(step: Step) -> str:
-    """For the list of what was left out."""
+    """The name of a step in the list of skipped steps."""
 
     def word(value: Any) -> str:
         if isinstance(value, torch.dtype):
@@ -979,14 +979,14 @@ def _each(
     dtypes: Iterable[torch.dtype] = (torch.bfloat16, torch.float32),
     **modes: str,
 ) -> list[Step]:
-    """One case after the other, each in all dtypes."""
+    """Case by case, each in all dtypes."""
     return [
         partial(function, case=case, dtype=dtype, **modes) for case in cases for dtype in dtypes
     ]
 
 
 def _circular(cases: Iterable[Field], ops: Iterable[str] = CIRCULAR) -> list[Step]:
-    """Float32, the borders in turn."""
+    """Both borders, float32."""
     return [
         step
         for op in ops
@@ -1006,7 +1006,7 @@ def _between(offsets: torch.Tensor) -> torch.Tensor:
 
 
 class Sizes(NamedTuple):
-    """What the plans of a GPU are made of."""
+    """The shapes of the plans of a GPU."""
 
     tokens: Field
     davis: Field
@@ -1035,12 +1035,12 @@ TINY = Sizes(
 
 
 def by_views(case: Field, words: str, **changed: Any) -> Field:
-    """The same from other views than those of ``grid:3``."""
+    """The same shape with the views of ``words``."""
     return replace(case, name=f"{words} ", offsets=srt_ext.views.parse(words).offsets, **changed)
 
 
 def _pictures(sizes: Sizes, batch: int = 1, **peers: bool) -> list[Views]:
-    """Of both sizes, 16 views and a grid between the pixels."""
+    """Both sizes, with 16 views and with a grid between the pixels."""
     default, grid = srt_ext.views.parse(DEFAULT).offsets, _between(srt_ext.views.grid(3).offsets)
     return [
         Views(batch, case.pixels(), offsets, name, **peers)
@@ -1050,7 +1050,7 @@ def _pictures(sizes: Sizes, batch: int = 1, **peers: bool) -> list[Views]:
 
 
 def _core(sizes: Sizes) -> list[Step]:
-    """The most important measurements of a GPU, most important first. No torch.compile."""
+    """The most important rows of a GPU, most important first. No torch.compile."""
     bare = {"loops": False, "compiled": False}
     grid, small = replace(sizes.davis, **bare), replace(sizes.tokens, **bare)
     default = by_views(grid, DEFAULT)
@@ -1088,7 +1088,7 @@ def _core(sizes: Sizes) -> list[Step]:
 
 
 def _rest(sizes: Sizes) -> list[Step]:
-    """Of a GPU, what the core leaves out."""
+    """The rows of a GPU that are not in the core."""
     bare = {"loops": False, "compiled": False}
     small, grid, large = (replace(case, **bare) for case in sizes[:3])
     default, small_default = by_views(grid, DEFAULT), by_views(small, DEFAULT)
@@ -1128,7 +1128,7 @@ def _rest(sizes: Sizes) -> list[Step]:
 
 
 def _main() -> list[Step]:
-    """On the CPU: float32, 224 x 224, 49 views and those of SRT."""
+    """On the CPU: float32, 224 x 224, 49 views and the 16 views of SRT."""
     case = Field("", TOKENS, SMALL, 384)
     default = by_views(case, DEFAULT)
     views = [
@@ -1150,7 +1150,7 @@ def _main() -> list[Step]:
 
 
 def _on_cpu() -> list[Step]:
-    """All the rest."""
+    """All other rows of the CPU."""
     nine, grid, many = (srt_ext.views.grid(radius).offsets for radius in (1, 3, 7))
     main = Field("", TOKENS, SMALL, 384)
     alone = replace(main, loops=False)
@@ -1159,7 +1159,7 @@ def _on_cpu() -> list[Step]:
         for offsets in (nine, grid)
     ]
     token_scale.append(by_views(token_scale[0], DEFAULT))
-    davis = Field("", DAVIS, SMALL, 384, loops=False)  # of which one call takes minutes
+    davis = Field("", DAVIS, SMALL, 384, loops=False)  # one loop over its views takes minutes
     shapes = [
         davis,
         Field("", LARGE, (14, 14), 1024, loops=False),

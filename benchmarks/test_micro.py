@@ -1,6 +1,6 @@
-"""``pytest benchmarks``: what one small call costs, where the overhead of a call shows.
+"""``pytest benchmarks``: the time of small calls, whose overhead dominates.
 
-pytest-benchmark takes the readings; ``--benchmark-disable`` runs each call once, as CI does.
+pytest-benchmark measures them; with ``--benchmark-disable``, as in CI, each call runs once.
 """
 
 from __future__ import annotations

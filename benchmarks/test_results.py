@@ -1,4 +1,4 @@
-"""What the benchmarks have left in the repository belongs together, and has its form."""
+"""The committed results of the benchmarks fit their schema, tables and README."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_committed_results_fit_their_schema(path: Path) -> None:
     jsonschema.validate(json.loads(path.read_text()), SCHEMA)
 
 
-def test_the_schema_refuses_what_is_no_reading() -> None:
+def test_the_schema_rejects_invalid_readings() -> None:
     results = json.loads(RUNS[0].read_text())
     for spoil in (
         lambda r: r["rows"][0]["calls"]["ours"].update(median=0),
@@ -37,7 +37,7 @@ def test_the_schema_refuses_what_is_no_reading() -> None:
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
-def test_tables_are_those_of_the_committed_results(path: Path) -> None:
+def test_tables_match_the_committed_results(path: Path) -> None:
     results = json.loads(path.read_text())
     assert report.document(results, path.stem) == path.with_suffix(".md").read_text()
     if path.stem == "cpu":
@@ -49,8 +49,8 @@ def test_the_schema_knows_every_extent() -> None:
     assert {extent.value for extent in extents} == set(SCHEMA["properties"]["extent"]["enum"])
 
 
-def test_goals_of_a_gpu_name_rows_that_are_measured() -> None:
-    """A shape that is spelled differently would leave its goal unread in silence."""
+def test_targets_of_a_gpu_name_rows_that_are_measured() -> None:
+    """A shape that is spelled differently would silently leave its target unmeasured."""
     suite = pytest.importorskip("benchmarks.suite")
     calls = {"ours": 20, "ours, out=": 12, "fill": 10, "copy": 15, "read the tokens": 2, "GEMM": 60}
     ops = {"measure_views": "shift", "measure_mean": "mean", "measure_median": "median"}
