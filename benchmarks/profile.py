@@ -1,7 +1,8 @@
 """``python -m benchmarks.profile``: the time of each kernel of a call, by torch.profiler.
 
 On a GPU: the 16 views of SRT at 480x848, P=16, C=384. On the CPU, where the profiler shows only
-ops: tiny shapes. L2 is not flushed between calls. One call under Nsight Compute, after a warm-up call:
+ops: tiny shapes. L2 is not flushed between calls. To profile one call with Nsight Compute, after a
+warm-up call:
 
     ncu --clock-control none --set full --profile-from-start off \
         python -m benchmarks.profile --device cuda --only mean-float32 --once

@@ -1,4 +1,4 @@
-"""The best quality for a given cost: the frontier, and the presets that stand on it."""
+"""Quality against cost: the frontier, and the choice of the presets."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ COLUMNS: tuple[Column, ...] = (
     ("discovery", "IoU"),
     ("retrieval", "mAP"),
 )
-ERRORS = ("rmse",)  # less is better
-# Plain forwards, at every size, and the tasks that count; none: all.
+ERRORS = ("rmse",)  # lower is better
+# Budget in plain forward passes at every image size, and the tasks that count (none: all).
 PRESETS: dict[str, tuple[float, tuple[str, ...]]] = {
     "fast": (4, ()),
     "balanced": (16, ()),
@@ -34,16 +34,16 @@ PRESETS: dict[str, tuple[float, tuple[str, ...]]] = {
 
 @dataclass
 class Point:
-    """One setting: what it costs and what it is worth."""
+    """A setting, its cost and its scores."""
 
     setting: Setting
-    cost: list[float]  # in forwards of the plain picture, for each size of picture
+    cost: list[float]  # plain forward passes, for each image size
     scores: dict[Column, float]
     gains: dict[Column, float] = field(default_factory=dict)  # shares of the best gain
 
     @property
     def tasks(self) -> dict[str, float]:
-        """The mean share of each task."""
+        """The mean gain of each task."""
         names = dict.fromkeys(task for task, _ in self.gains)
         return {
             name: float(np.mean([v for (task, _), v in self.gains.items() if task == name]))
@@ -52,30 +52,30 @@ class Point:
 
     @property
     def gain(self) -> float:
-        """The mean share over the tasks."""
+        """The mean gain over the tasks."""
         return self.gain_on(())
 
     def gain_on(self, tasks: Collection[str]) -> float:
-        """The mean share over some tasks; none: all."""
+        """The mean gain over some tasks; none: all."""
         return float(np.mean([v for name, v in self.tasks.items() if not tasks or name in tasks]))
 
     @property
     def in_library(self) -> bool:
-        """Whether :class:`srt_ext.SRT` makes it."""
+        """Whether :class:`srt_ext.SRT` can compute it."""
         s = self.setting
         known = s.family in ("bilinear", "ours", "enlarged", "both", "flips")
         return known and s.upsample == "bilinear"
 
 
 def compared(setting: Setting) -> bool:
-    """Of the many designs and radii that were measured only the default ones."""
+    """Whether a setting is compared: only the default designs and radii are."""
     usual = re.fullmatch(r"grid:0|paper:3|best:[0-9]+:6", setting.views.removesuffix("+flip"))
     default = usual is not None and setting.reduce == "mean"
     return default and setting.family not in ("labels", "study")
 
 
 def share_of_best(points: Sequence[Point], base: Point) -> None:
-    """Sets the gains: above ``base``, as a share of what the best point gains on a column."""
+    """Set the gains: the improvement over ``base`` / the largest improvement, for each column."""
     for column in base.scores:
         sign = -1 if column[1] in ERRORS else 1
         above = [sign * (p.scores[column] - base.scores[column]) for p in points]
@@ -84,7 +84,7 @@ def share_of_best(points: Sequence[Point], base: Point) -> None:
 
 
 def frontier(costs: Sequence[float], values: Sequence[float]) -> list[bool]:
-    """Which points no other is as cheap as and better than, or cheaper than and as good as."""
+    """For each point, whether no other is as cheap and as good, and cheaper or better."""
     return [
         not any(
             (c <= cost and v > value) or (c < cost and v >= value)
@@ -95,9 +95,10 @@ def frontier(costs: Sequence[float], values: Sequence[float]) -> list[bool]:
 
 
 def preset(points: Sequence[Point], budget: float, tasks: Collection[str] = ()) -> Point | None:
-    """The best mean gain on some tasks (none: all), within a budget of plain forwards.
+    """The library setting with the best mean gain on some tasks (none: all) within a budget.
 
-    Of the settings of the library that lose on no column of these tasks.
+    The budget is in plain forward passes. Settings that are below plain tokens on any column of
+    these tasks are excluded.
     """
     chosen = [
         p

@@ -1,4 +1,4 @@
-"""Tables and plot of quality.json."""
+"""Tables and plots of quality.json."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from research.quality.settings import FLIP, IDENTITY, Setting
 
 Row = dict[str, Any]
 TITLES = {
-    "davis": "DAVIS: labels propagated",
-    "camvid": "CamVid: linear head, edges",
-    "motorcycle": "Disparity of stereo_motorcycle: linear head",
-    "nyu": "NYUv2: depth, linear head",
-    "discovery": "DAVIS: objects by a normalised cut",
-    "ecssd": "ECSSD: objects by a normalised cut",
-    "duts": "DUTS: objects by a normalised cut",
-    "omron": "DUT-OMRON: objects by a normalised cut",
-    "retrieval": "CamVid: regions retrieved from other sequences",
-    "classification": "Classes of the model's own head",
-    "imagenet": "ImageNet: classes of the model's own head",
+    "davis": "DAVIS: label propagation",
+    "camvid": "CamVid: segmentation with a linear head, edges",
+    "motorcycle": "stereo_motorcycle: disparity with a linear head",
+    "nyu": "NYUv2: depth with a linear head",
+    "discovery": "DAVIS: object discovery by a normalised cut",
+    "ecssd": "ECSSD: object discovery by a normalised cut",
+    "duts": "DUTS: object discovery by a normalised cut",
+    "omron": "DUT-OMRON: object discovery by a normalised cut",
+    "retrieval": "CamVid: region retrieval across sequences",
+    "classification": "Classification with the model's own head",
+    "imagenet": "ImageNet: classification with the model's own head",
 }
 CUTS = ("discovery", "ecssd", "duts", "omron")
 CUT = ("IoU", "accuracy", "F", "CorLoc", "IoU_more", "IoU_published")
 HEAD = ("agreement", "confidence")
-# Of each task: the columns, and whether less is better.
+# The columns of each task, and whether lower is better.
 SCORES = {
     "davis": (("J", False), ("F", False)),
     "camvid": (("miou", False), ("miou_plain_head", False), ("edge_F", False)),
@@ -51,7 +51,7 @@ SCORES = {
     "classification": tuple((n, False) for n in HEAD),
     "imagenet": tuple((n, False) for n in ("top1", "top5", *HEAD)),
 }
-# What the first table and the plot have. Views injected into a head make no field: not there.
+# The scores of the table of all settings. Classification (views injected into a head) has no field.
 SHOWN = {
     "davis": ("J", "F"),
     "camvid": ("miou",),
@@ -73,7 +73,7 @@ SHORT = {
     "omron": "DUT-OMRON",
     "retrieval": "retrieval",
 }
-# Of tasks with items the score whose differences to plain tokens are of pairs, and the items.
+# For tasks with items: the score that is compared with plain tokens item by item, and the items.
 PAIRED = {
     "davis": ("J", "sequence"),
     "discovery": ("IoU", "sequence"),
@@ -106,9 +106,9 @@ def setting_of(row: Row) -> Setting:
 
 
 def words(setting: Setting) -> str:
-    """One line for a table, without layer and stride."""
+    """The name of a setting in the tables, without layer and stride."""
     named = {
-        "labels": "the labels themselves",
+        "labels": "ground-truth labels",
         "plain": "plain tokens",
         "bilinear": "plain tokens, bilinear",
     }
@@ -144,25 +144,26 @@ def words(setting: Setting) -> str:
 
 
 def place(setting: Setting) -> tuple[Any, ...]:
-    """Where it stands in a table: by stride, forwards, and numbers by their size."""
+    """Sort key: stride, forward passes, then the name with numbers in numerical order."""
     text = words(setting)
     return -setting.stride, setting.forwards, re.sub("[0-9]+", lambda n: n[0].zfill(3), text)
 
 
 def runs(results: Row) -> list[tuple[str, str, str]]:
-    """(task, protocol, model) of all rows, but for costs."""
+    """(task, protocol, model) of all rows except costs."""
     rows = [r for r in results["rows"] if r["task"] in TITLES]
     found = [(r["task"], r["protocol"], r["model"]) for r in rows]
-    # By task; of one task what was measured most comes first.
+    # By task, then the run with the most rows first.
     return sorted(
         dict.fromkeys(found), key=lambda run: (list(TITLES).index(run[0]), -found.count(run))
     )
 
 
 def gathered(results: Row, run: tuple[str, str, str]) -> dict[Setting, dict[str, Row]]:
-    """Of a run the scores of each setting, by item: sequences, or one that has no name.
+    """The scores of each setting of a run, by item (a sequence; "" for tasks without items).
 
-    Of a run that was ended, only the sequences that all settings have: means can be compared.
+    Only items that all settings have are included, so that means of an interrupted run are
+    comparable.
     """
     found: dict[Setting, dict[str, Row]] = {}
     for row in results["rows"]:
@@ -180,7 +181,7 @@ def mean(scores: dict[str, Row], name: str) -> float:
 
 
 def costs(results: Row, run: tuple[str, str, str]) -> dict[Setting, float]:
-    """Seconds of each setting, of a picture as high as those of a run."""
+    """Seconds of each setting, for an image of the height of a run."""
     _, protocol, model = run
     return {
         setting_of(row): row["scores"]["seconds"]
@@ -192,7 +193,7 @@ def costs(results: Row, run: tuple[str, str, str]) -> dict[Setting, float]:
 
 
 def against(found: dict[Setting, dict[str, Row]], setting: Setting) -> dict[str, Row] | None:
-    """What has no SRT and the same grid: bilinear tokens, or, at token scale, plain ones."""
+    """The control without SRT on the same grid: bilinear tokens, at token scale plain tokens."""
     for other, scores in found.items():
         same = (other.layer, other.stride) == (setting.layer, setting.stride)
         if same and other.family in ("bilinear", "plain"):
@@ -201,14 +202,14 @@ def against(found: dict[Setting, dict[str, Row]], setting: Setting) -> dict[str,
 
 
 def paired(differences: list[float]) -> str:
-    """Mean and its standard error, and how many are above 0."""
+    """The mean, its standard error, and the number of differences above 0."""
     count, above = len(differences), sum(d > 0 for d in differences)
     error = f" ± {np.std(differences, ddof=1) / count**0.5:.3f}" if count > 1 else ""
     return f"{np.mean(differences):+.3f}{error}, {above} of {count}"
 
 
 def operations(results: Row, model: str) -> dict[Setting, dict[str, float]]:
-    """Of each setting the operations of a model's forwards, by the size of the picture."""
+    """Operations of the model for each setting, by image size."""
     found: dict[Setting, dict[str, float]] = {}
     for row in results["rows"]:
         if (row["task"], row["model"]) == ("operations", model):
@@ -217,25 +218,25 @@ def operations(results: Row, model: str) -> dict[Setting, dict[str, float]]:
 
 
 def sizes(results: Row) -> list[str]:
-    """Of which operations are counted, the smallest first."""
+    """The image sizes for which operations are counted, smallest first."""
     found = {r["item"] for r in results["rows"] if r["task"] == "operations"}
     return sorted(found, key=lambda size: int(size.split()[0]))
 
 
 def seconds(results: Row) -> dict[tuple[Setting, str], float]:
-    """Of each setting and size of picture."""
+    """Seconds by setting and image size."""
     rows = [row for row in results["rows"] if row["task"] == "cost"]
     return {(setting_of(row), row["item"]): row["scores"]["seconds"] for row in rows}
 
 
 def first_of(results: Row, task: str) -> tuple[str, str, str] | None:
-    """The run of a task that the frontier has: of all pictures, else the one with most rows."""
+    """The run of a task for the frontier: with all images if there is one, else with most rows."""
     found = [run for run in runs(results) if run[0] == task]
     return min(found, key=lambda run: "all pictures" not in run[1], default=None)
 
 
 def points(results: Row, stride: int) -> list[Point]:
-    """The settings of one stride that have every score that plain tokens have, by their cost."""
+    """Settings of one stride with all scores that plain tokens have, ordered by cost."""
     (model,) = {run[2] for run in runs(results)}
     counted = operations(results, model)
     (plain,) = (s for s in counted if s.family == "plain")
@@ -260,26 +261,26 @@ def ratios(values: list[float], digits: int = 1) -> str:
 
 
 def described(p: Point) -> list[str]:
-    """Of a point its words, cost, scores and gains."""
+    """The cells of a point: name, cost, scores and gains."""
     scores = [f"{v:.{1 if c[1] in ERRORS else 3}f}" for c, v in p.scores.items()]
     gains = ratios([100 * gain for gain in p.tasks.values()], 0)
     return [words(p.setting), ratios(p.cost), *scores, gains, f"{100 * p.gain:.0f}"]
 
 
 def headings(p: Point) -> list[str]:
-    """Of :func:`described`."""
+    """The headings of :func:`described`."""
     scores = [f"{SHORT[task]} {WORDS.get(name, name)}" for task, name in p.scores]
     return [
         "field",
         "cost",
         *scores,
-        f"gain: {' / '.join(SHORT[task] for task in p.tasks)}",
-        "mean gain",
+        f"gain, %: {' / '.join(SHORT[task] for task in p.tasks)}",
+        "mean gain, %",
     ]
 
 
 def frontier_table(results: Row, stride: int) -> str:
-    """What stands on the frontier of the mean gain is marked."""
+    """All compared settings; those on the frontier of mean gain against cost are marked."""
     shown, taken = points(results, stride), seconds(results)
     best = frontier([p.cost[0] for p in shown], [p.gain for p in shown])
     lines = []
@@ -290,7 +291,7 @@ def frontier_table(results: Row, stride: int) -> str:
 
 
 def presets(results: Row, stride: int) -> str:
-    """The settings that the budgets choose."""
+    """The setting that each budget selects."""
     shown = points(results, stride)
     lines = []
     for name, (budget, tasks) in PRESETS.items():
@@ -353,7 +354,7 @@ def overview(results: Row, names: list[str], cost: str, at: int | None = None) -
 
 
 def windows(results: Row) -> str:
-    """Resampled positions against windows of the trained size, each with one view and several."""
+    """Resampled position embeddings against windows of the trained size."""
     davis, camvid = (first_of(results, task) for task in ("davis", "camvid"))
     if davis is None or camvid is None:
         return ""
@@ -384,9 +385,9 @@ def windows(results: Row) -> str:
 
 
 def table(results: Row, run: tuple[str, str, str], layer: int) -> str:
-    """All settings of one layer, by stride and forwards; the best of a column in each stride bold.
+    """All settings of one layer, by stride and cost; bold: the best of a column for each stride.
 
-    With a score of PAIRED also that above plain tokens on the same grid, item by item.
+    Tasks in PAIRED also have the difference to plain tokens on the same grid, item by item.
     """
     task = run[0]
     found = {s: v for s, v in gathered(results, run).items() if s.layer == layer and v}
@@ -421,8 +422,9 @@ def table(results: Row, run: tuple[str, str, str], layer: int) -> str:
         seconds = f"{taken[s]:.2f}" if s in taken else "-"
         forwards = "-" if s.family == "labels" else str(s.forwards)
         lines.append([words(s), str(s.stride), forwards, seconds, *cells])
-    head = ["field", "stride", "forwards", "s", *(WORDS.get(n, n) for n, _ in SCORES[task])]
-    return markdown(head + ([f"{PAIRED[task][0]} above plain"] if task in PAIRED else []), lines)
+    head = ["field", "stride", "passes", "s", *(WORDS.get(n, n) for n, _ in SCORES[task])]
+    control = [f"{PAIRED[task][0]} above plain tokens"] if task in PAIRED else []
+    return markdown(head + control, lines)
 
 
 def document(results: Row) -> str:
@@ -432,12 +434,18 @@ def document(results: Row) -> str:
     parts = [
         "# quality",
         "![Quality against operations](quality.svg)",
-        f"torch {facts['torch']}, commit {facts['commit']}, {facts['date']}. `s`: seconds of a "
-        f"core for one picture of {' or '.join(measured)} pixels, median of 3. "
-        "`published`: views `paper:3`, nearest upsampling, border zeros; the others are bilinear, "
-        "border coverage. Means over views where nothing else is said. The best of a column is "
-        "bold, for each stride. Plain tokens at a stride of a patch are as the model gives them; "
-        "at finer strides they are enlarged: SRT's grid without SRT.",
+        f"torch {facts['torch']}, commit {facts['commit']}, {facts['date']}. "
+        "[research/README.md](../README.md#quality-what-srt-is-worth-and-what-it-costs) describes "
+        "the tasks.",
+        "- Field: views are written as in `srt_ext.SRT(views=...)`; the result is their mean "
+        "unless a row says median. Scale: factor by which the image is enlarged. `published`: "
+        'views `paper:3`, nearest upsampling, `border="zeros"`. All other rows use bilinear '
+        'upsampling and `border="coverage"`, unless a row says nearest.\n'
+        "- Plain tokens: the output of the model, without SRT; bilinear: the same, interpolated to "
+        "a finer stride.\n"
+        "- Passes: forward passes of the model per image. s: seconds on one core for an image of "
+        f"{' or '.join(measured)} pixels, median of 3.\n"
+        "- Bold: the best of a column for each stride.",
     ]
     counted = operations(results, runs(results)[0][2])
     if counted:
@@ -450,24 +458,27 @@ def document(results: Row) -> str:
             "better; bold: the best of a column.",
             overview(results, list(SUMMARISED), "cost in plain forward passes"),
             "## The best quality for a given cost",
-            f"Last layer, stride {stride}. Cost: operations of the model, in forwards of the plain "
-            f"picture, at {' and '.join(sizes(results))} pixels; s: seconds. Gains over plain "
-            "tokens on the same grid, in per cent of what the best setting gains; the mean is over "
-            "the tasks. x: nothing as cheap has a larger mean.",
+            f"Last layer, stride {stride}. Cost: operations of the model in plain forward passes, "
+            f"for images of {' and '.join(sizes(results))} pixels. Gain: improvement over plain "
+            "tokens on the same grid, as a percentage of the largest improvement of any setting; "
+            "the mean gain is over the tasks. x: on the frontier (no setting of at most this cost "
+            "has a larger mean gain).",
             frontier_table(results, stride),
             "### Presets",
-            "The largest mean gain on some tasks among the settings of `srt_ext.SRT` that lose on "
-            "none of them, within a budget of plain forwards at both sizes.",
+            "Each preset is the setting of `srt_ext.SRT` with the largest mean gain on the listed "
+            "tasks, among the settings that are below plain tokens on none of these tasks and "
+            "within the budget (plain forward passes) at both image sizes.",
             presets(results, stride),
         ]
     if fixed := windows(results):
         parts += [
-            "### A model of one size",
-            "The position table resampled to the picture, against windows of the trained size, "
-            "which overlap by a third or more and are averaged.",
+            "### Position embeddings: resampled, or windows of the trained size",
+            "Resampled: the position embeddings are interpolated to the token grid of the image. "
+            "Windows: the model sees windows of its training size, which overlap by at least a "
+            "third; overlapping tokens are averaged.",
             fixed,
         ]
-    parts += ["## All of them: the last layer", summary(results)]
+    parts += ["## All settings, last layer", summary(results)]
     for run in runs(results):
         task, protocol, model = run
         found = gathered(results, run)
@@ -485,7 +496,7 @@ def document(results: Row) -> str:
 
 
 def by_item(found: dict[Setting, dict[str, Row]], score: str) -> str:
-    """A score by item: what has no SRT, what was published, and ours with as few views."""
+    """A score by item, for plain tokens, the published setting, and SRT with 9 and 16 views."""
     shown = [
         s
         for s in found
@@ -503,7 +514,7 @@ def by_item(found: dict[Setting, dict[str, Row]], score: str) -> str:
 
 
 def summary(results: Row) -> str:
-    """Each way to make a field of the last layer, over all runs; without the study."""
+    """All settings of the last layer, over all runs; without the family ``study``."""
     chosen = [run for run in runs(results) if SHOWN[run[0]]]
     values: dict[Setting, dict[tuple[int, str], float]] = {}
     taken: dict[Setting, float] = {}
@@ -523,20 +534,20 @@ def summary(results: Row) -> str:
         seconds = f"{taken[s]:.2f}" if s in taken else "-"
         lines.append([words(s), str(s.stride), str(s.forwards), seconds, *cells])
     heads = [f"{SHORT[chosen[i][0]]} {height(chosen[i])}: {WORDS.get(n, n)}" for i, n in columns]
-    return markdown(["field", "stride", "forwards", "s", *heads], lines)
+    return markdown(["field", "stride", "passes", "s", *heads], lines)
 
 
 def height(run: tuple[str, str, str]) -> str:
-    """Of a protocol: pixels, or full; and whether all pictures are used."""
+    """The height of a protocol: pixels, or full; and whether all images are used."""
     words = run[1].split()[0]
     return f"{words}, all" if run[0] == "camvid" and "all pictures" in run[1] else words
 
 
 def curve(p: Point) -> str:
-    """The curve of the plot that a point belongs to."""
+    """The curve of a point in the plot."""
     s = p.setting
     if s.family in ("bilinear", "ours", "enlarged", "both"):
-        return "no enlarging" if s.scale == 1 else f"enlarged by {s.scale:g}"
+        return "not enlarged" if s.scale == 1 else f"enlarged by {s.scale:g}"
     return {
         "flips": "flips",
         "scales": "two scales",
@@ -547,7 +558,7 @@ def curve(p: Point) -> str:
 
 
 STYLES = {
-    "no enlarging": "C0o-",
+    "not enlarged": "C0o-",
     "enlarged by 1.25": "C1o-",
     "enlarged by 1.5": "C2o-",
     "enlarged by 2": "C3o-",
@@ -562,7 +573,7 @@ STYLES = {
 }
 
 
-# Of the plot in the README: style and label of each curve.
+# Style and label of each curve in the plot of the README.
 FAMILIES = {
     "enlarged": ("C1o--", "input enlarged (by 1.25, 1.5, 2)"),
     "ours": ("C0o-", "SRT (2, 4, 9, 16 views)"),
@@ -609,7 +620,7 @@ def plot_readme(results: Row, path: Path) -> None:
 
 
 def plot(results: Row, path: Path) -> None:
-    """Each score of the finer grid against operations; up is better."""
+    """Each score at half a patch against cost; upwards is better."""
     from matplotlib import pyplot
 
     patch = max(s.stride for s in operations(results, runs(results)[0][2]))
@@ -633,7 +644,7 @@ def plot(results: Row, path: Path) -> None:
                 (shown[label],) = axis.plot(*zip(*line, strict=True), style, markersize=5)
         axis.set(
             xscale="log",
-            xlabel=f"operations, in plain forwards ({sizes(results)[0]})",
+            xlabel=f"cost in plain forward passes, {sizes(results)[0]}",
             ylabel=f"{WORDS.get(name, name)}{', reversed' if less else ''}",
             title=f"{TITLES[task]}",
         )
