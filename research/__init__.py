@@ -1,4 +1,4 @@
-"""Studies of what SRT is worth, of designs of views and of running medians: see README.md."""
+"""Studies of quality, views, sub-pixel tokens, stored fields and running medians: see README.md."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The model of the tests."""
+"""The model used in the tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def network(tmp_path_factory: pytest.TempPathFactory) -> Network:
-    """A ViT-Ti/16 of two blocks without training."""
+    """An untrained ViT-Ti/16 with two blocks."""
     import timm
     import torch
     from safetensors.torch import save_file

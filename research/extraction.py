@@ -1,8 +1,8 @@
-"""``python -m research.extraction``: the engine of ``srt-ext features`` against one process.
+"""``python -m research.extraction``: ``srt-ext features --engine ray`` against one process.
 
-Makes small pictures, extracts them with each engine, and prints pictures a second and the peak
-memory of all processes. With ``--kill``, a worker and then the driver are killed in the middle of
-a run, which is resumed.
+Generates small images, extracts them with both engines, and prints images per second and the peak
+memory of all processes. With ``--kill``, first a worker and then the driver is killed during a run,
+and the run is resumed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RAY = ["--engine=ray", "--actors=2", "--rows-per-file=100"]
 
 
 def make_pictures(folder: Path, count: int) -> None:
-    """Parts of a photograph."""
+    """Write ``count`` crops of a photograph."""
     photo, random = photographs.astronaut(), np.random.default_rng(0)
     folder.mkdir()
     for i in range(count):
@@ -44,13 +44,13 @@ def start(source: Path, out: Path, *options: str) -> subprocess.Popen[str]:
 
 
 def descendants(pid: int) -> Iterator[tuple[int, str]]:
-    """Process id and command of a process and of all that it started."""
+    """Id and command of a process and of all its descendants."""
     children: dict[int, list[int]] = {}
     names = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             state, name = (folder / "stat").read_text(), (folder / "cmdline").read_text()
-        except OSError:  # it has ended
+        except OSError:  # the process has ended
             continue
         children.setdefault(int(state.rpartition(")")[2].split()[1]), []).append(int(folder.name))
         names[int(folder.name)] = name
@@ -62,7 +62,7 @@ def descendants(pid: int) -> Iterator[tuple[int, str]]:
 
 
 def memory(pid: int) -> int:
-    """Bytes of all descendants: proportional, so that shared pages count once."""
+    """Proportional set size of a process and its descendants (shared pages count once), bytes."""
     total = 0
     for process, _ in descendants(pid):
         try:
@@ -74,7 +74,7 @@ def memory(pid: int) -> int:
 
 
 def run(source: Path, out: Path, *options: str) -> dict[str, Any]:
-    """Seconds, and the peak of the memory of all processes."""
+    """Seconds, and peak memory of all processes in MB."""
     began = time.perf_counter()
     process = start(source, out, *options)
     peak = 0
@@ -83,7 +83,7 @@ def run(source: Path, out: Path, *options: str) -> dict[str, Any]:
         nonlocal peak
         while process.poll() is None:
             peak = max(peak, memory(process.pid))
-            time.sleep(5)  # reading it takes the time of the processes
+            time.sleep(5)  # reading it often would slow the processes down
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -99,7 +99,7 @@ def committed(out: Path) -> int:
 
 
 def kill_in_the_middle(source: Path, out: Path, files: int, *, worker: bool) -> None:
-    """Kills a process that holds the model, or the driver, when ``files`` are committed."""
+    """Kill a worker (a process with the model) or the driver once ``files`` files are committed."""
     process = start(source, out, *RAY)
     while committed(out) < files:
         if process.poll() is not None:
@@ -115,11 +115,13 @@ def check(out: Path, count: int) -> None:
 
     keys = data.open(out).keys.to_pylist()
     if sorted(keys) != [f"{i:06}.jpg" for i in range(count)]:
-        raise SystemExit(f"{len(keys)} rows, {len(set(keys))} keys, {count} pictures")
+        raise SystemExit(
+            f"expected {count} rows with unique keys, got {len(keys)} rows, {len(set(keys))} keys"
+        )
 
 
 def main(
-    counts: Annotated[list[int], typer.Argument(help="Numbers of pictures.")],
+    counts: Annotated[list[int], typer.Argument(help="Numbers of images.")],
     kill: Annotated[bool, typer.Option("--kill", help="Kill a worker and the driver.")] = False,
 ) -> None:
     for count in counts:
@@ -129,19 +131,21 @@ def main(
             if kill:
                 kill_in_the_middle(source, out, max(1, count // 400), worker=True)
                 check(out, count)
-                print(f"{count} pictures, a worker killed: all there, once")
+                print(f"{count} images, a worker killed: every image written once")
                 again = Path(folder, "again")
                 kill_in_the_middle(source, again, max(1, count // 200), worker=False)
                 before = committed(again)
                 run(source, again, *RAY)
                 check(again, count)
-                print(f"{count} pictures, the driver killed after {before} files: all there, once")
+                print(
+                    f"{count} images, driver killed after {before} files: every image written once"
+                )
                 continue
             for name, options in {"one process": [], "ray, 2 actors": RAY}.items():
                 found = run(source, Path(folder, name), *options)
                 rate = count / found["s"]
                 print(
-                    f"{count} pictures, {name}: {found['s']:.1f} s, {rate:.1f} a second, "
+                    f"{count} images, {name}: {found['s']:.1f} s, {rate:.1f} images/s, "
                     f"peak {found['peak_mb']:.0f} MB",
                     flush=True,
                 )

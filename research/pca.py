@@ -1,8 +1,8 @@
-"""``python -m research.pca --data DIR --weights FILE``: what smaller stored fields cost in quality.
+"""``python -m research.pca --data DIR --weights FILE``: quality of compressed stored fields.
 
-The tasks of :mod:`research.quality` on fields of the default preset, stored as K components in
-place of all channels, or in 16 bits. ``DIR`` holds ``davis`` and ``camvid``. Writes
-research/results/pca.json and pca.md beside it; without ``--data`` the latter again from the JSON.
+Measures the tasks of :mod:`research.quality` on fields of the default preset that are stored as K
+components instead of all channels, or in 16 bits. ``DIR`` contains ``davis`` and ``camvid``. Writes
+research/results/pca.json and pca.md; without ``--data`` regenerates pca.md from the JSON.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from srt_ext.srt import DEFAULT, PRESETS
 
 STRIDE = 8  # pixels
 COUNTS = (8, 16, 32, 64, 96, 128)  # of components
-CENTERED = (16, 32, 64)  # of those of a PCA, to compare
+CENTERED = (16, 32, 64)  # components of a centered PCA, for comparison
 HALVES = ("float16", "bfloat16")
-CELLS = 256  # of each picture that a basis is fitted on
-FRAMES = 5  # of each sequence that a basis is fitted on
+CELLS = 256  # per image, to fit a basis
+FRAMES = 5  # per sequence, to fit a basis
 
-# Of each task the score of the table, and its heading.
+# Task and score of each column of the table: its heading.
 SCORES = {
     ("davis", "J"): "DAVIS J",
     ("davis", "F"): "DAVIS F",
@@ -48,7 +48,7 @@ Row = dict[str, Any]
 
 
 class Key(NamedTuple):
-    """A storage, as its rows have it."""
+    """The storage of a field, as in the rows of the JSON."""
 
     channels: int
     dtype: str
@@ -56,7 +56,7 @@ class Key(NamedTuple):
 
 
 class Basis(NamedTuple):
-    """Of cells x [C]: stored are the first K of components @ (x - mean)."""
+    """A basis for cells x [C]: the first K values of components @ (x - mean) are stored."""
 
     mean: torch.Tensor  # [C]
     components: torch.Tensor  # [C, C]: rows of length 1, the largest eigenvalue first
@@ -69,7 +69,7 @@ class Basis(NamedTuple):
 
 
 def fit(cells: torch.Tensor, centered: bool = False) -> Basis:
-    """The eigenvectors of cells^T cells, cells [N, C]; the covariance's where centered."""
+    """Eigenvectors of cells^T cells, cells [N, C]; of the covariance if centered."""
     mean = cells.mean(0) if centered else torch.zeros_like(cells[0])
     x = (cells - mean).double()
     vectors = torch.linalg.eigh(x.T @ x).eigenvectors  # columns, ascending
@@ -82,7 +82,7 @@ def counts(channels: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Stored(Setting):
-    """A field that is stored and read again."""
+    """A setting whose field is stored and read back."""
 
     channels: int = 0  # components; 0: all channels as they are
     dtype: str = "float32"
@@ -108,7 +108,7 @@ def preset(patch: int, layer: int, **storage: Any) -> Stored:
 
 
 def storages(network: Network, cells: torch.Tensor) -> list[Setting]:
-    """All that are compared, fitted on cells [N, C]; the first is the field as it is."""
+    """All compared storages, fitted on cells [N, C]; the first is the unchanged field."""
     of = partial(preset, network.patch, network.layers[-1], basis=fit(cells))
     kept = counts(cells.shape[1])
     found = [of(), *(of(dtype=half) for half in HALVES)]
@@ -120,7 +120,7 @@ def storages(network: Network, cells: torch.Tensor) -> list[Setting]:
 
 
 def sample(network: Network, pictures: list[np.ndarray], seed: int = 0) -> torch.Tensor:
-    """Random cells [N, C] of the fields of pictures [H, W, 3] uint8, CELLS of each."""
+    """Random cells [N, C] of the fields of images [H, W, 3] uint8, CELLS per image."""
     fields = Fields(network, [preset(network.patch, network.layers[-1])])
     generator = torch.Generator().manual_seed(seed)
     found = []
@@ -136,7 +136,7 @@ def sample(network: Network, pictures: list[np.ndarray], seed: int = 0) -> torch
 
 
 def on_davis(network: Network, data: Path, height: int, frames: int) -> tuple[list[Row], list[Row]]:
-    """Scores and energy kept. The basis of a sequence is fitted on the other sequences."""
+    """Scores and energies. The basis for a sequence is fitted on the other sequences."""
     folder, rows, kept = data / "davis", [], []
     found = {case.item: case for case in discovery.cases(data, height, 0, frames, 0)}
     found = {name: case for name, case in found.items() if case.task == "discovery"}
@@ -160,7 +160,7 @@ def on_davis(network: Network, data: Path, height: int, frames: int) -> tuple[li
 def on_camvid(
     network: Network, data: Path, height: int, pictures: int, points: int
 ) -> tuple[list[Row], list[Row]]:
-    """Scores and energy kept. The basis is fitted on the pictures to train on."""
+    """Scores and energies. The basis is fitted on the training images."""
     train, test = (
         sets.camvid(data / "camvid", part, pictures, height, network.patch)
         for part in ("train", "test")
@@ -179,7 +179,7 @@ def on_camvid(
 
 
 def energy(data: str, item: str, fitted: torch.Tensor, unseen: torch.Tensor) -> list[Row]:
-    """The energy that components keep of the cells [N, C] they are fitted on, and of others."""
+    """Shares of energy in K components: cells [N, C] for the fit, and unseen cells."""
     basis = fit(fitted)
     return [
         {"data": f"{data}, {of}", "item": item, "shares": basis.kept(cells)}
@@ -201,7 +201,7 @@ def labelled(
 
 
 def gathered(results: Row) -> dict[Key, dict[tuple[str, str], list[float]]]:
-    """Of each storage, by task and score, the values of the items."""
+    """The values of the items, by storage, and by task and score."""
     found: dict[Key, dict[tuple[str, str], list[float]]] = {}
     for row in results["rows"]:
         key = Key(*(row[name] for name in Key._fields))
@@ -221,7 +221,7 @@ def words(key: Key) -> str:
 
 
 def table(results: Row) -> str:
-    """Each storage: bytes of a cell, and the means of its scores."""
+    """Bytes per cell and mean scores of each storage."""
     found = gathered(results)
     plain = found[Key(0, "float32", False)]["davis", "J"]
     lines = []
@@ -231,11 +231,11 @@ def table(results: Row) -> str:
         differences = [a - b for a, b in zip(scores["davis", "J"], plain, strict=True)]
         over = paired(differences) if any(differences) else ""
         lines.append([words(key), str(size * (key.channels or results["channels"])), *cells, over])
-    return markdown(["stored", "bytes a cell", *SCORES.values(), "J above all channels"], lines)
+    return markdown(["stored", "bytes per cell", *SCORES.values(), "J above all channels"], lines)
 
 
 def shares(results: Row) -> str:
-    """The energy that K components keep, means over the items."""
+    """Share of the energy in K components, means over the items."""
     names = list(dict.fromkeys(row["data"] for row in results["energy"]))
     kept = counts(results["channels"])
     lines = []
@@ -253,30 +253,30 @@ def document(results: Row) -> str:
         f"{results['model']}, {results['channels']} channels, preset `{DEFAULT}`, stride {STRIDE}; "
         f"{results['protocol']}; torch {facts['torch']}, commit {facts['commit']}, "
         f"{facts['date']}, {results['seconds']} s.",
-        "K components: `components @ x` of a cell x, as `--pca` stores it. Centered: "
-        "`components @ (x - mean)`, of a PCA, to compare. J above all channels: mean of the "
-        "differences of the sequences, its standard error, in how many it is above 0.",
+        "K components: a cell x is stored as `components @ x`, as by `srt-ext features --pca`. "
+        "Centered: as `components @ (x - mean)`, a PCA, for comparison. J above all channels: mean "
+        "difference over the sequences, its standard error, and in how many it is above 0.",
         table(results),
         "## Energy",
-        "The share of the sum of `|x|^2` in K components: of the cells that they are fitted on, "
-        "and of unseen cells, those of the measured pictures.",
+        "Share of the sum of `|x|^2` in K components, for the cells that they are fitted on and "
+        "for unseen cells (of the measured images).",
         shares(results),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def main(
-    data: Annotated[Path | None, typer.Option(help="Holds davis and camvid.")] = None,
-    weights: Annotated[Path | None, typer.Option(help="A .safetensors state dict.")] = None,
-    model: Annotated[str, typer.Option(help="A model of timm.")] = MODEL,
-    layer: Annotated[int, typer.Option(help="From 0.")] = 11,
-    height: Annotated[int, typer.Option(help="Pixels of pictures.")] = 240,
-    frames: Annotated[int, typer.Option(help="Measured in each sequence of DAVIS.")] = 6,
-    pictures: Annotated[int, typer.Option(help="Of CamVid, each part; 0: all.")] = 0,
-    points: Annotated[int, typer.Option(help="Pixels of each that a head learns from.")] = 800,
+    data: Annotated[Path | None, typer.Option(help="Folder with davis and camvid.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="State dict (.safetensors).")] = None,
+    model: Annotated[str, typer.Option(help="Name of a timm model.")] = MODEL,
+    layer: Annotated[int, typer.Option(help="Layer, counted from 0.")] = 11,
+    height: Annotated[int, typer.Option(help="Height of the images in pixels.")] = 240,
+    frames: Annotated[int, typer.Option(help="Frames measured per sequence of DAVIS.")] = 6,
+    pictures: Annotated[int, typer.Option(help="Images per part of CamVid; 0: all.")] = 0,
+    points: Annotated[int, typer.Option(help="Training pixels of a head per image.")] = 800,
     output: Path = RESULTS / "pca.json",
 ) -> None:
-    """Measures, writes the JSON and the tables."""
+    """Measure; write the JSON and the tables."""
     if data is not None:
         torch.manual_seed(0)
         start = time.perf_counter()

@@ -1,10 +1,10 @@
-"""``python -m research.spot``: how many tokens decide as all of them do, and where they lie.
+"""``python -m research.spot``: classification with few sub-pixel tokens.
 
-The share of pictures for which a frozen ViT-Ti/16 decides with n windows of :mod:`srt_ext.spot` as
-it does with all 196 patches: for each placement, for positions found by gradient (an oracle, which
-knows the decision), for random patches, and for the picture reduced to n patches, which costs the
-model the same. Writes research/results/spot.json, and spot.md and spot.svg beside it; without
-``--weights`` and ``--frames`` the latter two again from the JSON.
+Measures agreement: the share of images for which a frozen ViT-Ti/16 predicts the same class from n
+windows of :mod:`srt_ext.spot` as from all 196 patches. Compares the placements, positions found by
+gradient (an oracle: it uses the predicted class), random patches, and the image resized to n
+patches, which costs the model the same. Writes research/results/spot.json, spot.md and spot.svg;
+without ``--weights`` and ``--frames`` regenerates the latter two from the JSON.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from research.quality.data import chosen
 from srt_ext import spot
 from srt_ext.cli.spot import gradient_magnitude
 
-SIDE = 224  # of a crop, pixels
-# Squares, so that a square picture can have as many patches.
+SIDE = 224  # pixels of a side of a crop
+# Squares, so that a square image can have as many patches.
 COUNTS = (9, 16, 25, 36, 49, 64, 100, 144, 196)
-STEPS, RATE = 10, 3.0  # of the search: Adam, pixels
-BATCH = 20  # pictures in one forward
+STEPS, RATE = 10, 3.0  # of the search (Adam; rate in pixels)
+BATCH = 20  # images per forward pass
 
-# Beside the placements, by the names in the tables.
+# Methods other than the placements, by their names in the JSON.
 SEARCH, RESIZED = "search from isotropic", "reduced picture"
 PATCHES, SALIENT = "random patches", "salient"
 RANDOM = {"uniform", "gauss", "sobol", "edge", PATCHES, SALIENT}  # the mean of several seeds
@@ -43,7 +43,7 @@ Row = dict[str, Any]
 
 
 def crops(folders: list[Path], count: int) -> tuple[list[str], torch.Tensor]:
-    """Names, and the middle of pictures, [count, 3, SIDE, SIDE] uint8: evenly spread over all."""
+    """Names and centre crops [count, 3, SIDE, SIDE] uint8 of images, evenly spread over all."""
     from PIL import Image
 
     paths = [path for folder in folders for path in sorted(folder.rglob("*.jpg"))]
@@ -55,7 +55,9 @@ def crops(folders: list[Path], count: int) -> tuple[list[str], torch.Tensor]:
     for path in chosen(paths, count):
         picture = Image.open(path).convert("RGB")
         if min(picture.size) < SIDE:
-            raise typer.BadParameter(f"pictures must have {SIDE} pixels or more a side; got {path}")
+            raise typer.BadParameter(
+                f"images must have at least {SIDE} x {SIDE} pixels; got {path}"
+            )
         x, y = ((n - SIDE) // 2 for n in picture.size)
         found.append(np.array(picture.crop((x, y, x + SIDE, y + SIDE))))
         names.append(f"{path.parent.name}/{path.stem}")
@@ -63,7 +65,7 @@ def crops(folders: list[Path], count: int) -> tuple[list[str], torch.Tensor]:
 
 
 class Pictures:
-    """Pictures, what the model decides with all of their patches, and where they have edges.
+    """Images, the predictions of the model from all patches, and the gradient magnitude.
 
     pixels [B, 3, H, W] uint8; images [B, 3, H, W], normalised.
     """
@@ -89,7 +91,7 @@ class Pictures:
         return (self.decide(logits) == self.labels).float().mean().item()
 
     def positions(self, method: str, n: int, seed: int) -> torch.Tensor:
-        """[B, n, 2] in pixels; of each picture with a seed of its own."""
+        """[B, n, 2] in pixels; each image has its own seed."""
         drawn = []
         for i, mask in enumerate(self.masks):
             own = seed * len(self.masks) + i
@@ -107,7 +109,7 @@ class Pictures:
         return self.agreement(lambda at: self.vit(self.images[at], centers[at]))
 
     def reduced(self, n: int) -> float:
-        """The agreement for square pictures that are reduced to n patches, without aliasing."""
+        """The agreement for square images resized to n patches with antialiasing."""
         sides = [patch * math.isqrt(n) for patch in self.vit.patch]
 
         def logits(at: slice) -> torch.Tensor:
@@ -118,7 +120,7 @@ class Pictures:
         return self.agreement(logits)
 
     def search(self, n: int) -> Row:
-        """The oracle: agreement at the positions of least loss; loss and agreement of each step."""
+        """The oracle: agreement at the positions of least loss, and loss and agreement per step."""
         parts = [
             spot.search(self.vit, self.images[at], self.labels[at], n, STEPS, RATE)
             for at in self.batches()
@@ -133,7 +135,7 @@ class Pictures:
 
 
 def measure(pictures: Pictures, counts: tuple[int, ...], seeds: int) -> list[Row]:
-    """One row for each method and number of tokens, the agreement of each seed in it."""
+    """One row per method and number of tokens, with the agreement of each seed."""
     rows = []
     for n in counts:
         for method in METHODS:
@@ -167,21 +169,27 @@ def document(results: Row) -> str:
     counts = sorted({n for _, n in share})
     count = len(results["pictures"])
     error = math.sqrt(0.25 / count)
-    lines = [[name, *(f"{share[name, n]:.3f}" for n in counts)] for name in METHODS]
+    lines = [[label(name), *(f"{share[name, n]:.3f}" for n in counts)] for name in METHODS]
     parts = [
         "# spot",
         "![Agreement against the number of tokens](spot.svg)",
         f"ViT-Ti/16, {count} crops of {SIDE} x {SIDE} pixels; torch {facts['torch']}, commit "
-        f"{facts['commit']}, {facts['date']}, {results['seconds']} s. The share of crops for which "
-        "the class is that of all 196 patches; random placements: the mean of "
-        f"{results['seeds']} seeds. The standard error of one share is {error:.3f} at most.",
+        f"{facts['commit']}, {facts['date']}, {results['seconds']} s. Agreement: the share of "
+        "crops for which the model predicts the same class as from all 196 patches. Random "
+        f"placements: means of {results['seeds']} seeds. The standard error of a share is at most "
+        f"{error:.3f}.",
         markdown(["windows", *(f"{n} tokens" for n in counts)], lines),
         f"## The search: {STEPS} steps of Adam, {RATE:g} pixels",
-        "The loss is the cross-entropy of the class. The table above has the positions of the "
-        "least loss of each crop; this one has all crops at the same step.",
+        "Agreement and loss (cross-entropy of that class) of all crops after each step. The table "
+        "above uses the positions with the least loss of each crop.",
         search_table(results),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def label(method: str) -> str:
+    """The name of a method in the table and the plot."""
+    return method.replace("picture", "image")
 
 
 def search_table(results: Row) -> str:
@@ -191,7 +199,7 @@ def search_table(results: Row) -> str:
             for name, values in row["steps"].items():
                 digits = 3 if name == "agreement" else 2
                 lines.append([str(row["tokens"]), name, *(f"{v:.{digits}f}" for v in values)])
-    return markdown(["tokens", "", *(f"step {i}" for i in range(STEPS + 1))], lines)
+    return markdown(["tokens", "score", *(f"step {i}" for i in range(STEPS + 1))], lines)
 
 
 def plot(results: Row, path: Path) -> None:
@@ -205,10 +213,8 @@ def plot(results: Row, path: Path) -> None:
         bold = name in (SEARCH, RESIZED)
         style: Any = {"color": colours(i), "linewidth": 2.5 if bold else 1.3}
         style["linestyle"] = "--" if name in (RESIZED, PATCHES) else "-"
-        axis.plot(counts, [share[name, n] for n in counts], marker="o", label=name, **style)
-    axis.set(
-        xscale="log", xlabel="tokens", ylabel="decides as with all 196 patches", ylim=(0, 1.02)
-    )
+        axis.plot(counts, [share[name, n] for n in counts], marker="o", label=label(name), **style)
+    axis.set(xscale="log", xlabel="tokens", ylabel="agreement with all 196 patches", ylim=(0, 1.02))
     axis.set_xticks(counts, [str(n) for n in counts])
     axis.minorticks_off()
     axis.grid(alpha=0.3)
@@ -217,15 +223,18 @@ def plot(results: Row, path: Path) -> None:
 
 
 def main(
-    weights: Annotated[Path | None, typer.Option(help="ViT-Ti/16 weights, .safetensors.")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Weights of the ViT-Ti/16 (.safetensors).")
+    ] = None,
     frames: Annotated[
-        list[Path] | None, typer.Option(help="A folder with .jpg frames in or below it; repeat.")
+        list[Path] | None,
+        typer.Option(help="Folder with .jpg frames, searched recursively; repeatable."),
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="Crops, evenly spread over all frames.")] = 120,
-    seeds: Annotated[int, typer.Option(min=1, help="Of random placements.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of the random placements.")] = 3,
     output: Path = RESULTS / "spot.json",
 ) -> None:
-    """Measures, writes the JSON, the tables and the plot."""
+    """Measure; write the JSON, the tables and the plot."""
     if (weights is None) != (not frames):
         raise typer.BadParameter("--weights and --frames must be given together")
     if weights and frames:

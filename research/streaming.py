@@ -1,9 +1,9 @@
-"""``python -m research.streaming``: what a running median loses.
+"""``python -m research.streaming``: the error of running medians.
 
-The mean distance from the exact median, in units of the mean spread of the elements, of
-``RunningMedian`` and of other estimators of small state, on random values and on the features of a
-real ViT (``--weights``, ``--frames``; left out without them). Writes
-research/results/streaming.json, prints the table.
+Measures the mean distance of ``RunningMedian``, and of other estimators with small state, from the
+exact median, in units of the mean spread of the elements: on random values and, if ``--weights``
+and ``--frames`` are given, on features of a pretrained ViT. Writes research/results/streaming.json
+and prints the table.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from benchmarks.peers import p_square, step_halving
 from research import RESULTS
 from srt_ext import views
 
-RADII = {9: 1, 49: 3, 225: 7}  # of the grids of whole pixels with so many views
+RADII = {9: 1, 49: 3, 225: 7}  # views of a whole-pixel grid: its radius
 ELEMENTS = 20000
 
 
@@ -38,7 +38,7 @@ def window(values: torch.Tensor) -> torch.Tensor:
     return running.result().flatten()
 
 
-# Name: the estimator, and the numbers of float32 that it keeps of each element.
+# Name: the estimator, and the float32 numbers of its state per element.
 METHODS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], int]] = {
     "window of 7 (RunningMedian)": (window, 8),
     "P-square": (p_square, 8),
@@ -48,7 +48,7 @@ METHODS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], int]] = {
 
 
 def random_values(kind: str, count: int) -> torch.Tensor:
-    """[V, E], independent: in any order they are as good."""
+    """[V, E], independent, so that their order does not matter."""
     values = torch.randn(count, ELEMENTS)
     if kind == "10 % outliers":
         return torch.where(torch.rand(values.shape) < 0.1, 10 * values, values)
@@ -62,9 +62,9 @@ def random_values(kind: str, count: int) -> torch.Tensor:
 
 
 def real_values(weights: Path, frames: Path) -> dict[int, torch.Tensor]:
-    """For each number of views, features [V, E] in raster order: a cell of stride 4 is an element.
+    """Features [V, E] for each number of views, in raster order; elements are from stride-4 cells.
 
-    Of the last layer of a ViT-Ti/16, on the first frame of two sequences, 224 x 224 pixels.
+    Last layer of a ViT-Ti/16, first frames of two sequences, 224 x 224 pixels.
     """
     from PIL import Image
 
@@ -136,7 +136,7 @@ def accuracy(weights: Path | None, frames: Path | None) -> list[dict[str, Any]]:
 def table(results: dict[str, Any]) -> str:
     counts = list(RADII)
     head = " | ".join(f"V = {count}" for count in counts)
-    lines = [f"| values | method | state | {head} | ns an update |", "|---" * 7 + "|"]
+    lines = [f"| values | method | state | {head} | ns per update |", "|---" * 7 + "|"]
     rows = results["accuracy"]
     for kind in dict.fromkeys(row["values"] for row in rows):
         for name, (_, state) in METHODS.items():
@@ -147,11 +147,15 @@ def table(results: dict[str, Any]) -> str:
 
 
 def main(
-    weights: Annotated[Path | None, typer.Option(help="ViT-Ti/16 weights, .safetensors.")] = None,
-    frames: Annotated[Path | None, typer.Option(help="Folders of .jpg frames.")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Weights of the ViT-Ti/16 (.safetensors).")
+    ] = None,
+    frames: Annotated[
+        Path | None, typer.Option(help="Folder with one folder of .jpg frames per sequence.")
+    ] = None,
     output: Path = RESULTS / "streaming.json",
 ) -> None:
-    """Measures, writes the JSON, prints the table."""
+    """Measure; write the JSON; print the table."""
     if (weights is None) != (frames is None):
         raise typer.BadParameter("--weights and --frames must be given together")
     torch.manual_seed(0)

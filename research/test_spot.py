@@ -78,7 +78,7 @@ def test_crops_are_the_middle_of_frames_spread_over_all(tmp_path: Path) -> None:
     assert found.shape == (3, 3, 224, 224)
     assert (found.float().mean((1, 2, 3)) - torch.tensor([0.0, 100, 200])).abs().max() < 1
     Image.new("RGB", (223, 300)).save(tmp_path / "9.jpg")
-    with pytest.raises(typer.BadParameter, match=r"224 pixels or more a side; got .*9.jpg"):
+    with pytest.raises(typer.BadParameter, match=r"at least 224 x 224 pixels; got .*9.jpg"):
         spot.crops([tmp_path], 6)
     with pytest.raises(typer.BadParameter, match=r"must hold .jpg frames"):
         spot.crops([tmp_path / "none"], 1)

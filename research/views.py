@@ -1,10 +1,10 @@
-"""``python -m research.views``: what is lost with fewer views.
+"""``python -m research.views``: the error of designs with few views.
 
-The mean field of a design of few views against that of the grid of all whole pixels of the same
-radius, on real frames through a real ViT-Ti/16. The error is a share of what SRT changes at all:
-the distance from the field of the whole grid, over that of the plain picture's field. Writes
-research/results/views.json, and views.md and views.svg beside it; without ``--weights`` and
-``--frames`` the latter two again from the JSON.
+Compares the mean field of a design with the mean field of the full grid, all whole-pixel offsets up
+to the same radius, on real frames with a pretrained ViT-Ti/16. The error is the distance to the
+field of the full grid, divided by the distance of the unshifted image's field to it. Writes
+research/results/views.json, views.md and views.svg; without ``--weights`` and ``--frames``
+regenerates the latter two from the JSON.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from srt_ext.views import Views
 
 RADII = (2, 3, 5, 8)
 COUNTS = (4, 5, 7, 9, 13, 16, 25)
-# Views between the pixels are forwards of their own: of these only.
+# Sub-pixel views need forward passes of their own, so only these are measured.
 SUBPIXEL_RADII, SUBPIXEL_COUNTS = (3, 8), (4, 7, 9, 16)
-LAYERS = (3, 7, 11)  # of 12, from 0; each through the last normalisation
+LAYERS = (3, 7, 11)  # of 12, from 0; each through the final norm
 STRIDE = 4
-BATCH = 16  # views in one forward
+BATCH = 16  # views per forward pass
 INTERPOLATIONS = ("bilinear", "bicubic")
 
 Design = torch.Tensor | Views
@@ -41,7 +41,7 @@ Row = dict[str, Any]
 
 
 # ---- designs ------------------------------------------------------------------------------------
-# Each stands for the grid of whole pixels of a radius. "Matched" is one that has its variance.
+# Each approximates the full grid of a radius. A "matched" design has the variance of that grid.
 
 
 def moments(radius: int) -> tuple[float, float]:
@@ -51,7 +51,7 @@ def moments(radius: int) -> tuple[float, float]:
 
 
 def reach(count: int, radius: int) -> float:
-    """How far ``count`` values evenly spaced must reach to have the variance of the whole grid."""
+    """The extent at which ``count`` evenly spaced values have the variance of the full grid."""
     return math.sqrt(3 * moments(radius)[0] * (count - 1) / (count + 1))
 
 
@@ -71,7 +71,7 @@ def matched_grid(count: int, radius: int, seed: int) -> torch.Tensor | None:
 
 
 def gauss_grid(count: int, radius: int, seed: int) -> Views | None:
-    """Three lines on each axis, near Gauss's, with weights that match the variance."""
+    """Three nodes per axis, close to Gaussian quadrature, with weights that match the variance."""
     if count != 9:
         return None
     m2, m4 = moments(radius)
@@ -104,7 +104,7 @@ def modulo_n(count: int, radius: int, seed: int) -> torch.Tensor:
 
 
 def two_lattices(count: int, radius: int, seed: int) -> Design | None:
-    """A lattice and its mirror image: dy and dx do not correlate. What both have is run once."""
+    """A lattice and its mirror image: dy and dx are uncorrelated. Common views occur once."""
     n = (count + 1) // 2
     if count % 2 and n % 2 == 0:
         return None
@@ -122,7 +122,7 @@ def sobol(count: int, radius: int, seed: int) -> torch.Tensor:
 
 
 def mirrored_sobol(count: int, radius: int, seed: int) -> torch.Tensor:
-    """Half of the points, and their mirror images, with the variance of the whole grid."""
+    """Half of the points and their mirror images, with the variance of the full grid."""
     engine = torch.quasirandom.SobolEngine(2, scramble=True, seed=seed)
     half = 2 * engine.draw(count // 2, dtype=torch.float64) - 1
     points = torch.cat([half, -half, torch.zeros(count % 2, 2, dtype=torch.float64)])
@@ -130,7 +130,7 @@ def mirrored_sobol(count: int, radius: int, seed: int) -> torch.Tensor:
 
 
 def ring_of(count: int, distance: float, variance: float) -> Views:
-    """The picture, and count - 1 views around it with weights that give the variance."""
+    """The identity and a ring of count - 1 views, with weights that match the variance."""
     angles = torch.arange(count - 1, dtype=torch.float64) * (2 * math.pi / (count - 1))
     circle = (distance * torch.stack([angles.sin(), angles.cos()], 1)).round().float()
     share = min(1, 2 * variance / circle.square().sum(1).mean().item())
@@ -139,7 +139,7 @@ def ring_of(count: int, distance: float, variance: float) -> Views:
 
 
 def ring(count: int, radius: int, seed: int) -> Views:
-    """With the variance of the square, continuous."""
+    """A ring with the variance of the continuous square."""
     return ring_of(count, radius, radius**2 / 3)
 
 
@@ -148,21 +148,21 @@ def matched_ring(count: int, radius: int, seed: int) -> Views:
 
 
 def far_ring(count: int, radius: int, seed: int) -> Views:
-    """Matched, at the distance that has the fourth moment of the whole grid, too."""
+    """Matched, at the distance that also has the fourth moment of the full grid."""
     m2, m4 = moments(radius)
     return ring_of(count, math.sqrt((m4 + m2**2) / m2), m2)
 
 
 def equal_ring(count: int, radius: int, seed: int) -> torch.Tensor:
-    """Matched by its distance: its weights are equal."""
+    """A ring with equal weights, matched by its distance."""
     m2 = moments(radius)[0]
     return ring_of(count, math.sqrt(2 * m2 * count / (count - 1)), m2).offsets
 
 
 def radon(count: int, radius: int, seed: int) -> Views | None:
-    """Seven views near those of Radon's formula (1948), with weights that match the variance.
+    """Seven views close to Radon's formula (1948), with weights that match the variance.
 
-    Four at (+-v, +-u), two at (+-far, 0): between the pixels it has all moments to degree 5.
+    Four at (+-v, +-u), two at (+-far, 0). Before rounding, all moments up to degree 5 are exact.
     """
     if count != 7:
         return None
@@ -176,13 +176,13 @@ def radon(count: int, radius: int, seed: int) -> Views | None:
 
 
 def random(count: int, radius: int, seed: int) -> torch.Tensor:
-    """So many of the whole grid."""
+    """``count`` random offsets of the full grid."""
     whole = views.grid(radius).offsets
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
     return whole[order[:count]]
 
 
-# Rounded to whole pixels, where nothing is interpolated. None: no design of that count.
+# Offsets are rounded to whole pixels, which need no interpolation. None: no design of this count.
 DESIGNS: dict[str, Callable[[int, int, int], Design | None]] = {
     "lattice, matched": matched_lattice,
     "lattice to the edge": lattice,
@@ -220,19 +220,19 @@ PLOTTED = {
 
 
 class Trial:
-    """One design of one count and radius: which of all views it has, and what it loses."""
+    """A design of one count and radius: its views and its errors."""
 
     def __init__(self, name: str, count: int, radius: int, design: Design, how: int) -> None:
         self.name, self.count, self.radius, self.how = name, count, radius, how
         self.offsets, self.weights, _ = views.resolve(design)
         self.index = torch.empty(0, dtype=torch.long)  # [V], into the views of all trials
-        self.errors: list[list[float]] = []  # of a frame: of each layer
+        self.errors: list[list[float]] = []  # [frames][layers]
 
 
 def plan() -> tuple[list[Trial], torch.Tensor]:
-    """All trials, the whole grids first, and their views, each once.
+    """All trials, the full grids first, and their distinct views.
 
-    A view is (interpolation, dy, dx), [U, 3]; on whole pixels they do not differ by the first.
+    A view is (interpolation, dy, dx), [U, 3]; for whole pixels the interpolation is 0.
     """
     trials = [Trial("whole", (2 * r + 1) ** 2, r, views.grid(r).offsets, 0) for r in RADII]
     for radius, count in itertools.product(RADII, COUNTS):
@@ -253,9 +253,9 @@ def plan() -> tuple[list[Trial], torch.Tensor]:
                     if offsets is not None:
                         label = f"{name}, between pixels, {word}"
                         trials.append(Trial(label, count, radius, offsets, how))
-    shown = [torch.zeros(1, 3)]  # the plain picture
+    shown = [torch.zeros(1, 3)]  # the unshifted image
     for trial in trials:
-        # What comes out of a square root may miss a whole pixel by its rounding.
+        # Rounding errors of square roots may miss a whole pixel.
         offsets = trial.offsets.mul(2**16).round().div(2**16) + 0.0  # no -0
         between = (offsets != offsets.round()).any(1, keepdim=True)
         shown.append(torch.cat([trial.how * between, offsets], 1))
@@ -269,7 +269,7 @@ def plan() -> tuple[list[Trial], torch.Tensor]:
 
 
 def pictures(folders: list[Path], every: int, size: int) -> list[tuple[str, torch.Tensor]]:
-    """Names, and values [1, 3, H, W] from 0 to 1: the longer side ``size``, whole patches."""
+    """Names and images [1, 3, H, W] in 0..1: the longer side about ``size``, in whole patches."""
     from PIL import Image
 
     found = []
@@ -288,9 +288,9 @@ def pictures(folders: list[Path], every: int, size: int) -> list[tuple[str, torc
 
 
 def tokens_of(vit: Any, image: torch.Tensor, shown: torch.Tensor) -> list[torch.Tensor]:
-    """Of each layer the tokens [U, 1, N, C] of the views ``shown`` [U, 3] of an image [1, 3, H, W].
+    """Tokens [U, 1, N, C] of each layer, for the views ``shown`` [U, 3] of an image [1, 3, H, W].
 
-    They are sorted by interpolation.
+    The views must be sorted by interpolation.
     """
     parts = []
     chunks = [
@@ -371,7 +371,7 @@ def summary(errors: list[list[float]]) -> Row:
 
 
 def rows(trials: list[Trial]) -> list[Row]:
-    """One for each design, count and radius; seeds count as frames."""
+    """One row per design, count and radius; seeds count as frames."""
     found: dict[tuple[str, int, int], list[Trial]] = {}
     for trial in trials:
         if trial.name != "whole":
@@ -392,7 +392,7 @@ def rows(trials: list[Trial]) -> list[Row]:
 
 
 def table(results: Row, count: int) -> str:
-    """Designs of one count, the best first: the median error of each radius and layer."""
+    """Median errors of the designs of one count by radius and layer, best design first."""
     chosen = [row for row in results["rows"] if row["views"] == count]
     radii = sorted({row["radius"] for row in chosen})
     at = {(row["design"], row["radius"]): row["error"] for row in chosen}
@@ -431,12 +431,13 @@ def document(results: Row) -> str:
         f"ViT-Ti/16, {len(results['frames'])} frames, longer side {results['size']} pixels, "
         f"bilinear upsampling, stride {results['stride']}; "
         f"torch {facts['torch']}, commit {facts['commit']}, {facts['date']}, "
-        f"{results['seconds']} s. Medians over the frames of ||design - whole|| / ||plain - "
-        "whole||, where whole is the mean over all whole pixels up to the radius and plain the "
-        "untouched picture; quartiles are in the JSON. Designs are rounded to whole pixels, but "
-        "for those between them. The column mean is over radii and layers, and orders the "
-        "rows. The least of a column is bold.",
-        "## What SRT changes at all: ||plain - whole|| / ||whole||",
+        f"{results['seconds']} s.",
+        "Error: ||design - full|| / ||plain - full||, medians over the frames. Design: mean field "
+        "of the views of the design. Full: mean field of all whole-pixel offsets up to the radius. "
+        "Plain: field of the unshifted image. The JSON has the quartiles. All designs are rounded "
+        'to whole pixels, except the rows that say "between pixels". The column mean is over '
+        "radii and layers; the rows are ordered by it. Bold: the least of a column.",
+        "## Effect of SRT: ||plain - full|| / ||full||",
         markdown(
             ["radius", *(f"layer {layer}" for layer in layers)],
             (
@@ -451,7 +452,7 @@ def document(results: Row) -> str:
 
 
 def plot(results: Row, path: Path) -> None:
-    """The error (mean of the layers) against the number of views, at two radii."""
+    """The error (mean over the layers) against the number of views, at two radii."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(13, 6), layout="constrained", sharey=True)
@@ -472,21 +473,24 @@ def plot(results: Row, path: Path) -> None:
         axis.set_yticks(ticks := [0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.9], [f"{t:g}" for t in ticks])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("error, as a share of what SRT changes")
+    axes[0].set_ylabel("error / effect of SRT")
     axes[1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     save_figure(figure, path)
 
 
 def main(
-    weights: Annotated[Path | None, typer.Option(help="ViT-Ti/16 weights, .safetensors.")] = None,
-    frames: Annotated[
-        list[Path] | None, typer.Option(help="A folder with .jpg frames in or below it; repeat.")
+    weights: Annotated[
+        Path | None, typer.Option(help="Weights of the ViT-Ti/16 (.safetensors).")
     ] = None,
-    every: Annotated[int, typer.Option(help="Take each so-many-th frame of a folder.")] = 10,
-    size: Annotated[int, typer.Option(help="Longer side of a frame, pixels.")] = 256,
+    frames: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder with .jpg frames, searched recursively; repeatable."),
+    ] = None,
+    every: Annotated[int, typer.Option(help="Use every N-th frame of a folder.")] = 10,
+    size: Annotated[int, typer.Option(help="Longer side of a frame in pixels.")] = 256,
     output: Path = RESULTS / "views.json",
 ) -> None:
-    """Measures, writes the JSON, the tables and the plot."""
+    """Measure; write the JSON, the tables and the plot."""
     if (weights is None) != (not frames):
         raise typer.BadParameter("--weights and --frames must be given together")
     if weights and frames:

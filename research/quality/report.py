@@ -435,7 +435,7 @@ def document(results: Row) -> str:
         "# quality",
         "![Quality against operations](quality.svg)",
         f"torch {facts['torch']}, commit {facts['commit']}, {facts['date']}. "
-        "[research/README.md](../README.md#quality-what-srt-is-worth-and-what-it-costs) describes "
+        "[research/README.md](../README.md#quality-against-cost) describes "
         "the tasks.",
         "- Field: views are written as in `srt_ext.SRT(views=...)`; the result is their mean "
         "unless a row says median. Scale: factor by which the image is enlarged. `published`: "
