@@ -1,4 +1,4 @@
-"""Tensors as NumPy arrays and back, on the same memory; bfloat16 where ml_dtypes is there."""
+"""Conversion between tensors and NumPy arrays that share memory; bfloat16 needs ml_dtypes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ try:
 except ImportError:
     bfloat16 = None
 
-# The dtypes that both libraries have here.
+# The dtypes that both libraries support here.
 COMMON_DTYPES = DTYPES if bfloat16 else tuple(d for d in DTYPES if d != torch.bfloat16)
 
 
 def array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    """With the same strides."""
+    """Returns an array on the same memory, with the same strides."""
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.uint16).numpy().view(bfloat16)
     return tensor.numpy()
@@ -31,7 +31,7 @@ def tensor(values: np.ndarray[Any, Any]) -> torch.Tensor:
 
 
 def arrays(values: Any) -> Any:
-    """Tensors among arguments, as arrays."""
+    """Converts all tensors among arguments to arrays."""
     if isinstance(values, torch.Tensor):
         return array(values)
     if isinstance(values, dict):

@@ -1,12 +1,12 @@
-"""The ways to run the kernels, with one interface, so that each test runs with all of them.
+"""Backends: every way to run the kernels, behind one interface that each test runs over.
 
 - ``cpu-*``: the ops on the CPU, with the kernels of one instruction set.
 - ``interp``: the CUDA sources, executed on the CPU. g++ compiles them with
   cuda_on_host/cuda_runtime.h.
 - ``cuda``: the ops on a GPU.
 
-Images, tokens, gradients and results are on the CPU. ``place`` says where the offsets and weights
-of a call are, both or each: on the "host" or on the "device", in the dtype of the case.
+Images, tokens, gradients and results are on the CPU. ``place`` selects where the offsets and weights
+of a call are: "host" or "device", one value for both or a pair. They have the dtype of the case.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ SOURCES = ROOT / "csrc" / "srt"
 
 Place = str | tuple[str, str]
 Chunks = Sequence[tuple[Ensemble, torch.Tensor]]
-PLANES = {"mean": 1, "moments": 2, "median": 8}  # of the state of a stream
+PLANES = {"mean": 1, "moments": 2, "median": 8}  # in the state of a stream
 
 
 def _placed(place: Place) -> tuple[str, str]:
@@ -76,13 +76,13 @@ def _placed(place: Place) -> tuple[str, str]:
 def buffer(
     shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: str = "cpu"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A block of memory full of 7, and an output inside it that leaves a guard on every side."""
+    """Returns memory filled with 7, and an output inside it with a guard on every side."""
     b, c, h, w = shape
     sizes, inner, order = {
         "contiguous": ((b + 2, c, h, w), (slice(1, -1),), (0, 1, 2, 3)),
         "channels_last": ((b + 2, h, w, c), (slice(1, -1),), (0, 3, 1, 2)),
         "padded": ((b + 2, h + 2, w + 2, c + 2), (slice(1, -1),) * 4, (0, 3, 1, 2)),
-        # Steps of 2 and 3 between elements, and an axis order of its own.
+        # Strides of 2 and 3 elements, and a permuted order of the axes.
         "steps": (
             (3 * w + 3, b + 2, 2 * c + 2, h + 2),
             (slice(1, -2, 3), slice(1, -1), slice(1, -1, 2), slice(1, -1)),
@@ -96,7 +96,11 @@ def buffer(
 def empty_state(
     case: Ensemble, reduce: str, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """Of a stream: [planes, B, C, H', W'], [H', W'] the weight or count, and both for an op."""
+    """The empty state of a stream.
+
+    Returns:
+        fields [planes, B, C, H', W'], weight or count [H', W'], and both as the arguments of an op.
+    """
     fields = torch.zeros(PLANES[reduce], *case.shape, dtype=dtype, device=device)
     weight = torch.zeros(case.shape[2:], dtype=torch.float64, device=device)
     return fields, weight, [*([fields] if reduce == "median" else fields), weight]
@@ -113,7 +117,7 @@ class Ops:
         self.places = ("host",) if device == "cpu" else ("host", "device")
 
     def put(self, tensor: torch.Tensor) -> torch.Tensor:
-        """On the device, with the strides and the place in its storage that it has."""
+        """Copies a tensor to the device; strides and storage offset are kept."""
         if self.device == "cpu":
             return tensor
         storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
@@ -123,7 +127,7 @@ class Ops:
     def call(
         self, case: Ensemble | Shift | Windows, data: torch.Tensor, place: Place = "host"
     ) -> tuple[list[Any], dict[str, Any]]:
-        """Arguments and keywords of an op."""
+        """Returns the arguments and keyword arguments of an op."""
         (data, *rest), modes = case.call(data)
         places = dict(zip((0, len(rest) - 1), _placed(place), strict=False))
         for i, where in places.items():
@@ -132,7 +136,7 @@ class Ops:
         return [self.put(data), *rest], modes
 
     def assert_same(self, actual: torch.Tensor, expected: torch.Tensor) -> None:
-        """The same bits; on a GPU close, for other kernels may sum in another order."""
+        """Asserts bitwise equality; on a GPU closeness, as other kernels may sum in another order."""
         if self.device == "cpu":
             assert torch.equal(actual, expected)
         else:
@@ -147,7 +151,10 @@ class Ops:
         place: Place = "host",
         layout: str | None = None,
     ) -> torch.Tensor:
-        """[B, C, H', W'], of moments [2, B, C, H', W']; ``layout``: of an ``out=`` with guards."""
+        """Returns [B, C, H', W'], for moments [2, B, C, H', W'].
+
+        With a ``layout`` the result is written to an ``out=`` of that layout between guards.
+        """
         args, modes = self.call(case.fit(reduce), tokens, place)
         if reduce == "moments":
             return torch.stack(srt_ext.ensemble_moments(*args, **modes)).cpu()
@@ -162,7 +169,7 @@ class Ops:
         return field
 
     def shift(self, case: Shift, image: torch.Tensor, *, place: Place = "host") -> torch.Tensor:
-        """[V, B, C, H, W]."""
+        """Returns the views [V, B, C, H, W]."""
         args, modes = self.call(case, image, place)
         views = srt_ext.shift(*args, **modes)
         assert views.is_contiguous()
@@ -186,7 +193,7 @@ class Ops:
         return torch.autograd.grad(srt_ext.shift(*args, **modes), args[0], self.put(grad))[0].cpu()
 
     def windows(self, case: Windows, image: torch.Tensor, *, place: Place = "host") -> torch.Tensor:
-        """[B, N, C, Ph, Pw]."""
+        """Returns the windows [B, N, C, Ph, Pw]."""
         args, modes = self.call(case, image, place)
         result = srt_ext.windows(*args, **modes)
         assert result.is_contiguous()
@@ -204,7 +211,7 @@ class Ops:
     def windows_points(
         self, case: Windows, grad: torch.Tensor, image: torch.Tensor, *, place: Place = "host"
     ) -> torch.Tensor:
-        """[2, B, N, 2], float64: the gradients of the centers and of the scale of each window."""
+        """Returns the gradients of the centers and scales of all windows, [2, B, N, 2] in float64."""
         (image, centers, _, scale), modes = self.call(case, image, place)
         op = torch.ops.srt._windows_backward_points
         return torch.stack(op(self.put(grad), image, centers, scale, **modes)).cpu()
@@ -212,7 +219,7 @@ class Ops:
     def stream(
         self, chunks: Chunks, reduce: str, *, place: Place = "host"
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The state after the chunks: [planes, B, C, H', W'], and [H', W'] the weight or count."""
+        """Returns the state: fields [planes, B, C, H', W'], and the weight or count [H', W']."""
         case, tokens = chunks[0]
         dtype = torch.promote_types(tokens.dtype, torch.float32)
         fields, weight, state = empty_state(case, reduce, dtype, self.device)
@@ -225,7 +232,7 @@ class Ops:
 
 # ---- the CUDA sources, executed on the CPU ------------------------------------------------------
 
-GUARD = 512  # bytes on each side of a buffer; more than any access is wide
+GUARD = 512  # bytes on each side of a buffer; wider than any access
 CODES = {t: i for i, t in enumerate((*DTYPES, torch.uint8))}  # srt::DType
 
 
@@ -310,8 +317,8 @@ class HostDevice(Structure):
 class Guarded:
     """A flat buffer of ``count`` elements between guards; all bytes are 0xff, which is NaN.
 
-    A read beyond it shows in the result, a write beyond it in the guards. ``skip`` elements in
-    front spoil its alignment.
+    An out-of-bounds read shows in the result, an out-of-bounds write in the guards. ``skip``
+    elements before the buffer misalign it.
     """
 
     def __init__(self, count: int, dtype: torch.dtype, skip: int = 0) -> None:
@@ -323,7 +330,7 @@ class Guarded:
 
     @classmethod
     def copy(cls, tensor: torch.Tensor) -> Guarded:
-        """The span of ``tensor``, with its strides and the alignment of its storage offset."""
+        """Copies the memory that ``tensor`` spans, at the alignment of its storage offset."""
         span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
         guarded = cls(span, tensor.dtype, tensor.storage_offset() % 64)
         guarded.elements.copy_(tensor.as_strided((span,), (1,)))
@@ -338,7 +345,7 @@ class Guarded:
 
 
 class Values:
-    """Offsets or weights: float64 on the host, or "on the device" as they are."""
+    """Offsets or weights: float64 on the host, or in their own dtype "on the device"."""
 
     def __init__(self, values: torch.Tensor | None, place: str) -> None:
         self.struct = ViewArray()
@@ -354,7 +361,10 @@ class Values:
 
 
 class CudaOnHost:
-    """The kernels, called as the glue calls them. Every element of an output is written once."""
+    """The CUDA kernels, called as csrc/torch calls them.
+
+    Each call checks that every element of the output is written once.
+    """
 
     device = "cpu"
     assert_same = Ops.assert_same
@@ -366,7 +376,7 @@ class CudaOnHost:
         windows = ("windows", "windows_backward_image", "windows_backward_points")
         for name in ("ensemble", "shift", "mean_backward", "shift_backward", *windows):
             getattr(library, name).restype = c_char_p
-        self.gaps: list[tuple[int, int]] = []  # of the workspace: address and bytes
+        self.gaps: list[tuple[int, int]] = []  # in the workspace: address and bytes
         self._gap = CFUNCTYPE(None, c_void_p, c_int64)(lambda *gap: self.gaps.append(gap))
         library.watch_workspace(self._gap)
         self.reset()
@@ -435,10 +445,9 @@ class CudaOnHost:
         layout: str | None = None,
         state: tuple[Guarded, Guarded] | None = None,
     ) -> torch.Tensor:
-        """As Ops.ensemble. "padded" has gaps of 16 elements behind cells and rows.
+        """As Ops.ensemble.
 
-        The layouts but "channels_last" and "contiguous" are not aligned.
-
+        "padded" has gaps of 16 elements after cells and rows. "padded" and "steps" are misaligned.
         With a ``state`` (fields and weight or count) the tokens are a chunk of a stream.
         """
         case = case.fit(reduce)
@@ -464,7 +473,7 @@ class CudaOnHost:
         args.plane_stride = size
         self._run(self.library.ensemble, args, self._values(case, place), out)
         assert source.intact()
-        # Which bytes belong to an element, and were they written once and no other ones?
+        # Every byte of an element must have been written once, and no other byte.
         shape, steps = (planes, *case.shape), (size, *strides)
         expected = torch.zeros(planes * size, dtype.itemsize, dtype=torch.uint8)
         steps_of_bytes = (*(s * dtype.itemsize for s in steps), 1)
@@ -514,7 +523,7 @@ class CudaOnHost:
         result: Guarded,
         **pointers: int,
     ) -> None:
-        """``views``: [V, B, C, H, W]."""
+        """``views``: the shape [V, B, C, H, W]."""
         offsets = torch.tensor(case.offsets, dtype=case.value_dtype)
         args = ShiftArgs(
             dtype=CODES[result.elements.dtype],
@@ -557,7 +566,7 @@ class CudaOnHost:
         result: Guarded,
         **pointers: int,
     ) -> None:
-        """``given``: an image [B, C, H, W] of the strides."""
+        """``given``: an image [B, C, H, W] with the shape and strides of the call."""
         (_, centers, window, scale), _ = case.call(given)
         args = WindowsArgs(
             dtype=CODES[given.dtype],
@@ -620,9 +629,9 @@ def linked(objects: Iterable[Path], to: Path, *flags: str) -> Path:
 
 @functools.cache
 def objects() -> dict[str, Path]:
-    """The objects of the CUDA sources, by the sources' names.
+    """Compiles the CUDA sources and returns their object files by source name.
 
-    They are cached for the next run, in a folder named by the hash of their sources.
+    The files are cached for the next run, in a folder named after the hash of the sources.
     """
     if shutil.which("g++") is None or not SOURCES.is_dir():
         pytest.skip("needs g++ and the sources")
@@ -648,10 +657,10 @@ def objects() -> dict[str, Path]:
 
 
 def compile_in_background() -> None:
-    """So that the first tests need not wait for the compiler."""
+    """Compiles the CUDA sources in a thread, while the first tests run."""
 
     def compile_() -> None:
-        # Whoever needs the objects compiles them again, and sees why it cannot be done.
+        # A test that needs the objects compiles them again, and reports the error.
         with suppress(pytest.skip.Exception, subprocess.CalledProcessError):
             objects()
 
@@ -664,7 +673,7 @@ def host_library() -> ctypes.CDLL:
         return ctypes.CDLL(str(linked(objects().values(), Path(folder, "host.so"))))
 
 
-# ---- which there are ----------------------------------------------------------------------------
+# ---- available backends -------------------------------------------------------------------------
 
 Backend = Ops | CudaOnHost
 
@@ -675,7 +684,7 @@ ALL = [*map(pytest.param, CPU), INTERP, CUDA]
 
 
 def each_kernel(*kernels: str, backends: Sequence[Any] = ALL) -> pytest.MarkDecorator:
-    """Each backend with each kernel."""
+    """Parametrises a test over all pairs of kernel and backend."""
     params = [
         pytest.param(kernel, *backend.values, marks=backend.marks)
         for kernel in kernels

@@ -2,11 +2,11 @@
 
 A sum of products, each rounded at most n times on its way through weights, products and sums, is
 within gamma(n) = n u / (1 - n u) times the sum of their absolute values (Higham, Accuracy and
-Stability of Numerical Algorithms, lemma 3.1). The counts n are read from the kernels. They are
-upper bounds for both backends.
+Stability of Numerical Algorithms, lemma 3.1). The counts n follow from the code of the kernels.
+They are upper bounds for both backends.
 
-Each method returns one tensor: how far the sums, before they are rounded to the type of the output,
-may be from the oracle. ``assert_within_rounding`` adds the rounding of the output.
+Each method returns a tensor: the largest distance of the sums from the oracle, before the sums are
+rounded to the dtype of the output. ``assert_within_rounding`` adds that rounding.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from srt_ext import reference
 def gradient(
     function: Callable[[torch.Tensor], torch.Tensor], at: torch.Tensor, grad: torch.Tensor
 ) -> torch.Tensor:
-    """Of ``function`` at a tensor, for the gradient of its result."""
+    """The gradient of ``function`` at a tensor, for the gradient ``grad`` of its result."""
     at = at.detach().requires_grad_()
     result = function(at)
     if not result.requires_grad:  # the oracle does not read tokens that no view counts
@@ -34,11 +34,11 @@ def gradient(
 
 
 class EnsembleBounds:
-    """Bounds of ensemble, of moments, of their streams and gradients, for one call.
+    """Bounds for one call of ensemble or ensemble_moments, their streams and gradients.
 
     Args:
         case: the call.
-        tokens: [V, B, N, C], of the call.
+        tokens: the tokens of the call, [V, B, N, C].
     """
 
     def __init__(self, case: Ensemble, tokens: torch.Tensor) -> None:
@@ -61,7 +61,7 @@ class EnsembleBounds:
         # Products with these (3). In float32, all roundings to float64 count as one more.
         self.fixed = 16 + (in_float64 if self.dtype == torch.float64 else 1)
 
-        # Taps of a cell, as Axis::max_taps.
+        # The largest number of taps of a cell, as Axis::max_taps.
         more = 2 if case.border == "circular" else 0
         ty, tx = (
             min(n + more, 2 if s == 1 else (s - 1) // p + 3)
@@ -78,13 +78,13 @@ class EnsembleBounds:
     # ---- results --------------------------------------------------------------------------------
 
     def mean(self) -> torch.Tensor:
-        """[B, C, H', W'] of ensemble and of the mean of ensemble_moments."""
+        """[B, C, H', W'] for ensemble and for the mean of ensemble_moments."""
         args, modes = self.case.call(self.tokens.double().abs())
         bound = self._gamma(self.count) * reference.ensemble(*args, **modes)
         return bound + self._walk(self.views)
 
     def _walk(self, views: int) -> torch.Tensor:
-        """[B, C, 1, 1] what walks (csrc/srt/walk.h) of so many views add to the mean.
+        """[B, C, 1, 1]: the error that walks (csrc/srt/walk.h) over ``views`` views add to the mean.
 
         Along y, where the kernel walks, and along x, whose weights of a sum add up to 1.
 
@@ -100,11 +100,11 @@ class EnsembleBounds:
         return self._gamma(roundings) * 7 * axes * self.largest
 
     def median(self) -> torch.Tensor:
-        """[B, C, 1, 1]: if no value is off by more, neither is any order statistic."""
+        """[B, C, 1, 1]: an order statistic has at most the largest error of the values."""
         return self.stream_mean(0)
 
     def stream_mean(self, joins: int) -> torch.Tensor:
-        """[B, C, 1, 1] of the mean in a stream; with ``joins`` = 0 also of the value of any view.
+        """[B, C, 1, 1] for the mean of a stream; with ``joins`` = 0 also for the value of any view.
 
         A join of the state with a chunk or another state is old + share * (new - old), or a sum
         of two products. The share is rounded at most ``fixed`` times, the distance and the product
@@ -114,14 +114,14 @@ class EnsembleBounds:
 
     @cached_property
     def _values(self) -> torch.Tensor:
-        """[1 + V', B, C, H', W'] of no view, and of those of weight > 0; NaN where none counts."""
+        """[1 + V', B, C, H', W']: NaN, then the values of views of weight > 0; NaN where uncounted."""
         args, modes = self.case.call(self.tokens.double())
         sums = reference._view_sums(*args, **modes, dtype=torch.float64)
         values = [total / count for _, total, count in sums]
         return torch.stack([torch.full(self.case.shape, torch.nan, dtype=torch.float64), *values])
 
     def variance(self, joins: int = 0) -> torch.Tensor:
-        """[B, C, H', W'] of a variance; of a stream after so many joins.
+        """[B, C, H', W'] for a variance; for that of a stream after ``joins`` joins.
 
         w: the width of a cell; no two computed values are farther apart. off: the error of a value,
         of a mean of values, and of the mean of a stream. V views; F = ``fixed``.
@@ -148,7 +148,7 @@ class EnsembleBounds:
         return self._gamma(roundings) * width.square() + (4 + 2 * joins) * off * (width + off)
 
     def stream_weight(self, joins: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """[H', W'] the weight of the views of a stream, and its bound: both in float64."""
+        """The weight of the views of a stream and its bound, both [H', W'] in float64."""
         args, modes = self.case.call(self.tokens.double())
         weight = torch.zeros(self.case.shape[2:], dtype=torch.float64)
         for scale, _, count in reference._view_sums(*args, **modes, dtype=torch.float64):
@@ -170,19 +170,19 @@ class EnsembleBounds:
 
     @cached_property
     def _cells(self) -> tuple[int, int]:
-        """Along each axis, the cells of a view that read one token, at most."""
+        """Along each axis, the largest number of cells of a view that read one token."""
         height, width = self.case.shape[2:]
         if self.case.border == "clamp":  # the edge token is read from any distance
             return height, width
-        # A token is read by the pixels of its own pitch and of half of one at both ends.
+        # A token is read by the pixels of its own patch and of half a patch at both ends.
         y, x = (2 * p // s + 2 for p, s in zip(self.case.patch, self.case.stride, strict=True))
-        if self.case.border == "circular":  # also twice by one cell
+        if self.case.border == "circular":  # a cell may read it twice
             return y, x
         return min(height, y), min(width, x)
 
     @property
     def _fold(self) -> int:
-        """Roundings of a mean's gradient: rows are summed, then columns; on CUDA in two halves."""
+        """Roundings in the gradient of a mean: sums over rows, then columns; on CUDA in two halves."""
         y, x = self._cells
         return self.fixed + y + x + 1
 
@@ -190,18 +190,18 @@ class EnsembleBounds:
         return self._gamma(self._fold) * self._gradient("mean", grad.double().abs())
 
     def clear(self) -> torch.Tensor:
-        """[B, C, H', W'] where no rounding makes another view the median."""
+        """[B, C, H', W']: True where rounding cannot make another view the median."""
         args, modes = self.case.call(self.tokens.double())
         median = reference.ensemble(*args, reduce="median", **modes)
         close = (self._values - median).abs() <= 2 * self.median()
         return close.sum(0) <= 1
 
     def median_gradient(self, grad: torch.Tensor) -> torch.Tensor:
-        """That of a mean of one view."""
+        """As for the mean of one view."""
         return self._gamma(self._fold) * self._gradient("median", grad.double().abs())
 
     def moments_gradient(self, grad: torch.Tensor, grad_var: torch.Tensor) -> torch.Tensor:
-        """Of share * (grad + 2 * grad_var * (value - mean)), then that of a mean of one view.
+        """For share * (grad + 2 * grad_var * (value - mean)), then as for the mean of one view.
 
         The term is rounded 5 times: a cast of the share, a difference, two products and a sum.
         Value and mean, which are means of one view and of all, are off by gamma(count) * largest
@@ -215,11 +215,11 @@ class EnsembleBounds:
 
 
 class ShiftBounds:
-    """Bounds of shift and of its gradient, for one call.
+    """Bounds for one call of shift and its gradient.
 
     Args:
         case: the call.
-        dtype: of the image.
+        dtype: the dtype of the image.
     """
 
     def __init__(self, case: Shift, dtype: torch.dtype) -> None:
@@ -234,7 +234,7 @@ class ShiftBounds:
         return gamma(n, self.dtype)
 
     def _sizes(self, image: torch.Tensor) -> torch.Tensor:
-        """The oracle's views with the absolute values of the weights."""
+        """The oracle's views, computed with the absolute values of the weights."""
         args, modes = self.case.call(image)
         taps = reference._taps
 
@@ -251,10 +251,10 @@ class ShiftBounds:
     def gradient(self, grad: torch.Tensor) -> torch.Tensor:
         """Rows of a pixel, each by up to four taps, then columns, for each view.
 
-        An axis of n pixels has n + 3 positions. A pixel stands at 4 of them at most, with
-        ``border`` at all of them. In a view: a sum over the rows of a pixel with 4 taps each, over
-        4 taps of a column, and over its columns. The sum over columns goes on over all views. CUDA
-        sums rows in the padding by themselves (4), and 8 shares of the views.
+        An axis of n pixels has n + 3 positions. A pixel is at 4 of them at most, with ``border``
+        at all of them. In a view: a sum over the rows of a pixel with 4 taps each, over
+        4 taps of a column, and over its columns. The sum over columns continues over all views.
+        CUDA sums rows in the padding separately (4), and adds 8 shares of the views.
         """
         image = torch.zeros(grad.shape[1:], dtype=torch.float64)
         size = gradient(self._sizes, image, grad.double().abs())
@@ -265,11 +265,11 @@ class ShiftBounds:
 
 
 class WindowsBounds:
-    """Bounds of windows and of its gradients, for one call.
+    """Bounds for one call of windows and its gradients.
 
     Args:
         case: the call.
-        dtype: of the image.
+        dtype: the dtype of the image.
     """
 
     def __init__(self, case: Windows, dtype: torch.dtype) -> None:
@@ -298,7 +298,7 @@ class WindowsBounds:
         return self._gamma(4) * self._sizes(image) + self._moved(2 * image.max())
 
     def _moved(self, slope: torch.Tensor) -> torch.Tensor:
-        """What an error of the position makes of a value with this slope along both axes."""
+        """The effect of an error of the position on a value with this slope along both axes."""
         return 2 * self.position * slope
 
     def gradient(self, grad: torch.Tensor) -> torch.Tensor:

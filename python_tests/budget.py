@@ -1,4 +1,4 @@
-"""How far a kernel may be from the truth (DESIGN section 6)."""
+"""Error budgets: the allowed difference between a kernel and the oracle."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 def assert_within_budget(
     actual: torch.Tensor, truth: torch.Tensor, same_precision: torch.Tensor, times: float = 2
 ) -> None:
-    """At most twice the error of the oracle's own code run in the kernel's precision.
+    """Asserts an error of at most ``times`` that of the oracle's code in the kernel's precision.
 
-    For fixed samples: of random ones the oracle's error may happen to be small.
+    For fixed samples only: for random samples the oracle's error may be small by chance.
 
     Args:
         actual: the kernel's result.
         truth: the oracle in float64.
         same_precision: the oracle in float32, cast to the dtype of the kernel.
-        times: so many times its error; 4 for the mean, which walks from pixel to pixel.
+        times: the allowed ratio of both errors; 4 for the mean, which walks from pixel to pixel.
     """
     assert actual.shape == truth.shape
     assert same_precision.dtype == actual.dtype
@@ -44,19 +44,19 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def gamma(roundings: int, dtype: torch.dtype) -> float:
-    """By how much, relative to itself, so many roundings to ``dtype`` change a number."""
+    """The largest relative error after ``roundings`` roundings to ``dtype``."""
     u = roundings * torch.finfo(dtype).eps / 2
     assert u < 1
     return u / (1 - u)
 
 
 def assert_within_rounding(actual: torch.Tensor, truth: torch.Tensor, bound: torch.Tensor) -> None:
-    """Within the bound of the sums (bounds.py) and one rounding to the type of the result.
+    """Asserts an error within the bound of the sums (bounds.py) and one rounding of the result.
 
     Args:
         actual: the kernel's result.
         truth: the oracle in float64.
-        bound: of the sums, float64; its shape expands to that of ``truth``.
+        bound: the bound of the sums in float64, expandable to the shape of ``truth``.
     """
     assert actual.shape == truth.shape
     assert truth.dtype == bound.dtype == torch.float64

@@ -1,4 +1,4 @@
-"""``srt-ext`` in this process, a model that is small enough to be run often, and pictures."""
+"""Helpers to run ``srt-ext`` in this process: the command, a small model, and images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("timm")  # or the tests that import this module are skipped
+pytest.importorskip("timm")  # skips the tests that import this module
 pytest.importorskip("typer")
 
 import timm
@@ -25,7 +25,7 @@ _FOLDER = tempfile.TemporaryDirectory()
 
 
 def run(*arguments: object, code: int = 0) -> str:
-    """What was printed. ``code`` must be the exit status."""
+    """Runs the command, asserts its exit status ``code`` and returns its output."""
     result = CliRunner().invoke(app, [str(a) for a in arguments])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
@@ -35,7 +35,7 @@ def run(*arguments: object, code: int = 0) -> str:
 
 @functools.cache
 def small_weights(seed: int = 0) -> Path:
-    """Random ones of the small model, in a file."""
+    """The path of a file with random weights of the small model."""
     path = Path(_FOLDER.name, f"{seed}.safetensors")
     with torch.random.fork_rng():
         torch.manual_seed(seed)

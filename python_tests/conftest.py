@@ -1,7 +1,7 @@
-"""Fixtures that all tests share, and which tests run by default.
+"""Shared fixtures, and the selection of the tests that run by default.
 
-``pytest`` skips tests marked slow, and runs a few cases of each test marked interp;
-``pytest -m ""`` runs all, with more examples of hypothesis. Tests that are marked cuda need a GPU.
+``pytest`` skips tests marked ``slow`` and runs a few cases of each test marked ``interp``.
+``pytest -m ""`` runs all tests, with more examples of hypothesis. Tests marked ``cuda`` need a GPU.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from hypothesis import HealthCheck, settings
 
 import srt_ext  # noqa: F401  (registers torch.ops.srt)
 
-# Derandomised, so that a run says the same as the run before it. A fixture holds for all examples
-# of a test, as `backend` must.
+# Derandomised, so that runs are reproducible. Function-scoped fixtures such as `backend` are meant to
+# hold for all examples of a test.
 for profile, examples in (("fast", 15), ("full", 60)):
     settings.register_profile(
         profile,
@@ -34,7 +34,7 @@ for profile, examples in (("fast", 15), ("full", 60)):
         suppress_health_check=[HealthCheck.function_scoped_fixture],
     )
 
-INTERP_CASES = 6  # of a test, by default
+INTERP_CASES = 6  # of each test, by default
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -42,9 +42,9 @@ def pytest_configure(config: pytest.Config) -> None:
         settings.load_profile("fast" if "not slow" in config.option.markexpr else "full")
 
 
-@pytest.hookimpl(tryfirst=True)  # before those that are marked slow are left out
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects the slow tests
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    # JAX last: it starts threads, after which a process should not be forked, as tests do.
+    # JAX last: it starts threads, and other tests fork, which is not safe after that.
     items.sort(key=lambda item: "jax" in item.name)
     interp = defaultdict(list)
     for item in items:
@@ -61,7 +61,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    # Modules, items and models live long: the garbage collector would search them all the time.
+    # Modules, items and models live long: the garbage collector would scan them again and again.
     gc.freeze()
     gc.set_threshold(10_000)
     if session.config.option.collectonly:
@@ -70,27 +70,27 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         backends.compile_in_background()
 
 
-# Beside the checkout, on machines that have it.
+# Next to the checkout, on machines that have it.
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 @pytest.fixture(params=backends.ALL)
 def backend(request: pytest.FixtureRequest) -> Iterator[backends.Backend]:
-    """Runs a test once with each way to run the kernels."""
+    """Runs a test once with each backend (backends.py)."""
     with backends.opened(request.param) as kernels:
         yield kernels
 
 
 @pytest.fixture(params=backends.CPU)
 def cpu_kernels(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs a test once with each instruction set of this machine."""
+    """Runs a test once with each instruction set that this machine supports."""
     with backends.opened(request.param):
         yield request.param
 
 
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
-    """Sets the number of torch's threads, until the test ends."""
+    """Sets the number of torch's threads until the test ends."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)

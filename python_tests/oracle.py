@@ -42,7 +42,7 @@ def ensemble(
     reduce: str = "mean",
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
-    """[B, C, H', W'], of moments [2, B, C, H', W']."""
+    """The oracle's result [B, C, H', W'], for moments [2, B, C, H', W']."""
     args, modes = case.fit(reduce).call(tokens)
     if reduce == "moments":
         return torch.stack(reference.ensemble_moments(*args, **modes, dtype=dtype))
@@ -77,7 +77,7 @@ def field_of(
     place: Place = "host",
     **more: Any,
 ) -> Callable[..., torch.Tensor]:
-    """The field as a function of its tokens (and weights); all of it in one tensor."""
+    """The field as a function of tokens (and weights); moments are stacked in one tensor."""
     (_, *views, weights), modes = Ops(device).call(case, torch.empty(0), place)
 
     def field(tokens: torch.Tensor, weights: torch.Tensor | None = weights) -> torch.Tensor:
@@ -89,7 +89,7 @@ def field_of(
     return field
 
 
-# ---- the kernels, by their names ----------------------------------------------------------------
+# ---- kernels by name ----------------------------------------------------------------------------
 
 
 def samples_of(kernel: str) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def values_of(kernel: str, case: Case, dtype: torch.dtype) -> torch.Tensor:
 
 
 def poisoned(kernel: str, case: Case, dtype: torch.dtype, seed: int = 1) -> torch.Tensor:
-    """Of tokens some rows are not finite, of the others single pixels or cells."""
+    """``values_of``, not all finite: rows of tokens, or pixels or cells of the others."""
     values = values_of(kernel, case, dtype)
     return poison(values, seed) if kernel in REDUCES else poison(values[..., None], seed)[..., 0]
 
@@ -161,11 +161,11 @@ def bound_of(kernel: str, case: Case, values: torch.Tensor) -> torch.Tensor:
 
 
 def check(kernel: str, case: Case, values: torch.Tensor, result: torch.Tensor) -> None:
-    """By forward error bounds."""
+    """Checks a result by forward error bounds."""
     assert_within_rounding(result, truth(kernel, case, values), bound_of(kernel, case, values))
 
 
-# What the oracle says of a fixed sample is computed once for all backends.
+# The oracle's results for fixed samples are computed once for all backends.
 once = lru_cache(128)
 
 
@@ -183,13 +183,13 @@ def _in_float32(kernel: str, case: Case, dtype: torch.dtype) -> torch.Tensor:
 
 
 def check_rounding(kernel: str, case: Case, dtype: torch.dtype, result: torch.Tensor) -> None:
-    """By forward error bounds; ``result`` is that of ``values_of`` the case."""
+    """Checks the result for ``values_of`` the case by forward error bounds."""
     assert result.dtype == dtype
     assert_within_rounding(result, *_expected(kernel, case, dtype))
 
 
 def check_result(kernel: str, case: Case, dtype: torch.dtype, result: torch.Tensor) -> None:
-    """Of a fixed sample, ``values_of`` it: by the oracle's own error, too."""
+    """Checks the result for ``values_of`` a fixed sample, also by the oracle's own error."""
     check_rounding(kernel, case, dtype, result)
     if dtype in (torch.float64, torch.uint8):
         return
@@ -209,11 +209,11 @@ def check_sample(
 
 
 class Spoilt(NamedTuple):
-    """Values that are not all finite, and what the oracle says of them."""
+    """Values that are not all finite, and the results of the oracle."""
 
     values: torch.Tensor
     expected: torch.Tensor
-    clean: torch.Tensor  # values with 0 in place of what is not finite
+    clean: torch.Tensor  # values with 0 instead of non-finite values
     of_clean: tuple[torch.Tensor, ...]  # for the mean: the oracle's result and the bound
 
     @classmethod
@@ -232,21 +232,21 @@ def _poisoned(kernel: str, case: Case, dtype: torch.dtype, seed: int) -> Spoilt:
 def check_containment(
     kernel: str, backend: Backend, case: Case, dtype: torch.dtype, seed: int = 1
 ) -> None:
-    """Of values that are ``poisoned``."""
+    """As check_contained, for ``poisoned`` values."""
     check_contained(kernel, backend, case, _poisoned(kernel, case, dtype, seed))
 
 
 def check_contained(kernel: str, backend: Backend, case: Case, spoilt: Spoilt) -> None:
-    """A non-finite value reaches the outputs that read it, and changes no others.
+    """Asserts that a non-finite value reaches the outputs that read it and changes no others.
 
-    Near it a mean is summed in another order where it was a walk, on CUDA at every stride: the
-    others are right there, but not the same bits.
+    Near it, a mean that walks is summed in another order (on CUDA at every stride), so the other
+    outputs are within the error bound there, but not bitwise equal.
     """
     values, expected, clean, of_clean = spoilt
     result, reached = run(backend, kernel, case, values), ~expected.isfinite()
     assert torch.equal(~result.isfinite(), reached)
     if kernel in ("median", "moments"):
-        # An infinite value that is not the median leaves no trace. A variance may be Inf or NaN.
+        # An infinite value that is not the median does not show. A variance may be Inf or NaN.
         first = 0 if kernel == "moments" else ...
         assert torch.equal(result[first].isinf(), expected[first].isinf())
         return
@@ -259,6 +259,6 @@ def check_contained(kernel: str, backend: Backend, case: Case, spoilt: Spoilt) -
 
 
 def large_enough(case: Ensemble, dtype: torch.dtype, values: int = 304) -> Ensemble:
-    """In float32, so many values in a cell that the oracle's largest error is not one of a few."""
+    """Enlarges the batch in float32, so that the oracle's largest error is one of many values."""
     batch = values // case.channels if dtype == torch.float32 else 1
     return replace(case, batch=max(case.batch, batch))

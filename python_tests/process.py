@@ -1,4 +1,4 @@
-"""Python in a process of its own, and the peak memory of a call there."""
+"""Runs Python in a subprocess, and measures the peak memory of a call there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 def run_python(
     *arguments: object, code: int = 0, env: dict[str, str] | None = None, **options: Any
 ) -> subprocess.CompletedProcess[str]:
-    """Its output, as text. ``code`` must be its exit status; ``env`` is added to this process's."""
+    """Runs Python and asserts its exit status ``code``; ``env`` extends the environment."""
     result = subprocess.run(
         [sys.executable, *map(str, arguments)],
         env=os.environ | (env or {}),
@@ -27,12 +27,12 @@ def run_python(
 
 needs_proc = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
-# Address space: malloc is configured to map large blocks and to return them, so the peak is exact.
-# Resident memory is not: it has those pages of the libraries that happen to be there, and Linux
-# counts it only roughly where there are many cores.
+# Measures address space: malloc is configured to map large blocks and to return them, so the peak is
+# exact. Resident memory is not exact: it depends on the pages of the libraries that are loaded, and
+# Linux counts it only approximately on machines with many cores.
 PROCESS = """
 import torch
-torch.set_num_threads(1)  # others bring stacks; their scratch is not measured
+torch.set_num_threads(1)  # more threads add stacks; their scratch is not measured
 
 def status(key):
     with open("/proc/self/status") as lines:
@@ -47,13 +47,13 @@ assert {right}
 
 
 def peak_of(setup: str, call: str, right: str) -> tuple[int, int]:
-    """The bytes that ``call`` took beyond those in use after ``setup``, and those of its result.
+    """Returns the peak bytes of ``call`` beyond those in use after ``setup``, and of its result.
 
     Args:
-        setup: statements, torch imported. A call like the one that is measured is among them: the
-            first loads what it needs.
-        call: an expression, a tensor.
-        right: a condition on it, as ``result``.
+        setup: statements, after the import of torch. They include a call like the measured one,
+            because the first call loads libraries.
+        call: an expression whose value is a tensor.
+        right: a condition on that tensor, which is named ``result``.
     """
     fixed = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**16)}
     script = PROCESS.format(setup=setup, call=call, right=right)

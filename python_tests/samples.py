@@ -1,6 +1,6 @@
-"""Cases of the ops: one description of a call, named samples, and hypothesis strategies.
+"""Cases of the ops: descriptions of calls, named samples, and hypothesis strategies.
 
-They feed the tests of correctness, opcheck, and whatever else has to hold for every call.
+They are the inputs of all tests of properties that hold for every call, such as opcheck.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FAR = 2.0**20  # the largest offset
 Pairs = tuple[tuple[float, float], ...]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
-# They cover nothing: not finite, or too far away.
+# Views with these offsets cover nothing: not finite, or too large.
 NO_OFFSETS: Pairs = (
     (float("nan"), 0.0),
     (0.0, float("nan")),
@@ -74,7 +74,7 @@ class Ensemble:
     offsets: Pairs = _GRID
     channels: int = 19
     batch: int = 2
-    prefix: int = 0  # tokens of the model's output that stand before the grid and are sliced away
+    prefix: int = 0  # tokens before the grid in the model's output; they are sliced off
     weights: tuple[float, ...] | None = None
     stride: tuple[int, int] = (1, 1)
     upsample: str = "bilinear"
@@ -97,11 +97,11 @@ class Ensemble:
         return _random(shape, dtype, self.seed)[:, :, self.prefix :]
 
     def fit(self, reduce: str) -> Ensemble:
-        """Without weights for the median, which takes none."""
+        """Drops the weights for the median, which does not support them."""
         return replace(self, weights=None) if reduce == "median" else self
 
     def call(self, tokens: torch.Tensor) -> Call:
-        """Arguments and keywords, for the op and for the function."""
+        """Returns the arguments and keyword arguments of the op and the function."""
         weights = self.weights and torch.tensor(self.weights, dtype=self.value_dtype)
         offsets = torch.tensor(self.offsets, dtype=self.value_dtype)
         modes = {"upsample": self.upsample, "border": self.border, "stride": self.stride}
@@ -140,8 +140,8 @@ class Windows:
 
     size: tuple[int, int] = (9, 21)  # of the image
     window: tuple[int, int] = (4, 5)
-    centers: Pairs = _PLACES  # of image 0; image 1 begins with the second of them
-    scale: tuple[float, float] | Pairs | None = None  # of all windows, or one for each center
+    centers: Pairs = _PLACES  # of image 0; those of image 1 start at the second
+    scale: tuple[float, float] | Pairs | None = None  # for all windows, or one for each center
     channels: int = 3
     batch: int = 2
     layout: str = "dense"  # or channels_last, sliced
@@ -224,7 +224,7 @@ each_value_dtype = pytest.mark.parametrize("value_dtype", [torch.float32, torch.
 
 
 def pairwise(first: Sequence[Any], second: Sequence[Any], *others: Sequence[Any]) -> list[Any]:
-    """Every pair of values of ``first`` and ``second``; values of up to two ``others`` rotate."""
+    """All pairs of values of ``first`` and ``second``; values of up to two ``others`` rotate."""
     return [
         (a, b, *(other[(i + k * j) % len(other)] for k, other in enumerate(others, 1)))
         for (i, a), (j, b) in product(enumerate(first), enumerate(second))
@@ -232,7 +232,7 @@ def pairwise(first: Sequence[Any], second: Sequence[Any], *others: Sequence[Any]
 
 
 def random_views(views: int, step: float = 0.125, seed: int = 0) -> Pairs:
-    """Up to 4 pixels away, in steps of which some views share dy or dx."""
+    """Offsets of up to 4 pixels in multiples of ``step``: some views share dy or dx."""
     generator = torch.Generator().manual_seed(views + 1000 * seed)
     steps = torch.randint(-int(4 / step), int(4 / step) + 1, (views, 2), generator=generator)
     return tuple((y * step, x * step) for y, x in steps.tolist())
@@ -276,7 +276,7 @@ _VALUE_DTYPES = st.sampled_from((torch.float32, torch.float64))
 
 @st.composite
 def ensembles(draw: st.DrawFn, **fixed: Any) -> Ensemble:
-    """Any valid call; ``fixed`` fields are taken as they are."""
+    """Draws any valid call; ``fixed`` fields keep their values."""
     grid = fixed.pop("grid", None) or draw(st.tuples(st.integers(1, 5), st.integers(1, 7)))
     patch = fixed.pop("patch", None) or draw(st.tuples(st.integers(1, 6), st.integers(1, 9)))
     pixels = (grid[0] * patch[0], grid[1] * patch[1])

@@ -1,7 +1,7 @@
-// Stands in for the CUDA runtime, for tests only: g++ compiles the .cu files with this header, and
-// a launch executes every thread of every block on the CPU. A thread is a fiber that runs until a
-// barrier; then the next one runs. So a missing barrier, an access beyond a buffer, a wrong index
-// or a hidden order of threads shows as a wrong result, without a GPU. It says nothing about speed.
+// Replaces the CUDA runtime, for tests only: g++ compiles the .cu files with this header, and a
+// launch executes every thread of every block on the CPU. A thread is a fiber that runs until a
+// barrier; then the next one runs. So a missing barrier, an out-of-bounds access, a wrong index or a
+// dependence on the order of threads shows as a wrong result, without a GPU. Speed is not simulated.
 #pragma once
 #include <math.h>
 #include <setjmp.h>
@@ -21,7 +21,7 @@
 #define __device__
 #define __host__
 #define __shared__ \
-  static  // blocks run one after the other; a block finds the garbage of the last one
+  static  // blocks run one after the other; a block starts with the values of the last one
 #define __grid_constant__
 #define __noinline__
 #define __launch_bounds__(...)
@@ -55,12 +55,12 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream = nullptr;
 };
 
-// Settings of a test, and its readings.
+// Settings and counters of a test.
 struct HostDevice {
   int processors = 1;
   int max_grid = 0x7fffffff;
   int l2_bytes = 0;
-  cudaStream_t stream = nullptr;  // that every launch must use
+  cudaStream_t stream = nullptr;  // the stream that every launch must use
   int launches = 0;
   int failing_launch = -1;  // the number of the launch that returns an error
   // Bytes that store() may write, how often each was written, and stores that missed them.
@@ -76,8 +76,8 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 // ---- fibers -------------------------------------------------------------------------------------
 
-// Made once, they run a thread of each block. setjmp switches between them: swapcontext would enter
-// the kernel each time.
+// Created once; a fiber runs one thread of each block. setjmp switches between them, because
+// swapcontext makes a system call each time.
 struct Fibers {
   static constexpr size_t kStack = 128 * 1024;
   struct Fiber {
@@ -116,7 +116,7 @@ struct Fibers {
     makecontext(&context, &Fibers::forever, 0);
     setcontext(&context);
   }
-  // Runs one block. Every other round goes backwards: nobody may count on the order of threads.
+  // Runs one block. Every other round goes backwards: no kernel may depend on the order of threads.
   void run(size_t threads) {
     for (size_t i = 0; i < threads; ++i) all[i].done = false;
     for (size_t done = 0; done < threads; ++round) {
@@ -143,7 +143,7 @@ inline void Fibers::forever() {
 }
 
 inline void __syncthreads() { host_fibers.yield(); }
-// Of a whole block here: a kernel must call it as often in every warp.
+// A barrier of the whole block here: every warp of a kernel must call it equally often.
 inline void __syncwarp() { host_fibers.yield(); }
 inline int __syncthreads_or(int vote) {
   const size_t round = host_fibers.round;
@@ -200,7 +200,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   blockDim = config->blockDim;
   gridDim = config->gridDim;
   for (unsigned block = 0; block < gridDim.x; ++block) {
-    blockIdx = dim3(gridDim.x - 1 - block);  // nobody may count on the order of blocks
+    blockIdx = dim3(gridDim.x - 1 - block);  // no kernel may depend on their order
     host_fibers.run(blockDim.x);
   }
   return cudaSuccess;

@@ -1,6 +1,6 @@
-// The CUDA ops themselves, over kernels that run on the CPU: registered for CPU tensors in the
-// place of the CPU kernels, and every tensor counts as one on the device. Loaded by
-// test_host_shim.py in a process of its own.
+// The CUDA ops, over kernels that run on the CPU. They are registered for CPU tensors, instead of the
+// CPU kernels, and treat every tensor as one on the device. test_host_shim.py loads this library in a
+// subprocess.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -9,7 +9,7 @@
 
 #include "host.cpp"
 
-// In place of torch's own, which would look for a GPU.
+// Replaces torch's function, which would look for a GPU.
 static int guards = 0;
 extern "C" AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard) {
   *guard = reinterpret_cast<DeviceGuardHandle>(++guards);

@@ -1,5 +1,5 @@
-// The entry points of the CUDA sources, called from backends.py, in a library with what
-// g++ makes of the sources. Every function returns null or an error message.
+// The entry points of the CUDA sources that backends.py calls, linked with the objects that g++
+// compiles from the sources. Every function returns null or an error message.
 #include <cuda_runtime.h>
 
 #include <stdexcept>
@@ -31,7 +31,7 @@ EXPORT HostDevice* device() { return &host_device; }
 // Calls `gap` with the bytes between the pieces of each workspace.
 EXPORT void watch_workspace(void (*gap)(void*, int64_t)) { srt::workspace_gap = gap; }
 
-// Without a workspace: returns its size.
+// Without a workspace, stores its size in `bytes`.
 EXPORT const char* ensemble(const srt::EnsembleArgs* args, const srt::ViewArray* offsets,
                             const srt::ViewArray* weights, void* workspace, int64_t* bytes) {
   return guarded([&] {
