@@ -5,8 +5,9 @@
   cuda_on_host/cuda_runtime.h.
 - ``cuda``: the ops on a GPU.
 
-Images, tokens, gradients and results are on the CPU. ``place`` selects where the offsets and weights
-of a call are: "host" or "device", one value for both or a pair. They have the dtype of the case.
+Images, tokens, gradients and results are on the CPU. ``place`` selects where the offsets and
+weights of a call are: "host" or "device", one value for both or a pair. Their dtype is that of the
+case.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ class Ops:
         return [self.put(data), *rest], modes
 
     def assert_same(self, actual: torch.Tensor, expected: torch.Tensor) -> None:
-        """Asserts bitwise equality; on a GPU closeness, as other kernels may sum in another order."""
+        """Asserts bitwise equality; on a GPU closeness, because the order of sums may differ."""
         if self.device == "cpu":
             assert torch.equal(actual, expected)
         else:
@@ -211,7 +212,7 @@ class Ops:
     def windows_points(
         self, case: Windows, grad: torch.Tensor, image: torch.Tensor, *, place: Place = "host"
     ) -> torch.Tensor:
-        """Returns the gradients of the centers and scales of all windows, [2, B, N, 2] in float64."""
+        """Returns the gradients of centers and scales of all windows, [2, B, N, 2] in float64."""
         (image, centers, _, scale), modes = self.call(case, image, place)
         op = torch.ops.srt._windows_backward_points
         return torch.stack(op(self.put(grad), image, centers, scale, **modes)).cpu()

@@ -84,7 +84,7 @@ class EnsembleBounds:
         return bound + self._walk(self.views)
 
     def _walk(self, views: int) -> torch.Tensor:
-        """[B, C, 1, 1]: the error that walks (csrc/srt/walk.h) over ``views`` views add to the mean.
+        """[B, C, 1, 1]: the error that walks (csrc/srt/walk.h) over ``views`` add to the mean.
 
         Along y, where the kernel walks, and along x, whose weights of a sum add up to 1.
 
@@ -114,7 +114,7 @@ class EnsembleBounds:
 
     @cached_property
     def _values(self) -> torch.Tensor:
-        """[1 + V', B, C, H', W']: NaN, then the values of views of weight > 0; NaN where uncounted."""
+        """[1 + V', B, C, H', W']: NaN; values of views of weight > 0, NaN where uncounted."""
         args, modes = self.case.call(self.tokens.double())
         sums = reference._view_sums(*args, **modes, dtype=torch.float64)
         values = [total / count for _, total, count in sums]
@@ -182,7 +182,7 @@ class EnsembleBounds:
 
     @property
     def _fold(self) -> int:
-        """Roundings in the gradient of a mean: sums over rows, then columns; on CUDA in two halves."""
+        """Roundings in the gradient of a mean: sums over rows, columns; on CUDA in two halves."""
         y, x = self._cells
         return self.fixed + y + x + 1
 

@@ -23,8 +23,8 @@ from hypothesis import HealthCheck, settings
 
 import srt_ext  # noqa: F401  (registers torch.ops.srt)
 
-# Derandomised, so that runs are reproducible. Function-scoped fixtures such as `backend` are meant to
-# hold for all examples of a test.
+# Derandomised, so that runs are reproducible. Function-scoped fixtures such as `backend` are
+# meant to hold for all examples of a test.
 for profile, examples in (("fast", 15), ("full", 60)):
     settings.register_profile(
         profile,

@@ -27,9 +27,9 @@ def run_python(
 
 needs_proc = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
-# Measures address space: malloc is configured to map large blocks and to return them, so the peak is
-# exact. Resident memory is not exact: it depends on the pages of the libraries that are loaded, and
-# Linux counts it only approximately on machines with many cores.
+# Measures address space: malloc is configured to map large blocks and to return them, so the peak
+# is exact. Resident memory is not exact: it depends on the pages of the libraries that are loaded,
+# and Linux counts it only approximately on machines with many cores.
 PROCESS = """
 import torch
 torch.set_num_threads(1)  # more threads add stacks; their scratch is not measured

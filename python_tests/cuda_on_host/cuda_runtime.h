@@ -1,7 +1,8 @@
 // Replaces the CUDA runtime, for tests only: g++ compiles the .cu files with this header, and a
 // launch executes every thread of every block on the CPU. A thread is a fiber that runs until a
-// barrier; then the next one runs. So a missing barrier, an out-of-bounds access, a wrong index or a
-// dependence on the order of threads shows as a wrong result, without a GPU. Speed is not simulated.
+// barrier; then the next one runs. So a missing barrier, an out-of-bounds access, a wrong index or
+// a dependence on the order of threads shows as a wrong result, without a GPU. Speed is not
+// simulated.
 #pragma once
 #include <math.h>
 #include <setjmp.h>

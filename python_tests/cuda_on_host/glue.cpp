@@ -1,6 +1,6 @@
-// The CUDA ops, over kernels that run on the CPU. They are registered for CPU tensors, instead of the
-// CPU kernels, and treat every tensor as one on the device. test_host_shim.py loads this library in a
-// subprocess.
+// The CUDA ops, over kernels that run on the CPU. They are registered for CPU tensors, instead of
+// the CPU kernels, and treat every tensor as one on the device. test_host_shim.py loads this
+// library in a subprocess.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
