@@ -217,7 +217,7 @@ def test_the_final_norm_is_applied_to_every_layer_of_a_vit(vit: Any) -> None:
         assert torch.equal(output.field, SRT(vit, OFFSETS, layers=layer, stride=8)(IMAGES).field)
 
 
-def test_patches_may_be_no_squares() -> None:
+def test_patches_need_not_be_square() -> None:
     model = create("vit_tiny_patch16_224", **ANY, patch_size=(16, 8))
     images = torch.randn(1, 3, 48, 40)
     raw = output_of(model, "blocks.0")
@@ -236,7 +236,7 @@ def test_stages_without_a_module_have_features_but_no_injection() -> None:
 
 
 @pytest.mark.parametrize("how", ["slice", "prune", "features_only", "stages", "DINO", "chunks"])
-def test_models_whose_last_layers_are_cut_off(how: str) -> None:
+def test_models_without_their_last_layers(how: str) -> None:
     """What declares the layers still declares those that are gone."""
     settings = {**ANY, "depth": 3}
     model: Any = (
@@ -272,7 +272,7 @@ def test_models_whose_last_layers_are_cut_off(how: str) -> None:
         assert_injected(model, images, inject=-1)
 
 
-def test_several_layers_take_one_pass(vit: Any) -> None:
+def test_several_layers_need_one_pass(vit: Any) -> None:
     srt, done = SRT(vit, OFFSETS, layers=[0, 1, -1], stride=8, view_batch=2), []
     srt(IMAGES)  # compares the final norm with the model's, once
     sizes = batch_sizes(vit)
@@ -283,7 +283,7 @@ def test_several_layers_take_one_pass(vit: Any) -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_an_image_size_that_timm_refuses_is_explained(compiled: bool) -> None:
+def test_an_image_size_that_timm_rejects_is_explained(compiled: bool) -> None:
     model = create("vit_tiny_patch16_224", depth=1)
     torch._dynamo.reset()
     srt = SRT(torch.compile(model, backend="eager") if compiled else model, OFFSETS, stride=16)
@@ -361,7 +361,7 @@ def blocks_of(model: nn.Module) -> str:
 @pytest.mark.parametrize(
     "case", [*(("timm", f) for f in TIMM), *(("transformers", f) for f in TRANSFORMERS)]
 )
-def test_models_that_declare_any_size_take_a_preset(case: tuple[str, str]) -> None:
+def test_models_that_declare_any_size_support_presets(case: tuple[str, str]) -> None:
     """At another size, enlarged by it; those that do not declare it are not enlarged."""
     library, family = case
     if library == "timm":
@@ -427,7 +427,7 @@ def test_maps_of_transformers(kind: str, settings: dict[str, Any], layers: list[
 
 
 @pytest.mark.parametrize("kind", ["ConvNext", "Swin"])
-def test_stages_of_transformers_are_refused(kind: str) -> None:
+def test_stages_of_transformers_raise(kind: str) -> None:
     """Where no patch size holds for all: layers by name do it."""
     transformers = pytest.importorskip("transformers")
     model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")())
@@ -567,7 +567,7 @@ def test_maps_are_read_in_both_layouts() -> None:
         SRT(conv, **settings)(images[..., :32])
 
 
-def test_of_a_pyramid_the_map_of_the_patch_is_taken() -> None:
+def test_the_map_at_the_patch_size_is_selected_from_a_pyramid() -> None:
     model = create("test_resnet", features_only=True)
     images = torch.randn(1, 3, 64, 96)
     field = SRT(model, OFFSETS, patch=16, stride=8)(images).field
@@ -599,14 +599,14 @@ def test_of_a_pyramid_the_map_of_the_patch_is_taken() -> None:
         ({"streaming": 1}, TypeError, "streaming must be True or False; got 1"),
     ],
 )
-def test_wrong_settings_are_refused(
+def test_wrong_settings_raise(
     settings: dict[str, Any], kind: type[Exception], message: str, vit: Any
 ) -> None:
     with pytest.raises(kind, match=message):
         SRT(vit, OFFSETS, **settings)
 
 
-def test_models_that_do_not_fit_are_refused(vit: Any) -> None:
+def test_models_that_do_not_fit_raise(vit: Any) -> None:
     plain = nn.Sequential(vit)
     vit.unused = nn.Identity()
     windows = module(lambda x: x.reshape(-1, 2, 2, 4))  # [B, 60, 4] -> [B * 15, 2, 2, 4]
@@ -627,7 +627,7 @@ def test_models_that_do_not_fit_are_refused(vit: Any) -> None:
     assert count_hooks(vit) == 0
 
 
-def test_a_backbone_is_what_srt_uses_and_has_its_own_settings(vit: Any) -> None:
+def test_srt_uses_a_backbone_with_its_settings(vit: Any) -> None:
     backbone = describe(vit, [0, -1])
     assert [f.tokens.shape for f in backbone.features(IMAGES)] == [torch.Size([2, 15, 48])] * 2
     assert backbone.modules == ("blocks.0", "blocks.1")
@@ -641,7 +641,7 @@ def test_a_backbone_is_what_srt_uses_and_has_its_own_settings(vit: Any) -> None:
         srt(IMAGES)
 
 
-def test_weighted_views_are_views_that_count_more_often(vit: Any) -> None:
+def test_an_integer_weight_equals_repeated_views(vit: Any) -> None:
     weights = torch.tensor([1.0, 0.0, 3.0])
     actual = SRT(vit, (OFFSETS, weights), stride=8, view_batch=2)(IMAGES)
     expected = SRT(vit, OFFSETS[[0, 2, 2, 2]], stride=8)(IMAGES)
@@ -650,7 +650,7 @@ def test_weighted_views_are_views_that_count_more_often(vit: Any) -> None:
         SRT(vit, (OFFSETS, weights), reduce="median")
 
 
-def test_training_mode_is_a_warning_where_it_matters() -> None:
+def test_training_mode_warns_if_it_changes_the_output() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 8, stride=8), nn.BatchNorm2d(4), nn.Dropout(0.5))
     with pytest.warns(UserWarning, match=r"in training mode.*model\.eval"):
         SRT(model, OFFSETS, patch=8)(IMAGES)
@@ -685,7 +685,7 @@ def test_half_precision_and_autocast(vit: Any) -> None:
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_on_a_gpu(dtype: torch.dtype, vit: Any) -> None:
+def test_fields_on_a_gpu_equal_those_on_the_cpu(dtype: torch.dtype, vit: Any) -> None:
     fields, inject = (
         SRT(vit, OFFSETS, view_batch="auto", **how)
         for how in ({"layers": [0, -1], "stride": 8}, {"inject": 0})
@@ -738,7 +738,7 @@ def test_features_of_compiled_models_are_compiled_once(library: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_last_of_several_threads_that_force_eager_mode_ends_it() -> None:
+def test_eager_mode_ends_with_the_last_thread_that_forces_it() -> None:
     first, second = (force_eager(torch.compile(nn.Identity())) for _ in range(2))
     compiled, graphs = compiled_with_graphs(nn.Linear(2, 2))
     first.__enter__()
@@ -777,7 +777,7 @@ def test_hooks_ignore_other_threads_that_run_the_model(vit: Any) -> None:
 
 @pytest.mark.parametrize("settings", [{}, {"reduce": "median"}, {"streaming": True}])
 @pytest.mark.parametrize("itself", [True, False])
-def test_inject_is_the_ensemble_and_the_rest_of_the_network(
+def test_inject_equals_the_ensemble_and_the_remaining_layers(
     settings: dict[str, Any], itself: bool
 ) -> None:
     model = create("vit_tiny_patch16_224", **{**ANY, "depth": 3})
@@ -872,7 +872,7 @@ def test_the_model_is_left_as_it_was_after_an_exception(vit: Any) -> None:
     assert srt(IMAGES).shape == (2, 1000)
 
 
-def test_inject_keeps_what_the_module_returns() -> None:
+def test_inject_keeps_the_output_type_of_the_module() -> None:
     settings = {"inject": "inner", "patch": 8, "prefix": 0}
     for pack in (lambda x: x, lambda x: (x, 1), lambda x: [x, 1]):
         assert_injected(Around(module(pack)), IMAGES, **settings)
@@ -901,7 +901,7 @@ def test_a_model_that_catches_every_exception_is_still_read() -> None:
 # ---- memory -------------------------------------------------------------------------------------
 
 
-def test_peak_bytes_counts_what_is_held_at_one_time() -> None:
+def test_peak_bytes_counts_simultaneous_allocations() -> None:
     start = torch.ones(1000)
 
     def call() -> torch.Tensor:

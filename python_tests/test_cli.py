@@ -157,7 +157,7 @@ def test_a_video_is_an_animation_in_one_basis(
     assert (drawn[0][0][3].rgb == drawn[3][0][3].rgb).all()
 
 
-def test_a_video_as_frames_leaves_out_what_does_not_fit(frames: Path, tmp_path: Path) -> None:
+def test_unusable_frames_of_a_video_are_skipped(frames: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     show(frames, output)
     names = [f"0000{i}.png" for i in range(4)]
@@ -174,7 +174,7 @@ def test_a_video_as_frames_leaves_out_what_does_not_fit(frames: Path, tmp_path: 
     assert len(list((tmp_path / "other").iterdir())) == 3
 
 
-def test_a_frame_that_fails_is_left_out_and_the_next_one_gives_the_basis(
+def test_the_first_frame_that_succeeds_gives_the_basis(
     frames: Path, tmp_path: Path, drawn: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Unreadable, or in the model, or in the middle of a drawing: the first one as any other."""
@@ -203,7 +203,7 @@ def test_a_frame_that_fails_is_left_out_and_the_next_one_gives_the_basis(
 # ---- features of an image -----------------------------------------------------------------------
 
 
-def test_16_bits_keep_their_shades_and_transparent_pixels_are_white(tmp_path: Path) -> None:
+def test_16_bit_images_are_scaled_and_transparent_pixels_are_white(tmp_path: Path) -> None:
     shades = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
     Image.fromarray(shades).save(tmp_path / "deep.png")
     deep = np.asarray(open_image(tmp_path / "deep.png"))
@@ -323,7 +323,7 @@ def test_an_error_is_one_line_and_nothing_is_written(
     ],
 )
 @pytest.mark.parametrize("command", ["features", "show"])
-def test_too_little_memory_is_one_line_that_says_what_to_change(
+def test_out_of_memory_is_a_one_line_error_with_advice(
     command: str, error: Exception, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any) -> None:
@@ -337,7 +337,7 @@ def test_too_little_memory_is_one_line_that_says_what_to_change(
     assert "use a smaller size or scale, a larger stride, smaller batches" in line
 
 
-def test_a_bug_keeps_its_traceback(
+def test_unexpected_errors_keep_their_traceback(
     photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any) -> None:
@@ -369,7 +369,7 @@ def file_size_limit(size: int) -> Iterator[None]:
     ],
 )
 @pytest.mark.usefixtures("photo", "frames")
-def test_a_full_disk_is_one_line_and_keeps_the_earlier_file(
+def test_a_full_disk_is_a_one_line_error_and_keeps_the_earlier_file(
     command: str, output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -386,7 +386,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_earlier_file(
         assert Path(output).read_bytes() == b"earlier"
 
 
-def test_two_runs_at_once_leave_one_whole_file(tmp_path: Path) -> None:
+def test_concurrent_runs_leave_a_complete_file(tmp_path: Path) -> None:
     path = tmp_path / ("照" * 78 + ".safetensors")  # which leaves no room for a suffix
     with common.replacing(path) as first, first.open("wb") as one:
         one.write(b"a" * 10)
@@ -403,7 +403,7 @@ def test_two_runs_at_once_leave_one_whole_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("plant", ["link", "pipe"])
-def test_a_temporary_file_is_never_one_of_others(
+def test_an_existing_file_is_never_used_as_the_temporary_file(
     tmp_path: Path, plant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even if its name is known."""
@@ -425,7 +425,7 @@ def test_a_temporary_file_is_never_one_of_others(
     assert not path.exists()
 
 
-def test_an_output_that_is_a_link_stays_one(photo: Path, tmp_path: Path) -> None:
+def test_an_output_that_is_a_link_stays_a_link(photo: Path, tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "out.npz").symlink_to("disk/out.npz")
     features(photo, tmp_path / "out.npz", *model(), *FAST)
@@ -453,7 +453,7 @@ def test_a_name_that_stdout_cannot_encode_is_printed_with_escapes(
         assert b"wrote " + os.fsencode(tmp_path) + b"/" + printed in printed_to.read_bytes()
 
 
-def test_an_output_that_cannot_be_written_does_not_stop_the_work(
+def test_a_closed_or_full_stdout_does_not_stop_the_command(
     photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reader, writer = os.pipe()
@@ -492,7 +492,7 @@ ORIENTATION = struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0)  # to be turned by a qua
         (exif(struct.pack(">HHIHH", 0x0112, 3, 1, 99, 0)), (40, 24)),
     ],
 )
-def test_a_picture_with_broken_exif_is_taken(
+def test_images_with_broken_exif_are_read(
     block: bytes, size: tuple[int, int] | None, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     """In either direction, where part of it can be read."""
@@ -507,7 +507,7 @@ def test_a_picture_with_broken_exif_is_taken(
 @pytest.mark.parametrize(
     "mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "I;16"]
 )
-def test_pictures_of_every_mode_are_rgb(mode: str, tmp_path: Path) -> None:
+def test_images_of_every_mode_are_converted_to_rgb(mode: str, tmp_path: Path) -> None:
     Image.new(mode, (5, 4)).save(tmp_path / "a.tif")
     assert (open_image(tmp_path / "a.tif").mode, open_image(tmp_path / "a.tif").size) == (
         "RGB",
@@ -515,7 +515,7 @@ def test_pictures_of_every_mode_are_rgb(mode: str, tmp_path: Path) -> None:
     )
 
 
-def test_an_animation_is_its_first_frame(tmp_path: Path) -> None:
+def test_an_animation_is_read_as_its_first_frame(tmp_path: Path) -> None:
     first, second = (Image.new("RGB", (9, 9), color) for color in ("red", "blue"))
     for name in ("a.gif", "a.png", "a.webp", "a.tif"):
         first.save(tmp_path / name, save_all=True, append_images=[second])
@@ -534,7 +534,7 @@ def loaded(
     return dict(state)
 
 
-def test_weights_need_no_classifier_of_the_same_classes(tmp_path: Path) -> None:
+def test_weights_may_have_another_classifier_or_none(tmp_path: Path) -> None:
     state, file = load_file(small_weights()), tmp_path / os.fsdecode(b"mine\xff.safetensors")
     plain = {key: value for key, value in state.items() if not key.startswith("head.")}
     assert len(plain) == len(state) - 2
@@ -621,7 +621,7 @@ ADAPTED = "blocks.0.attn.qkv."
         (("base_layer.0.weight",), "Name their model of timm with --model"),  # as in timm's DLA
     ],
 )
-def test_weights_that_do_not_fit_say_how_to_save_them(
+def test_errors_of_weights_explain_how_to_save_them(
     names: tuple[str, ...], message: str, tmp_path: Path
 ) -> None:
     state = load_file(small_weights())
@@ -642,7 +642,7 @@ def test_weights_that_do_not_fit_say_how_to_save_them(
         ({"in_chans": 1}, "proj.weight must be"),
     ],
 )
-def test_models_with_other_arguments_load_from_the_folder_that_the_error_names(
+def test_models_with_other_arguments_load_from_a_folder_as_the_error_advises(
     arguments: dict[str, Any], rule: str, tmp_path: Path, photo: Path
 ) -> None:
     vit = timm.create_model(SMALL, **arguments).eval()
@@ -881,7 +881,7 @@ def test_the_default_is_a_dinov2_from_the_cache(photo: Path, fake_hub: Hub, tmp_
     torch.testing.assert_close(tensors["field"], expected.field[0])
 
 
-def test_the_hub_is_asked_once(fake_hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_is_queried_once(fake_hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its client is called only if the hub answers, and its errors are reported."""
     name = f"{SMALL}.r160_in1k"
     tried: list[Any] = []
@@ -907,7 +907,7 @@ def test_the_hub_is_asked_once(fake_hub: Hub, monkeypatch: pytest.MonkeyPatch) -
     assert len(fake_hub.asked) == 2
 
 
-def test_scale_and_quality_are_those_of_srt(photo: Path, tmp_path: Path) -> None:
+def test_scale_and_quality_are_passed_to_srt(photo: Path, tmp_path: Path) -> None:
     vit, config = load_small()
     image = normalised(photo, config["mean"], config["std"])
     common: Any = ("--stride", 4, "--model", "small")
@@ -941,7 +941,7 @@ def test_the_small_model_by_name(photo: Path, fake_hub: Hub, tmp_path: Path) -> 
 # ---- info, start --------------------------------------------------------------------------------
 
 
-def test_info_tells_backends_and_whether_the_default_model_is_cached(fake_hub: Hub) -> None:
+def test_info_prints_backends_and_whether_the_default_model_is_cached(fake_hub: Hub) -> None:
     text = run("info")
     for word in ("srt_ext", "torch", "CPU", "CUDA", torch.ops.srt._cpu_kernels(), "timm"):
         assert word in text
@@ -957,7 +957,7 @@ def test_help_lists_the_commands() -> None:
 
 
 @pytest.mark.slow
-def test_the_module_runs_without_typer_and_torch_to_say_what_is_missing() -> None:
+def test_missing_packages_are_reported_without_typer_and_torch() -> None:
     script = (
         "import sys; sys.modules['typer'] = sys.modules['torch'] = None\n"
         "from srt_ext.__main__ import main; main()"

@@ -104,7 +104,7 @@ def keys(out: Path) -> list[str]:
         ({"column": "image"}, "column and key are for Parquet files"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(
+def test_invalid_options_are_errors(
     photos: Path, out: Path, changed: dict[str, object], message: str, no_cluster: None
 ) -> None:
     changed = {"actors": None, **changed}
@@ -128,7 +128,7 @@ def test_a_dry_run_writes_nothing(
     assert not out.exists()
 
 
-def test_a_folder_is_limited(photos: Path, out: Path) -> None:
+def test_limit_restricts_the_images_of_a_folder(photos: Path, out: Path) -> None:
     text = run(*arguments(photos, out, engine=None, limit=2))
     assert "2 pictures: 2 written" in text
     assert sorted(path.name for path in out.iterdir()) == [f"{i}.png.safetensors" for i in (0, 1)]
@@ -160,7 +160,7 @@ def test_uncommitted_files_are_removed(out: Path) -> None:
     assert {name: (out / name).exists() for name in files} == files
 
 
-def test_failures_are_forgotten_with_the_end_of_their_run(out: Path) -> None:
+def test_forget_failures_also_removes_the_completion_mark(out: Path) -> None:
     """So that a run which is stopped then has something left to do."""
     for folder in ("checkpoint", "data", "errors"):
         (out / folder).mkdir(parents=True)
@@ -198,13 +198,13 @@ def test_actors_fit_on_the_nodes_and_leave_cpus(
 
 
 @pytest.mark.parametrize("actors", [1, 2, 3, 5, 16, 64])
-def test_a_cluster_on_this_machine_has_place_for_the_actors(actors: int) -> None:
+def test_a_local_cluster_has_cpus_for_the_actors(actors: int) -> None:
     cpus = dataset.cpus_for(actors)
     assert dataset.place([{"CPU": cpus}], actors) == (actors, {"num_cpus": 1})
     assert cpus >= actors + 2
 
 
-def test_components_are_those_of_the_finite_cells() -> None:
+def test_components_are_fitted_to_finite_cells() -> None:
     random = np.random.default_rng(0)
     scale = np.float32([1, 9, 3, 0.1, 0.3, 5])
     cells = [random.normal(2, 1, (pca.CELLS, 6)).astype(np.float32) * scale for _ in range(3)]
@@ -224,12 +224,12 @@ def test_components_are_those_of_the_finite_cells() -> None:
         pca.fit(rows[-1:], 3)
 
 
-def test_more_actors_than_cpus_are_refused() -> None:
+def test_more_actors_than_cpus_raise() -> None:
     with pytest.raises(ValueError, match=r"--actors must be at most 2, .* got 3"):
         dataset.place([{"CPU": 4}], 3)
 
 
-def test_an_output_of_ray_is_none_of_one_process(photos: Path, out: Path) -> None:
+def test_one_process_does_not_write_to_an_output_of_ray(photos: Path, out: Path) -> None:
     data.write_settings({}, *data.filesystem(str(out)))
     assert "has the output of --engine ray" in run(*arguments(photos, out, engine=None), code=1)
 
@@ -238,7 +238,7 @@ def test_an_output_of_ray_is_none_of_one_process(photos: Path, out: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_folder_has_the_fields_of_one_process(
+def test_fields_of_a_folder_equal_those_of_one_process(
     photos: Path, out: Path, tmp_path: Path, cluster: None
 ) -> None:
     text = extract(photos, out, code=1, rows_per_file=2, batch=2)
@@ -259,7 +259,7 @@ def test_a_folder_has_the_fields_of_one_process(
 
 
 @pytest.mark.slow
-def test_a_second_run_computes_what_is_new(
+def test_a_second_run_computes_new_images(
     photos: Path, out: Path, cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     extract(photos, out, code=1)
@@ -338,7 +338,7 @@ def test_shards_are_projected_on_one_basis(
 
 
 @pytest.mark.slow
-def test_more_components_than_channels_are_refused(photos: Path, out: Path, cluster: None) -> None:
+def test_more_components_than_channels_are_an_error(photos: Path, out: Path, cluster: None) -> None:
     text = extract(photos, out, code=1, pca=64)
     assert "--pca must be between 1 and 63" in text
     assert not (out / "manifest.json").exists()
@@ -401,7 +401,7 @@ def actors_of(process: subprocess.Popen[str]) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.serial
-def test_nothing_is_lost_or_doubled_if_a_worker_is_killed(many: Path, out: Path) -> None:
+def test_no_image_is_lost_or_duplicated_if_a_worker_is_killed(many: Path, out: Path) -> None:
     process = start(many, out)
     wait_until(process, lambda: committed(out))
     actors = actors_of(process)

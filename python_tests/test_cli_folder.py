@@ -136,7 +136,7 @@ def test_another_run_writes_the_same_bytes(photos: Path, out: Path, tmp_path: Pa
         ]
 
 
-def test_a_second_run_writes_what_is_missing(photos: Path, out: Path) -> None:
+def test_a_second_run_writes_missing_files(photos: Path, out: Path) -> None:
     extract(photos, out)
     first = made(out)
     assert "3 pictures: 0 written, 3 skipped (already done), 0 failed" in extract(photos, out)
@@ -160,7 +160,7 @@ def test_a_second_run_writes_what_is_missing(photos: Path, out: Path) -> None:
     assert load_file(out / NAMES[2])["field"].shape != before.shape
 
 
-def test_other_settings_are_refused(photos: Path, out: Path, tmp_path: Path) -> None:
+def test_other_settings_are_errors(photos: Path, out: Path, tmp_path: Path) -> None:
     extract(photos, out)
     (out / NAMES[0]).unlink()  # also where there is something to do
     first = made(out)
@@ -211,7 +211,7 @@ def test_images_that_fail_are_reported_and_skipped(
 
 
 @pytest.mark.parametrize(("out", "count"), [(".", 4), ("features", 3), ("trip", 3)])
-def test_the_output_may_lie_among_the_images(photos: Path, out: str, count: int) -> None:
+def test_the_output_may_be_inside_the_folder_of_images(photos: Path, out: str, count: int) -> None:
     """Pictures that lie in it are not taken, unless it is the folder itself."""
     (photos / "features").mkdir()
     Image.new("RGB", (40, 40)).save(photos / "features/plot.png")
@@ -221,7 +221,7 @@ def test_the_output_may_lie_among_the_images(photos: Path, out: str, count: int)
     )
 
 
-def test_files_of_others_are_left_alone(photos: Path) -> None:
+def test_unrelated_files_are_kept(photos: Path) -> None:
     other = shutil.copy(small_weights(), photos / "model.safetensors")
     extract(photos, photos)
     assert other.read_bytes() == small_weights().read_bytes()
@@ -236,7 +236,7 @@ def test_files_of_others_are_left_alone(photos: Path) -> None:
         (OSError("No space left on device"), 1, "cannot be written: No space left on device"),
     ],
 )
-def test_a_run_that_ends_early_leaves_whole_files(
+def test_an_interrupted_run_leaves_complete_files(
     photos: Path,
     out: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -291,7 +291,7 @@ def test_workers_decode_the_images(
 
 
 @pytest.mark.parametrize("always", [True, False])
-def test_a_worker_that_dies_costs_at_most_its_picture(
+def test_a_worker_that_dies_loses_at_most_its_image(
     photos: Path, out: Path, always: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def die_of_one(path: Path) -> Any:
@@ -310,7 +310,7 @@ def test_a_worker_that_dies_costs_at_most_its_picture(
     assert list(made(out)) == [name for name in NAMES if not always or "a.png" not in name]
 
 
-def test_without_shared_memory_the_run_decodes_itself(
+def test_images_are_decoded_in_this_process_without_shared_memory(
     photos: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(_: torch.Tensor) -> None:
@@ -321,7 +321,7 @@ def test_without_shared_memory_the_run_decodes_itself(
     assert list(made(out)) == NAMES
 
 
-def test_without_semaphores_the_run_decodes_itself(
+def test_images_are_decoded_in_this_process_without_semaphores(
     photos: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -352,7 +352,7 @@ def copies(photos: Path, *names: bytes | str) -> None:
         shutil.copy(photos / "a.png", photos / os.fsdecode(name))
 
 
-def test_a_picture_may_have_any_name(photos: Path, out: Path) -> None:
+def test_an_image_may_have_any_name(photos: Path, out: Path) -> None:
     names = ["-a.png", "new\nline.png", "[red]%s{0}.png", "a.png.safetensors.png", "图\u202e.png"]
     long = "m" + "照" * 78 + ".png"  # 239 bytes
     copies(photos, b"caf\xe9.png", *names, long)
@@ -366,7 +366,7 @@ def test_a_picture_may_have_any_name(photos: Path, out: Path) -> None:
     assert metadata["photo"] == r"sub\xff/\xfe.png"
 
 
-def test_a_target_that_is_not_possible_is_reported_and_the_others_are_done(
+def test_an_impossible_output_path_is_reported_and_skipped(
     photos: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before the model runs for it, where the name shows it."""
@@ -385,7 +385,7 @@ def test_a_target_that_is_not_possible_is_reported_and_the_others_are_done(
     assert list(made(out)) == [NAMES[0], "trip"]
 
 
-def test_suffixes_are_those_that_pillow_reads(photos: Path, out: Path) -> None:
+def test_suffixes_that_pillow_reads_are_included(photos: Path, out: Path) -> None:
     names = ["a.jfif", "b.JPE", "c.Tif", "d.jp2", "e.bmp", "f.ppm", "g.tga", "h.webp", "i.jpeg"]
     copies(photos, *names, "a.pdf", "b.eps", "c.h5", "d.pfm", "e.mpg", "none", "f.jpg~")
     text = extract(photos, out)
@@ -393,7 +393,7 @@ def test_suffixes_are_those_that_pillow_reads(photos: Path, out: Path) -> None:
     assert "left out: 2 hidden, 1 .pdf, 1 .eps, 1 .h5, 1 .pfm, 4 others" in text
 
 
-def test_linked_folders_are_folders_each_read_once(photos: Path, out: Path, tmp_path: Path) -> None:
+def test_linked_folders_are_read_once(photos: Path, out: Path, tmp_path: Path) -> None:
     shutil.copytree(photos / "trip", tmp_path / "elsewhere")
     (photos / "first").symlink_to("trip")  # which has its pictures under its own name
     (photos / "linked").symlink_to(tmp_path / "elsewhere")
@@ -453,9 +453,7 @@ def test_a_deep_tree_is_read(tmp_path: Path) -> None:
         shutil.rmtree(tmp_path.joinpath(*["a"] * (depth + 1)))
 
 
-def test_a_picture_that_changes_into_a_link_is_replaced_not_written_through(
-    photos: Path, out: Path, tmp_path: Path
-) -> None:
+def test_an_output_file_that_is_a_link_is_replaced(photos: Path, out: Path, tmp_path: Path) -> None:
     (tmp_path / "precious").write_bytes(b"of others")
     out.mkdir(parents=True)
     (out / NAMES[0]).symlink_to(tmp_path / "precious")
@@ -464,7 +462,7 @@ def test_a_picture_that_changes_into_a_link_is_replaced_not_written_through(
     assert not (out / NAMES[0]).is_symlink()
 
 
-def test_anything_that_one_picture_raises_is_reported(
+def test_any_exception_of_an_image_is_reported(
     photos: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     errors = iter([ZeroDivisionError("a"), RecursionError("b"), IndexError("c")])
@@ -491,7 +489,7 @@ def test_a_disk_that_gets_full_ends_the_run(photos: Path, out: Path) -> None:
     assert made(out) == {}
 
 
-def test_values_beyond_float16_are_refused() -> None:
+def test_values_beyond_float16_raise() -> None:
     output = SRTOutput(torch.tensor([1.0, -7e4]).reshape(1, 2, 1, 1), None)
     with pytest.raises(ValueError, match="field goes to 70000: use dtype bfloat16"):
         to_tensors(output, torch.float16)

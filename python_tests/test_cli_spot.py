@@ -109,7 +109,7 @@ def test_the_search_draws_the_path_to_the_best_positions(photo: Path, drawn: lis
     assert (found.path[1] - found.path[0]).abs().max() < 3
 
 
-def test_windows_and_paths_lie_where_the_pixels_are() -> None:
+def test_windows_and_paths_are_drawn_at_their_pixels() -> None:
     """imshow has the centre of the first pixel at 0."""
     path = torch.tensor([[[4.0, 4]], [[20, 24]]])
     figure = viz.draw_windows(crops(1)[0], path[1], (8, 16), path)
@@ -160,6 +160,6 @@ def test_an_error_is_one_line_and_nothing_is_written(
     assert sorted(photo.parent.iterdir()) == files
 
 
-def test_the_step_does_not_matter_without_a_search(photo: Path, drawn: list[Drawn]) -> None:
+def test_lr_is_ignored_without_a_search(photo: Path, drawn: list[Drawn]) -> None:
     draw(photo, "--tokens", 4, "--lr", 0)
     assert torch.equal(drawn[0].centers, spot.isotropic(4, (48, 64)))

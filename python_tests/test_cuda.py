@@ -64,7 +64,7 @@ SIZES_OF_USE = [  # grid, patch, channels, stride
 @pytest.mark.parametrize("upsample", UPSAMPLES)
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 @pytest.mark.parametrize(("grid", "patch", "channels", "stride"), SIZES_OF_USE)
-def test_sizes_of_use(
+def test_realistic_sizes(
     grid: tuple[int, int],
     patch: tuple[int, int],
     channels: int,
@@ -105,7 +105,7 @@ def test_long_axes() -> None:
 
 
 @each_dtype
-def test_same_bits_again(dtype: torch.dtype) -> None:
+def test_repeated_calls_are_bitwise_equal(dtype: torch.dtype) -> None:
     """A result that changes from call to call is a race."""
     case = Ensemble((14, 14), (16, 16), random_views(49), channels=136, batch=1)
     tokens = case.tokens(dtype)
@@ -219,7 +219,7 @@ def test_plane_past_2_31() -> None:
 # ---- errors -------------------------------------------------------------------------------------
 
 
-def test_mixed_devices() -> None:
+def test_mixed_devices_raise() -> None:
     case = ENSEMBLES["weights"]
     (tokens, offsets, grid, patch, weights), modes = case.call(case.tokens())
     moved, moved_weights, out = GPU.put(offsets), GPU.put(weights), torch.empty(case.shape)
@@ -317,7 +317,7 @@ def test_graph(values: str, views: int) -> None:
 @pytest.mark.serial
 @each_count
 @each_values
-def test_current_stream(values: str, views: int) -> None:
+def test_calls_run_on_the_current_stream(values: str, views: int) -> None:
     """The call runs after the earlier work of its stream, and later work waits for it."""
     fresh = inputs(views, 0, values)
     expected = calls(*fresh)
@@ -360,7 +360,7 @@ def test_two_streams_at_once() -> None:
 
 @pytest.mark.serial
 @pytest.mark.parametrize("anchor", ["phase", "full"])
-def test_anchors_are_not_waited_for(anchor: Any) -> None:
+def test_anchors_do_not_synchronise(anchor: Any) -> None:
     """They depend on the images, and the views on them."""
     modes: Any = {"padding": "circular", "border": "circular", "anchor": anchor}
     conv = torch.nn.Conv2d(3, 8, 16, stride=16, device="cuda")
@@ -384,7 +384,7 @@ def test_anchors_are_not_waited_for(anchor: Any) -> None:
 @pytest.mark.serial
 @each_count
 @each_values
-def test_nothing_waits(values: str, views: int) -> None:
+def test_calls_do_not_synchronise(values: str, views: int) -> None:
     arguments = inputs(views, 0, values)
     calls(*arguments)  # loads the kernels and fills the allocator
     torch.cuda.synchronize()
@@ -401,7 +401,7 @@ def test_nothing_waits(values: str, views: int) -> None:
     assert_same(results, calls(*arguments))
 
 
-def test_device_of_the_tokens() -> None:
+def test_calls_run_on_the_device_of_the_tokens() -> None:
     """Not the current one."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")

@@ -138,7 +138,7 @@ def test_columns_of_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["key", "height", "field"])
-def test_wrong_rows_are_not_written(tmp_path: Path, name: str) -> None:
+def test_wrong_rows_raise(tmp_path: Path, name: str) -> None:
     table = pa.Table.from_pylist([make_row(0), make_row(1) | {name: None}])
     with pytest.raises(ValueError, match=rf"'{name}'.* null|null.*{name}"):
         data.write_rows(table, tmp_path / "a.parquet")
@@ -195,7 +195,7 @@ def test_a_projected_field_has_a_prefix_of_the_model(tmp_path: Path) -> None:
     np.testing.assert_array_equal(fields.pca, basis)
 
 
-def test_access(many: Many) -> None:
+def test_access_by_index_and_key(many: Many) -> None:
     out, rows = many
     fields = data.open(str(out))
     assert len(fields) == 40
@@ -227,7 +227,7 @@ def test_iterating_reads_each_row_group_once(
     assert len(read_groups) == len(fields.row_groups) - 1
 
 
-def test_pictures_that_are_kept_do_not_keep_row_groups(
+def test_kept_images_do_not_hold_row_groups(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(data, "ROW_GROUP_BYTES", 2**20)
@@ -279,7 +279,7 @@ def test_columns(tmp_path: Path, read_groups: list[tuple[int, list[str]]]) -> No
         assert not unread & {name for _, names in read_groups for name in names}
 
 
-def test_only_what_is_needed_is_read(tmp_path: Path) -> None:
+def test_open_reads_only_the_keys(tmp_path: Path) -> None:
     write(tmp_path, {"a.parquet": [make_row(i) for i in range(9)]})
     path = tmp_path / "data/a.parquet"
     group, content = pq.read_metadata(path).row_group(0), bytearray(path.read_bytes())
@@ -296,7 +296,7 @@ def test_only_what_is_needed_is_read(tmp_path: Path) -> None:
         fields[0]
 
 
-def test_plain_pyarrow_reads_it(tmp_path: Path) -> None:
+def test_plain_pyarrow_reads_the_fields(tmp_path: Path) -> None:
     rows = [make_row(i, DTYPES[i % 3]) for i in range(12)]
     write(tmp_path, {"a.parquet": rows[:6], "b.parquet": rows[6:]})
     found: list[tuple[str, np.ndarray]] = []
@@ -315,7 +315,7 @@ def write_errors(out: Path, name: str, keys: list[str]) -> None:
     pq.write_table(table, out / "errors" / name)
 
 
-def test_files_without_a_checkpoint_are_left_out(
+def test_files_without_a_checkpoint_are_ignored(
     many: Many,
 ) -> None:
     out, rows = many
@@ -336,13 +336,13 @@ def test_files_without_a_checkpoint_are_left_out(
         fields[rows[0]["key"]]
 
 
-def test_no_errors(many: Many) -> None:
+def test_errors_are_empty_without_failed_images(many: Many) -> None:
     errors = data.open(many[0]).errors
     assert errors.num_rows == 0
     assert errors.column_names == ["key", "reason"]
 
 
-def test_memory_of_fsspec() -> None:
+def test_an_output_at_an_fsspec_url() -> None:
     pytest.importorskip("fsspec")
     rows = [make_row(i) for i in range(5)]
     write("memory://test/fields", {"a.parquet": rows[3:], "0.parquet": rows[:3]})
@@ -355,7 +355,7 @@ def test_memory_of_fsspec() -> None:
 # ---- errors -------------------------------------------------------------------------------------
 
 
-def test_wrong_outputs(tmp_path: Path) -> None:
+def test_wrong_outputs_raise(tmp_path: Path) -> None:
     for out in (tmp_path, tmp_path / "none"):
         with pytest.raises(ValueError, match=rf"with a manifest.json; got {out}$"):
             data.open(out)
@@ -369,7 +369,7 @@ def test_wrong_outputs(tmp_path: Path) -> None:
         data.open(tmp_path)
 
 
-def test_wrong_arguments(many: Many) -> None:
+def test_wrong_arguments_raise(many: Many) -> None:
     fields = data.open(many[0])
     for index in (40, -41):
         with pytest.raises(IndexError, match=rf"must be in -40 \.\. 39; got {index}"):
@@ -396,7 +396,7 @@ def test_filesystem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         data.filesystem("file://a/b")
 
 
-def test_schemes_that_nothing_knows() -> None:
+def test_unknown_url_schemes_raise() -> None:
     fsspec = pytest.importorskip("fsspec")
     with pytest.raises(ValueError, match=r"Protocol not known: nonsense; got nonsense://a$"):
         data.filesystem("nonsense://a")

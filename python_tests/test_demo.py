@@ -55,7 +55,7 @@ def test_rays_end_where_they_enter_a_solid(seed: int) -> None:
     np.testing.assert_allclose(np.linalg.norm(normals[hit], axis=1), 1, atol=1e-6)
 
 
-def test_labels_and_depth_of_a_scene_belong_together() -> None:
+def test_labels_and_depth_of_a_scene_are_consistent() -> None:
     made = [scene(seed, 48, 80) for seed in range(20)]
     for a, b in zip(made[5], scene(5, 48, 80), strict=True):  # a seed gives one scene
         np.testing.assert_array_equal(a, b)
@@ -138,7 +138,7 @@ def test_labels_follow_the_most_similar_features() -> None:
     np.testing.assert_array_equal(np.unique(quality.propagate(whole, whole, labels)), [0, 2])
 
 
-def test_what_is_thin_and_how_far_an_outline_is_off() -> None:
+def test_thin_solids_and_scores_of_outlines() -> None:
     solids = np.zeros((SIDE, SIDE), dtype=np.uint8)
     for number, width in enumerate((8, 10), 1):
         solids[20 * number : 20 * number + width, 10:60] = number
@@ -154,7 +154,7 @@ def test_what_is_thin_and_how_far_an_outline_is_off() -> None:
     assert 0.6 < quality.outline_f(bar, half) < 0.8
 
 
-def test_the_small_vit_is_small_and_takes_any_picture() -> None:
+def test_the_small_vit_is_small_and_supports_any_image_size() -> None:
     assert FILE.stat().st_size <= 3e6
     model, config = load_small()
     assert not model.training
@@ -173,7 +173,7 @@ def evaluation() -> Evaluation:
     return Evaluation(Network.load("small"), "4")
 
 
-def test_fields_are_those_of_the_model(evaluation: Evaluation) -> None:
+def test_fields_equal_those_of_the_model(evaluation: Evaluation) -> None:
     """Plain tokens and SRT, against the model's own features and their mean over the views."""
     pixels = scene(3, 48, 64).pixels
     plain, _, mean, _, scaled = evaluation.fields(pixels)
@@ -190,7 +190,7 @@ def test_fields_are_those_of_the_model(evaluation: Evaluation) -> None:
 
 
 @pytest.mark.slow
-def test_srt_helps_on_exact_labels(evaluation: Evaluation) -> None:
+def test_srt_improves_the_scores_on_exact_labels(evaluation: Evaluation) -> None:
     """The quality of the whole chain: weights, shifts, ensemble. Margins are wide."""
     scores = evaluation.scores(frames(HELD_OUT + 1000 + i) for i in range(16))
     unmoved, plain, bilinear, srt, enlarged, both = scores.values()

@@ -129,7 +129,7 @@ CALLS["moments"] = ("ensemble_moments", CALLS["moments"][1])
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_results_are_those_of_the_op_without_copies(
+def test_results_equal_those_of_the_op_without_copies(
     name: str, framework: Framework, spied: SimpleNamespace
 ) -> None:
     if name == "torch.bfloat16" and framework.kind is np.ndarray:
@@ -171,7 +171,7 @@ def test_read_only_numpy(spied: SimpleNamespace, tmp_path: Any) -> None:
             assert_same(torch.from_numpy(result), expected)
 
 
-def test_memory_outlives_what_made_it(framework: Framework) -> None:
+def test_results_outlive_their_inputs(framework: Framework) -> None:
     (tokens, *rest), modes = ENSEMBLE.call(ENSEMBLE.tokens())
     expected = torch.ops.srt.ensemble(tokens, *rest, **modes)
     results = [  # freed memory would be used again
@@ -221,7 +221,7 @@ def test_out(framework: Framework, spied: SimpleNamespace) -> None:
 # ---- JAX ----------------------------------------------------------------------------------------
 
 
-def test_jax_waits_for_the_producer(jax: ModuleType) -> None:
+def test_pending_results_of_jax_are_awaited(jax: ModuleType) -> None:
     """JAX computes behind the back of Python, also on the CPU."""
     cpu = jax.devices("cpu")[0]
     weight = jax.device_put(np.eye(1024, dtype=np.float32), cpu)
@@ -236,7 +236,7 @@ def test_jax_waits_for_the_producer(jax: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("framework", ["jax"], indirect=True)
-def test_results_are_of_use_in_jax(framework: Framework, jax: ModuleType) -> None:
+def test_results_are_contiguous_and_usable_in_jax(framework: Framework, jax: ModuleType) -> None:
     """Row order: with other strides some versions of JAX fail, or compute wrongly."""
     for op in ("ensemble", "ensemble_moments"):
         for result in check(framework, op, ENSEMBLE.call(ENSEMBLE.tokens()))[1]:
@@ -246,7 +246,7 @@ def test_results_are_of_use_in_jax(framework: Framework, jax: ModuleType) -> Non
             torch.testing.assert_close(torch.from_dlpack(total), tensor[:, 1:, ::2].sum((2, 3)))
 
 
-def test_jax_tracers_and_out_are_refused(jax: ModuleType) -> None:
+def test_jax_tracers_and_out_raise(jax: ModuleType) -> None:
     with pytest.raises(
         TypeError, match=r"srt::shift: image must be an array with __dlpack__, without a mask; got"
     ):
@@ -304,7 +304,7 @@ def test_the_protocol_on_the_cpu() -> None:
         assert options.get("max_version", (1, 0)) >= (1, 0)
 
 
-def test_an_old_producer_knows_no_options() -> None:
+def test_producers_without_options_are_supported() -> None:
     class Old(Produced):
         def __dlpack__(self, *, stream: Any = None) -> Any:
             return self.tensor.__dlpack__()
@@ -364,14 +364,14 @@ LOCKED = np.broadcast_to(np.float32(0), (1, 3, 8, 15))
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_wrong_arguments_are_refused(
+def test_wrong_arguments_raise(
     changes: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match="srt::ensemble: " + message):
         ensemble(**changes)
 
 
-def test_offsets_of_torch_that_have_a_gradient() -> None:
+def test_offsets_that_require_grad_are_accepted() -> None:
     """NumPy sees none of it."""
     offsets = torch.zeros(2, 2, requires_grad=True)
     np.testing.assert_array_equal(ensemble(offsets=offsets), ensemble(offsets=offsets.detach()))
@@ -535,7 +535,7 @@ def test_jax_on_a_gpu(jax: ModuleType) -> None:
 
 @pytest.mark.cuda
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_another_gpu_than_the_current() -> None:
+def test_tokens_on_a_gpu_that_is_not_current() -> None:
     tokens, rest, modes, expected = on_gpu()
     result = dlpack.ensemble(Produced(tokens.to("cuda:1")), *rest, **modes)
     assert result.tensor.device == torch.device("cuda:1")

@@ -151,7 +151,7 @@ def test_a_large_token_stays_with_its_interval(
         assert not change[..., (token + 3) * patch :].any()
 
 
-def test_a_view_that_stops_leaves_nothing(backend: Backend) -> None:
+def test_a_view_that_ends_leaves_no_rounding_error(backend: Backend) -> None:
     """Its rounding would be more than all of a view that weighs 2^-70 of it."""
     case = Ensemble((1, 3), (16, 16), ((0.0, 5.0), (0.0, -3.0)), weights=(1.0, 2.0**-70))
     tokens = case.tokens()
@@ -163,7 +163,7 @@ def test_a_view_that_stops_leaves_nothing(backend: Backend) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [1e19, 1e30])
-def test_values_beyond_a_large_square(size: float, dtype: torch.dtype, backend: Backend) -> None:
+def test_values_whose_square_overflows(size: float, dtype: torch.dtype, backend: Backend) -> None:
     case = ENSEMBLES["real"]
     tokens = (size * case.tokens()).to(dtype)
     check("mean", case, tokens, backend.ensemble(case, tokens))
@@ -180,7 +180,7 @@ def test_values_near_the_largest_number(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("weights", [None, (1.0, 0.0, 2.5, 1e-3, 7.0)])
-def test_variance_beside_a_large_mean(weights: tuple[float, ...] | None, backend: Backend) -> None:
+def test_variance_with_a_large_mean(weights: tuple[float, ...] | None, backend: Backend) -> None:
     """The mean is 1e4 times the spread, in float32: E[x^2] - E[x]^2 would leave nothing."""
     case = replace(ENSEMBLES["real"], weights=weights, upsample="nearest")
     tokens = 1e4 + case.tokens()
@@ -245,7 +245,7 @@ def test_a_channel_that_is_nan_changes_no_bit_of_others(cpu_kernels: str) -> Non
 
 
 @each_dtype
-def test_a_large_result_may_lie_anywhere(dtype: torch.dtype, cpu_kernels: str) -> None:
+def test_large_results_are_equal_at_any_alignment(dtype: torch.dtype, cpu_kernels: str) -> None:
     """It is written around the cache where it is aligned: at least 32 MB."""
     channels = 960 // dtype.itemsize
     case = Ensemble((2, 10), (16, 16), ((0.0, 0.0), (3.0, -5.5)), channels=channels, batch=7)
@@ -347,7 +347,9 @@ def test_tokens_are_not_copied(dtype: torch.dtype) -> None:
 @each_border
 @pytest.mark.parametrize("processors", [1, 7, 1000])
 @each_gpu
-def test_segments(processors: int, border: str, backend: Backend) -> None:
+def test_gradients_for_any_number_of_processors(
+    processors: int, border: str, backend: Backend
+) -> None:
     if isinstance(backend, CudaOnHost):
         backend.gpu.processors = processors
     case = replace(ENSEMBLES["grid"], grid=(13, 3), patch=(4, 4), channels=8, border=border)
@@ -355,7 +357,7 @@ def test_segments(processors: int, border: str, backend: Backend) -> None:
 
 
 @each_border
-def test_windows_that_open_behind_others(border: str, backend: Backend) -> None:
+def test_gradients_of_distant_views(border: str, backend: Backend) -> None:
     """Views so far apart that tokens are not read in their order, and not at one time."""
     offsets = tuple((y, x) for y in (-40.0, 0.0, 37.5) for x in (0.0, 100.0, -61.25))
     case = Ensemble((7, 6), (8, 16), offsets, channels=8, border=border)

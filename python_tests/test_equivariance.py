@@ -120,7 +120,7 @@ def test_a_vit_with_position_embeddings_is_equivariant_to_rounding() -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_saturated_pixels_do_not_disturb(batch: int) -> None:
+def test_fields_of_saturated_images_are_equivariant(batch: int) -> None:
     """Several are of the largest energy, as in many photographs."""
     images = images_of(batch).clamp(-0.5, 0.5)
     assert (images.abs() == 0.5).float().mean() > 0.5
@@ -148,7 +148,7 @@ def test_a_phase_is_enough_for_models_that_roll_with_their_patches() -> None:
 
 @pytest.mark.parametrize("anchor", [None, "phase", "full"])
 @pytest.mark.parametrize("reduce", ["mean", "median"])
-def test_the_field_is_that_of_the_oracle(anchor: Any, reduce: Any) -> None:
+def test_the_field_equals_the_oracle(anchor: Any, reduce: Any) -> None:
     """Of views that are shifted, mirrored, mirrored back and aggregated, all from the anchor."""
     images, model = images_of(), Placed().double()
     offsets = torch.cat([views.sobol(4, 3).offsets, torch.tensor([[50.25, -31.0]])])
@@ -207,7 +207,7 @@ def test_settings_are_kept_and_cost_is_counted() -> None:
     assert half(images.half()).field.dtype == torch.float16
 
 
-def test_inject_takes_images_without_an_edge() -> None:
+def test_inject_supports_circular_images() -> None:
     """Its result is that of the model from there, so it has no anchor."""
     torch.manual_seed(0)
     first = nn.Conv2d(3, 4, PATCH, stride=PATCH)
@@ -247,7 +247,7 @@ def test_exported_and_compiled() -> None:
         ({"inject": "embed"}, ValueError, "anchor must be None with inject.*; got 'full'"),
     ],
 )
-def test_wrong_settings_are_refused(
+def test_wrong_settings_raise(
     settings: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=f"SRT: {message}"):
@@ -259,7 +259,9 @@ def test_wrong_settings_are_refused(
     ("size", "stride", "whole"),
     [((39, 24), 1, (8, 4)), ((40, 26), 2, (8, 4)), ((40, 24), 3, (24, 12)), (SIZE, 16, (16, 16))],
 )
-def test_images_with_a_rest_are_refused(anchor: Any, size: Any, stride: int, whole: Any) -> None:
+def test_sizes_that_are_not_whole_multiples_raise(
+    anchor: Any, size: Any, stride: int, whole: Any
+) -> None:
     srt = anchored(anchor=anchor, views=4, stride=stride)
     height, width = whole
     message = rf"circular', multiples of \[{height}, {width}\] pixels; got \[{size[0]}, {size[1]}\]"
@@ -268,7 +270,7 @@ def test_images_with_a_rest_are_refused(anchor: Any, size: Any, stride: int, who
             call(torch.zeros(1, 3, *size, dtype=torch.float64))
 
 
-def test_images_that_views_cannot_cross_are_refused() -> None:
+def test_images_larger_than_the_largest_offset_raise() -> None:
     image = torch.zeros(1, 3, 8, 2**20 + 4, dtype=torch.uint8).half()
     with pytest.raises(ValueError, match=r"at most 2\^20 pixels on each axis with anchor; got \[8"):
         anchored(views=4)(image)

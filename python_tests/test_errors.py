@@ -397,7 +397,7 @@ def test_the_error_states_the_rule_and_the_value(
 
 
 @pytest.mark.parametrize("word", ["x" * 10**5, "xx" + "é" * 99])
-def test_long_words_are_shortened(word: str) -> None:
+def test_long_strings_are_shortened(word: str) -> None:
     """Not within a character: the rest of one is no UTF-8."""
     for through in WAYS:
         with pytest.raises((ValueError, RuntimeError), match=r"got 'xx[xé]+\.\.\.'") as caught:
@@ -405,7 +405,7 @@ def test_long_words_are_shortened(word: str) -> None:
         assert len(str(caught.value)) < 2000  # from torch.ops with the place in the source
 
 
-def test_memory_beside_the_output_is_allowed() -> None:
+def test_memory_next_to_the_output_is_allowed() -> None:
     """The neighbours of the two invalid cases of shared memory."""
     for part, rest in ((memory[:36], memory[36:396]), (memory[-36:], memory[-396:-36])):
         out = rest.view(OUT)
@@ -444,7 +444,7 @@ WRONG_TYPES = [
 
 
 @pytest.mark.parametrize("case", WRONG_TYPES, ids=str)
-def test_wrong_python_types(case: Wrong) -> None:
+def test_wrong_python_types_raise(case: Wrong) -> None:
     """torch's dispatcher rejects the call of the op in its words. NumPy's arrays: test_numpy."""
     with pytest.raises((RuntimeError, TypeError)):
         through_op(case)
@@ -478,7 +478,7 @@ NEW_KINDS = pytest.mark.filterwarnings("ignore")  # torch's, of tensors that are
         pytest.param(quantized, "a quantized tensor", id="quantized"),
     ],
 )
-def test_tensors_that_are_not_dense(name: str, make: Any, got: str) -> None:
+def test_tensors_that_are_not_dense_raise(name: str, make: Any, got: str) -> None:
     call = ensemble_call()
     case = wrong_type(f"{name} {DENSE_TENSOR}", got, **{name: make(call[name])})
     with pytest.raises(TypeError) as caught:
@@ -489,7 +489,7 @@ def test_tensors_that_are_not_dense(name: str, make: Any, got: str) -> None:
 
 
 @NEW_KINDS
-def test_a_state_that_is_not_dense() -> None:
+def test_a_state_that_is_not_dense_raises() -> None:
     running = srt_ext.RunningMean(grid=(2, 3), patch=(4, 5))
     running.update(tokens(), torch.zeros(2, 2))
     for make in (torch.Tensor.to_sparse, nested, quantized):
@@ -519,7 +519,7 @@ def misaligned(values: torch.Tensor) -> torch.Tensor:
         ("windows", "image"),
     ],
 )
-def test_misaligned_tensors(op: str, name: str) -> None:
+def test_misaligned_tensors_raise(op: str, name: str) -> None:
     call = {**({"out": out} if name == "out" else {}), **Wrong("", "", op=op).arguments()}
     case = Wrong("", "", op=op, **{name: misaligned(call[name])})
     size = call[name].element_size()
@@ -529,7 +529,7 @@ def test_misaligned_tensors(op: str, name: str) -> None:
             through(case)
 
 
-def test_misaligned_gradients() -> None:
+def test_misaligned_gradients_raise() -> None:
     call = ensemble_call()
     modes = {"upsample": "bilinear", "border": "coverage", "stride": [1, 1]}
     place = (call["offsets"], call["grid"], call["patch"], None)
@@ -558,7 +558,7 @@ def test_misaligned_offsets_and_weights_are_read() -> None:
     assert torch.equal(srt_ext.ensemble(**call), expected)
 
 
-def test_a_gradient_of_too_many_tokens() -> None:
+def test_a_gradient_of_too_many_tokens_raises() -> None:
     """As large as nothing else that the call is given."""
     modes = {"upsample": "nearest", "border": "coverage", "stride": [2**24, 2**24]}
     place = (huge(2**20, 2), [2**24, 2**24], [1, 1], None)
@@ -567,7 +567,7 @@ def test_a_gradient_of_too_many_tokens() -> None:
 
 
 @pytest.mark.parametrize("op", ["ensemble", *STATES])
-def test_one_device_for_tokens_and_what_is_written(op: str) -> None:
+def test_outputs_must_be_on_the_device_of_the_tokens(op: str) -> None:
     """With one of them on the meta device nothing would be written, without an error."""
     call = {**({"out": out} if op == "ensemble" else {}), **Wrong("", "", op=op).arguments()}
     written = list(STATES.get(op, ["out"]))
@@ -580,7 +580,7 @@ def test_one_device_for_tokens_and_what_is_written(op: str) -> None:
 
 
 @pytest.mark.parametrize("op", STATES)
-def test_no_state(op: str) -> None:
+def test_a_state_of_none_raises(op: str) -> None:
     """The dispatcher takes None for a tensor."""
     for name in STATES[op]:
         case = wrong_type(f"{name} {NOT_A_TENSOR}", "NoneType", op=op, **{name: None})
@@ -755,7 +755,7 @@ def survive() -> None:
 
 
 @pytest.mark.slow
-def test_no_call_ends_the_process() -> None:
+def test_no_call_crashes_the_process() -> None:
     script = CHILD.format(folder=str(Path(__file__).parent))
     assert run_python("-c", script).stdout.splitlines()[-1] == "survived"
 

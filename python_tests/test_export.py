@@ -146,7 +146,7 @@ def test_compiled(name: str) -> None:
 
 @follows_generators
 @pytest.mark.parametrize("name", some_fast(BY_HOOKS, "layer"))
-def test_hooks_are_refused_with_the_reason(name: str) -> None:
+def test_tracing_a_model_that_is_read_by_hooks_raises(name: str) -> None:
     """Where the model may not run eagerly."""
     srt = vit(**SETTINGS[name])
     with pytest.raises(Exception, match="by hooks, which run eagerly"):
@@ -240,7 +240,7 @@ def test_srt_is_copied(copied: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("copied", COPIES[1:])
-def test_what_srt_takes_and_returns_is_copied(copied: Any) -> None:
+def test_views_and_outputs_are_copied(copied: Any) -> None:
     srt = vit(views="ring:5:3+flip")
     values = [
         srt(images_of(1)),
@@ -255,7 +255,7 @@ def test_what_srt_takes_and_returns_is_copied(copied: Any) -> None:
         assert_close(twin, value)
 
 
-def test_results_and_views_are_loaded_without_code() -> None:
+def test_results_and_views_load_with_weights_only() -> None:
     """torch.load's default: no other class is needed."""
     srt = vit(views="ring:5:3+flip")
     for value in (srt(images_of(1)), srt.moments(images_of(1)), srt.views, srt.cost((8, 8))):
@@ -284,7 +284,7 @@ def test_streams_are_copied(copied: Any, library: Any, kind: str) -> None:
     assert (torch.as_tensor(twin.result()) == torch.as_tensor(whole.result())).all()
 
 
-def test_state_dict_is_that_of_the_model() -> None:
+def test_state_dict_has_the_names_of_the_model() -> None:
     """So the weights of the model are loaded into SRT, and the other way round, with strict."""
     srt = vit(scale=1.25)
     assert list(srt.state_dict()) == [f"model.{name}" for name in ViT().state_dict()]
@@ -296,7 +296,7 @@ def test_state_dict_is_that_of_the_model() -> None:
     assert_close(srt(images_of(1)), expected(images_of(1)))
 
 
-def test_casts_move_the_model_and_leave_the_views() -> None:
+def test_casts_change_the_model_and_not_the_views() -> None:
     srt, design = vit(views="ring:5:2.5"), views.ring(5, 2.5)
     images = images_of(1)
     for cast, dtype in (

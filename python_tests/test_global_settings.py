@@ -205,7 +205,7 @@ def test_ops_streams_and_gradients_do_not_depend_on_torch_settings(name: str) ->
     assert_same(found, expected)
 
 
-def test_autocast_reaches_the_model_alone() -> None:
+def test_autocast_affects_only_the_model() -> None:
     conv = torch.nn.Conv2d(3, 6, PATCH, stride=PATCH)
     with torch.no_grad():
         exact = SRT(conv, "ring:5:4", scale=1.3, stride=3, patch=PATCH)(IMAGES).field
@@ -215,7 +215,7 @@ def test_autocast_reaches_the_model_alone() -> None:
     torch.testing.assert_close(field.float(), exact, rtol=0.02, atol=0.02)
 
 
-def test_srt_of_inference_mode_is_used_outside_of_it() -> None:
+def test_srt_created_in_inference_mode_works_outside_it() -> None:
     """And its views take part in derivatives."""
     with torch.inference_mode():
         srt = SRT(pooled, "ring:9:4", patch=PATCH, prefix=1)
@@ -227,7 +227,7 @@ def test_srt_of_inference_mode_is_used_outside_of_it() -> None:
     assert tokens.grad is not None
 
 
-def test_srt_is_made_among_fake_tensors() -> None:
+def test_srt_can_be_created_in_fake_tensor_mode() -> None:
     """Its views have values."""
     expected = SRT(pooled, "sobol:4:3", patch=PATCH, prefix=1)
     with FakeTensorMode():
@@ -323,14 +323,14 @@ def calls(n: Callable[[int], Any]) -> dict[str, Callable[[], Any]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_integers_of_other_libraries_are_integers(kind: str) -> None:
+def test_integers_of_other_libraries_are_accepted(kind: str) -> None:
     expected, found = calls(int), calls(KINDS[kind])
     for name, call in found.items():
         assert_same(call(), expected[name]()), name
 
 
 @pytest.mark.parametrize("value", [True, np.True_, torch.tensor(True), 4.0, np.float32(4), "4"])
-def test_bools_and_floats_are_no_integers(value: Any) -> None:
+def test_bools_and_floats_raise_where_integers_are_required(value: Any) -> None:
     for name, call in calls(lambda _: value).items():
         if name == "resolve" and value == "4":
             continue
@@ -342,7 +342,7 @@ def test_bools_and_floats_are_no_integers(value: Any) -> None:
     "value",
     [torch.tensor(4.0), torch.tensor([4]), torch.tensor([[4]]), torch.tensor(4, device="meta")],
 )
-def test_other_tensors_are_no_integers(value: torch.Tensor) -> None:
+def test_other_tensors_raise_where_integers_are_required(value: torch.Tensor) -> None:
     for call in (
         lambda: srt_ext.ensemble(TOKENS, torch.zeros(9, 2), (value, value), (8, 8)),
         lambda: views.best(value),  # type: ignore[arg-type]
@@ -356,7 +356,7 @@ NUMBERS = [np.float32, np.float64, np.float16, np.array, torch.tensor]
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-def test_numbers_of_other_libraries_are_numbers(number: Any) -> None:
+def test_numbers_of_other_libraries_are_accepted(number: Any) -> None:
     assert_same(views.grid(number(1.5), number(0.5)), views.grid(1.5, 0.5))
     assert_same(views.ring(5, number(3.5)), views.ring(5, 3.5))
     assert_same(views.sobol(5, number(3.5)), views.sobol(5, 3.5))
@@ -374,7 +374,7 @@ def test_numbers_of_other_libraries_are_numbers(number: Any) -> None:
             views.grid(1, wrong)  # type: ignore[arg-type]
 
 
-def test_layers_and_inject_take_integers_of_other_libraries() -> None:
+def test_layers_and_inject_accept_integers_of_other_libraries() -> None:
     timm = pytest.importorskip("timm")
     settings: dict[str, Any] = {"depth": 2, "embed_dim": 12, "num_heads": 2}
     model = timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True, **settings).eval()
@@ -393,7 +393,7 @@ def test_layers_and_inject_take_integers_of_other_libraries() -> None:
                 SRT(model, 2, **{name: wrong})
 
 
-def test_the_former_name_of_dlpack() -> None:
+def test_the_former_name_of_dlpack_warns() -> None:
     with pytest.warns(DeprecationWarning, match=r"srt_ext.array is now srt_ext.dlpack"):
         assert srt_ext.array is dlpack
     with pytest.raises(AttributeError, match="no attribute 'arrays'"):

@@ -251,7 +251,7 @@ def test_any_strides_of_a_gradient(reduce: str) -> None:
         (torch.nan, torch.inf),
     ),
 )
-def test_a_non_finite_gradient_reaches_what_it_touches(
+def test_a_non_finite_gradient_reaches_only_its_tokens(
     name: str, reduce: str, value: float
 ) -> None:
     case = replace(ENSEMBLES[name], batch=1, channels=3)

@@ -71,7 +71,7 @@ def check_windows_backward(cuda: CudaOnHost) -> None:
 
 
 @pytest.mark.slow
-def test_injected_faults_are_found(tmp_path: Path) -> None:
+def test_injected_faults_are_detected(tmp_path: Path) -> None:
     """The checks of the tests must find each of the faults below, and nothing without one."""
     mean = {
         "a missing barrier": ("sums);\n      __syncthreads();", "sums);"),
@@ -197,7 +197,7 @@ def test_every_launch_is_checked(name: str, cuda: CudaOnHost) -> None:
 
 
 @each_call
-def test_a_grid_that_is_smaller_than_the_work(name: str, cuda: CudaOnHost) -> None:
+def test_results_do_not_depend_on_the_largest_grid(name: str, cuda: CudaOnHost) -> None:
     call = calls(cuda)[name]
     expected = call().clone()
     for max_grid in (1, 3):
@@ -208,7 +208,7 @@ def test_a_grid_that_is_smaller_than_the_work(name: str, cuda: CudaOnHost) -> No
 @pytest.mark.parametrize("backward", [False, True])
 @each_reduce
 @pytest.mark.parametrize("shape", [(9, 0, 15, 4), (9, 1, 15, 0)])
-def test_nothing_to_do(
+def test_empty_inputs_launch_nothing(
     shape: tuple[int, ...], reduce: str, backward: bool, cuda: CudaOnHost
 ) -> None:
     args = EnsembleArgs(reduce=REDUCES.index(reduce), views=9, batch=shape[1], channels=shape[3])
@@ -225,7 +225,7 @@ def test_nothing_to_do(
 
 @pytest.mark.parametrize("window", [(3, 2), (1, 1)])
 @pytest.mark.parametrize(("batch", "count", "channels"), [(0, 4, 3), (2, 0, 3), (2, 4, 0)])
-def test_nothing_to_sample(
+def test_gradients_of_empty_inputs_are_zero(
     batch: int, count: int, channels: int, window: tuple[int, int], cuda: CudaOnHost
 ) -> None:
     """Gradients that exist are 0."""
@@ -246,7 +246,7 @@ def test_nothing_to_sample(
             assert not result.elements.any()
 
 
-def test_too_many_lines_are_refused_before_memory_is_taken(cuda: CudaOnHost) -> None:
+def test_too_many_lines_raise_before_allocation(cuda: CudaOnHost) -> None:
     """By the size of the workspace, which is all that is asked for here."""
     args = WindowsArgs(batch=2**10, channels=1, height=5, width=6, count=2**16)
     none, size = Values(None, "host"), c_int64(-1)

@@ -36,13 +36,13 @@ def test_hostile_calls(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert kinds["refused"] > 20
 
 
-def test_a_case_is_made_from_its_number_alone() -> None:
+def test_a_case_depends_only_on_its_number() -> None:
     hostile.make(0, 1)
     assert hostile.make(3, 7).describe() == hostile.make(3, 7).describe()
 
 
 @pytest.mark.parametrize("wrong", ["value", "memory", "error"])
-def test_the_fuzzer_sees_faults(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fuzzer_detects_faults(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     case = hostile.ensemble_case(rng, "out" if wrong == "memory" else "ensemble", "python")
     case.memory = [

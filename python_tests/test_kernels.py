@@ -159,7 +159,7 @@ def test_many_views(kernel: str, views: int, backend: Backend) -> None:
 
 @pytest.mark.parametrize("views", [5, 200])
 @each_kernel(*LINEAR, backends=GPU)
-def test_same_bits_wherever_offsets_and_weights_are(
+def test_results_are_bitwise_equal_wherever_offsets_and_weights_are(
     kernel: str, views: int, backend: Backend
 ) -> None:
     weights = (1.0, 0.0, 2.5, 0.125, 7.0) * (views // 5)  # float32 values, which both dtypes hold
@@ -254,7 +254,7 @@ def test_offsets_and_weights_of_any_dtype_and_stride(
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_same_bits_over_threads(
+def test_results_are_bitwise_equal_over_threads(
     kernel: str, threads: Callable[[int], None], cpu_kernels: str
 ) -> None:
     # Large enough to be split over threads. The kernels of single views take less for that.
@@ -278,7 +278,7 @@ def test_same_bits_over_threads(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_same_bits_over_threads_beside_nan(
+def test_results_near_nan_are_bitwise_equal_over_threads(
     dtype: torch.dtype, threads: Callable[[int], None], cpu_kernels: str
 ) -> None:
     """A mean is computed another way there: how much of it must not depend on the threads."""

@@ -55,7 +55,7 @@ def test_undefined_symbols_are_of_the_stable_abi(name: str) -> None:
     assert [s for s in symbols if re.match(r"(__)?cuda|cu[A-Z]", s)] == []
 
 
-def test_cuda_kernels_are_there_or_the_reason_is() -> None:
+def test_cuda_kernels_are_registered_or_the_reason_is_given() -> None:
     for op in ("shift", "windows", "ensemble", "ensemble.out"):
         registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"srt::{op}", "CUDA")
         assert registered == (cuda_unavailable is None)
@@ -67,7 +67,9 @@ def test_cuda_kernels_are_there_or_the_reason_is() -> None:
         assert cuda_unavailable is None
 
 
-def test_a_call_on_cuda_without_kernels_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_on_cuda_without_kernels_explains_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """With torch's own error where no CUDA kernel is registered."""
     refusal = "Could not run 'srt::shift' with arguments from the 'CUDA' backend."
     call = "shift", torch.ops.srt.shift.default._schema, (torch.ones(1, 1, 2, 2), torch.ones(1, 2))
@@ -79,7 +81,7 @@ def test_a_call_on_cuda_without_kernels_says_why(monkeypatch: pytest.MonkeyPatch
         srt_ext.ops._explain(NotImplementedError(refusal), *call, {})
 
 
-def test_numpy_knows_nothing_of_torch() -> None:
+def test_the_numpy_module_does_not_depend_on_torch() -> None:
     if NUMPY is None:
         pytest.skip("srt_ext.numpy was not built")
     symbols = undefined_symbols(NUMPY)
@@ -162,7 +164,7 @@ def test_forcing_kernels() -> None:
     assert torch.ops.srt._cpu_kernels() == available[-1]
 
 
-def test_schemas_are_as_promised() -> None:
+def test_schemas_do_not_change() -> None:
     """DESIGN section 3: extended only with defaulted keyword arguments that are no tensors."""
     ensemble = (
         "Tensor tokens, Tensor offsets, int[2] grid, int[2] patch, Tensor? weights=None, *, "
@@ -303,7 +305,7 @@ def test_import_never_fails(
 
 
 @pytest.mark.slow
-def test_import_leaves_the_compiler_of_torch_alone(tmp_path: Path) -> None:
+def test_import_does_not_load_the_compiler_of_torch(tmp_path: Path) -> None:
     """It takes a second, and ops, SRT and its models by index do not need it."""
     use = "print('torch._dynamo' in sys.modules)"
     script = IMPORT.format(path=str(PACKAGE.parent), before="", use=use)

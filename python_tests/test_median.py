@@ -42,7 +42,7 @@ def values(views: int, dtype: torch.dtype) -> tuple[Ensemble, torch.Tensor, torc
 
 @pytest.mark.parametrize("accumulator", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("views", COUNTS)
-def test_bits_of_torch_median(views: int, accumulator: torch.dtype, backend: Backend) -> None:
+def test_median_equals_torch_median(views: int, accumulator: torch.dtype, backend: Backend) -> None:
     dtype = accumulator
     if accumulator == torch.float32:
         dtype = DTYPES[COUNTS.index(views) % 3]
@@ -56,7 +56,7 @@ def test_bits_of_torch_median(views: int, accumulator: torch.dtype, backend: Bac
 # ---- which views vote ---------------------------------------------------------------------------
 
 
-def test_views_that_do_not_cover_do_not_vote(backend: Backend) -> None:
+def test_views_that_do_not_cover_a_pixel_are_ignored(backend: Backend) -> None:
     """Spelled out, without the oracle: two of three views cover the left half of 4 pixels."""
     tokens = torch.tensor([1.0, 5.0, 3.0]).reshape(3, 1, 1, 1)
     case = Ensemble((1, 1), (1, 4), ((0.0, 0.0), (0.0, 2.0), (0.0, -2.0)), channels=1, batch=1)
@@ -90,7 +90,7 @@ tokens = torch.randn({views}, 1, 196, 64)
 @needs_proc
 @pytest.mark.parametrize("upsample", ["nearest", "bilinear"])
 @pytest.mark.parametrize("views", [49, 225])
-def test_no_stack_of_maps_is_made(views: int, upsample: str) -> None:
+def test_no_stack_of_maps_is_allocated(views: int, upsample: str) -> None:
     """Beside the tokens it takes its output, and cache-sized scratch, not a map for every view."""
     setup = MEMORY.format(views=views, upsample=upsample)
     taken, output = peak_of(setup, "field(tokens)", "result.isfinite().all()")

@@ -59,7 +59,7 @@ V1_USED, V2_USED = "memory.usage_in_bytes", "memory.current"
         ({"/proc/self/cgroup": "4:memory:/docker/c/d", f"{V1}/d/memory.limit_in_bytes": "8"}, 8),
     ],
 )
-def test_free_bytes_are_the_least_of_the_machine_and_its_cgroups(
+def test_free_bytes_are_the_minimum_of_the_machine_and_its_cgroups(
     files: dict[str, str], free: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def read_text(path: Path) -> str:
@@ -73,7 +73,7 @@ def test_free_bytes_are_the_least_of_the_machine_and_its_cgroups(
 
 
 @needs_proc
-def test_free_bytes_end_with_the_address_space() -> None:
+def test_free_bytes_are_limited_by_the_address_space() -> None:
     script = (
         "import resource, torch; from srt_ext._memory import free_bytes\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"

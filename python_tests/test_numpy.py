@@ -67,19 +67,19 @@ def check_ensemble(case: Ensemble, dtype: torch.dtype) -> None:
 # With weights; with another upsampling and border; with a stride and a prefix.
 @pytest.mark.parametrize("name", ["weights", "nearest", "stride"])
 @pytest.mark.parametrize("dtype", COMMON_DTYPES, ids=str)
-def test_ensemble_has_the_bits_of_the_op(dtype: torch.dtype, name: str) -> None:
+def test_ensemble_is_bitwise_equal_to_the_op(dtype: torch.dtype, name: str) -> None:
     check_ensemble(ENSEMBLES[name], dtype)
 
 
 @pytest.mark.parametrize("name", ["real", "bicubic", "nearest", "strided"])
 @pytest.mark.parametrize("dtype", [*COMMON_DTYPES, torch.uint8], ids=str)
-def test_shift_has_the_bits_of_the_op(dtype: torch.dtype, name: str) -> None:
+def test_shift_is_bitwise_equal_to_the_op(dtype: torch.dtype, name: str) -> None:
     check("shift", SHIFTS[name], SHIFTS[name].image(dtype))
 
 
 @pytest.mark.parametrize("name", ["grid", "scales", "points"])
 @pytest.mark.parametrize("dtype", [*COMMON_DTYPES, torch.uint8], ids=str)
-def test_windows_have_the_bits_of_the_op(dtype: torch.dtype, name: str) -> None:
+def test_windows_are_bitwise_equal_to_the_op(dtype: torch.dtype, name: str) -> None:
     check("windows", WINDOWS[name], WINDOWS[name].image(dtype))
 
 
@@ -107,7 +107,7 @@ def test_sizes_0_and_1(shape: tuple[int, int]) -> None:
         check("shift", picture, picture.image())
 
 
-def test_a_result_that_gets_its_pages_first(threads: Callable[[int], None]) -> None:
+def test_large_results_are_bitwise_equal_to_the_op(threads: Callable[[int], None]) -> None:
     """Of 34 MB and no whole number of pages: the same bits as in a buffer that has them."""
     args = (torch.randn(3, 1, 100, 377), torch.tensor([[0.0, 1], [2.5, -1], [-1, 0.25]]))
     expected = srt_ext.ensemble(*args, (10, 10), (15, 15))
@@ -174,7 +174,7 @@ VALUES = "must be float32 or float64, or numbers in sequences"
     ],
     ids=str,
 )
-def test_invalid_offsets_and_weights(value: Any, got: str) -> None:
+def test_invalid_offsets_and_weights_raise(value: Any, got: str) -> None:
     error = ValueError if "rows" in got else TypeError
     with pytest.raises(error, match=re.escape(f"srt::shift: offsets {VALUES}; got {got}")):
         srt.shift(np.zeros((1, 1, 2, 2)), value)
@@ -279,14 +279,14 @@ def call(**changes: Any) -> dict[str, Any]:
     ],
     ids=str,
 )
-def test_invalid_arrays(error: type[Exception], name: str, value: Any, message: str) -> None:
+def test_invalid_arrays_raise(error: type[Exception], name: str, value: Any, message: str) -> None:
     with pytest.raises(error) as caught:
         srt.ensemble(**call(**{name: value}))
     assert type(caught.value) is error
     assert str(caught.value).startswith(f"srt::ensemble: {name} {message}")
 
 
-def test_memory_beside_the_output_is_allowed() -> None:
+def test_memory_next_to_the_output_is_allowed() -> None:
     """Also of tokens that run backwards. NumPy's integers are integers."""
     tokens, place = memory[:36].reshape(TOKENS)[::-1], {"grid": (np.int64(2), np.uint8(3))}
     with pytest.raises(ValueError, match="out must not share memory with tokens"):
@@ -376,7 +376,7 @@ def busy_call(seed: int) -> bytes:
     return b"".join(result.tobytes() for result in results)
 
 
-def test_same_bits_over_threads(threads: Callable[[int], None]) -> None:
+def test_results_are_bitwise_equal_over_threads(threads: Callable[[int], None]) -> None:
     results = []
     for count in (1, 2, 3, 16):
         threads(count)
@@ -412,7 +412,7 @@ def test_concurrent_calls(count: int, threads: Callable[[int], None]) -> None:
 
 
 @pytest.mark.parametrize("name", ["shift", "ensemble"])
-def test_other_threads_run_meanwhile(name: str, threads: Callable[[int], None]) -> None:
+def test_other_threads_run_during_a_call(name: str, threads: Callable[[int], None]) -> None:
     """With a switch interval of an hour, nothing but the call lets another thread go on."""
     threads(1)
     case = Ensemble((14, 14), (8, 8), channels=64) if name == "ensemble" else Shift((250, 250))
@@ -465,7 +465,7 @@ def child_status(expected: bytes) -> int:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 @pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
-def test_a_forked_process_has_threads_of_its_own(threads: Callable[[int], None]) -> None:
+def test_a_forked_process_starts_its_own_threads(threads: Callable[[int], None]) -> None:
     threads(3)
     expected = busy_call(1)  # starts the threads
     assert child_status(expected) == 0
@@ -520,7 +520,7 @@ digest = [(str(r.dtype), hashlib.sha256(r.tobytes()).hexdigest()) for r in resul
 """
 
 
-def test_without_torch() -> None:
+def test_results_are_bitwise_equal_without_torch() -> None:
     """The same bits as in this process, which has torch."""
     script = f"import sys\nsys.modules['torch'] = None  # its import fails\n{SCRIPT}\nprint(digest)"
     here: dict[str, Any] = {}

@@ -126,7 +126,7 @@ def test_opcheck_of_windows(name: str, device: str, place: str) -> None:
     torch.library.opcheck(srt.windows.default, (image, centers, window, scale), modes)
 
 
-def test_opcheck_of_the_rules_alone() -> None:
+def test_opcheck_of_check_views() -> None:
     _, args, modes = ensemble_calls(SMALL)["mean"]
     modes = {**modes, "reduce": "mean", "stream": True}
     torch.library.opcheck(srt._check_views.default, ("accumulate_mean_", *args), modes)
@@ -276,7 +276,7 @@ def test_compiled(device: str, place: str, backend: str, compile_model: Function
 
 
 @pytest.mark.parametrize("dynamic", [True, pytest.param(None, marks=pytest.mark.slow)])
-def test_other_sizes_do_not_compile_again(dynamic: bool | None, compile_model: Function) -> None:
+def test_other_sizes_do_not_recompile(dynamic: bool | None, compile_model: Function) -> None:
     """Batches, views and channels are symbols, forward and backward."""
     compiled = compile_model(backend="aot_eager", dynamic=dynamic)
     for sizes in ((4, 5, 6), (7, 3, 8)):  # without ``dynamic`` the second call finds the symbols
@@ -487,7 +487,7 @@ def test_autocast_keeps_the_dtype_of_tokens(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(("name", "shapes"), [("grid", [(9, 2)]), ("weights", [(5, 2), (5,)])])
-def test_a_graph_keeps_no_tokens_of_a_mean(name: str, shapes: list[tuple[int, ...]]) -> None:
+def test_a_mean_saves_no_tokens_for_its_backward(name: str, shapes: list[tuple[int, ...]]) -> None:
     """A mean is linear: its backward reads offsets and weights alone."""
     case = ENSEMBLES[name]
     args, modes = case.call(case.tokens().requires_grad_())

@@ -44,7 +44,7 @@ def test_golden() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("full", [False, True])
-def test_the_anchor_is_where_the_energy_is(dtype: torch.dtype, full: bool) -> None:
+def test_the_anchor_has_the_largest_energy(dtype: torch.dtype, full: bool) -> None:
     """Of each phase and place in turn, by loops over exact integers."""
     image, (height, width) = image_of(dtype), (4, 5)
     squares = image.double().square().sum(1)
@@ -80,7 +80,7 @@ def test_the_anchor_moves_with_the_content(dy: int, dx: int, dtype: torch.dtype)
 
 
 @given(st.integers(-40, 40), st.integers(-40, 40), st.floats(0.02, 0.5))
-def test_saturated_pixels_are_told_apart_by_the_rest_of_the_image(
+def test_ties_of_saturated_pixels_are_resolved_by_the_rest_of_the_image(
     dy: int, dx: int, top: float
 ) -> None:
     """By the anchor of SRT, which is that of polyphase where there are no ties."""
@@ -94,7 +94,7 @@ def test_saturated_pixels_are_told_apart_by_the_rest_of_the_image(
     assert unique_anchor(torch.ones(2, 3, 12, 15), (4, 5)).tolist() == [[0, 0], [0, 0]]
 
 
-def test_the_first_of_equal_energies_is_taken() -> None:
+def test_the_first_of_equal_energies_is_selected() -> None:
     for full in (False, True):
         assert srt_ext.polyphase(torch.ones(2, 3, 8, 8), 4, full=full).tolist() == [[0, 0], [0, 0]]
     image = torch.zeros(1, 1, 4, 6)
@@ -105,7 +105,7 @@ def test_the_first_of_equal_energies_is_taken() -> None:
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_it_is_mapped_compiled_and_has_no_gradient(full: bool) -> None:
+def test_polyphase_supports_vmap_and_compile_without_a_gradient(full: bool) -> None:
     images = torch.stack([image_of(torch.float32, 2), image_of(torch.float32, 2).flip(3)])
 
     def anchor(image: torch.Tensor) -> torch.Tensor:
@@ -136,6 +136,6 @@ def test_it_is_mapped_compiled_and_has_no_gradient(full: bool) -> None:
         ((image_of(torch.float32), 1, "full"), TypeError, "full must be True or False; got 'full'"),
     ],
 )
-def test_wrong_arguments_are_refused(arguments: Any, error: type[Exception], message: str) -> None:
+def test_wrong_arguments_raise(arguments: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"srt_ext.polyphase: .*{message}"):
         srt_ext.polyphase(*arguments)

@@ -69,7 +69,7 @@ def by_rolls(file: dict[str, Any], name: str, design: Views, mirrored_first: boo
     return total / len(design.offsets)
 
 
-def test_the_designs_are_those_of_hrdv2(hrdv2: dict[str, Any]) -> None:
+def test_designs_equal_those_of_hrdv2(hrdv2: dict[str, Any]) -> None:
     """In their order; and the views of shift are theirs, bit for bit."""
     for name, design in (("moore12", views.moore((1, 2))), ("neumann12", views.neumann([1, 2]))):
         assert torch.equal(design.offsets, design_of(hrdv2, name).offsets)
@@ -83,14 +83,14 @@ def rows(design: Views) -> list[list[float]]:
     return sorted(torch.cat([design.offsets, design.mirror.float()], 1).tolist())  # type: ignore[union-attr]
 
 
-def test_their_shifts_and_flips_are_doublings_of_ours(hrdv2: dict[str, Any]) -> None:
+def test_shifts_and_flips_of_hrdv2_are_two_flipped_designs(hrdv2: dict[str, Any]) -> None:
     shifts = views.moore((1, 2))
     both = [*rows(views.flipped(shifts)), *rows(views.flipped(shifts, "y"))]
     assert sorted(both) == rows(design_of(hrdv2, "moore12_flip"))
 
 
 @pytest.mark.parametrize("name", ["moore12", "neumann12", "flip"])
-def test_fields_are_those_of_hrdv2(hrdv2: dict[str, Any], name: str) -> None:
+def test_fields_equal_those_of_hrdv2(hrdv2: dict[str, Any], name: str) -> None:
     field = field_of(hrdv2, name, design_of(hrdv2, name))
     torch.testing.assert_close(field, hrdv2[f"{name}_field"], rtol=0, atol=1e-6)
 
@@ -149,7 +149,7 @@ def teacher(model: Any, image: torch.Tensor, steps: Any, mirror: Any, fill: Any)
     return (total / count).movedim(2, 0)
 
 
-def test_the_teacher_of_phreg() -> None:
+def test_srt_with_patches_equals_the_teacher_of_phreg() -> None:
     """On its own kind of views: SRT with views.patches equals it, written out by hand."""
     torch.manual_seed(0)
     conv = torch.nn.Conv2d(3, 5, PATCH, stride=PATCH)

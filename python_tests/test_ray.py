@@ -97,7 +97,7 @@ def features() -> Features:
 # ---- fields -------------------------------------------------------------------------------------
 
 
-def test_each_field_is_that_of_srt(features: Features) -> None:
+def test_each_field_equals_that_of_srt(features: Features) -> None:
     images = pictures()
     made = features(table([encoded(p) for p in images]))
     assert made.schema == pa.schema(
@@ -106,7 +106,7 @@ def test_each_field_is_that_of_srt(features: Features) -> None:
     assert_rows_are_those_of_srt(made.to_pylist(), images)
 
 
-def test_a_picture_alone_has_the_bits_of_srt(features: Features) -> None:
+def test_a_single_image_is_bitwise_equal_to_srt(features: Features) -> None:
     pixels = pictures()[3]
     (row,) = features(table([encoded(pixels)])).to_pylist()
     for name, expected in zip(("field", "prefix"), alone(pixels), strict=True):
@@ -114,7 +114,7 @@ def test_a_picture_alone_has_the_bits_of_srt(features: Features) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_dtype(dtype: str) -> None:
+def test_fields_have_the_requested_dtype(dtype: str) -> None:
     made = Features(SMALL, weights=small_weights(), dtype=dtype, **SETTINGS)
     pixels = pictures()[0]
     (row,) = made(table([encoded(pixels)])).to_pylist()
@@ -183,7 +183,7 @@ def test_a_model_in_bfloat16_gets_its_dtype() -> None:
 
 
 @pytest.mark.cuda
-def test_a_gpu_gives_the_fields_of_the_cpu() -> None:
+def test_fields_on_a_gpu_are_close_to_those_on_the_cpu() -> None:
     images = pictures()
     made = Features(SMALL, weights=small_weights(), **{**SETTINGS, "device": None})
     assert made.device.type == "cuda"
@@ -227,12 +227,12 @@ def test_rows_without_a_field_have_a_reason(features: Features) -> None:
         ({}, "row 0"),
     ],
 )
-def test_reasons_name_the_picture(features: Features, columns: Any, name: str) -> None:
+def test_reasons_name_the_image(features: Features, columns: Any, name: str) -> None:
     (row,) = features(table([b"damaged"], **columns)).to_pylist()
     assert row["reason"].startswith(f"{name} is not a readable picture")
 
 
-def test_a_picture_that_fails_does_not_fail_its_group() -> None:
+def test_an_image_that_fails_does_not_fail_its_group() -> None:
     images = [p for p in pictures() if p.shape[:2] == (48, 64)]
     images.insert(1, np.full((48, 64, 3), 255, np.uint8))
     made = Features(Patches(), **PLAIN)
@@ -244,7 +244,7 @@ def test_a_picture_that_fails_does_not_fail_its_group() -> None:
         assert rows[i] == row
 
 
-def test_values_beyond_float16_are_a_reason() -> None:
+def test_values_beyond_float16_give_a_reason() -> None:
     images = [np.zeros((16, 16, 3), np.uint8), np.full((16, 16, 3), 200, np.uint8)]
     made = Features(Patches(factor=1e6), dtype="float16", **PLAIN)
     made.network.model.tokens.bias.data.zero_()
@@ -295,7 +295,7 @@ def test_a_dict_of_arrays_is_a_batch(features: Features) -> None:
         ({"bytes": np.array(["a.png"])}, TypeError, "column 'bytes' must be binary; got string"),
     ],
 )
-def test_wrong_batches(features: Features, batch: Any, kind: Any, rule: str) -> None:
+def test_wrong_batches_raise(features: Features, batch: Any, kind: Any, rule: str) -> None:
     with pytest.raises(kind, match=rule):
         features(batch)
 
@@ -320,7 +320,7 @@ def test_wrong_batches(features: Features, batch: Any, kind: Any, rule: str) -> 
         ({"reduce": "sum"}, ValueError, "reduce must be one of"),
     ],
 )
-def test_wrong_arguments(arguments: dict[str, Any], kind: Any, rule: str) -> None:
+def test_wrong_arguments_raise(arguments: dict[str, Any], kind: Any, rule: str) -> None:
     with pytest.raises(kind, match=rule):
         Features(**{"model": "small", **arguments})
 

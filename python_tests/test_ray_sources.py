@@ -173,7 +173,7 @@ def test_numbered_shards(place: tuple[str, Any], tmp_path: Path) -> None:
     assert source.errors[0].endswith("s-011.tar does not exist")
 
 
-def test_several_kinds_are_refused(place: tuple[str, Any]) -> None:
+def test_several_kinds_raise(place: tuple[str, Any]) -> None:
     folder, put = place
     for name in ("a.png", "b.tar.gz"):
         put(name)
@@ -182,7 +182,7 @@ def test_several_kinds_are_refused(place: tuple[str, Any]) -> None:
     assert find(f"{folder}/*.tar.gz").kind == "tar"
 
 
-def test_nothing_found(place: tuple[str, Any]) -> None:
+def test_a_source_without_images_raises(place: tuple[str, Any]) -> None:
     folder, put = place
     for name in ("a.txt", "b.gz", ".png"):
         put(name)
@@ -562,7 +562,7 @@ def test_a_damaged_compressed_shard(tmp_path: Path) -> None:
         assert "the shard is damaged" in last["reason"]
 
 
-def test_a_shard_that_is_gone(tmp_path: Path) -> None:
+def test_a_missing_shard_is_reported(tmp_path: Path) -> None:
     for name in "ab":
         shard(tmp_path / f"{name}.tar", [("0.png", b"picture")])
     source = find(str(tmp_path))
@@ -676,7 +676,7 @@ def test_renamed_columns() -> None:
 
 
 @pytest.mark.slow
-def test_on_ray(tmp_path: Path) -> None:
+def test_ray_reads_tables_of_different_columns(tmp_path: Path) -> None:
     """Tables of different columns are one data set."""
     import ray
 

@@ -151,7 +151,7 @@ def test_nearest_takes_the_floor_at_a_tie() -> None:
     assert views[1].flatten().tolist() == [1, 2, 3, 3]
 
 
-def test_both_precisions_are_what_they_say() -> None:
+def test_results_have_the_requested_precision() -> None:
     tokens = random(3, 1, 4, 2)
     for dtype in (torch.float32, torch.float64):
         field = reference.ensemble(tokens, torch.zeros(3, 2), (2, 2), (2, 2), dtype=dtype)

@@ -38,7 +38,7 @@ def places(height: int, width: int) -> torch.Tensor:
 @pytest.mark.parametrize("patch", [(14, 14), (16, 16), (8, 4)])
 @pytest.mark.parametrize("stride", [1, (3, 2), 4, 8])
 @pytest.mark.parametrize("scale", SCALES)
-def test_a_cell_lies_where_it_says(patch: tuple[int, int], stride: Any, scale: float) -> None:
+def test_cells_are_at_their_coordinates(patch: tuple[int, int], stride: Any, scale: float) -> None:
     """Tokens know where they are: their field is y and x, but for the border."""
     size = (101, 87)
     for given_views in (1, "best:4+flip", "grid:3", views.sobol(5, 3).offsets):
@@ -80,7 +80,7 @@ def test_the_model_sees_the_enlarged_image(scale: float, dtype: torch.dtype) -> 
     assert torch.equal(seen[0], expected)
 
 
-def test_fields_between_whole_strides_are_those_of_finer_ones_at_the_middles() -> None:
+def test_fractional_cells_interpolate_the_finer_field_at_their_centres() -> None:
     images = torch.randn(1, 3, 40, 56)
     settings: dict[str, Any] = {"patch": 4, "scale": 1.5}
     moments = SRT(pooled((4, 4)), "grid:2", stride=3, **settings).moments(images)
@@ -100,7 +100,7 @@ SIZES = [(h, w) for h in (1, 13, 97, 112, 120) for w in (5, 30, 56, 64, 101, 128
 
 @pytest.mark.parametrize("patch", [14, 16])
 @pytest.mark.parametrize("stride", [1, 2, 4, 8])
-def test_every_stride_takes_every_size_and_patch(patch: int, stride: int) -> None:
+def test_every_stride_supports_every_size_and_patch(patch: int, stride: int) -> None:
     """As for the image padded to whole patches and cells, of thirty sizes."""
     for height, width in SIZES:
         images = torch.randn(1, 3, height, width)
@@ -145,7 +145,7 @@ def test_mirrored_views_are_mirrored_back(reduce: Any, view_batch: int) -> None:
     torch.testing.assert_close(found, tokens)
 
 
-def test_the_mirror_image_of_the_unshifted_image_is_a_view_of_inject() -> None:
+def test_inject_treats_the_mirrored_image_as_a_view() -> None:
     """And is not taken for the image itself, whose forward runs to the end."""
     torch.manual_seed(0)
     first = torch.nn.Conv2d(3, 4, 8, stride=8)
@@ -173,7 +173,7 @@ def number(srt: SRT) -> int:
     return len(srt.views.offsets)
 
 
-def test_presets_stand_for_a_scale_and_a_number_of_views(vit: Any) -> None:
+def test_presets_set_scale_and_number_of_views(vit: Any) -> None:
     presets = srt_module.PRESETS
     for name, (scale, count) in presets.items():
         srt = SRT(vit, quality=name)  # type: ignore[arg-type]
@@ -190,7 +190,7 @@ def test_presets_stand_for_a_scale_and_a_number_of_views(vit: Any) -> None:
     torch.testing.assert_close(SRT(vit, given_offsets, scale=1.5).views.offsets, given_offsets)
 
 
-def test_a_preset_enlarges_only_for_models_that_take_any_size(vit: Any) -> None:
+def test_a_preset_enlarges_only_for_models_that_declare_any_size(vit: Any) -> None:
     timm = pytest.importorskip("timm")
     fixed = timm.create_model("vit_tiny_patch16_224", depth=1, embed_dim=48, num_heads=4).eval()
     for model, settings in (
@@ -226,7 +226,7 @@ def test_a_preset_enlarges_only_for_models_that_take_any_size(vit: Any) -> None:
         ({"scale": 1.5, "inject": "0"}, ValueError, "scale must be 1 with inject; got 1.5"),
     ],
 )
-def test_wrong_settings_are_refused(
+def test_wrong_settings_raise(
     arguments: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 8, stride=8))
@@ -235,7 +235,7 @@ def test_wrong_settings_are_refused(
 
 
 @pytest.mark.parametrize("settings", [{"scale": 2**24}, {"stride": 2**62}, {"stride": 2**25}])
-def test_images_beyond_the_largest_size_are_refused(settings: dict[str, Any]) -> None:
+def test_images_beyond_the_largest_size_raise(settings: dict[str, Any]) -> None:
     rule = r"images, enlarged by scale and padded .* at most 2\^24 pixels on each axis; got \d+"
     with pytest.raises(ValueError, match=rule):
         SRT(pooled((8, 8)), patch=8, views=4, **settings)(torch.rand(1, 3, 32, 30))
@@ -281,7 +281,7 @@ def vit_operations(tokens: int, depth: int, width: int, patch: int = 16) -> int:
 
 
 @pytest.mark.parametrize("size", [(224, 224), pytest.param((470, 850), marks=pytest.mark.slow)])
-def test_operations_are_those_of_the_closed_form(size: tuple[int, int]) -> None:
+def test_operations_equal_the_closed_form(size: tuple[int, int]) -> None:
     timm = pytest.importorskip("timm")
     small = {"depth": 2, "embed_dim": 96, "num_heads": 3}
     model = timm.create_model("vit_small_patch16_224", dynamic_img_size=True, **small).eval()
@@ -311,7 +311,7 @@ class Keeps(torch.nn.Module):
         return features + self.bias
 
 
-def test_cost_leaves_the_model_as_it_was() -> None:
+def test_cost_does_not_change_the_model() -> None:
     model = Keeps()
     srt = SRT(model, 4, patch=8)
     with pytest.warns(UserWarning, match="training mode"):
@@ -338,7 +338,7 @@ def test_cost_of_a_callable_in_half_precision() -> None:
     assert srt.cost((32, 48), dtype=torch.float16) == SRT(model, 4, patch=8).cost((32, 48))
 
 
-def test_a_model_that_needs_values_has_no_cost() -> None:
+def test_cost_of_a_model_that_needs_values_raises() -> None:
     def model(images: torch.Tensor) -> torch.Tensor:
         return pooled((8, 8))(images) * (1 if images.sum().item() > 0 else 2)
 
@@ -362,7 +362,9 @@ SRT(model, 1, stride=8)(image[..., :64, :64])
     ("stride", "view_batch", "scale", "size"),
     [(1, 8, 1, 512), (4, 2, 1.5, 512), (8, 8, 2, 448)],
 )
-def test_memory_is_what_a_call_takes(stride: int, view_batch: int, scale: float, size: int) -> None:
+def test_memory_of_cost_is_close_to_the_peak_of_a_call(
+    stride: int, view_batch: int, scale: float, size: int
+) -> None:
     pytest.importorskip("timm")
     names = {"stride": stride, "view_batch": view_batch, "scale": scale, "size": size}
     setup = MEMORY.format(**names)
@@ -373,7 +375,7 @@ def test_memory_is_what_a_call_takes(stride: int, view_batch: int, scale: float,
     assert abs(counted / taken - 1) < 0.2
 
 
-def test_cost_needs_no_model_of_a_library() -> None:
+def test_cost_supports_any_module() -> None:
     model = torch.nn.Conv2d(3, 5, 8, stride=8)
     cost = SRT(model, 4, patch=8, stride=8).cost((30, 24))
     assert cost.operations == 4 * 2 * 12 * (3 * 8 * 8) * 5

@@ -137,7 +137,7 @@ def test_nearest_copies_bit_for_bit(backend: Backend, case: Shift, dtype: torch.
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("hair", [1e-50, -1e-23, 2.0**-41, -(2.0**-41)])
-def test_a_hair_off_a_whole_pixel_is_the_whole_pixel(
+def test_offsets_very_close_to_whole_pixels_are_whole_pixels(
     hair: float, interpolation: str, backend: Backend
 ) -> None:
     """Its other taps would vanish in float32 and multiply Inf by 0."""
@@ -152,7 +152,7 @@ def test_a_hair_off_a_whole_pixel_is_the_whole_pixel(
 
 
 @each_interpolation
-def test_containment_beside_whole_pixels(interpolation: str, backend: Backend) -> None:
+def test_containment_near_whole_pixels(interpolation: str, backend: Backend) -> None:
     """Weights that vanish, in double or once they are rounded to float, are no taps."""
     tiny = (5e-324, 1e-300, 1e-45, 1e-42, 1e-30, 2.0**-70, 2.0**-59, 1e-17, 2.0**-52, 1e-9)
     steps = tuple(whole + sign * d for whole in (0.0, 3.0) for sign in (1, -1) for d in tiny)

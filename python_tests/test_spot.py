@@ -37,7 +37,7 @@ def golden() -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(value) for name, value in np.load(path).items()}
 
 
-def test_even_placements_are_the_published_ones(golden: dict[str, torch.Tensor]) -> None:
+def test_even_placements_equal_the_published_ones(golden: dict[str, torch.Tensor]) -> None:
     """Where the published code gives n positions. Its places are fractions of the picture."""
     rules: dict[str, Callable[..., torch.Tensor]] = {
         "isotropic": spot.isotropic,
@@ -64,7 +64,7 @@ def test_random_placements_have_the_published_distributions(
 
 @pytest.mark.parametrize("name", EVERY)
 @given(n=st.integers(1, 60), size=st.tuples(st.integers(1, 300), st.integers(1, 300)))
-def test_a_placement_gives_n_positions_in_the_picture(
+def test_a_placement_gives_n_positions_in_the_image(
     name: str, n: int, size: tuple[int, int]
 ) -> None:
     """Also of more positions than pixels, but for the patches, of which there are so many."""
@@ -92,7 +92,7 @@ def test_another_seed_gives_other_positions(name: str) -> None:
 
 
 @given(n=st.integers(1, 200), size=st.tuples(st.integers(8, 400), st.integers(8, 400)))
-def test_isotropic_has_full_rows_but_for_the_last(n: int, size: tuple[int, int]) -> None:
+def test_isotropic_has_full_rows_except_the_last(n: int, size: tuple[int, int]) -> None:
     found = spot.isotropic(n, size)
     rows, counts = found[:, 0].unique_consecutive(return_counts=True)
     assert (rows.diff() > 0).all()
@@ -104,7 +104,7 @@ def test_isotropic_has_full_rows_but_for_the_last(n: int, size: tuple[int, int])
         torch.testing.assert_close(rows[0] + rows[-1], torch.tensor(float(size[0])))
 
 
-def test_isotropic_by_hand() -> None:
+def test_isotropic_of_small_numbers() -> None:
     assert torch.equal(spot.isotropic(1, (224, 320)), torch.tensor([[112.0, 160.0]]))
     five = torch.tensor([[8.0, 8], [8, 24], [8, 40], [24, 8], [24, 24]])
     torch.testing.assert_close(spot.isotropic(5, (32, 48)), five)
@@ -201,7 +201,7 @@ def test_defaults_of_torch_do_not_change_positions() -> None:
         (lambda: spot.salient([[1]], 1), TypeError, "mask must be a torch.Tensor; got list"),
     ],
 )
-def test_wrong_arguments_of_placements(
+def test_wrong_arguments_of_placements_raise(
     call: Callable[[], Any], kind: type[Exception], message: str
 ) -> None:
     with pytest.raises(kind, match=message):
@@ -260,7 +260,7 @@ def sizes(name: str) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_all_windows_of_the_grid_give_what_the_model_gives(name: str) -> None:
+def test_all_windows_of_the_grid_give_the_output_of_the_model(name: str) -> None:
     model = tiny(**MODELS[name])
     vit = spot.Subpixel(model)
     for size in sizes(name):
@@ -274,7 +274,7 @@ def test_all_windows_of_the_grid_give_what_the_model_gives(name: str) -> None:
 
 
 @torch.no_grad()
-def test_models_that_add_to_it_run_their_own_forward() -> None:
+def test_models_run_their_own_forward_and_hooks() -> None:
     """Timm's with a distillation token, a subclass of a user, and hooks on the model."""
 
     class Doubled(VisionTransformer):
@@ -290,7 +290,7 @@ def test_models_that_add_to_it_run_their_own_forward() -> None:
 
 
 @torch.no_grad()
-def test_windows_of_a_moved_grid_are_the_patches_of_a_shifted_picture() -> None:
+def test_windows_of_a_moved_grid_are_the_patches_of_a_shifted_image() -> None:
     """One family: the grid + d are the patches of shift(-d)."""
     model = tiny(pos_embed="none")
     images, d = pictures(), torch.tensor([[1.25, -2.5]])
@@ -319,7 +319,7 @@ def test_codes_between_patches_are_interpolated() -> None:
 
 
 @torch.no_grad()
-def test_each_picture_has_its_own_windows() -> None:
+def test_each_image_has_its_own_windows() -> None:
     vit, images = spot.Subpixel(tiny()), pictures(3)
     centers = torch.stack([spot.uniform(7, 32, seed) for seed in range(3)])
     together = vit(images, centers)
@@ -367,7 +367,7 @@ def test_a_wrapped_model_is_found() -> None:
 
 
 @torch.no_grad()
-def test_a_forward_that_was_set_on_the_model_is_refused() -> None:
+def test_a_forward_that_was_set_on_the_model_raises() -> None:
     """It would run with the patches of the grid, whatever the windows are."""
     model, images, centers = tiny(), pictures(), spot.isotropic(5, 32)
     vit = spot.Subpixel(model)
@@ -386,7 +386,7 @@ def scale(module: torch.nn.Module, inputs: Any, output: Any = None) -> None:
 @pytest.mark.parametrize("name", ["patch_embed", "patch_embed.proj"])
 @pytest.mark.parametrize("way", ["register_forward_hook", "register_forward_pre_hook"])
 @torch.no_grad()
-def test_hooks_that_would_be_bypassed_are_refused(name: str, way: str) -> None:
+def test_hooks_that_would_be_bypassed_raise(name: str, way: str) -> None:
     model, images, centers = tiny(), pictures(), spot.isotropic(5, 32)
     vit = spot.Subpixel(model)
     handle = getattr(model.get_submodule(name), way)(scale)
@@ -413,7 +413,7 @@ def test_hooks_of_the_norm_of_the_patch_embedding_run() -> None:
 )
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
 @torch.no_grad()
-def test_weights_that_are_computed_are_those_of_the_moment(utils: Any, weight: str) -> None:
+def test_parametrised_weights_are_computed_at_each_call(utils: Any, weight: str) -> None:
     model, images = tiny(), pictures()
     utils(model.patch_embed.proj)
     vit = spot.Subpixel(model)
@@ -432,7 +432,7 @@ class ScaledConv(torch.nn.Conv2d):
         return 2 * super().forward(x)
 
 
-def test_forwards_that_would_be_bypassed_are_refused() -> None:
+def test_forwards_that_would_be_bypassed_raise() -> None:
     with pytest.raises(TypeError, match=r"forward of patch_embed, .* of PatchEmbed; got Scaled"):
         spot.Subpixel(tiny(embed_layer=Scaled))
     model = tiny()
@@ -443,7 +443,7 @@ def test_forwards_that_would_be_bypassed_are_refused() -> None:
 
 
 @torch.no_grad()
-def test_pictures_of_another_dtype() -> None:
+def test_images_of_another_dtype() -> None:
     vit, images, centers = spot.Subpixel(tiny()), pictures(), spot.isotropic(5, 32)
     for dtype in (torch.uint8, torch.bfloat16, torch.float64):
         with pytest.raises(TypeError, match=f"images must be torch.float32, .*; got {dtype}"):
@@ -477,7 +477,7 @@ class Overlapping(timm.layers.PatchEmbed):
         (tiny(embed_layer=Overlapping), "one nn.Conv2d whose stride is its kernel; got Overlapp"),
     ],
 )
-def test_other_models_are_refused(model: Any, message: str) -> None:
+def test_other_models_raise(model: Any, message: str) -> None:
     with pytest.raises(TypeError, match=f"spot.Subpixel: .*{message}"):
         spot.Subpixel(model)
 
@@ -495,7 +495,9 @@ def test_other_models_are_refused(model: Any, message: str) -> None:
         ({}, (2, 3, 32, 32), (2,), r"centers must be \[N, 2\] or .*got \[2\]"),
     ],
 )
-def test_wrong_pictures_and_centers(settings: Any, images: Any, centers: Any, message: str) -> None:
+def test_wrong_images_and_centers_raise(
+    settings: Any, images: Any, centers: Any, message: str
+) -> None:
     vit = spot.Subpixel(tiny(**settings))
     with pytest.raises(ValueError, match=f"spot.Subpixel: .*{message}"):
         vit(torch.zeros(images), torch.zeros(centers))
@@ -511,7 +513,7 @@ def task() -> tuple[VisionTransformer, torch.Tensor, torch.Tensor]:
         return model, images, model(images).argmax(1)
 
 
-def test_search_keeps_the_best_positions_of_each_picture() -> None:
+def test_search_keeps_the_best_positions_of_each_image() -> None:
     model, images, labels = task()
     vit = spot.Subpixel(model)
     found = spot.search(model, images, labels, 4, steps=6, lr=1.0, path=True)
@@ -533,7 +535,7 @@ def test_search_keeps_the_best_positions_of_each_picture() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_search_is_reproducible_and_pictures_are_independent() -> None:
+def test_search_is_reproducible_and_images_are_independent() -> None:
     model, images, labels = task()
     settings: Any = {"n": 3, "steps": 3, "lr": 1.0, "start": "uniform"}
     one, two, other = (spot.search(model, images, labels, seed=s, **settings) for s in (1, 1, 2))
@@ -546,7 +548,7 @@ def test_search_is_reproducible_and_pictures_are_independent() -> None:
     torch.testing.assert_close(alone.loss[:, 0], one.loss[:, 2], rtol=1e-3, atol=1e-4)
 
 
-def test_search_takes_optimisers_and_does_not_decay_positions() -> None:
+def test_search_accepts_optimisers_and_does_not_decay_positions() -> None:
     """A step of a loss without a gradient leaves the positions where they are."""
     model, images, labels = task()
     start = spot.uniform(3, 32)
@@ -568,7 +570,7 @@ def test_search_takes_optimisers_and_does_not_decay_positions() -> None:
     assert (lbfgs.loss.amin(0) <= lbfgs.loss[0]).all()
 
 
-def test_search_by_another_loss_and_within_the_picture() -> None:
+def test_search_by_another_loss_and_within_the_image() -> None:
     model, images, _ = task()
     with torch.no_grad():
         target = model(images)
@@ -585,7 +587,7 @@ def test_search_by_another_loss_and_within_the_picture() -> None:
     assert ((free.path < 0) | (free.path > 32)).any()
 
 
-def test_a_loss_that_is_not_a_number_is_never_the_best() -> None:
+def test_a_nan_loss_is_never_the_best() -> None:
     model, images, labels = task()
     calls: list[int] = []
 
@@ -599,7 +601,7 @@ def test_a_loss_that_is_not_a_number_is_never_the_best() -> None:
     assert (found.best == 0).all()
 
 
-def test_a_start_beyond_the_picture_is_moved_to_its_edge() -> None:
+def test_a_start_beyond_the_image_is_moved_to_its_edge() -> None:
     model, images, labels = task()
     start = torch.tensor([[-5.0, 40], [8, 8]])
     found = spot.search(model, images, labels, 2, 0, start=start, path=True)
@@ -618,7 +620,7 @@ def test_search_works_in_inference_mode() -> None:
 
 
 @pytest.mark.parametrize("loss", [lambda o, _: o.detach().sum(1), lambda o, _: torch.zeros(4)])
-def test_a_loss_without_a_gradient_is_refused(loss: Any) -> None:
+def test_a_loss_without_a_gradient_raises(loss: Any) -> None:
     model, images, labels = task()
     with pytest.raises(ValueError, match=r"spot.search: loss must have a gradient with respect"):
         spot.search(model, images, labels, 3, 1, loss=loss)
@@ -647,7 +649,7 @@ def test_a_loss_without_a_gradient_is_refused(loss: Any) -> None:
         ),
     ],
 )
-def test_wrong_arguments_of_search(change: Any, kind: type[Exception], message: str) -> None:
+def test_wrong_arguments_of_search_raise(change: Any, kind: type[Exception], message: str) -> None:
     model, images, labels = task()
     arguments: Any = {"model": model, "images": images, "labels": labels, "n": 4, "steps": 0}
     with pytest.raises(kind, match=f"spot.search: .*{message}"):

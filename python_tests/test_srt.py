@@ -121,7 +121,7 @@ def test_tokens_held_do_not_grow_with_the_views(
         assert max(held) == 3 * 25 * 3 * 4  # views * tokens * channels * bytes
 
 
-def test_median_and_moments_are_those_of_the_ops() -> None:
+def test_median_and_moments_equal_those_of_the_ops() -> None:
     images = torch.randn(1, 3, 40, 20)
     offsets = views.grid(2).offsets
     tokens = torch.stack([pooled(view) for view in srt_ext.shift(images, offsets)])
@@ -163,7 +163,7 @@ field(0)
 @needs_proc
 @pytest.mark.slow
 @pytest.mark.parametrize("radius", [4, 8])
-def test_memory_is_two_outputs_and_a_batch(radius: int) -> None:
+def test_peak_memory_is_two_outputs_and_a_batch(radius: int) -> None:
     """The tokens of 81 views are 5 times the output, those of 289 views 18 times."""
     right = "((result - 1).abs() < 1e-5).all()"
     taken, output = peak_of(MEMORY, f"field({radius})", right)
@@ -202,14 +202,14 @@ ORIGIN = torch.zeros(2, 2)
         ({"views": (ORIGIN, torch.zeros(2))}, ValueError, r"not all be 0; got \[0.0, 0.0\]"),
     ],
 )
-def test_wrong_settings_are_refused(
+def test_wrong_settings_raise(
     arguments: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
         SRT(pooled, **{"patch": PATCH, "views": 4, **arguments})
 
 
-def test_wrong_inputs_are_refused() -> None:
+def test_wrong_inputs_raise() -> None:
     for model, settings, images, message in (
         (pooled, {}, torch.zeros(3, 8, 8), "images must be"),
         (pooled, {}, torch.zeros(1, 3, 0, 8), "must have pixels"),
@@ -225,7 +225,7 @@ def test_wrong_inputs_are_refused() -> None:
         SRT(pooled, 4, patch=PATCH)([[0.0]])
 
 
-def test_views_that_do_not_count_reach_nothing() -> None:
+def test_views_of_weight_0_do_not_affect_the_field() -> None:
     def fails_to_the_right(images: torch.Tensor) -> torch.Tensor:
         tokens = with_prefix(images)
         tokens[images[:, 0, 0, 0] == 0] = torch.inf
@@ -256,7 +256,7 @@ def test_srt_is_a_module_that_can_be_copied_and_cast() -> None:
 @pytest.mark.parametrize(
     "form", ["tensor", "pair", "triple", "Views", "design and weights", "float64"]
 )
-def test_what_was_given_may_change_later(form: str, scale: float) -> None:
+def test_later_changes_of_given_views_have_no_effect(form: str, scale: float) -> None:
     """SRT keeps its own copy of what it has checked, and hands out copies."""
     design = views.flipped(views.ring(5, 3))
     offsets, weights, mirror = (part.clone() for part in design)  # type: ignore[union-attr]
@@ -296,7 +296,7 @@ def test_what_was_given_may_change_later(form: str, scale: float) -> None:
     unchanged()
 
 
-def test_a_scale_that_was_given_may_change_later() -> None:
+def test_later_changes_of_a_given_scale_have_no_effect() -> None:
     scale = torch.tensor(1.5)
     srt = SRT(with_prefix, 4, scale=scale, patch=PATCH, prefix=2)  # type: ignore[arg-type]
     scale.mul_(2)
@@ -305,7 +305,7 @@ def test_a_scale_that_was_given_may_change_later() -> None:
     assert srt.scale == 1.5
 
 
-def test_lists_that_were_given_may_change_later() -> None:
+def test_later_changes_of_given_lists_have_no_effect() -> None:
     class Two(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -205,7 +205,7 @@ def test_any_chunks_of_any_call(
 @pytest.mark.skipif(len(LIBRARIES) < 2, reason="srt_ext.numpy was not built")
 @each_kind
 @given(ensembles(), st.sampled_from(COMMON_DTYPES), chunk_sizes)
-def test_the_libraries_have_the_same_bits(
+def test_torch_and_numpy_streams_are_bitwise_equal(
     kind: str, case: Ensemble, dtype: torch.dtype, chunks: list[int]
 ) -> None:
     """One machine code adds the chunks for both."""
@@ -220,7 +220,7 @@ def test_the_libraries_have_the_same_bits(
         assert_same_bits(ours.variance(), theirs.variance())
 
 
-def test_variance_beside_a_large_mean() -> None:
+def test_variance_with_a_large_mean() -> None:
     case = replace(ENSEMBLES["grid"], upsample="nearest")
     tokens = 1e4 + case.tokens()
     args, modes = case.call(tokens)
@@ -234,7 +234,7 @@ def test_variance_beside_a_large_mean() -> None:
 
 @each_library
 @each_average
-def test_a_stream_merged_with_itself_stays_what_it_is(kind: str, library: Library) -> None:
+def test_a_stream_merged_with_itself_keeps_its_result(kind: str, library: Library) -> None:
     case = ENSEMBLES["real"]
     running = library.fed(kind, case, case.tokens(), [2])
     before = library.results(running)
@@ -245,7 +245,7 @@ def test_a_stream_merged_with_itself_stays_what_it_is(kind: str, library: Librar
 
 @each_library
 @pytest.mark.parametrize("border", ["coverage", "zeros"])
-def test_a_merge_takes_shares_before_squares(border: str, library: Library) -> None:
+def test_merging_moments_does_not_overflow(border: str, library: Library) -> None:
     """Where the square of a distance overflows: beside a share of 0, and beside a small one."""
     large, small = 1e30, 2.0**-100
 
@@ -282,7 +282,7 @@ def test_infinite_means_stay_infinite(cpu_kernels: str) -> None:
         assert running.variance().isnan().item()
 
 
-def test_an_infinite_value_of_no_weight_changes_nothing(cpu_kernels: str) -> None:
+def test_an_infinite_value_of_negligible_weight_changes_nothing(cpu_kernels: str) -> None:
     running = RunningMean((1, 1), (4, 4))
     for value, weight in ((1.0, 2.0**400), (float("inf"), 2.0**-400)):
         running.update(values(value), still(1), torch.tensor([weight], dtype=torch.float64))
@@ -311,7 +311,7 @@ def test_merge_is_associative(library: Library, case: Ensemble, first: int, seco
 
 
 @each_library
-def test_a_merged_stream_goes_on(library: Library) -> None:
+def test_a_merged_stream_accepts_more_views(library: Library) -> None:
     """And a non-finite token stays in the cells that read it."""
     case = replace(ENSEMBLES["grid"], channels=3, batch=1)
     tokens = case.tokens()
@@ -386,7 +386,7 @@ def test_median_leaves_a_window_of_equal_values(cpu_kernels: str) -> None:
     assert run_values([0] * 10 + [-2] * 1000) == -2
 
 
-def test_one_chunk_in_any_order_of_views_drifts_not() -> None:
+def test_the_median_of_one_sorted_chunk_does_not_drift() -> None:
     """Views of a chunk are sorted by dx, which is the drift of a ramp: the kernel spreads them."""
     offsets = torch.stack([torch.zeros(101), torch.arange(101) / 101], 1)
     ramp = torch.arange(101.0).reshape(101, 1, 1, 1).expand(-1, 1, 1, 40).contiguous()
@@ -396,7 +396,9 @@ def test_one_chunk_in_any_order_of_views_drifts_not() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_nan_stays_and_infinities_are_values(dtype: torch.dtype, cpu_kernels: str) -> None:
+def test_nan_persists_and_infinities_are_ordinary_values(
+    dtype: torch.dtype, cpu_kernels: str
+) -> None:
     count = 30
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randn(count, 1, 1, 600, generator=generator, dtype=dtype)
@@ -452,9 +454,7 @@ def saved(state: Any) -> Any:
 @each_library
 @pytest.mark.parametrize("dtype", COMMON_DTYPES, ids=str)
 @each_kind
-def test_an_interrupted_stream_goes_on_bit_for_bit(
-    kind: str, dtype: torch.dtype, library: Library
-) -> None:
+def test_a_resumed_stream_is_bitwise_equal(kind: str, dtype: torch.dtype, library: Library) -> None:
     case = replace(ENSEMBLES["real"], offsets=ENSEMBLES["real"].offsets * 4)
     tokens = case.tokens(dtype)
     whole = library.fed(kind, case, tokens, [3])
@@ -473,7 +473,7 @@ def test_an_interrupted_stream_goes_on_bit_for_bit(
 
 
 @each_library
-def test_a_result_is_not_the_state(library: Library) -> None:
+def test_a_result_does_not_change_with_the_state(library: Library) -> None:
     running = library.new("Mean", (1, 1), (1, 1))
     library.update(running, values(1.0), still(1))
     result = running.result()
@@ -487,7 +487,7 @@ def test_a_result_is_not_the_state(library: Library) -> None:
 
 @each_library
 @each_kind
-def test_no_views_only_allocate(kind: str, library: Library) -> None:
+def test_a_chunk_without_views_only_allocates(kind: str, library: Library) -> None:
     running = library.new(kind, (2, 3), (4, 4))
     library.update(running, torch.ones(0, 1, 6, 5), still(0))
     assert running.views == 0
@@ -591,7 +591,7 @@ def test_an_invalid_state_changes_nothing(kind: str, library: Library) -> None:
 
 
 @each_library
-def test_wrong_states_merges_and_weights(library: Library) -> None:
+def test_wrong_states_merges_and_weights_raise(library: Library) -> None:
     mean, moments, median = (library.new(kind, (1, 1), (2, 2)) for kind in KINDS)
     tokens = torch.ones(1, 1, 1, 3)
     for running in (mean, moments):
@@ -618,7 +618,7 @@ def test_wrong_states_merges_and_weights(library: Library) -> None:
         median.result()
 
 
-def test_inference_mode_comes_and_goes() -> None:
+def test_streams_work_across_inference_mode() -> None:
     case = ENSEMBLES["grid"]
     tokens = case.tokens()
     for kind in AVERAGES:

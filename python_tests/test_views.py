@@ -54,7 +54,7 @@ def test_grid_is_every_offset_of_the_square() -> None:
 
 
 @given(st.integers(1, 40), st.floats(0.001, 10))
-def test_grid_takes_parts_of_pixels(steps: int, step: float) -> None:
+def test_grid_supports_fractional_steps(steps: int, step: float) -> None:
     """Also where step and radius are rounded: 0.3 is no multiple of 0.1 in binary."""
     radius = steps * step / 2
     offsets = views.grid(radius, step).offsets
@@ -100,7 +100,7 @@ def test_views_of_a_lattice_keep_their_distance(n: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_large_lattice_is_made() -> None:
+def test_the_largest_lattice_has_distinct_views() -> None:
     assert len(views.lattice(views.MAX_VIEWS, 8).offsets.unique(dim=0)) == views.MAX_VIEWS
 
 
@@ -138,7 +138,7 @@ def test_ring_has_the_moments_of_the_whole_grid(n: int, radius: float) -> None:
 
 
 @given(st.data())
-def test_best_stands_for_the_whole_grid(data: st.DataObject) -> None:
+def test_best_has_the_variance_of_the_whole_grid(data: st.DataObject) -> None:
     radius = data.draw(st.integers(0, 8))
     whole = views.grid(radius).offsets
     count = data.draw(st.integers(1, len(whole)))
@@ -195,7 +195,7 @@ def test_patches_are_whole_and_far_from_each_other(data: st.DataObject) -> None:
         assert sorted(other.tolist()) == sorted(offsets.tolist())
 
 
-def test_patches_have_seeds_and_the_unit_of_the_patch() -> None:
+def test_patches_depend_on_the_seed_and_scale_with_the_patch() -> None:
     design = views.patches(10, 37, seed=1, patch=14)
     assert not same(design, views.patches(10, 37, seed=2, patch=14))
     assert torch.equal(design.offsets * 2, views.patches(10, 37, seed=1, patch=28).offsets)
@@ -205,7 +205,7 @@ def test_patches_have_seeds_and_the_unit_of_the_patch() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 9, 25, 121])
-def test_spread_is_a_permutation_whose_parts_spread(count: int) -> None:
+def test_spread_is_a_permutation_with_evenly_spread_prefixes(count: int) -> None:
     line = torch.stack([torch.zeros(count), torch.arange(count)], 1)
     order = views.spread(line).offsets[:, 1].long().tolist()
     assert sorted(order) == list(range(count))
@@ -242,7 +242,7 @@ def test_spread_is_a_permutation_whose_parts_spread(count: int) -> None:
         ("patches:4:9x7:0.3:5+flip", views.flipped(views.patches(4, (9, 7), 0.3, 5))),
     ],
 )
-def test_parse_calls_the_design(text: str, expected: Views) -> None:
+def test_parse_returns_the_design(text: str, expected: Views) -> None:
     assert same(views.parse(text), expected)
 
 
@@ -323,7 +323,7 @@ def test_flipped_has_every_view_and_its_mirror_image() -> None:
         *("patches:0:5x5", "patches:26:5x5:0.4", "patches:4:5x5:0.4:1:1", "patches:4:5x5x5"),
     ],
 )
-def test_parse_refuses(text: str) -> None:
+def test_parse_raises(text: str) -> None:
     """One error: the forms, and what came."""
     with pytest.raises(ValueError, match="views must be N, grid:RADIUS") as caught:
         views.parse(text)
@@ -400,14 +400,14 @@ def test_parse_of_any_text_is_a_design_or_a_value_error(text: str) -> None:
         ),
     ],
 )
-def test_wrong_arguments_are_refused(
+def test_wrong_arguments_raise(
     call: Callable[[], object], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
         call()
 
 
-def test_resolve_takes_every_form_of_views() -> None:
+def test_resolve_accepts_every_form_of_views() -> None:
     offsets, weights, _ = design = views.ring(5, 2)
     for given_views, expected in (
         (offsets, Views(offsets)),

@@ -23,7 +23,7 @@ def network() -> Network:
     ("views", "scale", "view_batch"),
     [("grid:1.5:1", 1, 1), ("ring:5:3", 1, 4), ("grid:1.5:1", 1.25, 100), ("ring:5:3+flip", 2, 4)],
 )
-def test_fields_are_those_of_srt(
+def test_fields_equal_those_of_srt(
     network: Network, views: str, scale: float, view_batch: int
 ) -> None:
     pixels = crops(1, (41, 55))[0]
@@ -74,7 +74,7 @@ def test_panels_have_one_basis(network: Network, views: str, count: int, median:
     assert np.abs(rows[0][3].rgb - rows[1][3].rgb).mean() > 1e-3  # each layer its own
 
 
-def test_the_first_picture_fixes_colours_and_ranges(network: Network) -> None:
+def test_the_first_image_fixes_colours_and_ranges(network: Network) -> None:
     a, b = crops(2)
     settings: dict[str, Any] = {"stride": 4, "noise": True, "query": (0.3, 0.4)}
     comparison = Comparison(network.backbone, "grid:1", **settings)
@@ -92,7 +92,9 @@ def test_the_first_picture_fixes_colours_and_ranges(network: Network) -> None:
         assert row_b[0].point is None
 
 
-def test_more_than_fits_is_refused(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fields_that_exceed_the_free_memory_raise(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pixels = crops(1)[0]
     comparison = Comparison(network.backbone, "grid:1", stride=16)
     # 10 x 12 tokens of 64 channels at 2 layers, and twice one of 12.

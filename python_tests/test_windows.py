@@ -154,7 +154,7 @@ def test_gradients_of_any_points(backend: Backend, case: Windows, dtype: torch.d
     assert_within_rounding(result, windows_points(case, grad, image), bound)
 
 
-def test_pixels_beside_a_window_do_not_change_its_gradients(backend: Backend) -> None:
+def test_pixels_outside_a_window_do_not_change_its_gradients(backend: Backend) -> None:
     case = replace(WINDOWS["real"], window=(3, 5), centers=((4.25, 8.75),), batch=1)
     image, grad = case.image(), torch.randn(1, 1, 3, 3, 5)
     expected = backend.windows_points(case, grad, image)
@@ -168,7 +168,7 @@ def test_pixels_beside_a_window_do_not_change_its_gradients(backend: Backend) ->
 
 @pytest.mark.parametrize("module", [srt_ext, reference], ids=["op", "reference"])
 @pytest.mark.parametrize("padding", ["border", "zeros"])
-def test_grid_sample(padding: str, module: Any) -> None:
+def test_windows_equal_grid_sample(padding: str, module: Any) -> None:
     """Values and gradients, at whole pixels, too: there both take the derivative to the right."""
     generator = torch.Generator().manual_seed(0)
     size = torch.tensor([8.0, 16.0], dtype=torch.float64)  # its positions are exact
@@ -207,7 +207,7 @@ def test_a_moved_grid_has_the_patches_of_shift(padding: str) -> None:
 
 
 @pytest.mark.skipif(not GOLDEN.exists(), reason="needs ../shared")
-def test_the_published_sampler() -> None:
+def test_windows_equal_the_published_sampler() -> None:
     """It spreads P samples over P pixels, ends included, and reads 0 from the last pixel on."""
     data = {name: torch.from_numpy(np.asarray(v)) for name, v in np.load(GOLDEN).items()}
     patch, channels = int(data["ksize"]), data["image"].shape[1]
@@ -359,7 +359,7 @@ def test_gradients_have_the_dtypes_of_their_inputs() -> None:
 
 @each_device
 @pytest.mark.parametrize("shape", [(0, 4, 3), (2, 0, 3), (2, 4, 0)])
-def test_nothing_to_sample(device: str, shape: tuple[int, int, int]) -> None:
+def test_empty_inputs(device: str, shape: tuple[int, int, int]) -> None:
     batch, count, channels = shape
     image = torch.randn(batch, channels, 5, 6, device=device, requires_grad=True)
     centers = torch.full((batch, count, 2), 2.5, device=device, requires_grad=True)
@@ -373,7 +373,7 @@ def test_nothing_to_sample(device: str, shape: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("layout", ["dense", "channels_last"])
-def test_gradients_have_the_same_bits_over_threads(
+def test_gradients_are_bitwise_equal_over_threads(
     layout: str, threads: Callable[[int], None], cpu_kernels: str
 ) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -423,7 +423,7 @@ def test_points_of_many_channels(kernel: str, channels: int, backend: Backend) -
     ids=lambda case: "x".join(map(str, (*case.shape, *case.size))),
 )
 @each_kernel(*WINDOW_KERNELS, backends=GPU)
-def test_more_than_a_block(kernel: str, case: Windows, backend: Backend) -> None:
+def test_inputs_larger_than_a_block(kernel: str, case: Windows, backend: Backend) -> None:
     """Windows, samples, channels and pixels of several blocks; lines of several rounds."""
     values = values_of(kernel, case, torch.float32)
     check(kernel, case, values, run(backend, kernel, case, values))
@@ -435,7 +435,9 @@ def test_more_than_a_block(kernel: str, case: Windows, backend: Backend) -> None
 
 
 @each_kernel(*WINDOW_KERNELS, "windows_points", backends=GPU)
-def test_same_bits_wherever_centers_and_scale_are(kernel: str, backend: Backend) -> None:
+def test_results_are_bitwise_equal_wherever_centers_and_scale_are(
+    kernel: str, backend: Backend
+) -> None:
     for count, scale in ((6, None), (6, (1.0, 1.5)), (100, random_views(100)), (300, (2.0, 0.5))):
         case = Windows((11, 40), (2, 3), random_views(count), scale)
         grad, image = torch.randn(case.shape), case.image()

@@ -122,7 +122,7 @@ def test_hidden_states_that_are_normalised_already(make: Any, first: str) -> Non
 
 
 @pytest.mark.parametrize("kind", ["ViT", "Dinov2", "CLIPVision"])
-def test_a_model_of_transformers_is_pickled_behind_a_call(kind: str) -> None:
+def test_a_model_of_transformers_is_pickled_after_a_call(kind: str) -> None:
     model = of_transformers(kind)
     srt = SRT(model, 2, stride=8)
     expected, seen = srt(SQUARE).field, model(SQUARE, output_hidden_states=True).hidden_states
@@ -139,7 +139,7 @@ def test_first_calls_of_one_model_by_several_threads() -> None:
             assert_close(output.field.flatten(2).transpose(1, 2), expected)
 
 
-def test_a_part_of_the_model_behind_the_last_layer_is_an_error() -> None:
+def test_a_module_after_the_last_layer_raises() -> None:
     """XCiT's last layers, which attend to the class token, change the others, too."""
     import timm
 
@@ -151,7 +151,7 @@ def test_a_part_of_the_model_behind_the_last_layer_is_an_error() -> None:
     assert_close(found, model.forward_features(IMAGES)[:, 1:])
 
 
-def test_another_norm_is_an_error() -> None:
+def test_a_different_norm_raises() -> None:
     transformers = pytest.importorskip("transformers")
 
     class Renamed(transformers.ViTModel):
@@ -170,7 +170,7 @@ def test_another_norm_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("kind", ["dict", "tensor"])
-def test_another_norm_of_a_model_with_intermediate_layers_is_an_error(kind: str) -> None:
+def test_a_different_norm_of_a_model_with_intermediate_layers_raises(kind: str) -> None:
     class Dino(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -221,7 +221,7 @@ def test_a_model_of_zeros_is_equal_to_itself(vit: Any) -> None:
     assert SRT(vit.to("meta"), ITSELF)(IMAGES.to("meta")).field.is_meta
 
 
-def test_nothing_is_compared_where_a_forward_is_recorded(vit: Any) -> None:
+def test_the_norm_is_not_compared_while_tracing(vit: Any) -> None:
     from torch.fx.experimental.proxy_tensor import make_fx
 
     def refuse(_images: torch.Tensor) -> torch.Tensor:
@@ -258,7 +258,7 @@ def test_hooks_on_the_input_of_a_model_run(vit: Any) -> None:
     assert_close(tokens(vit), expected)
 
 
-def test_what_hooks_store_on_the_model_is_kept(vit: Any) -> None:
+def test_attributes_that_hooks_set_on_the_model_are_kept(vit: Any) -> None:
     def count(module: Any, _inputs: Any) -> None:
         module.calls = getattr(module, "calls", 0) + 1
         module.shift = module.pos_embed + 1
@@ -270,7 +270,7 @@ def test_what_hooks_store_on_the_model_is_kept(vit: Any) -> None:
     assert_close(vit.shift, vit.pos_embed + 1)
 
 
-def test_a_tensor_that_a_hook_makes_is_that_of_the_call(vit: Any) -> None:
+def test_tensors_that_hooks_compute_are_current(vit: Any) -> None:
     """Pruning sets the masked parameter before each forward."""
     from torch.nn.utils import prune
 
@@ -301,7 +301,7 @@ def test_hooks_on_the_input_of_a_model_of_transformers_run(how: dict[str, bool])
     assert_close(tokens(model, layers="layernorm"), expected)
 
 
-def test_hooks_that_would_be_bypassed_are_refused(vit: Any) -> None:
+def test_hooks_that_would_be_bypassed_raise(vit: Any) -> None:
     transformers = pytest.importorskip("transformers")
     classifier = transformers.ViTForImageClassification(transformers.ViTConfig(**SIZE)).eval()
     parallel, patched, hooked = nn.DataParallel(vit), copy.deepcopy(vit), copy.deepcopy(vit)
@@ -326,7 +326,7 @@ def test_hooks_that_would_be_bypassed_are_refused(vit: Any) -> None:
     assert_close(tokens(hooked, layers="norm"), tokens(vit))
 
 
-def test_weights_that_accelerate_loads(vit: Any) -> None:
+def test_weights_that_accelerate_offloads(vit: Any) -> None:
     accelerate = pytest.importorskip("accelerate")
     expected = tokens(vit)
     offloaded = accelerate.cpu_offload(copy.deepcopy(vit), torch.device("cpu"))
@@ -353,7 +353,7 @@ def test_autocast_of_accelerate_is_not_bypassed(vit: Any) -> None:
     assert_close(tokens(restored), expected)
 
 
-def test_a_forward_that_a_subclass_overrides_is_a_warning(vit: Any) -> None:
+def test_a_forward_that_a_subclass_overrides_warns(vit: Any) -> None:
     class Normalised(type(vit)):  # type: ignore[misc]
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return super().forward(2 * images)  # type: ignore[no-any-return]
@@ -366,7 +366,7 @@ def test_a_forward_that_a_subclass_overrides_is_a_warning(vit: Any) -> None:
 
 
 @pytest.mark.parametrize("where", ["transformers", "torch", "timm"])
-def test_dropout_by_a_function_is_training_mode(where: str) -> None:
+def test_functional_dropout_counts_as_training_mode(where: str) -> None:
     import timm
 
     if where == "transformers":
@@ -395,7 +395,7 @@ def test_errors_of_the_model_itself_are_kept(vit: Any) -> None:
 @pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
 @pytest.mark.parametrize("how", ["trace", "script", "export", "fx"])
 @pytest.mark.parametrize("around", ["itself", "Sequential", "DataParallel"])
-def test_layers_of_code_that_calls_no_hooks_are_refused(how: str, around: str) -> None:
+def test_layers_of_code_that_calls_no_hooks_raise(how: str, around: str) -> None:
     original = nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 16, 16)), nn.Conv2d(8, 8, 1)).eval()
     make: Any = {
         "trace": lambda: torch.jit.trace(original, IMAGES),
@@ -510,7 +510,7 @@ class Around(nn.Module):
         return {"logits": self.model(2 * images)}
 
 
-def test_a_model_inside_of_another_module_is_named(vit: Any) -> None:
+def test_the_error_names_a_nested_model(vit: Any) -> None:
     expected = tokens(vit, 2 * IMAGES)
     alone = r"give model.get_submodule\('model'\) for that alone"
     for settings in ({}, {"patch": 16}, {"layers": -1}):
@@ -543,7 +543,7 @@ def follow(model: Any, images: torch.Tensor, **settings: Any) -> tuple[list[Any]
     "kind",
     ["timm", "no norm", "ViT", "Dinov2", "CLIPVision", "DataParallel", "peft", "TimmWrapper"],
 )
-def test_what_is_said_of_a_model_inside_works(kind: str, vit: Any) -> None:
+def test_the_advice_for_a_nested_model_works(kind: str, vit: Any) -> None:
     """As it is, and by the name of its norm; or of its last block, where that has no norm."""
     model: Any = vit
     if kind == "no norm":
@@ -572,7 +572,7 @@ def test_what_is_said_of_a_model_inside_works(kind: str, vit: Any) -> None:
     assert_close(by_name, inside)
 
 
-def test_what_cannot_be_read_by_name_is_not_said_to_be() -> None:
+def test_the_error_does_not_advise_names_that_cannot_be_read() -> None:
     import timm
 
     settings = {"embed_dim": 24, "num_heads": 1, "stages": (1, 1, 1, 1), "img_size": 64}
@@ -588,7 +588,7 @@ def test_what_cannot_be_read_by_name_is_not_said_to_be() -> None:
         SRT(around, layers="1.blocks.2")
 
 
-def test_of_several_models_inside_each_is_named(vit: Any) -> None:
+def test_the_error_names_each_of_several_nested_models(vit: Any) -> None:
     class Student(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -607,7 +607,7 @@ def test_of_several_models_inside_each_is_named(vit: Any) -> None:
         tokens(model, layers="teacher.norm")
 
 
-def test_several_maps_on_the_grid_of_the_patch_are_no_pyramid() -> None:
+def test_several_maps_of_one_grid_are_not_a_pyramid() -> None:
     import timm
 
     maps: Any = {"features_only": True, "out_indices": [0, 1]}
@@ -621,7 +621,7 @@ def test_several_maps_on_the_grid_of_the_patch_are_no_pyramid() -> None:
     assert_close(by_name, model(IMAGES)[-1].flatten(2).transpose(1, 2))
 
 
-def test_only_a_model_that_can_be_read_is_named() -> None:
+def test_the_error_names_only_models_that_can_be_read() -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 1], "window_size": 2}
     swin = transformers.SwinModel(transformers.SwinConfig(**sizes)).eval()
