@@ -1,6 +1,6 @@
 """SRT around each family of models: real instances of their libraries, small and randomly made.
 
-What SRT should give is made from the model's other ways to its features, and the oracle.
+The expected fields are computed by the oracle from the model's features, read in another way.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from srt_ext import srt as srt_module
 from srt_ext.backbones import describe, force_eager
 from srt_ext.hub import load_timm
 
-# The picture itself, whole and broken pixels.
+# The unshifted image, and shifts by whole and fractional pixels.
 OFFSETS = torch.tensor([[0.0, 0.0], [1.5, -2.0], [-3.0, 0.25]])
 ITSELF = torch.zeros(1, 2)
 IMAGES = torch.randn(2, 3, 48, 80, generator=torch.Generator().manual_seed(0))
@@ -83,7 +83,7 @@ def timm_model(family: str) -> Any:
 
 
 def with_random_norms(model: Any) -> Any:
-    """A norm that is applied twice changes the result: new ones have weights of 1 and 0."""
+    """Random norms, so that one that is applied twice changes the result: new ones are trivial."""
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.data += 0.3 * torch.randn_like(parameter)
@@ -97,7 +97,7 @@ def vit() -> Any:
 
 
 def mapped(tokens: torch.Tensor, layout: str, grid: tuple[int, int]) -> torch.Tensor:
-    """Tokens or a map in any layout -> [B, h, w, C], prefix tokens left out."""
+    """Tokens or a map in any layout -> [B, h, w, C], without prefix tokens."""
     if layout == "NCHW":
         return tokens.permute(0, 2, 3, 1)
     if layout == "NHWC":
@@ -106,7 +106,7 @@ def mapped(tokens: torch.Tensor, layout: str, grid: tuple[int, int]) -> torch.Te
 
 
 def output_of(model: nn.Module, name: str, **arguments: Any) -> Callable[[torch.Tensor], Any]:
-    """What a module returns when the model runs."""
+    """A function that runs the model and returns the output of one of its modules."""
 
     def call(images: torch.Tensor) -> Any:
         kept = []
@@ -119,14 +119,14 @@ def output_of(model: nn.Module, name: str, **arguments: Any) -> Callable[[torch.
 
 
 def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Up to what a network makes of the rounding of its picture."""
+    """Asserts equality up to the effect of rounding the image on a network."""
     assert_close(actual, expected, atol=1e-4 * float(expected.detach().abs().max()), rtol=1e-4)
 
 
 def assert_field(
     actual: torch.Tensor, tokens_of: Tokens, images: torch.Tensor, stride: int
 ) -> None:
-    """The field of OFFSETS by the oracle."""
+    """Asserts that a field of the views OFFSETS equals the oracle."""
     shifted = reference.shift(images, OFFSETS).float()
     with torch.no_grad():
         tokens = torch.stack([tokens_of(view) for view in shifted])  # [V, B, h, w, C]
@@ -143,7 +143,10 @@ def count_hooks(model: nn.Module) -> int:
 def assert_injected(
     model: Any, images: torch.Tensor, of: Any = lambda x: x, **settings: Any
 ) -> None:
-    """One unshifted view changes nothing, others do; ``of`` takes the model's result."""
+    """Asserts that shifted views change the output and one unshifted view does not.
+
+    ``of`` extracts a tensor from the output of the model.
+    """
     with torch.no_grad():
         expected, hooks = of(model(images)), count_hooks(model)
     assert_close(of(SRT(model, ITSELF, **settings)(images)), expected, atol=1e-5, rtol=1e-5)
@@ -152,7 +155,7 @@ def assert_injected(
 
 
 def batch_sizes(model: Any) -> list[int]:
-    """The batch sizes of the forwards from here on."""
+    """A list that records the batch size of each forward pass from here on."""
     sizes: list[int] = []
     model.blocks[0].register_forward_pre_hook(lambda _m, inputs: sizes.append(len(inputs[0])))
     return sizes
@@ -163,7 +166,7 @@ def batch_sizes(model: Any) -> list[int]:
 
 @pytest.mark.parametrize("family", TIMM)
 def test_families_of_timm_need_no_settings(family: str) -> None:
-    """The last layer with its norm; first and last as they are, at their own pitch; and inject."""
+    """The last layer with norm; first and last layer without, at their token spacing; inject."""
     model, kind = timm_model(family), TIMM[family]
     images, stride = torch.randn(2, 3, *kind.size), kind.pitch // 2
     srt = SRT(model, OFFSETS, stride=stride, view_batch=2)
@@ -195,7 +198,7 @@ def test_families_of_timm_need_no_settings(family: str) -> None:
 
 
 def test_hiera_unrolls_its_tokens() -> None:
-    """Its modules permute the tokens, which timm brings back."""
+    """Its modules permute the tokens; timm restores their order."""
     settings = {"embed_dim": 24, "num_heads": 1, "stages": (1, 1, 2, 1), "img_size": (64, 96)}
     model = create("hiera_tiny_224", **settings)
     images = torch.randn(1, 3, 64, 96)
@@ -228,7 +231,7 @@ def test_patches_need_not_be_square() -> None:
 
 
 def test_stages_without_a_module_have_features_but_no_injection() -> None:
-    """timm calls them block.0, the model blocks."""
+    """timm names them block.0, the model blocks."""
     model = create("twins_pcpvt_small", depths=(1, 1, 1, 1))
     assert SRT(model, ITSELF, layers=0, stride=4)(torch.zeros(1, 3, 64, 64)).field.shape[1] == 64
     with pytest.raises(ValueError, match="inject must be the name"):
@@ -237,7 +240,7 @@ def test_stages_without_a_module_have_features_but_no_injection() -> None:
 
 @pytest.mark.parametrize("how", ["slice", "prune", "features_only", "stages", "DINO", "chunks"])
 def test_models_without_their_last_layers(how: str) -> None:
-    """What declares the layers still declares those that are gone."""
+    """The declarations of the layers still include the removed ones."""
     settings = {**ANY, "depth": 3}
     model: Any = (
         create("test_convnext") if how == "stages" else create(TIMM["ViT"].name, **settings)
@@ -268,13 +271,13 @@ def test_models_without_their_last_layers(how: str) -> None:
     assert_field(SRT(model, OFFSETS, stride=8)(images).field, tokens_of, images, 8)
     with pytest.raises(ValueError, match=r"layers must be in -2 \.\.\. 1; got 2"):
         SRT(model, layers=2)
-    if how not in ("DINO", "chunks"):  # here they lie in a model inside, with other names
+    if how not in ("DINO", "chunks"):  # their layers are in a nested model, under other names
         assert_injected(model, images, inject=-1)
 
 
 def test_several_layers_need_one_pass(vit: Any) -> None:
     srt, done = SRT(vit, OFFSETS, layers=[0, 1, -1], stride=8, view_batch=2), []
-    srt(IMAGES)  # compares the final norm with the model's, once
+    srt(IMAGES)  # the first call compares the final norm with the model's
     sizes = batch_sizes(vit)
     moments = srt.moments(IMAGES, done.append)
     assert sizes == [4, 2]
@@ -296,7 +299,7 @@ def test_an_image_size_that_timm_rejects_is_explained(compiled: bool) -> None:
 
 @pytest.mark.slow
 def test_real_weights_classify_a_photograph_and_separate_its_objects() -> None:
-    """Injected tokens still tell a cat; in a field suit is closer to suit than to the wall."""
+    """Logits of injected tokens show a cat; a suit is more similar to itself than to the wall."""
     name = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
     weights = SHARED / "weights" / f"{name}.fp16.safetensors"
     if not weights.exists():
@@ -311,7 +314,7 @@ def test_real_weights_classify_a_photograph_and_separate_its_objects() -> None:
     with torch.no_grad():
         plain = model(photo(data.chelsea(), (240, 320)))
     logits = SRT(model, views=9, inject=5)(photo(data.chelsea(), (240, 320)))
-    # A tabby, a tiger cat or an Egyptian cat, as without SRT, and not from the same tokens.
+    # A tabby, a tiger cat or an Egyptian cat, as without SRT, but with other logits.
     assert int(plain.argmax()) in (281, 282, 285)
     assert int(logits.argmax()) in (281, 282, 285)
     assert 1e-3 < float((logits - plain).norm() / plain.norm()) < 0.5
@@ -362,7 +365,7 @@ def blocks_of(model: nn.Module) -> str:
     "case", [*(("timm", f) for f in TIMM), *(("transformers", f) for f in TRANSFORMERS)]
 )
 def test_models_that_declare_any_size_support_presets(case: tuple[str, str]) -> None:
-    """At another size, enlarged by it; those that do not declare it are not enlarged."""
+    """Other models are not enlarged."""
     library, family = case
     if library == "timm":
         model, patch = timm_model(family), TIMM[family].pitch
@@ -390,7 +393,7 @@ def test_families_of_transformers_need_no_settings(family: str) -> None:
     norm = [m for name, m in model.named_modules() if name.rpartition(".")[2] == norm_name][-1]
     any_size = {"interpolate_pos_encoding": True} if family in ("ViT", "CLIP", "SigLIP") else {}
     raw = {at: output_of(model, f"{blocks_of(model)}.{at}", **any_size) for at in (0, 2)}
-    if family != "CLIP":  # which normalises its class token alone
+    if family != "CLIP":  # which normalises only its class token
         with torch.no_grad():
             assert_close(norm(raw[2](images)), model(images, **any_size).last_hidden_state)
     for normalise in (norm, nn.Identity()):
@@ -410,7 +413,7 @@ def test_families_of_transformers_need_no_settings(family: str) -> None:
         (
             "SamVision",
             {"output_channels": 8, "window_size": 2, "global_attn_indexes": [1], "mlp_dim": 64},
-            [-1, 0],  # the neck's map has channels first, a block's has them last
+            [-1, 0],  # the map of the neck has channels first, that of a block has channels last
         ),
         ("VitDet", {}, [-1]),
     ],
@@ -428,7 +431,7 @@ def test_maps_of_transformers(kind: str, settings: dict[str, Any], layers: list[
 
 @pytest.mark.parametrize("kind", ["ConvNext", "Swin"])
 def test_stages_of_transformers_raise(kind: str) -> None:
-    """Where no patch size holds for all: layers by name do it."""
+    """Their layers have different patch sizes; layers by name are supported."""
     transformers = pytest.importorskip("transformers")
     model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")())
     with pytest.raises(ValueError, match="layers must be names of modules, with patch"):
@@ -477,7 +480,7 @@ def test_the_vision_tower_of_a_model_is_found(name: str) -> None:
 
 
 class Dino(nn.Module):
-    """The interface of DINOv2's repository, around a real ViT."""
+    """The interface of the repository of DINOv2, around a real ViT."""
 
     def __init__(self, vit: Any = None) -> None:
         super().__init__()
@@ -496,7 +499,7 @@ class Dino(nn.Module):
 
 
 class FirstDino(Dino):
-    """That of the first DINO."""
+    """The interface of the repository of the first DINO."""
 
     def get_intermediate_layers(self, x: Any, n: int = 1) -> Any:  # type: ignore[override]
         every = self.vit.forward_intermediates(
@@ -557,7 +560,7 @@ def test_maps_are_read_in_both_layouts() -> None:
         assert_field(SRT(conv, **settings)(images).field, channels_last, images, 4)
         named = SRT(nn.Sequential(conv), layers="0", **settings)
         assert_field(named(images).field, channels_last, images, 4)
-        # Four channels on a grid of 4 x 6: [B, 4, 6, 4] is no map of channels first.
+        # Four channels on a grid of 4 x 6: [B, 4, 6, 4] cannot have channels first.
         assert_field(SRT(channels_last, **settings)(images).field, channels_last, images, 4)
     coarser = SRT(nn.Sequential(conv, nn.AvgPool2d(2)), **settings)
     with pytest.warns(UserWarning, match=r"taken for NCHW with a patch of \[16, 16\]"):
@@ -700,7 +703,7 @@ def test_fields_on_a_gpu_equal_those_on_the_cpu(dtype: torch.dtype, vit: Any) ->
 
 
 def compiled_with_graphs(model: nn.Module) -> tuple[Any, list[Any]]:
-    """A compiled model, and the graphs that are compiled from here on."""
+    """A compiled model, and a list that records each compiled graph from here on."""
     graphs: list[Any] = []
 
     def backend(graph: Any, inputs: object) -> Any:
@@ -714,7 +717,7 @@ def compiled_with_graphs(model: nn.Module) -> tuple[Any, list[Any]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("library", ["timm", "transformers"])
 def test_features_of_compiled_models_are_compiled_once(library: str) -> None:
-    """With the model's settings, for all batches of views; by name the model runs eagerly."""
+    """One compilation for all batches of views; with layers by name the model runs eagerly."""
     if library == "timm":
         model, images, stride = timm_model("ViT"), torch.randn(1, 3, 56, 80), 8
     else:
@@ -767,7 +770,7 @@ def test_hooks_ignore_other_threads_that_run_the_model(vit: Any) -> None:
     vit.blocks[0].register_forward_pre_hook(in_another_thread)
     assert_close(by_name(IMAGES).field, field)
     assert_close(inject(IMAGES), logits)
-    assert len(others) == 3  # the hooked forward; the two of inject
+    assert len(others) == 3  # one hooked forward pass, two of inject
     for other in others:
         assert_close(other, expected)
 
@@ -789,7 +792,11 @@ def test_inject_equals_the_ensemble_and_the_remaining_layers(
         block.register_forward_hook(lambda _m, _i, out, i=i: ran.update({i: ran[i] + len(out)}))
     done: list[int] = []
     actual = SRT(model, offsets, inject=1, view_batch=2, **settings)(images, done.append)
-    assert ran == {0: 10, 1: 10, 2: 2}  # images: V views, or the image itself and V
+    assert ran == {
+        0: 10,
+        1: 10,
+        2: 2,
+    }  # images per block: V views, plus the unshifted image if it is not a view
     assert done[-1] == len(offsets)
 
     padded = pad(images, (0, 0, 0, 8), mode="replicate")
@@ -806,7 +813,7 @@ def test_inject_equals_the_ensemble_and_the_remaining_layers(
 
 
 def test_inject_before_a_depth_head() -> None:
-    """DPT reads several layers, some before the one that is replaced."""
+    """DPT reads several layers, some before the injected one."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     backbone = transformers.Dinov2Config(
@@ -838,7 +845,7 @@ def module(function: Callable[[torch.Tensor], Any]) -> nn.Module:
 
 
 class Around(nn.Module):
-    """A convolution, a module that may be called again, and a head that takes what it returns."""
+    """A convolution and a module that may be called several times."""
 
     def __init__(self, inner: nn.Module, calls: int = 1) -> None:
         super().__init__()
@@ -907,7 +914,7 @@ def test_peak_bytes_counts_simultaneous_allocations() -> None:
     def call() -> torch.Tensor:
         kept = start * 2  # 4000 bytes
         for _ in range(3):
-            kept = (kept + 1).exp_()  # two at a time
+            kept = (kept + 1).exp_()  # two tensors at a time
         return torch.cat([kept, kept.view(10, 100).reshape(-1)]).double()  # 4 + 8 + 16 kB
 
     result, peak = _cost.peak_bytes(call)
@@ -945,7 +952,7 @@ def test_view_batch_auto_fits_half_of_the_cost(
     offsets = torch.cat([OFFSETS + i for i in range(7)])
     expected = SRT(vit, offsets, **how)(images)
     srt = SRT(vit, offsets, view_batch="auto", **how)
-    srt.backbone.features(images)  # compares the final norm with the model's, once
+    srt.backbone.features(images)  # the first call compares the final norm with the model's
     sizes.clear()
     measure = _cost.peak_bytes
     monkeypatch.setattr(srt_module, "peak_bytes", lambda call: (measure(call)[0], 1000))

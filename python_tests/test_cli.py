@@ -1,4 +1,4 @@
-"""``srt-ext`` as a user meets it: figures, features, the default model, and errors."""
+"""The command ``srt-ext``: figures, features, weights, the default model, and errors."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def show(photo: Path, output: Path, *options: object) -> str:
 
 
 def features(photo: Path, output: Path, *options: object) -> tuple[str, dict[str, torch.Tensor]]:
-    """What was printed, and what was written."""
+    """Runs ``srt-ext features``; returns its output and the tensors that it wrote."""
     text = run("features", photo, "-o", output, *options)
     if output.suffix == ".npz":
         return text, {k: torch.from_numpy(v) for k, v in np.load(output).items()}
@@ -64,7 +64,7 @@ def photo(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[list[list[Panel]]]:
-    """The rows of every figure that is drawn."""
+    """A list that records the rows of every drawn figure."""
     kept, draw = [], viz.draw
 
     def keep(rows: Any, names: Any) -> Any:
@@ -122,7 +122,7 @@ def test_noise_is_grey_and_query_in_pixels_of_the_original(tmp_path: Path, drawn
     for panel, cell in ((plain, (slice(48, 64), slice(80, 96))), (srt, (slice(60, 64), 84))):
         assert panel.rgb.shape == (64, 96, 3)
         light = panel.rgb.sum(2)
-        assert (light[cell] == light.max()).all()  # itself: 1
+        assert (light[cell] == light.max()).all()  # the similarity to itself is 1
         inside, outside = light[52:, 76:], light[:40, :64]
         assert inside.min() > outside.max()
 
@@ -132,7 +132,7 @@ def test_noise_is_grey_and_query_in_pixels_of_the_original(tmp_path: Path, drawn
 
 @pytest.fixture
 def frames(tmp_path: Path) -> Path:
-    """The first and the last are the same; their numbers are not in the order of their names."""
+    """The first and the last are equal; numbers and names are in different orders."""
     path = tmp_path / "frames"
     path.mkdir()
     a, b, c = crops(3)
@@ -177,7 +177,7 @@ def test_unusable_frames_of_a_video_are_skipped(frames: Path, tmp_path: Path) ->
 def test_the_first_frame_that_succeeds_gives_the_basis(
     frames: Path, tmp_path: Path, drawn: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Unreadable, or in the model, or in the middle of a drawing: the first one as any other."""
+    """A frame may be unreadable or fail in the model."""
     field, calls = viz.Comparison.field, []
 
     def fail_once(*arguments: Any) -> Any:
@@ -309,7 +309,7 @@ def test_an_error_is_one_line_and_nothing_is_written(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-# ---- the ends of memory and of a disk -----------------------------------------------------------
+# ---- out of memory, full disk -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -350,7 +350,7 @@ def test_unexpected_errors_keep_their_traceback(
 
 @contextmanager
 def file_size_limit(size: int) -> Iterator[None]:
-    """Writing beyond it fails, as on a full disk."""
+    """Writing more bytes to a file fails, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -387,7 +387,7 @@ def test_a_full_disk_is_a_one_line_error_and_keeps_the_earlier_file(
 
 
 def test_concurrent_runs_leave_a_complete_file(tmp_path: Path) -> None:
-    path = tmp_path / ("照" * 78 + ".safetensors")  # which leaves no room for a suffix
+    path = tmp_path / ("照" * 78 + ".safetensors")  # too long for a suffix
     with common.replacing(path) as first, first.open("wb") as one:
         one.write(b"a" * 10)
         with common.replacing(path) as second, second.open("wb") as two:
@@ -406,7 +406,7 @@ def test_concurrent_runs_leave_a_complete_file(tmp_path: Path) -> None:
 def test_an_existing_file_is_never_used_as_the_temporary_file(
     tmp_path: Path, plant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Even if its name is known."""
+    """Even if its name is predictable."""
     (tmp_path / "precious").write_bytes(b"of others")
     path = tmp_path / "out.npz"
     monkeypatch.setattr("secrets.token_hex", lambda n: "0" * 2 * n)
@@ -433,7 +433,7 @@ def test_an_output_that_is_a_link_stays_a_link(photo: Path, tmp_path: Path) -> N
     assert np.load(tmp_path / "disk/out.npz")["field"].shape == (64, 12, 16)
 
 
-# ---- names and kinds of pictures ----------------------------------------------------------------
+# ---- names and kinds of images ------------------------------------------------------------------
 
 
 def test_a_name_that_stdout_cannot_encode_is_printed_with_escapes(
@@ -471,11 +471,11 @@ def test_a_closed_or_full_stdout_does_not_stop_the_command(
 
 
 def exif(entries: bytes) -> bytes:
-    """A TIFF header, and the entries of a directory: (tag, type, count, value or its place)."""
+    """A TIFF header and the entries of a directory: (tag, type, count, value or its offset)."""
     return b"Exif\0\0MM\0*" + struct.pack(">IH", 8, len(entries) // 12) + entries + bytes(4)
 
 
-ORIENTATION = struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0)  # to be turned by a quarter
+ORIENTATION = struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0)  # to be rotated by 90 degrees
 
 
 @pytest.mark.parametrize(
@@ -486,7 +486,7 @@ ORIENTATION = struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0)  # to be turned by a qua
         (b"Exif\0\0", (40, 24)),
         (b"Exif\0\0no header", (40, 24)),
         (exif(struct.pack(">HHII", 0x0112, 2, 4, 0xFFFFFFF0)), (40, 24)),
-        (exif(struct.pack(">HHII", 0x8769, 4, 1, 8) + ORIENTATION), None),  # holds itself
+        (exif(struct.pack(">HHII", 0x8769, 4, 1, 8) + ORIENTATION), None),  # contains itself
         (exif(struct.pack(">HHII", 0x010E, 2, 2**32 - 1, 8) + ORIENTATION), None),
         (exif(ORIENTATION * 3000), (24, 40)),
         (exif(struct.pack(">HHIHH", 0x0112, 3, 1, 99, 0)), (40, 24)),
@@ -495,7 +495,7 @@ ORIENTATION = struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0)  # to be turned by a qua
 def test_images_with_broken_exif_are_read(
     block: bytes, size: tuple[int, int] | None, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
-    """In either direction, where part of it can be read."""
+    """In either orientation, if part of the EXIF data can be read."""
     pixels = np.full((24, 40, 3), 99, np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=block)
     image = open_image(tmp_path / "a.jpg")
@@ -522,7 +522,7 @@ def test_an_animation_is_read_as_its_first_frame(tmp_path: Path) -> None:
         assert open_image(tmp_path / name).getpixel((4, 4))[0] > 240
 
 
-# ---- weights of one's own -----------------------------------------------------------------------
+# ---- the user's weights -------------------------------------------------------------------------
 
 
 def loaded(
@@ -710,7 +710,7 @@ def test_position_embeddings_of_another_size_are_resampled_and_patches_are_not(
 
 
 def model_folder(path: Path, weights: str) -> Path:
-    """As timm's push_to_hf_hub leaves it; another number of classes."""
+    """A folder as timm's push_to_hf_hub writes it, with another number of classes."""
     path.mkdir(parents=True)
     config = {"architecture": SMALL, "num_classes": 10, "model_args": {"img_size": 96}}
     config["pretrained_cfg"] = {
@@ -794,7 +794,7 @@ def test_a_model_of_the_hub_comes_from_its_cache(
     (snapshot / "model.safetensors").rename(snapshot / weights)
     vit, config = hub.load_timm(name)
     assert (vit.head.out_features, config["mean"]) == (10, [0.1, 0.2, 0.3])
-    # For the first of both files: the cache does not know that the hub does not have it.
+    # A request for the first file: the cache does not store that the hub does not have it.
     assert len(fake_hub.asked) == 1 + (weights != "model.safetensors")
 
 
@@ -802,7 +802,7 @@ def test_a_model_of_the_hub_comes_from_its_cache(
 
 
 class Hub:
-    """A cache, and the requests to the client of the hub."""
+    """A cache of the hub, and a record of the requests of its client."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -815,7 +815,7 @@ class Hub:
             raise ConnectionError("no network")
 
     def keep(self, name: str, state: dict[str, torch.Tensor]) -> None:
-        """Pretrained weights, as the client leaves them."""
+        """Stores pretrained weights in the cache, as the client does."""
         path = self.folder / f"models--timm--{name}"
         for part, content in (("refs/main", "abc"), ("snapshots/abc/config.json", "{}")):
             (path / part).parent.mkdir(parents=True)
@@ -825,7 +825,7 @@ class Hub:
 
 @pytest.fixture
 def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    """An empty one, without a network."""
+    """An empty cache, without a network."""
     made = Hub(tmp_path / "hub")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(made.folder))
     monkeypatch.setattr("huggingface_hub.get_session", lambda: made)
@@ -846,7 +846,7 @@ def test_without_a_network_the_default_is_the_small_model(
 
 @pytest.mark.slow
 def test_the_fallback_is_one_line_of_stderr(photo: Path, tmp_path: Path) -> None:
-    """Neither warnings nor retries of the hub's client."""
+    """Without warnings or retries of the client of the hub."""
     options = ("features", photo, "-o", tmp_path / "out.safetensors", "--views", "grid:1")
     offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path), "PYTHONWARNINGS": "ignore"}
     errors = run_python("-m", "srt_ext", *options, env=offline, cwd=ROOT).stderr
@@ -882,7 +882,7 @@ def test_the_default_is_a_dinov2_from_the_cache(photo: Path, fake_hub: Hub, tmp_
 
 
 def test_the_hub_is_queried_once(fake_hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its client is called only if the hub answers, and its errors are reported."""
+    """The client is called only if the hub answers; its errors are reported."""
     name = f"{SMALL}.r160_in1k"
     tried: list[Any] = []
 
@@ -938,7 +938,7 @@ def test_the_small_model_by_name(photo: Path, fake_hub: Hub, tmp_path: Path) -> 
     assert fake_hub.asked == []
 
 
-# ---- info, start --------------------------------------------------------------------------------
+# ---- info, help, missing packages ---------------------------------------------------------------
 
 
 def test_info_prints_backends_and_whether_the_default_model_is_cached(fake_hub: Hub) -> None:

@@ -1,4 +1,4 @@
-"""``srt-ext features --engine ray``: what is written, what a second run does, what goes wrong."""
+"""``srt-ext features --engine ray``: output, second runs, and errors."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ OPTIONS = {"model": SMALL, "weights": small_weights(), "views": "grid:1", "strid
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Of two sizes, one in a folder, one that is none."""
+    """Images of two sizes, one of them in a subfolder, and a file that is not an image."""
     path = tmp_path / "photos"
     (path / "trip").mkdir(parents=True)
     for i, pixels in enumerate(crops(5)):
@@ -145,7 +145,7 @@ def test_other_settings_and_finished_outputs_need_no_cluster(
 
 def test_uncommitted_files_are_removed(out: Path) -> None:
     files = {
-        "checkpoint/a.pending.parquet": True,  # Ray's: it also names the data to remove
+        "checkpoint/a.pending.parquet": True,  # of Ray: it also names the data to remove
         "errors/a.parquet": False,
         "checkpoint/b.parquet": True,
         "checkpoint/b.pending.parquet": False,  # of a task that ran again after its commit
@@ -161,7 +161,7 @@ def test_uncommitted_files_are_removed(out: Path) -> None:
 
 
 def test_forget_failures_also_removes_the_completion_mark(out: Path) -> None:
-    """So that a run which is stopped then has something left to do."""
+    """So that a run that is stopped afterwards still computes the failed images."""
     for folder in ("checkpoint", "data", "errors"):
         (out / folder).mkdir(parents=True)
     (out / "complete.json").write_text("{}")
@@ -265,7 +265,7 @@ def test_a_second_run_computes_new_images(
     extract(photos, out, code=1)
     before = {path: path.stat().st_mtime_ns for path in out.glob("data/*")}
     with monkeypatch.context() as patch:
-        patch.setattr(dataset, "_placement", None)  # Ray is not asked
+        patch.setattr(dataset, "_placement", None)  # Ray is not used
         text = extract(photos, out)
     assert f"nothing left to do: 6 pictures are in {out}, 1 failed; --retry-failed" in text
     Image.fromarray(crops(1)[0]).save(photos / "new.png")
@@ -279,7 +279,7 @@ def test_a_second_run_computes_new_images(
 def test_failures_are_tried_again_on_request(
     photos: Path, out: Path, cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a file system that is not local as far as pyarrow knows: nothing is moved there."""
+    """On a file system that pyarrow does not treat as local: files are not moved there."""
     files = PyFileSystem(FSSpecHandler(fsspec.filesystem("file")))
     monkeypatch.setattr(dataset, "filesystem", lambda place: (files, place))
     table = pa.table({"path": [*NAMES, "bad.jpg", "missing.png", "0.png"]})
@@ -330,7 +330,7 @@ def test_shards_are_projected_on_one_basis(
         torch.testing.assert_close(fields[key]["field"], projected, atol=1e-4, rtol=1e-4)
         assert fields[key]["prefix"].equal(whole[key]["prefix"])  # all channels
         assert fields[key]["txt"] == f"text {key[-1]}"
-    # They hold nearly as much of the cells as any 5 directions can.
+    # They explain nearly as much of the cells as the best 5 directions.
     cells = torch.cat([whole[key]["field"].flatten(1) for key in whole.keys.to_pylist()], 1)
     best = torch.linalg.svdvals(cells)[:5].square().sum()
     assert (components @ cells).square().sum() > 0.99 * best
@@ -358,7 +358,7 @@ def test_parquet_keeps_its_columns(photos: Path, out: Path, cluster: None) -> No
     assert "repeats the key" in reasons["photos/0.png"]
 
 
-# ---- what is killed -----------------------------------------------------------------------------
+# ---- killed processes ---------------------------------------------------------------------------
 
 MANY = 150
 
@@ -415,7 +415,7 @@ def test_no_image_is_lost_or_duplicated_if_a_worker_is_killed(many: Path, out: P
 @pytest.mark.slow
 @pytest.mark.serial
 def test_a_killed_run_is_resumed(many: Path, out: Path) -> None:
-    """Only the write tasks that were not committed are computed again."""
+    """Only write tasks that were not committed are computed again."""
     process = start(many, out)
     wait_until(process, lambda: len(committed(out)) > 2)
     process.kill()

@@ -1,4 +1,4 @@
-"""``srt-ext features FOLDER``: what is written, what a second run does, and what goes wrong."""
+"""``srt-ext features FOLDER``: output, second runs, and errors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from srt_ext.srt import SRTOutput
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Two of the same stem, one in a folder, and files that are none of ours."""
+    """Two images of one stem, one in a subfolder, and files that are not to be read."""
     path = tmp_path / "photos"
     (path / "trip/day 2").mkdir(parents=True)
     (path / ".thumbnails").mkdir()
@@ -54,7 +54,7 @@ NAMES = ["a.jpg.safetensors", "a.png.safetensors", "trip/day 2/b.PNG.safetensors
 
 
 def made(out: Path) -> dict[str, int]:
-    """All files below a folder, with the times at which they were written."""
+    """All files below a folder, with their modification times."""
     return {
         path.relative_to(out).as_posix(): path.stat().st_mtime_ns
         for path in sorted(out.rglob("*"))
@@ -76,7 +76,7 @@ def extract(photos: Path, out: Path, code: int = 0, **changed: object) -> str:
 def test_each_image_has_a_file(
     photos: Path, out: Path, dtype: str, workers: int, suffix: str
 ) -> None:
-    """With the features that the image has alone."""
+    """With the same features as a run for the single image."""
     text = extract(photos, out, dtype=dtype, workers=workers, layer=2)
     assert list(made(out)) == NAMES
     assert "3 pictures: 3 written, 0 skipped (already done), 0 failed" in text
@@ -144,7 +144,7 @@ def test_a_second_run_writes_missing_files(photos: Path, out: Path) -> None:
 
     (out / NAMES[0]).unlink()
     content = (out / NAMES[1]).read_bytes()
-    (out / NAMES[1]).write_bytes(content[: len(content) // 2])  # of a disk that died
+    (out / NAMES[1]).write_bytes(content[: len(content) // 2])  # as after a failure of the disk
     with suppress(ZeroDivisionError), common.replacing(out / NAMES[0]) as partial:
         raise ZeroDivisionError
     partial.write_bytes(b"of a run that was killed")
@@ -162,7 +162,7 @@ def test_a_second_run_writes_missing_files(photos: Path, out: Path) -> None:
 
 def test_other_settings_are_errors(photos: Path, out: Path, tmp_path: Path) -> None:
     extract(photos, out)
-    (out / NAMES[0]).unlink()  # also where there is something to do
+    (out / NAMES[0]).unlink()  # also if images are left to compute
     first = made(out)
     others = {"views": "grid:2", "stride": 4, "size": 32, "layer": 1, "dtype": "float16"}
     for name, value in {**others, "model": "test_vit.r160_in1k"}.items():
@@ -174,7 +174,7 @@ def test_other_settings_are_errors(photos: Path, out: Path, tmp_path: Path) -> N
     Image.new("RGB", (40, 40)).save(tmp_path / "more/c.png")
     assert "(stride 8, now 4)" in extract(tmp_path / "more", out, 1, stride=4)
     assert made(out) == first
-    # The same weights from elsewhere are the same.
+    # The same weights at another path are the same setting.
     moved = shutil.copy(small_weights(), tmp_path / "moved.safetensors")
     assert "1 written, 2 skipped (already done)" in extract(photos, out, weights=moved, workers=1)
 
@@ -212,7 +212,7 @@ def test_images_that_fail_are_reported_and_skipped(
 
 @pytest.mark.parametrize(("out", "count"), [(".", 4), ("features", 3), ("trip", 3)])
 def test_the_output_may_be_inside_the_folder_of_images(photos: Path, out: str, count: int) -> None:
-    """Pictures that lie in it are not taken, unless it is the folder itself."""
+    """Images in the output folder are skipped, unless it is the folder of the images."""
     (photos / "features").mkdir()
     Image.new("RGB", (40, 40)).save(photos / "features/plot.png")
     assert f"{count} pictures: {count} written" in extract(photos, photos / out)
@@ -225,7 +225,7 @@ def test_unrelated_files_are_kept(photos: Path) -> None:
     other = shutil.copy(small_weights(), photos / "model.safetensors")
     extract(photos, photos)
     assert other.read_bytes() == small_weights().read_bytes()
-    shutil.copy(other, photos / NAMES[0])  # but under a name of ours it would be taken for ours
+    shutil.copy(other, photos / NAMES[0])  # a file with the name of an output is read as one
     assert f"{NAMES[0]} was made with other settings" in extract(photos, photos, 1)
 
 
@@ -244,7 +244,7 @@ def test_an_interrupted_run_leaves_complete_files(
     code: int,
     message: str,
 ) -> None:
-    """In the middle of a file: it is not there, and the next run makes it."""
+    """The file that was being written does not exist; the next run writes it."""
     save, calls = folder.save, []
 
     def fail_once(tensors: Any, path: Path, metadata: Any) -> None:
@@ -347,7 +347,7 @@ def test_a_run_without_stdin_stdout_and_stderr(photos: Path, out: Path) -> None:
 
 
 def copies(photos: Path, *names: bytes | str) -> None:
-    """The same picture under other names."""
+    """Copies one image to other names."""
     for name in names:
         shutil.copy(photos / "a.png", photos / os.fsdecode(name))
 
@@ -369,7 +369,7 @@ def test_an_image_may_have_any_name(photos: Path, out: Path) -> None:
 def test_an_impossible_output_path_is_reported_and_skipped(
     photos: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before the model runs for it, where the name shows it."""
+    """Before the model runs for the image, if its name is the reason."""
     too_long = "m" * 240 + ".png"
     copies(photos, too_long)
     (out / NAMES[1]).mkdir(parents=True)
@@ -395,7 +395,7 @@ def test_suffixes_that_pillow_reads_are_included(photos: Path, out: Path) -> Non
 
 def test_linked_folders_are_read_once(photos: Path, out: Path, tmp_path: Path) -> None:
     shutil.copytree(photos / "trip", tmp_path / "elsewhere")
-    (photos / "first").symlink_to("trip")  # which has its pictures under its own name
+    (photos / "first").symlink_to("trip")  # whose images are read under its own name
     (photos / "linked").symlink_to(tmp_path / "elsewhere")
     (photos / "linked too").symlink_to(tmp_path / "elsewhere")
     (photos / "trip/loop").symlink_to("..")
@@ -437,7 +437,7 @@ def test_a_folder_that_cannot_be_read_is_reported(
 
 @pytest.mark.slow
 def test_a_deep_tree_is_read(tmp_path: Path) -> None:
-    """Deeper than Python's recursion."""
+    """Deeper than the recursion limit of Python."""
     place = os.open(tmp_path, os.O_RDONLY)
     for _ in range(1500):
         os.mkdir("a", dir_fd=place)

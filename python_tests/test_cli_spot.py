@@ -1,4 +1,4 @@
-"""``srt-ext spot`` as a user meets it."""
+"""The command ``srt-ext spot``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Drawn(NamedTuple):
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Drawn]:
-    """The arguments of every figure that is drawn."""
+    """A list that records the arguments of every drawn figure."""
     kept, draw = [], viz.draw_windows
 
     def keep(*arguments: Any) -> Any:
@@ -42,7 +42,7 @@ def photo(tmp_path: Path) -> Path:
 
 
 def draw(photo: Path, *options: object) -> str:
-    """What was printed for a small model with random weights; OUT is out.png beside the photo."""
+    """Runs ``srt-ext spot`` for a small model; writes out.png next to the photograph."""
     output = photo.with_name("out.png")
     return run(
         "spot", photo, "-o", output, "--model", SMALL, "--weights", small_weights(), *options
@@ -110,7 +110,7 @@ def test_the_search_draws_the_path_to_the_best_positions(photo: Path, drawn: lis
 
 
 def test_windows_and_paths_are_drawn_at_their_pixels() -> None:
-    """imshow has the centre of the first pixel at 0."""
+    """imshow places the centre of the first pixel at 0."""
     path = torch.tensor([[[4.0, 4]], [[20, 24]]])
     figure = viz.draw_windows(crops(1)[0], path[1], (8, 16), path)
     (axes,) = figure.axes

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.cuda
 
 NAN = float("nan")
 GPU = Ops("cuda")
-VALUES = ("host", "device")  # where offsets and weights are
+VALUES = ("host", "device")  # the places of offsets and weights
 SLEEP = 400_000_000  # clock cycles: some tenths of a second
 
 each_values = pytest.mark.parametrize("values", VALUES)
@@ -45,7 +45,7 @@ def assert_same(results: list[torch.Tensor], expected: list[torch.Tensor]) -> No
         assert torch.equal(result, right)
 
 
-# ---- sizes of use -------------------------------------------------------------------------------
+# ---- realistic sizes ----------------------------------------------------------------------------
 
 
 def assert_as_on_the_cpu(case: Ensemble, tokens: torch.Tensor, field: torch.Tensor) -> None:
@@ -53,7 +53,7 @@ def assert_as_on_the_cpu(case: Ensemble, tokens: torch.Tensor, field: torch.Tens
     assert_within_budget(field, truth, same.to(tokens.dtype))
 
 
-SIZES_OF_USE = [  # grid, patch, channels, stride
+REALISTIC_SIZES = [  # grid, patch, channels, stride
     ((14, 14), (16, 16), 384, (1, 1)),
     ((14, 14), (16, 16), 384, (16, 16)),
     ((30, 53), (16, 16), 192, (4, 4)),
@@ -63,7 +63,7 @@ SIZES_OF_USE = [  # grid, patch, channels, stride
 
 @pytest.mark.parametrize("upsample", UPSAMPLES)
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
-@pytest.mark.parametrize(("grid", "patch", "channels", "stride"), SIZES_OF_USE)
+@pytest.mark.parametrize(("grid", "patch", "channels", "stride"), REALISTIC_SIZES)
 def test_realistic_sizes(
     grid: tuple[int, int],
     patch: tuple[int, int],
@@ -72,7 +72,7 @@ def test_realistic_sizes(
     dtype: torch.dtype,
     upsample: str,
 ) -> None:
-    """Against the CPU kernels, for the oracle would take minutes."""
+    """Against the CPU kernels, because the oracle would take minutes."""
     offsets = tuple((y + 0.25, x / 2) for y in range(-3, 4) for x in range(-3, 4))
     case = Ensemble(grid, patch, offsets, channels, 1, 1, stride=stride, upsample=upsample)
     tokens = case.tokens(dtype)
@@ -83,7 +83,7 @@ def test_realistic_sizes(
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 @pytest.mark.parametrize("name", ["grid", "nearest", "real", "beyond", "weights", "stride"])
 def test_many_tiles(name: str, dtype: torch.dtype, values: str) -> None:
-    """The samples with enough images and channels to fill a device."""
+    """The samples, with enough images and channels to fill a GPU."""
     case = replace(ENSEMBLES[name], batch=5, channels=2112)
     tokens = case.tokens(dtype)
     field = GPU.ensemble(case, tokens, place=values)
@@ -106,7 +106,7 @@ def test_long_axes() -> None:
 
 @each_dtype
 def test_repeated_calls_are_bitwise_equal(dtype: torch.dtype) -> None:
-    """A result that changes from call to call is a race."""
+    """Results that differ between calls indicate a race."""
     case = Ensemble((14, 14), (16, 16), random_views(49), channels=136, batch=1)
     tokens = case.tokens(dtype)
     args, modes = GPU.call(case, tokens)
@@ -148,7 +148,7 @@ def test_field_past_2_31(batch: int, channels: int, layout: str) -> None:
 @pytest.mark.serial
 @pytest.mark.parametrize("dim", [0, 1, 2])
 def test_tokens_past_2_31(dim: int) -> None:
-    """Tokens whose neighbours along one dimension lie far apart."""
+    """Tokens with a large stride along one dimension."""
     needs(9)
     case = Ensemble(channels=24)
     tokens = case.tokens(torch.float16)
@@ -189,7 +189,7 @@ def test_views_past_2_31() -> None:
 
 @pytest.mark.serial
 def test_windows_past_2_31() -> None:
-    """Windows of an image whose planes lie far apart."""
+    """Windows of an image with a large stride between planes."""
     needs(9)
     image = torch.randint(0, 256, (1, 2, 90, 70), dtype=torch.uint8)
     storage = torch.zeros(2**31 + 90 * 70, dtype=torch.uint8, device="cuda")
@@ -284,14 +284,16 @@ def calls(
     ]
 
 
-each_count = pytest.mark.parametrize("views", [5, 49, 300])  # 300: more than one launch carries
+each_count = pytest.mark.parametrize(
+    "views", [5, 49, 300]
+)  # 300: more than the parameters of one launch hold
 
 
 @pytest.mark.serial
 @each_count
 @each_values
 def test_graph(values: str, views: int) -> None:
-    """A replay reads its inputs again; CPU offsets and weights stay as they were captured."""
+    """A replay reads its inputs again, except CPU offsets and weights, which are captured."""
     static = inputs(views, 0, values)
     calls(*static)
     torch.cuda.synchronize()
@@ -318,7 +320,7 @@ def test_graph(values: str, views: int) -> None:
 @each_count
 @each_values
 def test_calls_run_on_the_current_stream(values: str, views: int) -> None:
-    """The call runs after the earlier work of its stream, and later work waits for it."""
+    """A call runs after earlier work and before later work of the current stream."""
     fresh = inputs(views, 0, values)
     expected = calls(*fresh)
     stale = [torch.full_like(t, NAN) if t.is_cuda else t for t in fresh]
@@ -361,7 +363,7 @@ def test_two_streams_at_once() -> None:
 @pytest.mark.serial
 @pytest.mark.parametrize("anchor", ["phase", "full"])
 def test_anchors_do_not_synchronise(anchor: Any) -> None:
-    """They depend on the images, and the views on them."""
+    """Although the anchors depend on the images, and the views on the anchors."""
     modes: Any = {"padding": "circular", "border": "circular", "anchor": anchor}
     conv = torch.nn.Conv2d(3, 8, 16, stride=16, device="cuda")
     srt = srt_ext.SRT(conv, 4, patch=16, view_batch=4, **modes)
@@ -374,7 +376,7 @@ def test_anchors_do_not_synchronise(anchor: Any) -> None:
         field = srt(images).field
         done = torch.cuda.Event()
         done.record()
-        assert not done.query(), "a call waited for the device"
+        assert not done.query(), "a call synchronised with the device"
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
@@ -394,7 +396,7 @@ def test_calls_do_not_synchronise(values: str, views: int) -> None:
         results = calls(*arguments)
         done = torch.cuda.Event()
         done.record()
-        assert not done.query(), "a call waited for the device"
+        assert not done.query(), "a call synchronised with the device"
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
@@ -402,7 +404,7 @@ def test_calls_do_not_synchronise(values: str, views: int) -> None:
 
 
 def test_calls_run_on_the_device_of_the_tokens() -> None:
-    """Not the current one."""
+    """Also if another device is the current one."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     for values in VALUES:
@@ -434,7 +436,7 @@ def test_a_backward_runs_on_the_stream_of_its_forward() -> None:
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(100_000_000)  # work of another stream would overtake this
+        torch.cuda._sleep(100_000_000)  # work on another stream would run before this
         late = tokens.clone().requires_grad_()
         (result,) = torch.autograd.grad(field(late), late, grad.clone())
     stream.synchronize()
@@ -470,7 +472,7 @@ def test_a_captured_backward(reduce: str) -> None:
 
 @pytest.mark.serial
 def test_compiled_training_steps_are_captured() -> None:
-    """By inductor's CUDA graphs, forward and backward."""
+    """By the CUDA graphs of inductor, forward and backward."""
     pytest.importorskip("triton")
     inputs = model_inputs(device="cuda", place="device")
     torch.compiler.reset()

@@ -1,4 +1,4 @@
-"""srt_ext.data: the files of a data set of fields, and reading them."""
+"""srt_ext.data: writing and reading the files of a data set of fields."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pq = pytest.importorskip("pyarrow.parquet")
 data = pytest.importorskip("srt_ext.data")
 
 DTYPES = ["float32", "float16", "bfloat16"]
-CHANNELS = 4  # of the model
+CHANNELS = 4  # of the features of the model
 Many = tuple[Path, list[dict[str, Any]]]
 
 # Reads OUT without srt_ext.
@@ -39,7 +39,7 @@ for path in sorted(Path(out, "data").glob("*.parquet")):
 def make_row(
     i: int, dtype: str = "float32", prefix: int = 1, channels: int = CHANNELS
 ) -> dict[str, Any]:
-    """Picture i, random of its own size, and its label from the source."""
+    """The row of image i: random features of a size that depends on i, and a label."""
     random, shape = np.random.default_rng(i), (2 + i % 3, 1 + i % 4, channels)
     values = {
         "field": random.standard_normal(shape).astype(dtype).tobytes(),
@@ -51,7 +51,7 @@ def make_row(
 
 
 def write(out: str | Path, files: dict[str, list[dict[str, Any]]]) -> None:
-    """An output with these files in data/."""
+    """Writes an output with these files in data/."""
     place, path = data.filesystem(str(out))
     data.write_settings({"model": "small"}, place, path)
     place.create_dir(f"{path}/data")
@@ -69,7 +69,7 @@ def expected(row: dict[str, Any], name: str = "field") -> np.ndarray:
 
 @pytest.fixture
 def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Many:
-    """40 pictures in three files with row groups of a few pictures; their rows in order."""
+    """40 images in three files, a few images per row group; and their rows in order."""
     monkeypatch.setattr(data, "ROW_GROUP_BYTES", 600)
     rows = [make_row(i) for i in range(40)]
     write(tmp_path, {"b.parquet": rows[15:37], "c.parquet": rows[37:], "a.parquet": rows[:15]})
@@ -78,7 +78,7 @@ def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Many:
 
 @pytest.fixture
 def read_groups(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[str]]]:
-    """The row groups that are read from now on, and their columns."""
+    """A list that records each row group that is read, and its columns."""
     calls = []
     read = pq.ParquetFile.read_row_group
 
@@ -244,7 +244,7 @@ def test_kept_images_do_not_hold_row_groups(
 def test_loader_with_workers(many: Many, start: str, workers: int) -> None:
     out, rows = many
     fields = data.open(out, ["field", "label"])
-    first = fields[0]["field"]  # so that there is a row group that a worker could inherit
+    first = fields[0]["field"]  # loads a row group that a worker could inherit
     seeded = torch.Generator().manual_seed(0)
     processes = {"num_workers": workers, "multiprocessing_context": start}
     loader = DataLoader(fields, None, shuffle=True, generator=seeded, **processes)
@@ -306,7 +306,7 @@ def test_plain_pyarrow_reads_the_fields(tmp_path: Path) -> None:
         np.testing.assert_array_equal(field.astype(np.float32).transpose(2, 0, 1), expected(row))
 
 
-# ---- what a job leaves --------------------------------------------------------------------------
+# ---- outputs of a job ---------------------------------------------------------------------------
 
 
 def write_errors(out: Path, name: str, keys: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""The small ViT that comes with the package, the scenes it is shown, and whether SRT helps it."""
+"""The bundled small ViT, the generated scenes, and the scores of SRT on them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from srt_ext.extraction import Network
 
 
 def inside(kind: int, points: np.ndarray) -> np.ndarray:
-    """Whether points [M, 3] lie in the unit solid of a kind: its definition."""
+    """Whether points [M, 3] are in the unit solid of a kind, by its definition."""
     x, y, z = points.T
     if kind == BOX:
         return np.abs(points).max(1) <= 1
@@ -49,36 +49,38 @@ def test_rays_end_where_they_enter_a_solid(seed: int) -> None:
     steps = np.linspace(0, 8, 400)
     walked = np.stack([within(np.full(len(rays), step)) for step in steps])  # [steps, rays]
     before = steps[:, None] < np.where(hit, t, FAR) - 1e-6
-    assert not (walked & before).any()  # nothing was passed through
-    assert within(t + 1e-5)[hit].mean() > 0.98  # all but rays that graze an edge
+    assert not (walked & before).any()  # no ray passes through a solid
+    assert within(t + 1e-5)[hit].mean() > 0.98  # except rays that graze an edge
     assert (scenes._dot(normals, rays)[hit] < 1e-6).all()  # outward: against the ray
     np.testing.assert_allclose(np.linalg.norm(normals[hit], axis=1), 1, atol=1e-6)
 
 
 def test_labels_and_depth_of_a_scene_are_consistent() -> None:
     made = [scene(seed, 48, 80) for seed in range(20)]
-    for a, b in zip(made[5], scene(5, 48, 80), strict=True):  # a seed gives one scene
+    for a, b in zip(made[5], scene(5, 48, 80), strict=True):  # a seed determines the scene
         np.testing.assert_array_equal(a, b)
     assert (made[5].pixels != made[6].pixels).any()
     for one in made:
         assert one.pixels.shape == (48, 80, 3)
         assert one.pixels.dtype == np.uint8
         assert one.nearness.dtype == np.float32
-        assert ((one.nearness == 0) == (one.labels == 0)).all()  # only the background is far
+        assert (
+            (one.nearness == 0) == (one.labels == 0)
+        ).all()  # only the background is at infinity
         assert ((one.solids > 0) == (one.labels >= BOX)).all()
         for number in np.unique(one.solids)[1:]:
             assert len(np.unique(one.labels[one.solids == number])) == 1
         assert one.pixels.std() > 2
     assert max(len(np.unique(one.solids)) for one in made) > 6
     assert set(np.unique([one.labels for one in made])) == set(range(len(CLASSES)))
-    # Down the floor it comes nearer.
+    # The floor is nearer in lower rows.
     floor = made[0].labels == 1
     below = floor[1:] & floor[:-1]
     assert (np.diff(made[0].nearness, axis=0)[below] > 0).mean() > 0.95
 
 
 def test_a_second_camera_sees_the_same_scene() -> None:
-    """Points of the first frame are found in the second where its camera must see them."""
+    """Points of the first frame are in the second frame where its camera projects them."""
     seed, shape, step = 7, (56, 64), 0.4
     for rods in (0, 4):
         first, second = (scene(seed, *shape, rods=rods, step=s) for s in (0, step))
@@ -86,7 +88,9 @@ def test_a_second_camera_sees_the_same_scene() -> None:
         assert cameras[1][0] - cameras[0][0] == pytest.approx([step, 0, 0])
         seen = np.flatnonzero(first.nearness)
         (eye, rays, forward), (eye2, rays2, forward2) = cameras
-        assert forward2[0] * scenes.AIM == pytest.approx(-step * forward2[2])  # it turned back
+        assert forward2[0] * scenes.AIM == pytest.approx(
+            -step * forward2[2]
+        )  # it turns back to the scene
         depth = 1 / first.nearness.ravel()[seen, None]
         away = eye + rays[seen] * depth / (rays[seen] @ forward)[:, None] - eye2
         cosines = scenes._unit(away) @ rays2.T
@@ -95,8 +99,8 @@ def test_a_second_camera_sees_the_same_scene() -> None:
         visible = in_view & (np.abs(ratio - 1) < 0.02)
         same = first.solids.ravel()[seen] == second.solids.ravel()[pixel]
         assert visible.mean() > 0.6
-        assert same[visible].mean() > 0.97  # all but pixels at outlines
-        assert (ratio[in_view] > 0.9).mean() > 0.97  # what lies in between is nearer
+        assert same[visible].mean() > 0.97  # except pixels at outlines
+        assert (ratio[in_view] > 0.9).mean() > 0.97  # occluders are nearer
         assert (first.pixels != second.pixels).any(2).mean() > 0.5
 
 
@@ -131,7 +135,7 @@ def test_labels_follow_the_most_similar_features() -> None:
     labels = np.random.default_rng(0).integers(4, size=(6, 7)).repeat(2, 0).repeat(2, 1)
     moved = quality.propagate(field, field.roll((2, 1), (2, 3)) * 3, labels)
     np.testing.assert_array_equal(moved, np.roll(labels, (4, 2), (0, 1)))
-    # A cell of which more than half has a label gets it; less is lost.
+    # A cell takes a label that covers more than half of it; smaller shares are lost.
     labels = np.zeros((8, 16), dtype=np.uint8)
     labels[:, :3], labels[:, 8:13] = 1, 2
     whole = torch.eye(2)[None, :, None]  # [1, C, h, w]: two cells
@@ -150,7 +154,7 @@ def test_thin_solids_and_scores_of_outlines() -> None:
     assert quality.iou(bar, np.roll(bar, 4, 0)) == pytest.approx(1 / 3)
     assert quality.outline_f(bar, np.roll(bar, 4, 0)) < 0.2
     assert quality.outline_f(bar, np.zeros_like(bar)) == 0
-    half = bar & (np.arange(SIDE) < 35)  # exact where it is: all precision, half of the recall
+    half = bar & (np.arange(SIDE) < 35)  # an exact half: full precision, half of the recall
     assert 0.6 < quality.outline_f(bar, half) < 0.8
 
 
@@ -174,7 +178,7 @@ def evaluation() -> Evaluation:
 
 
 def test_fields_equal_those_of_the_model(evaluation: Evaluation) -> None:
-    """Plain tokens and SRT, against the model's own features and their mean over the views."""
+    """Plain tokens and SRT, against features of the model and their mean over the views."""
     pixels = scene(3, 48, 64).pixels
     plain, _, mean, _, scaled = evaluation.fields(pixels)
     image = evaluation.network.image(pixels)
@@ -191,7 +195,7 @@ def test_fields_equal_those_of_the_model(evaluation: Evaluation) -> None:
 
 @pytest.mark.slow
 def test_srt_improves_the_scores_on_exact_labels(evaluation: Evaluation) -> None:
-    """The quality of the whole chain: weights, shifts, ensemble. Margins are wide."""
+    """The whole pipeline: weights, shifts, ensemble. Margins are wide."""
     scores = evaluation.scores(frames(HELD_OUT + 1000 + i) for i in range(16))
     unmoved, plain, bilinear, srt, enlarged, both = scores.values()
     for worse, better in ((plain, bilinear), (bilinear, srt), (enlarged, both), (srt, both)):

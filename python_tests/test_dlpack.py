@@ -1,4 +1,4 @@
-"""srt_ext.dlpack: arrays of other frameworks in and out, without copies and in the right order."""
+"""srt_ext.dlpack: arrays of other frameworks, without copies and in the order of streams."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ ENSEMBLE = Ensemble(weights=(1.0, 0.0, 2.5, 1e-3, 7.0, 1.0, 1.0, 1.0, 1.0), stri
 
 @pytest.fixture
 def jax(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    # XLA would take most of a GPU's memory at once.
+    # XLA would allocate most of the memory of a GPU at once.
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     module = pytest.importorskip("jax")
-    module.config.update("jax_enable_x64", True)  # or float64 would be made float32
+    module.config.update("jax_enable_x64", True)  # otherwise float64 is converted to float32
     yield module
     module.config.update("jax_enable_x64", False)
 
 
 @pytest.fixture
 def spied(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """What the torch ops were given, and what they gave, as addresses."""
+    """Records the addresses of the inputs and results of the last torch op."""
     seen = SimpleNamespace(given=[], made=[])
 
     def spy(op: Callable[..., Any], *args: Any, **modes: Any) -> Any:
@@ -56,7 +56,7 @@ def in_tuple(result: Any) -> tuple[Any, ...]:
 
 
 def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """To the last bit."""
+    """Asserts bitwise equality."""
     assert actual.shape == expected.shape
     assert actual.dtype == expected.dtype
     assert torch.equal(*(t.flatten().view(torch.uint8) for t in (actual, expected)))
@@ -64,7 +64,7 @@ def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 @dataclass
 class Framework:
-    """How the tests make arrays of one kind."""
+    """Conversions between tensors and the arrays of one framework."""
 
     make: Callable[[torch.Tensor], Any]
     back: Callable[[Any], torch.Tensor]
@@ -92,7 +92,7 @@ def framework(request: pytest.FixtureRequest) -> Framework:
 
 
 def check(framework: Framework, op: str, call: Call) -> tuple[Any, tuple[Any, ...]]:
-    """Values, dtypes and kinds of the op's results. Returns the input and the results."""
+    """Checks values, dtypes and types of the results; returns the input and the results."""
     (tensor, *rest), modes = call
     given = framework.make(tensor)
     results = in_tuple(getattr(dlpack, op)(given, *rest, **modes))
@@ -147,7 +147,7 @@ def test_results_equal_those_of_the_op_without_copies(
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 1, 15, 1), (1, 2, 15, 3), (3, 0, 15, 3)])
 def test_sizes_of_1_and_0(framework: Framework, shape: tuple[int, ...]) -> None:
-    """Where a size is 1 a stride means nothing, and frameworks differ about it."""
+    """The stride of a dimension of size 1 is arbitrary and differs between frameworks."""
     grid = (1, 1) if shape[2] == 1 else (3, 5)
     args = (torch.ones(shape), torch.zeros(shape[0], 2), grid, (4, 4))
     for stride in ((1, 1), (grid[0] * 4, 1), (grid[0] * 4, grid[1] * 4)):
@@ -174,7 +174,7 @@ def test_read_only_numpy(spied: SimpleNamespace, tmp_path: Any) -> None:
 def test_results_outlive_their_inputs(framework: Framework) -> None:
     (tokens, *rest), modes = ENSEMBLE.call(ENSEMBLE.tokens())
     expected = torch.ops.srt.ensemble(tokens, *rest, **modes)
-    results = [  # freed memory would be used again
+    results = [  # freed memory would be reused
         dlpack.ensemble(framework.make(tokens.clone()), *rest, **modes) for _ in range(20)
     ]
     for result in results:
@@ -222,7 +222,7 @@ def test_out(framework: Framework, spied: SimpleNamespace) -> None:
 
 
 def test_pending_results_of_jax_are_awaited(jax: ModuleType) -> None:
-    """JAX computes behind the back of Python, also on the CPU."""
+    """JAX computes asynchronously, also on the CPU."""
     cpu = jax.devices("cpu")[0]
     weight = jax.device_put(np.eye(1024, dtype=np.float32), cpu)
     slow = jax.jit(lambda x: jax.lax.fori_loop(0, 20, lambda _, y: y @ weight, x))
@@ -237,7 +237,7 @@ def test_pending_results_of_jax_are_awaited(jax: ModuleType) -> None:
 
 @pytest.mark.parametrize("framework", ["jax"], indirect=True)
 def test_results_are_contiguous_and_usable_in_jax(framework: Framework, jax: ModuleType) -> None:
-    """Row order: with other strides some versions of JAX fail, or compute wrongly."""
+    """Row-major: with other strides some versions of JAX fail or compute wrong results."""
     for op in ("ensemble", "ensemble_moments"):
         for result in check(framework, op, ENSEMBLE.call(ENSEMBLE.tokens()))[1]:
             tensor = torch.from_dlpack(result)
@@ -262,19 +262,19 @@ def test_jax_tracers_and_out_raise(jax: ModuleType) -> None:
 
 @dataclass
 class Produced:
-    """An array of a framework that exists here alone, and records how it is asked for memory."""
+    """An array of a fictitious framework that records the calls of ``__dlpack__``."""
 
     tensor: torch.Tensor
     asked: list[dict[str, Any]] = field(default_factory=list)
-    consumer: Any = None  # the stream that it consumes on
-    producer: Any = None  # the stream that it produces on
+    consumer: Any = None  # the stream of the consumer
+    producer: Any = None  # the stream of the producer
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return self.tensor.__dlpack_device__()
 
     def __dlpack__(self, **options: Any) -> Any:
         self.asked.append(options)
-        with torch.cuda.stream(self.producer):  # None: a stream of the caller, or no GPU
+        with torch.cuda.stream(self.producer):  # None: the stream of the caller, or no GPU
             return self.tensor.__dlpack__(**options)
 
     def __array_namespace__(self) -> SimpleNamespace:
@@ -295,10 +295,10 @@ def test_the_protocol_on_the_cpu() -> None:
     assert isinstance(result, Produced)
     expected = torch.ops.srt.ensemble(tokens, offsets, grid, patch, weights, **modes)
     assert_same(result.tensor, expected)
-    assert result.tensor.is_contiguous()  # what an unknown framework is sure to take
+    assert result.tensor.is_contiguous()  # every framework accepts contiguous arrays
     for one in given:
         (options,) = one.asked
-        assert options.get("stream") is None  # the protocol's word for: the CPU has none
+        assert options.get("stream") is None  # the CPU has no streams
         assert not options.get("copy")
         assert options.get("dl_device") in (None, (1, 0))
         assert options.get("max_version", (1, 0)) >= (1, 0)
@@ -324,7 +324,7 @@ def ensemble(**changes: Any) -> Any:
     return dlpack.ensemble(**{**call, **changes})
 
 
-# Memory that can be taken, in a kind that nothing can be made into; and memory that is read-only.
+# An object without a namespace for results; memory that is not usable; memory that is read-only.
 ENDLESS = SimpleNamespace(__dlpack__=None, __dlpack_device__=None)
 RECORDS = np.zeros((2, 1, 6, 3), "f4,u1")["f0"]
 BESIDE = np.zeros(4 * 36 + 1, np.uint8)[1:].view(np.float32).reshape(2, 1, 6, 3)
@@ -357,7 +357,7 @@ LOCKED = np.broadcast_to(np.float32(0), (1, 3, 8, 15))
         ({"weights": {}}, TypeError, "weights must be an array or a sequence .*; got dict"),
         ({"out": [1]}, TypeError, "out must be an array with __dlpack__, without a mask; got list"),
         ({"out": LOCKED}, TypeError, "out must be an array that can be written to"),
-        # of the op, as they are
+        # The errors of the op itself.
         ({"offsets": [[0, 0]]}, ValueError, r"offsets must be \[V, 2\] with V = 2; got \[1, 2\]"),
         ({"weights": [1, -1]}, ValueError, "weights must be"),
         ({"out": np.zeros((1, 3, 8, 15))}, TypeError, "out must have the dtype of tokens"),
@@ -372,7 +372,7 @@ def test_wrong_arguments_raise(
 
 
 def test_offsets_that_require_grad_are_accepted() -> None:
-    """NumPy sees none of it."""
+    """Although NumPy rejects such tensors."""
     offsets = torch.zeros(2, 2, requires_grad=True)
     np.testing.assert_array_equal(ensemble(offsets=offsets), ensemble(offsets=offsets.detach()))
 
@@ -390,7 +390,7 @@ def test_import_needs_no_framework() -> None:
     assert run_python("-c", LAZY).stdout == "set()\n"
 
 
-# ---- how long inputs are kept -------------------------------------------------------------------
+# ---- lifetime of inputs -------------------------------------------------------------------------
 
 
 def test_inputs_are_kept_until_the_gpu_has_read_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -399,7 +399,9 @@ def test_inputs_are_kept_until_the_gpu_has_read_them(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(dlpack, "_in_use", deque())
     first, second, third = (SimpleNamespace(is_cuda=True, device="cuda:1") for _ in range(3))
     on_cpu = SimpleNamespace(is_cuda=False)
-    dlpack._hold((first, first, on_cpu, None), ("cupy", first, "cupy", None))  # one is torch's own
+    dlpack._hold(
+        (first, first, on_cpu, None), ("cupy", first, "cupy", None)
+    )  # one is a tensor of torch
     dlpack._hold((on_cpu, second), ("numpy", second))
     assert [kept for _, kept in dlpack._in_use] == [[first]]
     dlpack._hold((second, third), ("cupy", "jax"))
@@ -417,9 +419,9 @@ SLEEP = 400_000_000  # clock cycles: some tenths of a second
 
 
 def on_gpu() -> tuple[torch.Tensor, list[Any], dict[str, Any], torch.Tensor]:
-    """tokens on the GPU; the other arguments, the modes and the right result on the host.
+    """Tokens on the GPU; the other arguments, the modes and the expected result on the host.
 
-    Another order in memory may mean another order of sums; a result that is read too early is NaN.
+    Results may differ by the order of sums; a result that is read too early is NaN.
     """
     (tokens, *rest), modes = ENSEMBLE.call(ENSEMBLE.tokens())
     expected = torch.ops.srt.ensemble(tokens.cuda(), *rest, **modes).cpu()
@@ -429,12 +431,12 @@ def on_gpu() -> tuple[torch.Tensor, list[Any], dict[str, Any], torch.Tensor]:
 @pytest.mark.cuda
 @pytest.mark.parametrize("current", ["default", "side"])
 def test_streams_wait_for_each_other(current: str) -> None:
-    """The producer's stream is late, and ours with it: both ends must wait."""
+    """The stream of the producer is delayed: our stream and that of the consumer must wait."""
     tokens, rest, modes, expected = on_gpu()
     producer, ours, consumer = (torch.cuda.Stream() for _ in range(3))
     if current == "default":
         ours = torch.cuda.default_stream()
-    for sleep in (0, SLEEP):  # memory is allocated and kernels are loaded before it counts
+    for sleep in (0, SLEEP):  # the first pass allocates memory and loads kernels
         late = torch.full_like(tokens, float("nan"))
         torch.cuda.synchronize()
         with torch.cuda.stream(producer):
@@ -445,7 +447,7 @@ def test_streams_wait_for_each_other(current: str) -> None:
             result = dlpack.ensemble(given, *rest, **modes)
         with torch.cuda.stream(consumer):
             read = result.tensor.clone()
-    assert not consumer.query()  # nobody has waited on the host
+    assert not consumer.query()  # the host has not synchronised
     torch.cuda.synchronize()
     (options,) = given.asked
     assert options["stream"] == (1 if current == "default" else ours.cuda_stream)
@@ -467,7 +469,7 @@ def test_memory_of_inputs_is_kept_while_it_is_read() -> None:
     gc.collect()
     assert torch.cuda.memory_allocated() == with_copy
     torch.testing.assert_close(result.tensor.cpu(), expected)
-    dlpack.ensemble(Produced(tokens), *rest, **modes)  # looks, and lets go
+    dlpack.ensemble(Produced(tokens), *rest, **modes)  # releases inputs that have been read
     assert torch.cuda.memory_allocated() == with_copy - size
 
 
@@ -481,13 +483,13 @@ def test_offsets_and_weights_on_a_gpu() -> None:
 
 @pytest.mark.cuda
 def test_cupy() -> None:
-    """CuPy on a side stream, our kernel on torch's, and CuPy again."""
+    """CuPy on a side stream, our kernel on the stream of torch, and CuPy again."""
     cupy = pytest.importorskip("cupy")
     tokens, rest, modes, expected = on_gpu()
     side = cupy.cuda.Stream(non_blocking=True)
     with side:
         source = cupy.asarray(tokens.cpu().numpy())
-        for sleep in (0, SLEEP):  # kernels are compiled before it counts
+        for sleep in (0, SLEEP):  # the first pass compiles kernels
             late = cupy.full(tokens.shape, np.nan, dtype=np.float32)
             side.synchronize()
             with torch.cuda.stream(torch.cuda.ExternalStream(side.ptr)):
@@ -499,10 +501,10 @@ def test_cupy() -> None:
             other = cupy.full(tokens.shape, np.nan, dtype=np.float32)
             read = result.copy()
         assert not side.done
-        assert other.data.ptr != address  # of what is still read
+        assert other.data.ptr != address  # memory that is still read is not reused
         side.synchronize()
     assert isinstance(result, cupy.ndarray)
-    assert result.strides[1] == result.itemsize  # channels_last: as the kernel wrote it
+    assert result.strides[1] == result.itemsize  # channels_last, as the kernel writes it
     torch.testing.assert_close(torch.from_numpy(cupy.asnumpy(read)), expected)
     out = cupy.full(expected.shape, np.nan, dtype=np.float32)
     assert dlpack.ensemble(source, *rest, **modes, out=out) is out
@@ -511,7 +513,7 @@ def test_cupy() -> None:
 
 @pytest.mark.cuda
 def test_jax_on_a_gpu(jax: ModuleType) -> None:
-    """A long computation of JAX, our kernel, JAX again."""
+    """A long computation of JAX, our kernel, and JAX again."""
     devices = [device for device in jax.devices() if device.platform in ("gpu", "cuda")]
     if not devices:
         pytest.skip("this JAX has no CUDA")
@@ -527,7 +529,7 @@ def test_jax_on_a_gpu(jax: ModuleType) -> None:
         late = slow(start, weight).reshape(-1)[: tokens.numel()].reshape(tuple(tokens.shape))
         result = dlpack.ensemble(late, *rest, **modes)
         del late
-        other = slow(start + 1, weight)  # takes what memory is free
+        other = slow(start + 1, weight)  # allocates free memory
         assert result.devices() == {devices[0]}
         torch.testing.assert_close(torch.from_numpy(np.array(result + 0)), expected)
         del other
