@@ -324,7 +324,7 @@ def ensemble(**changes: Any) -> Any:
     return dlpack.ensemble(**{**call, **changes})
 
 
-# An object without a namespace for results; memory that is not usable; memory that is read-only.
+# An object without __array_namespace__; memory with wrong strides, wrong alignment, read-only.
 ENDLESS = SimpleNamespace(__dlpack__=None, __dlpack_device__=None)
 RECORDS = np.zeros((2, 1, 6, 3), "f4,u1")["f0"]
 BESIDE = np.zeros(4 * 36 + 1, np.uint8)[1:].view(np.float32).reshape(2, 1, 6, 3)

@@ -61,7 +61,7 @@ def test_golden(name: str, cpu_kernels: str) -> None:
     modes = {"reduce": "median"} if median else {"stride": patch}
     args = (file["tokens"], file["offsets"], grid, patch)
     field = srt_ext.ensemble(*args, upsample="nearest", border="zeros", **modes)
-    # The published code sums in float32 in another order; DESIGN section 2 promises 1e-5.
+    # The published code sums in float32 in another order.
     atol = 0 if median else 1e-5
     torch.testing.assert_close(field[0].permute(1, 2, 0), file["output"], rtol=0, atol=atol)
 
@@ -74,9 +74,9 @@ def test_golden(name: str, cpu_kernels: str) -> None:
 def test_tiles_of_a_real_shape(
     offsets: str, upsample: str, border: str, dtype: torch.dtype, kernel: str, backend: Backend
 ) -> None:
-    """Several tiles along every axis, several rounds of columns, several kinks an interval.
+    """Several tiles along every axis, several rounds of columns, several kinks per interval.
 
-    In the gradient windows of many cells.
+    In the gradient, windows of many cells.
     """
     case = replace(ENSEMBLES[offsets], grid=(3, 5), patch=(16, 16), batch=1, channels=72)
     case = replace(case, upsample=upsample, border=border)
@@ -120,7 +120,7 @@ def test_error_budget_of_real_patches(
 def test_a_large_token_stays_with_its_cells(
     patch: tuple[int, int], upsample: str, backend: Backend
 ) -> None:
-    """Cells that do not read it change by at most 2^-22 of it, the rounding of a sum near it."""
+    """Cells that do not read it change by at most 2^-22 of it: the rounding of a sum near it."""
     case = Ensemble((2, 5), patch, _FAR_VIEWS, channels=8, batch=1, upsample=upsample)
     tokens = case.tokens()
     without = tokens.clone()
@@ -136,9 +136,9 @@ def test_a_large_token_stays_with_its_cells(
 def test_a_large_token_stays_with_its_interval(
     patch: int, dx: tuple[float, float], backend: Backend
 ) -> None:
-    """Also where a view passes the centre of a token in the last pixel of a part.
+    """Also where a view passes the centre of a token in the last pixel of an interval.
 
-    Not with a token above 2^63: beside it the CPU makes the sums again, in another order.
+    A token above 2^63 is excluded: near it the CPU computes the sums again, in another order.
     """
     case = Ensemble((1, 24), (4, patch), tuple((0.0, x) for x in dx), channels=8, batch=1)
     tokens = case.tokens()
@@ -152,7 +152,7 @@ def test_a_large_token_stays_with_its_interval(
 
 
 def test_a_view_that_ends_leaves_no_rounding_error(backend: Backend) -> None:
-    """Its rounding would be more than all of a view that weighs 2^-70 of it."""
+    """It would exceed the value of the other view, whose weight is 2^-70 of that of the first."""
     case = Ensemble((1, 3), (16, 16), ((0.0, 5.0), (0.0, -3.0)), weights=(1.0, 2.0**-70))
     tokens = case.tokens()
     alone = replace(case, weights=(0.0, 1.0))
@@ -170,7 +170,7 @@ def test_values_whose_square_overflows(size: float, dtype: torch.dtype, backend:
 
 
 def test_values_near_the_largest_number(backend: Backend) -> None:
-    """What the field is in range for is not lost to steps that are larger than the field."""
+    """The field is finite although its steps exceed the largest number."""
     case = Ensemble((2, 4), (16, 16), ((0.0, 0.0),), channels=8, batch=1)
     tokens = case.tokens().sign() * torch.finfo(torch.float32).max
     assert backend.ensemble(case, tokens).isfinite().all()
@@ -181,7 +181,7 @@ def test_values_near_the_largest_number(backend: Backend) -> None:
 
 @pytest.mark.parametrize("weights", [None, (1.0, 0.0, 2.5, 1e-3, 7.0)])
 def test_variance_with_a_large_mean(weights: tuple[float, ...] | None, backend: Backend) -> None:
-    """The mean is 1e4 times the spread, in float32: E[x^2] - E[x]^2 would leave nothing."""
+    """The mean is 1e4 times the spread: in float32, E[x^2] - E[x]^2 would lose all digits."""
     case = replace(ENSEMBLES["real"], weights=weights, upsample="nearest")
     tokens = 1e4 + case.tokens()
     mean, var = backend.ensemble(case, tokens, reduce="moments")
@@ -201,7 +201,7 @@ def test_one_view_has_no_variance(backend: Backend) -> None:
 
 
 def test_containment_where_coordinates_round(backend: Backend) -> None:
-    """y + 0.5 + d rounds up: a token lies between those that two pixels of a cell read."""
+    """y + 0.5 + d rounds up: two pixels of a cell read tokens that are not neighbours."""
     case = Ensemble(
         grid=(4, 4),
         patch=(1, 1),
@@ -217,7 +217,7 @@ def test_containment_where_coordinates_round(backend: Backend) -> None:
 
 
 def test_a_token_reaches_the_cells_that_read_it(backend: Backend) -> None:
-    """Spelled out, without the oracle: patch 4, one view moved by one pixel."""
+    """Expected cells written out, without the oracle: patch 4, one view shifted by a pixel."""
     tokens = torch.zeros(1, 1, 4, 3)
     tokens[0, 0, 1] = float("inf")
     case = Ensemble((1, 4), (1, 4), ((0.0, 1.0),), channels=3, batch=1)
@@ -231,7 +231,7 @@ def test_a_token_reaches_the_cells_that_read_it(backend: Backend) -> None:
 
 
 def test_a_channel_that_is_nan_changes_no_bit_of_others(cpu_kernels: str) -> None:
-    """Not even the sign of a zero, where products underflow."""
+    """Not even the sign of a zero where products underflow."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(3, 2, 36, 128, generator=generator).sign() * 2.0**-149
     tokens[torch.rand(tokens.shape, generator=generator) < 0.3] = 0
@@ -246,7 +246,7 @@ def test_a_channel_that_is_nan_changes_no_bit_of_others(cpu_kernels: str) -> Non
 
 @each_dtype
 def test_large_results_are_equal_at_any_alignment(dtype: torch.dtype, cpu_kernels: str) -> None:
-    """It is written around the cache where it is aligned: at least 32 MB."""
+    """Aligned results of at least 32 MB are written with non-temporal stores."""
     channels = 960 // dtype.itemsize
     case = Ensemble((2, 10), (16, 16), ((0.0, 0.0), (3.0, -5.5)), channels=channels, batch=7)
     tokens = case.tokens().to(dtype)
@@ -308,7 +308,7 @@ def test_strides_of_tokens(backend: Backend, case: Ensemble, layout: str) -> Non
 @each_dtype
 @pytest.mark.parametrize("channels", [1, 2, 3, 8, 31, 32, 33, 64, 130, 384])
 def test_unaligned_tokens(channels: int, dtype: torch.dtype, backend: Backend) -> None:
-    """Bases and strides that are no multiples of 16 bytes, of 4, or of 2 elements."""
+    """Addresses and strides that are not multiples of 16 bytes, of 4 or of 2 elements."""
     case = Ensemble(channels=channels, batch=1, patch=(2, 3))
     for begin, wide in ((0, 0), (1, 0), (1, 2), (4, 4), (3, 16), (8, 8)):
         whole = torch.full((9, 1, 3 + 15, begin + channels + wide), NAN, dtype=dtype)
@@ -328,7 +328,7 @@ def test_one_channel_may_have_any_stride(device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_tokens_are_not_copied(dtype: torch.dtype) -> None:
-    """A dense copy would take terabytes. All but the first views have weight 0, to be quick."""
+    """A dense copy would take terabytes. Most views have weight 0, which keeps the test fast."""
     views = 2**20
     full = torch.randn(1, 2, 5 + 12, 2**16).to(dtype).expand(views, -1, -1, -1)
     weights = torch.zeros(views)
@@ -358,7 +358,7 @@ def test_gradients_for_any_number_of_processors(
 
 @each_border
 def test_gradients_of_distant_views(border: str, backend: Backend) -> None:
-    """Views so far apart that tokens are not read in their order, and not at one time."""
+    """Views so far apart that the windows of tokens neither overlap nor follow in order."""
     offsets = tuple((y, x) for y in (-40.0, 0.0, 37.5) for x in (0.0, 100.0, -61.25))
     case = Ensemble((7, 6), (8, 16), offsets, channels=8, border=border)
     check_sample("mean_backward", backend, case, torch.float32)
@@ -380,6 +380,6 @@ def test_gradients_of_any_strides(dtype: torch.dtype, backend: Backend) -> None:
             shifted.view(b, h, w, c).permute(0, 3, 1, 2),
         ):
             backend.assert_same(backend.mean_backward(case, strided.copy_(grad)), expected)
-        # As the gradient of a sum over pixels is expanded.
+        # An expanded gradient, as that of a sum over pixels.
         constant = grad[:1, :, :1, :1].expand(case.shape)
         check("mean_backward", case, constant, backend.mean_backward(case, constant))

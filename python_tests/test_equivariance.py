@@ -22,7 +22,7 @@ CIRCULAR: dict[str, Any] = {"padding": "circular", "border": "circular", "patch"
 
 
 class Placed(nn.Module):
-    """Tokens know where they are and what all others are, as in a ViT; one prefix token."""
+    """Tokens depend on their position and on all others, as in a ViT; one prefix token."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ def images_of(batch: int = 2, dtype: torch.dtype = torch.float64) -> torch.Tenso
 
 
 def rolled(images: torch.Tensor, stride: tuple[int, int] = (1, 1)) -> torch.Tensor:
-    """Each image by a roll of its own, of cells of ``stride`` pixels."""
+    """Rolls each image by its entry of ROLLS, in cells of ``stride`` pixels."""
     pairs = zip(images, ROLLS, strict=True)
     return torch.stack([i.roll((y * stride[0], x * stride[1]), (1, 2)) for i, (y, x) in pairs])
 
@@ -77,7 +77,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def assert_equivariant(
     call: Callable[[torch.Tensor], Any], stride: tuple[int, int] = (1, 1)
 ) -> None:
-    """Fields roll with the image; prefix tokens stay."""
+    """Asserts that fields roll with the image and prefix tokens do not change."""
     images = images_of()
     outputs, expected = call(rolled(images, stride)), call(images)
     if not isinstance(outputs, list):
@@ -85,7 +85,7 @@ def assert_equivariant(
     for output, right in zip(outputs, expected, strict=True):
         for field, other in zip(output[:-1], right[:-1], strict=True):
             torch.testing.assert_close(field, rolled(other))
-            assert other.std((2, 3)).min() > 1e-3  # something to be rolled
+            assert other.std((2, 3)).min() > 1e-3  # the field is not constant
             assert field.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(output.prefix, right.prefix)
 
@@ -103,7 +103,7 @@ def test_moments_roll_with_the_image(streaming: bool) -> None:
 
 
 def test_a_vit_with_position_embeddings_is_equivariant_to_rounding() -> None:
-    """The model of the demo. Without an anchor its field is another one."""
+    """The bundled small ViT. Without an anchor its field differs."""
     pytest.importorskip("timm")
     pytest.importorskip("safetensors")
     from srt_ext.demo.small import load_small
@@ -121,7 +121,7 @@ def test_a_vit_with_position_embeddings_is_equivariant_to_rounding() -> None:
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_fields_of_saturated_images_are_equivariant(batch: int) -> None:
-    """Several are of the largest energy, as in many photographs."""
+    """Several pixels have the largest energy, as in many photographs."""
     images = images_of(batch).clamp(-0.5, 0.5)
     assert (images.abs() == 0.5).float().mean() > 0.5
     srt = anchored(views=4)
@@ -141,7 +141,7 @@ def test_a_phase_is_enough_for_models_that_roll_with_their_patches() -> None:
         assert_equivariant(SRT(model, 4, anchor=anchor, prefix=0, **CIRCULAR))  # type: ignore[arg-type]
     plain = SRT(model, 4, prefix=0, **CIRCULAR)
     assert (plain(rolled(images)).field - rolled(plain(images).field)).abs().max() > 0.01
-    # Without an anchor, rolls by whole patches.
+    # Without an anchor, only for rolls by whole patches.
     back = images.roll((-8, 12), (2, 3))
     torch.testing.assert_close(plain(back).field, plain(images).field.roll((-8, 12), (2, 3)))
 
@@ -149,7 +149,7 @@ def test_a_phase_is_enough_for_models_that_roll_with_their_patches() -> None:
 @pytest.mark.parametrize("anchor", [None, "phase", "full"])
 @pytest.mark.parametrize("reduce", ["mean", "median"])
 def test_the_field_equals_the_oracle(anchor: Any, reduce: Any) -> None:
-    """Of views that are shifted, mirrored, mirrored back and aggregated, all from the anchor."""
+    """The oracle shifts, mirrors, mirrors back and aggregates the views around the anchor."""
     images, model = images_of(), Placed().double()
     offsets = torch.cat([views.sobol(4, 3).offsets, torch.tensor([[50.25, -31.0]])])
     mirror = torch.tensor([[True, False], [False, True], [True, True], [False] * 2, [False] * 2])
@@ -208,7 +208,7 @@ def test_settings_are_kept_and_cost_is_counted() -> None:
 
 
 def test_inject_supports_circular_images() -> None:
-    """Its result is that of the model from there, so it has no anchor."""
+    """Without an anchor, because the result is the output of the model."""
     torch.manual_seed(0)
     first = nn.Conv2d(3, 4, PATCH, stride=PATCH)
     model = nn.Sequential(first, nn.Conv2d(4, 2, 3, padding=1, padding_mode="circular")).double()
@@ -221,7 +221,7 @@ def test_inject_supports_circular_images() -> None:
 
 
 def test_exported_and_compiled() -> None:
-    """The anchor is computed from each image; the number of images is fixed."""
+    """The anchor is computed for each image; the number of images is fixed."""
     srt, images = anchored(views=4, stride=4), images_of()
     torch.compiler.reset()
     program = torch.export.export(srt, (images,), strict=False).module()

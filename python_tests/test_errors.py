@@ -1,4 +1,4 @@
-"""Wrong arguments: an error that states the rule and the value, from Python, op and NumPy."""
+"""Errors of wrong arguments state the rule and the value, in Python, ops and NumPy."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def huge(*shape: int) -> torch.Tensor:
 
 
 def dense_huge(*shape: int) -> torch.Tensor:
-    """The same, dense in the last dimension."""
+    """As ``huge``, dense in the last dimension."""
     return torch.ones(shape[-1]).expand(shape)
 
 
@@ -49,7 +49,7 @@ def per_cell() -> torch.Tensor:
 
 
 OUT = (1, 3, 8, 15)  # of ensemble_call()
-# The state of each stream for it, in the order of the op: shapes.
+# The shapes of the state of each stream for it, in the order of the arguments of the op.
 STATES = {
     "accumulate_mean_": {"mean": OUT, "weight": (8, 15)},
     "accumulate_moments_": {"mean": OUT, "var": OUT, "weight": (8, 15)},
@@ -58,7 +58,7 @@ STATES = {
 
 
 class Wrong:
-    """A call that is valid but for ``changes``, and its error."""
+    """A call that is valid except for ``changes``, and its error."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class Wrong:
 
 
 def shown(word: str) -> str:
-    """As a message quotes it."""
+    """The word as a message quotes it."""
     return "'{}'".format(word.replace("\0", "\\x00").replace("\n", "\\x0a"))
 
 
@@ -106,12 +106,12 @@ wrong_moments = partial(Wrong, op="accumulate_moments_")
 
 
 def shapes(rule: str, name: str, *sizes: tuple[int, ...], op: str = "ensemble") -> list[Wrong]:
-    """``name`` with each of these shapes."""
+    """Cases in which ``name`` has each of these shapes."""
     return [Wrong(rule, str(list(size)), op=op, **{name: torch.ones(size)}) for size in sizes]
 
 
 def dtypes(rule: str, name: str, right: torch.Tensor, *names: str, op: str) -> list[Wrong]:
-    """``right`` with each of these dtypes."""
+    """Cases in which ``right`` has each of these dtypes."""
     each = [(dtype, right.to(getattr(torch, dtype))) for dtype in names]
     return [Wrong(f"{name} {rule}", dtype, TypeError, op, **{name: t}) for dtype, t in each]
 
@@ -251,14 +251,14 @@ TABLE = [
         reduce="median",
         weights=torch.ones(2),
     ),
-    # Words.
+    # Option strings.
     *(
         Wrong(f"{name} must be one of {options}", shown(word), op=op, **{name: word})
         for op, name, options, words in (
             ("ensemble", "reduce", "'mean', 'median'", ("", "sum", "Mean", "mean ")),
             ("ensemble", "upsample", "'nearest', 'bilinear'", ("bicubic",)),
             ("ensemble", "border", BORDER_WORDS, ("covéragé",)),
-            # Printed on one line: a NUL would end the message, a line break its first line.
+            # Escaped in the message: a NUL would end it, a line break its first line.
             ("ensemble", "border", BORDER_WORDS, ("a\0b", "a\nb")),
             ("shift", "padding", "'zeros', 'border', 'reflect', 'circular'", ("clamp",)),
             ("windows", "padding", "'zeros', 'border', 'reflect', 'circular'", ("edge",)),
@@ -354,7 +354,7 @@ def through_numpy(case: Wrong) -> None:
 
 
 def through_cuda(case: Wrong) -> None:
-    """Data, out= and state on the device; offsets and weights are validated on the CPU."""
+    """Data, out= and state are on the device; offsets and weights are validated on the CPU."""
     call, storages = case.arguments(), {}
     for name, tensor in call.items():
         if isinstance(tensor, torch.Tensor) and name not in ("offsets", "weights"):
@@ -369,7 +369,7 @@ WAYS = [through_python, through_op, *([through_numpy] if numpy_binding else [])]
 
 
 def is_possible(through: Callable[[Wrong], None], case: Wrong) -> bool:
-    """NumPy has no bfloat16 without ml_dtypes, and its own rule for other types."""
+    """NumPy has no bfloat16 without ml_dtypes, and other rules for some types."""
     if through is not through_numpy:
         return True
     return "Tensor" not in case.rule and (bfloat16 is not None or case.got != "bfloat16")
@@ -387,7 +387,7 @@ def test_the_error_states_the_rule_and_the_value(
         through(case)
     assert type(caught.value) is error
     message = case.message
-    if through is through_numpy:  # which takes any dtype in sequences
+    if through is through_numpy:  # which accepts any dtype in sequences
         message = message.replace(f"{VALUES};", f"{VALUES}, or numbers in sequences;")
     if through is through_op:
         kind = "TypeError: " if case.error is TypeError else ""
@@ -398,15 +398,15 @@ def test_the_error_states_the_rule_and_the_value(
 
 @pytest.mark.parametrize("word", ["x" * 10**5, "xx" + "é" * 99])
 def test_long_strings_are_shortened(word: str) -> None:
-    """Not within a character: the rest of one is no UTF-8."""
+    """Not within a character: a part of one is not valid UTF-8."""
     for through in WAYS:
         with pytest.raises((ValueError, RuntimeError), match=r"got 'xx[xé]+\.\.\.'") as caught:
             through(Wrong("", "", border=word))
-        assert len(str(caught.value)) < 2000  # from torch.ops with the place in the source
+        assert len(str(caught.value)) < 2000  # torch.ops adds the position in the source
 
 
 def test_memory_next_to_the_output_is_allowed() -> None:
-    """The neighbours of the two invalid cases of shared memory."""
+    """Tokens and out are adjacent; the invalid cases overlap."""
     for part, rest in ((memory[:36], memory[36:396]), (memory[-36:], memory[-396:-36])):
         out = rest.view(OUT)
         srt_ext.ensemble(**ensemble_call(tokens=part.view(2, 1, 6, 3), out=out))
@@ -445,7 +445,7 @@ WRONG_TYPES = [
 
 @pytest.mark.parametrize("case", WRONG_TYPES, ids=str)
 def test_wrong_python_types_raise(case: Wrong) -> None:
-    """torch's dispatcher rejects the call of the op in its words. NumPy's arrays: test_numpy."""
+    """torch's dispatcher rejects the call of the op with its own message. NumPy: test_numpy."""
     with pytest.raises((RuntimeError, TypeError)):
         through_op(case)
     for through in filter(lambda way: way is not through_op and is_possible(way, case), WAYS):
@@ -465,7 +465,9 @@ def quantized(values: torch.Tensor) -> torch.Tensor:
 DENSE_TENSOR = "must be a dense tensor, not sparse, nested or quantized"
 
 
-NEW_KINDS = pytest.mark.filterwarnings("ignore")  # torch's, of tensors that are new or go
+NEW_KINDS = pytest.mark.filterwarnings(
+    "ignore"
+)  # warnings of torch about prototype and deprecated tensors
 
 
 @NEW_KINDS
@@ -484,7 +486,7 @@ def test_tensors_that_are_not_dense_raise(name: str, make: Any, got: str) -> Non
     with pytest.raises(TypeError) as caught:
         through_python(case)
     assert str(caught.value) == case.message
-    with pytest.raises(NotImplementedError):  # torch's own words
+    with pytest.raises(NotImplementedError):  # the error of torch
         through_op(case)
 
 
@@ -501,7 +503,7 @@ def test_a_state_that_is_not_dense_raises() -> None:
 
 
 def misaligned(values: torch.Tensor) -> torch.Tensor:
-    """The same values, one byte beside the place of an element."""
+    """The same values at an address that is off by one byte."""
     memory = bytearray(values.numel() * values.element_size() + 8)
     flat = torch.frombuffer(memory, dtype=values.dtype, offset=1, count=values.numel())
     return flat.copy_(values.flatten()).view(values.shape)
@@ -533,7 +535,7 @@ def test_misaligned_gradients_raise() -> None:
     call = ensemble_call()
     modes = {"upsample": "bilinear", "border": "coverage", "stride": [1, 1]}
     place = (call["offsets"], call["grid"], call["patch"], None)
-    grad = misaligned(torch.ones(1, 8, 15, 3)).permute(0, 3, 1, 2)  # others are copied
+    grad = misaligned(torch.ones(1, 8, 15, 3)).permute(0, 3, 1, 2)  # other layouts are copied
     with pytest.raises(RuntimeError, match="srt::_mean_backward: grad must be aligned"):
         torch.ops.srt._mean_backward(grad, *place, **modes)
     grad, centers = misaligned(torch.ones(1, 3, 2, 2, 3)), torch.ones(1, 3, 2)
@@ -559,7 +561,7 @@ def test_misaligned_offsets_and_weights_are_read() -> None:
 
 
 def test_a_gradient_of_too_many_tokens_raises() -> None:
-    """As large as nothing else that the call is given."""
+    """Although all arguments are small."""
     modes = {"upsample": "nearest", "border": "coverage", "stride": [2**24, 2**24]}
     place = (huge(2**20, 2), [2**24, 2**24], [1, 1], None)
     with pytest.raises(RuntimeError, match=r"tokens must have fewer than 2\^63 bytes"):
@@ -568,7 +570,7 @@ def test_a_gradient_of_too_many_tokens_raises() -> None:
 
 @pytest.mark.parametrize("op", ["ensemble", *STATES])
 def test_outputs_must_be_on_the_device_of_the_tokens(op: str) -> None:
-    """With one of them on the meta device nothing would be written, without an error."""
+    """With one of them on the meta device, nothing would be written and no error raised."""
     call = {**({"out": out} if op == "ensemble" else {}), **Wrong("", "", op=op).arguments()}
     written = list(STATES.get(op, ["out"]))
     for name in (*written, "tokens"):
@@ -576,12 +578,12 @@ def test_outputs_must_be_on_the_device_of_the_tokens(op: str) -> None:
         with pytest.raises(ValueError, match=f"srt::{op}: .* must be on the device of tokens"):
             through_python(case)
     every = {name: call[name].to("meta") for name in (*written, "tokens")}
-    through_python(Wrong("", "", op=op, **{**call, **every}))  # shapes alone
+    through_python(Wrong("", "", op=op, **{**call, **every}))  # checks only shapes
 
 
 @pytest.mark.parametrize("op", STATES)
 def test_a_state_of_none_raises(op: str) -> None:
-    """The dispatcher takes None for a tensor."""
+    """The dispatcher accepts None for a tensor."""
     for name in STATES[op]:
         case = wrong_type(f"{name} {NOT_A_TENSOR}", "NoneType", op=op, **{name: None})
         for through in (through_python, through_op):
@@ -674,8 +676,8 @@ STILL = torch.zeros(1, 2)
 UNIT, LARGE = ([1, 1], [1, 1]), ([1, 1], [2**24, 2**24])
 
 
-# Valid by their shapes and dtypes, but of sizes that no memory holds, or empty with sizes that
-# overflow. `srt`: the functions of a library, which take tensors.
+# Valid by their shapes and dtypes, but too large for any memory, or empty with sizes that overflow.
+# `srt`: the functions of a library, called with tensors.
 EXTREMES: dict[str, Callable[[Any], Any]] = {
     "views": lambda srt: srt.ensemble(huge(FAR, 1, 1, 1), huge(FAR, 2), *UNIT),
     "views beyond a vector": lambda srt: srt.ensemble(huge(2**61, 1, 1, 1), huge(2**61, 2), *UNIT),
@@ -734,7 +736,7 @@ test_errors.survive()
 
 
 def survive() -> None:
-    """Runs in a process of its own; the last line it prints names the call that ended it."""
+    """Runs in a subprocess; the last line of its output names the call that crashed it."""
     for module in filter(None, (srt_ext, numpy_binding)):
         for name, call in EXTREMES.items():
             print(name, flush=True)
@@ -760,7 +762,7 @@ def test_no_call_crashes_the_process() -> None:
     assert run_python("-c", script).stdout.splitlines()[-1] == "survived"
 
 
-# ---- out= behaves as torch's own out= functions -------------------------------------------------
+# ---- out= behaves as in torch -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -1,4 +1,4 @@
-"""The examples in the docstrings, and those of the pages in docs."""
+"""The examples in docstrings and documentation pages run."""
 
 import doctest
 import importlib
@@ -46,7 +46,7 @@ def test_page(name: str, tmp_path: Path) -> None:
     for module in re.findall(r"^(?:import|from) ([\w.]+)", EXAMPLES[name], re.M):
         if find_spec(module.split(".")[0]) is None or find_spec(module) is None:
             pytest.skip(f"{module} is not installed")
-    script = tmp_path / "example.py"  # a file: workers that are not forked import it
+    script = tmp_path / "example.py"  # a file, because spawned workers import it
     script.write_text(EXAMPLES[name])
     path = {"PYTHONPATH": str(Path(srt_ext.__file__).parents[1])}
     output = run_python(script, cwd=ROOT, env=path, timeout=120).stdout

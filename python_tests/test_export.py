@@ -1,4 +1,4 @@
-"""torch.export, torch.compile, pickle and other processes: SRT, what it takes and returns."""
+"""torch.export, torch.compile, copies, pickle and other processes: SRT, views and outputs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PATCH = 8
 
 
 class ViT(nn.Module):
-    """Two blocks and a head: as timm's, with one class token, for pictures of any size."""
+    """Two blocks and a head, named as in timm; one class token; for images of any size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class ViT(nn.Module):
 
 
 class Moments(nn.Module):
-    """What torch.export takes in place of a method."""
+    """``SRT.moments`` as a module, because torch.export does not support methods."""
 
     def __init__(self, srt: SRT) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ BY_HOOKS = ("layer", "layers", "inject", "inject, median", "inject, no identity"
 
 
 def some_fast(names: Any, *fast: str) -> list[Any]:
-    """The other cases are marked slow: each traces the model for a second or more."""
+    """Marks the other cases slow: each traces the model for a second or more."""
     return [n if n in fast else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
@@ -88,7 +88,7 @@ def no_compiled_code() -> Iterator[None]:
 
 
 def assert_close(result: Any, expected: Any) -> None:
-    """Also of the same types."""
+    """Asserts closeness and equal types."""
     leaves, shape = torch.utils._pytree.tree_flatten(result)
     right, right_shape = torch.utils._pytree.tree_flatten(expected)
     assert shape == right_shape
@@ -135,7 +135,7 @@ def test_strict_export(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", some_fast(SETTINGS, "inject"))
 def test_compiled(name: str) -> None:
-    """Several of one model, compiled one after the other."""
+    """Several SRT modules around one model, compiled one after the other."""
     model = ViT().eval()
     settings: Any = {"views": 4, "patch": PATCH, "prefix": 1}
     other = SRT(model, **settings, layers="blocks.1")
@@ -147,7 +147,7 @@ def test_compiled(name: str) -> None:
 @follows_generators
 @pytest.mark.parametrize("name", some_fast(BY_HOOKS, "layer"))
 def test_tracing_a_model_that_is_read_by_hooks_raises(name: str) -> None:
-    """Where the model may not run eagerly."""
+    """If the model must not run eagerly."""
     srt = vit(**SETTINGS[name])
     with pytest.raises(Exception, match="by hooks, which run eagerly"):
         torch.compile(srt, backend="eager", fullgraph=True)(images_of(1))
@@ -197,7 +197,7 @@ def test_models_of_timm_are_exported_and_compiled(how: Any, tmp_path: Path) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True, False])
 def test_compiled_models_explain_an_image_size(dynamic: bool | None) -> None:
-    """Also once they have run with another one."""
+    """Also after a call with a supported size."""
     timm = pytest.importorskip("timm")
     sizes = {"depth": 1, "embed_dim": 12, "num_heads": 2, "img_size": 32}
     model = timm.create_model("vit_tiny_patch16_224", **sizes).eval()
@@ -256,7 +256,7 @@ def test_views_and_outputs_are_copied(copied: Any) -> None:
 
 
 def test_results_and_views_load_with_weights_only() -> None:
-    """torch.load's default: no other class is needed."""
+    """The default of torch.load."""
     srt = vit(views="ring:5:3+flip")
     for value in (srt(images_of(1)), srt.moments(images_of(1)), srt.views, srt.cost((8, 8))):
         file = io.BytesIO()
@@ -276,7 +276,7 @@ def test_streams_are_copied(copied: Any, library: Any, kind: str) -> None:
     running, whole = (getattr(library, kind)((2, 2), (4, 4)) for _ in range(2))
     running.update(tokens[:4], offsets[:4])
     twin = copied(running)
-    running.update(tokens[:4], offsets[:4])  # does not reach the copy
+    running.update(tokens[:4], offsets[:4])  # does not change the copy
     twin.update(tokens[4:], offsets[4:])
     for part in (tokens[:4], offsets[:4]), (tokens[4:], offsets[4:]):
         whole.update(*part)
@@ -285,7 +285,7 @@ def test_streams_are_copied(copied: Any, library: Any, kind: str) -> None:
 
 
 def test_state_dict_has_the_names_of_the_model() -> None:
-    """So the weights of the model are loaded into SRT, and the other way round, with strict."""
+    """So the weights of a model load into SRT with ``strict=True``, and vice versa."""
     srt = vit(scale=1.25)
     assert list(srt.state_dict()) == [f"model.{name}" for name in ViT().state_dict()]
     other = ViT().eval()

@@ -1,4 +1,4 @@
-"""What torch's global settings, and integers of other libraries, must not change."""
+"""Independence of global settings of torch, and of the library of integers and numbers."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ WORDS = (
 
 
 def pooled(images: torch.Tensor) -> torch.Tensor:
-    """A model whose tokens are patch means, and one prefix token."""
+    """A model whose tokens are the means of patches, with one prefix token."""
     tokens = F.avg_pool2d(images, PATCH).flatten(2).transpose(1, 2)
     return torch.cat([tokens.mean(1, keepdim=True), tokens], 1)
 
 
 @contextmanager
 def changed(change: Callable[[Any], object], value: object, before: object) -> Iterator[None]:
-    """A setting of torch while a test runs, and what it was before."""
+    """Changes a setting of torch during a test and restores it."""
     change(value)
     try:
         yield
@@ -54,7 +54,7 @@ def deterministic() -> Iterator[None]:
 
 
 class Passing(TorchDispatchMode):
-    """Sees every op and changes none."""
+    """Receives every op and does not change it."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -141,7 +141,7 @@ def fields(srts: list[SRT]) -> list[Any]:
 
 
 def ops_and_streams() -> list[Any]:
-    """Every op, its gradients where they are recorded, streams, and the oracle."""
+    """Results of every op, of gradients if they are recorded, of streams and of the oracle."""
     offsets = views.grid(1).offsets
     weights = views.ring(9, 4).weights
     made: list[Any] = [srt_ext.shift(IMAGES, offsets), dlpack.shift(IMAGES, offsets.tolist())]
@@ -178,7 +178,7 @@ def ops_and_streams() -> list[Any]:
 
 @pytest.mark.parametrize("name", [name for name in SETTINGS if name != "autocast"])
 def test_designs_and_srt_do_not_depend_on_torch_settings(name: str) -> None:
-    """Made under the setting and used without it, and the other way round."""
+    """Created with the setting and used without it, and vice versa."""
     expected, made = designs(), modules()
     right = fields(made)
     with setting(name):
@@ -216,7 +216,7 @@ def test_autocast_affects_only_the_model() -> None:
 
 
 def test_srt_created_in_inference_mode_works_outside_it() -> None:
-    """And its views take part in derivatives."""
+    """Its views can be saved for a backward pass."""
     with torch.inference_mode():
         srt = SRT(pooled, "ring:9:4", patch=PATCH, prefix=1)
         inside = srt(IMAGES).field
@@ -228,7 +228,7 @@ def test_srt_created_in_inference_mode_works_outside_it() -> None:
 
 
 def test_srt_can_be_created_in_fake_tensor_mode() -> None:
-    """Its views have values."""
+    """Its views are not fake."""
     expected = SRT(pooled, "sobol:4:3", patch=PATCH, prefix=1)
     with FakeTensorMode():
         srt = SRT(pooled, "sobol:4:3", patch=PATCH, prefix=1)
@@ -259,7 +259,7 @@ def test_the_first_call_for_a_model_may_be_in_vmap() -> None:
 
 
 class Index:
-    """Any integer, as Python's protocol has it."""
+    """An integer by the protocol ``__index__``."""
 
     def __init__(self, value: int) -> None:
         self.value = value
@@ -279,7 +279,7 @@ KINDS = {
 
 
 def calls(n: Callable[[int], Any]) -> dict[str, Callable[[], Any]]:
-    """Every function that takes an integer, and integers ``n`` of some kind."""
+    """A call of every function with integer arguments, which ``n`` converts."""
     offsets = views.grid(1).offsets
     place = {"grid": (n(4), n(4)), "patch": n(8), "stride": n(2)}
     tokens = TOKENS.numpy()

@@ -34,12 +34,12 @@ from srt_ext import reference
 
 
 def no_ties(case: Ensemble, dtype: torch.dtype) -> torch.Tensor:
-    """Tokens of which no two are alike, so that there is one median."""
+    """Distinct tokens, so that the median is unique."""
     tokens = case.tokens(torch.float64)
     if torch.finfo(dtype).bits > 16:
         return tokens.to(dtype)
     views, batch, count, channels = tokens.shape
-    assert views * count <= 256  # integers that bfloat16 holds
+    assert views * count <= 256  # integers that bfloat16 represents
     generator = torch.Generator().manual_seed(case.seed)
     order = torch.rand(batch, channels, views * count, generator=generator).argsort(-1)
     return order.unflatten(-1, (views, count)).permute(2, 0, 3, 1).contiguous().to(dtype)
@@ -52,14 +52,14 @@ def problem(case: Ensemble, reduce: str, dtype: torch.dtype) -> tuple[torch.Tens
     return tokens, torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
-@cache  # the same for every instruction set
+@cache  # independent of the instruction set
 def oracle(case: Ensemble, reduce: str, of: torch.dtype, dtype: torch.dtype) -> torch.Tensor:
     field = field_of(reference, reduce, case, dtype=dtype)
     return gradient(field, *(t.to(dtype) for t in problem(case, reduce, of)))
 
 
 def check_rounding(case: Ensemble, reduce: str, dtype: torch.dtype) -> None:
-    """By forward error bounds; of a median where no rounding makes another view the median."""
+    """By forward error bounds; medians only where rounding cannot select another view."""
     tokens, grad = problem(case, reduce, dtype)
     bounds = EnsembleBounds(case.fit(reduce), tokens)
     if reduce == "median":
@@ -83,10 +83,12 @@ def check_rounding(case: Ensemble, reduce: str, dtype: torch.dtype) -> None:
     indirect=["backend"],
 )
 def test_gradient_of_tokens(name: str, dtype: torch.dtype, reduce: str, backend: Ops) -> None:
-    """Mean and shift, which have kernels: test_kernels.py."""
+    """The kernels of mean and shift are tested in test_kernels.py."""
     case = ENSEMBLES[name]
     if reduce == "median" and (backend.device == "cuda" or torch.finfo(dtype).bits == 16):
-        case = replace(case, upsample="nearest", stride=(1, 1))  # rounding may choose another view
+        case = replace(
+            case, upsample="nearest", stride=(1, 1)
+        )  # otherwise rounding may select another view
     if dtype == torch.float64:
         check_rounding(case, reduce, dtype)
         return
@@ -102,7 +104,7 @@ def test_gradient_of_tokens(name: str, dtype: torch.dtype, reduce: str, backend:
 def test_gradient_of_a_wide_field(cpu_kernels: str) -> None:
     """More offsets than a tile has, a row of tokens in segments, more tasks than threads.
 
-    By the definition of the transpose: the oracle would take a minute.
+    Checked by the definition of the transpose, because the oracle would take a minute.
     """
     offsets = tuple((y * 0.75 - 4, x - 5.0) for y in range(11) for x in range(0, 11, 2))
     case = Ensemble((4, 43), (5, 24), offsets=offsets, channels=131, batch=1)
@@ -150,7 +152,7 @@ def test_the_gradient_of_a_tie_goes_to_the_first_view_by_dx() -> None:
 def test_gradients_of_a_median_sum_to_the_cotangent(
     dtype: torch.dtype, upsample: str, device: str, cpu_kernels: str
 ) -> None:
-    """With ties, infinities and NaN; in cells that no view covers there is none."""
+    """With ties, infinities and NaN; cells that no view covers contribute nothing."""
     lattice = tuple((y, x) for y in (-7.0, -4.0, 0.0, 3.0) for x in (-20.0, -6.0, 1.0, 2.0, 11.0))
     for offsets in (lattice[:1], lattice[:4], lattice):
         case = Ensemble(offsets=offsets, channels=21, upsample=upsample)
@@ -175,7 +177,7 @@ def test_gradients_of_a_median_sum_to_the_cotangent(
 def weights_gradients(
     case: Ensemble, reduce: str, tokens: torch.Tensor, weights: torch.Tensor
 ) -> list[torch.Tensor]:
-    """Of srt_ext, of the oracle, and of the oracle in float32."""
+    """The gradients of srt_ext, of the oracle, and of the oracle in float32."""
     shape = (2, *case.shape) if reduce == "moments" else case.shape
     grad = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(tokens.dtype)
     ours = field_of(srt_ext, reduce, case)
@@ -194,7 +196,7 @@ def weights_gradients(
 )
 def test_gradient_of_weights(name: str, dtype: torch.dtype, reduce: str) -> None:
     case = replace(ENSEMBLES[name], weights=(1.0, 0.5, 2.5, 0.25, 7.0))
-    for level in (0.0, 100.0):  # of the tokens, beside their spread of 1
+    for level in (0.0, 100.0):  # the mean of the tokens; their spread is 1
         tokens = (case.tokens(torch.float64) + level).to(dtype)
         weights = torch.tensor(case.weights, dtype=torch.float64)
         actual, truth, same = weights_gradients(case, reduce, tokens, weights)
@@ -206,7 +208,7 @@ def test_gradient_of_weights(name: str, dtype: torch.dtype, reduce: str) -> None
 
 @pytest.mark.parametrize("reduce", ["mean", "moments"])
 def test_gradient_of_a_weight_of_zero(reduce: str) -> None:
-    """It is that of a very small one: the oracle does not read a view of weight 0."""
+    """It equals that of a tiny weight; the oracle does not read a view of weight 0."""
     case = replace(ENSEMBLES["weights"], weights=(1.0, 1e-9, 2.5, 0.25, 7.0))
     tokens = case.tokens(torch.float64)
     weights = torch.tensor(case.weights, dtype=torch.float64)
@@ -214,7 +216,7 @@ def test_gradient_of_a_weight_of_zero(reduce: str) -> None:
     weights[1] = 0
     actual, *_ = weights_gradients(case, reduce, tokens, weights)
     torch.testing.assert_close(actual, truth, rtol=1e-6, atol=1e-6)
-    # A value of that view reaches the gradient of its own weight alone.
+    # A value of that view affects only the gradient of its own weight.
     tokens[1] = float("nan")
     spoilt, *_ = weights_gradients(case, reduce, tokens, weights)
     assert spoilt[1].isnan()
@@ -287,7 +289,7 @@ problem = problem({views})
     "field", ["srt_ext.ensemble(*args, reduce='median')", "srt_ext.ensemble_moments(*args)[1]"]
 )
 def test_memory_of_a_backward_does_not_grow_with_the_views(field: str) -> None:
-    """Beside the gradient it takes the maps of some channels of a few views."""
+    """In addition to the gradient, it takes the maps of some channels of a few views."""
     beside = []
     for views in (4, 16):
         setup = MEMORY.format(field=field, views=views)
@@ -374,7 +376,7 @@ def test_second_derivatives_that_do_not_exist_are_errors() -> None:
 
 @each_dtype
 def test_forward_mode_of_moments(dtype: torch.dtype) -> None:
-    """Against the oracle; an infinite token reaches its cells alone; empty batches."""
+    """Against the oracle; an infinite token affects only its cells; empty batches."""
     case = replace(ENSEMBLES["grid"], batch=1)
     field, tokens = field_of(srt_ext, "moments", case), case.tokens(dtype)
     tangent, tolerance = tokens.cos(), 64 * torch.finfo(dtype).eps
@@ -394,7 +396,7 @@ def test_forward_mode_of_moments(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("border", ["coverage", "clamp"])
 def test_reverse_and_forward_mode_select_the_same_view(border: str) -> None:
-    """Among equal values, too."""
+    """Also if values are equal."""
     case = replace(ENSEMBLES["grid"], upsample="nearest", border=border)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 3, case.tokens().shape, generator=generator).double()

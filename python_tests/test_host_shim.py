@@ -1,6 +1,6 @@
 """The CUDA sources, executed on the CPU (backends.CudaOnHost).
 
-Injected faults, launches, grids smaller than the work, the L2 cache; and the ops over them.
+Injected faults, launches, small grids, the L2 cache, and the ops.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def check_windows_backward(cuda: CudaOnHost) -> None:
 
 @pytest.mark.slow
 def test_injected_faults_are_detected(tmp_path: Path) -> None:
-    """The checks of the tests must find each of the faults below, and nothing without one."""
+    """The checks must detect each of the faults below, and must pass without a fault."""
     mean = {
         "a missing barrier": ("sums);\n      __syncthreads();", "sums);"),
         "a write beyond": ("x * plan.out_strides[3];", "(x + 1) * plan.out_strides[3];"),
@@ -122,7 +122,7 @@ def test_injected_faults_are_detected(tmp_path: Path) -> None:
     rest = objects()
 
     def broken(fault: str) -> Path:
-        """The library with that fault."""
+        """Compiles the library with that fault."""
         folder = tmp_path / fault.replace(" ", "_")
         shutil.copytree(SOURCES, folder)
         name, (good, bad) = sources[fault], faults[fault]
@@ -148,7 +148,7 @@ def calls(cuda: CudaOnHost) -> dict[str, Call]:
     case = replace(plain, offsets=plain.offsets * 40, weights=(1.0,) * 200)
     shift = replace(SHIFTS["real"], offsets=SHIFTS["real"].offsets * 60, size=(20, 70))
     tokens, grad, views = case.tokens(), torch.randn(case.shape), torch.randn(shift.shape)
-    few = replace(case, offsets=plain.offsets * 9)  # beyond 64 views it takes long
+    few = replace(case, offsets=plain.offsets * 9)  # more than 64 views are slow
     windows = replace(WINDOWS["real"], centers=random_views(150), size=(20, 70))
     image, of_windows = windows.image(), torch.randn(windows.shape)
     return {
@@ -172,12 +172,12 @@ def test_number_of_launches(cuda: CudaOnHost) -> None:
         case = ENSEMBLES[name]
         cuda.ensemble(case, case.tokens())
         assert cuda.gpu.launches == few
-        if many:  # offsets and weights go up first
+        if many:  # two launches copy offsets and weights
             calls(cuda)["mean"]()
             assert cuda.gpu.launches == few + many
     for name, launches in (("shift", 1), ("windows", 1), ("windows_backward", 5)):
         calls(cuda)[name]()
-        assert cuda.gpu.launches == 2 + launches  # two bring the offsets or the centers
+        assert cuda.gpu.launches == 2 + launches  # two copy the offsets or the centers
 
 
 @each_call
@@ -228,7 +228,7 @@ def test_empty_inputs_launch_nothing(
 def test_gradients_of_empty_inputs_are_zero(
     batch: int, count: int, channels: int, window: tuple[int, int], cuda: CudaOnHost
 ) -> None:
-    """Gradients that exist are 0."""
+    """``windows`` launches nothing; its gradients are filled with 0."""
     args = WindowsArgs(batch=batch, channels=channels, height=5, width=6, count=count)
     args.size[:] = window
     values = [Values(torch.full((batch, count, 2), 2.5), "host"), Values(None, "host")]
@@ -247,7 +247,7 @@ def test_gradients_of_empty_inputs_are_zero(
 
 
 def test_too_many_lines_raise_before_allocation(cuda: CudaOnHost) -> None:
-    """By the size of the workspace, which is all that is asked for here."""
+    """When the size of the workspace is computed."""
     args = WindowsArgs(batch=2**10, channels=1, height=5, width=6, count=2**16)
     none, size = Values(None, "host"), c_int64(-1)
     for rows, error in ((8, None), (9, b"at most 2^29; got 603979776")):
@@ -295,7 +295,7 @@ def test_windows_that_fit_l2(dtype: torch.dtype, cuda: CudaOnHost) -> None:
 
 @pytest.mark.parametrize("layout", ["contiguous", "padded", "steps"])
 def test_moments_into_any_strides(layout: str, cuda: CudaOnHost) -> None:
-    """The op has no out= for moments."""
+    """Called directly, because the op has no out= for moments."""
     case = ENSEMBLES["stride"]
     expected = cuda.ensemble(case, case.tokens(), reduce="moments")
     assert torch.equal(
@@ -311,7 +311,7 @@ import pytest, torch
 import srt_ext
 from backends import HostDevice, Ops
 
-torch.ops.load_library(sys.argv[1])  # in the place of the CPU kernels
+torch.ops.load_library(sys.argv[1])  # replaces the CPU kernels
 library = ctypes.CDLL(sys.argv[1])
 library.device.restype = ctypes.POINTER(HostDevice)
 gpu = library.device().contents
@@ -335,7 +335,7 @@ for ensemble in (torch.ops.srt.ensemble, srt_ext.ensemble):
     with pytest.raises(RuntimeError, match="srt::ensemble: CUDA: unspecified launch failure"):
         ensemble(*args)
 gpu.failing_launch = -1
-# As on a GPU: what is summed again beside a NaN is summed in another order.
+# As on a GPU: sums that are computed again near a NaN have another order.
 Ops.assert_same = lambda self, *fields: torch.testing.assert_close(*fields, equal_nan=True)
 tests = "cpu-baseline or strides or dtype_and_stride or no_pixels or (sum_to and baseline)"
 tests = f"({tests}) and not changes_no_bit"
@@ -346,7 +346,7 @@ assert library.live_guards() == 0
 
 @pytest.mark.slow
 def test_ops(tmp_path: Path) -> None:
-    """The glue, through the dispatcher; every tensor counts as one on the device."""
+    """csrc/torch through the dispatcher; every tensor is treated as one on the device."""
     torch_path = Path(torch.__file__).parent
     kernels = [path for name, path in objects().items() if name != "host.cpp"]
     flags = ("-O1", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000")

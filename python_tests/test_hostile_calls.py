@@ -16,16 +16,16 @@ hostile = pytest.importorskip("research.robustness.hostile")
 
 @pytest.fixture(autouse=True)
 def _settings() -> Iterator[None]:
-    """What the fuzzer changes."""
+    """Restores the settings that the fuzzer changes."""
     yield
     torch.ops.srt._force_cpu_kernels("auto")
     calls._numpy.force_cpu_kernels("auto")
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's, of kinds of tensors that are new or go
+@pytest.mark.filterwarnings("ignore")  # warnings of torch about prototype and deprecated tensors
 @pytest.mark.parametrize("target", ["torch", "numpy", "dlpack"])
 def test_hostile_calls(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without those that only a limit of memory ends, and without JAX."""
+    """Without calls that only a limit of memory ends, and without JAX."""
     monkeypatch.setattr(hostile, "to_jax", lambda value: value)
     kinds: Counter[str] = Counter()
     for index in range(120):

@@ -74,7 +74,7 @@ def any_case(kernel: str) -> st.SearchStrategy[Any]:
 def test_error_budget(kernel: str, name: str, backend: Backend) -> None:
     case = samples_of(kernel)[name]
     for dtype in dtypes_of(kernel):
-        if isinstance(case, Shift):  # lines of several blocks, too
+        if isinstance(case, Shift):  # also lines of several blocks
             cases = [replace(case, size=s) for s in (case.size, (9, 32), (19, 272), (2, 300))]
         elif isinstance(case, Windows):  # enough pixels for the oracle's largest error
             cases = [replace(case, batch=6)]
@@ -98,7 +98,7 @@ def test_rounding_of_any_call(
     if isinstance(backend, CudaOnHost) and kernel == "mean_backward":
         backend.gpu.processors = data.draw(st.sampled_from((1, 2, 132)))
     values = values_of(kernel, case, dtype)
-    if kernel == "shift_backward" and data.draw(st.booleans()):  # not aligned to 16 bytes
+    if kernel == "shift_backward" and data.draw(st.booleans()):  # misaligned to 16 bytes
         moved = torch.empty(1 + values.numel(), dtype=dtype)[1:]
         values = moved.view(values.shape).copy_(values)
     place = place if place in backend.places else "host"
@@ -142,7 +142,7 @@ def test_containment_of_any_call(
     ],
 )
 def test_many_views(kernel: str, views: int, backend: Backend) -> None:
-    """More than the parameters of a kernel hold, or than there are entries of one dx."""
+    """More than the parameters of a kernel hold, or than the entries of one dx."""
     weights = tuple(torch.rand(views, generator=torch.Generator().manual_seed(views)).tolist())
     cases: list[Any] = [Shift((11, 40), random_views(views), batch=1)]
     if kernel.startswith("mean"):
@@ -162,7 +162,7 @@ def test_many_views(kernel: str, views: int, backend: Backend) -> None:
 def test_results_are_bitwise_equal_wherever_offsets_and_weights_are(
     kernel: str, views: int, backend: Backend
 ) -> None:
-    weights = (1.0, 0.0, 2.5, 0.125, 7.0) * (views // 5)  # float32 values, which both dtypes hold
+    weights = (1.0, 0.0, 2.5, 0.125, 7.0) * (views // 5)  # values that both dtypes represent
     case: Any = Shift((5, 8), random_views(views))
     if kernel.startswith("mean"):
         case = Ensemble(offsets=random_views(views), weights=weights, channels=16)
@@ -176,7 +176,7 @@ def test_results_are_bitwise_equal_wherever_offsets_and_weights_are(
 
 
 def case_of(kernel: str, mode: str, interpolation: str, value_dtype: torch.dtype) -> Any:
-    """Of five views."""
+    """A case of five views."""
     if kernel.startswith("shift"):
         return Shift(padding=mode, interpolation=interpolation, value_dtype=value_dtype)
     case = samples_of(kernel)["real"]
@@ -188,14 +188,14 @@ def case_of(kernel: str, mode: str, interpolation: str, value_dtype: torch.dtype
 def test_invalid_offsets_on_the_device_cover_nothing(
     kernel: str, value_dtype: torch.dtype, backend: Backend
 ) -> None:
-    """There they are not validated."""
+    """Values on the device are not validated."""
     shift = kernel.startswith("shift")
     modes = itertools.product(PADDINGS, INTERPOLATIONS) if shift else ((b, "") for b in BORDERS)
     for mode in modes:
         good = case_of(kernel, *mode, value_dtype)
         case = replace(good, offsets=NO_OFFSETS[:3] + good.offsets + NO_OFFSETS[3:])
         values = some = values_of(kernel, good, torch.float32)
-        if kernel in ("mean", "shift_backward"):  # values of other views are not read
+        if kernel in ("mean", "shift_backward"):  # views that cover nothing are not read
             values = torch.full((len(case.offsets), *some.shape[1:]), NAN)
             values[3:8] = some
         result = run(backend, kernel, case, values, "device")
@@ -234,7 +234,9 @@ def test_invalid_weights_on_the_device_count_for_nothing(
 def test_offsets_and_weights_of_any_dtype_and_stride(
     device: str, op: str, data: st.DataObject, dtype: torch.dtype
 ) -> None:
-    case = replace(data.draw(any_case(op)), value_dtype=torch.float32)  # values that both hold
+    case = replace(
+        data.draw(any_case(op)), value_dtype=torch.float32
+    )  # values that both dtypes represent
     views = len(case.offsets)
     if op == "ensemble":
         case = replace(case, weights=case.weights or (1.0,) * views)
@@ -257,7 +259,7 @@ def test_offsets_and_weights_of_any_dtype_and_stride(
 def test_results_are_bitwise_equal_over_threads(
     kernel: str, threads: Callable[[int], None], cpu_kernels: str
 ) -> None:
-    # Large enough to be split over threads. The kernels of single views take less for that.
+    # Large enough to be split over threads. Kernels of single views are split at smaller sizes.
     patch = 4 if kernel in ("median", "moments") else 8
     plain = Ensemble((7, 9), (patch, patch), channels=133)
     strided = replace(plain, stride=(patch // 2, patch // 2), upsample="nearest")
@@ -272,7 +274,7 @@ def test_results_are_bitwise_equal_over_threads(
         for count in (1, 2, 7):
             threads(count)
             results.append([run(Ops("cpu"), kernel, case, values)])
-            if kernel in REDUCES:  # and as two chunks of a stream
+            if kernel in REDUCES:  # also as two chunks of a stream
                 results[-1] += Ops("cpu").stream([(case, values)] * 2, kernel)
         assert all(all(map(torch.equal, results[0], other)) for other in results[1:])
 
@@ -281,7 +283,7 @@ def test_results_are_bitwise_equal_over_threads(
 def test_results_near_nan_are_bitwise_equal_over_threads(
     dtype: torch.dtype, threads: Callable[[int], None], cpu_kernels: str
 ) -> None:
-    """A mean is computed another way there: how much of it must not depend on the threads."""
+    """Part of a mean is computed differently there; that part must not depend on the threads."""
     for stride in ((1, 1), (2, 1), (1, 2)):
         case = Ensemble((7, 19), (8, 8), channels=133, stride=stride)
         values, results = poisoned("mean", case, dtype), []

@@ -1,4 +1,4 @@
-"""The built library, and the ops as torch sees them: symbols, schemas, compile, threads, forks."""
+"""The built libraries: symbols, instructions, schemas, threads, forks and import."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def test_undefined_symbols_are_of_the_stable_abi(name: str) -> None:
     symbols = undefined_symbols(PACKAGE / name)
     of_torch = [s for s in symbols if re.search(r"torch|aoti|\bat::|\bc10::|caffe2", s)]
     assert "aoti_torch_library_init_impl" in of_torch
-    # C functions: without parameters in the demangled name, and without a namespace.
+    # C functions have neither parameters nor a namespace in the demangled name.
     assert [s for s in of_torch if not re.fullmatch(r"(aoti_torch|torch)_\w+", s)] == []
     assert [s for s in symbols if re.match(r"_?Py|pybind11", s)] == []
-    # The CUDA runtime is inside, so that the binary does not ask for the one of a certain torch.
+    # The CUDA runtime is linked statically, so the binary does not need the one of a certain torch.
     assert [s for s in symbols if re.match(r"(__)?cuda|cu[A-Z]", s)] == []
 
 
@@ -99,7 +99,7 @@ def test_the_numpy_module_does_not_depend_on_torch() -> None:
     ],
 )
 def test_dependencies_point_one_way(folder: str, foreign: str, beside: str) -> None:
-    """The kernels include neither torch nor Python, and each binding only them."""
+    """The kernels include neither torch nor Python; each binding includes only the kernels."""
     if not SOURCES.is_dir():
         pytest.skip("not in a checkout")
     files = (SOURCES / folder).rglob("*")
@@ -117,7 +117,7 @@ def test_dependencies_point_one_way(folder: str, foreign: str, beside: str) -> N
 
 
 def instruction_sets(library: Path) -> dict[str, list[str]]:
-    """The instruction set that each function of the library needs; copies have one name."""
+    """The instruction sets of the copies of each function of the library, by its name."""
     functions = defaultdict(list)
     listing = output_of("objdump", "-d", "--no-show-raw-insn", str(library))
     for body in re.split(r"\n(?=[0-9a-f]+ <)", listing)[1:]:
@@ -144,11 +144,11 @@ def test_wide_instructions_stay_in_their_objects(library: Path | None) -> None:
     names += r"|7windows|14windows_points|16windows_backward"
     kernel = local + rf"({names})I.*Plan"
     kernels = {n: s for n, s in functions.items() if re.match(kernel, n)}
-    kernels = {n: s for n, s in kernels.items() if "." not in n}  # no cold parts
+    kernels = {n: s for n, s in kernels.items() if "." not in n}  # without cold parts
     # shift and windows of five dtypes; mean and moments of four, two of them also into float32; the
     # median and its stream. Gradients of four dtypes: of the mean, of shift, two of windows.
     assert len(kernels) == 2 * 5 + 2 * (4 + 2) + 2 * 4 + 4 + 4 + 2 * 4
-    # One copy in each object. A kernel that only calls others has no vector code of its own.
+    # One copy per object. A kernel that only calls others contains no vector code.
     assert {name: len(sets) for name, sets in kernels.items()} == dict.fromkeys(kernels, 3)
     inner = {name: sets for name, sets in functions.items() if re.match(local, name)}
     assert set().union(*inner.values()) == {"avx2", "avx512", "baseline"}
@@ -165,7 +165,7 @@ def test_forcing_kernels() -> None:
 
 
 def test_schemas_do_not_change() -> None:
-    """DESIGN section 3: extended only with defaulted keyword arguments that are no tensors."""
+    """Only keyword arguments with defaults, other than tensors, may be added."""
     ensemble = (
         "Tensor tokens, Tensor offsets, int[2] grid, int[2] patch, Tensor? weights=None, *, "
         'str reduce="mean", str upsample="bilinear", str border="coverage", int[2] stride=1'
@@ -200,7 +200,7 @@ def test_schemas_do_not_change() -> None:
 
 
 def busy_call(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Large enough for torch to split it over its threads."""
+    """A call that is large enough for torch to split it over its threads."""
     case = Ensemble((7, 9), (8, 8), channels=65, seed=seed)
     args, modes = case.call(case.tokens())
     shift = Shift((65, 127), seed=seed)
@@ -228,7 +228,7 @@ class _Calls(Dataset[torch.Tensor]):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_forked_workers(threads: Callable[[int], None]) -> None:
-    """A child has none of the threads that its parent started, and must not wait for them."""
+    """A child does not have the threads of its parent and must not wait for them."""
     threads(2)
     expected = [torch.cat([r.flatten() for r in busy_call(seed)]) for seed in range(4)]
     loader = DataLoader(
@@ -292,7 +292,7 @@ BROKEN_NUMPY = {f"srt_ext/{NUMPY and NUMPY.name}": BROKEN}
 def test_import_never_fails(
     without: str | None, files: dict[str, str], before: str, use: str, reason: str, tmp_path: Path
 ) -> None:
-    """The first use of what does not load is an error that gives the reason."""
+    """The first use of a library that does not load raises an error with the reason."""
     if use == USE_CUDA and torch.version.cuda is None:
         pytest.skip("torch was built without CUDA")
     ignored = without and shutil.ignore_patterns(without)
@@ -306,7 +306,7 @@ def test_import_never_fails(
 
 @pytest.mark.slow
 def test_import_does_not_load_the_compiler_of_torch(tmp_path: Path) -> None:
-    """It takes a second, and ops, SRT and its models by index do not need it."""
+    """Loading it takes a second; ops, and SRT with layers by index, do not need it."""
     use = "print('torch._dynamo' in sys.modules)"
     script = IMPORT.format(path=str(PACKAGE.parent), before="", use=use)
     assert run_python("-c", script, cwd=tmp_path).stdout.strip() == "False"

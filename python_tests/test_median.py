@@ -1,4 +1,4 @@
-"""The median: against torch.median, and which views vote. The rest is in test_ensemble.py."""
+"""The median: against torch.median, and the views that it ignores."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from backends import Backend, Ops
 from process import needs_proc, peak_of
 from samples import DTYPES, Ensemble
 
-# Both edges of each network, and the counting beyond the largest.
+# The smallest and largest count of each network, and counts beyond the largest network.
 COUNTS = (1, 2, 3, 4, 5, 9, 10, 16, 17, 25, 26, 36, 37, 49, 50, 51, 65, 121, 225, 300)
 
 
@@ -26,7 +26,7 @@ def values(views: int, dtype: torch.dtype) -> tuple[Ensemble, torch.Tensor, torc
     tokens = torch.randn(views, 1, 6, 72, generator=generator).to(dtype)
     tokens[..., 8:16] = tokens[..., 8:16].round()  # many ties
     tokens[..., 16:24] *= torch.finfo(dtype).smallest_normal  # and subnormal numbers
-    # As for torch.median, infinities are ordinary values, and a NaN wins.
+    # As in torch.median, infinities are ordinary values and NaN propagates.
     share = torch.rand(tokens.shape, generator=generator)
     for channels, negative, finite in ((24, 0.2, 0.6), (36, 0.0, 0.2), (48, 0.8, 0.2)):
         part, shares = tokens[..., channels:], share[..., channels:]
@@ -53,11 +53,11 @@ def test_median_equals_torch_median(views: int, accumulator: torch.dtype, backen
     assert torch.equal(field[kept], expected[kept])
 
 
-# ---- which views vote ---------------------------------------------------------------------------
+# ---- coverage -----------------------------------------------------------------------------------
 
 
 def test_views_that_do_not_cover_a_pixel_are_ignored(backend: Backend) -> None:
-    """Spelled out, without the oracle: two of three views cover the left half of 4 pixels."""
+    """Expected values written out: two of three views cover the left half of 4 pixels."""
     tokens = torch.tensor([1.0, 5.0, 3.0]).reshape(3, 1, 1, 1)
     case = Ensemble((1, 1), (1, 4), ((0.0, 0.0), (0.0, 2.0), (0.0, -2.0)), channels=1, batch=1)
     for border, median in (
@@ -91,7 +91,7 @@ tokens = torch.randn({views}, 1, 196, 64)
 @pytest.mark.parametrize("upsample", ["nearest", "bilinear"])
 @pytest.mark.parametrize("views", [49, 225])
 def test_no_stack_of_maps_is_allocated(views: int, upsample: str) -> None:
-    """Beside the tokens it takes its output, and cache-sized scratch, not a map for every view."""
+    """A call allocates its output and cache-sized scratch, not a map per view."""
     setup = MEMORY.format(views=views, upsample=upsample)
     taken, output = peak_of(setup, "field(tokens)", "result.isfinite().all()")
     assert output <= taken < 1.25 * output

@@ -1,4 +1,4 @@
-"""The memory that is free for a process."""
+"""The free memory of a process."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ V1_USED, V2_USED = "memory.usage_in_bytes", "memory.current"
 @pytest.mark.parametrize(
     ("files", "free"),
     [
-        ({}, 2**32),  # no Linux
+        ({}, 2**32),  # not Linux
         ({"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 4 kB\n"}, 4096),
         ({"/proc/meminfo": "MemAvailable: 0 kB\n"}, 0),
-        ({f"{V2}/memory.max": "10000\n"}, 10000),  # of a container, whose root is its own
+        ({f"{V2}/memory.max": "10000\n"}, 10000),  # in a container with its own root
         (
             {
                 f"{V2}/memory.max": "10000",
                 f"{V2}/{V2_USED}": "9000",
-                f"{V2}/memory.stat": "anon 1000\ninactive_file 8000\n",  # a cache that gives way
+                f"{V2}/memory.stat": "anon 1000\ninactive_file 8000\n",  # a cache that can be reclaimed
             },
             9000,
         ),
@@ -45,7 +45,7 @@ V1_USED, V2_USED = "memory.usage_in_bytes", "memory.current"
         (
             {
                 "/proc/self/cgroup": "5:cpu,memory:/job/7\n1:name=systemd:/x\n0::/y\n",
-                f"{V1}/memory.limit_in_bytes": str(2**63 - 4096),  # none
+                f"{V1}/memory.limit_in_bytes": str(2**63 - 4096),  # no limit
                 f"{V1}/job/7/memory.limit_in_bytes": "9000",
                 f"{V1}/job/7/{V1_USED}": "5000",
                 f"{V1}/job/7/memory.stat": "inactive_file 1\ntotal_inactive_file 3000",
@@ -54,7 +54,7 @@ V1_USED, V2_USED = "memory.usage_in_bytes", "memory.current"
             },
             7000,
         ),
-        # A container sees its cgroup as the root, or what lies below it; the path is the host's.
+        # A container sees its cgroup or the ones below it as the root; the path is that of the host.
         ({"/proc/self/cgroup": "4:memory:/docker/c", f"{V1}/memory.limit_in_bytes": "8"}, 8),
         ({"/proc/self/cgroup": "4:memory:/docker/c/d", f"{V1}/d/memory.limit_in_bytes": "8"}, 8),
     ],

@@ -1,6 +1,6 @@
-"""srt_ext.numpy: valid and invalid arrays, threads, forks, no torch.
+"""srt_ext.numpy: valid and invalid arrays, threads, forks, and use without torch.
 
-The kernels are tested through torch, streams in test_streams.py, and rules that torch shares in
+Kernels are tested through torch, streams in test_streams.py, and rules shared with torch in
 test_errors.py.
 """
 
@@ -40,20 +40,20 @@ def threads() -> Iterator[Callable[[int], None]]:
     srt.set_num_threads(before)
 
 
-# ---- the bits of the ops ------------------------------------------------------------------------
+# ---- equality with the ops ----------------------------------------------------------------------
 
 
 def check(name: str, case: Ensemble | Shift | Windows, values: torch.Tensor, **more: Any) -> None:
-    """The bits and strides of the op."""
+    """Asserts results that are bitwise equal to the op, with the same strides."""
     args, modes = case.call(values)
     if "reduce" in more:
-        args = args[:4]  # a median takes no weights
+        args = args[:4]  # the median does not support weights
     ours = getattr(srt, name)(*arrays(args), **modes, **more)
     theirs = getattr(srt_ext, name)(*args, **modes, **more)
     pairs = [(ours, theirs)] if isinstance(theirs, torch.Tensor) else zip(ours, theirs, strict=True)
     for actual, expected in pairs:
         assert_same_bits(actual, expected)
-        if actual.size:  # otherwise NumPy makes all of them 0
+        if actual.size:  # the strides of empty arrays are 0 in NumPy
             assert actual.strides == tuple(s * actual.itemsize for s in expected.stride())
 
 
@@ -64,7 +64,7 @@ def check_ensemble(case: Ensemble, dtype: torch.dtype) -> None:
     check("ensemble", case, tokens, reduce="median")
 
 
-# With weights; with another upsampling and border; with a stride and a prefix.
+# With weights; with other upsampling and border; with a stride and prefix tokens.
 @pytest.mark.parametrize("name", ["weights", "nearest", "stride"])
 @pytest.mark.parametrize("dtype", COMMON_DTYPES, ids=str)
 def test_ensemble_is_bitwise_equal_to_the_op(dtype: torch.dtype, name: str) -> None:
@@ -108,7 +108,7 @@ def test_sizes_0_and_1(shape: tuple[int, int]) -> None:
 
 
 def test_large_results_are_bitwise_equal_to_the_op(threads: Callable[[int], None]) -> None:
-    """Of 34 MB and no whole number of pages: the same bits as in a buffer that has them."""
+    """Large results are populated in bulk: 34 MB, not a whole number of pages."""
     args = (torch.randn(3, 1, 100, 377), torch.tensor([[0.0, 1], [2.5, -1], [-1, 0.25]]))
     expected = srt_ext.ensemble(*args, (10, 10), (15, 15))
     out = torch.full_like(expected, float("nan"))
@@ -192,7 +192,7 @@ def read_only(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 @pytest.mark.parametrize("dtype", COMMON_DTYPES, ids=str)
 def test_strides_of_tokens(dtype: torch.dtype, tmp_path: Path) -> None:
-    """Any order of V, B and N, forwards and backwards, with gaps; one view for all; a file."""
+    """Any order and direction of V, B and N, gaps, an expanded view, a memory-mapped file."""
     case = ENSEMBLES["real"]
     (tokens, *rest), modes = arrays(case.call(case.tokens(dtype)))
 
@@ -214,7 +214,7 @@ def test_strides_of_tokens(dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 def test_tokens_are_read_in_place() -> None:
-    """40 MB of them, of which a copy would show."""
+    """A copy of 40 MB would show in the memory of the process."""
     tokens = read_only(np.ones((10, 1, 16 * 17, 4096), np.float32))[:, :, 16:]
     args = (tokens, [(0, 0)] * 10, (16, 16), (4, 4))
     running = srt.RunningMean((16, 16), (4, 4), stride=64)
@@ -287,7 +287,7 @@ def test_invalid_arrays_raise(error: type[Exception], name: str, value: Any, mes
 
 
 def test_memory_next_to_the_output_is_allowed() -> None:
-    """Also of tokens that run backwards. NumPy's integers are integers."""
+    """Also with negative strides of tokens. Integers of NumPy are accepted."""
     tokens, place = memory[:36].reshape(TOKENS)[::-1], {"grid": (np.int64(2), np.uint8(3))}
     with pytest.raises(ValueError, match="out must not share memory with tokens"):
         srt.ensemble(**call(tokens=tokens, out=memory[35:395].reshape(OUT)))
@@ -297,7 +297,7 @@ def test_memory_next_to_the_output_is_allowed() -> None:
 
 
 def test_images_of_any_memory() -> None:
-    """One that is not dense, or not aligned, is copied; the other byte order is an error."""
+    """Arrays that are not dense or not aligned are copied; another byte order raises."""
     image = np.arange(2 * 3 * 5 * 7, dtype=np.float32).reshape(2, 3, 5, 7)
     offsets = [(0.5, -1), (-2, 0.25)]
     expected = srt.shift(image, offsets)
@@ -315,7 +315,7 @@ def test_images_of_any_memory() -> None:
 
 
 def test_windows_of_images_of_any_memory() -> None:
-    """They are read in place, in any strides of whole elements."""
+    """Images with strides of whole elements are read in place."""
     image = np.arange(2 * 3 * 5 * 7, dtype=np.float32).reshape(2, 3, 5, 7)
     centers = np.array([[(1.3, 2.0), (4.0, 6.7)]] * 2)
     expected = srt.windows(image, centers, (2, 3))
@@ -366,7 +366,7 @@ def busy_arguments(seed: int) -> tuple[Any, ...]:
 
 
 def busy_call(seed: int) -> bytes:
-    """Large enough to be split over threads. No torch: its own threads do not survive a fork."""
+    """A call that is split over threads. Without torch, whose threads do not survive a fork."""
     args, image, windows = busy_arguments(seed)
     running = srt.RunningMoments(*args[2:])
     running.update(*args[:2])
@@ -413,7 +413,7 @@ def test_concurrent_calls(count: int, threads: Callable[[int], None]) -> None:
 
 @pytest.mark.parametrize("name", ["shift", "ensemble"])
 def test_other_threads_run_during_a_call(name: str, threads: Callable[[int], None]) -> None:
-    """With a switch interval of an hour, nothing but the call lets another thread go on."""
+    """With a switch interval of an hour, other threads run only if the call releases the GIL."""
     threads(1)
     case = Ensemble((14, 14), (8, 8), channels=64) if name == "ensemble" else Shift((250, 250))
     args, modes = arrays(case.call(case.tokens() if name == "ensemble" else case.image()))
@@ -469,9 +469,9 @@ def test_a_forked_process_starts_its_own_threads(threads: Callable[[int], None])
     threads(3)
     expected = busy_call(1)  # starts the threads
     assert child_status(expected) == 0
-    with ThreadPoolExecutor(1) as pool:  # forked by another thread than the main one
+    with ThreadPoolExecutor(1) as pool:  # forked by a thread other than the main thread
         assert pool.submit(child_status, expected).result() == 0
-    # While other threads of the parent are anywhere in a call.
+    # Forks while other threads of the parent run calls.
     stop = threading.Event()
 
     def work() -> None:
