@@ -86,7 +86,7 @@ def test_tiles_of_a_real_shape(
 
 @pytest.mark.parametrize("grid", [(3, 21), (5, 37)])
 def test_positions_far_from_0_in_float64(grid: tuple[int, int], backend: Backend) -> None:
-    """Weights round in proportion to the position: cells between two of them would show it."""
+    """An error of weights that grows with the position would show in cells between tokens."""
     for seed in range(5):
         case = Ensemble(grid, (2, 26), ((0.3, 0.7),), channels=8, seed=seed)
         tokens = case.tokens(torch.float64)
@@ -163,7 +163,7 @@ def test_a_view_that_ends_leaves_no_rounding_error(backend: Backend) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [1e19, 1e30])
-def test_values_whose_square_overflows(size: float, dtype: torch.dtype, backend: Backend) -> None:
+def test_values_above_2_to_the_63(size: float, dtype: torch.dtype, backend: Backend) -> None:
     case = ENSEMBLES["real"]
     tokens = (size * case.tokens()).to(dtype)
     check("mean", case, tokens, backend.ensemble(case, tokens))

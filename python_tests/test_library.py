@@ -70,7 +70,7 @@ def test_cuda_kernels_are_registered_or_the_reason_is_given() -> None:
 def test_a_call_on_cuda_without_kernels_explains_the_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With torch's own error where no CUDA kernel is registered."""
+    """It extends the error of torch that no CUDA kernel is registered."""
     refusal = "Could not run 'srt::shift' with arguments from the 'CUDA' backend."
     call = "shift", torch.ops.srt.shift.default._schema, (torch.ones(1, 1, 2, 2), torch.ones(1, 2))
     monkeypatch.setattr(srt_ext.ops, "cuda_unavailable", "nvcc was not found")

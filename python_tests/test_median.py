@@ -17,7 +17,7 @@ COUNTS = (1, 2, 3, 4, 5, 9, 10, 16, 17, 25, 26, 36, 37, 49, 50, 51, 65, 121, 225
 
 @cache
 def values(views: int, dtype: torch.dtype) -> tuple[Ensemble, torch.Tensor, torch.Tensor]:
-    """A case, its tokens, and torch.median over the fields of its views, which copy tokens."""
+    """A case, its tokens, and torch.median over the fields of its views (nearest)."""
     generator = torch.Generator().manual_seed(views)
     offsets = torch.randint(-5, 6, (views, 2), generator=generator).tolist()
     border = ("zeros", "clamp")[COUNTS.index(views) % 2]

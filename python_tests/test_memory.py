@@ -25,7 +25,7 @@ V1_USED, V2_USED = "memory.usage_in_bytes", "memory.current"
             {
                 f"{V2}/memory.max": "10000",
                 f"{V2}/{V2_USED}": "9000",
-                f"{V2}/memory.stat": "anon 1000\ninactive_file 8000\n",  # a cache that can be reclaimed
+                f"{V2}/memory.stat": "anon 1000\ninactive_file 8000\n",  # reclaimable cache
             },
             9000,
         ),
@@ -54,7 +54,7 @@ V1_USED, V2_USED = "memory.usage_in_bytes", "memory.current"
             },
             7000,
         ),
-        # A container sees its cgroup or the ones below it as the root; the path is that of the host.
+        # A container sees its cgroup, or one below it, as the root; the path is that of the host.
         ({"/proc/self/cgroup": "4:memory:/docker/c", f"{V1}/memory.limit_in_bytes": "8"}, 8),
         ({"/proc/self/cgroup": "4:memory:/docker/c/d", f"{V1}/d/memory.limit_in_bytes": "8"}, 8),
     ],

@@ -45,7 +45,7 @@ Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
 def ensemble_calls(
     case: Ensemble, device: str = "cpu", place: str = "host", requires_grad: bool = False
 ) -> dict[str, Call]:
-    """An op, arguments and keywords."""
+    """Each op with its arguments and keyword arguments."""
     (tokens, *views, weights), modes = Ops(device).call(case, case.tokens(), place)
     args = (tokens, *views, weights)
     leaves = [t if t is None else t.detach().requires_grad_(requires_grad) for t in args[::4]]
@@ -205,7 +205,7 @@ def test_fake_kernels_limit_the_views(kind: str) -> None:
 def model(
     tokens: torch.Tensor, image: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor
 ) -> list[torch.Tensor]:
-    """Every op between others, which are exact; those that have a derivative come first."""
+    """Every op between exact ops of torch; the ops with a derivative are first."""
     views, modes = (offsets, (3, 5), (4, 6)), {"border": "clamp"}
     fields = [
         2 * srt_ext.ensemble(tokens + 1, *views, weights),
@@ -215,7 +215,7 @@ def model(
         srt_ext.windows(image, (offsets + weights[:, None]).expand(image.shape[0], -1, -1), (3, 2)),
     ]
     tokens, weights = tokens.detach(), weights.detach()
-    # Dense: Dynamo of torch 2.10 and 2.13 refuses an out= that is not.
+    # Dense, because Dynamo of torch 2.10 and 2.13 does not support another out=.
     out = torch.zeros_like(fields[0], memory_format=torch.contiguous_format)
     mean, mean_2, var = (torch.zeros_like(fields[0]) for _ in range(3))
     srt_ext.ensemble(tokens, *views, weights, out=out)
@@ -244,7 +244,7 @@ def model_inputs(
 
 
 def check_compiled(compiled: Function, inputs: list[torch.Tensor], strides: bool = True) -> None:
-    """Fields, their strides (but inductor chooses those of its own outputs), and gradients."""
+    """Checks fields, gradients, and strides (inductor chooses those of its own outputs)."""
     found = []
     for function in (compiled, model):
         leaves = [t.clone().requires_grad_(i != 2) for i, t in enumerate(inputs)]
@@ -259,7 +259,7 @@ def check_compiled(compiled: Function, inputs: list[torch.Tensor], strides: bool
 
 @pytest.fixture
 def compile_model() -> Iterator[Function]:
-    """torch.compile of the model, without caches: their key has no derivatives of custom ops."""
+    """torch.compile without caches, whose key ignores the derivatives of custom ops."""
     torch.compiler.reset()
     with torch._inductor.config.patch(force_disable_caches=True):
         yield partial(torch.compile, model, fullgraph=True)
@@ -277,9 +277,12 @@ def test_compiled(device: str, place: str, backend: str, compile_model: Function
 
 @pytest.mark.parametrize("dynamic", [True, pytest.param(None, marks=pytest.mark.slow)])
 def test_other_sizes_do_not_recompile(dynamic: bool | None, compile_model: Function) -> None:
-    """Batches, views and channels are symbols, forward and backward."""
+    """The numbers of batches, views and channels are symbols, forward and backward."""
     compiled = compile_model(backend="aot_eager", dynamic=dynamic)
-    for sizes in ((4, 5, 6), (7, 3, 8)):  # without ``dynamic`` the second call finds the symbols
+    for sizes in (
+        (4, 5, 6),
+        (7, 3, 8),
+    ):  # without ``dynamic`` the second call introduces the symbols
         check_compiled(compiled, model_inputs(*sizes))
     with torch.compiler.set_stance("fail_on_recompile"):
         for sizes in ((9, 5, 6), (3, 4, 9), (12, 3, 2)):
@@ -349,7 +352,7 @@ def test_torch_func(reduce: str, module: Any) -> None:
     torch.testing.assert_close(torch.vmap(torch.func.grad(loss(field)))(both), expected)
     through = torch.func.grad(lambda t: torch.vmap(field)(t).square().sum())(both)
     torch.testing.assert_close(through, expected)
-    # Derivatives of derivatives, each mode in the other.
+    # Second derivatives, each mode inside the other.
     ones = torch.ones_like(tokens)
 
     def directional(f: Function) -> Function:
@@ -394,7 +397,9 @@ def test_vmap(op: str, in_dims: tuple[int | None, ...]) -> None:
             mapped.insert(dim if dim >= 0 else len(shape) + 1 + dim, 4)
         args.append(torch.rand(mapped) * 4)
     if in_dims[0] == -1:
-        args[0] = args[0].movedim(-1, 0).contiguous().movedim(0, -1)  # dense channels in each
+        args[0] = (
+            args[0].movedim(-1, 0).contiguous().movedim(0, -1)
+        )  # dense channels in each example
     if op == "median" and in_dims == (1, None, 0):
         in_dims = (1, None, None)
         args[2] = args[2][0]
@@ -464,7 +469,7 @@ def test_vmap_of_vmap_and_of_an_empty_batch() -> None:
 
 @pytest.mark.parametrize("one", [np.uint8(1), np.int64(1), (np.int32(1), np.uint64(1))], ids=repr)
 def test_integers_of_numpy(one: Any) -> None:
-    """torch's dispatcher refuses some of them."""
+    """torch's dispatcher does not accept all of them."""
     tokens, offsets = torch.randn(3, 1, 1, 2), torch.zeros(3, 2)
     expected = srt_ext.ensemble(tokens, offsets, (1, 1), (1, 1))
     assert torch.equal(srt_ext.ensemble(tokens, offsets, one, one, stride=one), expected)
@@ -488,7 +493,7 @@ def test_autocast_keeps_the_dtype_of_tokens(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("name", "shapes"), [("grid", [(9, 2)]), ("weights", [(5, 2), (5,)])])
 def test_a_mean_saves_no_tokens_for_its_backward(name: str, shapes: list[tuple[int, ...]]) -> None:
-    """A mean is linear: its backward reads offsets and weights alone."""
+    """A mean is linear: its backward needs only offsets and weights."""
     case = ENSEMBLES[name]
     args, modes = case.call(case.tokens().requires_grad_())
     saved: list[torch.Tensor] = []

@@ -1,4 +1,4 @@
-"""The anchor of an image: golden outputs, and that it moves with the content."""
+"""The anchor of an image: golden outputs, and equivariance to rolls of the image."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.uin
 
 
 def image_of(dtype: torch.dtype, batch: int = 2) -> torch.Tensor:
-    """[B, 3, 12, 15], of random values."""
+    """Random images [B, 3, 12, 15]."""
     generator = torch.Generator().manual_seed(batch)
     return (255 * torch.rand(batch, 3, 12, 15, generator=generator)).to(dtype)
 
 
 def test_golden() -> None:
-    """Offsets of the published code, of pictures and of windows of tokens; one picture ties."""
+    """Offsets of the published code for images and windows of tokens; one image has a tie."""
     path = SHARED / "golden" / "polyphase.npz"
     if not path.exists():
         pytest.skip(f"{path} does not exist")
@@ -45,7 +45,7 @@ def test_golden() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("full", [False, True])
 def test_the_anchor_has_the_largest_energy(dtype: torch.dtype, full: bool) -> None:
-    """Of each phase and place in turn, by loops over exact integers."""
+    """Computed by loops over all phases and positions, with exact integers."""
     image, (height, width) = image_of(dtype), (4, 5)
     squares = image.double().square().sum(1)
     offsets = []
@@ -69,7 +69,7 @@ def test_the_anchor_has_the_largest_energy(dtype: torch.dtype, full: bool) -> No
 
 @given(st.integers(-40, 40), st.integers(-40, 40), st.sampled_from(DTYPES))
 def test_the_anchor_moves_with_the_content(dy: int, dx: int, dtype: torch.dtype) -> None:
-    """Within a patch, or with full within the image; for any memory layout."""
+    """Modulo the patch, or with ``full`` modulo the image; for any memory layout."""
     image, patch = image_of(dtype), torch.tensor([4, 5])
     size = torch.tensor(image.shape[2:])
     rolled = image.roll((dy, dx), (2, 3)).contiguous(memory_format=torch.channels_last)
@@ -83,14 +83,14 @@ def test_the_anchor_moves_with_the_content(dy: int, dx: int, dtype: torch.dtype)
 def test_ties_of_saturated_pixels_are_resolved_by_the_rest_of_the_image(
     dy: int, dx: int, top: float
 ) -> None:
-    """By the anchor of SRT, which is that of polyphase where there are no ties."""
+    """By ``unique_anchor`` of SRT, which equals polyphase if the maximum is unique."""
     image = torch.rand(2, 3, 12, 15, generator=torch.Generator().manual_seed(0))
     flat, size = image.clamp(max=top), torch.tensor([12, 15])
     before, after = (unique_anchor(i, (4, 5)) for i in (flat, flat.roll((dy, dx), (2, 3))))
     assert (flat == top).all(1).sum() > 10
     assert torch.equal((before + torch.tensor([dy, dx])) % size, after)
     assert torch.equal(unique_anchor(image, (4, 5)), srt_ext.polyphase(image, (4, 5), full=True))
-    # The same from everywhere.
+    # A constant image looks the same from every anchor.
     assert unique_anchor(torch.ones(2, 3, 12, 15), (4, 5)).tolist() == [[0, 0], [0, 0]]
 
 

@@ -25,16 +25,16 @@ def hrdv2() -> dict[str, Any]:
 
 
 def design_of(file: dict[str, Any], name: str) -> Views:
-    """The views of a set, from where they put the pixel (3, 4) of the image."""
+    """The design of a set of views, from the positions of the pixel (3, 4) in the views."""
     place, mirror = file[f"{name}_probe"][:, :2], file[f"{name}_probe"][:, [3, 2]].bool()
     size = torch.tensor(file["image"].shape[1:])
-    place = torch.where(mirror, size - 1 - place, place)  # before it was mirrored
+    place = torch.where(mirror, size - 1 - place, place)  # before the view was mirrored
     offsets = (place - torch.tensor([3, 4]) + size // 2) % size - size // 2
     return Views(offsets.float(), None, mirror)
 
 
 def in_order(tokens: torch.Tensor) -> Any:
-    """A model that answers the next views with the next tokens [V, N, C]."""
+    """A model that returns the next of the tokens [V, N, C] for each view."""
     rest = list(tokens)
 
     def model(images: torch.Tensor) -> torch.Tensor:
@@ -44,7 +44,7 @@ def in_order(tokens: torch.Tensor) -> Any:
 
 
 def field_of(file: dict[str, Any], name: str, design: Any) -> torch.Tensor:
-    """[C, H, W], by SRT, from the tokens that HR-Dv2 had."""
+    """The field [C, H, W] by SRT from the tokens of HR-Dv2."""
     patch = int(file["patch"])
     model = in_order(file[f"{name}_tokens"])
     modes: Any = {"padding": "circular", "border": "circular", "upsample": "nearest"}
@@ -53,7 +53,7 @@ def field_of(file: dict[str, Any], name: str, design: Any) -> torch.Tensor:
 
 
 def by_rolls(file: dict[str, Any], name: str, design: Views, mirrored_first: bool) -> torch.Tensor:
-    """[C, H, W], float64: maps of pixels, mirrored back and rolled back in either order."""
+    """The field [C, H, W], float64: pixel maps, mirrored and rolled back in either order."""
     patch, grid = int(file["patch"]), file["grid"].tolist()
     total: Any = 0
     for tokens, offset, mirror in zip(
@@ -70,7 +70,7 @@ def by_rolls(file: dict[str, Any], name: str, design: Views, mirrored_first: boo
 
 
 def test_designs_equal_those_of_hrdv2(hrdv2: dict[str, Any]) -> None:
-    """In their order; and the views of shift are theirs, bit for bit."""
+    """In the same order; and the views of shift are bitwise equal to those of HR-Dv2."""
     for name, design in (("moore12", views.moore((1, 2))), ("neumann12", views.neumann([1, 2]))):
         assert torch.equal(design.offsets, design_of(hrdv2, name).offsets)
     shifted = srt_ext.shift(hrdv2["image"][None], views.moore((1, 2)).offsets, padding="circular")
@@ -96,14 +96,14 @@ def test_fields_equal_those_of_hrdv2(hrdv2: dict[str, Any], name: str) -> None:
 
 
 def test_mirrored_shifts_are_undone_in_the_right_order(hrdv2: dict[str, Any]) -> None:
-    """HR-Dv2 rolls first what was mirrored last: wrong where both are along one axis."""
+    """HR-Dv2 undoes the roll before the mirroring: wrong if both are along one axis."""
     name, design = "moore12_flip", design_of(hrdv2, "moore12_flip")
     right, theirs = (by_rolls(hrdv2, name, design, first).float() for first in (True, False))
     torch.testing.assert_close(hrdv2[f"{name}_field"], theirs, rtol=0, atol=1e-6)
     ours = field_of(hrdv2, name, design)
     torch.testing.assert_close(ours, right, rtol=0, atol=1e-6)
     assert (ours - theirs).abs().max() > 0.1
-    # Their order is ours with offsets whose sign is turned along the mirrored axis.
+    # Their order equals ours with offsets negated along the mirrored axis.
     turned = torch.where(design.mirror, -design.offsets, design.offsets)
     wrong = (turned != design.offsets).any(1).nonzero()[:, 0]
     assert torch.equal(wrong, hrdv2["moore12_flip_wrong"])
@@ -123,7 +123,7 @@ PATCH = (8, 4)
 
 
 def filled(image: torch.Tensor, dy: int, dx: int, fill: torch.Tensor) -> torch.Tensor:
-    """image [C, H, W] moved up by dy and left by dx pixels, ``fill`` [C, 1, 1] where it ends."""
+    """image [C, H, W] moved up by dy and left by dx pixels, and filled with ``fill`` [C, 1, 1]."""
     moved = fill.expand_as(image).clone()
     height, width = image.shape[1:]
     for y in range(height):
@@ -134,7 +134,7 @@ def filled(image: torch.Tensor, dy: int, dx: int, fill: torch.Tensor) -> torch.T
 
 
 def teacher(model: Any, image: torch.Tensor, steps: Any, mirror: Any, fill: Any) -> torch.Tensor:
-    """[C, h, w], float64: every token goes to the patch of the image that it was made of."""
+    """[C, h, w], float64: every token is added to the patch of the image that it shows."""
     h, w = image.shape[1] // PATCH[0], image.shape[2] // PATCH[1]
     total, count = torch.zeros(h, w, 5, dtype=torch.float64), torch.zeros(h, w, 1)
     for (dy, dx), flip in zip(steps, mirror, strict=True):
@@ -150,7 +150,7 @@ def teacher(model: Any, image: torch.Tensor, steps: Any, mirror: Any, fill: Any)
 
 
 def test_srt_with_patches_equals_the_teacher_of_phreg() -> None:
-    """On its own kind of views: SRT with views.patches equals it, written out by hand."""
+    """The teacher is written out as loops; its views are shifted by whole patches."""
     torch.manual_seed(0)
     conv = torch.nn.Conv2d(3, 5, PATCH, stride=PATCH)
 
@@ -164,7 +164,9 @@ def test_srt_with_patches_equals_the_teacher_of_phreg() -> None:
     flip = torch.rand(8) < 0.5
     flip[0] = False
     assert flip.any()
-    steps = (-design.offsets / torch.tensor(PATCH)).long().tolist()  # theirs point the other way
+    steps = (
+        (-design.offsets / torch.tensor(PATCH)).long().tolist()
+    )  # the offsets of PH-Reg have the opposite sign
     expected = teacher(model, image, steps, flip, fill)
     mirror = torch.stack([torch.zeros_like(flip), flip], 1)
     modes: Any = {"padding": "zeros", "border": "coverage", "upsample": "nearest"}

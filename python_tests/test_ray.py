@@ -1,4 +1,4 @@
-"""``srt_ext.ray.Features``: a batch of encoded pictures against SRT alone, without and with Ray."""
+"""``srt_ext.ray.Features``: batches of encoded images against SRT, without and with Ray."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PATCH = 8
 
 
 class Patches(torch.nn.Module):
-    """A model whose tokens are linear in the pixels, and that cannot run white pictures."""
+    """A model whose tokens are linear in the pixels, and that raises for white images."""
 
     def __init__(self, factor: float = 1.0) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ def table(contents: list[bytes | None], **columns: Any) -> Any:
 
 
 def field_of(row: dict[str, Any], name: str = "field") -> torch.Tensor:
-    """[h, w, C], or prefix [n, C]."""
+    """The field [h, w, C] or prefix [n, C] of a row."""
     dtype = getattr(torch, row["dtype"])
     grid = (row["height"], row["width"], row["channels"]) if name == "field" else (-1, 64)
     return torch.frombuffer(bytearray(row[name]), dtype=dtype).reshape(grid)
@@ -190,7 +190,7 @@ def test_fields_on_a_gpu_are_close_to_those_on_the_cpu() -> None:
     for row, pixels in zip(
         made(table(list(map(encoded, images)))).to_pylist(), images, strict=True
     ):
-        # Its convolutions are in TF32.
+        # Convolutions on the GPU use TF32.
         torch.testing.assert_close(field_of(row), alone(pixels)[0], rtol=1e-2, atol=1e-2)
 
 

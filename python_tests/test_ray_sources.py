@@ -1,4 +1,4 @@
-"""Sources of a job on Ray: what is found, and the rows that are read; errors are rows."""
+"""Sources of a job on Ray: the files that are found, their rows, and errors as rows."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ def shard(path: Path, members: list[tuple[str, bytes]], mode: str = "w") -> Path
 
 
 def tables(source: Source, parallelism: int = 8, limit: int | None = None) -> list[Any]:
-    """Of all read tasks, each of which went to another process, as Ray does it."""
+    """The tables of all read tasks, each of which is pickled, as by Ray."""
     tasks = Pictures(source).get_read_tasks(parallelism, limit)
     return [table for task in tasks for table in cloudpickle.loads(cloudpickle.dumps(task))()]
 
 
 def rows(source: Source, **options: Any) -> list[dict[str, Any]]:
-    """All of them, without what is null, with the bytes."""
+    """All rows with their bytes, without null values."""
     found = [read_bytes(table) for table in tables(source, **options)]
     every = [row for table in found for row in table.to_pylist()]
     assert len({row[ID] for row in every}) == len(every)
@@ -78,7 +78,7 @@ def reasons(source: Source) -> dict[str, str]:
 
 @pytest.fixture
 def memory() -> Iterator[Any]:
-    """A file system at memory://, as remote as any other for the code."""
+    """A file system at memory://, which the code treats as remote."""
     files = fsspec.filesystem("memory")
     yield files
     files.rm("/", recursive=True)
@@ -86,7 +86,7 @@ def memory() -> Iterator[Any]:
 
 @pytest.fixture(params=["local", "memory"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, Any]]:
-    """(name of a folder, function that puts a file into it)."""
+    """(the name of a folder, a function that writes a file to it)."""
     if request.param == "local":
         yield str(tmp_path), lambda name, data=b"data": write(tmp_path / name, data)
         return
@@ -94,11 +94,11 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str,
     yield "memory://bucket", lambda name, data=b"data": files.pipe(f"/bucket/{name}", data)
 
 
-# ---- what is found -------------------------------------------------------------------------------
+# ---- finding files -------------------------------------------------------------------------------
 
 
 def test_folder_of_pictures(place: tuple[str, Any]) -> None:
-    """In natural order, without hidden files, those of other kinds, and OUT."""
+    """In natural order; hidden files, files of other kinds and OUT are excluded."""
     folder, put = place
     names = [
         "10.png",
@@ -135,7 +135,7 @@ def test_folder_of_pictures(place: tuple[str, Any]) -> None:
     ],
 )
 def test_globs(place: tuple[str, Any], pattern: str, found: list[str]) -> None:
-    """Keys are names below the part without a wildcard."""
+    """Keys are relative to the part of the path before the first wildcard."""
     folder, put = place
     pictures = ["10.png", "2.png", "a/1.png", "a/b/1.png", "None/3.png"]
     for name in [*pictures, "a/x.jpg", "x.parquet", "a/.h/1.png"]:
@@ -193,7 +193,7 @@ def test_a_source_without_images_raises(place: tuple[str, Any]) -> None:
 
 
 def test_fingerprint(tmp_path: Path) -> None:
-    """Of the same files it is the same; any change of them or of the limit changes it."""
+    """It depends only on the files and the limit."""
     for name in ("a.png", "b.png"):
         write(tmp_path / name)
     first = find(str(tmp_path)).fingerprint()
@@ -210,7 +210,7 @@ def test_fingerprint(tmp_path: Path) -> None:
 
 
 def test_names_that_are_not_utf8(tmp_path: Path) -> None:
-    """Their escaped names may be those of others, whose key they then repeat."""
+    """An escaped name may equal the name, and so the key, of another file."""
     for name in (b"caf\xe9.png", b"caf\\xe9.png"):
         (tmp_path / os.fsdecode(name)).write_bytes(name)
     first, second = sorted(rows(find(str(tmp_path))), key=lambda row: "reason" in row)
@@ -220,7 +220,7 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    """Each has a reason. A pipe is not opened, which would never end."""
+    """Each has a reason. A pipe is not opened, because reading it would not end."""
     for name in ("gone.png", "read.png"):
         write(tmp_path / name)
     (tmp_path / "link.png").symlink_to("nowhere")
@@ -277,7 +277,7 @@ def test_remote_errors_are_retried(
 def test_a_stream_that_fails_is_read_again(
     memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the tables that it gave before."""
+    """Without the tables that were read before the failure."""
     made = shard(tmp_path / "s.tar", [(f"{i}.png", b"x") for i in range(300)])
     memory.pipe("/bucket/s.tar", made.read_bytes())
     source, read, left = find("memory://bucket"), sources.read_tar, [True]
@@ -348,7 +348,7 @@ def test_parquet_without_a_column(tmp_path: Path) -> None:
 
 
 def test_parquet_at_a_url(memory: Any, tmp_path: Path) -> None:
-    """Relative paths are at the same URL; others are where they say."""
+    """Relative paths are resolved against the URL of the file; others are used as they are."""
     local = write(tmp_path / "a.png", b"local")
     paths = ["p/a.png", "memory://other/a.png", str(local), local.as_uri()]
     made = parquet(tmp_path / "x.parquet", [{"path": path} for path in paths])
@@ -397,7 +397,7 @@ def test_equal_hashes_of_other_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_damaged_parquet_files(tmp_path: Path) -> None:
-    """Rows before the damage are used; the file itself has a reason."""
+    """Rows before the damage are read; the file itself gets a row with a reason."""
     lines = [{"key": str(i), "bytes": os.urandom(10_000)} for i in range(20)]
     path = parquet(tmp_path / "a.parquet", lines, row_group_size=5, use_dictionary=False)
     group = pq.read_metadata(path).row_group(2).column(1)
@@ -418,7 +418,7 @@ def test_damaged_parquet_files(tmp_path: Path) -> None:
 
 
 def test_columns_of_several_parquet_files(tmp_path: Path) -> None:
-    """All tables have the columns of all files, of one type each."""
+    """All tables have the columns of all files, with one type per column."""
     for name, other in (("1", {"x": 1}), ("2", {"x": 1.5, "y": "a"}), ("3", {"y": None})):
         parquet(tmp_path / f"{name}.parquet", [{"key": name, "bytes": b"data", **other}])
     parquet(tmp_path / "4.parquet", [{"key": "4", "bytes": b"data", "x": "no number"}])
@@ -504,7 +504,7 @@ def test_samples_without_a_picture(tmp_path: Path) -> None:
 
 
 def test_repeated_keys_of_a_shard(tmp_path: Path) -> None:
-    """Two members of one name, or a sample that is in two places; other shards do not matter."""
+    """Two members of one name, or a sample in two places of a shard; keys include the shard."""
     names = ["0.png", "0.png", "1.png", "2.png", "1.txt"]
     shard(tmp_path / "s.tar", [(name, name.encode()) for name in names])
     shard(tmp_path / "t.tar", [("0.png", b"picture")])
@@ -529,8 +529,8 @@ def overwrite(data: bytearray, at: int) -> None:
 @pytest.mark.parametrize(
     ("damage", "at", "used"),
     [
-        (cut, 3 * 1024 + 700, 3),  # in the fourth content
-        (cut, 3 * 1024 + 300, 2),  # in its header: the third sample may have more members
+        (cut, 3 * 1024 + 700, 3),  # in the content of the fourth member
+        (cut, 3 * 1024 + 300, 2),  # in the header of the fourth: the third sample may be incomplete
         (cut, 3 * 1024, 3),  # between two members
         (cut, 0, 0),
         (overwrite, 3 * 1024, 2),  # a header
@@ -540,7 +540,7 @@ def overwrite(data: bytearray, at: int) -> None:
 def test_damaged_shards(
     tmp_path: Path, damage: Callable[[bytearray, int], None], at: int, used: int
 ) -> None:
-    """The whole samples before the damage are used; then comes a row of the shard."""
+    """Complete samples before the damage are read, followed by a row with a reason."""
     path = shard(tmp_path / "s.tar", [(f"{i}.png", bytes(300)) for i in range(5)])
     data = bytearray(path.read_bytes())
     damage(data, at)
@@ -580,7 +580,7 @@ def test_limit_of_shards(tmp_path: Path) -> None:
 
 
 def test_count_of_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of few it is exact; of many, and of large ones, an estimate by the sizes."""
+    """Exact for few shards; estimated from the sizes for many or large ones."""
     for i in range(3):
         shard(tmp_path / f"{i}.tar", [(f"{k}.png", bytes(20_000)) for k in range(40)])
     assert find(str(tmp_path)).count() == (120, True)
@@ -599,7 +599,7 @@ def test_count_of_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("kind", ["pictures", "parquet", "paths", "tar"])
 def test_sample(tmp_path: Path, kind: str) -> None:
-    """The same for a seed, in whatever order the keys are; other seeds choose others."""
+    """It depends on the seed and not on the order of the keys."""
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder, order in zip(folders, (range(40), range(39, -1, -1)), strict=True):
         if kind == "pictures":
@@ -627,7 +627,7 @@ def test_sample(tmp_path: Path, kind: str) -> None:
 
 
 def test_sample_of_many_shards(tmp_path: Path) -> None:
-    """Those of a few shards are read, and as many more as a large sample needs."""
+    """Only a few shards are read, and as many more as a large sample needs."""
     for i in range(8):
         shard(tmp_path / f"{i}.tar", [(f"{k}.png", b"x") for k in range(10)])
     source = find(str(tmp_path))
@@ -637,7 +637,7 @@ def test_sample_of_many_shards(tmp_path: Path) -> None:
 
 
 def test_tasks_hold_their_own_part(tmp_path: Path) -> None:
-    """A million keys are of a few megabytes, which no task has as a whole."""
+    """A million keys take megabytes; a task contains only its own part."""
     files = pa.table(
         [
             pa.array(f"{i:07}.png" for i in range(1_000_000)),
@@ -677,7 +677,7 @@ def test_renamed_columns() -> None:
 
 @pytest.mark.slow
 def test_ray_reads_tables_of_different_columns(tmp_path: Path) -> None:
-    """Tables of different columns are one data set."""
+    """The tables form one data set."""
     import ray
 
     shard(tmp_path / "0.tar", [("0.png", b"x"), ("0.txt", b"a")])

@@ -1,4 +1,4 @@
-"""The oracle, checked by code that it shares nothing with."""
+"""The oracle, checked by independent code."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_whole_pixels_are_a_slice_of_the_upsampled_map(
     upsample: str,
     border: str,
 ) -> None:
-    """The published loop: upsample a view, pad it, move it back; 0 where it is not."""
+    """The published loop: upsample a view, pad it, move it back; 0 where it is uncovered."""
     tokens = random(1, 2, grid[0] * grid[1], 2)
     modes = {} if upsample == "nearest" else {"align_corners": False}
     token_map = tokens[0].unflatten(1, grid).permute(0, 3, 1, 2)
@@ -95,7 +95,7 @@ def test_a_constant_stays_constant_where_it_is_covered(
 
 
 def test_border_and_weights_of_two_views() -> None:
-    """By hand: two tokens of one pixel; the second view moved by one and covers pixel 0 only."""
+    """Two tokens of one pixel; the second view is shifted by one pixel and covers pixel 0."""
     tokens = torch.tensor([[1.0, 2.0], [10.0, 20.0]]).reshape(2, 1, 2, 1)
     offsets = torch.tensor([[0.0, 0.0], [0.0, 1.0]])
     weights = torch.tensor([1.0, 3.0])

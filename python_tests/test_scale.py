@@ -1,4 +1,4 @@
-"""Enlarged images, strides of any number of pixels, mirrored views, presets, and what they cost."""
+"""Enlarged images, strides of any number of pixels, mirrored views, presets, and cost."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ SCALES = (1, 1.25, 1.37, 1.5, 2)
 
 
 def pooled(patch: tuple[int, int]) -> Any:
-    """A model whose tokens are patch means: images [B, 3, H, W] -> [B, h * w, 3]."""
+    """A model whose tokens are the means of patches: [B, 3, H, W] -> [B, h * w, 3]."""
     return lambda images: F.avg_pool2d(images, patch).flatten(2).transpose(1, 2)
 
 
 def places(height: int, width: int) -> torch.Tensor:
-    """[1, 3, H, W]: y, x and 0 at the middle of each pixel."""
+    """[1, 3, H, W]: y, x and 0 at the centre of each pixel."""
     y, x = torch.arange(height) + 0.5, torch.arange(width) + 0.5
     rows, columns = torch.meshgrid(y, x, indexing="ij")
     return torch.stack([rows, columns, torch.zeros_like(rows)])[None]
@@ -39,7 +39,7 @@ def places(height: int, width: int) -> torch.Tensor:
 @pytest.mark.parametrize("stride", [1, (3, 2), 4, 8])
 @pytest.mark.parametrize("scale", SCALES)
 def test_cells_are_at_their_coordinates(patch: tuple[int, int], stride: Any, scale: float) -> None:
-    """Tokens know where they are: their field is y and x, but for the border."""
+    """Tokens contain their coordinates: the field is y and x, except near the border."""
     size = (101, 87)
     for given_views in (1, "best:4+flip", "grid:3", views.sobol(5, 3).offsets):
         srt = SRT(pooled(patch), given_views, patch=patch, stride=stride, scale=scale)
@@ -57,7 +57,7 @@ def test_cells_are_at_their_coordinates(patch: tuple[int, int], stride: Any, sca
 @pytest.mark.parametrize("scale", SCALES[1:])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_the_model_sees_the_enlarged_image(scale: float, dtype: torch.dtype) -> None:
-    """By whole scales as F.interpolate to a size, by others as F.interpolate by a factor."""
+    """As F.interpolate to a size for integer scales, by a factor for others."""
     images = torch.randn(2, 3, 33, 46, generator=torch.Generator().manual_seed(0)).to(dtype)
     seen: list[torch.Tensor] = []
 
@@ -87,7 +87,7 @@ def test_fractional_cells_interpolate_the_finer_field_at_their_centres() -> None
     enlarged = F.interpolate(images, size=(60, 84), mode="bicubic")
     fine = SRT(pooled((4, 4)), torch.round(views.grid(2).offsets * 1.5), patch=4, stride=4)
     for field, whole in zip(moments[:2], fine.moments(F.pad(enlarged, (0, 8, 0, 8))), strict=False):
-        # A cell of 4.5 pixels begins every 4.5 / 4 cells of the finer field.
+        # A cell of 4.5 pixels starts every 4.5 / 4 cells of the finer field.
         at = (torch.arange(8) + 0.5) * 4.5 / 4 - 0.5
         low = at.floor().long()
         rows = whole[:, :, low] + (at - low)[:, None] * (whole[:, :, low + 1] - whole[:, :, low])
@@ -101,7 +101,7 @@ SIZES = [(h, w) for h in (1, 13, 97, 112, 120) for w in (5, 30, 56, 64, 101, 128
 @pytest.mark.parametrize("patch", [14, 16])
 @pytest.mark.parametrize("stride", [1, 2, 4, 8])
 def test_every_stride_supports_every_size_and_patch(patch: int, stride: int) -> None:
-    """As for the image padded to whole patches and cells, of thirty sizes."""
+    """The field equals that of the image padded to whole patches and cells; thirty sizes."""
     for height, width in SIZES:
         images = torch.randn(1, 3, height, width)
         whole = math.lcm(patch, stride)
@@ -124,7 +124,7 @@ def test_every_stride_supports_every_size_and_patch(patch: int, stride: int) -> 
 @pytest.mark.parametrize("reduce", ["mean", "median"])
 @pytest.mark.parametrize("view_batch", [1, 4, 100])
 def test_mirrored_views_are_mirrored_back(reduce: Any, view_batch: int) -> None:
-    """The oracle: each view shifted and mirrored, its map of tokens mirrored back."""
+    """The oracle shifts and mirrors each view, and mirrors its map of tokens back."""
     torch.manual_seed(0)
     model = torch.nn.Conv2d(3, 4, (8, 4), stride=(8, 4))  # not symmetric
     images, offsets = torch.randn(2, 3, 40, 20), views.sobol(7, 3).offsets
@@ -146,7 +146,7 @@ def test_mirrored_views_are_mirrored_back(reduce: Any, view_batch: int) -> None:
 
 
 def test_inject_treats_the_mirrored_image_as_a_view() -> None:
-    """And is not taken for the image itself, whose forward runs to the end."""
+    """It is not confused with the unshifted image, whose forward pass runs to the end."""
     torch.manual_seed(0)
     first = torch.nn.Conv2d(3, 4, 8, stride=8)
     model = torch.nn.Sequential(first, torch.nn.Flatten(), torch.nn.Linear(4 * 6, 2))
@@ -272,7 +272,7 @@ def test_a_number_of_views_follows_the_patch_of_the_model(vit: Any) -> None:
 
 
 def vit_operations(tokens: int, depth: int, width: int, patch: int = 16) -> int:
-    """Of one forward of a ViT with a class token: two for each multiply-add."""
+    """Operations of a forward pass of a ViT with a class token; a multiply-add counts as two."""
     embed = tokens * 3 * patch**2 * width
     count = tokens + 1
     linear = count * width**2 * (3 + 1 + 4 + 4)  # qkv, projection, MLP
@@ -297,7 +297,7 @@ def test_operations_equal_the_closed_form(size: tuple[int, int]) -> None:
 
 
 class Keeps(torch.nn.Module):
-    """Keeps what its forward computes, and counts its calls."""
+    """A model that stores a tensor in its forward pass, and counts calls in training mode."""
 
     def __init__(self) -> None:
         super().__init__()

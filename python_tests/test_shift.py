@@ -38,7 +38,7 @@ def test_accuracy_and_containment_in_every_mode(
         case = Shift(size, offsets, padding=padding, interpolation=interpolation)
         case = replace(case, batch=max(2, 128 // (case.channels * size[0] * size[1])))
         check_sample(kernel, backend, case, dtype)
-    # Whole on one axis only, too: that axis reads one line of pixels.
+    # Also whole on one axis only: that axis reads one line of pixels.
     offsets = ((0.5, -1.25), (2.0, 0.75), (-0.3, -3.0), (-20.5, 60.1), (0.0, 1e-9), (-1e-17, 0.0))
     for width, dtype in itertools.product((32, 37), DTYPES):
         case = Shift((7, width), offsets, padding=padding, interpolation=interpolation)
@@ -55,7 +55,7 @@ def test_uint8_rounds_half_to_even_and_saturates(width: int, backend: Backend) -
     assert (exact % 1 == 0.5).any()
     assert torch.equal(views, exact.round().to(torch.uint8))
 
-    # Cubic convolution overshoots beside an edge, on both sides.
+    # Cubic convolution overshoots on both sides of an edge.
     edge = torch.tensor([0, 0, 255, 255], dtype=torch.uint8).reshape(1, 1, 4, 1)
     edge = edge.expand(-1, -1, -1, width)
     case = Shift((4, width), ((0.25, 0.0),), 1, 1, interpolation="bicubic")
@@ -70,7 +70,7 @@ def test_uint8_rounds_half_to_even_and_saturates(width: int, backend: Backend) -
 
 
 def padded_slice(image: torch.Tensor, dy: int, dx: int, padding: str) -> torch.Tensor:
-    """The view by numpy.pad, of the bits of ``image`` [B, C, H, W]; one axis after the other."""
+    """The view by numpy.pad, as the bits of ``image`` [B, C, H, W]; one axis at a time."""
     view = bits(image).numpy()
     for axis, d in ((2, dy), (3, dx)):
         margins = [(0, 0)] * 4
@@ -82,7 +82,7 @@ def padded_slice(image: torch.Tensor, dy: int, dx: int, padding: str) -> torch.T
 
 
 def special_image(size: tuple[int, int], dtype: torch.dtype, channels: int = 2) -> torch.Tensor:
-    """Half of it NaN (with payloads), Inf, -0.0 and subnormals."""
+    """Half of the values are NaN (with payloads), Inf, -0.0 and subnormal numbers."""
     image = Shift(size=size, channels=channels).image(dtype)
     if dtype == torch.uint8:
         return image
@@ -118,7 +118,7 @@ def test_whole_pixels_up_to_the_largest_offset(padding: str, backend: Backend) -
     offsets = ((2**20, -(2**20)), (-(2**20) + 1, 2**20 - 1))
     case = Shift((2, 3), offsets, padding=padding, value_dtype=torch.float64)
     for view, offset in zip(backend.shift(case, image), offsets, strict=True):
-        # 12 pixels are whole periods of both axes; beyond the image all padding is alike.
+        # 12 pixels are whole periods of both axes; far outside the image the padding is constant.
         periodic = padding in ("reflect", "circular")
         dy, dx = (d % 12 if periodic else max(-6, min(d, 6)) for d in offset)
         assert torch.equal(bits(view), padded_slice(image, dy, dx, padding))
@@ -126,7 +126,7 @@ def test_whole_pixels_up_to_the_largest_offset(padding: str, backend: Backend) -
 
 @given(shifts(interpolation="nearest"), st.sampled_from(ALL_DTYPES))
 def test_nearest_copies_bit_for_bit(backend: Backend, case: Shift, dtype: torch.dtype) -> None:
-    """The pixel that floor(y + 0.5 - dy) names, in exact integers."""
+    """Reads pixel floor(y + 0.5 - dy), computed with exact integers."""
     image = special_image(case.size, dtype, case.channels)
     views = backend.shift(case, image)
     offsets = torch.tensor(case.offsets, dtype=case.value_dtype).double()
@@ -140,7 +140,7 @@ def test_nearest_copies_bit_for_bit(backend: Backend, case: Shift, dtype: torch.
 def test_offsets_very_close_to_whole_pixels_are_whole_pixels(
     hair: float, interpolation: str, backend: Backend
 ) -> None:
-    """Its other taps would vanish in float32 and multiply Inf by 0."""
+    """Other taps would have weights that vanish in float32, and multiply Inf by 0."""
     image = torch.tensor([0.0, 1.0, 2.0, float("inf"), 4.0, -0.0, 6.0]).expand(1, 1, 1, 7)
     offsets = ((0.0, 1.0), (0.0, 1.0 + hair), (hair, 1.0))
     case = Shift((1, 7), offsets, 1, 1, interpolation=interpolation, value_dtype=torch.float64)
@@ -153,7 +153,7 @@ def test_offsets_very_close_to_whole_pixels_are_whole_pixels(
 
 @each_interpolation
 def test_containment_near_whole_pixels(interpolation: str, backend: Backend) -> None:
-    """Weights that vanish, in double or once they are rounded to float, are no taps."""
+    """Weights that vanish, in float64 or after rounding to float32, are not taps."""
     tiny = (5e-324, 1e-300, 1e-45, 1e-42, 1e-30, 2.0**-70, 2.0**-59, 1e-17, 2.0**-52, 1e-9)
     steps = tuple(whole + sign * d for whole in (0.0, 3.0) for sign in (1, -1) for d in tiny)
     offsets = tuple((0.0, d) for d in steps) + tuple((d, -2.0) for d in steps)
@@ -176,7 +176,7 @@ def test_strides_of_the_image(
     assert torch.equal(backend.shift(case, flipped), expected)
     one = image[:1].expand(3, -1, -1, -1)
     assert torch.equal(backend.shift(case, one)[:, 2], expected[:, 0])
-    # An image that starts off 16 bytes.
+    # An image that is misaligned to 16 bytes.
     wide = torch.cat([torch.zeros(begin, dtype=dtype), image.flatten()])
     assert torch.equal(backend.shift(case, wide[begin:].view(image.shape)), expected)
 

@@ -1,4 +1,4 @@
-"""Placements of sub-pixel tokens, a ViT that sees them, and the search for their positions."""
+"""Placements of sub-pixel tokens, a ViT on them, and the search for their positions."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def golden() -> dict[str, torch.Tensor]:
 
 
 def test_even_placements_equal_the_published_ones(golden: dict[str, torch.Tensor]) -> None:
-    """Where the published code gives n positions. Its places are fractions of the picture."""
+    """For n that the published code supports. Its positions are fractions of the image."""
     rules: dict[str, Callable[..., torch.Tensor]] = {
         "isotropic": spot.isotropic,
         "center_s02": spot.center,
@@ -52,7 +52,7 @@ def test_even_placements_equal_the_published_ones(golden: dict[str, torch.Tensor
             found = rules[rule](len(expected), size) / torch.tensor(size)
             torch.testing.assert_close(found, expected, rtol=0, atol=2.0**-23)
             compared += 1
-    assert compared == 12  # those of square pictures
+    assert compared == 12  # those of square images
 
 
 def test_random_placements_have_the_published_distributions(
@@ -67,7 +67,7 @@ def test_random_placements_have_the_published_distributions(
 def test_a_placement_gives_n_positions_in_the_image(
     name: str, n: int, size: tuple[int, int]
 ) -> None:
-    """Also of more positions than pixels, but for the patches, of which there are so many."""
+    """Also for more positions than pixels, except for ``grid``, which is limited to patches."""
     if name == "grid" and n > math.prod(size):
         with pytest.raises(ValueError, match="n must be <= "):
             EVERY[name](n, size, 0)
@@ -88,7 +88,7 @@ def test_another_seed_gives_other_positions(name: str) -> None:
     state = torch.get_rng_state()
     assert torch.equal(EVERY[name](16, (24, 40), 3), first)
     assert not torch.equal(EVERY[name](16, (24, 40), 4), first)
-    assert torch.equal(torch.get_rng_state(), state)  # nor is the global generator used
+    assert torch.equal(torch.get_rng_state(), state)  # the global generator is not used
 
 
 @given(n=st.integers(1, 200), size=st.tuples(st.integers(8, 400), st.integers(8, 400)))
@@ -240,7 +240,7 @@ def tiny(kind: type[VisionTransformer] = VisionTransformer, **settings: Any) -> 
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = kind(**{**TINY, **settings}).eval()
-        for parameter in model.parameters():  # so that biases and codes count
+        for parameter in model.parameters():  # so that biases and position embeddings matter
             torch.nn.init.normal_(parameter, std=0.3)
     return model
 
@@ -275,7 +275,7 @@ def test_all_windows_of_the_grid_give_the_output_of_the_model(name: str) -> None
 
 @torch.no_grad()
 def test_models_run_their_own_forward_and_hooks() -> None:
-    """Timm's with a distillation token, a subclass of a user, and hooks on the model."""
+    """A distilled ViT of timm, a subclass, and hooks on the model."""
 
     class Doubled(VisionTransformer):
         def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
@@ -291,7 +291,7 @@ def test_models_run_their_own_forward_and_hooks() -> None:
 
 @torch.no_grad()
 def test_windows_of_a_moved_grid_are_the_patches_of_a_shifted_image() -> None:
-    """One family: the grid + d are the patches of shift(-d)."""
+    """Windows at grid + d are the patches of shift(-d)."""
     model = tiny(pos_embed="none")
     images, d = pictures(), torch.tensor([[1.25, -2.5]])
     moved = srt_ext.shift(images, -d, padding="border")[0]
@@ -304,7 +304,9 @@ def test_codes_between_patches_are_interpolated() -> None:
     model = tiny(reg_tokens=1)
     vit, images = spot.Subpixel(model), pictures(1)
     table = model.pos_embed[0, 2:].unflatten(0, (4, 4))
-    centers = torch.tensor([[4.0, 12], [4, 14], [20, 8], [-9, 40]])  # on it, between, beyond it
+    centers = torch.tensor(
+        [[4.0, 12], [4, 14], [20, 8], [-9, 40]]
+    )  # on, between and beyond the grid
     expected = torch.stack(
         [
             table[0, 1],
@@ -333,16 +335,16 @@ def test_each_image_has_its_own_windows() -> None:
 
 
 def test_the_gradient_with_respect_to_the_positions() -> None:
-    """Of the windows and of their codes, against differences."""
+    """Of windows and position embeddings, against finite differences."""
     vit, images = spot.Subpixel(tiny(depth=1).double()), pictures(2).double()
     centers = torch.stack([spot.uniform(3, 32, seed) for seed in range(2)]).double()
-    # Where the picture and the table are smooth: not within 0.05 of a pixel's centre.
+    # Where image and position embeddings are smooth: not within 0.05 of the centre of a pixel.
     centers = centers.floor() + 0.05 + 0.4 * (centers % 1)
 
     def total(at: torch.Tensor) -> torch.Tensor:
         return vit(images, at).sin().sum()
 
-    # The total curves along a step of 1e-4, which the tolerance allows for.
+    # The tolerance allows for the curvature of the total along a step of 1e-4.
     assert torch.autograd.gradcheck(total, centers.requires_grad_(), eps=1e-4, atol=1e-4)
 
 
@@ -355,7 +357,7 @@ def test_the_model_is_left_as_it_is() -> None:
     assert {k: v is before[k] for k, v in model.__dict__.items()} == dict.fromkeys(before, True)
     for name, value in model.state_dict().items():
         assert torch.equal(value, state[name])
-    assert model.pos_embed.grad is not None  # it can be trained, too
+    assert model.pos_embed.grad is not None  # the model can be trained
 
 
 def test_a_wrapped_model_is_found() -> None:
@@ -368,11 +370,11 @@ def test_a_wrapped_model_is_found() -> None:
 
 @torch.no_grad()
 def test_a_forward_that_was_set_on_the_model_raises() -> None:
-    """It would run with the patches of the grid, whatever the windows are."""
+    """It would run on the patches of the grid and ignore the windows."""
     model, images, centers = tiny(), pictures(), spot.isotropic(5, 32)
     vit = spot.Subpixel(model)
     expected = vit(images, centers)
-    model.forward = model.forward  # what removed hooks of accelerate leave
+    model.forward = model.forward  # as after accelerate removes its hooks
     assert torch.equal(vit(images, centers), expected)
     model.forward = lambda x: VisionTransformer.forward(model, x) + 1
     with pytest.raises(TypeError, match="must be that of its class, not one set on the model; got"):
@@ -507,7 +509,7 @@ def test_wrong_images_and_centers_raise(
 
 
 def task() -> tuple[VisionTransformer, torch.Tensor, torch.Tensor]:
-    """A model, pictures, and what it decides with all patches."""
+    """A model, images, and the classes that it predicts from all patches."""
     model, images = tiny(), pictures(4)
     with torch.no_grad():
         return model, images, model(images).argmax(1)
@@ -543,13 +545,13 @@ def test_search_is_reproducible_and_images_are_independent() -> None:
     assert torch.equal(one.loss, two.loss)
     assert not torch.equal(one.centers, other.centers)
     assert one.path is None
-    with torch.no_grad():  # search enables gradients itself
+    with torch.no_grad():  # search enables gradients
         alone = spot.search(model, images[2:3], labels[2:3], seed=1, **settings)
     torch.testing.assert_close(alone.loss[:, 0], one.loss[:, 2], rtol=1e-3, atol=1e-4)
 
 
 def test_search_accepts_optimisers_and_does_not_decay_positions() -> None:
-    """A step of a loss without a gradient leaves the positions where they are."""
+    """A step with a zero gradient does not change the positions."""
     model, images, labels = task()
     start = spot.uniform(3, 32)
 
@@ -566,7 +568,7 @@ def test_search_accepts_optimisers_and_does_not_decay_positions() -> None:
         moved = spot.search(model, images, labels, **settings)
         assert (moved.loss.amin(0) < moved.loss[0]).any()
     lbfgs = spot.search(model, images, labels, 3, 2, 0.1, optimizer=torch.optim.LBFGS)
-    assert len(lbfgs.loss) > 3  # several evaluations in a step
+    assert len(lbfgs.loss) > 3  # several evaluations per step
     assert (lbfgs.loss.amin(0) <= lbfgs.loss[0]).all()
 
 

@@ -1,4 +1,4 @@
-"""SRT around small exact models: its fields are those of the oracle, however views come."""
+"""SRT around small exact models: its fields equal the oracle, for all forms of views."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PATCH = (8, 4)
 
 
 def pooled(images: torch.Tensor) -> torch.Tensor:
-    """A model whose tokens are patch means: images [B, 3, H, W] -> [B, h * w, 3]."""
+    """A model whose tokens are the means of patches: [B, 3, H, W] -> [B, h * w, 3]."""
     return F.avg_pool2d(images, PATCH).flatten(2).transpose(1, 2)
 
 
@@ -99,7 +99,7 @@ def test_any_size_is_padded_and_cropped_back(height: int, width: int, stride: An
 def test_tokens_held_do_not_grow_with_the_views(
     reduce: str, streaming: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At token scale, or streaming, those of one batch of views, however many views there are."""
+    """At token scale, or streaming, only the tokens of one batch of views are held."""
     held: list[int] = []
     kind = srt_module._RUNNING[reduce]
     update = kind.update
@@ -116,7 +116,7 @@ def test_tokens_held_do_not_grow_with_the_views(
         )
         srt(torch.randn(1, 3, 40, 20))
     if reduce == "median" and not streaming:
-        assert not held  # an exact median holds all
+        assert not held  # an exact median holds all tokens
     else:
         assert max(held) == 3 * 25 * 3 * 4  # views * tokens * channels * bytes
 
@@ -136,7 +136,7 @@ def test_median_and_moments_equal_those_of_the_ops() -> None:
 
 
 def test_a_streamed_median_is_close() -> None:
-    """Views in raster order would drift: SRT spreads them."""
+    """SRT spreads the views, because a stream in raster order would drift."""
     images = torch.randn(1, 3, 40, 20)
     fields = [
         SRT(pooled, "grid:3", patch=PATCH, reduce="median", streaming=s, view_batch=4)(images).field
@@ -239,7 +239,7 @@ def test_views_of_weight_0_do_not_affect_the_field() -> None:
 
 
 def test_srt_is_a_module_that_can_be_copied_and_cast() -> None:
-    """And its model may be replaced."""
+    """Its model can also be replaced."""
     srt = SRT(torch.nn.Conv2d(3, 4, PATCH, stride=PATCH), views.grid(1).offsets + 0.3, patch=PATCH)
     twin = copy.deepcopy(srt).double()
     assert {p.dtype for p in twin.parameters()} == {torch.float64}
@@ -257,7 +257,7 @@ def test_srt_is_a_module_that_can_be_copied_and_cast() -> None:
     "form", ["tensor", "pair", "triple", "Views", "design and weights", "float64"]
 )
 def test_later_changes_of_given_views_have_no_effect(form: str, scale: float) -> None:
-    """SRT keeps its own copy of what it has checked, and hands out copies."""
+    """SRT copies the views that it validated, and returns copies of them."""
     design = views.flipped(views.ring(5, 3))
     offsets, weights, mirror = (part.clone() for part in design)  # type: ignore[union-attr]
     offsets = offsets.double() if form == "float64" else offsets
@@ -321,4 +321,4 @@ def test_later_changes_of_given_lists_have_no_effect() -> None:
     images = torch.rand(1, 3, 32, 20)
     for _ in range(2):
         assert [field.shape for field, _ in srt(images)] == [(1, 4, 16, 5), (1, 5, 16, 5)]
-        srt.model = Two()  # is read with the same settings
+        srt.model = Two()  # it is described with the same settings

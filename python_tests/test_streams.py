@@ -1,4 +1,4 @@
-"""Streams of views, of torch and of NumPy: kernels, any chunks, merges, processes; state."""
+"""Streams of views in torch and NumPy: kernels, chunks, merges, state, errors, processes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from srt_ext import RunningMean, RunningMedian, RunningMoments, reference, views
 
 @dataclass(frozen=True)
 class Library:
-    """Streams of one library, fed and read with tensors."""
+    """The streams of one library, with tensors as inputs and outputs."""
 
     module: Any
     of: Callable[[torch.Tensor], Any]  # an array of the library
@@ -52,7 +52,7 @@ class Library:
     def feed(
         self, running: Any, case: Ensemble, tokens: torch.Tensor, chunks: Iterable[int]
     ) -> Any:
-        """Adds the views in chunks of these sizes; the last one again and again."""
+        """Adds the views in chunks of these sizes; the last size is repeated."""
         (_, offsets, _, _, weights), _ = case.call(tokens)
         sizes, begin, size = iter(chunks), 0, 1
         while begin < len(offsets):
@@ -85,7 +85,7 @@ try:
     import srt_ext.numpy
 
     LIBRARIES.append(Library(srt_ext.numpy, array, tensor))
-except ImportError:  # test_numpy says so
+except ImportError:  # reported by test_numpy
     pass
 
 KINDS = ("Mean", "Moments", "Median")
@@ -97,7 +97,7 @@ chunk_sizes = st.lists(st.integers(1, 6), min_size=1, max_size=6)
 
 
 def part(case: Ensemble, tokens: torch.Tensor, views: slice) -> tuple[Ensemble, torch.Tensor]:
-    """Some of the views of a call."""
+    """A call with a part of the views, and its tokens."""
     weights = case.weights and case.weights[views]
     return replace(case, offsets=case.offsets[views], weights=weights), tokens[views]
 
@@ -114,7 +114,7 @@ def still(views: int) -> torch.Tensor:
 # ---- the kernels --------------------------------------------------------------------------------
 
 
-@lru_cache(64)  # the same for every backend; the samples in all dtypes
+@lru_cache(64)  # for all backends; holds the samples of all dtypes
 def expected_state(
     case: Ensemble, dtype: torch.dtype, joins: int
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -138,7 +138,7 @@ def check_state(
 
 
 def chunks_of(case: Ensemble, tokens: torch.Tensor) -> list[tuple[Ensemble, torch.Tensor]]:
-    """Of 1, 3 and then 2 views."""
+    """Chunks of 1 view, 3 views, and then 2 views each."""
     views = len(case.offsets)
     ends = sorted({0, *(n for n in (1, *range(4, views, 2)) if n < views), views})
     return [part(case, tokens, slice(*views)) for views in itertools.pairwise(ends)]
@@ -153,7 +153,7 @@ def test_mean_and_moments(
     chunks, joins = chunks_of(case, case.tokens(dtype)), len(case.offsets) - 1
     for place in backend.places:
         fields, weight = backend.stream(chunks, reduce, place=place)
-        fields = torch.where(weight > 0, fields, 0)  # the rest is not written
+        fields = torch.where(weight > 0, fields, 0)  # uncovered cells are not written
         state = dict(zip(("mean", "var"), fields, strict=False))
         check_state({**state, "weight": weight}, case, dtype, joins)
 
@@ -161,7 +161,7 @@ def test_mean_and_moments(
 @each_dtype
 @each_ensemble
 def test_median(case: Ensemble, dtype: torch.dtype, backend: Backend) -> None:
-    """Against the CPU, whose results are compared with the median below."""
+    """Against the CPU, whose results are compared with the exact median below."""
     case = case.fit("median")
     chunks = chunks_of(case, case.tokens(dtype))
     expected, expected_count = Ops("cpu").stream(chunks, "median")
@@ -208,7 +208,7 @@ def test_any_chunks_of_any_call(
 def test_torch_and_numpy_streams_are_bitwise_equal(
     kind: str, case: Ensemble, dtype: torch.dtype, chunks: list[int]
 ) -> None:
-    """One machine code adds the chunks for both."""
+    """Both add chunks with the same machine code."""
     tokens = case.tokens(dtype)
     theirs, ours = (library.fed(kind, case, tokens, chunks) for library in LIBRARIES)
     for name, right in theirs._state.items():
@@ -227,7 +227,7 @@ def test_variance_with_a_large_mean() -> None:
     true_var = reference.ensemble_moments(*args, **modes)[1]
     for chunks in ([1], [4], [9]):
         var = TORCH.fed("Moments", case, tokens, chunks).variance()
-        # The mean of the state is rounded to float32, 6e-4 here, and the spread is taken from it.
+        # The mean of the state is rounded to float32 (6e-4 here); the variance is computed from it.
         rounding = 4 * torch.finfo(torch.float32).eps * 1e4
         assert ((var - true_var).abs() <= rounding * (1 + true_var.sqrt())).all()
 
@@ -246,7 +246,7 @@ def test_a_stream_merged_with_itself_keeps_its_result(kind: str, library: Librar
 @each_library
 @pytest.mark.parametrize("border", ["coverage", "zeros"])
 def test_merging_moments_does_not_overflow(border: str, library: Library) -> None:
-    """Where the square of a distance overflows: beside a share of 0, and beside a small one."""
+    """The share is multiplied first, because the square of the distance of means overflows."""
     large, small = 1e30, 2.0**-100
 
     def one(value: float, dx: float, weight: float = 1.0) -> Any:
@@ -312,7 +312,7 @@ def test_merge_is_associative(library: Library, case: Ensemble, first: int, seco
 
 @each_library
 def test_a_merged_stream_accepts_more_views(library: Library) -> None:
-    """And a non-finite token stays in the cells that read it."""
+    """A non-finite token affects only the cells that read it."""
     case = replace(ENSEMBLES["grid"], channels=3, batch=1)
     tokens = case.tokens()
     tokens[4, :, 7] = float("inf")
@@ -346,7 +346,7 @@ def test_median_of_up_to_7_views_is_exact(
 
 
 # Mean errors that research/streaming.py finds for Gaussian values, in units of their spread, and
-# half as much again: 0.0105, 0.0168, 0.0174. Half of the values of a ReLU are 0.
+# 50% margin: 0.0105, 0.0168, 0.0174. Half of the values of a ReLU are 0.
 @pytest.mark.parametrize(
     ("count", "error", "rectified"),
     [(9, 1e-5, False), (49, 0.016, False), (225, 0.026, False), (121, 0.02, True)],
@@ -368,7 +368,7 @@ def run_values(order: Iterable[float]) -> float:
 
 
 def test_median_of_views_that_drift() -> None:
-    """A stream in order of its values is the worst; spread, the window keeps the median."""
+    """A stream of sorted values is the worst case; a spread stream keeps the median."""
     count = 101
     order = (
         views.spread(torch.stack([torch.arange(count), torch.zeros(count)], 1))
@@ -387,7 +387,7 @@ def test_median_leaves_a_window_of_equal_values(cpu_kernels: str) -> None:
 
 
 def test_the_median_of_one_sorted_chunk_does_not_drift() -> None:
-    """Views of a chunk are sorted by dx, which is the drift of a ramp: the kernel spreads them."""
+    """The kernel spreads the views of a chunk, which are sorted by dx: a ramp would drift."""
     offsets = torch.stack([torch.zeros(101), torch.arange(101) / 101], 1)
     ramp = torch.arange(101.0).reshape(101, 1, 1, 1).expand(-1, 1, 1, 40).contiguous()
     running = RunningMedian((1, 1), (4, 4), border="clamp")
@@ -442,7 +442,7 @@ def test_bytes_of_state_do_not_grow_with_the_views(kind: str, library: Library) 
 
 
 def saved(state: Any) -> Any:
-    """Through a file, as torch writes it or as pickle does."""
+    """Saves and loads a state, by torch or by pickle."""
     if any(isinstance(values, np.ndarray) for values in state["state"].values()):
         return pickle.loads(pickle.dumps(state))
     file = io.BytesIO()
@@ -526,7 +526,7 @@ def test_nothing_is_added_on_error(kind: str, library: Library) -> None:
         library.update(fresh, tokens, nan)
     with pytest.raises(ValueError, match="no views were added"):
         fresh.result()
-    library.update(fresh, tokens.double(), offsets)  # the failed chunk has decided nothing
+    library.update(fresh, tokens.double(), offsets)  # the failed chunk does not determine the dtype
 
 
 @each_library
@@ -645,13 +645,13 @@ def rank(number: int, folder: str) -> None:
         running = TORCH.fed(kind, *mine, [2])
         running.all_reduce()
         torch.save(running.state_dict(), f"{folder}/{kind}-{number}.pt")
-        # Other settings on one process: an error on both, and nothing happens.
+        # Other settings on one process: both raise an error, and the state does not change.
         other = TORCH.new(kind, (1, 1 + number), (2, 2))
         other.update(torch.ones(1, 1, 1 + number, 2), torch.zeros(1, 2))
         with pytest.raises(ValueError, match="all processes must have a stream of the same"):
             other.all_reduce()
         assert other.views == 1
-        # A process without views takes part, too.
+        # A process without views also takes part.
         alone = TORCH.like(kind, case)
         if number == 0:
             TORCH.feed(alone, case, tokens, [9])
@@ -678,7 +678,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
                 running.load_state_dict(state)
                 assert running.views == 9
                 check_state(TORCH.state(running), case, torch.float32, 8)
-            # Every process has the same.
+            # Every process has the same state.
             assert all(
                 torch.equal(states[0]["state"][key], values)
                 for key, values in states[1]["state"].items()

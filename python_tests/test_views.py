@@ -1,4 +1,4 @@
-"""Designs of views, and their words."""
+"""Designs of views, and the strings that select them."""
 
 import contextlib
 import functools
@@ -18,7 +18,7 @@ RADII = st.floats(0.01, 1000)
 
 
 def weights_of(design: torch.Tensor | Views) -> tuple[torch.Tensor, torch.Tensor]:
-    """Offsets and weights in float64, after what holds for every design was checked."""
+    """Checks the invariants of every design; returns offsets and weights in float64."""
     offsets, weights, _ = views.resolve(design)
     assert offsets.dtype == torch.float32
     assert offsets.dim() == 2
@@ -43,7 +43,7 @@ def covariance(design: torch.Tensor | Views) -> torch.Tensor:
 
 
 def symmetric(offsets: torch.Tensor) -> bool:
-    """With (dy, dx) there is (-dy, -dx), to the last bit."""
+    """Whether the design contains exactly (-dy, -dx) for every (dy, dx)."""
     return sorted(map(tuple, offsets.tolist())) == sorted(map(tuple, (0 - offsets).tolist()))
 
 
@@ -55,7 +55,7 @@ def test_grid_is_every_offset_of_the_square() -> None:
 
 @given(st.integers(1, 40), st.floats(0.001, 10))
 def test_grid_supports_fractional_steps(steps: int, step: float) -> None:
-    """Also where step and radius are rounded: 0.3 is no multiple of 0.1 in binary."""
+    """Also if step and radius are rounded: 0.3 is not a multiple of 0.1 in binary."""
     radius = steps * step / 2
     offsets = views.grid(radius, step).offsets
     assert len(offsets) == (steps + 1) ** 2
@@ -95,7 +95,7 @@ def test_views_of_a_lattice_keep_their_distance(n: int) -> None:
     assert apart.min() >= 0.9 * math.sqrt(n)
     cov = covariance(views.lattice(n, 1))
     assert abs(cov[0, 1]) <= 0.29 * cov[0, 0]
-    if n in (4, 9, 16, 25):  # a square grid, turned
+    if n in (4, 9, 16, 25):  # a rotated square grid
         assert abs(cov[0, 1]) <= 1e-6 * cov[0, 0]
 
 
@@ -111,7 +111,7 @@ def test_sobol_is_reproducible_and_as_wide_as_the_square(n: int, radius: float, 
     assert torch.equal(torch.get_rng_state(), state)
     assert len(offsets) == n
     weights_of(offsets)
-    # The width of the square, wherever its middle is.
+    # The width of the square, for any centre.
     assert ((offsets.amax(0) - offsets.amin(0)) <= 2 * radius * (1 + 1e-6)).all()
     assert torch.equal(offsets, views.sobol(n, radius, seed).offsets)
 
@@ -145,9 +145,9 @@ def test_best_has_the_variance_of_the_whole_grid(data: st.DataObject) -> None:
     offsets = views.best(count, radius).offsets
     assert offsets.shape == (count, 2)
     assert symmetric(offsets)
-    assert torch.equal(offsets, offsets.round())  # so that nothing is interpolated
+    assert torch.equal(offsets, offsets.round())  # so that views are not interpolated
     assert offsets.abs().max() <= radius
-    if count >= 7:  # fewer are too few to be moved to pixels and keep their variance
+    if count >= 7:  # fewer views cannot keep the variance on whole pixels
         cov, expected = covariance(offsets), covariance(whole)
         torch.testing.assert_close(cov.diagonal(), expected.diagonal(), rtol=0.2, atol=0)
     if count == len(whole):
@@ -158,8 +158,8 @@ def test_best_has_the_variance_of_the_whole_grid(data: st.DataObject) -> None:
 
 @given(st.lists(st.floats(0.01, 1000), min_size=1, max_size=5))
 def test_neighbours_surround_the_unshifted_image(distances: list[float]) -> None:
-    """Row by row, of each distance in turn."""
-    whole = views.grid(1).offsets  # row by row, too
+    """Row by row, for each distance in order."""
+    whole = views.grid(1).offsets  # also row by row
     around = whole[whole.abs().sum(1) > 0], whole[whole.abs().sum(1) == 1]
     for design, steps in zip((views.moore, views.neumann), around, strict=True):
         offsets = design(distances).offsets
@@ -184,7 +184,7 @@ def test_patches_are_whole_and_far_from_each_other(data: st.DataObject) -> None:
     assert (steps.abs() <= reach).all()
     assert torch.equal(steps[0], torch.zeros(2))
     assert len(steps.unique(dim=0)) == n
-    # Each was the farthest one left when it was taken: its distance from those before only falls.
+    # Each is the farthest from the previous ones, so the distances to them decrease.
     apart = [torch.cdist(steps[i : i + 1], steps[:i]).min().item() for i in range(1, n)]
     assert apart == sorted(apart, reverse=True)
     same_seed, other = (
@@ -200,7 +200,7 @@ def test_patches_depend_on_the_seed_and_scale_with_the_patch() -> None:
     assert not same(design, views.patches(10, 37, seed=2, patch=14))
     assert torch.equal(design.offsets * 2, views.patches(10, 37, seed=1, patch=28).offsets)
     assert design.offsets.abs().max() == 6 * 14  # round(0.15 * 37)
-    # Which is of the enlarged image, as in SRT.
+    # The patch is that of the enlarged image, as in SRT.
     assert same(views.resolve("patches:10:37x37:0.15:1", 14, 1.5), design)
 
 
@@ -210,7 +210,7 @@ def test_spread_is_a_permutation_with_evenly_spread_prefixes(count: int) -> None
     order = views.spread(line).offsets[:, 1].long().tolist()
     assert sorted(order) == list(range(count))
     for n in (1, count // 3, count // 2):
-        # The largest gap between the first n of them is no more than three times the mean one.
+        # The largest gap between the first n is at most three times the mean gap.
         seen = sorted(order[:n])
         gaps = [b - a for a, b in zip([0, *seen], [*seen, count], strict=True)]
         assert max(gaps) <= 3 * count / (n + 1) + 1
@@ -258,7 +258,7 @@ def test_a_number_of_views_reaches_three_eighths_of_a_patch() -> None:
         for given_views in (9, "9", "best:9"):
             expected = views.best(9, radius)
             assert same(views.resolve(given_views, patch), expected)
-            # Which is in pixels of the enlarged image, as the patch is.
+            # The radius is in pixels of the enlarged image, as the patch.
             assert same(views.resolve(given_views, patch, 1.5), expected)
 
 
@@ -279,7 +279,7 @@ def test_designs_are_on_whole_pixels_of_the_enlarged_image(
     text = data.draw(st.sampled_from(["grid:3", "sobol:8:3", "ring:7:4", "paper:2", "best:5:6"]))
     design = views.parse(text)
     expected = (design.offsets.double() * scale).round().float()
-    for given_views in (text, design):  # those that are given by tensors keep theirs
+    for given_views in (text, design):  # offsets that are given as tensors are not rounded
         assert torch.equal(views.resolve(given_views, 16, scale).offsets, expected)
     assert symmetric(expected) or text.startswith(("sobol", "ring"))
     tensors = views.resolve((design.offsets, design.weights), 16, scale)
@@ -287,7 +287,7 @@ def test_designs_are_on_whole_pixels_of_the_enlarged_image(
 
 
 def test_flipped_has_every_view_and_its_mirror_image() -> None:
-    """With the same mean over either half; twice flipped, each is there twice."""
+    """Both halves have the same weights; flipped twice, each view occurs twice."""
     design = views.flipped(views.ring(5, 3))
     assert design.weights is not None
     assert design.mirror is not None
@@ -324,7 +324,7 @@ def test_flipped_has_every_view_and_its_mirror_image() -> None:
     ],
 )
 def test_parse_raises(text: str) -> None:
-    """One error: the forms, and what came."""
+    """The error lists the forms and the value received."""
     with pytest.raises(ValueError, match="views must be N, grid:RADIUS") as caught:
         views.parse(text)
     assert f"got {text!r}" in str(caught.value)
@@ -423,7 +423,7 @@ def test_resolve_accepts_every_form_of_views() -> None:
 
 
 def test_best_is_the_design_of_the_published_tables() -> None:
-    """The committed tables are those of the committed figures; best is the design they name."""
+    """The committed tables match the committed results, and ``best`` is the design they select."""
     designs = pytest.importorskip("research.views")
     results = designs.load(designs.RESULTS / "views.json")
     assert designs.document(results) == (designs.RESULTS / "views.md").read_text()

@@ -1,4 +1,4 @@
-"""What ``srt-ext show`` draws: its panels against SRT itself."""
+"""The panels of ``srt-ext show``, against SRT."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_fields_equal_those_of_srt(
     [("grid:1", 9, "SRT median"), ("ring:5:3", 5, "SRT median, unweighted")],
 )
 def test_panels_have_one_basis(network: Network, views: str, count: int, median: str) -> None:
-    """And the size of the picture: what was padded to whole patches is cut off."""
+    """And the size of the image: the padding to whole patches is cropped."""
     pixels = crops(1, (41, 55))[0]
     comparison = Comparison(network.backbone, views, stride=4)
     rows = comparison(network.image(pixels), pixels)
@@ -71,7 +71,7 @@ def test_panels_have_one_basis(network: Network, views: str, count: int, median:
             expected.append(colours(field).repeat(4, 0).repeat(4, 1))
         for panel, picture in zip(row, expected, strict=True):
             np.testing.assert_allclose(panel.rgb, picture[:41, :55], atol=1e-5)
-    assert np.abs(rows[0][3].rgb - rows[1][3].rgb).mean() > 1e-3  # each layer its own
+    assert np.abs(rows[0][3].rgb - rows[1][3].rgb).mean() > 1e-3  # the layers differ
 
 
 def test_the_first_image_fixes_colours_and_ranges(network: Network) -> None:

@@ -1,4 +1,4 @@
-"""windows and sample: beside the oracle, patches, F.grid_sample, shift, the published sampler."""
+"""windows and sample: against the oracle, patches, F.grid_sample, shift, published code."""
 
 from __future__ import annotations
 
@@ -50,19 +50,19 @@ GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "spot_windo
 
 
 def grid_centers(grid: tuple[int, int], patch: tuple[int, int]) -> torch.Tensor:
-    """[h * w, 2] of the patches of a ViT, in row order."""
+    """The centers of the patches of a ViT, [h * w, 2], in row order."""
     rows, columns = ((torch.arange(n) + 0.5) * p for n, p in zip(grid, patch, strict=True))
     return torch.cartesian_prod(rows, columns)
 
 
 def patches(image: torch.Tensor, patch: tuple[int, int]) -> torch.Tensor:
-    """[B, N, C, Ph, Pw]."""
+    """The patches of an image, [B, N, C, Ph, Pw]."""
     batch, channels = image.shape[:2]
     columns = F.unfold(image, patch, stride=patch)
     return columns.reshape(batch, channels, *patch, -1).permute(0, 4, 1, 2, 3)
 
 
-# ---- what windows are ---------------------------------------------------------------------------
+# ---- values and gradients -----------------------------------------------------------------------
 
 
 @each_kernel("windows", "windows_backward")
@@ -80,7 +80,7 @@ def test_accuracy_and_containment_in_every_mode(
         case = Windows(size, (5, 18), centers, scale, 9, layout=layout, padding=padding)
         result = run(backend, kernel, case, values_of(kernel, case, dtype))
         check_rounding(kernel, case, dtype, result)
-        if size[1] in (37, 40):  # odd rows, and lines
+        if size[1] in (37, 40):  # odd rows; whole lines
             check_containment(kernel, backend, case, dtype)
 
 
@@ -92,7 +92,7 @@ def test_accuracy_and_containment_in_every_mode(
 def test_windows_on_the_grid_are_the_patches(
     patch: tuple[int, int], dtype: torch.dtype, layout: str, backend: Backend
 ) -> None:
-    """Bit for bit, beside values that are not finite, too."""
+    """Bitwise, also next to non-finite values."""
     grid = (3, 2)
     size = (grid[0] * patch[0], grid[1] * patch[1])
     centers = tuple(map(tuple, grid_centers(grid, patch).tolist()))
@@ -105,7 +105,7 @@ def test_windows_on_the_grid_are_the_patches(
 
 @each_padding
 def test_whole_pixels_are_those_of_a_padded_image(padding: str, backend: Backend) -> None:
-    """A hair off them, too."""
+    """Also for positions that differ from whole pixels by a tiny amount."""
     mode: Any = NUMPY_PADDINGS[padding]
     for dtype, scale, hair in itertools.product(
         (torch.float32, torch.uint8), (None, (2.0, -1.0)), (0.0, 1e-14, -(2.0**-41))
@@ -124,7 +124,7 @@ def test_whole_pixels_are_those_of_a_padded_image(padding: str, backend: Backend
 
 @given(windows(), st.sampled_from(ALL_DTYPES))
 def test_strides_of_the_image(backend: Backend, case: Windows, dtype: torch.dtype) -> None:
-    """Within rounding, the layout changes nothing; a copy of the same strides nothing at all."""
+    """The layout changes only rounding; a copy with the same strides gives equal results."""
     image = case.image(dtype)
     result = backend.windows(case, image)
     dense = backend.windows(case, image.contiguous())
@@ -163,15 +163,15 @@ def test_pixels_outside_a_window_do_not_change_its_gradients(backend: Backend) -
     backend.assert_same(backend.windows_points(case, grad, image), expected)
 
 
-# ---- the same windows by other means ------------------------------------------------------------
+# ---- other implementations ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("module", [srt_ext, reference], ids=["op", "reference"])
 @pytest.mark.parametrize("padding", ["border", "zeros"])
 def test_windows_equal_grid_sample(padding: str, module: Any) -> None:
-    """Values and gradients, at whole pixels, too: there both take the derivative to the right."""
+    """Values and gradients, also at whole pixels, where both use the right-sided derivative."""
     generator = torch.Generator().manual_seed(0)
-    size = torch.tensor([8.0, 16.0], dtype=torch.float64)  # its positions are exact
+    size = torch.tensor([8.0, 16.0], dtype=torch.float64)  # so that its positions are exact
     image = torch.randn(2, 3, 8, 16, generator=generator, dtype=torch.float64).requires_grad_()
     centers = torch.rand(2, 40, 2, generator=generator, dtype=torch.float64) * size
     centers[:, :4] = centers[:, :4].round()
@@ -188,7 +188,7 @@ def test_windows_equal_grid_sample(padding: str, module: Any) -> None:
     grad = torch.randn(result.shape, generator=generator, dtype=torch.float64)
     ours, theirs = (torch.autograd.grad(r, (image, centers), grad) for r in (result, expected))
     torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=1e-12)
-    # Beyond the edge it clamps positions, not pixels.
+    # Outside the image grid_sample clamps positions, not pixels.
     inside = ((centers > 2.5) & (centers < size - 2.5)).all(-1)
     assert inside[:, :4].any()
     assert inside[:, 4:].any()
@@ -197,7 +197,7 @@ def test_windows_equal_grid_sample(padding: str, module: Any) -> None:
 
 @each_padding
 def test_a_moved_grid_has_the_patches_of_shift(padding: str) -> None:
-    """SPoT and SRT are one family: windows at grid + d are the patches of the view moved by -d."""
+    """SPoT and SRT agree: windows at grid + d are the patches of the view shifted by -d."""
     image = torch.randn(2, 3, 12, 24, dtype=torch.float64)
     centers = grid_centers((3, 4), (4, 6)).double().expand(2, -1, -1)
     for d in torch.tensor([[1.25, -2.5], [-7.75, 0.0], [3.0, 20.1]], dtype=torch.float64):
@@ -224,14 +224,14 @@ def test_windows_equal_the_published_sampler() -> None:
     assert inside.any()
     assert (result - published)[inside].abs().max() < 1e-5
 
-    whole = inside.all(-1).all(-1).all(-1)  # windows whose gradients are the published ones
+    whole = inside.all(-1).all(-1).all(-1)  # windows whose gradients equal the published ones
     assert whole.any()
     grad = data["grad_features"][:, :, :channels].double()
     of_image, of_mu = torch.autograd.grad(result, (image, mu), grad)
     expected = data["grad_mu_window"].double()  # sums in float32, of size up to 800
     torch.testing.assert_close(of_mu[whole], expected[whole], atol=1e-3, rtol=1e-5)
-    # Pixels that no other window reads, wherever it clamps them. Published positions are
-    # float32, which changes the weights by 1e-6 or so, each of them times the gradient of a sample.
+    # Only pixels that no clamped window reads. Published positions are float32, which changes
+    # each weight, and so its product with the gradient of a sample, by about 1e-6.
     reads = srt_ext.windows(image, mu.detach() * sizes + 0.5, (patch, patch), scale)
     others = (~whole)[:, :, None, None, None].double().expand_as(reads)
     alone = torch.autograd.grad(reads, image, others)[0] == 0
@@ -248,7 +248,7 @@ def test_windows_equal_the_published_sampler() -> None:
 @each_device
 @pytest.mark.parametrize("stride", [1, (4, 2)])
 def test_sample(device: str, stride: Any) -> None:
-    """A field of any stride at points of the picture."""
+    """A field of any stride, sampled at points of the image."""
     sh, sw = (stride, stride) if isinstance(stride, int) else stride
     field = torch.randn(2, 19, 3, 5).contiguous(memory_format=torch.channels_last).to(device)
     points = torch.rand(2, 7, 2, device=device) * torch.tensor([3.0 * sh, 5.0 * sw], device=device)
@@ -263,7 +263,7 @@ def test_sample(device: str, stride: Any) -> None:
 
 @pytest.mark.parametrize("stride", [1, 4, (4, 2)])
 def test_errors_of_sample(stride: Any) -> None:
-    """The same at every stride, by the names of its own arguments."""
+    """Errors are the same at every stride and name the arguments of ``sample``."""
     field, points = torch.ones(1, 2, 3, 5), torch.ones(1, 4, 2)
     points_rule, four = r"points must be \[B, N, 2\]; got ", "field must have 4 dimensions, "
     wrong: list[tuple[type[Exception], str, Any, Any]] = [
@@ -311,7 +311,7 @@ def test_gradcheck(scale: tuple[int, ...] | None, padding: str) -> None:
 
 
 def test_gradient_of_the_gradient_of_the_image() -> None:
-    """With respect to the centers, too: that of <windows(v), grad>."""
+    """Also with respect to the centers: the gradient of <windows(v), grad>."""
     image = torch.randn(1, 2, 5, 6, dtype=torch.float64, requires_grad=True)
     centers = (torch.rand(1, 3, 2, dtype=torch.float64) * 5).requires_grad_()
 
@@ -390,7 +390,7 @@ def test_gradients_are_bitwise_equal_over_threads(
         assert all(all(map(torch.equal, results[0], other)) for other in results[1:])
 
 
-# ---- what the kernels of a GPU do by themselves -------------------------------------------------
+# ---- paths of the CUDA kernels ------------------------------------------------------------------
 
 WINDOW_KERNELS = ("windows", "windows_backward")
 
@@ -398,7 +398,7 @@ WINDOW_KERNELS = ("windows", "windows_backward")
 @pytest.mark.parametrize("channels", [16, 64, 66, 130, 1058])
 @each_kernel(*WINDOW_KERNELS, backends=GPU)
 def test_points_of_many_channels(kernel: str, channels: int, backend: Backend) -> None:
-    """As vectors and without, more than a thread and than a block has."""
+    """With and without vectors; more channels than a thread and than a block holds."""
     case = Windows((3, 35), (1, 1), random_views(9), channels=channels, layout="channels_last")
     for dtype in dtypes_of(kernel):
         for one in (case, replace(case, layout="dense"), replace(case, layout="sliced")):
@@ -459,7 +459,7 @@ def test_results_are_bitwise_equal_wherever_centers_and_scale_are(
 def test_invalid_values_on_the_device_give_windows_of_0(
     window: tuple[int, int], value_dtype: torch.dtype, backend: Backend
 ) -> None:
-    """There they are not validated."""
+    """Values on the device are not validated."""
     ones, far = (1.0, 1.0), 2.0**25 * 1.01
     centers = ((4.3, 8.6), (np.nan, 3.0), (2.0, np.inf), (-far, 1.0), (3.3, far), (5.1, 2.0))
     good = Windows((9, 21), window, (*centers[::5], centers[0]), ones, value_dtype=value_dtype)

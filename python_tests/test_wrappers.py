@@ -1,4 +1,4 @@
-"""Models that are wrapped, hooked or changed by other libraries; and the norm that is found."""
+"""Models that other libraries wrap, hook or change; and the check of the final norm."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SIZE = {
 
 
 def with_random_norms(model: Any) -> Any:
-    """Norms as after training, not all ones."""
+    """Random norms, because new ones are all ones."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -60,7 +60,7 @@ def of_transformers(kind: str, **settings: Any) -> Any:
 
 
 def tokens(model: Any, images: torch.Tensor = IMAGES, **settings: Any) -> torch.Tensor:
-    """[B, N, C]: what SRT makes of one unshifted view at token scale, the tokens themselves."""
+    """The tokens [B, N, C]: the field of SRT for one unshifted view at token scale."""
     srt = SRT(model, ITSELF, stride=16, upsample="nearest", **settings)
     field: torch.Tensor = srt(images).field
     return field.flatten(2).transpose(1, 2)
@@ -106,7 +106,7 @@ def tied_vit() -> tuple[Any, torch.Tensor]:
 @pytest.mark.parametrize("first", ["eager", "train", "export", "compile"])
 @pytest.mark.parametrize("make", [pytest.param(ovis2, marks=pytest.mark.slow), tied_vit])
 def test_hidden_states_that_are_normalised_already(make: Any, first: str) -> None:
-    """The model returns its last_hidden_state in place of the last of its hidden_states."""
+    """The last of the hidden_states is the last_hidden_state of the model."""
     model, expected = make()
     srt = SRT(model.train(first == "train"), ITSELF, stride=16, upsample="nearest")
     call: Any = srt
@@ -206,7 +206,9 @@ def test_the_norm_is_compared_once_for_each_dtype(
     srt.to(dtype)(IMAGES.to(dtype))
     assert len(seen) == (1 if dtype == torch.float32 else 2)
     SRT(vit, ITSELF, norm=False)(IMAGES.to(dtype))
-    monkeypatch.setattr(vit, "forward_features", lambda x: own(x)[:, :, :10])  # not comparable
+    monkeypatch.setattr(
+        vit, "forward_features", lambda x: own(x)[:, :, :10]
+    )  # other channels: not comparable
     SRT(vit, ITSELF)(IMAGES.to(dtype))
     monkeypatch.setattr(vit, "forward_features", lambda x: own(x) + 0.1)
     with pytest.raises(ValueError, match="must equal the output of forward_features"):
@@ -254,7 +256,7 @@ def test_hooks_on_the_input_of_a_model_run(vit: Any) -> None:
     assert_close(tokens(vit), expected)
     assert_close(tokens(vit, layers="norm"), expected)
     assert "forward" not in vit.__dict__
-    vit.compile(backend="eager")  # in place: the call of a module is compiled
+    vit.compile(backend="eager")  # in place: compiles the calls of the module
     assert_close(tokens(vit), expected)
 
 
@@ -271,13 +273,13 @@ def test_attributes_that_hooks_set_on_the_model_are_kept(vit: Any) -> None:
 
 
 def test_tensors_that_hooks_compute_are_current(vit: Any) -> None:
-    """Pruning sets the masked parameter before each forward."""
+    """Pruning sets the masked parameter before each forward pass."""
     from torch.nn.utils import prune
 
     prune.l1_unstructured(vit, "pos_embed", 0.5)
     with torch.no_grad():
         vit.pos_embed_orig.mul_(3)
-        own = vit.forward_features  # reads what the hook has set at the last call
+        own = vit.forward_features  # reads the tensor that the hook set at the last call
         vit(torch.nn.functional.pad(IMAGES, (0, 160, 0, 176)))
         expected = own(IMAGES)[:, 1:]
     vit.pos_embed = torch.zeros_like(vit.pos_embed)  # stale
@@ -319,7 +321,7 @@ def test_hooks_that_would_be_bypassed_raise(vit: Any) -> None:
     ):
         with pytest.raises(ValueError, match=rf"must have no hooks.*got .*{way}"):
             tokens(model)
-    with pytest.raises(ValueError, match="must have no hooks"):  # added behind the first call
+    with pytest.raises(ValueError, match="must have no hooks"):  # added after the first call
         srt(IMAGES)
     assert_close(tokens(classifier, layers="vit.layernorm"), tokens(classifier.vit, 2 * IMAGES))
     assert_close(tokens(patched, layers="norm"), tokens(vit, 2 * IMAGES))
@@ -332,9 +334,9 @@ def test_weights_that_accelerate_offloads(vit: Any) -> None:
     offloaded = accelerate.cpu_offload(copy.deepcopy(vit), torch.device("cpu"))
     assert_close(tokens(offloaded), expected)
     assert_close(tokens(offloaded, layers="norm"), expected)
-    assert offloaded.cls_token.is_meta  # what it loaded is gone again
+    assert offloaded.cls_token.is_meta  # the loaded weights are released
     restored = accelerate.hooks.remove_hook_from_module(copy.deepcopy(offloaded), recurse=True)
-    assert_close(tokens(restored), expected)  # its own forward is an attribute
+    assert_close(tokens(restored), expected)  # its forward is an attribute of the instance
     with torch.no_grad():
         assert_close(SRT(offloaded, ITSELF, inject=0)(IMAGES), vit(IMAGES))
 
@@ -528,7 +530,11 @@ class Doubled(nn.Module):
 
 
 def follow(model: Any, images: torch.Tensor, **settings: Any) -> tuple[list[Any], list[Any]]:
-    """What the ways out of an error give: of models inside, with doubled images; and by name."""
+    """Follows the advice of an error.
+
+    Returns:
+        the tokens of the nested models, with doubled images, and the tokens of layers by name.
+    """
     with pytest.raises(ValueError, match="It contains a") as error:
         tokens(model, images, **settings)
     inside = re.findall(r"get_submodule\('([^']+)'\)", str(error.value))
@@ -544,7 +550,7 @@ def follow(model: Any, images: torch.Tensor, **settings: Any) -> tuple[list[Any]
     ["timm", "no norm", "ViT", "Dinov2", "CLIPVision", "DataParallel", "peft", "TimmWrapper"],
 )
 def test_the_advice_for_a_nested_model_works(kind: str, vit: Any) -> None:
-    """As it is, and by the name of its norm; or of its last block, where that has no norm."""
+    """The model alone, and layers by the name of its norm, or of its last block without one."""
     model: Any = vit
     if kind == "no norm":
         vit.norm = nn.Identity()
@@ -553,7 +559,7 @@ def test_the_advice_for_a_nested_model_works(kind: str, vit: Any) -> None:
         config = getattr(transformers, f"{kind}Config")(**SIZE)
         head = getattr(transformers, f"{kind}ForImageClassification")
         model = with_random_norms(head(config))
-    elif kind == "CLIPVision":  # its norm takes the pooled token alone
+    elif kind == "CLIPVision":  # its norm is applied only to the pooled token
         model = of_transformers(kind)
     elif kind == "TimmWrapper":
         transformers = pytest.importorskip("transformers")
@@ -635,7 +641,7 @@ def test_the_error_names_only_models_that_can_be_read() -> None:
 
 
 class Int8Linear(nn.Module):
-    """As those of bitsandbytes: weights in integers, which are no floating parameters."""
+    """As in bitsandbytes: integer weights, which are not floating-point parameters."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
