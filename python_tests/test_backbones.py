@@ -1,4 +1,4 @@
-"""SRT around each family of models: real instances of their libraries, small and randomly made.
+"""SRT around each family of models: small instances of their libraries with random weights.
 
 The expected fields are computed by the oracle from the model's features, read in another way.
 """

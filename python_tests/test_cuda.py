@@ -428,7 +428,7 @@ def test_calls_run_on_the_device_of_the_tokens() -> None:
 
 
 @pytest.mark.serial
-def test_a_backward_runs_on_the_stream_of_its_forward() -> None:
+def test_a_backward_runs_on_the_stream_of_its_forward_pass() -> None:
     case = ENSEMBLES["grid"]
     tokens, grad = (t.cuda() for t in problem(case, "mean", torch.float32))
     field = field_of(srt_ext, "mean", case, "cuda")

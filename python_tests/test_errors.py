@@ -94,7 +94,7 @@ class Wrong:
 
 
 def shown(word: str) -> str:
-    """The word as a message quotes it."""
+    """The string as a message quotes it."""
     return "'{}'".format(word.replace("\0", "\\x00").replace("\n", "\\x0a"))
 
 

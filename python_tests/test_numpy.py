@@ -521,7 +521,7 @@ digest = [(str(r.dtype), hashlib.sha256(r.tobytes()).hexdigest()) for r in resul
 
 
 def test_results_are_bitwise_equal_without_torch() -> None:
-    """The same bits as in this process, which has torch."""
+    """Bitwise equal to the results in this process, which imports torch."""
     script = f"import sys\nsys.modules['torch'] = None  # its import fails\n{SCRIPT}\nprint(digest)"
     here: dict[str, Any] = {}
     exec(SCRIPT, here)

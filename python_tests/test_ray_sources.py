@@ -97,7 +97,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str,
 # ---- finding files -------------------------------------------------------------------------------
 
 
-def test_folder_of_pictures(place: tuple[str, Any]) -> None:
+def test_folder_of_images(place: tuple[str, Any]) -> None:
     """In natural order; hidden files, files of other kinds and OUT are excluded."""
     folder, put = place
     names = [
@@ -359,7 +359,7 @@ def test_parquet_at_a_url(memory: Any, tmp_path: Path) -> None:
     assert found == [b"relative", b"other", b"local", b"local"]
 
 
-def test_rows_of_parquet_without_a_picture_or_key(tmp_path: Path) -> None:
+def test_rows_of_parquet_without_an_image_or_key(tmp_path: Path) -> None:
     pictures = [b"data", None, b"data"]
     found = [{"key": key, "bytes": data} for key, data in zip("ab", pictures, strict=False)]
     parquet(tmp_path / "x.parquet", [*found, {"key": None, "bytes": b"data"}])
@@ -370,7 +370,7 @@ def test_rows_of_parquet_without_a_picture_or_key(tmp_path: Path) -> None:
 
 
 def test_repeated_keys_of_parquet(tmp_path: Path) -> None:
-    """The first one of all files is used; a limit leaves out the others."""
+    """The first row with a key is used; a limit counts repeated keys."""
     for name, names in (("1", "abca"), ("2", "dae"), ("10", "fed")):
         lines = [{"key": key, "bytes": key.encode()} for key in names]
         parquet(tmp_path / f"{name}.parquet", lines, row_group_size=2)
@@ -491,7 +491,7 @@ def test_members_whose_names_are_not_utf8(tmp_path: Path) -> None:
     ]
 
 
-def test_samples_without_a_picture(tmp_path: Path) -> None:
+def test_samples_without_an_image(tmp_path: Path) -> None:
     shard(tmp_path / "s.tar", [("0.txt", b"x"), ("0.cls", b"1"), ("1.png", b"picture")])
     with tarfile.open(tmp_path / "s.tar", "a") as archive:
         link = tarfile.TarInfo("2.png")
@@ -657,7 +657,7 @@ def test_tasks_hold_their_own_part(tmp_path: Path) -> None:
 
 
 def test_tasks_of_small_and_large_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One for each file, or for several small ones that are neighbours; the limit is of a task."""
+    """One task per file, or per several small consecutive files; the limit is per task."""
     for i, size in enumerate([10, 10, 10, 90_000, 10, 10]):
         shard(tmp_path / f"{i}.tar", [("a.png", bytes(size)), ("b.png", b"x")])
     source = find(str(tmp_path))

@@ -133,8 +133,8 @@ def test_shift_is_grid_sample_of_a_padded_image(padding: str, interpolation: str
     image = random(2, 3, HEIGHT, WIDTH)
     margin = 11
     padded = np.pad(image.numpy(), [(0, 0)] * 2 + [(margin, margin)] * 2, NUMPY_PADDINGS[padding])  # type: ignore[call-overload]
-    # grid_sample rounds coordinates of size up to 32 several times; an interpolated picture moves
-    # by at most 6 times its range for each pixel of coordinate.
+    # grid_sample rounds coordinates of size up to 32 several times; an interpolated image
+    # changes by at most 6 times its range per pixel of coordinate.
     bound = 8 * 32 * EPS * 6 * image.abs().max().item()
     views = reference.shift(image, OFFSETS, padding=padding, interpolation=interpolation)
     for view, offset in zip(views, OFFSETS, strict=True):

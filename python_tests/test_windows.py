@@ -208,7 +208,7 @@ def test_a_moved_grid_has_the_patches_of_shift(padding: str) -> None:
 
 @pytest.mark.skipif(not GOLDEN.exists(), reason="needs ../shared")
 def test_windows_equal_the_published_sampler() -> None:
-    """It spreads P samples over P pixels, ends included, and reads 0 from the last pixel on."""
+    """It spreads P samples over P pixels, ends included; it reads 0 from the last pixel on."""
     data = {name: torch.from_numpy(np.asarray(v)) for name, v in np.load(GOLDEN).items()}
     patch, channels = int(data["ksize"]), data["image"].shape[1]
     sizes = torch.tensor(data["image"].shape[2:], dtype=torch.float64)

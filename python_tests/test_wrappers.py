@@ -140,7 +140,7 @@ def test_first_calls_of_one_model_by_several_threads() -> None:
 
 
 def test_a_module_after_the_last_layer_raises() -> None:
-    """XCiT's last layers, which attend to the class token, change the others, too."""
+    """The last layers of XCiT attend to the class token and also change the other tokens."""
     import timm
 
     torch.manual_seed(0)
