@@ -1,4 +1,4 @@
-"""The benchmark of quality: its measures on cases made by hand, and its bookkeeping."""
+"""The benchmark of quality: metrics on hand-written cases, propagation, fields, bookkeeping."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_region_is_intersection_over_union() -> None:
     assert metrics.region(np.zeros_like(truth), np.zeros_like(truth)) == 1
 
 
-def test_boundary_forgives_what_is_within_the_tolerance() -> None:
+def test_boundary_ignores_errors_within_the_tolerance() -> None:
     truth = square(100, 30, 30, 40)  # 0.008 of the diagonal of 141 pixels, rounded up: 2
     assert metrics.boundary(truth, truth) == 1
     assert metrics.boundary(square(100, 32, 30, 40), truth) == 1
@@ -50,7 +50,7 @@ def test_boundary_forgives_what_is_within_the_tolerance() -> None:
     assert metrics.boundary(empty, empty) == 1
 
 
-def test_matches_are_those_of_dilation_by_a_disk() -> None:
+def test_matching_equals_dilation_by_a_disk() -> None:
     from scipy.ndimage import binary_dilation
     from skimage.morphology import disk
 
@@ -62,7 +62,7 @@ def test_matches_are_those_of_dilation_by_a_disk() -> None:
         assert metrics.matched(lines, truth, radius) == expected
 
 
-def test_mean_iou_leaves_void_out() -> None:
+def test_mean_iou_ignores_void() -> None:
     truth = np.array([[0, 0, 1, 11], [1, 1, 2, 11]])
     labels = np.array([[0, 1, 1, 0], [1, 1, 2, 2]])
     counts = metrics.confusion(labels, truth, 11)
@@ -116,7 +116,7 @@ def propagate_slowly(
     return found
 
 
-def test_propagation_is_that_of_each_cell_by_itself() -> None:
+def test_propagation_equals_a_loop_over_cells() -> None:
     generator = torch.Generator().manual_seed(0)
     frames = [unit(torch.randn(6, 17, 25, generator=generator)) for _ in range(3)]
     labels = [torch.rand(3, 17, 25, generator=generator) for _ in range(2)]
@@ -139,7 +139,9 @@ def test_propagation_follows_a_shift_within_its_reach() -> None:
     assert not torch.allclose(davis.propagate(moved, [frame], [labels], 2, 1, 0.1), found)
 
 
-def test_labels_themselves_are_the_bound_of_a_grid(network: Network, davis_folder: Path) -> None:
+def test_ground_truth_labels_bound_the_score_of_a_grid(
+    network: Network, davis_folder: Path
+) -> None:
     wanted = [
         Setting("labels", "grid:0", 1, stride, upsample="nearest")
         for stride in (network.patch, network.patch // 4)
@@ -165,7 +167,7 @@ def test_labels_are_shares_of_cells() -> None:
 PIXELS = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
 
 
-def test_fields_are_those_of_srt(network: Network) -> None:
+def test_fields_equal_srt(network: Network) -> None:
     chosen = settings([0, 1], network.patch, "main")
     assert len(set(chosen)) == len(chosen)
     for setting in {(s.family, s.reduce, s.stride): s for s in chosen}.values():
@@ -173,7 +175,7 @@ def test_fields_are_those_of_srt(network: Network) -> None:
 
 
 class Places(Network):
-    """A network whose token is the middle of its patch, as the picture's channels say it.
+    """A network whose token is the centre of its patch, encoded in the channels of the image.
 
     They hold y and x in pixels; its own tokens, and those of overlapping patches, are their means.
     """
@@ -203,8 +205,8 @@ RIVALS = [s for s in settings([0], 16, "rivals") if s.family not in ("windows", 
 
 
 @pytest.mark.parametrize("pixels", [(128, 160), (144, 112)])
-def test_a_cell_lies_where_it_says(pixels: tuple[int, int]) -> None:
-    """Away from the border, where tokens and bicubic samples repeat the edge."""
+def test_cells_have_the_right_position(pixels: tuple[int, int]) -> None:
+    """Except near the border, where tokens and bicubic samples repeat the edge."""
     found = Fields(Places(), RIVALS).of(np.zeros((*pixels, 3), dtype=np.uint8))
     for setting, field in zip(RIVALS, found, strict=True):
         assert field.shape[1:] == tuple(n // setting.stride for n in pixels), setting
@@ -225,7 +227,7 @@ def test_two_scales_are_the_mean_of_both(network: Network) -> None:
 
 
 def test_a_mirrored_view_is_the_field_of_the_mirrored_picture(network: Network) -> None:
-    """One view that is symmetric: what it sees of the mirrored picture, mirrored back."""
+    """One symmetric view: the field of the mirrored image, mirrored back."""
     plain, flips = (Setting("flips", words, 1, 8) for words in (IDENTITY, IDENTITY + "+flip"))
     (view,) = Fields(network, [plain]).of(PIXELS)
     (mirrored,) = Fields(network, [plain]).of(PIXELS[:, ::-1].copy())
@@ -240,13 +242,13 @@ def test_overlapping_patches_have_a_token_in_the_middle_of_every_half_patch(
     embed = overlapping(network.model).patch_embed
     tokens = embed(image)  # [1, h, w, C]
     assert tokens.shape[1:3] == (48 // 8, 64 // 8)
-    # Token (1, 2) has the pixels from 8 - 4 on, and from 16 - 4.
+    # Token (1, 2) covers pixels from (8 - 4, 16 - 4).
     patch = image[:, :, 4:20, 12:28]
     torch.testing.assert_close(tokens[0, 1, 2], network.model.patch_embed(patch)[0, 0, 0])
 
 
 def test_windows_of_the_trained_size_are_the_model_on_each(network: Network) -> None:
-    """The test model is of 160 x 160: two windows over 192 pixels, 8 of its 12 rows in both."""
+    """The test model has 160 x 160 pixels: two windows over 192 pixels share 8 of 12 rows."""
     image = torch.randn(1, 3, 160, 192, generator=torch.Generator().manual_seed(0))
     (found,) = (
         f.tokens.unflatten(1, f.grid) for f in network.backbone("windows").features(image)[1:]
@@ -260,8 +262,8 @@ def test_windows_of_the_trained_size_are_the_model_on_each(network: Network) -> 
     torch.testing.assert_close(found[:, :, 2:10], (left[:, :, 2:] + right[:, :, :8]) / 2)
 
 
-def test_operations_are_those_of_the_closed_form(network: Network) -> None:
-    """Of a ViT: 24 d^2 for each token and block, 4 N^2 d for its attention, and the patches."""
+def test_operations_equal_the_closed_form(network: Network) -> None:
+    """A ViT has 24 d^2 per token and block, 4 N^2 d for attention, and the patch embedding."""
     model, setting = network.model, Setting("enlarged", IDENTITY, 1, 8, scale=2.0)
     d, n = model.embed_dim, 6 * 8 * 4
     prefix = model.num_prefix_tokens
@@ -274,18 +276,18 @@ def test_operations_are_those_of_the_closed_form(network: Network) -> None:
 
 
 def test_the_middle_of_a_cell_is_the_token(network: Network) -> None:
-    """One view, bilinear: read in the middle, it is the token; the mean over the cell is not."""
+    """One view, bilinear: the centre of a cell equals the token; the mean over it does not."""
     ways = [
         Setting("plain", "grid:0", 1, network.patch, upsample="nearest"),
         Setting("study", "grid:0", 1, network.patch, centre=True),
         Setting("study", "grid:0", 1, network.patch),
     ]
     plain, centre, blurred = Fields(network, ways).of(PIXELS)
-    # Four pixels half a pixel from the middle: nearly there.
+    # Four pixels, half a pixel from the centre, so nearly equal.
     assert (centre - plain).norm() < 0.2 * (blurred - plain).norm()
 
 
-def test_read_is_what_lies_there() -> None:
+def test_read_samples_the_field() -> None:
     field = torch.arange(12.0).reshape(1, 3, 4)
     points = torch.tensor([[0.5 / 3, 0.5 / 4], [2.5 / 3, 1.5 / 4], [0.5 / 3, 1 / 4]])
     assert read(field, points)[:, 0].tolist() == pytest.approx([0, 9, 0.5], abs=1e-5)
@@ -294,7 +296,7 @@ def test_read_is_what_lies_there() -> None:
 def test_a_head_that_can_see_the_class_finds_it(
     network: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fields that are the truth itself give mIoU 1, and disparity without an error."""
+    """Fields equal to the truth give mIoU 1 and no error of disparity."""
     pictures = []
     for seed in range(3):
         truth = np.random.default_rng(seed).integers(0, 3, (4, 4)).repeat(12, 0).repeat(16, 1)
@@ -328,7 +330,7 @@ def write(path: Path, array: np.ndarray) -> None:
 
 @pytest.fixture
 def davis_folder(tmp_path: Path) -> Path:
-    """Two sequences of four frames, a square that moves."""
+    """Two sequences of four frames with a moving square."""
     folder = tmp_path / "davis"
     generator = np.random.default_rng(0)
     for name in ("one", "two"):
@@ -355,7 +357,7 @@ def test_sequences_of_davis(davis_folder: Path, text: str | None, names: list[st
         listed.parent.mkdir(parents=True)
         listed.write_text(text)
     assert data.davis_sequences(davis_folder) == names
-    # The first is given, the last is not scored.
+    # The first frame is given, the last one is not scored.
     assert [f.stem for f, _ in data.davis_frames(davis_folder, "one", 0)] == [
         f"{i:05d}" for i in range(3)
     ]
@@ -372,7 +374,7 @@ def test_a_palette_is_read_by_its_indices(tmp_path: Path) -> None:
     assert np.array_equal(data.labels_of(tmp_path / "labels.png"), labels)
 
 
-def test_what_is_finished_is_not_made_again(
+def test_finished_rows_are_not_measured_again(
     network: Network, davis_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = settings([1], network.patch, "quick")
@@ -417,7 +419,7 @@ def point(
     return frontier.Point(setting, [cost, later or cost], scores)
 
 
-def test_the_frontier_is_what_nothing_as_cheap_beats() -> None:
+def test_the_frontier() -> None:
     costs = [1, 2, 2, 3, 4, 4]
     values = [0.5, 0.7, 0.6, 0.7, 0.8, 0.8]
     assert frontier.frontier(costs, values) == [True, True, False, False, True, True]
@@ -427,7 +429,7 @@ def test_presets_lose_on_nothing_and_keep_to_the_budget_at_every_size() -> None:
     plain = point(1, 0.5, 10.0, "bilinear")
     worse = point(2, 0.8, 11.0)  # loses on disparity
     good = point(4, 0.7, 9.0)
-    larger = point(8, 0.9, 8.0, later=20)  # too dear for a larger picture
+    larger = point(8, 0.9, 8.0, later=20)  # exceeds the budget at a larger image
     rival = point(3, 1.0, 8.0, "overlap")
     points = [plain, worse, good, larger, rival]
     frontier.share_of_best(points, plain)
@@ -440,12 +442,12 @@ def test_presets_lose_on_nothing_and_keep_to_the_budget_at_every_size() -> None:
     assert frontier.preset(points, 16, ["davis"]) is worse
 
 
-def test_the_table_of_the_readme_is_that_of_the_committed_results() -> None:
+def test_the_table_of_the_readme_matches_the_committed_results() -> None:
     text = (RESULTS.parents[1] / "README.md").read_text()
     assert report.readme(load(RESULTS / "quality.json")) in text
 
 
-def test_the_presets_of_the_library_are_those_of_the_committed_results() -> None:
+def test_the_presets_of_the_library_match_the_committed_results() -> None:
     points = report.points(load(RESULTS / "quality.json"), 8)
     for name, (budget, tasks) in frontier.PRESETS.items():
         chosen = frontier.preset(points, budget, tasks)
@@ -454,12 +456,12 @@ def test_the_presets_of_the_library_are_those_of_the_committed_results() -> None
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("quality*.json")), ids=lambda path: path.stem)
-def test_tables_are_those_of_the_committed_results(path: Path) -> None:
+def test_tables_match_the_committed_results(path: Path) -> None:
     assert report.document(load(path)) == path.with_suffix(".md").read_text()
 
 
-def test_means_are_over_what_all_settings_have() -> None:
-    """A run that was ended: the second sequence has only one of two settings."""
+def test_means_are_over_the_items_that_all_settings_have() -> None:
+    """An interrupted run: the second sequence has only one of two settings."""
     plain = Setting("plain", "grid:0", 1, 16, upsample="nearest")
     ours = Setting("ours", "best:4:3", 1, 16)
     about = {"task": "davis", "protocol": "short", "model": "a model"}

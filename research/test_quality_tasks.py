@@ -1,4 +1,4 @@
-"""Object discovery, retrieval and classification: their measures on cases made by hand."""
+"""Object discovery, retrieval and classification: metrics on hand-written cases."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from research.quality.fields import Fields, Network
 from research.quality.settings import Setting, settings
 
 PLAIN = Setting("plain", "grid:0", 1, 16, upsample="nearest")
-# Beside the checkout, on machines that have it.
+# Outside of the checkout, on machines that have it.
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 @pytest.fixture(scope="module")
 def trained() -> Network:
-    """A ViT-Ti/16 of twelve blocks, with its published weights."""
+    """A ViT-Ti/16 of twelve blocks with published weights."""
     found = list((SHARED / "weights").glob("vit_tiny_patch16_224.*.safetensors"))
     if not found:
         pytest.skip("no weights")
@@ -50,7 +50,7 @@ def noise(*shape: int) -> np.ndarray:
 
 
 def two_parts(mask: np.ndarray, channels: int = 16) -> torch.Tensor:
-    """A field [C, h, w] with one direction on the mask and another one around it, and noise."""
+    """A field [C, h, w] with one direction on the mask, another around it, and noise."""
     generator = torch.Generator().manual_seed(0)
     field = 0.05 * torch.randn(channels, *mask.shape, generator=generator)
     field[0] += torch.from_numpy(mask)
@@ -86,7 +86,7 @@ def test_a_cut_is_the_second_generalised_eigenvector() -> None:
     assert np.abs(vector).argmax() == vector.argmax()
 
 
-def test_f_over_the_levels_is_that_of_each_threshold() -> None:
+def test_f_curve_equals_the_f_at_each_threshold() -> None:
     generator = np.random.default_rng(0)
     truth = rectangle((20, 30), 5, 5, 15, 20)
     shown = generator.random(truth.shape) + 0.5 * truth
@@ -100,7 +100,7 @@ def test_f_over_the_levels_is_that_of_each_threshold() -> None:
     assert discovery.f_curve(truth - 0.5, truth, 0.3).max() == 1
 
 
-def test_the_box_is_that_of_the_most_salient_region() -> None:
+def test_the_box_encloses_the_most_salient_region() -> None:
     truth = rectangle((40, 60), 10, 10, 30, 30)
     mask = truth.copy()
     mask[35:, 50:] = True  # another region
@@ -133,7 +133,7 @@ def test_masks_are_grey_levels_or_indices(tmp_path: Path) -> None:
 def test_discovery_of_a_field_that_shows_the_object(
     network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The object lies on whole cells, so that only its corners are missed; one mask is empty."""
+    """The object covers whole cells, so only its corners are missed; one mask is empty."""
     mask = rectangle((9, 12), 3, 4, 6, 8)
     enlarged = np.kron(mask, np.ones((16, 16))).astype(np.uint8) * 255
     picture = write(tmp_path / "picture.png", noise(144, 192, 3))
@@ -148,7 +148,7 @@ def test_discovery_of_a_field_that_shows_the_object(
         protocol,
         lambda: None,
     )
-    assert right == same  # nothing but its size says which side is the object
+    assert right == same  # only its size distinguishes the object from the background
     assert right["CorLoc"] == 1
     for name in ("IoU", "IoU_more", "IoU_published", "accuracy", "F"):
         assert right[name] > 0.95
@@ -186,7 +186,7 @@ def test_regions_are_connected_and_large_enough() -> None:
 
 
 def test_descriptors_are_means_over_the_covered_shares() -> None:
-    field = torch.tensor([[[1.0, 0], [0, 3]], [[0, 2], [1, 0]]])  # unit vectors, but for lengths
+    field = torch.tensor([[[1.0, 0], [0, 3]], [[0, 2], [1, 0]]])  # directions; not all of length 1
     labels = np.zeros((8, 8), dtype=np.int64)
     labels[:4, :4] = 1  # one cell
     labels[:4, 6:] = labels[4:6, 4:] = 2  # half of two cells
@@ -203,7 +203,7 @@ def test_average_precision_of_a_ranking() -> None:
     sources = np.array(["a", "b", "b", "b", "a"])  # the last is of the query's own sequence
     found = retrieval.precisions(vectors, classes, sources)
     assert found[0] == pytest.approx((1 + 2 / 3) / 2)
-    assert np.isnan(found[2])  # a class that no other sequence has
+    assert np.isnan(found[2])  # no other sequence has its class
 
 
 def street(name: str, seed: int) -> data.Picture:
@@ -229,7 +229,7 @@ def test_retrieval_by_class(network: Network, monkeypatch: pytest.MonkeyPatch) -
     assert list(found) == ["sky", "road"]
     for seeing, blind in found.values():
         assert seeing["mAP"] == 1
-        # All alike: the share of what is relevant. From a one of 2, from b two of 6 (twice).
+        # All equal: the share of relevant regions. From a 1 of 2, from b 2 of 6 (twice).
         assert blind["mAP"] == pytest.approx((1 / 2 + 1 / 2 + 1 / 3) / 3)
 
 
@@ -279,7 +279,7 @@ def test_folders_of_classes(network: Network, tmp_path: Path) -> None:
 def test_a_head_names_a_cat(trained: Network, tmp_path: Path) -> None:
     from skimage.data import cat
 
-    write(tmp_path / "val/n02124075/cat.png", cat())  # Egyptian cat, as ViTs say
+    write(tmp_path / "val/n02124075/cat.png", cat())  # Egyptian cat, the prediction of ViTs
     paths, truth = classification.labelled(tmp_path, trained, 0)
     wanted = [s for s in classification.settings(trained) if s.layer == 11]
     found = classification.run(trained, wanted, paths, truth, lambda: None)
@@ -289,7 +289,7 @@ def test_a_head_names_a_cat(trained: Network, tmp_path: Path) -> None:
 
 
 def test_the_cut_of_a_trained_model_separates_a_cup_from_the_table(trained: Network) -> None:
-    """Which of them is the object it cannot tell: here the cup is the larger side."""
+    """The cut does not know which side is the object: here the cup is the larger side."""
     from skimage.data import coffee
 
     pixels = data.resized(coffee(), 160, trained.patch)
@@ -351,9 +351,9 @@ def test_rows_of_all_tasks_are_kept_and_shown(
     }
     text = report.document(found)
     for line in (
-        "## DAVIS: objects by a normalised cut",
-        "## CamVid: regions retrieved from other sequences",
+        "## DAVIS: object discovery by a normalised cut",
+        "## CamVid: region retrieval across sequences",
         "### By class",
-        "## ImageNet: classes of the model's own head",
+        "## ImageNet: classification with the model's own head",
     ):
         assert line in text

@@ -1,1 +1,1 @@
-"""``python -m research.quality``: does SRT help on real labels, at what cost?"""
+"""``python -m research.quality``: quality on real labels against cost."""

@@ -1,9 +1,9 @@
 """``python -m research.quality --data DIR --weights FILE``: quality against cost.
 
-``DIR`` holds ``davis``, ``camvid``, ``nyu``, ``ecssd``, ``duts``, ``omron`` and ``imagenet``, each
-in the data set's own layout; what is absent is left out. Writes research/results/quality.json, and
-quality.md and quality.svg beside it; without ``--data`` the latter two again from the JSON. What
-the JSON has is not measured again.
+``DIR`` contains ``davis``, ``camvid``, ``nyu``, ``ecssd``, ``duts``, ``omron`` and ``imagenet``,
+each in the data set's own layout; absent ones are skipped. Writes research/results/quality.json,
+quality.md, quality.svg and quality-readme.svg; without ``--data`` regenerates the last three from
+the JSON. Rows that the JSON already has are not measured again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from research.quality.fields import Fields, Network
 from research.quality.settings import Setting, settings
 
 TASKS = ("cost", "davis", "camvid", "depth", "discovery", "retrieval", "classification")
-SIZES = ((240, 432), (480, 848))  # of which operations are counted
+SIZES = ((240, 432), (480, 848))  # image sizes for which operations are counted
 
 Row = dict[str, Any]
 Scores = dict[str, float]
@@ -43,7 +43,7 @@ class Extent(str, Enum):
 
 
 class Table:
-    """The rows of the JSON. A row is known by all that it says, but for its scores."""
+    """The rows of the JSON. All fields except the scores are the key of a row."""
 
     def __init__(self, path: Path, facts: Row) -> None:
         self.path = path
@@ -59,7 +59,7 @@ class Table:
         return [s for s in wanted if self.key({**about, **s.row()}) not in done]
 
     def add(self, found: list[Setting], about: Row, scores: list[Scores]) -> None:
-        """Saved whole or not at all, so that a run that is ended leaves what it had."""
+        """Add rows and save the file atomically, so that an interrupted run keeps its results."""
         for setting, score in zip(found, scores, strict=True):
             rounded = {name: round(value, 5) for name, value in score.items()}
             self.results["rows"].append({**about, **setting.row(), "scores": rounded})
@@ -68,7 +68,7 @@ class Table:
 
 @contextmanager
 def bar(what: str, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar, as a function that says that one more is done."""
+    """A progress bar; yields a function that advances it by one."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -112,7 +112,7 @@ def run_probe(
         return
     train, test = load_part("train"), load_part("test")
     measure = probes.segmentation if name == "camvid" else probes.depth
-    if name == "camvid":  # whose plain head is wanted, too
+    if name == "camvid":  # its scores include the head of the plain tokens
         layers = {s.layer for s in missing}
         missing += [
             s for s in wanted if s.family == "plain" and s.layer in layers and s not in missing
@@ -164,7 +164,7 @@ def run_retrieval(
 
 
 def run_classification(table: Table, network: Network, data: Path, pictures: int) -> None:
-    """On pictures without labels, by their source, and on those of ``data/imagenet``."""
+    """On unlabelled images, by source, and on the labelled images of ``data/imagenet``."""
     protocol = classification.protocol_of(network, pictures)
     about = {"protocol": protocol.words(), "model": network.name}
     shown: list[tuple[str, str, list[Any], Any]] = [
@@ -183,15 +183,15 @@ def run_classification(table: Table, network: Network, data: Path, pictures: int
 
 
 def run_costs(table: Table, network: Network, wanted: list[Setting], height: int) -> None:
-    """Of one picture, 16 : 9: medians of three readings, of all settings in turn."""
+    """Seconds for one 16:9 image: medians of three interleaved readings of all settings."""
     pixels = sets.resized(
         torch.zeros(360, 640, 3, dtype=torch.uint8).numpy(), height, network.patch
     )
     shape = f"{pixels.shape[0]} x {pixels.shape[1]}"
-    words = f"{height or 'full'} pixels high"  # as in the protocols whose cost it is
+    words = f"{height or 'full'} pixels high"  # must match the protocols of the tasks
     about = {"task": "cost", "item": shape, "protocol": words, "model": network.name}
     missing = table.missing(wanted, about)
-    missing = [s for s in missing if not (s.unit or s.centre)]  # which SRT does not do by itself
+    missing = [s for s in missing if not (s.unit or s.centre)]  # SRT does not support these
     if not missing:
         return
     generator = torch.Generator().manual_seed(0)
@@ -207,7 +207,7 @@ def run_costs(table: Table, network: Network, wanted: list[Setting], height: int
 
 
 def run_operations(table: Table, network: Network, wanted: list[Setting]) -> None:
-    """Of pictures of two sizes; of the last layer."""
+    """Operations for images of two sizes, last layer."""
     last = max(network.layers)
     for height, width in SIZES:
         size = [network.patch * round(n / network.patch) for n in (height, width)]
@@ -224,21 +224,25 @@ def run_operations(table: Table, network: Network, wanted: list[Setting]) -> Non
 
 
 def main(
-    data: Annotated[Path | None, typer.Option(help="Holds davis, camvid, ...")] = None,
-    weights: Annotated[Path | None, typer.Option(help="A .safetensors state dict.")] = None,
-    model: Annotated[str, typer.Option(help="A model of timm.")] = MODEL,
-    layers: Annotated[list[int], typer.Option("--layer", help="From 0; repeat.")] = [7, 11],  # noqa: B006
-    extent: Annotated[Extent, typer.Option(help="Which settings.")] = Extent.main,
-    tasks: Annotated[str, typer.Option(help=f"Of {','.join(TASKS)}.")] = ",".join(TASKS),
-    height: Annotated[int, typer.Option(help="Pixels of pictures; 0: their own.")] = 0,
-    sequences: Annotated[int, typer.Option(help="Of DAVIS; 0: all.")] = 0,
-    frames: Annotated[int, typer.Option(help="Scored in each sequence; 0: all.")] = 0,
-    pictures: Annotated[int, typer.Option(help="To train and to test on, each; 0: all.")] = 0,
-    points: Annotated[int, typer.Option(help="Pixels of each that a head learns from.")] = 400,
+    data: Annotated[Path | None, typer.Option(help="Folder with davis, camvid, ...")] = None,
+    weights: Annotated[Path | None, typer.Option(help="State dict (.safetensors).")] = None,
+    model: Annotated[str, typer.Option(help="Name of a timm model.")] = MODEL,
+    layers: Annotated[
+        list[int], typer.Option("--layer", help="Layer, counted from 0; repeatable.")
+    ] = [7, 11],  # noqa: B006
+    extent: Annotated[Extent, typer.Option(help="Set of settings to measure.")] = Extent.main,
+    tasks: Annotated[str, typer.Option(help=f"Comma-separated, of {','.join(TASKS)}.")] = ",".join(
+        TASKS
+    ),
+    height: Annotated[int, typer.Option(help="Height of the images in pixels; 0: unchanged.")] = 0,
+    sequences: Annotated[int, typer.Option(help="Sequences of DAVIS; 0: all.")] = 0,
+    frames: Annotated[int, typer.Option(help="Frames scored per sequence; 0: all.")] = 0,
+    pictures: Annotated[int, typer.Option(help="Images to train on, and to test on; 0: all.")] = 0,
+    points: Annotated[int, typer.Option(help="Training pixels of a head per image.")] = 400,
     device: str = "cpu",
     output: Path = RESULTS / "quality.json",
 ) -> None:
-    """Measures what the JSON lacks, writes it, the tables and the plot."""
+    """Measure the rows that the JSON lacks; write the JSON, the tables and the plots."""
     if data is not None:
         torch.manual_seed(0)
         names = tasks.split(",")
@@ -250,7 +254,7 @@ def main(
         if "cost" in names:
             run_operations(table, network, [s for s in wanted if s.family != "labels"])
             run_costs(table, network, [s for s in wanted if s.family != "labels"], height)
-        # A field of a quarter patch has nothing for a linear head, which is enlarged anyway.
+        # A linear head gains nothing from a stride of a quarter patch: its output is interpolated.
         coarse = [s for s in wanted if s.stride >= network.patch // 2 and s.family != "labels"]
         if "davis" in names and (data / "davis").is_dir():
             protocol = davis.Protocol(height, frames)

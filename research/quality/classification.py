@@ -1,11 +1,11 @@
-"""The model's own head, with the ensemble of the views in place of the tokens of a layer.
+"""The model's own head, with the ensemble of the views instead of the tokens of a layer.
 
-``SRT(model, inject=layer)``: the blocks up to the layer run for every view, the others and the head
-once. It is compared with the plain head: how often both name the same class, how sure they are,
-and, of pictures with labels, how often they are right. Pictures are resized, cropped and normalised
-as the model's own configuration says.
+``SRT(model, inject=layer)``: the blocks up to the layer run for every view, the other blocks and
+the head once. Compared with the plain head: agreement of the predicted classes, confidence and, for
+labelled images, accuracy. Images are resized, cropped and normalised according to the model's
+configuration.
 
-Pictures with labels lie in an ImageNet layout, ``val/CLASS/*.JPEG``, where CLASS is a WordNet id
+Labelled images have an ImageNet layout, ``val/CLASS/*.JPEG``, where CLASS is a WordNet id
 (n02123045) or the index of a class.
 """
 
@@ -34,8 +34,8 @@ PICTURES_AT_ONCE = 4
 
 @dataclass(frozen=True)
 class Protocol:
-    size: int  # pixels, of the crop that the model sees
-    pictures: int  # of each source, evenly spread; 0: all
+    size: int  # pixels of the crop that the model sees
+    pictures: int  # per source, evenly spread; 0: all
 
     def words(self) -> str:
         return f"{self.size} pixels high, crop of the model, {self.pictures or 'all'} pictures"
@@ -46,7 +46,7 @@ def protocol_of(network: Network, pictures: int) -> Protocol:
 
 
 def settings(network: Network) -> list[Setting]:
-    """Views injected at four layers, from the first to the last. ``plain``: the picture alone."""
+    """Views injected at four layers, from the first to the last. ``plain``: the unshifted image."""
     layers = np.linspace(0, len(network.model.blocks) - 1, 4).round().astype(int)
     found = []
     for layer in dict.fromkeys(layers.tolist()):
@@ -67,7 +67,7 @@ def settings(network: Network) -> list[Setting]:
 
 
 def photographs() -> list[np.ndarray]:
-    """Those that come with scikit-image, [H, W, 3] or [H, W] uint8."""
+    """Photographs of scikit-image, [H, W, 3] or [H, W] uint8."""
     from skimage import data
 
     names = ("astronaut", "camera", "cat", "coffee", "rocket")
@@ -75,7 +75,7 @@ def photographs() -> list[np.ndarray]:
 
 
 def sources(folder: Path, limit: int) -> dict[str, list[Any]]:
-    """Pictures without labels: paths or arrays, ``limit`` of each source (0: all)."""
+    """Unlabelled images, paths or arrays, ``limit`` per source (0: all)."""
     found: dict[str, list[Any]] = {}
     if (folder / "davis").is_dir():
         frames = [
@@ -93,13 +93,13 @@ def images(folder: Path) -> list[Path]:
 
 
 def labelled(folder: Path, network: Network, limit: int) -> tuple[list[Path], np.ndarray]:
-    """``limit`` pictures of folder/val/CLASS (0: all), evenly spread, and their classes [P]."""
+    """``limit`` images of folder/val/CLASS (0: all), evenly spread, and their classes [P]."""
     classes = indices(network)
     paths = [path for part in (folder / "val").iterdir() if part.is_dir() for path in images(part)]
     names = {path.parent.name for path in paths}
     if unknown := sorted(name for name in names if name not in classes):
         raise ValueError(
-            "classification: folders must be named by a class of the model, as n02123045 or "
+            "classification: folders must be named by a class of the model, such as n02123045 or "
             f"{min(281, len(classes) - 1)}; got {', '.join(unknown[:3])}"
         )
     paths = chosen(paths, limit)
@@ -107,7 +107,7 @@ def labelled(folder: Path, network: Network, limit: int) -> tuple[list[Path], np
 
 
 def indices(network: Network) -> dict[str, int]:
-    """The classes of the head, by index and, if it is one of ImageNet's, by WordNet id."""
+    """Class indices of the head, by index and, for an ImageNet head, by WordNet id."""
     count = network.model.num_classes
     found = {str(i): i for i in range(count)}
     subset = infer_imagenet_subset(network.model)
@@ -134,7 +134,7 @@ def likelihoods(
     pictures: list[Any],
     progress: Callable[[], None],
 ) -> list[np.ndarray]:
-    """Softmax of the plain head, then of each setting: [P, K] float32 of P pictures."""
+    """Softmax of the plain head, then of each setting: [P, K] float32 for P images."""
     from PIL import Image
 
     transform = create_transform(**resolve_model_data_config(network.model), is_training=False)
@@ -152,13 +152,13 @@ def likelihoods(
 
 
 def scores(shares: np.ndarray, plain: np.ndarray, truth: np.ndarray | None) -> dict[str, float]:
-    """``agreement`` with the plain head, ``confidence`` (the mean share of the first class).
+    """``agreement`` with the plain head, ``confidence`` (mean probability of the predicted class).
 
     With ``truth`` also ``top1`` and ``top5``.
 
     Args:
-        shares: [P, K], of each class; rows sum to 1.
-        plain: as ``shares``, of the plain head.
+        shares: [P, K], class probabilities.
+        plain: [P, K], class probabilities of the plain head.
         truth: [P] int64, classes.
     """
     first = shares.argmax(1)
@@ -180,6 +180,6 @@ def run(
     truth: np.ndarray | None,
     progress: Callable[[], None],
 ) -> list[dict[str, float]]:
-    """:func:`scores` of each setting; ``truth`` [P]: the classes of the pictures, if known."""
+    """:func:`scores` of each setting; ``truth`` [P]: the classes of the images, if known."""
     plain, *others = likelihoods(network, settings, pictures, progress)
     return [scores(shares, plain, truth) for shares in others]

@@ -1,4 +1,4 @@
-"""What a setting costs: seconds, and operations of the model."""
+"""The cost of a setting: seconds, and operations of the model."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from research.quality.settings import Setting
 
 
 def seconds(network: Network, setting: Setting, pixels: np.ndarray, check: bool = True) -> float:
-    """Of one picture: of a core, or of a GPU.
+    """Seconds for one image, on one core or on a GPU.
 
-    By :class:`srt_ext.SRT` where it makes such fields; ``check``: these must be those of Fields.
+    Uses :class:`srt_ext.SRT` if it supports the setting; ``check`` then compares its field with
+    :class:`Fields`.
     """
     image, fields = network.image(pixels), Fields(network, [setting])
     ours = not setting.second and setting.tokens == "model"
@@ -44,9 +45,9 @@ def seconds(network: Network, setting: Setting, pixels: np.ndarray, check: bool 
 
 
 def operations(network: Network, setting: Setting, height: int, width: int) -> int:
-    """Floating-point operations of the model's forwards, for a picture of that size.
+    """Floating-point operations of the model's forward passes for an image of that size.
 
-    Up to the last layer of the network. Shifts, enlarging and aggregation are not counted.
+    Counted up to the last layer of the network, without shifts, enlarging and aggregation.
     """
     shots = Fields(network, [setting]).shots.values()
     return sum(of.srt.cost((height, width)).operations for of in shots)

@@ -1,4 +1,4 @@
-"""The data sets, in the layouts in which they are handed out."""
+"""The data sets, in their published layouts."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import numpy as np
 
 
 class Picture(NamedTuple):
-    """What a probe learns from, or is tested on."""
+    """An image with ground truth, to train or test a head."""
 
     name: str
     pixels: np.ndarray  # [H, W, 3] uint8
-    truth: np.ndarray  # [H', W']: classes int64, or depth float64 with NaN where it is unknown
+    truth: np.ndarray  # [H', W']: classes int64, or depth float64 with NaN where unknown
 
 
 def opened(path: Path, height: int, patch: int) -> np.ndarray:
-    """[H, W, 3] uint8 of a file, ``height`` or less (0: its own), in whole patches."""
+    """[H, W, 3] uint8 of a file, resized to about ``height`` (0: unchanged), in whole patches."""
     from PIL import Image
 
     return resized(np.asarray(Image.open(path).convert("RGB")), height, patch)
 
 
 def resized(pixels: np.ndarray, height: int, patch: int) -> np.ndarray:
-    """pixels [H, W, 3] uint8, in whole patches, H about ``height`` (0: as it is)."""
+    """pixels [H, W, 3] uint8 resized to whole patches, H about ``height`` (0: unchanged)."""
     from PIL import Image
 
     scale = height / pixels.shape[0] if height else 1.0
@@ -36,7 +36,7 @@ def resized(pixels: np.ndarray, height: int, patch: int) -> np.ndarray:
 
 
 def labels_of(path: Path) -> np.ndarray:
-    """[H, W] int64: the indices of a palette, or the grey values."""
+    """[H, W] int64: palette indices or grey values."""
     from PIL import Image
 
     picture = Image.open(path)
@@ -47,7 +47,7 @@ def labels_of(path: Path) -> np.ndarray:
 
 
 def davis_sequences(folder: Path) -> list[str]:
-    """Of ImageSets/480p/val.txt (2016) or ImageSets/2017/val.txt; else every folder of frames."""
+    """Names in ImageSets/480p/val.txt (2016) or ImageSets/2017/val.txt; else all folders."""
     listed = [folder / "ImageSets" / year / "val.txt" for year in ("480p", "2017")]
     for path in listed:
         if path.is_file():
@@ -59,9 +59,9 @@ def davis_sequences(folder: Path) -> list[str]:
 
 
 def davis_frames(folder: Path, name: str, limit: int) -> list[tuple[Path, Path]]:
-    """(frame, annotation), the first given one and ``limit`` that are scored (0: all).
+    """(frame, annotation) of the first, given frame and of ``limit`` scored ones (0: all).
 
-    The last of a sequence is left out, as the benchmark does.
+    The last frame of a sequence is excluded, as in the benchmark.
     """
     frames = sorted((folder / "JPEGImages/480p" / name).glob("*.jpg"))[:-1]
     frames = frames[: limit + 1] if limit else frames
@@ -73,7 +73,7 @@ def davis_frames(folder: Path, name: str, limit: int) -> list[tuple[Path, Path]]
 
 
 def camvid(folder: Path, part: str, limit: int, height: int, patch: int) -> list[Picture]:
-    """``limit`` of the pictures of a part (0: all), evenly spread over its sorted list."""
+    """``limit`` images of a part (0: all), evenly spread over its sorted list."""
     return [
         Picture(
             path.stem,
@@ -95,7 +95,7 @@ def chosen(paths: list[Path], limit: int) -> list[Path]:
 
 
 def motorcycle(height: int, patch: int) -> list[Picture]:
-    """Six crops of scikit-image's stereo_motorcycle, 2 x 3, with the disparity in pixels."""
+    """Six crops (2 x 3) of scikit-image's stereo_motorcycle, with the disparity in pixels."""
     from skimage.data import stereo_motorcycle
 
     left, _, disparity = stereo_motorcycle()
@@ -111,7 +111,7 @@ def motorcycle(height: int, patch: int) -> list[Picture]:
 
 
 def nyu(folder: Path, part: str, limit: int, height: int, patch: int) -> list[Picture]:
-    """Of official_splits/PART/SCENE/rgb_00045.jpg and sync_depth_00045.png, in millimetres."""
+    """official_splits/PART/SCENE/rgb_*.jpg, and depth in metres of sync_depth_*.png (mm)."""
     from PIL import Image
 
     found = []

@@ -1,9 +1,10 @@
-"""Labels of the first frame of a video, handed on by the likeness of features.
+"""Propagates the labels of the first frame of a video by feature similarity.
 
 The protocol of DINO (Caron et al., ICCV 2021, after Jabri et al., NeurIPS 2020): a cell takes the
 labels of its k nearest neighbours in feature space among the cells near it in the first and in the
-last few frames, weighted by exp(cosine / temperature). One thing differs: the labels of the first
-frame are shares of a cell, and not those of its middle, so that no grid is given ragged labels.
+last few frames, weighted by exp(cosine / temperature). One difference: the labels of the first
+frame are the shares of a cell that each object covers, not the label at its centre, so that coarse
+grids do not start from ragged labels.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ TILE = 12  # cells; a side of what is compared with its neighbourhood at once
 @dataclass(frozen=True)
 class Protocol:
     height: int  # pixels, of the frames that the model sees
-    frames: int  # that are scored, of each sequence; 0: all
-    last: int = 7  # frames before this one that hand on their labels, beside the first
+    frames: int  # scored per sequence; 0: all
+    last: int = 7  # source frames before the present one, in addition to the first
     k: int = 5
-    radius: float = 0.2  # of the height; DINO's 12 cells of 8 pixels, of 480
+    radius: float = 0.2  # share of the height; in DINO 12 cells of 8 pixels, of 480
     temperature: float = 0.1
 
     def words(self) -> str:
@@ -50,13 +51,15 @@ def propagate(
     k: int,
     temperature: float,
 ) -> torch.Tensor:
-    """The labels of a frame from those of others.
+    """The labels of a frame, from the labels of other frames.
 
     Args:
-        target: [C, h, w], of length 1.
-        sources: of each other frame [C, h, w], of length 1.
-        labels: of each other frame [K, h, w].
-        reach: cells, how far a neighbour may lie in y and in x.
+        target: [C, h, w], normalised to length 1.
+        sources: [C, h, w] for each other frame, normalised to length 1.
+        labels: [K, h, w] for each other frame.
+        reach: largest distance of a neighbour in y and in x, in cells.
+        k: number of neighbours.
+        temperature: of the softmax over the cosines of the neighbours.
 
     Returns:
         [K, h, w].
@@ -88,14 +91,14 @@ def propagate(
 
 
 def one_hot(labels: np.ndarray, objects: list[int], shape: torch.Size) -> torch.Tensor:
-    """labels [H, W] -> the share [1 + objects, h, w] that each, background first, has of a cell."""
+    """labels [H, W] -> the share of each cell [1 + objects, h, w] by label, background first."""
     masks = torch.stack([torch.from_numpy(labels == value) for value in objects]).float()
     masks = torch.cat([1 - masks.sum(0, keepdim=True), masks])
     return F.interpolate(masks[None], size=shape, mode="area")[0]
 
 
 def decided(soft: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
-    """Soft labels [K, h, w] -> [H, W], each label's map stretched to 0..1 first, as DINO does."""
+    """Soft labels [K, h, w] -> [H, W]; as in DINO, each map is first scaled to 0..1."""
     soft = enlarged(soft, size)
     least, most = soft.amin((1, 2), keepdim=True), soft.amax((1, 2), keepdim=True)
     winner: np.ndarray = ((soft - least) / (most - least).clamp(min=1e-9)).argmax(0).cpu().numpy()
@@ -103,7 +106,7 @@ def decided(soft: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
 
 
 class Track:
-    """One setting on its way through a sequence."""
+    """The state of one setting in a sequence."""
 
     def __init__(self, field: torch.Tensor, labels: torch.Tensor, last: int) -> None:
         self.first = (unit(field), labels.to(field.device))
@@ -132,8 +135,8 @@ def run(
 ) -> list[dict[str, float]]:
     """J and F of each setting: means over the frames and objects of a sequence.
 
-    The family ``labels`` has the true labels in place of those handed on: no method does better on
-    its grid, but for luck.
+    The family ``labels`` uses the true labels instead of propagated ones; apart from chance this is
+    the best score on its grid.
     """
     fields = Fields(network, settings)
     tracks: list[Track] = []

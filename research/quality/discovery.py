@@ -1,15 +1,15 @@
-"""Objects found without labels, by a normalised cut of the graph of a field's cells.
+"""Object discovery without labels, by a normalised cut of the graph of a field's cells.
 
 TokenCut (Wang et al., CVPR 2022): two cells are connected if the cosine of their features exceeds a
 threshold. The second generalised eigenvector of the graph's Laplacian splits the cells at its mean;
-the side that holds its largest absolute value is the foreground. Differences: features are tokens,
-not the keys of the last attention; the mask is enlarged bilinearly, and not by repeating its cells,
-so that coarse grids get smooth outlines; no bilateral solver.
+the side with its largest absolute value is the foreground. Differences from TokenCut: features are
+tokens, not the keys of the last attention; the mask is enlarged bilinearly instead of by repeating
+cells, so that coarse grids have smooth outlines; there is no bilateral solver.
 
-The published threshold, 0.2, was chosen for DINO. Other models, and other fields of one model, have
-other cosines. So scores are those of a threshold at the median cosine of each picture, which gives
-every field's graph the same number of edges. IoU is also given with edges for three quarters of the
-pairs, and with the published threshold.
+The published threshold, 0.2, was chosen for DINO. Cosines differ between models and between fields
+of one model. The scores therefore use the median cosine of each image as threshold, which gives the
+graphs of all fields the same number of edges. IoU is also given with edges for three quarters of
+the pairs, and with the published threshold.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from research.quality.fields import Fields, Network, enlarged, unit
 from research.quality.metrics import region
 from research.quality.settings import Setting
 
-# Of each data set the folders of its pictures (.jpg) and masks (.png), as it is handed out.
+# For each data set the folders of images (.jpg) and masks (.png), as published.
 FOLDERS = {
     "ecssd": ("images", "ground_truth_mask"),
     "duts": ("DUTS-TE-Image", "DUTS-TE-Mask"),
@@ -41,13 +41,13 @@ LEVELS = 256  # of a saliency map
 
 @dataclass(frozen=True)
 class Protocol:
-    height: int  # pixels, of the pictures that the model sees; 0: as they are
-    pictures: int  # of each DAVIS sequence, or of a data set, evenly spread; 0: all
-    share: float = 0.5  # of the pairs of cells that have an edge
+    height: int  # of the images in pixels; 0: unchanged
+    pictures: int  # per DAVIS sequence or data set, evenly spread; 0: all
+    share: float = 0.5  # share of the pairs of cells with an edge
     more: float = 0.75
     published: float = 0.2  # threshold of cosines
     weight: float = 1e-5  # of an edge below the threshold
-    beta2: float = 0.3  # weight of recall in F
+    beta2: float = 0.3  # weight of recall in F (beta^2)
 
     def words(self) -> str:
         return (
@@ -58,7 +58,7 @@ class Protocol:
 
 
 class Case(NamedTuple):
-    """What a row of the results is measured on."""
+    """The data of one row of the results."""
 
     task: str  # discovery (DAVIS), or a key of FOLDERS
     item: str  # the sequence
@@ -67,14 +67,14 @@ class Case(NamedTuple):
 
 
 def cases(data: Path, height: int, sequences: int, frames: int, pictures: int) -> Iterator[Case]:
-    """Of all data sets in a folder.
+    """The cases of all data sets in a folder.
 
     Args:
-        data: holds ``davis`` and the keys of FOLDERS.
-        height: pixels, of the pictures that the model sees; 0: as they are.
+        data: contains ``davis`` and the keys of FOLDERS.
+        height: of the images in pixels; 0: unchanged.
         sequences: of DAVIS; 0: all.
-        frames: of each sequence, evenly spread; 0: all.
-        pictures: of each other data set, evenly spread; 0: all.
+        frames: per sequence, evenly spread; 0: all.
+        pictures: per other data set, evenly spread; 0: all.
     """
     davis = data / "davis"
     names = davis_sequences(davis) if davis.is_dir() else []
@@ -90,26 +90,26 @@ def cases(data: Path, height: int, sequences: int, frames: int, pictures: int) -
 
 
 def foreground(path: Path) -> np.ndarray:
-    """[H, W] bool of a mask: indices of objects, or grey levels, whose outlines may be soft."""
+    """[H, W] bool of a mask file: object indices, or grey levels with possibly soft outlines."""
     labels = labels_of(path)
     found: np.ndarray = labels > (127 if labels.max() > 127 else 0)
     return found
 
 
 def cosines(field: torch.Tensor) -> np.ndarray:
-    """[N, N] float32, of all cells of a field [C, h, w], N = h * w."""
+    """[N, N] float32: cosines of all pairs of cells of a field [C, h, w], N = h * w."""
     cells = unit(field).flatten(1)
     found: np.ndarray = (cells.T @ cells).cpu().numpy()
     return found
 
 
 def cut(likeness: np.ndarray, threshold: float, weight: float) -> np.ndarray:
-    """[N] float64: the second generalised eigenvector; on the foreground it is above its mean.
+    """[N] float64: the second generalised eigenvector, above its mean on the foreground.
 
     Args:
         likeness: [N, N], cosines.
-        threshold: of the cosines, above which an edge has weight 1.
-        weight: of the other edges.
+        threshold: edges of pairs with a larger cosine have weight 1.
+        weight: of all other edges.
     """
     edges = np.where(likeness > threshold, 1.0, weight)
     scale = edges.sum(0) ** -0.5
@@ -128,13 +128,13 @@ class Found(NamedTuple):
 
 
 def search(field: torch.Tensor, protocol: Protocol, size: tuple[int, ...]) -> list[Found]:
-    """In a field [C, h, w]; for the thresholds at ``share``, at ``more``, and the published one."""
+    """Masks from a field [C, h, w], for the thresholds ``share``, ``more`` and ``published``."""
     likeness, found = cosines(field), []
     quantiles = np.quantile(likeness, [1 - protocol.share, 1 - protocol.more]).tolist()
     for threshold in (*quantiles, protocol.published):
         vector = cut(likeness, threshold, protocol.weight)
-        # The mask, and not the vector, decides where the outline is: the mean of the vector lies
-        # near the values of the larger side.
+        # Enlarge the mask, not the vector, for the outline: the mean of the vector is close to the
+        # values of the larger side.
         both = torch.from_numpy(np.stack([vector > vector.mean(), vector]))
         mask, saliency = enlarged(both.unflatten(1, field.shape[1:]), (size[0], size[1])).numpy()
         found.append(Found(mask > 0.5, saliency))
@@ -149,7 +149,7 @@ def box(mask: np.ndarray) -> tuple[int, ...]:
 
 
 def located(found: Found, truth: np.ndarray) -> bool:
-    """Whether the boxes of a mask [H, W] and of the most salient region have IoU 0.5 or more."""
+    """Whether the box of the most salient region has IoU >= 0.5 with the box of the truth."""
     if not found.mask.any():
         return False
     regions = label(found.mask)
@@ -160,7 +160,7 @@ def located(found: Found, truth: np.ndarray) -> bool:
 
 
 def f_curve(shown: np.ndarray, truth: np.ndarray, beta2: float) -> np.ndarray:
-    """[LEVELS]: F of what is at least as salient as each level, from the least to the most.
+    """[LEVELS]: F of the pixels at or above each saliency level, in ascending order.
 
     Args:
         shown: [H, W], any range.
@@ -185,9 +185,9 @@ def run(
     protocol: Protocol,
     progress: Callable[[], None],
 ) -> list[dict[str, float]]:
-    """Of each setting the means over the examples: (picture, mask); empty masks are left out.
+    """Mean scores of each setting over the examples (image, mask) with non-empty masks.
 
-    ``IoU``, ``accuracy`` (of pixels), ``F`` (of the best level, one for all examples) and
+    ``IoU``, ``accuracy`` (of pixels), ``F`` (at the best level, one for all examples) and
     ``CorLoc``; ``IoU_more`` with more edges, ``IoU_published`` with the published threshold.
     """
     fields = Fields(network, settings)

@@ -1,4 +1,4 @@
-"""From a picture to the fields of all settings, with each view through the model once."""
+"""The fields of all settings for an image; the model sees each distinct view once."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from srt_ext.backbones.timm import TimmBackbone
 from srt_ext.hub import load_timm
 from srt_ext.views import Views
 
-BATCH = 8  # views in one forward
+BATCH = 8  # views per forward pass
 
 
 class Network:
-    """A frozen model of timm, and how it wants its pictures."""
+    """A frozen timm model and its normalisation of images."""
 
     def __init__(self, name: str, weights: Path | None, layers: list[int], device: str) -> None:
         self.model, config = load_timm(name, weights)
@@ -40,11 +40,11 @@ class Network:
             torch.tensor(config[key], device=device)[:, None, None] for key in ("mean", "std")
         )
         self.name = name
-        if weights is not None:  # which file it was, not where it lay
+        if weights is not None:  # identifies the file by its contents, not its path
             self.name += f" {hashlib.sha256(weights.read_bytes()).hexdigest()[:8]}"
 
     def backbone(self, tokens: str) -> Backbone:
-        """For a setting's ``tokens``."""
+        """The backbone for a value of ``Setting.tokens``."""
         if tokens not in self._backbones:
             self._backbones[tokens] = (
                 describe(overlapping(self.model), self.layers)
@@ -60,10 +60,10 @@ class Network:
 
 
 class Windows(TimmBackbone):
-    """A model that takes only the size it was trained on.
+    """Applies a model to windows of the size that it was trained on.
 
-    Its windows lie on the grid of the patches, evenly, and overlap by a third or more; where
-    several windows have a token, it is their mean.
+    The windows are spread evenly over the grid of patches and overlap by at least a third; tokens
+    in several windows are averaged.
     """
 
     def _features(self, images: torch.Tensor) -> list[Features]:
@@ -88,10 +88,10 @@ class Windows(TimmBackbone):
 
 
 def overlapping(model: Any) -> Any:
-    """A copy of a ViT of timm whose patches overlap by half, with a token for every half patch.
+    """A copy of a timm ViT with half-overlapping patches, one token per half patch.
 
-    The picture is extended by a quarter patch on every side: the middle of token k lies at
-    (k + 1/2) half patches. timm resamples the position table to the grid.
+    The image is padded by a quarter patch on every side: the centre of token k is at (k + 1/2) half
+    patches. timm resamples the position embeddings to the grid.
     """
     model = copy.deepcopy(model)
     old = model.patch_embed.proj
@@ -114,7 +114,7 @@ def overlapping(model: Any) -> Any:
 
 
 class Shots:
-    """A picture that is shown in one way, under the views of several designs."""
+    """The forward passes of one :class:`Shown`, for the views of several designs."""
 
     def __init__(self, network: Network, how: Shown, designs: dict[str, Views]) -> None:
         every = [
@@ -131,14 +131,14 @@ class Shots:
         self.srt = srt_ext.SRT(backbone, views, stride=how.block, scale=how.scale, view_batch=BATCH)
 
     def tokens(self, image: torch.Tensor) -> tuple[list[torch.Tensor], tuple[int, int]]:
-        """image [1, 3, H, W] -> of each layer [U, 1, N, C], and the grid of the tokens."""
+        """image [1, 3, H, W] -> tokens [U, 1, N, C] for each layer, and their grid."""
         batches = [batch.layers for batch in self.srt.tokens(image)]
         layers = [torch.cat([of.tokens for of in parts]) for parts in zip(*batches, strict=True)]
         return layers, batches[0][0].grid
 
 
 class Fields:
-    """The fields of settings, of one picture after the other."""
+    """Computes the fields of settings, image by image."""
 
     def __init__(self, network: Network, settings: list[Setting]) -> None:
         self.network, self.settings = network, settings
@@ -177,7 +177,7 @@ class Fields:
             "reduce": setting.reduce,
             "upsample": setting.upsample,
             "border": setting.border,
-            # The middle of a cell is where four pixels meet: the mean of those.
+            # The centre of a cell is the mean of the four pixels that meet there.
             "stride": 1 if setting.centre else step,
         }
         patch = shots.srt.backbone.patch
@@ -194,7 +194,7 @@ class Fields:
 
 
 def unit(field: torch.Tensor) -> torch.Tensor:
-    """field [C, h, w] with every cell brought to length 1."""
+    """field [C, h, w] with every cell normalised to length 1."""
     return F.normalize(field, dim=0)
 
 
@@ -204,6 +204,6 @@ def enlarged(field: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def read(field: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """The field [C, h, w] at points [P, 2], (y, x) from 0 to 1 -> [P, C], bilinear."""
+    """field [C, h, w] at points [P, 2], (y, x) in 0..1 -> [P, C], bilinear."""
     at = (2 * points.flip(1) - 1)[None, None].to(field)
     return F.grid_sample(field[None], at, padding_mode="border", align_corners=False)[0, :, 0].T

@@ -1,4 +1,4 @@
-"""The measures, of arrays. Confusion matrices are scikit-learn's."""
+"""Metrics on arrays. Confusion matrices use scikit-learn."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def region(mask: np.ndarray, truth: np.ndarray) -> float:
 
 
 def outline(labels: np.ndarray) -> np.ndarray:
-    """[H, W]: where a pixel's label differs from that of its right, lower or diagonal neighbour.
+    """[H, W]: pixels whose label differs from the right, lower or diagonal neighbour.
 
-    The line that DAVIS scores. The last row and column repeat.
+    The outline of the DAVIS benchmark. The last row and column are repeated.
     """
     padded = np.pad(labels, ((0, 1), (0, 1)), mode="edge")
     here, right, below, across = (
@@ -32,9 +32,9 @@ def outline(labels: np.ndarray) -> np.ndarray:
 
 
 def matched(lines: np.ndarray, truth: np.ndarray, tolerance: float) -> tuple[int, int, int, int]:
-    """Pixels of ``lines`` within ``tolerance`` pixels of ``truth``, all of them; and vice versa.
+    """Pixels of ``lines`` within ``tolerance`` of ``truth``, pixels of ``lines``; and vice versa.
 
-    Distances to the nearest point say the same as dilation by a disk.
+    The distance to the nearest point is equivalent to a dilation by a disk.
     """
     a, b = np.argwhere(lines), np.argwhere(truth)
     if not len(a) or not len(b):
@@ -47,7 +47,7 @@ def matched(lines: np.ndarray, truth: np.ndarray, tolerance: float) -> tuple[int
 
 
 def f_score(hit: float, lines: float, found: float, truth: float) -> float:
-    """F of the counts of :func:`matched`. Nothing found where nothing is: 1."""
+    """F of the counts of :func:`matched`; 1 if both outlines are empty."""
     if not lines and not truth:
         return 1.0
     precision = hit / lines if lines else 1.0
@@ -56,13 +56,13 @@ def f_score(hit: float, lines: float, found: float, truth: float) -> float:
 
 
 def boundary(mask: np.ndarray, truth: np.ndarray, share: float = 0.008) -> float:
-    """F of DAVIS: of the outlines of two masks, within ``share`` of the diagonal, rounded up."""
+    """F of DAVIS for two masks; tolerance: ``share`` of the diagonal, rounded up."""
     tolerance = math.ceil(share * math.hypot(*mask.shape))
     return f_score(*matched(outline(mask), outline(truth), tolerance))
 
 
 def confusion(labels: np.ndarray, truth: np.ndarray, classes: int) -> np.ndarray:
-    """[classes, classes] counts, truth by row, without what is no class in the truth (void)."""
+    """[classes, classes] counts, truth by row; void pixels of the truth are ignored."""
     known = (truth >= 0) & (truth < classes)
     if not known.any():
         return np.zeros((classes, classes), dtype=np.int64)
@@ -71,7 +71,7 @@ def confusion(labels: np.ndarray, truth: np.ndarray, classes: int) -> np.ndarray
 
 
 def mean_iou(counts: np.ndarray) -> float:
-    """mIoU of a confusion matrix, over the classes that occur in truth or prediction."""
+    """mIoU of a confusion matrix, over classes present in truth or prediction."""
     union = counts.sum(0) + counts.sum(1) - np.diag(counts)
     return float((np.diag(counts)[union > 0] / union[union > 0]).mean())
 
@@ -79,13 +79,13 @@ def mean_iou(counts: np.ndarray) -> float:
 def edge_counts(
     strength: np.ndarray, truth: np.ndarray, shares: list[float], share: float = 0.0075
 ) -> np.ndarray:
-    """[len(shares), 4]: counts of :func:`matched` for the strongest pixels of a picture, thinned.
+    """[len(shares), 4]: counts of :func:`matched` for the strongest pixels of an image, thinned.
 
     Args:
-        strength: [H, W], of the edge at each pixel.
-        truth: [H, W] bool, the lines to be found.
-        shares: of the pixels of a picture that count as edge before they are thinned.
-        share: tolerance, of the diagonal.
+        strength: [H, W], edge strength.
+        truth: [H, W] bool, the true lines.
+        shares: shares of the pixels that count as edges before thinning.
+        share: tolerance as a share of the diagonal.
     """
     tolerance = share * math.hypot(*strength.shape)
     rows = []
@@ -96,12 +96,12 @@ def edge_counts(
 
 
 def best_f(counts: np.ndarray) -> float:
-    """The best F over the shares, one for all pictures; counts [shares, 4], summed over them."""
+    """The best F over the shares; counts [shares, 4] are summed over all images."""
     return max(f_score(*row) for row in counts.tolist())
 
 
 def depth_errors(found: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Root of the mean square, mean of |error| / truth, and the share within a factor of 1.25."""
+    """Root mean square error, mean of |error| / truth, share within a factor of 1.25."""
     least = 1e-3 * float(np.median(truth))
     ratio = np.maximum(np.maximum(found, least) / truth, truth / np.maximum(found, least))
     return {

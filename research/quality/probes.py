@@ -1,8 +1,8 @@
-"""Linear heads on frozen features, and the edges of the features themselves.
+"""Linear heads on frozen features, and edges of the features.
 
-A head is trained on the features at some pixels of each picture, read bilinearly, and applied to
-the whole field; its answer is enlarged bilinearly. Of tokens as they are that is the same as of
-bilinearly enlarged tokens: a head commutes with the enlarging.
+A head is trained on features at some pixels of each image, read bilinearly. It is applied to the
+whole field, and its output is enlarged bilinearly. A linear head commutes with bilinear
+interpolation, so plain tokens and bilinearly enlarged tokens give the same result.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ EDGE_SHARES = [0.05, 0.1, 0.15, 0.2, 0.3]  # of the pixels
 
 @dataclass(frozen=True)
 class Protocol:
-    height: int  # pixels, of the pictures that the model sees; 0: as they are
-    train: int  # pictures; 0: all
+    height: int  # of the images in pixels; 0: unchanged
+    train: int  # images; 0: all
     test: int
-    points: int  # pixels of each picture that a head learns from
+    points: int  # training pixels of a head per image
     seed: int = 0
 
     def words(self) -> str:
@@ -46,7 +46,7 @@ class Protocol:
 def sampled(
     truth: np.ndarray, known: np.ndarray, count: int, seed: int
 ) -> tuple[torch.Tensor, np.ndarray]:
-    """Points [P, 2], (y, x) from 0 to 1, at pixels that are known, and what is there."""
+    """Random points [P, 2], (y, x) in 0..1, at known pixels, and the truth [P] there."""
     at = np.argwhere(known)
     order = np.random.default_rng(seed).permutation(len(at))[:count]
     at = at[order]
@@ -54,7 +54,7 @@ def sampled(
 
 
 def weights_of(head: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """A pipeline of a scaler and a linear model as one matrix [K, C] and one bias [K]."""
+    """A pipeline of scaler and linear model as a matrix [K, C] and a bias [K]."""
     scaler, linear = head[0], head[-1]
     matrix = np.atleast_2d(linear.coef_) / scaler.scale_
     bias = np.atleast_1d(linear.intercept_) - matrix @ scaler.mean_
@@ -62,7 +62,7 @@ def weights_of(head: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def answer(head: Any, field: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """What a head says of a field [C, h, w] -> [K, H, W]."""
+    """The output of a head for a field [C, h, w], enlarged -> [K, H, W]."""
     matrix, bias = (part.to(field) for part in weights_of(head))
     return enlarged(torch.einsum("kc,chw->khw", matrix, field) + bias[:, None, None], size)
 
@@ -74,7 +74,7 @@ def learnt(
     known: Callable[[np.ndarray], np.ndarray],
     progress: Callable[[], None],
 ) -> tuple[list[list[np.ndarray]], list[np.ndarray]]:
-    """Of each setting and picture the features [P, C] at its points, and the truth [P] there."""
+    """For each setting and image the features [P, C] at its points; and the truths [P]."""
     features: list[list[np.ndarray]] = [[] for _ in fields.settings]
     truths = []
     for i, picture in enumerate(pictures):
@@ -89,7 +89,7 @@ def learnt(
 
 
 def edge_strength(field: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
-    """[H, W]: how much the direction of a field [C, h, w] changes from a cell to the next ones."""
+    """[H, W]: the change of direction of a field [C, h, w] between neighbouring cells."""
     padded = torch.nn.functional.pad(unit(field)[None], (1, 1, 1, 1), mode="replicate")[0]
     down = padded[:, 2:, 1:-1] - padded[:, :-2, 1:-1]
     right = padded[:, 1:-1, 2:] - padded[:, 1:-1, :-2]
@@ -99,7 +99,7 @@ def edge_strength(field: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
 
 
 def plain_of(settings: list[Setting], setting: Setting) -> int | None:
-    """Which of the settings is the plain one of the same layer."""
+    """The index of the plain setting of the same layer; None if absent."""
     for i, other in enumerate(settings):
         if other.family == "plain" and other.layer == setting.layer:
             return i
@@ -114,10 +114,10 @@ def segmentation(
     protocol: Protocol,
     progress: Callable[[], None],
 ) -> list[dict[str, float]]:
-    """mIoU of heads trained on each setting's features (``miou``), and of the plain tokens' head
-    on them (``miou_plain_head``); F of the features' edges against the labels' (``edge_F``).
+    """``miou`` of a head trained on each setting; ``miou_plain_head`` of the head of plain tokens.
 
-    A setting without a plain one of its layer among the settings is given its own head for that.
+    ``edge_F``: F of the edges of the features against the outlines of the labels. If the settings
+    have no plain one of the same layer, ``miou_plain_head`` uses the setting's own head.
     """
     fields = Fields(network, settings)
     features, truths = learnt(fields, train, protocol, lambda t: t < CLASSES, progress)
@@ -126,7 +126,7 @@ def segmentation(
     for parts in features:
         head = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=150))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # 150 steps for every setting alike
+            warnings.simplefilter("ignore", ConvergenceWarning)  # 150 steps for every setting
             heads.append(head.fit(np.concatenate(parts), truth))
         parts.clear()
     shape = (len(settings), CLASSES, CLASSES)
@@ -162,12 +162,12 @@ def depth(
     protocol: Protocol,
     progress: Callable[[], None],
 ) -> list[dict[str, float]]:
-    """Errors of a ridge regression. Without ``test`` each picture is tested on the others' head."""
+    """Errors of ridge regression. Without ``test``, leave-one-out over the training images."""
     fields = Fields(network, settings)
     features, truths = learnt(fields, train, protocol, np.isfinite, progress)
     found: list[list[np.ndarray]] = [[] for _ in settings]
     true: list[np.ndarray] = []
-    heads: dict[tuple[int, int], Any] = {}  # by setting, and by the picture that is left out
+    heads: dict[tuple[int, int], Any] = {}  # by setting and excluded image (-1: none)
     for i, picture in enumerate(test or train):
         known = np.isfinite(picture.truth)
         size = (known.shape[0], known.shape[1])

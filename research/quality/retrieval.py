@@ -1,10 +1,10 @@
-"""Regions of pictures, found again in other sequences by the direction of their features.
+"""Retrieval of image regions from other sequences by cosine similarity.
 
-The descriptor of a region is the mean of the field over it, cells of length 1, each weighted by the
-share of it that the region covers: a region may be smaller than a cell. Each region is a query; the
-connected regions of all pictures of other sequences are ranked by cosine, and those of its class
-are relevant. CamVid has classes, not objects, in several sequences: the same street by day and at
-dusk.
+The descriptor of a region is the mean of the field over it: cells normalised to length 1, weighted
+by the share of the cell that the region covers (a region may be smaller than a cell). Each region
+is a query. The connected regions of all images of other sequences are ranked by cosine; regions of
+the same class are relevant. Classes, not objects, recur across the sequences of CamVid (the same
+street by day and at dusk).
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ CLASSES = (  # of CamVid; 11 is void
 
 @dataclass(frozen=True)
 class Protocol:
-    height: int  # pixels, of the pictures that the model sees; 0: as they are
+    height: int  # of the images in pixels; 0: unchanged
     pictures: int  # of the test set, evenly spread; 0: all
-    least: float = 0.0005  # of the pixels of a picture: smaller regions are left out
+    least: float = 0.0005  # share of the pixels of an image; smaller regions are ignored
 
     def words(self) -> str:
         return (
@@ -52,10 +52,10 @@ class Protocol:
 
 
 def regions(truth: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray]:
-    """The connected regions of classes of truth [H, W].
+    """The connected regions of each class in truth [H, W].
 
     Returns:
-        [H, W] int64, 1 to R, 0 where there is none; their classes [R] int64.
+        Labels [H, W] int64, 1 to R (0: none); classes [R] int64.
     """
     known = np.where(truth < len(CLASSES), truth, -1)
     connected, kept, classes = label(known, background=-1), np.zeros_like(truth), []
@@ -68,7 +68,7 @@ def regions(truth: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def descriptors(field: torch.Tensor, labels: np.ndarray, count: int) -> np.ndarray:
-    """[count, C] float32, of length 1: of the regions 1 to count of labels [H, W] in a field."""
+    """[count, C] float32, length 1: descriptors of the regions 1 to count of labels [H, W]."""
     shares = one_hot(labels, list(range(1, count + 1)), field.shape[1:])[1:].to(field)
     means = torch.einsum("rhw,chw->rc", shares, unit(field))
     found: np.ndarray = F.normalize(means, dim=1).cpu().numpy()
@@ -76,19 +76,19 @@ def descriptors(field: torch.Tensor, labels: np.ndarray, count: int) -> np.ndarr
 
 
 def sequence(name: str) -> str:
-    """Of a picture of CamVid: 0001TP of 0001TP_008550."""
+    """The sequence of a CamVid image: 0001TP for 0001TP_008550."""
     return name.rpartition("_")[0]
 
 
 def precisions(vectors: np.ndarray, classes: np.ndarray, sources: np.ndarray) -> np.ndarray:
     """[R] float64: the average precision of each region as a query.
 
-    NaN where no other source has its class.
+    NaN if no other sequence has its class.
 
     Args:
-        vectors: [R, C], of length 1.
+        vectors: [R, C], length 1.
         classes: [R].
-        sources: [R], the sequence that each is from.
+        sources: [R], the sequence of each region.
     """
     likeness = vectors @ vectors.T
     found = np.full(len(vectors), np.nan)
@@ -107,9 +107,9 @@ def run(
     protocol: Protocol,
     progress: Callable[[], None],
 ) -> dict[str, list[dict[str, float]]]:
-    """By class, of each setting ``mAP``: the mean of the average precisions of its regions.
+    """``mAP`` by class for each setting: the mean average precision of the regions of a class.
 
-    A class that only one sequence has is left out.
+    Classes that occur in only one sequence are excluded.
     """
     fields = Fields(network, settings)
     vectors: list[list[np.ndarray]] = [[] for _ in settings]

@@ -1,4 +1,4 @@
-"""What is compared: each way to make a field of a frozen model's tokens."""
+"""The compared settings: each is a way to compute a field from the tokens of a frozen model."""
 
 from __future__ import annotations
 
@@ -12,35 +12,36 @@ from srt_ext.views import Views
 if TYPE_CHECKING:
     import torch
 
-IDENTITY = "grid:0"  # the untouched picture: no SRT
+IDENTITY = "grid:0"  # the unshifted image: no SRT
 FLIP = "+flip"
 
 
 class Shown(NamedTuple):
-    """How a picture is shown to the model. Settings that show it alike share their views."""
+    """How the model sees an image. Settings with the same values share forward passes."""
 
     tokens: str
     scale: float
-    block: int  # pixels: whole cells and, enlarged, whole patches; sides are padded to it
+    block: int  # pixels; sides are padded to multiples: whole cells and whole enlarged patches
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One field of one layer. Its words are those of :class:`srt_ext.SRT`.
+    """A field of one layer. Options have the names and values of :class:`srt_ext.SRT`.
 
-    Families: labels (the best that a grid allows), plain, bilinear, published, ours, study; and
-    enlarged (without SRT), both (enlarged, SRT), flips, scales (the mean of two), overlap, windows.
+    Families: labels (ground truth, the best score on a grid), plain, bilinear, published, ours (SRT
+    at scale 1), study; enlarged (without SRT), both (enlarged, SRT), flips, scales (mean of two
+    scales), overlap, windows.
     """
 
     family: str
-    views: str  # pixels of the enlarged picture; with ``+flip`` each view is also mirrored along x
+    views: str  # in pixels of the enlarged image; ``+flip`` adds the mirror image of each view
     layer: int
     stride: int  # pixels
     reduce: str = "mean"
     upsample: str = "bilinear"
     border: str = "coverage"
-    unit: bool = False  # tokens of each view brought to length 1 before they are aggregated
-    centre: bool = False  # a cell is read in its middle, and is not the mean over it
+    unit: bool = False  # normalise tokens to length 1 before aggregation
+    centre: bool = False  # read a cell at its centre instead of its mean
     scale: float = 1.0
     second: float = 0.0  # another scale; the field is the mean of both fields. 0: none
     tokens: str = "model"  # or overlap (stride of half a patch), windows (of the trained size)
@@ -58,7 +59,7 @@ class Setting:
         return views.parse(self.views)
 
     def shown(self, patch: int) -> list[Shown]:
-        """One for each scale."""
+        """One value per scale."""
         blocks = (math.lcm(patch, self.step(scale)) / scale for scale in self.scales)
         return [
             Shown(self.tokens, scale, int(block))
@@ -72,24 +73,24 @@ class Setting:
         return int(self.stride * scale)
 
     def row(self) -> dict[str, Any]:
-        """The fields that are not defaults, as they stand in the JSON."""
+        """The attributes that differ from their defaults, for the JSON."""
         return {f.name: v for f in fields(self) if (v := getattr(self, f.name)) != f.default}
 
     def stored(self, field: torch.Tensor) -> torch.Tensor:
-        """A field [C, h, w] as the tasks get it; :mod:`research.pca` stores less of it."""
+        """The field [C, h, w] for the tasks; :mod:`research.pca` overrides this to compress it."""
         return field
 
 
 def settings(layers: list[int], patch: int, extent: str) -> list[Setting]:
-    """All of them, for a model with square patches.
+    """All settings of an extent, for a model with square patches.
 
     Args:
         layers: of the model.
         patch: pixels. Strides are a patch, its half and its quarter, where these are whole.
-        extent: ``quick`` has the families and a few views of ours; ``main`` adds designs, counts,
-            radii, medians and the stride of a quarter patch; ``study`` what could be wrong at token
-            scale; ``rivals`` are what else makes finer tokens, of the last layer only;
-            ``candidates`` are those among which presets are chosen.
+        extent: ``quick`` has the families and a few views of SRT; ``main`` adds designs, counts,
+            radii, medians and the stride of a quarter patch; ``study`` adds variants at token
+            scale; ``rivals`` has all ways to finer tokens, last layer only; ``candidates`` has the
+            settings among which presets are chosen.
     """
     if extent == "candidates":
         return candidates(layers[-1], patch)
@@ -127,7 +128,7 @@ def settings(layers: list[int], patch: int, extent: str) -> list[Setting]:
         if extent == "study":
             found += study(layer, patch)
     if extent != "quick" and patch % 4 == 0:
-        # A field of a quarter patch costs the propagation 16 times as much: of the last layer only.
+        # Propagation takes 16 times as long at a quarter patch: last layer only.
         quarter, layer = patch // 4, layers[-1]
         found += [
             Setting("bilinear", IDENTITY, layer, quarter),
@@ -140,9 +141,9 @@ def settings(layers: list[int], patch: int, extent: str) -> list[Setting]:
 
 
 def study(layer: int, patch: int) -> list[Setting]:
-    """At token scale: how a cell is read, how views are upsampled, the border, lengths, radii."""
+    """Variants at token scale: cell reading, upsampling, border, token length, radius."""
     found = [
-        Setting("study", IDENTITY, layer, patch),  # the blur of the mean over a cell, alone
+        Setting("study", IDENTITY, layer, patch),  # only the blur of the mean over a cell
         Setting("study", "paper:3", layer, patch, upsample="nearest"),
         Setting("study", "paper:3", layer, patch, upsample="nearest", unit=True),
         Setting("study", "grid:3", layer, patch, upsample="nearest"),
@@ -154,7 +155,7 @@ def study(layer: int, patch: int) -> list[Setting]:
         design = f"best:{count}:{radius}"
         found.append(Setting("study", design, layer, patch, upsample="nearest"))
         found.append(Setting("study", design, layer, patch, centre=True))
-        # The views of a token averaged, and nothing of its neighbours: no blur at all.
+        # Averages the views of a token without its neighbours: no blur.
         found.append(Setting("study", design, layer, patch, upsample="nearest", centre=True))
     found.append(Setting("study", "best:16:6", layer, patch // 2, unit=True))
     found.append(Setting("study", "best:16:6", layer, patch // 2, upsample="nearest"))
@@ -162,7 +163,7 @@ def study(layer: int, patch: int) -> list[Setting]:
 
 
 def rivals(layer: int, patch: int) -> list[Setting]:
-    """What else makes finer tokens, and SRT with it. Views are within 6 enlarged pixels."""
+    """All ways to finer tokens, with and without SRT. Offsets are up to 6 enlarged pixels."""
     half = patch // 2
     found = [
         Setting("plain", IDENTITY, layer, patch, upsample="nearest"),
@@ -200,7 +201,7 @@ def rivals(layer: int, patch: int) -> list[Setting]:
 
 
 def candidates(layer: int, patch: int) -> list[Setting]:
-    """Those of the rivals whose cost is near that of 16 forwards, at half a patch."""
+    """The rivals that cost up to about 16 forward passes, at half a patch."""
     half = patch // 2
     found = [
         Setting("plain", IDENTITY, layer, patch, upsample="nearest"),
@@ -221,13 +222,13 @@ def candidates(layer: int, patch: int) -> list[Setting]:
 
 
 def enlarged(scale: float, layer: int, stride: int, patch: int) -> Setting:
-    """Without SRT. Where each cell is one token, it is that token."""
+    """An enlarged image without SRT. Nearest upsampling if each cell is one token."""
     upsample = "nearest" if stride * scale == patch else "bilinear"
     return Setting("enlarged", IDENTITY, layer, stride, upsample=upsample, scale=scale)
 
 
 def blur(layer: int, stride: int) -> list[Setting]:
-    """What the mean over a cell of bilinearly upsampled tokens costs at each scale."""
+    """Variants that show the blur of the mean over a cell of bilinear tokens at each scale."""
     found = [Setting("study", IDENTITY, layer, stride, scale=2.0)]
     for scale in (1.0, 1.5, 2.0):
         for words in (IDENTITY, "best:2:6", "best:4:6"):

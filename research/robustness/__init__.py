@@ -1,1 +1,1 @@
-"""Campaigns against crashes, hangs, leaks and wrong values: see research/README.md."""
+"""Stress tests for crashes, hangs, leaks and wrong values: see research/README.md."""

@@ -1,20 +1,20 @@
 """``python -m research.robustness.calls``: hostile calls of every op and binding.
 
-A case is a valid call to which up to three things are done: special values, shapes, strides,
-dtypes, kinds of tensors and arrays, integers, words, overlapping outputs (hostile.py). It is made
-from ``(seed, index)`` alone, so any case is repeated by ``--only INDEX``. What is checked:
+A case is a valid call with up to three changes: special values, shapes, strides, dtypes, kinds of
+tensors and arrays, integers, option strings, overlapping outputs (hostile.py). It depends only on
+``(seed, index)``, so ``--only INDEX`` repeats a case. Checks:
 
-- The process lives, and a call ends within ``LIMIT`` seconds.
-- An error is a ValueError or TypeError that says which rule was broken (from ``torch.ops`` also the
-  dispatcher's RuntimeError), or says that memory is short where the call is large. Nothing was
-  written then.
-- A result is within the forward error bound of the float64 oracle (python_tests/bounds.py), NaN and
-  infinities where the oracle has them. Inputs, and the memory around an output, are unchanged.
-- A call that only has unusual values or strides is not refused.
+- The process survives, and each call ends within ``LIMIT`` seconds.
+- An error is a ValueError or TypeError that states the violated rule (from ``torch.ops`` also the
+  dispatcher's RuntimeError), or reports too little memory for a large call. Nothing was written.
+- A result is within the forward error bound of the float64 oracle (python_tests/bounds.py), with
+  NaN and infinities where the oracle has them. Inputs, and the memory around an output, are
+  unchanged.
+- A call that only has unusual values or strides raises no error.
 
-A parent process starts a worker, which announces each case. A case that kills or stops the worker
-is a finding, and the next worker begins after it. ``--state FILE`` keeps the findings and the next
-index: the same command continues there.
+A parent process starts a worker, which announces each case. A case that kills or blocks the worker
+is a finding, and a new worker continues after it. ``--state FILE`` stores the findings and the next
+index; the same command resumes there.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ from budget import assert_within_rounding
 from samples import Ensemble, Shift
 
 LIMIT = 20  # seconds of one call
-MEMORY = 3 << 28  # bytes of address space that a worker may take beyond those after its imports
-SAMPLED = 1 << 17  # elements of an array, and of pixel maps of all views that the oracle may make
+MEMORY = 3 << 28  # bytes of address space of a worker, in addition to its imports
+SAMPLED = 1 << 17  # limit for the oracle: elements of an array, and of pixel maps of all views
 TARGETS = {"torch": ("op", "python", "gradient"), "numpy": ("numpy",), "dlpack": ("dlpack",)}
 
 
@@ -64,7 +64,7 @@ def library_of(case: Case) -> Any:
 
 
 def call_stream(case: Case, given: dict[str, Any]) -> Any:
-    """Updates a stream with a valid chunk, then with the case, which adds nothing if refused."""
+    """Update a stream with a valid chunk, then with the case; errors must not change the state."""
     modes = ("upsample", "border", "stride")
     stream_type = getattr(library_of(case), case.op)
     stream = stream_type(given["grid"], given["patch"], **{m: given[m] for m in modes})
@@ -76,11 +76,11 @@ def call_stream(case: Case, given: dict[str, Any]) -> Any:
         stream.update(*(given[n] for n in ("tokens", "offsets", "weights") if n in given))
     except BaseException:
         after = stream.state_dict()
-        assert after["views"] == before["views"], "a refused update was counted"
-        assert before["state"].keys() == after["state"].keys(), "a refused update made a state"
+        assert after["views"] == before["views"], "a failed update was counted"
+        assert before["state"].keys() == after["state"].keys(), "a failed update created a state"
         for name, values in before["state"].items():
             assert np.array_equal(np.asarray(values), np.asarray(after["state"][name]), True), (
-                f"a refused update wrote to {name}"
+                f"a failed update wrote to {name}"
             )
         raise
     results = (stream.result(), stream.variance()) if case.reduce == "moments" else stream.result()
@@ -111,7 +111,7 @@ def call(case: Case) -> Any:
             op.out(**given)
             return given["out"]
         return op.default(**given)
-    if case.op in STATES:  # as a stream calls it, which has checked these
+    if case.op in STATES:  # as called by a stream, which has already checked these
         for size in ("grid", "patch", "stride"):
             if size in given:
                 given[size] = ops.pair(name, size, given[size])
@@ -122,31 +122,31 @@ def call(case: Case) -> Any:
     return getattr(library_of(case), name)(**given)
 
 
-# ---- what must hold -----------------------------------------------------------------------------
+# ---- checks -------------------------------------------------------------------------------------
 
 INTERNAL = ("INTERNAL ASSERT", "std::", "vector", "max_size", "basic_string", "_M_", "out_of_range")
 OF_MEMORY = ("allocate", "not enough memory")
 
 
 def check_error(case: Case, error: BaseException) -> str:
-    """The kind of the error; raises AssertionError if its message is not good enough."""
+    """The kind of an error; raises AssertionError if the message does not meet the rules."""
     text, name = str(error), type(error).__name__
     said = text.split("frame #0")[0]
     memory = any(words in said for words in OF_MEMORY)
     if memory and isinstance(error, (MemoryError, RuntimeError)):
-        assert case.large, f"short of memory for a small call: {name}: {said[:300]}"
+        assert case.large, f"out of memory in a small call: {name}: {said[:300]}"
         return "out of memory"
-    assert said.strip(), f"{name} without words"
+    assert said.strip(), f"{name} without a message"
     found = [words for words in INTERNAL if words in said]
-    assert not found, f"internal words {found}: {name}: {said[:300]}"
+    assert not found, f"internal terms {found}: {name}: {said[:300]}"
     allowed: tuple[type[BaseException], ...] = (ValueError, TypeError)
     if case.way in ("op", "gradient") or "nference tensor" in said:
         allowed = (*allowed, RuntimeError)
     assert isinstance(error, allowed), f"{name}: {said[:300]}"
     if case.way not in ("op", "gradient"):
         stated = "srt::" in said or said.startswith("Running") or "nference tensor" in said
-        assert stated, f"no rule: {name}: {said[:300]}"
-    assert not case.valid, f"a valid call was refused: {name}: {said[:300]}"
+        assert stated, f"no rule stated: {name}: {said[:300]}"
+    assert not case.valid, f"a valid call raised {name}: {said[:300]}"
     return "refused"
 
 
@@ -169,7 +169,7 @@ def numbers(value: Any) -> np.ndarray[Any, Any]:
 
 
 def sample_of(case: Case) -> tuple[Ensemble | Shift, torch.Tensor] | None:
-    """The case as the oracle takes it, with its values; None where it is too large for that."""
+    """The sample of the oracle and its values; None if the case is too large for the oracle."""
     given = case.given
     tensors = [v for v in given.values() if isinstance(v, torch.Tensor)]
     arrays = [v for v in given.values() if isinstance(v, np.ndarray)]
@@ -221,14 +221,14 @@ def sample_of(case: Case) -> tuple[Ensemble | Shift, torch.Tensor] | None:
 
 
 def scaled(weights: np.ndarray[Any, Any]) -> tuple[float, ...]:
-    """At most 1: only ratios matter, and the oracle's sums must not overflow."""
+    """Weights scaled to at most 1: only ratios matter, and the oracle's sums must not overflow."""
     if weights.max() > 0:
         weights = np.ldexp(weights, -int(np.frexp(weights.max())[1]))
     return tuple(weights.tolist())
 
 
 def assert_right(result: torch.Tensor, exact: torch.Tensor, bound: torch.Tensor) -> None:
-    """Within the bound, and not finite where the oracle is not, or where it is beyond the type."""
+    """Within the bound; non-finite exactly where the oracle is, or where the dtype overflows."""
     assert result.shape == exact.shape, f"shape {list(result.shape)}, not {list(exact.shape)}"
     result, bound = result.detach(), bound.expand_as(exact)
     reached = ~exact.isfinite()
@@ -237,7 +237,7 @@ def assert_right(result: torch.Tensor, exact: torch.Tensor, bound: torch.Tensor)
         beyond = exact.abs() + bound >= largest * (1 - torch.finfo(result.dtype).eps)
         spread = (~result.isfinite() != reached) & ~beyond
         assert not spread.any(), (
-            f"{int(spread.sum())} results are finite or not against the oracle: "
+            f"{int(spread.sum())} results differ from the oracle in being finite: "
             f"{result[spread][:3].tolist()}, not {exact[spread][:3].tolist()}"
         )
         reached = reached | beyond
@@ -246,13 +246,13 @@ def assert_right(result: torch.Tensor, exact: torch.Tensor, bound: torch.Tensor)
 
 
 def bounded(kernel: str, sample: Any, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The oracle's result and its bound where that is finite."""
+    """The result of the oracle, and the error bound of its finite values."""
     clean = torch.where(values.isfinite(), values, torch.zeros((), dtype=values.dtype))
     return oracle.truth(kernel, sample, values), oracle.bound_of(kernel, sample, clean)
 
 
 def compare(case: Case, sample: Any, values: torch.Tensor, result: Any) -> bool:
-    """Compares the result with the oracle; False where there is nothing to compare."""
+    """Compare the result with the oracle; False if it cannot be compared."""
     median = str(case.given.get("reduce")) == "median"
     if case.way == "gradient" and (median or case.op not in ("shift", "ensemble")):
         return False  # composed of other ops
@@ -279,7 +279,7 @@ def compare(case: Case, sample: Any, values: torch.Tensor, result: Any) -> bool:
 
 
 def compare_state(case: Case, sample: Any, values: torch.Tensor) -> bool:
-    """Compares the state of a stream after this call, its first; False if it cannot."""
+    """Compare the state of a stream after its first update; False if it cannot be compared."""
     changed = any(how in change for change in case.changes for how in (" has ", "overlaps"))
     if case.reduce == "median" or changed:
         return False
@@ -291,7 +291,7 @@ def compare_state(case: Case, sample: Any, values: torch.Tensor) -> bool:
     if case.reduce == "moments":
         limits.append(bounds.variance(1))
     for name, truth, limit in zip(("mean", "var"), exact, limits, strict=False):
-        # Where no view counts the state is as it was.
+        # The state is unchanged where no view counts.
         result = as_tensor(case.given[name])
         result, truth = (
             torch.where(counted, v, torch.zeros((), dtype=v.dtype)) for v in (result, truth)
@@ -301,7 +301,7 @@ def compare_state(case: Case, sample: Any, values: torch.Tensor) -> bool:
 
 
 def compare_stream(case: Case, sample: Any, values: torch.Tensor, result: Any, same: bool) -> bool:
-    """The result over the views of both chunks."""
+    """Compare the result over the views of both chunks."""
     if same:
         before = replace(case, given=case.first)
         first = sample_of(before)
@@ -346,7 +346,7 @@ def put_back(target: Any, values: Any) -> None:
 
 
 def attempt(function: Callable[[], Any]) -> Any:
-    """Its result, or the error that it raised."""
+    """The result of a function, or the exception that it raised."""
     try:
         return function()
     except AssertionError:
@@ -356,12 +356,12 @@ def attempt(function: Callable[[], Any]) -> Any:
 
 
 def check(case: Case) -> str:
-    """Makes the call; raises AssertionError if anything is wrong with what it does."""
+    """Run a case; raises AssertionError if it violates a check."""
     torch.ops.srt._force_cpu_kernels(case.kernels)
     _numpy.force_cpu_kernels(case.kernels)
     memory = [values.clone() for values in case.memory]
-    # Before the call, which may write to offsets that overlap its output. Either may fail: the
-    # arguments need not be tensors.
+    # Before the call, because it may write to offsets that overlap its output. Either may fail,
+    # because the arguments need not be tensors.
     sample = attempt(lambda: sample_of(case))
     before = attempt(lambda: {name: copy_of(case.given[name]) for name in case.written})
     result = attempt(lambda: call(case))
@@ -369,21 +369,21 @@ def check(case: Case) -> str:
     if isinstance(result, Exception):
         kind = check_error(case, result)
     else:
-        assert not isinstance(sample, Exception), f"accepted, without a meaning: {sample!r}"
+        assert not isinstance(sample, Exception), f"invalid arguments were accepted: {sample!r}"
         if sample is not None and compare(case, sample[0], sample[1], result):
             kind = "compared"
         for name, value in {} if isinstance(before, Exception) else before.items():
             put_back(case.given[name], value)
     for was, now in zip(memory, case.memory, strict=True):
-        assert torch.equal(was, now), f"{kind}, and memory was written that is no output"
+        assert torch.equal(was, now), f"{kind}, and memory other than the output was written"
     return kind
 
 
-# ---- the campaign -------------------------------------------------------------------------------
+# ---- the stress test ----------------------------------------------------------------------------
 
 
 def resident() -> int:
-    """Bytes of memory of this process, without JAX's cache of what it compiled for each shape."""
+    """Resident bytes of this process, after clearing JAX's cache of compiled functions."""
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
     gc.collect()
@@ -433,18 +433,18 @@ class Campaign:
 
 
 def receive(connection: Any, campaign: Campaign, process: Any) -> bool:
-    """One message of the worker; False where it is gone."""
+    """Handle one message of the worker; False once the worker has ended."""
     try:
         if connection.poll(LIMIT if campaign.next else 120):
             message = connection.recv()
         else:
-            campaign.add(campaign.next, f"no end after {LIMIT} seconds")
+            campaign.add(campaign.next, f"did not end within {LIMIT} seconds")
             process.kill()
             message = ("end",)
             campaign.next += 1
     except (EOFError, ConnectionError):
         process.join()
-        campaign.add(campaign.next, f"the process ended with {process.exitcode}")
+        campaign.add(campaign.next, f"the process ended with exit code {process.exitcode}")
         campaign.next += 1
         return False
     if message[0] == "case":
@@ -485,13 +485,15 @@ def run(campaign: Campaign, calls: int, state: Path | None) -> None:
 
 
 def main(
-    calls: Annotated[int, typer.Option(help="Cases 0 to CALLS - 1.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Of all cases.")] = 0,
-    state: Annotated[Path | None, typer.Option(help="Keeps findings and the next index.")] = None,
+    calls: Annotated[int, typer.Option(help="Run the cases 0 to CALLS - 1.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Seed of all cases.")] = 0,
+    state: Annotated[
+        Path | None, typer.Option(help="File for findings and the next index; resumes from it.")
+    ] = None,
     target: Annotated[str, typer.Option(help="torch, numpy, dlpack or all.")] = "all",
-    only: Annotated[int | None, typer.Option(help="One case, in this process.")] = None,
+    only: Annotated[int | None, typer.Option(help="Run only this case, in this process.")] = None,
 ) -> None:
-    """Makes hostile calls and reports what is wrong with them."""
+    """Run hostile calls and report findings."""
     if only is not None:
         case = make(seed, only, TARGETS.get(target, tuple(WAYS)))
         print(case.describe(), flush=True)
@@ -502,14 +504,14 @@ def main(
         campaign = Campaign(**json.loads(state.read_text()))
         if (campaign.seed, campaign.target) != (seed, target):
             raise typer.BadParameter(
-                f"{state} is of seed {campaign.seed}, target {campaign.target}"
+                f"{state} belongs to seed {campaign.seed}, target {campaign.target}"
             )
     run(campaign, calls, state)
     for kind, count in sorted(campaign.outcomes.items()):
         print(f"{kind}: {count}")
     if campaign.resident:
         first, last = campaign.resident[min(4, len(campaign.resident) - 1)], campaign.resident[-1]
-        print(f"memory: {first >> 20} MiB after warming up, {last >> 20} MiB at the end")
+        print(f"memory: {first >> 20} MiB after warm-up, {last >> 20} MiB at the end")
     print(f"{campaign.next} calls, {len(campaign.findings)} findings, {campaign.seconds:.0f} s")
     raise typer.Exit(1 if campaign.findings else 0)
 

@@ -1,9 +1,9 @@
 """``python -m research.robustness.files``: attacks on ``srt-ext features``.
 
-Damaged pictures among good ones; SIGKILL at random moments, then the same command again; two runs
-into one folder; a full disk and one that cannot be written. Nothing may be lost, unreported or
-hang, and the files must be those of an undisturbed run, byte for byte. Prints counts and seconds;
-ends with status 1 if anything is wrong.
+Damaged images among good ones; SIGKILL at random moments, then the same command again; two runs
+into one folder; a full disk and a read-only disk. Every image must be written or reported, no run may
+hang, and the files must be bitwise equal to those of an undisturbed run. Prints counts and seconds;
+exits with status 1 on a fault.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 SETTINGS = ("--model=small", "--views=best:2", "--stride=8", "--size=64")
-FORMATS = {  # of Pillow: suffix and how to save
+FORMATS = {  # of Pillow: suffix and options for saving
     "PNG": ("png", {}),
     "JPEG": ("jpg", {}),
     "GIF": ("gif", {}),
@@ -49,7 +49,7 @@ FORMATS = {  # of Pillow: suffix and how to save
 
 
 class Faults:
-    """What was wrong, printed when it is found."""
+    """Counts faults and prints each one."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -64,7 +64,7 @@ class Faults:
 
 
 class Run(NamedTuple):
-    """A command that ended."""
+    """A finished command."""
 
     code: int
     out: str
@@ -87,7 +87,7 @@ def finish(process: subprocess.Popen[bytes], faults: Faults, limit: float) -> Ru
     try:
         out, errors = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
-        faults.check(False, f"a run hangs: no end in {limit:.0f} s")
+        faults.check(False, f"a run hangs: not finished within {limit:.0f} s")
         os.killpg(process.pid, signal.SIGKILL)
         out, errors = process.communicate()
     lines = errors.decode(errors="backslashreplace").splitlines()
@@ -106,7 +106,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def written(out: Path) -> int:
-    """The finished files in a folder."""
+    """The number of finished files in a folder."""
     return sum(name[0] != "." for name in os.listdir(out)) if out.exists() else 0
 
 
@@ -121,16 +121,16 @@ def good_pictures(folder: Path, count: int, rng: np.random.Generator) -> Path:
 
 
 def encoded(kind: str, size: tuple[int, int], rng: np.random.Generator) -> bytes:
-    """A picture of (width, height)."""
+    """An encoded image of size (width, height)."""
     pixels = rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
-    pixels[size[1] // 2 :] = 90  # something to compress
+    pixels[size[1] // 2 :] = 90  # a compressible half
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, kind, **FORMATS[kind][1])
     return file.getvalue()
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
-    """Of a PNG."""
+    """A chunk of a PNG."""
     body = kind + data
     return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
 
@@ -146,7 +146,7 @@ def png(width: int, height: int, *more: bytes) -> bytes:
 
 
 def special_pictures(rng: np.random.Generator) -> dict[str, bytes]:
-    """Bombs, sides at their limits, blocks that a decoder must not trust."""
+    """Decompression bombs, sides at their limits, malformed blocks."""
     packed = zlib.compress(bytes(80 * 2**20), 9)  # 80 MB of text
     made = {
         "bomb.png": png(65535, 65535),
@@ -170,7 +170,7 @@ def special_pictures(rng: np.random.Generator) -> dict[str, bytes]:
     for height, width in ((65535, 65535), (0, 0), (65535, 1), (1, 65535)):
         sides = struct.pack(">HH", height, width)
         made[f"claims{height}x{width}.jpg"] = jpeg[:frame] + sides + jpeg[frame + 4 :]
-    for i in range(40):  # EXIF of random bytes, behind a header that asks to read on
+    for i in range(40):  # random EXIF bytes after a valid header
         block = b"Exif\0\0MM\0*\0\0\0\x08" + rng.bytes(int(rng.integers(2, 400)))
         made[f"exif{i}.jpg"] = (
             jpeg[:2] + struct.pack(">HH", 0xFFE1, len(block) + 2) + block + jpeg[2:]
@@ -179,7 +179,10 @@ def special_pictures(rng: np.random.Generator) -> dict[str, bytes]:
 
 
 def damaged(content: bytes, rng: np.random.Generator) -> bytes:
-    """Truncated, bytes changed, a part overwritten, doubled or cut out; headers more often."""
+    """Content with one damage: truncated, bytes changed, a part overwritten, duplicated or removed.
+
+    Headers are damaged more often.
+    """
     data, n = bytearray(content), len(content)
     place = int(rng.integers(0, n if rng.random() < 0.5 else min(n, 100)))
     length = int(rng.integers(1, max(2, n // 4)))
@@ -202,7 +205,7 @@ def damaged(content: bytes, rng: np.random.Generator) -> bytes:
 
 
 def attack_by_damage(folder: Path, count: int, faults: Faults, rng: np.random.Generator) -> None:
-    """One picture in eleven is good."""
+    """Damaged images; one image in eleven is good."""
     photos, good = folder / "damaged", set()
     photos.mkdir()
     for name, content in special_pictures(rng).items():
@@ -227,16 +230,20 @@ def attack_by_damage(folder: Path, count: int, faults: Faults, rng: np.random.Ge
         for line in result.errors
         if (match := re.match(rf"error: {re.escape(str(photos))}/([^ :]+)", line))
     }
-    faults.check(result.code == 1, f"status {result.code}, not 1")
-    faults.check(not done & reported, f"written and reported: {sorted(done & reported)[:5]}")
+    faults.check(result.code == 1, f"expected status 1, got {result.code}")
+    faults.check(not done & reported, f"both written and reported: {sorted(done & reported)[:5]}")
     lost = (good | bad) - done - reported
     faults.check(not lost, f"{len(lost)} neither written nor reported: {sorted(lost)[:5]}")
-    faults.check(good <= done, f"good ones not written: {sorted(good - done)[:5]}")
+    faults.check(good <= done, f"good images not written: {sorted(good - done)[:5]}")
     for name in done:
         field = load_file(folder / "out" / f"{name}.safetensors")["field"]
-        faults.check(bool(field.isfinite().all()) and field.shape[0] == 128, f"the field of {name}")
+        faults.check(
+            bool(field.isfinite().all()) and field.shape[0] == 128, f"invalid field of {name}"
+        )
     sums = f"{len(done)} written, {len(reported)} reported"
-    print(f"damaged: {len(bad)}, and {len(good)} good: {sums}, {result.seconds:.0f} s", flush=True)
+    print(
+        f"{len(bad)} damaged, {len(good)} good images: {sums}, {result.seconds:.0f} s", flush=True
+    )
 
 
 # ---- kills --------------------------------------------------------------------------------------
@@ -245,11 +252,11 @@ def attack_by_damage(folder: Path, count: int, faults: Faults, rng: np.random.Ge
 def attack_by_kill(
     folder: Path, kills: int, faults: Faults, rng: np.random.Generator, pictures: int = 300
 ) -> None:
-    """SIGKILL to the run, or to all of its processes, at random moments of a run."""
+    """SIGKILL of the run, or of its process group, at random moments."""
     photos = good_pictures(folder / "photos", pictures, rng)
     reference = run(photos, folder / "reference", faults)
     expected = contents(folder / "reference")
-    faults.check(len(expected) == pictures, f"{len(expected)} of {pictures} written")
+    faults.check(len(expected) == pictures, f"{len(expected)} of {pictures} images written")
     again = run(photos, folder / "again", faults)
     faults.check(contents(folder / "again") == expected, "two undisturbed runs differ")
     begin, duration = time.perf_counter(), min(reference.seconds, again.seconds)
@@ -262,10 +269,10 @@ def attack_by_kill(
             while written(out) <= last and process.poll() is None:
                 time.sleep(0.001)
             time.sleep(0.02 * rng.random())
-        else:  # from its first moment on
+        else:  # at any moment of the run
             time.sleep(duration * rng.random())
         ended = process.poll() is not None
-        if not ended:  # workers, if they are left alive, hold the lock for 5 seconds
+        if not ended:  # surviving workers hold the lock for 5 seconds
             (os.killpg if i % 4 < 2 else os.kill)(process.pid, signal.SIGKILL)
         process.communicate()
         files = contents(out) if out.exists() else {}
@@ -273,18 +280,22 @@ def attack_by_kill(
         stage = "end" if ended else "work" if len(whole) > before else "start"
         stages[stage] += 1
         wrong = [name for name, file in whole.items() if expected.get(name) != file]
-        faults.check(not wrong, f"after kill {i}: {wrong[:5]}")
+        faults.check(not wrong, f"wrong files after kill {i}: {wrong[:5]}")
         if len(whole) == pictures or i == kills - 1 or rng.random() < 0.2:
             rounds += 1
             resumed = run(photos, out, faults)
-            faults.check(resumed.code == 0, f"resumed: {resumed.code}: {resumed.errors[-3:]}")
-            faults.check(contents(out) == expected, "resumed: other files than undisturbed")
+            faults.check(
+                resumed.code == 0, f"resumed: status {resumed.code}: {resumed.errors[-3:]}"
+            )
+            faults.check(
+                contents(out) == expected, "resumed: files differ from the undisturbed run"
+            )
             shutil.rmtree(out)
     seconds = time.perf_counter() - begin
     print(
         f"kills: {kills} in runs of {duration:.1f} s ({stages['start']} before the first new file, "
-        f"{stages['work']} after, {stages['end']} runs had ended), {rounds} times resumed to the "
-        f"end, {pictures} pictures: {seconds:.0f} s",
+        f"{stages['work']} after it, {stages['end']} runs had ended), resumed to the end {rounds} "
+        f"times, {pictures} images: {seconds:.0f} s",
         flush=True,
     )
 
@@ -305,14 +316,17 @@ def attack_by_two(folder: Path, faults: Faults, rng: np.random.Generator, rounds
             busy = result.error_about("another run is writing to")
             refused += busy
             faults.check(result.code == int(busy), f"two: status {result.code}: {result.errors}")
-        faults.check(contents(out) == expected, "two runs: other files than one")
+        faults.check(contents(out) == expected, "two runs: files differ from a single run")
     seconds = time.perf_counter() - begin
-    print(f"two runs at once: {rounds} times, {refused} refused, {seconds:.0f} s", flush=True)
+    print(
+        f"two runs at once: {rounds} times, {refused} ended with an error, {seconds:.0f} s",
+        flush=True,
+    )
 
 
 @contextmanager
 def small_disk(place: Path, size: str) -> Iterator[bool]:
-    """Whether it could be mounted."""
+    """Mount a tmpfs; yields whether that succeeded."""
     place.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "srt_ext", str(place)]
     mounted = subprocess.run(command, capture_output=True).returncode == 0
@@ -328,11 +342,11 @@ def remount(place: Path, options: str) -> None:
 
 
 def attack_by_disk(folder: Path, faults: Faults) -> None:
-    """Full at some picture, then larger; then read-only."""
+    """A disk that becomes full, then read-only, then larger."""
     photos, expected, begin = folder / "photos", contents(folder / "reference"), time.perf_counter()
     with small_disk(folder / "disk", "500k") as mounted:
         if not mounted:
-            print("disk: not tried, no tmpfs can be mounted here", flush=True)
+            print("disk: skipped, tmpfs cannot be mounted here", flush=True)
             return
         out = folder / "disk" / "out"
         result = run(photos, out, faults)
@@ -340,11 +354,13 @@ def attack_by_disk(folder: Path, faults: Faults) -> None:
         faults.check(result.code == 1 and full, f"full: {result.code}: {result.errors}")
         part = contents(out)
         faults.check(0 < len(part) < len(expected), f"full: {len(part)} files")
-        faults.check(part.items() <= expected.items(), "full: other files than undisturbed")
+        faults.check(
+            part.items() <= expected.items(), "full: files differ from the undisturbed run"
+        )
         single = run(photos / "0.png", folder / "disk" / "0.npz", faults, "--stride=1", "--size=0")
         full = single.error_about("0.npz cannot be written: No space left on device")
         faults.check(single.code == 1 and full, f"full: {single.code}: {single.errors}")
-        faults.check(not (folder / "disk" / "0.npz").exists(), "full: part of a file")
+        faults.check(not (folder / "disk" / "0.npz").exists(), "full: a partial file was left")
 
         remount(folder / "disk", "size=64m,ro")
         for target in (out, folder / "disk" / "new"):
@@ -353,16 +369,16 @@ def attack_by_disk(folder: Path, faults: Faults) -> None:
             faults.check(result.code == 1 and refused, f"read-only: {result.code}: {result.errors}")
         faults.check(contents(out) == part, "read-only: files have changed")
         remount(folder / "disk", "rw")
-        faults.check(run(photos, out, faults).code == 0, "not resumed on a larger disk")
-        faults.check(contents(out) == expected, "larger: other files than undisturbed")
+        faults.check(run(photos, out, faults).code == 0, "larger: the run was not resumed")
+        faults.check(contents(out) == expected, "larger: files differ from the undisturbed run")
     seconds = time.perf_counter() - begin
     print(f"disk: full after {len(part)} files, read-only, resumed: {seconds:.0f} s", flush=True)
 
 
 def main(
-    pictures: Annotated[int, typer.Option(min=100, help="Damaged ones.")] = 2000,
-    kills: Annotated[int, typer.Option(min=1, help="Runs that are killed.")] = 50,
-    seed: Annotated[int, typer.Option(help="Another one: other damage, other moments.")] = 0,
+    pictures: Annotated[int, typer.Option(min=100, help="Number of damaged images.")] = 2000,
+    kills: Annotated[int, typer.Option(min=1, help="Number of runs to kill.")] = 50,
+    seed: Annotated[int, typer.Option(help="Seed of damage and moments.")] = 0,
 ) -> None:
     faults, begin = Faults(), time.perf_counter()
     with tempfile.TemporaryDirectory() as name:

@@ -1,7 +1,7 @@
-"""Cases of the fuzzer: valid calls of the ops, and what is done to them.
+"""Cases of the fuzzer: valid calls of the ops, and changes to them.
 
-A case is made from ``(seed, index)`` alone. Its arguments are tensors at first; for NumPy and
-DLPack they become arrays, to which more is done.
+A case depends only on ``(seed, index)``. Its arguments are tensors at first. For NumPy and DLPack
+they are converted to arrays, which have further changes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-# The samples of the tests, and their arrays.
+# For the modules samples and arrays of the tests.
 sys.path.append(str(Path(__file__).resolve().parents[2] / "python_tests"))
 
 from arrays import arrays
@@ -28,7 +28,7 @@ STATES = {
     "accumulate_median_": ("window", "count"),
 }
 STREAMS = ("RunningMean", "RunningMoments", "RunningMedian")
-# Ways to call, and the ops that each has.
+# Ways to call, and the ops of each.
 _FORWARD = ("shift", "ensemble", "median", "ensemble_moments", "out")
 WAYS: dict[str, tuple[str, ...]] = {
     "op": (*_FORWARD, *STATES, "_shift_backward", "_mean_backward"),
@@ -42,16 +42,16 @@ Rng = np.random.Generator
 
 @dataclass
 class Case:
-    """One call. ``given``: its arguments by name; ``memory``: all bytes that they lie on."""
+    """One call. ``given``: arguments by name; ``memory``: all bytes of their storages."""
 
     op: str
     way: str
     given: dict[str, Any]
     changes: list[str] = field(default_factory=list)
-    valid: bool = True  # must not be refused
-    large: bool = False  # may raise for too little memory
+    valid: bool = True  # must not raise
+    large: bool = False  # may run out of memory
     memory: list[torch.Tensor] = field(default_factory=list)
-    first: dict[str, Any] = field(default_factory=dict)  # of a stream: the views before
+    first: dict[str, Any] = field(default_factory=dict)  # of a stream: the chunk before
     kernels: str = "auto"  # the instruction set
 
     @property
@@ -104,7 +104,7 @@ def ensemble_case(rng: Rng, op: str, way: str) -> Case:
     grid, patch = ([int(n) for n in rng.integers(1, 6, 2)] for _ in range(2))
     pixels = [g * p for g, p in zip(grid, patch, strict=True)]
     stride = [pick(rng, [s for s in range(1, n + 1) if n % s == 0]) for n in pixels]
-    many = rng.random() < 0.05  # beyond the networks of the median
+    many = rng.random() < 0.05  # more views than the median networks support
     views, batch = int(rng.integers(1, 80 if many else 9)), int(rng.integers(1, 3))
     channels = pick(rng, (1, 2, 3, 7, 16, 19, 33, 70))
     dtype, numbers = pick(rng, DTYPES), pick(rng, (torch.float32, torch.float64))
@@ -152,14 +152,14 @@ def shift_case(rng: Rng, op: str, way: str) -> Case:
     return Case(op, way, {**values, "offsets": offsets, **modes})
 
 
-# ---- what is done to it: to tensors -------------------------------------------------------------
+# ---- changes to tensors -------------------------------------------------------------------------
 
 SPECIAL = (math.nan, math.inf, -math.inf, -0.0, 1e-40, 5e-324, 2.0**14, -(2.0**14))
 Change = Callable[[Rng, Case], str]
 
 
 def special_values(rng: Rng, case: Case) -> str:
-    """NaN, infinities, zeros with a sign, the smallest and large numbers."""
+    """NaN, infinities, signed zeros, the smallest and very large numbers."""
     values = case.given[case.values]
     if not values.is_floating_point() or values.numel() == 0:
         return "none"
@@ -179,7 +179,7 @@ def all_special(rng: Rng, case: Case) -> str:
 
 
 def far_offsets(rng: Rng, case: Case) -> str:
-    """At the limits: valid."""
+    """Values at the limits, still valid."""
     offsets = case.given["offsets"].clone()
     limits = (2.0**20, -(2.0**20), 5e-324, -0.0, 2.0**-41, -(2.0**-40), 0.5, 0.0, 1 - 2.0**-24)
     for _ in range(int(rng.integers(1, 4))):
@@ -217,7 +217,7 @@ def weight_values(rng: Rng, case: Case) -> str:
 
 
 def strided(rng: Rng, case: Case) -> str:
-    """Gaps and another order in memory; the last dimension stays dense where it must."""
+    """Gaps and another order of dimensions; the last one stays dense where required."""
     name = pick(rng, [n for n in (case.values, *case.written) if n not in ("weight", "count")])
     values = case.given[name]
     if name == "var" or (name == "mean" and "var" in case.given):
@@ -238,7 +238,7 @@ def strided(rng: Rng, case: Case) -> str:
 
 
 def expanded_values(rng: Rng, case: Case) -> str:
-    """Stride 0: the same memory in many places, which may be read."""
+    """Stride 0: many elements share memory, which is valid for reading."""
     values = case.given[case.values]
     last = values.dim() - (1 if case.values == "tokens" else 0)
     dim = int(rng.integers(last))
@@ -274,7 +274,7 @@ def overlapping(rng: Rng, case: Case) -> str:
 
 
 def state_values(rng: Rng, case: Case) -> str:
-    """A state that no stream makes: not compared, but nothing may break."""
+    """A state that no stream produces: not compared, but must not crash."""
     if case.op not in STATES:
         return "none"
     name = pick(rng, STATES[case.op])
@@ -337,7 +337,7 @@ HUGE = (2**20, 2**20 + 1, 2**24, 2**24 + 1, 2**31 - 1, 2**31, 2**32 + 1, 2**40, 
 
 
 def huge(rng: Rng, case: Case) -> str:
-    """Sizes to the limits of 64 bits, on one element of memory or on none."""
+    """Sizes up to the limits of 64 bits, on one element of memory or on none."""
     name, case.valid, case.large = a_tensor(rng, case), False, True
     values = case.given[name]
     if values.dim() == 0 or values.numel() == 0:
@@ -353,9 +353,11 @@ def huge(rng: Rng, case: Case) -> str:
             case.given[name] = element.expand(max(1, shape[-1])).clone()[: shape[-1]].expand(shape)
         else:
             case.given[name] = element.expand(shape)
-    except RuntimeError:  # torch has no such shape
+    except RuntimeError:  # torch rejects the shape
         return "none"
-    if name == case.values and rng.random() < 0.5 and shape[0] > 0:  # as many views everywhere
+    if (
+        name == case.values and rng.random() < 0.5 and shape[0] > 0
+    ):  # the same number of views in all arguments
         for other, width in (("offsets", (2,)), ("weights", ())):
             if isinstance(case.given.get(other), torch.Tensor):
                 one = case.given[other].flatten()[: 2 if width else 1].view(1, *width)
@@ -442,7 +444,7 @@ def parameter(values: torch.Tensor) -> torch.Tensor:
 
 
 def misaligned(values: torch.Tensor) -> torch.Tensor:
-    """One byte beside the place of an element."""
+    """Misaligned by one byte."""
     memory = bytearray(values.numel() * values.element_size() + 9)
     offset = 1 if torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % 2 == 0 else 2
     flat = torch.frombuffer(memory, dtype=values.dtype, offset=offset, count=values.numel())
@@ -471,7 +473,7 @@ def kind(rng: Rng, case: Case) -> str:
     make = pick(rng, KINDS)
     try:
         case.given[name] = make(case.given[name])
-    except (RuntimeError, TypeError, ValueError):  # torch has no such tensor of this dtype
+    except (RuntimeError, TypeError, ValueError):  # torch does not support this dtype
         return "none"
     return f"{make.__name__} {name}"
 
@@ -519,7 +521,7 @@ def integers(rng: Rng, case: Case) -> str:
 
 
 def large_picture(rng: Rng, case: Case) -> str:
-    """At the limits of the tables: few large cells, or more bytes than there are."""
+    """At the limits of the tables: few large cells, or more bytes than available."""
     if "grid" not in case.given or case.written or case.values != "tokens":
         return "none"
     tokens, case.valid, case.large = case.given["tokens"], False, True
@@ -579,7 +581,7 @@ CHANGES: tuple[Change, ...] = (
     word,
 )
 
-# What can be done to a tensor that would fill the memory as a copy.
+# Changes to a tensor whose copy would exceed the memory.
 WITHOUT_COPY = (huge, expanded_values, no_tensor, integers, word)
 
 
@@ -588,11 +590,11 @@ def is_huge(case: Case) -> bool:
     return any(v.numel() > 2**20 for v in tensors)
 
 
-# ---- and to arrays ------------------------------------------------------------------------------
+# ---- changes to arrays --------------------------------------------------------------------------
 
 
 def to_bytes(case: Case, array: Any, offset: int) -> Any:
-    """A copy at ``offset`` in memory of its own."""
+    """A copy at ``offset`` in a new buffer."""
     memory = bytearray(array.nbytes + 16)
     case.memory.append(torch.frombuffer(memory, dtype=torch.uint8))
     copy = np.frombuffer(memory, array.dtype, array.size, offset).reshape(array.shape)
@@ -601,7 +603,7 @@ def to_bytes(case: Case, array: Any, offset: int) -> Any:
 
 
 def backwards(rng: Rng, case: Case, name: str) -> None:
-    """A negative stride, along any axis."""
+    """A negative stride along a random axis."""
     array = case.given[name]
     axis = int(rng.integers(array.ndim))
     case.given[name] = np.flip(to_bytes(case, np.flip(array, axis), 0), axis)
@@ -617,11 +619,11 @@ def read_only(rng: Rng, case: Case, name: str) -> None:
 
 
 def beside(rng: Rng, case: Case, name: str) -> None:
-    """One byte beside the place of an element."""
+    """Misaligned by one byte."""
     case.given[name], case.valid = to_bytes(case, case.given[name], 1), False
 
 
-# An array in place of a floating one, which may be refused.
+# Replaces a floating-point array by another kind, which may raise.
 OTHER_ARRAYS: dict[str, Callable[[Any], Any]] = {
     "big-endian": lambda array: array.astype(array.dtype.newbyteorder(">")),
     "object": lambda array: array.astype(object),
@@ -655,7 +657,7 @@ def change_array(rng: Rng, case: Case) -> str:
 
 
 def storage_of(value: torch.Tensor) -> torch.Tensor | None:
-    """All bytes that a tensor lies on."""
+    """All bytes of the storage of a tensor."""
     if value.layout != torch.strided or value.is_meta or value.is_nested or value.is_quantized:
         return None
     with torch.no_grad():
@@ -667,7 +669,7 @@ def to_array(value: Any) -> Any:
         return value
     try:
         return arrays(value)
-    except (RuntimeError, TypeError, ValueError):  # no array of NumPy
+    except (RuntimeError, TypeError, ValueError):  # not convertible to NumPy
         return value
 
 
@@ -693,7 +695,7 @@ def make(seed: int, index: int, ways: Sequence[str] = tuple(WAYS)) -> Case:
     for _ in range(int(rng.choice(4, p=(0.1, 0.45, 0.3, 0.15)))):
         try:
             case.changes.append(pick(rng, WITHOUT_COPY if is_huge(case) else CHANGES)(rng, case))
-        except Exception:  # it is not made for what the arguments have become
+        except Exception:  # the change does not apply to these arguments
             case.changes.append("none")
             case.valid = False
     for value in case.given.values():

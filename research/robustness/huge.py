@@ -1,9 +1,9 @@
 """``python -m research.robustness.huge``: tensors of more than 2^31 elements, on the CPU.
 
-Large results and images are made in full (at most 7 GB at a time) and compared with the oracle at
+Large results and images are computed in full (at most 7 GB at once) and compared with the oracle at
 sampled places: all pixels of some channels, or windows around some pixels. With large strides the
-memory between the elements is never touched and takes no pages; the results must equal those of
-packed memory bit for bit. torch and NumPy.
+memory between the elements is never touched, so it needs no pages; the results must be bitwise
+equal to those of packed memory. Tests torch and NumPy.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ NEAR = 16  # pixels around a sampled one
 
 
 def at_places(shape: tuple[int, ...], count: int = 40) -> Iterator[tuple[int, ...]]:
-    """Corners, the places of the elements around 2^31 and 2^32, and random ones."""
+    """Indices of the first and last element, of elements around 2^31 and 2^32, and random ones."""
     size = int(np.prod(shape, dtype=object))
     rng = np.random.default_rng(0)
     flat = [0, size - 1, LIMIT - 1, LIMIT, 2 * LIMIT - 1, 2 * LIMIT, *rng.integers(0, size, count)]
@@ -46,14 +46,14 @@ def at_places(shape: tuple[int, ...], count: int = 40) -> Iterator[tuple[int, ..
 
 
 def window(image: torch.Tensor, y: int, x: int) -> tuple[torch.Tensor, int, int]:
-    """The pixels around one, and where it is among them. It ends where the image ends."""
+    """The pixels around (y, x), clipped to the image, and the position of (y, x) in them."""
     top, left = max(0, y - NEAR), max(0, x - NEAR)
     part = image[..., top : y + NEAR + 1, left : x + NEAR + 1]
     return part.clone(), y - top, x - left
 
 
 def pattern(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Whole numbers up to 255 that no shift of rows or columns keeps."""
+    """Integers up to 255 that differ after any shift of rows or columns."""
     height, width = shape[-2:]
     image = torch.empty(shape, dtype=dtype)
     rows, columns = (torch.arange(n).mul(k).to(torch.uint8) for n, k in ((height, 13), (width, 7)))
@@ -133,7 +133,7 @@ def check_field(kernel: str, values: torch.Tensor, result: torch.Tensor, case: E
 
 
 def ensemble_out() -> int:
-    """A result of more than 2^31 elements in memory of the caller, bfloat16."""
+    """A result of more than 2^31 elements in a buffer of the caller, bfloat16."""
     tokens = FIELD.tokens(torch.bfloat16)
     (_, *views, _), _ = FIELD.call(tokens)
     _, channels, height, width = FIELD.shape
@@ -156,7 +156,7 @@ def ensemble_numpy() -> int:
 
 
 def ensemble_gradient() -> int:
-    """A gradient of more than 2^31 elements: one pixel of memory everywhere."""
+    """A gradient of more than 2^31 elements, expanded from the memory of one pixel."""
     row = FIELD.tokens(torch.bfloat16)[0, 0, 0]
     grad = row[:, None, None].expand(FIELD.shape[1:])[None]
     (_, *views, weights), modes = FIELD.call(torch.empty(0))
@@ -171,7 +171,7 @@ def ensemble_gradient() -> int:
 
 
 def expanded_views() -> int:
-    """2^20 views, with more than 2^31 elements of tokens by stride 0: float64."""
+    """2^20 views, with more than 2^31 elements of tokens through stride 0; float64."""
     count, case = 2**20, Ensemble(grid=(4, 4), patch=(2, 2), channels=129, batch=1)
     chosen = torch.arange(count) % len(case.offsets)
     one = case.tokens(torch.float64)[:1]
@@ -188,7 +188,7 @@ def expanded_views() -> int:
 
 
 def expanded_median() -> int:
-    """2048 views, with more than 2^31 elements of tokens by stride 0; also of moments."""
+    """2048 views, with more than 2^31 elements of tokens through stride 0; also moments."""
     channels, count = 2**16 + 64, 2048
     case = Ensemble(grid=(4, 4), patch=(1, 1), channels=2, batch=1)
     case = replace(case, offsets=(case.offsets * 300)[:count])
@@ -209,7 +209,7 @@ SPARSE = Ensemble(channels=5, batch=3)
 
 
 def spread(values: torch.Tensor, dim: int) -> torch.Tensor:
-    """The values with more than 2^31 elements from the first to the last along ``dim``."""
+    """The values, spread along ``dim`` so that they span more than 2^31 elements."""
     strides = list(values.contiguous().stride())
     strides[dim] = LIMIT // (values.shape[dim] - 1) + values.numel()
     last = sum((n - 1) * stride for n, stride in zip(values.shape, strides, strict=True))
@@ -219,7 +219,7 @@ def spread(values: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def both(call: Callable[..., Any], values: torch.Tensor, *dims: int) -> int:
-    """``call`` of torch's and of NumPy's module: the same of values that are spread."""
+    """``call`` with the torch and the NumPy module must give equal results for spread values."""
     for module, of in ((srt_ext, torch.Tensor.detach), (numpy_binding, torch.Tensor.numpy)):
         packed = call(module, of(values), of)
         for dim in dims:
@@ -289,7 +289,7 @@ def strided_state() -> int:
     return LIMIT
 
 
-CASES: tuple[tuple[Callable[[], int], int], ...] = (  # and bytes that it takes
+CASES: tuple[tuple[Callable[[], int], int], ...] = (  # and the bytes that it needs
     (shift_large_image, 5 << 30),
     (shift_many_views_numpy, 3 << 30),
     (shift_gradient, 7 << 30),
@@ -312,7 +312,7 @@ def available() -> int:
 
 
 def main(
-    only: Annotated[str, typer.Option(help="Part of a name.")] = "",
+    only: Annotated[str, typer.Option(help="Run only cases whose names contain this.")] = "",
 ) -> None:
     """Calls on more than 2^31 elements, against the oracle at sampled places."""
     start, failed = time.monotonic(), 0
@@ -321,7 +321,9 @@ def main(
         begin = time.monotonic()
         if available() < need:
             failed += 1
-            print(f"{case.__name__}: needs {need >> 30} GiB; {available() >> 30} are available")
+            print(
+                f"{case.__name__}: skipped, needs {need >> 30} GiB, available {available() >> 30} GiB"
+            )
             continue
         try:
             text = f"{case() / 2**31:.2f} x 2^31 elements"
@@ -330,7 +332,7 @@ def main(
             text = f"WRONG: {error}"
         print(f"{case.__name__}: {text}, {time.monotonic() - begin:.1f} s", flush=True)
     seconds = time.monotonic() - start
-    print(f"{len(chosen) - failed} of {len(chosen)} right, {seconds:.0f} s")
+    print(f"{len(chosen) - failed} of {len(chosen)} passed, {seconds:.0f} s")
     raise typer.Exit(1 if failed else 0)
 
 

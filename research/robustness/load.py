@@ -1,13 +1,13 @@
-"""``python -m research.robustness.load forks`` or ``leaks``: processes, and memory of many calls.
+"""``python -m research.robustness.load forks`` or ``leaks``: forked processes; memory of many calls.
 
-``forks``: processes forked from one that has used the thread pool of srt_ext.numpy, from its main
-thread and from another, while nothing else runs and while two threads are inside of calls; and
-pools of multiprocessing. Each child computes; its result must be right, within a time limit.
+``forks``: forks a process that has used the thread pool of srt_ext.numpy, from its main thread and
+from another thread, while idle and while two other threads are in calls; also pools of
+multiprocessing. Each child computes; its result must be correct within a time limit.
 
-``leaks``: many calls of each kind, valid ones and ones that raise. After a warm-up the memory
-must not grow, and no tensor, hook or setting may stay behind.
+``leaks``: many calls of each kind, valid ones and ones that raise. After a warm-up the memory must
+not grow, and no tensor, hook or setting may remain.
 
-Exit status 1 if there is a finding. Linux only.
+Exits with status 1 on a finding. Linux only.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ app = typer.Typer(add_completion=False)
 
 
 def digest() -> str:
-    """Hash of the results of all kernels. They are large enough for several threads. No torch."""
+    """Hash of the results of all kernels, at sizes that use several threads. Without torch."""
     random = np.random.default_rng(0)
     tokens = random.normal(size=(9, 1, 63, 65)).astype(np.float32)
     offsets = random.uniform(-4, 4, (9, 2))
@@ -52,7 +52,7 @@ def digest() -> str:
 
 
 def child_status(expected: str, limit: int) -> int:
-    """Exit status of a fork that computes: 0 if it is right, -SIGALRM if it hangs."""
+    """Exit status of a fork that computes: 0 if correct, -SIGALRM if it hangs."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -66,7 +66,7 @@ def child_status(expected: str, limit: int) -> int:
 
 @contextmanager
 def busy(threads: int) -> Iterator[None]:
-    """``threads`` other threads compute meanwhile."""
+    """Keep ``threads`` other threads in calls."""
     stop = threading.Event()
 
     def work() -> None:
@@ -85,7 +85,7 @@ def busy(threads: int) -> Iterator[None]:
 
 
 def in_thread(run: Callable[[], int]) -> int:
-    """What ``run`` returns, run in another thread."""
+    """The result of ``run``, executed in another thread."""
     found: list[int] = []
     thread = threading.Thread(target=lambda: found.append(run()))
     thread.start()
@@ -94,7 +94,7 @@ def in_thread(run: Callable[[], int]) -> int:
 
 
 def pool_status(method: str, expected: str, limit: int) -> int:
-    """0 if two processes of a pool compute the right result, twice each."""
+    """0 if two processes of a pool compute the correct result, twice each."""
     with multiprocessing.get_context(method).Pool(2) as pool:
         results = [pool.apply_async(digest) for _ in range(4)]
         return 0 if all(result.get(limit) == expected for result in results) else 2
@@ -102,11 +102,11 @@ def pool_status(method: str, expected: str, limit: int) -> int:
 
 @app.command()
 def forks(
-    count: Annotated[int, typer.Option(help="Forks in all.")] = 1000,
-    limit: Annotated[int, typer.Option(help="Seconds of a child.")] = 20,
-    threads: Annotated[int, typer.Option(help="Threads of a call.")] = 3,
+    count: Annotated[int, typer.Option(help="Total number of forks.")] = 1000,
+    limit: Annotated[int, typer.Option(help="Time limit of a child in seconds.")] = 20,
+    threads: Annotated[int, typer.Option(help="Threads per call.")] = 3,
 ) -> None:
-    """Forks a process that has used the thread pool of srt_ext.numpy."""
+    """Fork a process that has used the thread pool of srt_ext.numpy."""
     srt.set_num_threads(threads)
     expected = digest()  # starts the pool
     ways: dict[str, tuple[int, Callable[[], int]]] = {
@@ -130,7 +130,7 @@ def forks(
         failed += report(f"multiprocessing, {method}, {others} threads in calls", statuses, start)
     if digest() != expected:
         failed += 1
-        print("the parent computes another result than before")
+        print("the result of the parent has changed")
     raise typer.Exit(1 if failed else 0)
 
 
@@ -147,7 +147,7 @@ MEGABYTE = 2**20
 
 
 def used() -> int:
-    """Bytes without those of files, which Linux drops at will; what can be freed has been."""
+    """Resident bytes after freeing caches, without file pages, which Linux may drop."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     status = Path("/proc/self/status").read_text()
@@ -166,7 +166,7 @@ PLACE: Any = ((3, 5), (4, 6))  # grid and patch
 
 
 def calls_of_module(m: Any, tokens: Any, offsets: Any, weights: Any, image: Any, out: Any) -> Any:
-    """{name: call} for the functions of ``m``. Each makes valid and invalid calls."""
+    """{name: call} for the functions of ``m``. Each call includes valid and invalid ones."""
 
     def ensemble() -> None:
         m.ensemble(tokens, offsets, *PLACE, weights)
@@ -229,7 +229,7 @@ def calls_of_ops() -> dict[str, Callable[[], Any]]:
 
 
 class ModelError(Exception):
-    """Raised in the middle of a model."""
+    """Raised during a forward pass."""
 
 
 def calls_of_srt() -> tuple[dict[str, Callable[[], Any]], Callable[[], int]]:
@@ -270,7 +270,7 @@ def calls_of_srt() -> tuple[dict[str, Callable[[], Any]], Callable[[], int]]:
 
 
 def interrupted(wrapper: Any, images: Any, module: Any, kind: type[BaseException]) -> None:
-    """``kind`` is raised in ``module`` of the model, in the second view."""
+    """Raise ``kind`` in ``module`` of the model, in the second view."""
     views = []
 
     def fault(*_: object) -> None:
@@ -283,7 +283,7 @@ def interrupted(wrapper: Any, images: Any, module: Any, kind: type[BaseException
             wrapper(images)
         except kind:
             return
-    raise AssertionError(f"{kind.__name__} of the model was not passed on")
+    raise AssertionError(f"{kind.__name__} of the model did not propagate")
 
 
 def in_progress(wrapper: Any, images: Any) -> None:
@@ -311,7 +311,7 @@ def live_tensors() -> int:
 
 
 def grows(call: Callable[[], Any], count: int) -> tuple[int, int]:
-    """Bytes and tensors that ``count`` calls add, after a tenth as many that fill the caches."""
+    """Bytes and tensors added by ``count`` calls, after a tenth as many warm-up calls."""
     for _ in range(max(10, count // 10)):
         call()
     tensors, before = live_tensors(), used()
@@ -324,16 +324,18 @@ def check_that_leaks_are_seen() -> None:
     kept: list[bytes] = []
     grown, _ = grows(lambda: kept.append(bytes(300)), 10000)
     if grown <= MEGABYTE:
-        raise AssertionError(f"300 bytes kept by each of 10,000 calls: {grown} bytes were seen")
+        raise AssertionError(
+            f"a leak of 300 bytes in each of 10,000 calls was measured as {grown} bytes"
+        )
 
 
 @app.command()
 def leaks(
-    calls: Annotated[int, typer.Option(help="Calls of each kind, of ops.")] = 10000,
-    srt_calls: Annotated[int, typer.Option(help="Calls of each kind, of SRT.")] = 400,
-    only: Annotated[str, typer.Option(help="Kinds whose names contain this.")] = "",
+    calls: Annotated[int, typer.Option(help="Calls of each kind of op.")] = 10000,
+    srt_calls: Annotated[int, typer.Option(help="Calls of each kind of SRT.")] = 400,
+    only: Annotated[str, typer.Option(help="Run only kinds whose names contain this.")] = "",
 ) -> None:
-    """Memory, tensors, hooks and settings after many calls of each kind."""
+    """Check memory, tensors, hooks and settings after many calls of each kind."""
     import torch
 
     torch.set_num_threads(1)
@@ -341,7 +343,7 @@ def leaks(
     check_that_leaks_are_seen()
     of_srt, hooks = calls_of_srt()
     expected_hooks, failed = hooks(), []
-    gc.freeze()  # what is there now is not counted, and not searched again
+    gc.freeze()  # existing objects are neither counted nor scanned again
     for name, call in {**calls_of_ops(), **of_srt}.items():
         if only not in name:
             continue
