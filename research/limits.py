@@ -1,9 +1,9 @@
-"""``python -m research.limits``: the two numbers of the CUDA kernels, and what they predict.
+"""``python -m research.limits``: predicted times of the CUDA kernels (benchmarks/NOTES.md).
 
-Bytes that a call must move, counted from its shape, and the time that they imply on an H200. Beside
-them the work that the kernels of csrc/srt/cuda issue, counted from the tables that they make (made
-here once more, with border `coverage`) and from the lengths of the loops of their code. Nothing is
-measured here. The predictions of the mean leave out the time in which kernels start.
+Counts the bytes that a call must move and the instructions that the kernels of csrc/srt/cuda issue,
+and prints the times that both imply on an H200. The instructions follow from the tables of the
+kernels, which are rebuilt here (border ``coverage``), and from the lengths of the loops in their
+code. Nothing is measured. The predictions of the mean exclude the time to launch kernels.
 """
 
 from __future__ import annotations
@@ -17,43 +17,42 @@ import srt_ext
 from srt_ext import reference
 from srt_ext.options import Upsample
 
-# H200: 4.3 TB/s copy, measured (benchmarks/NOTES.md); 132 processors of 4 schedulers, and of one
-# path to shared memory and L1, at 1.755 GHz.
+# H200: 4.3 TB/s copy, measured (benchmarks/NOTES.md); 132 SMs at 1.755 GHz, each with 4 schedulers
+# and one path to shared memory and L1.
 COPY, CLOCK, PROCESSORS = 4.3e12, 1.755e9, 132
 ISSUES = 4 * PROCESSORS * CLOCK
-# Assumed: of the time, how much of it a kernel keeps the memory or the schedulers busy; and the
-# microseconds in which a kernel starts and ends.
+# Assumed: share of the time in which a kernel keeps the memory or the schedulers busy; microseconds
+# to start and end a kernel.
 BUSY, LAUNCH = 0.8, 3
-# Instructions of a warp for a row of 256 pixels in shift_kernel, what its block does once included,
-# by offsets and bytes of a pixel; and the rows of a block.
+# Instructions of a warp per row of 256 pixels in shift_kernel, including those that a block executes
+# once, by kind of offsets and bytes per pixel; rows of a block.
 SHIFT_ROW = {("whole", 4): 133, ("whole", 2): 122, ("between", 4): 196, ("between", 2): 200}
 SHIFT_ROWS = 32
 
-# The tile of mean_kernel: rows, strips of cells, cells of a strip; columns of a round; warps;
-# channels.
+# The tile of mean_kernel: rows, strips, cells per strip; columns per round; warps; channels.
 ROWS, STRIPS, CELLS, ROUND, WARPS, CHANNELS = 8, 4, 16, 44, 8, 32
 RESIDENT = 2 * PROCESSORS
 
 
 @dataclass(frozen=True)
 class Code:
-    """Instructions of a warp in mean_kernel with vectors, read off its sm_90 code."""
+    """Instructions of a warp in mean_kernel (vector accesses), counted in its sm_90 code."""
 
-    tile: int  # what it takes to find a tile
-    round: int  # and to begin a round
-    columns: int  # columns that a warp makes at a time
-    column: int  # what these cost without their inputs
-    inputs: tuple[int, ...]  # what 0, 1, ... of their inputs cost, as many as are loaded at a time
-    cell: int  # a cell of a round
-    step: int  # more, if it has taps
-    tap: int  # and for each of them
-    write: int  # a cell that is written
-    # The alternative: a column filtered densely into the cells of a strip. 64 multiply-adds, 5
-    # loads, the rest finds them.
+    tile: int  # to locate a tile
+    round: int  # to begin a round
+    columns: int  # columns that a warp computes at once
+    column: int  # these columns without their inputs
+    inputs: tuple[int, ...]  # 0, 1, ... inputs, up to the number loaded at once
+    cell: int  # per cell of a round
+    step: int  # in addition, for a cell with taps
+    tap: int  # per tap
+    write: int  # per cell that is written
+    # The alternative, per column: dense filter into the cells of a strip (64 multiply-adds, 5
+    # loads, address computation).
     filter: int = 76
 
     def of_list(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Of columns with so many inputs."""
+        """Instructions for columns with these numbers of inputs."""
         most = len(self.inputs) - 1
         return (
             self.column
@@ -64,9 +63,9 @@ class Code:
 
 F32 = Code(215, 70, 2, 52, (0, 50, 84, 84), 12, 17, 16, 13)
 B16 = Code(215, 70, 4, 67, (0, 76, 116), 12, 17, 16, 18)
-# Clocks in which the loads and stores of a warp pass L1 or shared memory, 128 bytes each. Of what a
-# warp makes at a time: an input with its weights, and the sums of columns. A tap and the sums that
-# it reads; a cell that is written; a column that is filtered densely.
+# Cycles in which the loads and stores of a warp occupy L1 or shared memory, 128 bytes each: per input
+# and its weights; per sums of the columns computed at once; per tap and the sums that it reads; per
+# cell that is written; per column of the dense filter.
 INPUT, COLUMN, TAP, WRITE, FILTER = 4, 17, 5, 4, 8
 
 
@@ -82,7 +81,7 @@ class Shape:
         return self.grid[axis] * self.patch[axis] // self.stride[axis]
 
     def spans(self, axis: int, offset: float, cells: int, upsample: Upsample) -> torch.Tensor:
-        """[blocks] of so many cells: tokens of a view from the first to the last that it reads."""
+        """[blocks]: the span of tokens that a view reads in each block of ``cells`` cells."""
         size = cells * self.stride[axis]
         first = torch.arange(0, self.cells(axis) * self.stride[axis], size, dtype=torch.float64)
         ends = torch.stack([first, first + size - 1]) + 0.5 + offset
@@ -98,16 +97,16 @@ SHAPES = (
     Shape("518x518 P=14 C=1024", (37, 37), (14, 14), 1024),
     Shape("480x848 stride 4", (30, 53), (16, 16), 384, (4, 4)),
 )
-OF_ALL_VIEWS = (SHAPES[1], SHAPES[3], SHAPES[0])  # the others are counted for grid:3 alone
+OF_ALL_VIEWS = (SHAPES[1], SHAPES[3], SHAPES[0])  # the other shapes only with grid:3
 
 
 def walk(shape: Shape, offsets: list[float], upsample: Upsample) -> tuple[int, torch.Tensor, int]:
-    """Cells of a strip; [groups, cells] taps of the steps along x; columns of all strips."""
+    """Cells per strip; taps of the steps along x [groups, cells]; columns of all strips."""
     tokens, patch, stride = shape.grid[1], shape.patch[1], shape.stride[1]
     pixels, interval = tokens * patch, min(patch, CELLS)
     x = torch.arange(pixels)
     position = x % interval - (interval - 1) / 2
-    # [groups, pixels, tokens]: the weight of a token, and what it grows by from pixel to pixel.
+    # [groups, pixels, tokens]: the weight of a token, and its change from pixel to pixel.
     weight = torch.zeros(len(offsets), pixels, tokens, dtype=torch.float64)
     slope = torch.zeros_like(weight)
     token = torch.full((len(offsets), pixels), -1)
@@ -122,7 +121,7 @@ def walk(shape: Shape, offsets: list[float], upsample: Upsample) -> tuple[int, t
     reads = weight.reshape(len(offsets), -1, stride, tokens).gt(0).any(2)
     cells = CELLS if stride > 1 else CELLS // interval * interval
     columns = sum(part.any(1).sum().item() for part in reads.split(cells, 1))
-    if stride > 1:  # every cell begins anew
+    if stride > 1:  # cells are summed independently
         return cells, reads.sum(2), int(columns)
     value = weight - position[:, None] * slope
     starts = x % interval == 0
@@ -136,11 +135,12 @@ def walk(shape: Shape, offsets: list[float], upsample: Upsample) -> tuple[int, t
 
 
 def mean(shape: Shape, offsets: torch.Tensor, upsample: Upsample, size: int) -> tuple[float, ...]:
-    """Seconds.
+    """Predicted seconds.
 
-    To write; to read and write; to issue the instructions of the sums along y, of the walk along x,
-    of writing, and of what surrounds them; to load and store in L1 and shared memory. Then to issue
-    what is along x if the columns were filtered densely instead, and all loads and stores of that.
+    In order: to write the output; to write the output and read the tokens; to issue the
+    instructions of the sums along y, of the walk along x, of the stores, of everything else; for
+    loads and stores in L1 and shared memory. For the dense filter along x: to issue its
+    instructions; for all loads and stores.
     """
     code = F32 if size == 4 else B16
     dx, group = offsets[:, 1].unique(return_inverse=True)
@@ -148,7 +148,7 @@ def mean(shape: Shape, offsets: torch.Tensor, upsample: Upsample, size: int) -> 
     height, width = shape.cells(0), shape.cells(1)
     blocks, tiles = ceil(height / ROWS), ceil(width / (STRIPS * cells))
     chunks = ceil(shape.channels / CHANNELS)
-    every = blocks * chunks  # tiles with the same part of x
+    every = blocks * chunks  # tiles with the same cells along x
     # Along y: [groups, tiles] columns, [groups, blocks] inputs of each.
     part = STRIPS * cells
     columns = torch.stack([shape.spans(1, d, part, upsample) for d in dx.tolist()])
@@ -157,8 +157,8 @@ def mean(shape: Shape, offsets: torch.Tensor, upsample: Upsample, size: int) -> 
         inputs[g] += shape.spans(0, dy, ROWS, upsample)
     per_warp = columns.sum(1) * chunks / code.columns
     vertical = (per_warp * code.of_list(inputs).sum(1)).sum().item()
-    # Along x: a warp takes 4 rows of a strip, so two warps take each.
-    # Groups are taken to be shared out evenly over the rounds.
+    # Along x: a warp computes 4 of the 8 rows of a strip, so two warps process each strip. Groups are
+    # assumed to be spread evenly over the rounds.
     of_tile = (columns.sum(0) / ROUND).ceil()
     taps = steps.sum().item()
     stepped = sum((part > 0).any(0).sum().item() for part in steps.chunk(int(of_tile.max()), 0))
@@ -169,7 +169,7 @@ def mean(shape: Shape, offsets: torch.Tensor, upsample: Upsample, size: int) -> 
     frame = every * tiles * WARPS * code.tile + rounds * code.round
     loads = (per_warp * (COLUMN * blocks + INPUT * inputs.sum(1))).sum().item()
     loads += 2 * every * width * WRITE
-    # The tiles that the processors hold at a time; the last ones leave some idle.
+    # Tiles in multiples of the resident blocks; the last wave leaves some SMs idle.
     share = every * tiles / RESIDENT
     uneven = ceil(share) / share
     written = height * width * shape.channels * size

@@ -1,9 +1,9 @@
 """``python -m research.robustness.files``: attacks on ``srt-ext features``.
 
 Damaged images among good ones; SIGKILL at random moments, then the same command again; two runs
-into one folder; a full disk and a read-only disk. Every image must be written or reported, no run may
-hang, and the files must be bitwise equal to those of an undisturbed run. Prints counts and seconds;
-exits with status 1 on a fault.
+into one folder; a full disk and a read-only disk. Every image must be written or reported, no run
+may hang, and the files must be bitwise equal to those of an undisturbed run. Prints counts and
+seconds; exits with status 1 on a fault.
 """
 
 from __future__ import annotations

@@ -321,9 +321,7 @@ def main(
         begin = time.monotonic()
         if available() < need:
             failed += 1
-            print(
-                f"{case.__name__}: skipped, needs {need >> 30} GiB, available {available() >> 30} GiB"
-            )
+            print(f"{case.__name__}: skipped, needs {need >> 30} of {available() >> 30} GiB")
             continue
         try:
             text = f"{case() / 2**31:.2f} x 2^31 elements"

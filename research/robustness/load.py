@@ -1,4 +1,4 @@
-"""``python -m research.robustness.load forks`` or ``leaks``: forked processes; memory of many calls.
+"""``python -m research.robustness.load forks`` or ``leaks``: forked processes, memory leaks.
 
 ``forks``: forks a process that has used the thread pool of srt_ext.numpy, from its main thread and
 from another thread, while idle and while two other threads are in calls; also pools of
