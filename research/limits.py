@@ -21,11 +21,11 @@ from srt_ext.options import Upsample
 # and one path to shared memory and L1.
 COPY, CLOCK, PROCESSORS = 4.3e12, 1.755e9, 132
 ISSUES = 4 * PROCESSORS * CLOCK
-# Assumed: share of the time in which a kernel keeps the memory or the schedulers busy; microseconds
-# to start and end a kernel.
+# Assumed: share of the time in which a kernel keeps the memory or the schedulers busy;
+# microseconds to start and end a kernel.
 BUSY, LAUNCH = 0.8, 3
-# Instructions of a warp per row of 256 pixels in shift_kernel, including those that a block executes
-# once, by kind of offsets and bytes per pixel; rows of a block.
+# Instructions of a warp per row of 256 pixels in shift_kernel, including those that a block
+# executes once, by kind of offsets and bytes per pixel; rows of a block.
 SHIFT_ROW = {("whole", 4): 133, ("whole", 2): 122, ("between", 4): 196, ("between", 2): 200}
 SHIFT_ROWS = 32
 
@@ -63,9 +63,9 @@ class Code:
 
 F32 = Code(215, 70, 2, 52, (0, 50, 84, 84), 12, 17, 16, 13)
 B16 = Code(215, 70, 4, 67, (0, 76, 116), 12, 17, 16, 18)
-# Cycles in which the loads and stores of a warp occupy L1 or shared memory, 128 bytes each: per input
-# and its weights; per sums of the columns computed at once; per tap and the sums that it reads; per
-# cell that is written; per column of the dense filter.
+# Cycles in which the loads and stores of a warp occupy L1 or shared memory, 128 bytes each: per
+# input and its weights; per sums of the columns computed at once; per tap and the sums that it
+# reads; per cell that is written; per column of the dense filter.
 INPUT, COLUMN, TAP, WRITE, FILTER = 4, 17, 5, 4, 8
 
 
@@ -157,8 +157,8 @@ def mean(shape: Shape, offsets: torch.Tensor, upsample: Upsample, size: int) -> 
         inputs[g] += shape.spans(0, dy, ROWS, upsample)
     per_warp = columns.sum(1) * chunks / code.columns
     vertical = (per_warp * code.of_list(inputs).sum(1)).sum().item()
-    # Along x: a warp computes 4 of the 8 rows of a strip, so two warps process each strip. Groups are
-    # assumed to be spread evenly over the rounds.
+    # Along x: a warp computes 4 of the 8 rows of a strip, so two warps process each strip. Groups
+    # are assumed to be spread evenly over the rounds.
     of_tile = (columns.sum(0) / ROUND).ceil()
     taps = steps.sum().item()
     stepped = sum((part > 0).any(0).sum().item() for part in steps.chunk(int(of_tile.max()), 0))

@@ -251,7 +251,7 @@ def document(results: Row) -> str:
     parts = [
         "# pca",
         f"{results['model']}, {results['channels']} channels, preset `{DEFAULT}`, stride {STRIDE}; "
-        f"{results['protocol']}; torch {facts['torch']}, commit {facts['commit']}, "
+        f"{results['protocol'].replace('picture', 'image')}; torch {facts['torch']}, commit {facts['commit']}, "
         f"{facts['date']}, {results['seconds']} s.",
         "K components: a cell x is stored as `components @ x`, as by `srt-ext features --pca`. "
         "Centered: as `components @ (x - mean)`, a PCA, for comparison. J above all channels: mean "

@@ -62,7 +62,7 @@ class Case(NamedTuple):
 
     task: str  # discovery (DAVIS), or a key of FOLDERS
     item: str  # the sequence
-    examples: list[tuple[Path, Path]]  # (picture, mask)
+    examples: list[tuple[Path, Path]]  # (image, mask)
     protocol: Protocol
 
 

@@ -485,7 +485,8 @@ def document(results: Row) -> str:
         items = sorted({item for scores in found.values() for item in scores if item})
         parts += [
             f"## {TITLES[task]}",
-            f"{model}; {protocol}" + (f"; {len(items)}: {', '.join(items)}." if items else "."),
+            f"{model}; {protocol.replace('picture', 'image')}"
+            + (f"; {len(items)}: {', '.join(items)}." if items else "."),
         ]
         for layer in sorted({s.layer for s in found}):
             parts += [f"### Layer {layer}", table(results, run, layer)]

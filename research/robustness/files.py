@@ -117,7 +117,7 @@ def good_pictures(folder: Path, count: int, rng: np.random.Generator) -> Path:
     return folder
 
 
-# ---- damaged pictures ---------------------------------------------------------------------------
+# ---- damaged images -----------------------------------------------------------------------------
 
 
 def encoded(kind: str, size: tuple[int, int], rng: np.random.Generator) -> bytes:
