@@ -1,4 +1,4 @@
-"""The study of stored fields: its basis, what is stored, and its tables."""
+"""The study of stored fields: basis, storage and tables."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from research.quality.fields import Fields, Network, enlarged, unit
 from research.quality.metrics import boundary, region
 from research.quality.settings import Setting
 
-TILE = 12  # cells; a side of what is compared with its neighbourhood at once
+TILE = 12  # side, in cells, of a tile whose neighbours are searched at once
 
 
 @dataclass(frozen=True)

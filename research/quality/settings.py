@@ -201,7 +201,7 @@ def rivals(layer: int, patch: int) -> list[Setting]:
 
 
 def candidates(layer: int, patch: int) -> list[Setting]:
-    """The rivals that cost up to about 16 forward passes, at half a patch."""
+    """Settings that cost up to about 16 forward passes, at half a patch."""
     half = patch // 2
     found = [
         Setting("plain", IDENTITY, layer, patch, upsample="nearest"),
