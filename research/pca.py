@@ -251,8 +251,8 @@ def document(results: Row) -> str:
     parts = [
         "# pca",
         f"{results['model']}, {results['channels']} channels, preset `{DEFAULT}`, stride {STRIDE}; "
-        f"{results['protocol'].replace('picture', 'image')}; torch {facts['torch']}, commit {facts['commit']}, "
-        f"{facts['date']}, {results['seconds']} s.",
+        f"{results['protocol'].replace('picture', 'image')}; torch {facts['torch']}, commit "
+        f"{facts['commit']}, {facts['date']}, {results['seconds']} s.",
         "K components: a cell x is stored as `components @ x`, as by `srt-ext features --pca`. "
         "Centered: as `components @ (x - mean)`, a PCA, for comparison. J above all channels: mean "
         "difference over the sequences, its standard error, and in how many it is above 0.",
