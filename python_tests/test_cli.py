@@ -964,5 +964,5 @@ def test_missing_packages_are_reported_without_typer_and_torch() -> None:
     )
     errors = run_python("-c", script, code=1, cwd=ROOT).stderr
     assert "the command needs packages that are not installed" in errors
-    assert "no ops: torch is not installed" in errors
+    assert "no torch ops: torch is not installed" in errors
     assert re.search("srt_ext.numpy is (not )?available", errors)

@@ -62,7 +62,7 @@ def test_cuda_kernels_are_registered_or_the_reason_is_given() -> None:
     if torch.version.cuda is None:
         assert cuda_unavailable == "torch was built without CUDA"
     elif not (PACKAGE / "_C_cuda.so").exists():
-        assert "_C_cuda.so does not exist: nvcc was not found" in str(cuda_unavailable)
+        assert "_C_cuda.so does not exist. srt_ext was built without" in str(cuda_unavailable)
     else:
         assert cuda_unavailable is None
 
@@ -275,16 +275,16 @@ BROKEN_NUMPY = {f"srt_ext/{NUMPY and NUMPY.name}": BROKEN}
 @pytest.mark.parametrize(
     ("without", "files", "before", "use", "reason"),
     [
-        (None, {}, NO_TORCH, USE, "not available: torch is not installed: pip install"),
-        (None, BROKEN_TORCH, "", USE, "installed but does not load: libcudart.so.13: not found"),
+        (None, {}, NO_TORCH, USE, "not available: torch is not installed. Run pip install"),
+        (None, BROKEN_TORCH, "", USE, "cannot be imported: libcudart.so.13: not found"),
         (None, {}, OLD_TORCH, USE, "torch >= 2.10 is required; found 2.9.1+cpu"),
-        ("*.so", {}, "", USE, "_C.so does not exist: the package was not built"),
-        ("_C.so", {"srt_ext/_C.so": BROKEN}, "", USE, "_C.so does not load"),
-        ("_C_cuda.so", {}, "", USE_CUDA, "_C_cuda.so does not exist: nvcc"),
-        ("_C_cuda.so", {"srt_ext/_C_cuda.so": BROKEN}, "", USE_CUDA, "does not load"),
-        ("*.so", {}, NO_TORCH, USE_NUMPY, "has no _numpy."),
+        ("*.so", {}, "", USE, "_C.so does not exist. Python imported the sources"),
+        ("_C.so", {"srt_ext/_C.so": BROKEN}, "", USE, "_C.so cannot be loaded"),
+        ("_C_cuda.so", {}, "", USE_CUDA, "_C_cuda.so does not exist. srt_ext was built"),
+        ("_C_cuda.so", {"srt_ext/_C_cuda.so": BROKEN}, "", USE_CUDA, "cannot be loaded"),
+        ("*.so", {}, NO_TORCH, USE_NUMPY, "does not contain _numpy."),
         ("*.so", {f"srt_ext/{OTHER}": ""}, NO_TORCH, USE_NUMPY, f"for another Python: {OTHER}"),
-        ("*.so", BROKEN_NUMPY, NO_TORCH, USE_NUMPY, "srt_ext._numpy does not load"),
+        ("*.so", BROKEN_NUMPY, NO_TORCH, USE_NUMPY, "srt_ext._numpy cannot be loaded"),
         (None, {}, NO_TORCH, "srt_ext.dlpack", "srt_ext.dlpack is not available"),
         (None, {}, NO_TORCH, "import srt_ext.dlpack", "srt_ext.dlpack is not available"),
     ],

@@ -1,8 +1,8 @@
-"""Dense features from frozen Vision Transformers: Stochastic Resonance Transformers, fast.
+"""Dense features from frozen Vision Transformers by Stochastic Resonance Transformers (SRT).
 
-``import srt_ext`` registers ``torch.ops.srt.*``. The import never fails: where torch or the native
-library is missing, the names that need it raise an ImportError with the reason, which ``srt-ext
-info`` prints, too.
+``import srt_ext`` registers ``torch.ops.srt.*``. The import always succeeds. If torch or the native
+library is missing, the names that need it raise an :class:`ImportError` that states the reason;
+``srt-ext info`` prints the same reason.
 """
 
 from typing import Any

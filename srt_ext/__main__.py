@@ -1,4 +1,4 @@
-"""``srt-ext``, also as ``python -m srt_ext``."""
+"""The ``srt-ext`` command, also run as ``python -m srt_ext``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class _Output(io.FileIO):
-    """stdout or stderr. A write that fails does not stop the work: ``error`` keeps the first."""
+    """stdout or stderr. A failed write does not stop the command; ``error`` keeps the first one."""
 
     error: OSError | None = None
 
@@ -24,9 +24,9 @@ class _Output(io.FileIO):
 
 
 def open_outputs() -> dict[str, _Output]:
-    """Replaces stdout and stderr where they are files; escapes what they cannot encode."""
+    """Replaces stdout and stderr where they are files; escapes characters they cannot encode."""
     while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass  # closed: what is opened next would become stdin, stdout or stderr
+        pass  # a closed descriptor: the next file opened would become stdin, stdout or stderr
     os.close(handle)
     outputs = {}
     for name in ("stdout", "stderr"):
@@ -57,9 +57,9 @@ def main() -> None:
         except ImportError as reason:
             arrays = str(reason)
         sys.exit(
-            f"srt-ext: the command needs packages that are not installed ({error}): "
+            f"srt-ext: the command needs packages that are not installed ({error}). Run "
             f"pip install 'srt_ext[models]'\nsrt_ext {__version__}: "
-            + (f"no ops: {unavailable}" if unavailable else "torch.ops.srt is available")
+            + (f"no torch ops: {unavailable}" if unavailable else "torch.ops.srt is available")
             + f"\n{arrays}"
         )
     try:

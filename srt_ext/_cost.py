@@ -1,4 +1,4 @@
-"""What calls take: floating-point operations and memory."""
+"""Measures the floating-point operations and the memory of a call."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def _storages(tree: Any) -> list[torch.UntypedStorage]:
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of all storages that ops made and that are still held.
+    """Counts the bytes of all live storages that ops allocated.
 
-    On every device alike, and without a reset of the allocator's own statistics, which belong to
-    the user.
+    It works the same on every device and does not reset the allocator's own statistics, which the
+    user may be reading.
     """
 
     def __init__(self) -> None:
@@ -55,9 +55,9 @@ class _Live(TorchDispatchMode):
 
 
 def peak_bytes(call: Callable[[], T]) -> tuple[T, int]:
-    """The result of a call, and the most bytes that its tensors took at one time, result included.
+    """Returns the result of a call and the peak bytes of its tensors, including the result.
 
-    What kernels use beside their results (cuDNN's workspaces) is not seen.
+    Memory that kernels allocate internally (such as cuDNN workspaces) is not counted.
     """
     with _Live() as live:
         result = call()
@@ -65,17 +65,16 @@ def peak_bytes(call: Callable[[], T]) -> tuple[T, int]:
 
 
 def fake_copy(value: T) -> tuple[T, FakeTensorMode]:
-    """A deep copy whose tensors have no data, and their mode."""
+    """Returns a deep copy whose tensors have no data, and their fake tensor mode."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with FakeCopyMode(mode):
         return copy.deepcopy(value), mode
 
 
 def operations_and_bytes(call: Callable[[], object]) -> tuple[int, int]:
-    """What a call on fake tensors takes.
+    """Returns the floating-point operations and the peak bytes of a call on fake tensors.
 
-    Returns:
-        Floating-point operations, two for each multiply-add, and bytes as :func:`peak_bytes`.
+    A multiply-add counts as two operations. The bytes are counted as in :func:`peak_bytes`.
     """
     aten, quantized = torch.ops.aten, torch.ops.quantized
     products = (
@@ -88,7 +87,7 @@ def operations_and_bytes(call: Callable[[], object]) -> tuple[int, int]:
         quantized.linear_relu_dynamic,
         quantized.linear_relu_dynamic_fp16,
     )
-    # These have no formula in torch, which would count nothing.
+    # torch has no formula for these ops and would count them as 0.
     formulas = {
         aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
         **dict.fromkeys(products, _product_flops),
@@ -105,5 +104,5 @@ def _attention_flops(
 
 
 def _product_flops(left: torch.Size, *_: object, out_shape: torch.Size, **__: object) -> int:
-    """left [..., K] times a matrix, which may be packed, -> [..., N]."""
+    """left [..., K] times a matrix, possibly packed, -> [..., N]."""
     return 2 * left.numel() * out_shape[-1]

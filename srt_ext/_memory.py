@@ -1,4 +1,4 @@
-"""Memory that is free, for this process."""
+"""Reads how much memory this process can still allocate."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
-# Root, usage, the part of it that is a cache of files (which gives way), limits.
+# Root, file of the usage, name of its reclaimable file cache in memory.stat, files of the limits.
 _Version = tuple[str, str, str, tuple[str, ...]]
 _V1: _Version = (
     "/sys/fs/cgroup/memory",
@@ -25,10 +25,10 @@ _V2: _Version = (
 
 
 def free_bytes(device: torch.device) -> int:
-    """What may still be allocated there.
+    """Returns the bytes that can still be allocated on ``device``.
 
-    On the CPU the least of what the machine has, of what each cgroup of the process leaves, from
-    its own up to the root, and of its address space.
+    On the CPU this is the minimum of the machine's available memory, the memory that each cgroup of
+    the process leaves (from its own cgroup up to the root), and the remaining address space.
     """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -37,11 +37,11 @@ def free_bytes(device: torch.device) -> int:
     available = _number("/proc/meminfo", "MemAvailable:")
     if available is not None:
         free.append(available * 1024)
-    return max(0, min(free, default=2**32))  # no Linux: 4 GiB
+    return max(0, min(free, default=2**32))  # 4 GiB outside Linux
 
 
 def _cgroups() -> Iterator[int]:
-    """The bytes that each cgroup with a limit leaves."""
+    """Yields the remaining bytes of each cgroup that has a limit."""
     for version, path in _memberships():
         root, usage, cache, limits = version
         for folder in _folders(root, path):
@@ -49,14 +49,15 @@ def _cgroups() -> Iterator[int]:
             used -= _number(f"{folder}/memory.stat", cache) or 0
             for name in limits:
                 limit = _number(f"{folder}/{name}")
-                if limit is not None:  # a file that says "max" has no number
+                if limit is not None:  # "max" means no limit
                     yield limit - max(0, used)
 
 
 def _memberships() -> Iterator[tuple[_Version, str]]:
-    """The cgroups of the process: version and path below the root.
+    """Yields the cgroups of the process: version, and path below the root.
 
-    Both versions may be mounted. The roots are always among them: in a container they are its own.
+    Both versions may be mounted. The roots are always included: in a container they are its own
+    cgroups.
     """
     for line in ["0::/", "0:memory:/", *_read("/proc/self/cgroup").splitlines()]:
         if line.count(":") < 2:  # the rest of a name with a line break
@@ -69,7 +70,7 @@ def _memberships() -> Iterator[tuple[_Version, str]]:
 
 
 def _folders(root: str, path: str) -> set[str]:
-    """Where a cgroup and its parents may be: a container does not see the first parts of a path."""
+    """The possible folders of a cgroup and its parents: a container hides the first path parts."""
     parts = [part for part in PurePosixPath(path).parts if part not in ("/", "..")]
     ends = range(len(parts) + 1)
     return {"/".join([root, *parts[first:last]]) for last in ends for first in range(last + 1)}
@@ -82,7 +83,7 @@ def _address_space() -> Iterator[int]:
 
 
 def _read(path: str) -> str:
-    """An empty text if there is no such file."""
+    """Returns the text of a file, or an empty string if it cannot be read."""
     try:
         return Path(path).read_text()
     except (OSError, UnicodeError):
@@ -90,7 +91,7 @@ def _read(path: str) -> str:
 
 
 def _number(path: str, name: str = "") -> int | None:
-    """The number in a file, after ``name`` if there is one; None if there is none."""
+    """Returns the number in a file (the one after ``name``, if given), or None."""
     words = _read(path).split()
     try:
         return int(words[words.index(name) + 1 if name else 0])

@@ -1,6 +1,7 @@
-"""Checks in Python, for settings and for what torch's dispatcher refuses before C++ runs.
+"""Argument checks in Python: settings, and arguments that torch's dispatcher rejects before C++.
 
-The rules for the arguments of the ops are those of csrc/srt/validation.cpp. No torch here.
+csrc/srt/validation.cpp checks all other arguments of the ops. This module imports torch only where
+a function needs it.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from .options import OPTIONS
 
 Wrong = type[ValueError] | type[TypeError]
 
-MAX_VIEWS = 2**20  # in one call: kMaxViews of csrc/srt/types.h
-MAX_WINDOWS = 2**26  # in one call: kMaxWindows of csrc/srt/windows.h
+MAX_VIEWS = 2**20  # per call, as kMaxViews in csrc/srt/types.h
+MAX_WINDOWS = 2**26  # per call, as kMaxWindows in csrc/srt/windows.h
 
 
 def wrong(kind: Wrong, where: str, rule: str, got: object) -> ValueError | TypeError:
-    """The error of an argument that breaks a rule; to be raised."""
+    """Returns the error for an argument that violates ``rule``. The caller raises it."""
     return kind(f"{where}: {rule}; got {got}")
 
 
 def stated_error(message: str) -> ValueError | TypeError | None:
-    """The error that srt::Error states in the message of a RuntimeError; to be raised."""
+    """Returns the error that the message of a RuntimeError from srt::Error describes, or None."""
     found = re.search(r"(TypeError: )?(srt::\w+: (?!CUDA: ).*)", message)
     return found and (TypeError if found[1] else ValueError)(found[2])
 
@@ -49,7 +50,7 @@ def check_string(where: str, name: str, value: object) -> None:
 
 
 def check_words(where: str, **words: object) -> None:
-    """``words``: the values of options, by the names of their arguments."""
+    """Checks option strings, given by argument name, against ``OPTIONS``."""
     for name, word in words.items():
         check_string(where, name, word)
         options = get_args(OPTIONS[name])
@@ -59,7 +60,7 @@ def check_words(where: str, **words: object) -> None:
 
 
 def _quoted(word: object) -> str:
-    """The word in quotes, printable and cut to a line, as csrc/srt/validation.cpp quotes it."""
+    """Quotes a string as csrc/srt/validation.cpp does: printable, at most 40 characters."""
     longest, text = 40, str(word)
     codes = (f"\\x{ord(c):02x}" if c < " " or c == "\x7f" else c for c in text[:longest])
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in codes)
@@ -67,7 +68,7 @@ def _quoted(word: object) -> str:
 
 
 def _index(value: object) -> int:
-    """The integer that ``value`` is, of any library; TypeError for bools, floats and arrays [N]."""
+    """Converts an integer of any library. Bools, floats and arrays [N] raise a TypeError."""
     dtype, shape = getattr(value, "dtype", ""), getattr(value, "shape", ())
     if isinstance(value, bool) or "bool" in str(dtype) or tuple(shape) != ():
         raise TypeError
@@ -78,7 +79,7 @@ def _index(value: object) -> int:
 
 
 def is_integer(value: object) -> bool:
-    """Whether ``value`` is an integer of any library, also a 0-d array or tensor; no bool."""
+    """Whether ``value`` is an integer of any library or a 0-d integer array; False for bools."""
     try:
         _index(value)
     except TypeError:
@@ -87,7 +88,7 @@ def is_integer(value: object) -> bool:
 
 
 def check_pair(where: str, name: str, value: object, least: int = 1) -> tuple[int, int]:
-    """(y, x), in a sequence or an array [2]; one integer stands for both."""
+    """Converts a sequence or an array [2] to (y, x). One integer applies to both axes."""
     rule = f"{name} must be two integers >= {least}, (y, x)"
     several = isinstance(value, Sequence) or len(getattr(value, "shape", ())) == 1
     try:
@@ -102,7 +103,7 @@ def check_pair(where: str, name: str, value: object, least: int = 1) -> tuple[in
 
 
 def check_cells(where: str, grid: object, patch: object, stride: object) -> tuple[int, int]:
-    """(H', W') of the field that has these settings."""
+    """Returns the size (H', W') of the field for these settings."""
     names = {"grid": grid, "patch": patch, "stride": stride}
     grid, patch, stride = (check_pair(where, name, value) for name, value in names.items())
     pixels = [g * p for g, p in zip(grid, patch, strict=True)]
@@ -112,7 +113,7 @@ def check_cells(where: str, grid: object, patch: object, stride: object) -> tupl
 
 
 def check_count(where: str, name: str, value: object, least: int, other: str = "") -> int:
-    """``other``: what the message offers beside an integer, as ", or 'auto'"."""
+    """``other``: further allowed values, appended to the rule, such as ", or 'auto'"."""
     rule = f"{name} must be an integer >= {least}{other}"
     try:
         count = _index(value)
@@ -124,7 +125,7 @@ def check_count(where: str, name: str, value: object, least: int, other: str = "
 
 
 def check_number(where: str, rule: str, value: object) -> float:
-    """A real number of any library, also a 0-d array or tensor; no bool."""
+    """Converts a real number of any library or a 0-d array to float. Bools raise a TypeError."""
     number = value
     if tuple(getattr(value, "shape", (1,))) == ():
         try:
@@ -136,4 +137,4 @@ def check_number(where: str, rule: str, value: object) -> float:
     try:
         return float(number)
     except OverflowError:
-        return math.inf  # a huge integer, which every rule refuses
+        return math.inf  # an integer too large for every rule

@@ -1,4 +1,7 @@
-"""The options that functions, streams and :class:`srt_ext.SRT` share. No torch here."""
+"""Types of the options shared by the functions, the streams and :class:`srt_ext.SRT`.
+
+This module does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,9 @@ Anchor: TypeAlias = Literal["phase", "full"]
 Quality: TypeAlias = Literal["fast", "balanced", "outlines"]
 
 Pair: TypeAlias = Sequence[int]  # (y, x)
-Stride: TypeAlias = int | Pair  # one integer stands for both
+Stride: TypeAlias = int | Pair  # one integer applies to both axes
 
-# The words of each option, by the name of its argument.
+# The allowed values of each option, by argument name.
 OPTIONS = {
     "reduce": Reduce,
     "upsample": Upsample,
