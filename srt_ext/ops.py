@@ -1,7 +1,8 @@
-"""``srt_ext.shift``, ``windows``, ``ensemble``: ``torch.ops.srt.*`` with types, docs and errors.
+"""Typed and documented functions over ``torch.ops.srt.*``, with Python's kinds of errors.
 
-Method: Lao et al., "Sub-token ViT Embedding via Stochastic Resonance Transformers", ICML 2024; of
-``windows``: Hjelkrem-Tan et al., "SPoT: Subpixel Placement of Tokens in Vision Transformers", 2025.
+``shift``, ``ensemble`` and ``ensemble_moments`` implement Lao et al., "Sub-token ViT Embedding via
+Stochastic Resonance Transformers", ICML 2024; ``windows`` implements Hjelkrem-Tan et al., "SPoT:
+Subpixel Placement of Tokens in Vision Transformers", 2025.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from .options import OPTIONS, Border, Interpolation, Padding, Pair, Reduce, Stri
 
 
 def no_grad() -> AbstractContextManager[Any]:
-    """``torch.no_grad`` where it changes something: torch.export cuts its graph at each."""
+    """``torch.no_grad``, only if gradients are enabled: torch.export cuts its graph at each use."""
     return torch.no_grad() if torch.is_grad_enabled() else nullcontext()
 
 
 @contextmanager
 def state_mode() -> Iterator[None]:
-    """For tensors that are kept: without gradients, and no inference tensors."""
+    """A context in which stored tensors are created: no gradients, no inference tensors."""
     # torch.inference_mode(False) enables gradients, which torch.export does not see.
     inference = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
     with torch.inference_mode(False) if inference else nullcontext(), no_grad():
@@ -41,9 +42,9 @@ def state_mode() -> Iterator[None]:
 
 
 def pair(op: str, name: str, value: Any) -> Any:
-    """Converts ``value`` to integers that the dispatcher takes; C++ checks the other rules.
+    """Converts ``value`` to Python integers, for the dispatcher. C++ checks the other rules.
 
-    The dispatcher reads bools and floating 0-d tensors as integers, and refuses a NumPy integer.
+    The dispatcher reads bools and floating 0-d tensors as integers and rejects NumPy integers.
     """
     several = value if type(value) in (tuple, list) else (value,)
     if torch.compiler.is_compiling() or all(type(n) is int for n in several):
@@ -54,7 +55,7 @@ def pair(op: str, name: str, value: Any) -> Any:
 def _explain(
     error: RuntimeError, op: str, schema: Any, args: Sequence[Any], modes: dict[str, Any]
 ) -> NoReturn:
-    """Raises the ValueError or TypeError that the op states, or that an argument's type gives."""
+    """Raises the ValueError or TypeError that ``error`` states or a wrong argument type causes."""
     message = str(error)
     stated = stated_error(message)
     if stated is not None:
@@ -68,7 +69,7 @@ def _explain(
 
 
 def _check_types(op: str, schema: Any, *args: object, **modes: object) -> None:
-    """Raises for the argument whose type the dispatcher refused: a tensor, a pair or a word."""
+    """Raises an error for the argument (tensor, pair or string) that the dispatcher rejected."""
     names = [argument.name for argument in schema.arguments]
     given = {**dict(zip(names, args, strict=False)), **modes}
     for argument in schema.arguments:
@@ -78,12 +79,12 @@ def _check_types(op: str, schema: Any, *args: object, **modes: object) -> None:
             check_tensor(f"srt::{op}", name, value)
         elif kind == "List[int]":
             check_pair(f"srt::{op}", name, value)
-        elif name in OPTIONS:  # a string may be no UTF-8
+        elif name in OPTIONS:  # the dispatcher rejects strings that are not UTF-8
             check_words(f"srt::{op}", **{name: value})
 
 
 def _call(name: str, op: Any, *args: Any, **modes: Any) -> Any:
-    """Calls ``op``; for wrong arguments raises ValueError or TypeError that name ``name``."""
+    """Calls ``op``. Wrong arguments raise a ValueError or TypeError that names the op ``name``."""
     if torch.compiler.is_compiling():
         return op(*args, **modes)
     try:
@@ -102,7 +103,7 @@ def check_views(
 ) -> None:
     """Checks tokens, offsets, grid, patch, weights and modes by the rules of ``op``.
 
-    ``stream``: they are a chunk of a stream, which may have no views.
+    ``stream``: the arguments are a chunk of a stream, which may have no views.
     """
     check = torch.ops.srt._check_views.default
     _call(op, check, op, *args, reduce=reduce, stream=stream, **modes)
@@ -115,27 +116,30 @@ def shift(
     padding: Padding = "reflect",
     interpolation: Interpolation = "bilinear",
 ) -> torch.Tensor:
-    """Every translated view of a batch of images: ``view_v(y, x) = image(y - dy, x - dx)``.
+    """Translates a batch of images by each offset: ``view_v(y, x) = image(y - dy, x - dx)``.
+
+    The views are those of Lao et al., "Sub-token ViT Embedding via Stochastic Resonance
+    Transformers", ICML 2024.
 
     Args:
         image: [B, C, H, W], float32, float16, bfloat16, float64 or uint8.
-        offsets: [V, 2], (dy, dx) in pixels, any real numbers up to 2^20 in size, V from 1 to 2^20;
-            float32 or float64, on the CPU or on the device of ``image``. Content moves down and
-            right by them. CUDA offsets are not validated (that would synchronise): a view with one
-            that is not finite or too large is 0.
-        padding: what lies beyond the image: ``zeros``, ``border``, ``reflect`` (the edge is not
+        offsets: [V, 2], (dy, dx) in pixels; any real numbers with magnitude at most 2^20, V from 1
+            to 2^20; float32 or float64, on the CPU or on the device of ``image``. Positive offsets
+            move the content down and right. CUDA offsets are not validated (that would
+            synchronise); an offset that is not finite or too large yields an all-zero view.
+        padding: the values outside the image: ``zeros``, ``border``, ``reflect`` (the edge is not
             repeated) or ``circular``.
         interpolation: ``nearest``, ``bilinear`` or ``bicubic`` (a = -0.75). Whole-pixel offsets
-            copy bit for bit under each, and offsets within 2^-40 of one count as it. uint8 results
-            are rounded half to even and saturate.
+            yield exact copies in every mode; an offset within 2^-40 of a whole pixel counts as
+            whole. uint8 results are rounded half to even and saturate.
 
     Returns:
-        [V, B, C, H, W], dense, of the dtype of ``image``. Differentiable with respect to ``image``,
-        as often as one likes, in reverse and forward mode.
+        [V, B, C, H, W], contiguous, in the dtype of ``image``. Differentiable with respect to
+        ``image``, in reverse and forward mode, to any order.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape, mode word or value.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has a wrong shape or value.
 
     Example:
         >>> image = torch.arange(4.0).reshape(1, 1, 1, 4)
@@ -155,40 +159,44 @@ def windows(
     *,
     padding: Padding = "border",
 ) -> torch.Tensor:
-    """Windows of a batch of images at any positions, sampled bilinearly: sub-pixel tokens (SPoT).
+    """Samples windows of a batch of images bilinearly at any positions: sub-pixel tokens (SPoT).
 
-    Sample (i, j) of a window lies at ``center + ((i, j) - (size - 1) / 2) * scale``, in pixels;
-    the centre of a pixel is its index + 0.5. So the windows of size ``patch`` with the centers
-    ``patch * (k + 0.5)`` are the patches of a ViT, bit for bit, and those moved by ``d`` are the
-    patches of ``shift(image, -d)``.
+    Sample (i, j) of a window is taken at ``center + ((i, j) - (size - 1) / 2) * scale``, in pixels.
+    The centre of a pixel is its index + 0.5. Windows of size ``patch`` with the centers
+    ``patch * (k + 0.5)`` are therefore bitwise equal to the patches of a ViT, and the same windows
+    moved by ``d`` are the patches of ``shift(image, -d)``.
+
+    The windows are the tokens of Hjelkrem-Tan et al., "SPoT: Subpixel Placement of Tokens in Vision
+    Transformers", 2025.
 
     Args:
-        image: [B, C, H, W] of any strides, H and W at least 1; float32, float16, bfloat16, float64
-            or uint8. It is read in place: a field of many channels best in channels_last.
-        centers: [B, N, 2], (y, x) in pixels, finite and at most 2^25 in size; they may lie outside
-            of the image. B * N up to 2^26; float32 or float64, on the CPU or on the device of
-            ``image``. On a GPU they and ``scale`` are not validated (that would synchronise): a
-            window with one that is not finite or too large is 0.
-        size: (Ph, Pw), samples of a window; (1, 1) samples the image at the centers.
-        scale: pixels from sample to sample, (y, x): [2] for all windows or [B, N, 2] for each;
-            finite and at most 2^20 in size, negative ones mirror the window; float32 or float64;
-            None for 1. There is no antialiasing.
-        padding: what lies beyond the image, by pixel: ``zeros``, ``border``, ``reflect`` (the edge
-            is not repeated) or ``circular``.
+        image: [B, C, H, W] with any strides, H and W at least 1; float32, float16, bfloat16,
+            float64 or uint8. It is read in place; channels_last is the fastest layout for a field
+            with many channels.
+        centers: [B, N, 2], (y, x) in pixels, finite, with magnitude at most 2^25, inside or outside
+            the image. B * N is at most 2^26; float32 or float64, on the CPU or on the device of
+            ``image``. CUDA centers and scales are not validated (that would synchronise); a value
+            that is not finite or too large yields an all-zero window.
+        size: (Ph, Pw), samples per window; (1, 1) samples the image at the centers.
+        scale: pixels between neighbouring samples, (y, x): [2] for all windows or [B, N, 2] for
+            each; finite, with magnitude at most 2^20; negative values mirror the window; float32 or
+            float64. None means 1. There is no antialiasing.
+        padding: the values of pixels outside the image: ``zeros``, ``border``, ``reflect`` (the
+            edge is not repeated) or ``circular``.
 
     Returns:
-        [B, N, C, Ph, Pw], dense, of the dtype of ``image``. Positions are float64; one within 2^-40
-        of the centre of a pixel is that pixel, so windows of whole pixels are copies bit for bit.
-        uint8 results are rounded half to even.
+        [B, N, C, Ph, Pw], contiguous, in the dtype of ``image``. Positions are computed in float64;
+        a position within 2^-40 of the centre of a pixel reads that pixel alone, so windows on whole
+        pixels are exact copies. uint8 results are rounded half to even.
 
-        Differentiable with respect to ``image``, ``centers`` and ``scale``; at the centre of a
-        pixel the derivative is the one to the right, as that of ``F.grid_sample``. The gradients of
-        the image are differentiable again, those of the others are not; forward mode knows the
-        image alone.
+        Differentiable with respect to ``image``, ``centers`` and ``scale``. At the centre of a
+        pixel the derivative is the right-hand one, as in ``F.grid_sample``. The gradient with
+        respect to ``image`` is differentiable again; the others are not. Forward mode supports
+        ``image`` only.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape, mode word or value.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has a wrong shape or value.
 
     Example:
         >>> image = torch.arange(6.0).reshape(1, 1, 1, 6)
@@ -202,22 +210,24 @@ def windows(
 
 
 def sample(field: torch.Tensor, points: torch.Tensor, stride: Stride = 1) -> torch.Tensor:
-    """Samples a dense field bilinearly at points of the picture.
+    """Samples a dense field bilinearly at points of the image.
 
     Args:
-        field: [B, C, H', W'], as of :func:`ensemble`; float32, float16, bfloat16, float64 or uint8.
-            Of channels_last, which :func:`ensemble` returns, a point reads whole rows of channels.
-        points: [B, N, 2], (y, x) in pixels of the picture, float32 or float64; as the centers of
-            :func:`windows`, but the bound of 2^25 is on points / stride.
-        stride: pixels per cell of the field, (sh, sw) or one for both, as given to
+        field: [B, C, H', W'], for example from :func:`ensemble`; float32, float16, bfloat16,
+            float64 or uint8. The fastest layout is channels_last, which :func:`ensemble` returns:
+            the channels of a cell are then contiguous.
+        points: [B, N, 2], (y, x) in pixels of the image, float32 or float64. The rules of the
+            centers of :func:`windows` apply to ``points / stride``.
+        stride: pixels per cell of the field, (sh, sw) or one for both, as passed to
             :func:`ensemble`.
 
     Returns:
-        [B, N, C] of the dtype of ``field``; a point beyond the centres of the outer cells has their
-        value. Differentiable as :func:`windows`.
+        [B, N, C] in the dtype of ``field``. Points beyond the centres of the outermost cells are
+        clamped to these centres. Differentiable as :func:`windows`.
 
     Raises:
-        TypeError, ValueError: as :func:`windows`, whose centers are points / stride.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has a wrong shape or value.
 
     Example:
         >>> field = torch.tensor([[1.0, 3.0]]).reshape(1, 1, 1, 2)  # two cells of 4 x 4 pixels
@@ -251,52 +261,60 @@ def ensemble(
     stride: Stride = 1,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The tokens of all views, moved back into the frame of the image and aggregated.
+    """Moves the tokens of all views back into the frame of the image and aggregates them.
 
-    The image has ``H = h * Ph`` by ``W = w * Pw`` pixels. Each output cell is the mean, over the
-    pixels of the cell and the views that cover them, of the upsampled and inversely translated
-    tokens. No pixel-scale map of a view is ever made.
+    The image has ``H = h * Ph`` by ``W = w * Pw`` pixels. The tokens of each view are upsampled and
+    translated back by its offset; an output cell is their mean over the pixels of the cell and the
+    views that cover them. Per-view pixel maps are never materialised.
 
-    A mean at stride 1 is a running sum along rows and columns, begun anew every 16 pixels or less.
-    Its rounding is that of the largest token near the cell, also of one that the cell does not
-    read: at most 2^-22 of it.
+    A mean at stride 1 is a running sum along rows and columns, restarted at least every 16 pixels.
+    Its rounding error is relative to the largest token near the cell, including tokens that the
+    cell does not read: at most 2^-22 of that token.
+
+    The method is that of Lao et al., "Sub-token ViT Embedding via Stochastic Resonance
+    Transformers", ICML 2024.
 
     Args:
         tokens: [V, B, N, C], N = h * w tokens in row order, V from 1 to 2^20 views; float32,
-            float16, bfloat16 or float64. The last dimension is dense; other strides are free, so
-            ``out[:, :, prefix:]`` is read in place. Sums are kept in float32 (float64 for float64).
-        offsets: [V, 2], (dy, dx) in pixels by which the content of each view moved, as given to
-            :func:`shift`; float32 or float64, on the CPU or on the device of ``tokens``. On a GPU
-            they and ``weights`` are not validated (that would synchronise): a view with values that
-            are errors on the CPU (not finite, too large, negative) counts nowhere.
-        grid: (h, w), tokens.
-        patch: (Ph, Pw), pixels from token to token.
-        weights: [V], finite and >= 0, float32 or float64, none but 0 below 2^-80 of the largest;
-            None for equal weights. A view of weight 0 is not read.
-        reduce: ``mean`` or ``median``: the lower median over the views that cover the cell, exact,
-            NaN where one of them is (as ``torch.median``); it takes no weights.
+            float16, bfloat16 or float64. The last dimension must be contiguous; other strides are
+            free, so ``out[:, :, prefix:]`` is read in place. Sums are accumulated in float32
+            (float64 for float64 tokens).
+        offsets: [V, 2], (dy, dx) in pixels by which the content of each view moved, as passed to
+            :func:`shift`; float32 or float64, on the CPU or on the device of ``tokens``. CUDA
+            offsets and weights are not validated (that would synchronise); a view with an invalid
+            value (not finite, too large or negative) does not count.
+        grid: (h, w), the number of tokens along y and x.
+        patch: (Ph, Pw), pixels per token.
+        weights: [V], finite and >= 0, float32 or float64; each is 0 or at least 2^-80 of the
+            largest. None means equal weights. A view of weight 0 is not read.
+        reduce: ``mean``, or ``median``: the exact lower median over the views that cover the cell,
+            NaN if one of their values is NaN (as ``torch.median``). The median does not support
+            weights.
         upsample: ``nearest`` or ``bilinear`` (``F.interpolate`` with ``align_corners=False``).
-        border: a pixel that a view does not cover is left out (``coverage``), counts as 0
-            (``zeros``, as published), reads the nearest edge token (``clamp``), or reads the tokens
-            as if they went on at the opposite edge (``circular``, for views that :func:`shift` made
-            with ``padding="circular"``).
-        stride: pixels per output cell, (sh, sw) or one for both; divides (H, W). 1 is pixel scale,
-            ``patch`` is token scale.
-        out: [B, C, H / sh, W / sw], written in place; any strides that step over what the smaller
-            ones span, channels_last is the fast one. Not differentiable. (Under ``torch.compile``
-            torch 2.10 and 2.13 refuse one that is channels_last.)
+        border: the rule for pixels that a view does not cover. ``coverage`` leaves them out,
+            ``zeros`` counts them as 0 (as the published code), ``clamp`` reads the nearest edge
+            token, ``circular`` wraps to the opposite edge (for views from :func:`shift` with
+            ``padding="circular"``).
+        stride: pixels per output cell, (sh, sw) or one for both; it must divide (H, W). 1 is pixel
+            scale, ``patch`` is token scale.
+        out: [B, C, H / sh, W / sw], written in place. Any strides are supported if each steps
+            over the span of the smaller ones; channels_last is the fastest layout. Not
+            differentiable. Under ``torch.compile``, torch 2.10 and 2.13 reject a channels_last
+            ``out``.
 
     Returns:
-        [B, C, H / sh, W / sw] of the dtype of ``tokens``, with strides (H'W'C, 1, W'C, C)
-        (channels_last), or ``out``. 0 where no view counts. Differentiable with respect to
-        ``tokens`` and ``weights`` in reverse and forward mode. The gradient of a mean has a kernel;
-        that of a median, and those of weights, are recomputed view by view, which takes tens of
-        times as long as the forward. The gradient of a median goes to the view that is the median
-        (the first by dx of equal ones).
+        [B, C, H', W'] with H' = H / sh and W' = W / sw, in the dtype of ``tokens`` and with strides
+        (H'W'C, 1, W'C, C) (channels_last), or ``out``. Cells in which no view counts are 0.
+
+        Differentiable with respect to ``tokens`` and ``weights`` in reverse and forward mode. The
+        gradient of the mean has a kernel. The gradients of the median and of weights are recomputed
+        view by view, which takes tens of times as long as the forward pass. The gradient of a
+        median goes to the view that is the median (the one with the smallest dx if several are
+        equal).
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape, mode word or value.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has a wrong shape or value.
 
     Example:
         >>> tokens = torch.tensor([0.0, 4.0]).reshape(1, 1, 2, 1)
@@ -323,22 +341,31 @@ def ensemble_moments(
     border: Border = "coverage",
     stride: Stride = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mean over the views and their variance, from one reading of the tokens.
+    """Computes the mean over the views and their variance from one read of the tokens.
 
-    The variance is the weighted population variance of what the views say about a cell: the norm of
-    its root over the channels is the noise map of the paper. In float32, beside a mean of 1e4 times
-    the spread, it is within 0.2 %: as far as the interpolated values themselves are rounded (1e-6
-    where they are copies: ``nearest`` at stride 1).
+    The variance is the weighted population variance of the views' values of a cell. The norm of its
+    square root over the channels is the noise map of Lao et al., ICML 2024. In float32 it is
+    accurate within 0.2 % if the mean is 1e4 times the standard deviation: the limit is the rounding
+    of the interpolated values (with ``nearest`` at stride 1, which copies values, it is 1e-6).
 
     Args:
-        tokens, offsets, grid, patch, weights, upsample, border, stride: as for :func:`ensemble`.
+        tokens: [V, B, N, C], as for :func:`ensemble`.
+        offsets: [V, 2], (dy, dx) in pixels, as for :func:`ensemble`.
+        grid: (h, w), the number of tokens along y and x.
+        patch: (Ph, Pw), pixels per token.
+        weights: [V] or None, as for :func:`ensemble`.
+        upsample: as for :func:`ensemble`.
+        border: as for :func:`ensemble`.
+        stride: pixels per output cell, as for :func:`ensemble`.
 
     Returns:
-        (mean, var), each as the result of :func:`ensemble`. Both are 0 where no view counts.
-        Differentiable with respect to ``tokens`` and ``weights``, recomputed view by view.
+        (mean, var), each [B, C, H / sh, W / sw] as the result of :func:`ensemble`. Cells in which
+        no view counts are 0. Differentiable with respect to ``tokens`` and ``weights``; the
+        gradients are recomputed view by view.
 
     Raises:
-        TypeError, ValueError: as :func:`ensemble`.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has a wrong shape or value.
 
     Example:
         >>> tokens = torch.tensor([1.0, 3.0]).reshape(2, 1, 1, 1)  # two views of one token
@@ -354,7 +381,7 @@ def ensemble_moments(
 
 
 # ---- fake kernels -------------------------------------------------------------------------------
-# They know the rules that the shape of a result follows from. The ops check all, when they run.
+# They check only the rules that determine the shape of a result. The ops check the others.
 
 Size = int | torch.SymInt
 
@@ -370,7 +397,7 @@ def field_shape(
     stride: Stride = 1,
     **_modes: object,
 ) -> list[int]:
-    """[B, C, H', W'] of the field that the op makes of these arguments."""
+    """Returns the shape [B, C, H', W'] of the field that the op computes."""
     where = f"srt::{op}"
     _check_rank(where, "tokens", tokens, 4, "must have 4 dimensions, [V, B, N, C]")
     _check_view_count(where, "tokens", tokens)
@@ -390,7 +417,7 @@ def _check_rank(where: str, name: str, tensor: torch.Tensor, rank: int, rule: st
 
 
 def _check_view_count(where: str, name: str, tensor: torch.Tensor) -> None:
-    """The limit of the views, [V, ...]; a symbolic V is left to the op, for it would be a guard."""
+    """Checks V in [V, ...]. A check of a symbolic V would add a guard; it is left to the op."""
     count: Size = tensor.shape[0]
     if isinstance(count, int) and count > MAX_VIEWS:
         rule = f"{name} must hold at most 2^20 views"
@@ -398,7 +425,7 @@ def _check_view_count(where: str, name: str, tensor: torch.Tensor) -> None:
 
 
 def _differs(shape: Sequence[Size], wanted: Sequence[Size]) -> bool:
-    """Whether a shape is not the wanted one; a symbolic size is left to the op, as above."""
+    """Whether two shapes differ. Symbolic sizes are left to the op, as above."""
     return len(shape) != len(wanted) or any(
         isinstance(a, int) and isinstance(b, int) and a != b
         for a, b in zip(shape, wanted, strict=True)
@@ -406,7 +433,7 @@ def _differs(shape: Sequence[Size], wanted: Sequence[Size]) -> bool:
 
 
 def _check_meta(where: str, given: torch.Tensor, **numbers: torch.Tensor | None) -> None:
-    """One tensor on the meta device is enough to get here, where results have no values."""
+    """Rejects meta offsets of real tensors: the result would be uninitialised memory."""
     for name, values in numbers.items():
         if values is not None and values.is_meta and not given.is_meta:
             rule = f"{name} must be on the CPU or on the device of the input"
@@ -414,7 +441,7 @@ def _check_meta(where: str, given: torch.Tensor, **numbers: torch.Tensor | None)
 
 
 def _check_written(where: str, tokens: torch.Tensor, **written: torch.Tensor) -> None:
-    """If one were on the meta device, the call would write nothing and raise no error."""
+    """Rejects a mix of meta and real tensors: the call would write nothing and raise no error."""
     for name, tensor in written.items():
         if tensor.is_meta != tokens.is_meta:
             rule = f"{name} must be on the device of tokens"
@@ -423,7 +450,7 @@ def _check_written(where: str, tokens: torch.Tensor, **written: torch.Tensor) ->
 
 def _new_field(op: str, tokens: torch.Tensor, *args: Any, **modes: Any) -> torch.Tensor:
     _, channels, height, width = shape = field_shape(op, tokens, *args, **modes)
-    # As the schema promises, also where a size is 0 or 1: channels_last.
+    # channels_last, with exactly the documented strides even if a size is 0 or 1.
     strides = (height * width * channels, 1, width * channels, channels)
     return tokens.new_empty_strided(shape, strides)
 
@@ -484,7 +511,7 @@ def _(*args: Any, out: torch.Tensor, **modes: Any) -> None:
 
 
 def _fake_accumulate(op: str, names: Sequence[str], *args: Any, **modes: Any) -> None:
-    """``names`` of the tensors of the state, the first arguments."""
+    """``names``: of the state tensors, which are the first arguments."""
     state, views = args[: len(names)], args[len(names) :]
     field_shape(op, *views, **modes)
     _check_written(f"srt::{op}", views[0], **dict(zip(names, state, strict=True)))

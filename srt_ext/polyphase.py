@@ -1,4 +1,4 @@
-"""The anchor of an image: a pixel that moves with its content, by which views can be placed."""
+"""The polyphase anchor of an image: a pixel that moves with the content, to align views."""
 
 from __future__ import annotations
 
@@ -10,34 +10,35 @@ from ._validation import check_pair, check_tensor, wrong
 def polyphase(
     image: torch.Tensor, patch: int | tuple[int, int], full: bool = False
 ) -> torch.Tensor:
-    """The polyphase anchor of each image, which moves with its content.
+    """Finds the polyphase anchor of each image, a pixel that moves with the content.
 
-    Of the Ph * Pw phases ``image[:, :, py::Ph, px::Pw]`` the anchor is that of the largest energy,
-    the sum of squares over channels and places; of equal ones the first in row order. So
-    ``roll(image, (-py, -px))`` is cut into the same patches for every roll of the image. They are
-    in another order then, unless ``full``: that adds the place of the largest energy within the
-    phase, and the rolled image itself is the same.
+    An image has Ph * Pw phases ``image[:, :, py::Ph, px::Pw]``. The anchor is the phase (py, px)
+    with the largest energy, the sum of squares over its channels and pixels; if several are equal,
+    the first in row order. Therefore ``roll(image, (-py, -px))`` has the same patches for every
+    roll of the image, up to their order. With ``full``, the anchor also includes the position of
+    the largest energy within the phase, and the rolled image itself is the same.
 
-    That holds up to ties: of several pixels of the same largest energy, such as saturated ones, the
-    first in row order is taken, which a roll changes. :class:`srt_ext.SRT` tells them apart by
-    the rest of the image.
+    Ties break this property: if several pixels have the same largest energy (such as saturated
+    pixels), the first in row order is used, and a roll changes which one is first.
+    :class:`srt_ext.SRT` resolves ties by the rest of the image.
 
     Args:
-        image: [B, C, H, W], floating-point or uint8, on any device; H and W multiples of the patch.
-            Sums are in float64.
+        image: [B, C, H, W], floating-point or uint8, on any device; H and W are multiples of the
+            patch. Sums are computed in float64.
         patch: (Ph, Pw) in pixels, or one for both.
-        full: the place within the phase, too.
+        full: whether to add the position within the phase.
 
     Returns:
-        [B, 2], int64, (py, px) in pixels, on the device of ``image``: within a patch, or with
-        ``full`` within the image. Nothing is synchronised. It has no gradient.
+        [B, 2], int64, (py, px) in pixels, on the device of ``image``: a position within a patch,
+        or with ``full`` within the image. The call does not synchronise and has no gradient.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has a wrong shape.
 
-    Source: Ding et al., "Reviving Shift Equivariance in Vision Transformers", 2023, after Chaman
-    and Dokmanic, "Truly shift-invariant convolutional neural networks", 2021.
+    References:
+        Ding et al., "Reviving Shift Equivariance in Vision Transformers", 2023, after Chaman and
+        Dokmanic, "Truly shift-invariant convolutional neural networks", 2021.
 
     Example:
         >>> image = torch.zeros(1, 1, 4, 6)
@@ -50,7 +51,7 @@ def polyphase(
     if not isinstance(full, bool):
         raise wrong(TypeError, "srt_ext.polyphase", "full must be True or False", repr(full))
     energy = _energy(image, patch)
-    phase = energy.sum((1, 3)).flatten(1).argmax(1, keepdim=True)  # [B, 1], the first of equal ones
+    phase = energy.sum((1, 3)).flatten(1).argmax(1, keepdim=True)  # [B, 1], the first if equal
     offset = torch.cat([phase // patch[1], phase % patch[1]], 1)
     if not full:
         return offset
@@ -61,14 +62,14 @@ def polyphase(
 
 
 def unique_anchor(image: torch.Tensor, patch: tuple[int, int]) -> torch.Tensor:
-    """As :func:`polyphase` with ``full``; where energies tie, the rest of the image decides.
+    """As :func:`polyphase` with ``full``, but resolves ties of the energy by the rest of the image.
 
-    Of 54 photographs of 8 bits, 14 have their largest energy at several saturated pixels. They
-    differ here by the energies of all rows and columns, seen from the pixel.
+    In 14 of 54 8-bit photographs several saturated pixels share the largest energy. Here they are
+    ranked by the energies of all rows and columns, weighted by the distance from the pixel.
     """
     energy = _energy(image, patch)
     phases = energy.sum((1, 3), keepdim=True)
-    # After a roll the sums are rounded in another way.
+    # A roll changes the rounding of the sums.
     ties = phases >= phases.amax((2, 4), keepdim=True) * (1 - 2**-40)
     energy, ties = (x.flatten(3).flatten(1, 2) for x in (energy, ties.expand_as(energy)))
     largest = energy.where(ties, -1)  # [B, H, W]
@@ -80,7 +81,7 @@ def unique_anchor(image: torch.Tensor, patch: tuple[int, int]) -> torch.Tensor:
 
 
 def _seen(line: torch.Tensor) -> torch.Tensor:
-    """line [B, n]: at each place the sum of all, weighted by where they are from there."""
+    """line [B, n]: at each position, the sum of all elements, weighted by relative position."""
     step = 1
     while step < line.shape[1]:
         line = line + line.roll(-step, 1) / (1 + step)
@@ -89,7 +90,7 @@ def _seen(line: torch.Tensor) -> torch.Tensor:
 
 
 def _energy(image: torch.Tensor, patch: tuple[int, int]) -> torch.Tensor:
-    """[B, h, Ph, w, Pw], float64: of each pixel, the sum of squares over the channels."""
+    """[B, h, Ph, w, Pw], float64: the sum of squares over the channels of each pixel."""
     energy = image.detach().double().square().sum(1)
     sizes = energy.shape[1] // patch[0], patch[0], energy.shape[2] // patch[1], patch[1]
     return energy.reshape(-1, *sizes)
