@@ -44,7 +44,6 @@ autodoc_typehints_description_target = "documented"
 autodoc_type_aliases = {
     **{name: f"srt_ext.options.{name}" for name in vars(options) if name[0].isupper()},
     **{name: f"srt_ext.backbones.{name}" for name in ("Layer", "Model")},
-    "Path": "pathlib.Path",
 }
 napoleon_use_rtype = False
 python_use_unqualified_type_names = True
@@ -54,7 +53,7 @@ copybutton_exclude = ".linenos, .gp, .go"
 # would have to be downloaded, and the site builds without a network.
 nitpick_ignore_regex = [
     ("py:.*", r"(collections|nn|np|numpy|os|pathlib|pyarrow|torch|typing)\..*"),
-    ("py:class", r"[A-Z]|int64"),  # the sizes and dtypes in "[B, N], int64:" of a property
+    ("py:class", r"[A-Z]|int64|Path"),  # also the sizes and dtypes in "[B, N], int64:" of a property
 ]
 
 
@@ -70,7 +69,7 @@ def link_to_repository(app, docname, source):
     if docname == "api/cli":
         source[0] += commands()
     elif not docname.startswith("api/"):
-        source[0] = re.sub(r"(?<!\.svg)(?<!\.png)\]\(\.\./([^)]+)\)", link, source[0])
+        source[0] = re.sub(r"\]\(\.\./([^)]+(?<!\.svg)(?<!\.png))\)", link, source[0])
 
 
 def commands():
