@@ -1,13 +1,13 @@
 """The documentation site: ``sphinx-build -W --keep-going -n docs build/docs`` (CONTRIBUTING.md)."""
 
-import enum
 import re
-import types
-import typing
 from pathlib import Path
+
+import typer.cli
 
 import srt_ext
 from srt_ext import options
+from srt_ext.cli import app
 
 ROOT = Path(__file__).parents[1]
 REPOSITORY = "https://github.com/srt-ext/srt_ext"
@@ -53,59 +53,37 @@ copybutton_exclude = ".linenos, .gp, .go"
 # would have to be downloaded, and the site builds without a network.
 nitpick_ignore_regex = [
     ("py:.*", r"(collections|nn|np|numpy|os|pathlib|pyarrow|torch|typing)\..*"),
-    ("py:class", r"[A-Z]|int64|Path"),  # also the sizes and dtypes in "[B, N], int64:" of a property
+    (
+        "py:class",
+        r"[A-Z]|int64|Path",
+    ),  # also the sizes and dtypes in "[B, N], int64:" of a property
 ]
 
 
-def link_to_repository(app, docname, source):
-    """Points links that leave ``docs/``, which work on GitHub, at the repository."""
+def link_to_repository(_, docname, source):
+    """Points links that leave ``docs/``, which work on GitHub, at the repository; checks them."""
 
     def link(match):
-        path = match[1].split("#")[0]
-        if not (ROOT / path).exists():
-            raise FileNotFoundError(f"docs/{docname}.md links to ../{path}, which does not exist")
+        path, _, anchor = match[1].partition("#")
+        if not (ROOT / path).exists() or (anchor and anchor not in anchors(ROOT / path)):
+            raise FileNotFoundError(
+                f"docs/{docname}.md links to ../{match[1]}, which does not exist"
+            )
         return f"]({REPOSITORY}/blob/main/{match[1]})"
 
     if docname == "api/cli":
-        source[0] += commands()
+        command = typer.main.get_command(app)
+        source[0] += typer.cli.get_docs_for_click(
+            obj=command, ctx=typer.Context(command), name="srt-ext", title="Commands"
+        )
     elif not docname.startswith("api/"):
         source[0] = re.sub(r"\]\(\.\./([^)]+(?<!\.svg)(?<!\.png))\)", link, source[0])
 
 
-def commands():
-    """The help of every command of srt-ext, in Markdown."""
-    import typer
-
-    from srt_ext.cli import app
-
-    def value(hint):
-        """What an option takes, as in the usage line of a command."""
-        if typing.get_origin(hint) in (typing.Union, types.UnionType, list):
-            return value(next(t for t in typing.get_args(hint) if t is not type(None)))
-        if typing.get_origin(hint) is typing.Literal:
-            return "|".join(typing.get_args(hint))
-        if isinstance(hint, type) and issubclass(hint, enum.Enum):
-            return "|".join(one.value for one in hint)
-        return {bool: "", int: "N", float: "X", Path: "PATH"}.get(hint, "TEXT")
-
-    parts = []
-    for name, command in typer.main.get_command(app).commands.items():
-        hints = typing.get_type_hints(command.callback)
-        parts.append(f"\n## srt-ext {name}\n\n{command.help}\n")
-        rows = []
-        for param in command.params:
-            if param.param_type_name == "argument":
-                term = f"`{param.name.upper()}`"
-            else:
-                kinds = (", ".join(names) for names in (param.opts, param.secondary_opts) if names)
-                term = f"`{' / '.join(kinds)} {value(hints[param.name])}".strip() + "`"
-            default = getattr(param.default, "value", param.default)
-            ends = [" Required." if param.required else ""]
-            if default not in (None, False, True, (), [], "") and param.show_default:
-                ends.append(f" Default: {default}.")
-            rows.append(f"{term}\n: {param.help}{''.join(ends)}\n")
-        parts += rows
-    return "\n".join(parts)
+def anchors(page):
+    """The anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def setup(app):
