@@ -42,14 +42,14 @@ Progress = Callable[[int], object]
 
 
 class SRTOutput(NamedTuple):
-    """What :class:`SRT` returns for one layer."""
+    """The result of :class:`SRT` for one layer."""
 
     field: torch.Tensor  # [B, C, ceil(H / sh), ceil(W / sw)]
     prefix: torch.Tensor | None  # [B, K, C], class and register tokens averaged over the views
 
 
 class SRTMoments(NamedTuple):
-    """What :meth:`SRT.moments` returns for one layer."""
+    """The result of :meth:`SRT.moments` for one layer."""
 
     mean: torch.Tensor  # [B, C, ceil(H / sh), ceil(W / sw)]
     var: torch.Tensor  # as mean: the population variance over the views
@@ -57,7 +57,7 @@ class SRTMoments(NamedTuple):
 
 
 class LayerTokens(NamedTuple):
-    """The tokens of one layer, of some views."""
+    """The tokens of one layer for k views."""
 
     tokens: torch.Tensor  # [k, B, N, C], N = h * w, in row order; dense in the last dimension
     grid: tuple[int, int]  # (h, w)
@@ -71,22 +71,22 @@ class ViewTokens(NamedTuple):
     Pixels are those of the enlarged image.
     """
 
-    # [k, 2], (dy, dx) in pixels, on the CPU. With an anchor [k, B, 2], those of each image, in
+    # [k, 2], (dy, dx) in pixels, on the CPU. With an anchor [k, B, 2], one per view and image, in
     # float64 on the device of the images.
     offsets: torch.Tensor
-    weights: torch.Tensor | None  # [k]; None: all views count the same
-    layers: list[LayerTokens]  # in requested order; one without ``layers`` or with ``inject``
+    weights: torch.Tensor | None  # [k]; None: equal weights
+    layers: list[LayerTokens]  # in the requested order; one if ``layers`` is not a list
 
 
 class Cost(NamedTuple):
-    """What one call of :class:`SRT` takes, from :meth:`SRT.cost`."""
+    """The cost of one call of :class:`SRT`, from :meth:`SRT.cost`."""
 
-    operations: int  # floating-point operations of the model, two for each multiply-add
-    tokens: int  # patch tokens that the model computes, over all views and images
-    memory: int  # bytes at the peak, without the weights of the model and the images
+    operations: int  # floating-point operations of the model; a multiply-add counts as two
+    tokens: int  # patch tokens computed by the model, over all views and images
+    memory: int  # peak bytes, without the weights of the model and the images
 
 
-# So that torch.export saves what has them, and torch.load reads them.
+# Lets torch.export save programs with these types, and torch.load read them.
 for _type in (SRTOutput, SRTMoments, LayerTokens, ViewTokens, Cost, Views):
     _register_namedtuple(_type, serialized_type_name=f"srt_ext.{_type.__name__}")
     torch.serialization.add_safe_globals([_type])
@@ -101,113 +101,79 @@ DEFAULT = "balanced"
 
 
 class SRT(torch.nn.Module):
-    """Wraps a frozen ViT: shifts the image, runs every view, and aggregates the tokens.
+    """Wraps a frozen ViT: shifts the image, runs the model on every view, aggregates the tokens.
+
+    ``srt(images)`` takes images [B, 3, H, W] of any size, normalised as the model expects, and
+    returns an :class:`SRTOutput` whose field is [B, C, ceil(H / sh), ceil(W / sw)] for a stride of
+    (sh, sw) pixels. It returns a list of them if ``layers`` is a list, and the output of the model
+    with ``inject``. Gradients are not recorded. Put the model in eval mode first.
 
     Args:
-        model: a model of timm or of transformers, one with DINO's ``get_intermediate_layers``, or
-            any callable from images [B, 3, H, W] to tokens [B, K + h * w, C] or a map
-            [B, C, h, w] or [B, h, w, C] (then ``patch`` is needed). Or the
-            :class:`srt_ext.backbones.Backbone` that :func:`srt_ext.backbones.describe` returns.
-        views: a number of views, for :func:`srt_ext.views.best` within 3/8 of the pitch of the
-            tokens, patch / scale; a design of :mod:`srt_ext.views`, or its words for
-            :func:`srt_ext.views.parse`; offsets [V, 2], (dy, dx) in pixels of the image; or
-            (offsets, weights [V]) or (offsets, weights, mirror [V, 2]), as in
-            :class:`srt_ext.views.Views`. With ``scale`` the offsets of numbers, words and
-            ``Views`` are rounded to whole pixels of the enlarged image; those of tensors and
-            tuples are kept.
-        scale: the factor, >= 1, by which the image is enlarged (bicubic) before the views are made.
-            The field has the same size and coordinates as without. Always 1 with ``inject`` and
-            with ``border="circular"``, also in a preset.
-        quality: ``fast``, ``balanced`` or ``outlines``: a preset of ``scale`` and ``views``, in
-            place of both. See below.
-        layers: the block (of a hierarchical model: the stage), from 0 or, negative, from the end;
-            or the name of a module, whose first output is read by a hook. None: the last. A list
-            gives a list of results, from one pass over the views. Blocks behind the last requested
-            one do not run (in transformers: only if requested by name).
+        model: one of
+
+            - a model of timm or transformers, or one with DINO's ``get_intermediate_layers``;
+            - any callable from images [B, 3, H, W] to tokens [B, K + h * w, C] or a map
+              [B, C, h, w] or [B, h, w, C]; ``patch`` is then required;
+            - a :class:`srt_ext.backbones.Backbone` from :func:`srt_ext.backbones.describe`.
+        views: one of
+
+            - a number of views: :func:`srt_ext.views.best` with offsets of up to 3/8 of the token
+              spacing, which is patch / scale;
+            - a design of :mod:`srt_ext.views`, or a string for :func:`srt_ext.views.parse`;
+            - offsets [V, 2], (dy, dx) in pixels of the image;
+            - a tuple (offsets, weights [V]) or (offsets, weights, mirror [V, 2]), as in
+              :class:`srt_ext.views.Views`.
+
+            With ``scale``, the offsets of numbers, strings and ``Views`` are rounded to whole
+            pixels of the enlarged image. Offsets in tensors and tuples are not rounded.
+        scale: the factor, >= 1, by which the image is enlarged (bicubic) before the views are
+            computed. The size and the coordinates of the field do not change. Always 1 with
+            ``inject`` and with ``border="circular"``, also in a preset.
+        quality: ``fast``, ``balanced`` or ``outlines``: a preset that replaces ``scale`` and
+            ``views``.
+        layers: index of a block (in a hierarchical model: of a stage), counted from 0 or, if
+            negative, from the end; or the name of a module, whose first output is read by a hook.
+            None: the last layer. A list returns a list of results from one pass over the views.
+            Blocks after the last requested one do not run (in transformers: only if requested by
+            name).
         norm: apply the final norm of the model to the features, as DINO's
-            ``get_intermediate_layers`` does. Layers without one (all but the last stage of Swin;
-            Hiera, ConvNeXt, ResNet) and layers by name are returned as they are. For SAM, whose
-            last norm is its neck, the neck's output. For CLIP, which normalises its pooled token
-            alone, that norm. The last layer is compared with the model's
-            own output; see below.
-        inject: a layer, as in ``layers``, whose tokens are replaced by the ensemble: calling this
-            gives what the model itself returns from there. See below.
+            ``get_intermediate_layers`` does. Layers by name, and layers to which the model applies
+            no norm (all but the last stage of Swin; Hiera, ConvNeXt, ResNet), are returned as they
+            are. For SAM, the neck is used; for CLIP, the norm of the pooled token.
+        inject: a layer, as in ``layers``, whose tokens are replaced by the ensemble. Calling the
+            module then returns the output of the model.
         reduce: ``mean`` or ``median``.
-        stride: pixels per output cell, (sh, sw) or one for both. 1 is pixel scale. The image is
-            padded to a multiple of the patch and of stride * scale: strides whose least common
-            multiple with the patch is small change least what the model sees, and cost least.
-        streaming: aggregate each batch of views as it comes and hold none of their tokens. The
-            mean is the same up to rounding; the median becomes approximate, and the views run in
-            the order of :func:`srt_ext.views.spread` (:class:`srt_ext.RunningMedian`).
-        view_batch: the most views in one forward of the model; times the batch, they bound its
-            memory. ``auto``: as many as fit into half of the free memory, measured on the first
-            view, and at most 8 on a CPU and 64 on a GPU; 8 in ``torch.export``.
-        patch: (Ph, Pw), pixels per token, or one for both. For a layer by name: at that layer.
-        prefix: number of class and register tokens before the patches.
-        upsample: as in :func:`srt_ext.ensemble`; None is ``bilinear``, with ``inject`` ``nearest``,
-            for which one unshifted view changes nothing.
-        border: as in :func:`srt_ext.ensemble`. With ``coverage`` the field is 0 where every view
-            is off the image: the default views leave no such pixels, 2 views two small corners.
-            ``circular`` is for images without an edge: padding must be ``circular``, too, and the
-            images whole patches and cells, for filling them up would change the period.
+        stride: pixels per output cell, (sh, sw) or one integer for both. 1 is pixel scale. The
+            image is padded to a multiple of the patch and of stride * scale: a stride whose least
+            common multiple with the patch is small needs little padding and costs least.
+        streaming: aggregate each batch of views as soon as it is computed, without keeping its
+            tokens. The mean is the same up to rounding. The median is approximate
+            (:class:`srt_ext.RunningMedian`), and the views run in the order of
+            :func:`srt_ext.views.spread`.
+        view_batch: maximum number of views in one forward pass of the model, which processes
+            ``view_batch`` * B images. ``auto``: as many as fit into half of the free memory,
+            measured on the first view, and at most 8 on a CPU and 64 on a GPU; 8 in
+            ``torch.export``.
+        patch: (Ph, Pw), pixels per token, or one integer for both. For a layer by name: pixels per
+            token at that layer.
+        prefix: number of class and register tokens before the patch tokens.
+        upsample: as in :func:`srt_ext.ensemble`. None: ``bilinear``; with ``inject``, ``nearest``,
+            with which a single unshifted view leaves the tokens unchanged.
+        border: as in :func:`srt_ext.ensemble`. With ``coverage``, the field is 0 where no view
+            covers a pixel: the default views leave no such pixels, 2 views leave two small corners.
+            ``circular`` is for periodic images: it requires ``padding="circular"``, and images of
+            whole patches and cells, because padding would change the period.
         padding, interpolation: as in :func:`srt_ext.shift`.
-        anchor: ``phase`` or ``full``, with ``border="circular"``: the views of each image are taken
-            from its anchor (:func:`srt_ext.polyphase`) instead of its corner. With ``full`` the
-            model sees the same views of every roll of an image, so the field of the rolled image is
-            the rolled field, up to rounding, for any model; at a stride, for rolls by its
-            multiples. ``phase`` is enough for models whose tokens roll with whole patches; position
-            embeddings prevent that. Not with ``inject``.
-
-    Presets have 4 views and differ in their scale. They were measured in ``research/quality`` with
-    a ViT-Ti/16; their cost is the number of plain forwards that have as many operations, for images
-    of 240 x 432 and of 480 x 848 pixels:
-
-    - ``fast``: scale 1, cost 4 and 4.
-    - ``balanced``: scale 1.25, cost 8 and 10. The best mean gain over five tasks of the settings
-      that cost at most 16 and are below plain tokens on no task.
-    - ``outlines``: scale 1.5, cost 14 and 16. The best for outlines (label propagation, object
-      discovery); below plain tokens where regions are matched by meaning (retrieval).
-
-    Without ``views``, ``scale`` and ``quality``, ``balanced`` is used; if one of ``views`` and
-    ``scale`` is given, the other is 4 views or scale 1. A preset enlarges the image only for models
-    that declare that they take images of any size; for other models, callables and layers by name
-    it uses scale 1, with a warning. :meth:`cost` counts what a setting takes.
-
-    Patch size, prefix tokens and layout are read from the model. What it does not declare (the
-    prefix of any other callable, the layout of a square map that fits both) is inferred from the
-    shapes, with a warning.
-
-    Calling it with images [B, 3, H, W] (normalised as the model wants them) gives an
-    :class:`SRTOutput`, or a list of them. Images are padded to whole patches and cells by repeating
-    the last row and column, and the result is cropped. Where stride * scale is not a whole number
-    of pixels, the field is made at the next finer stride and resampled (bilinear). No gradients are
-    kept. Put the model in eval mode first. For the result of ``torch.compile(model)`` the features
-    are compiled with its settings; with ``inject`` and with layers by name the model runs eagerly.
-
-    A model in ``torch.compile``, ``DataParallel``, ``DistributedDataParallel`` or PEFT is read as
-    the model itself. Pre-hooks on the model's call run, and FSDP2 and accelerate load its weights;
-    hooks that would be bypassed are an error. The first call for each dtype runs the model on a few
-    tokens: a last layer that differs from ``forward_features`` or ``last_hidden_state`` is an
-    error, because its final norm was not found.
-
-    With ``inject`` the blocks up to that layer run for every view, and once for the unshifted image
-    if the offset 0 is not among the views. The other blocks and the head run once, on the unshifted
-    image with the new tokens. Class and register tokens become their averages. The result is that
-    of the padded image. The model is left unchanged, also by an exception.
-
-    A token is located at the middle of its patch. Overlapping convolutions centre theirs elsewhere:
-    the field of a ResNet lies (s - 1) / 2 pixels, s the pitch, too far down and right.
-
-    Memory, beside what the model needs for one batch of views: for each layer the result and the
-    tokens of all views. Where these would be larger than a field, a mean or moments are aggregated
-    in parts: the tokens of a part are as large as a field, or those of one batch, and the sums, one
-    for a mean and two for moments, are in float32. With ``streaming``: the tokens of one batch, and
-    one field in float32 for a mean, two for moments, 8 for a median. With an anchor the fields of
-    several images are copied into the result, one after the other.
+        anchor: ``phase`` or ``full``, with ``border="circular"``: the offsets of each image are
+            relative to its anchor (:func:`srt_ext.polyphase`) instead of its corner. With ``full``,
+            the model receives the same views for every roll of an image, so that the field of a
+            rolled image is the rolled field, up to rounding, for any model (at a stride: for rolls
+            by its multiples). ``phase`` is sufficient for models whose tokens roll with whole
+            patches, which excludes models with position embeddings. Not with ``inject``.
 
     Raises:
-        TypeError, ValueError: as the ops; for tokens whose number does not fit the picture; for
-            hooks that would be bypassed; for a final norm that is not the model's.
+        TypeError, ValueError: for the same reasons as the ops; if the number of tokens does not fit
+            the image; if hooks would be bypassed; if the final norm of the model is not found.
 
     Example:
         >>> def mean_colour(x):  # a "model" whose tokens are the mean colours of 8 x 8 patches
@@ -215,6 +181,49 @@ class SRT(torch.nn.Module):
         >>> srt = SRT(mean_colour, views="grid:2", patch=8)
         >>> srt(torch.rand(1, 3, 32, 30)).field.shape
         torch.Size([1, 3, 32, 30])
+
+    **Presets.** Each preset has 4 views; they differ in scale. ``balanced`` is used if ``views``,
+    ``scale`` and ``quality`` are omitted; if only ``views`` or ``scale`` is given, the other one is
+    4 views or scale 1. The cost is the number of plain forward passes with as many operations, for
+    images of 240 x 432 and of 480 x 848 pixels, measured in ``research/quality`` with a ViT-Ti/16:
+
+    - ``fast``: scale 1, cost 4 and 4.
+    - ``balanced``: scale 1.25, cost 8 and 10. The best mean gain over five tasks among the settings
+      that cost at most 16 and are not worse than plain tokens on any task.
+    - ``outlines``: scale 1.5, cost 14 and 16. The best preset for outlines (label propagation,
+      object discovery); worse than plain tokens where regions are matched by meaning (retrieval).
+
+    A preset enlarges the image only if the model declares that it accepts images of any size. For
+    other models, callables and layers by name it uses scale 1, with a warning. :meth:`cost` counts
+    the operations, tokens and bytes of a setting.
+
+    **Image sizes.** Images are padded to whole patches and cells by repeating the last row and
+    column; the field is cropped. Where stride * scale is not a whole number of pixels, the field is
+    computed at the next finer stride and resampled (bilinear). A token is located at the centre of
+    its patch. Overlapping convolutions centre their tokens elsewhere: the field of a ResNet is
+    shifted down and right by (s - 1) / 2 pixels, where s is the token spacing.
+
+    **Models.** Patch size, prefix tokens and layout are read from the model. Values that the model
+    does not declare (the prefix of a callable, the layout of a square map that fits both) are
+    inferred from the shapes, with a warning. Wrappers (``torch.compile``, ``DataParallel``,
+    ``DistributedDataParallel``, PEFT) are removed. Features of a model in ``torch.compile`` are
+    compiled with its settings; with ``inject`` and with layers by name the model runs eagerly.
+    Pre-hooks of the model run, and so do the hooks of FSDP2 and accelerate that load weights; hooks
+    that would be bypassed raise an error. The first call for each dtype compares the last layer
+    with ``forward_features`` or ``last_hidden_state`` on a few tokens; a difference raises an
+    error, because the final norm was not found.
+
+    **Injection.** With ``inject``, the blocks up to that layer run for every view, and once more
+    for the unshifted image if no view has offset 0. The other blocks and the head run once, on the
+    unshifted, padded image with the aggregated tokens; class and register tokens are averaged over
+    the views. The model is not modified, also if an exception is raised.
+
+    **Memory,** in addition to the memory that the model needs for one batch of views: for each
+    layer, the result and the tokens of all views. If these tokens are larger than a field, a mean
+    or moments are accumulated in parts: the tokens of a part are as large as a field, or as the
+    tokens of one batch, and the sums (one for a mean, two for moments) are in float32. With
+    ``streaming``: the tokens of one batch, and one float32 field for a mean, two for moments, 8 for
+    a median. With an anchor, the fields of several images are copied into the result one by one.
     """
 
     def __init__(
@@ -257,7 +266,7 @@ class SRT(torch.nn.Module):
         self._backbone = self._describe(model)
         self.model = self._backbone.model  # a submodule if it is a module
         self._set_views(views, scale, quality)
-        # What depends on the model, and is resolved again for another one.
+        # These settings depend on the model and are resolved again if it is replaced.
         by_model = views is None or isinstance(views, str) or is_integer(views)
         scale = None if scale is None else self._scale  # a number; a tensor may change later
         if is_integer(views):
@@ -268,7 +277,7 @@ class SRT(torch.nn.Module):
             upsample = "nearest" if self._injects else "bilinear"
         check_words("SRT", reduce=reduce, upsample=upsample)
         if reduce == "median" and self._views.weights is not None:
-            rule = "views must have no weights where reduce is 'median'"
+            rule = "views must have no weights with reduce 'median'"
             raise ValueError(f"SRT: {rule}; got weights")
         self.reduce, self.streaming, self.upsample = reduce, streaming, upsample
 
@@ -285,16 +294,16 @@ class SRT(torch.nn.Module):
 
     @property
     def _views(self) -> Views:
-        """Those that are kept, with their offsets in pixels of the enlarged image."""
+        """The views with offsets in pixels of the enlarged image."""
         return self._known.views
 
     @property
     def backbone(self) -> Backbone:
-        """How the features of the current ``model`` are read."""
+        """The :class:`srt_ext.backbones.Backbone` of the current ``model``."""
         if self._backbone.model is not self.model:
             if self._is_fixed:
                 raise ValueError(
-                    "SRT: model must stay that of the Backbone that was given; got another, "
+                    "SRT: model must not be replaced if a Backbone was given; got another "
                     f"{type(self.model).__name__}"
                 )
             self._backbone = self._describe(self.model)
@@ -313,8 +322,8 @@ class SRT(torch.nn.Module):
     def _set_views(self, views: Any, scale: Any, quality: Any) -> None:
         """Sets the scale and the views for the model.
 
-        The views are on the CPU, with their offsets in pixels of the enlarged image. They are no
-        buffers, which .half() would round.
+        The views are on the CPU, with offsets in pixels of the enlarged image. They are not
+        buffers, because .half() would round them.
         """
         self._scale, views = self._chosen(views, scale, quality)
         with _with_values():
@@ -322,11 +331,11 @@ class SRT(torch.nn.Module):
             self._known = _ViewList.of(_checked(resolved))
 
     def _chosen(self, views: Any, scale: Any, quality: Any) -> tuple[float, Any]:
-        """(scale, views), of a preset where they are not given."""
+        """(scale, views), from a preset if neither is given."""
         if quality is not None and (views is not None or scale is not None):
-            rule = "views and scale must be left out with quality"
+            rule = "views and scale must be omitted with quality"
             raise wrong(ValueError, "SRT", rule, f"views {views!r}, scale {scale!r}")
-        fixed = "inject" if self._injects else ""  # what the scale is 1 for
+        fixed = "inject" if self._injects else ""  # the setting that requires scale 1
         fixed = fixed or ("border 'circular'" if self.border == "circular" else "")
         if views is not None or scale is not None:
             scale = 1.0 if scale is None else _check_scale(scale)
@@ -340,9 +349,9 @@ class SRT(torch.nn.Module):
             return 1.0, views
         if not self._backbone.any_size:
             warnings.warn(
-                f"SRT: quality {name!r} uses scale 1 in place of {scale}, because the model does "
-                "not declare that it takes images of any size (timm: dynamic_img_size=True), or is "
-                "read by names of layers. Pass scale to enlarge them anyway",
+                f"SRT: quality {name!r} uses scale 1 instead of {scale}, because the model does "
+                "not declare that it accepts images of any size (timm: dynamic_img_size=True), or "
+                "its layers are read by name. Pass scale to enlarge the images anyway",
                 stacklevel=4,
             )
             scale = 1.0
@@ -350,9 +359,15 @@ class SRT(torch.nn.Module):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor, progress: Progress | None = None) -> Any:
-        """images [B, 3, H, W] -> :class:`SRTOutput`, a list of them, or what the model returns.
+        """Computes the fields of images, or with ``inject`` the output of the model.
 
-        ``progress`` is called with the number of views done.
+        Args:
+            images: [B, 3, H, W], floating-point, normalised as the model expects.
+            progress: is called with the number of finished views after each batch of views.
+
+        Returns:
+            :class:`SRTOutput`; a list of them if ``layers`` is a list; with ``inject`` the output
+            of the model.
         """
         if self._injects:
             return self._inject(images, progress)
@@ -360,25 +375,40 @@ class SRT(torch.nn.Module):
 
     @torch.no_grad()
     def moments(self, images: torch.Tensor, progress: Progress | None = None) -> Any:
-        """images [B, 3, H, W] -> :class:`SRTMoments`, or a list: whatever ``reduce`` is.
+        """Mean and variance over the views; ``reduce`` is ignored.
 
-        The norm over the channels of the standard deviation is the noise map of the paper.
+        The noise map of the paper is the norm over the channels of the standard deviation.
+
+        Args:
+            images, progress: as for :meth:`forward`.
+
+        Returns:
+            :class:`SRTMoments`; a list of them if ``layers`` is a list.
+
+        Raises:
+            ValueError: with ``inject``; otherwise as :meth:`forward`.
+
+        Example:
+            >>> srt = SRT(torch.nn.Conv2d(3, 5, 8, stride=8), views=4, stride=8, patch=8)
+            >>> mean, var, _ = srt.moments(torch.rand(1, 3, 32, 24))
+            >>> noise = var.sum(1).sqrt()  # [1, 4, 3]
         """
         if self._injects:
-            raise ValueError("SRT: moments must be asked of layers, not of inject; got inject")
+            raise ValueError("SRT: moments must be called without inject; got inject")
         return self._aggregate(images, "moments", SRTMoments, progress)
 
     def tokens(self, images: torch.Tensor) -> Iterator[ViewTokens]:
         """Runs the model on every view, in batches of views, and yields the tokens.
 
-        The loop behind every other method, for other reductions of the views. Images are enlarged
-        by ``scale`` and padded to whole patches and cells; the tokens of mirrored views are
-        mirrored back; with ``inject`` they are those of that layer. Nothing is kept from one batch
-        to the next: ``del`` a batch before the next one is requested, or the tokens of two batches
+        The other methods use this loop; use it for other reductions over the views. Images are
+        enlarged by ``scale`` and padded to whole patches and cells. The tokens of mirrored views
+        are mirrored back. With ``inject``, the tokens of that layer are yielded. The generator
+        keeps no batch: ``del`` a batch before requesting the next one, or the tokens of two batches
         are in memory.
 
         Args:
-            images: [B, 3, H, W], normalised as the model wants them. They are read for each batch.
+            images: [B, 3, H, W], normalised as the model expects. They are read for each batch, so
+                do not change them in between.
 
         Yields:
             :class:`ViewTokens` of at most ``view_batch`` views, in the order of ``views``, in the
@@ -406,21 +436,24 @@ class SRT(torch.nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Cost:
-        """What :meth:`forward` takes, without running it.
+        """The cost of :meth:`forward`, without running it.
 
-        A copy of the model is run on fake tensors, which have no data. Operations are those of
-        matrix products, convolutions and attention. Memory is that of tensors; what kernels use
-        beside their results is not counted.
+        A copy of the model runs on fake tensors, which have no data. The operations of matrix
+        products, convolutions and attention are counted. Memory counts tensors, not the workspaces
+        of kernels.
 
         Args:
             size: (H, W) of the images in pixels, or one for both.
             batch: number of images.
-            dtype, device: of the images. None: those of the model's parameters, or float32 on the
+            dtype, device: of the images. None: as the parameters of the model, or float32 on the
                 CPU for a model without parameters.
 
+        Returns:
+            :class:`Cost`.
+
         Raises:
-            TypeError, ValueError: as :meth:`forward`, and for a model that cannot be copied or
-                whose forward needs the values of its tensors.
+            TypeError, ValueError: as :meth:`forward`, and if the model cannot be copied or its
+                forward pass needs the values of its tensors.
 
         Example:
             >>> srt = SRT(torch.nn.Conv2d(3, 5, 8, stride=8), 4, patch=8)
@@ -433,7 +466,7 @@ class SRT(torch.nn.Module):
         default = torch.empty(0, dtype=torch.float32, device="cpu")
         like = next((p for p in parameters if p.is_floating_point()), default)
         try:
-            # A model may keep what it computes, which is fake here: so a copy of it.
+            # A copy, because a model may store what it computes, here fake tensors.
             backbone, mode = fake_copy(self.backbone)
             with mode:
                 place: Any = {"dtype": dtype or like.dtype, "device": device or like.device}
@@ -441,7 +474,8 @@ class SRT(torch.nn.Module):
             twin = SRT.__new__(SRT)
             twin.__dict__ = {**self.__dict__, "_backbone": backbone, "_modules": {}}
             twin.model = backbone.model
-            # Outside of the mode only what is made of the images is fake: offsets have values.
+            # Outside of the mode, only tensors computed from the images are fake: offsets have
+            # values.
             with force_eager(backbone.model):
                 operations, memory = operations_and_bytes(lambda: twin(images))
         except Exception as error:
@@ -460,13 +494,13 @@ class SRT(torch.nn.Module):
     def _batches(
         self, frame: _Frame, views: _ViewList, reduce: str | None = None
     ) -> Iterator[ViewTokens]:
-        """The tokens of views of an image.
+        """Yields the tokens of the views of an image.
 
-        With ``view_batch="auto"`` the batches leave the memory that ``reduce`` needs.
+        With ``view_batch="auto"``, the batches leave enough memory for ``reduce``.
         """
         image, total, done = frame.image, views.number, 0
 
-        # Not on the generator: torch's wrapper of one would hold the last batch.
+        # no_grad() is not on the generator: torch's wrapper would keep the last batch alive.
         def batch(count: int) -> ViewTokens:
             part = views.take(slice(done, done + count))
             (offsets, weights, _), mirror = part.views, part.mirror
@@ -477,7 +511,7 @@ class SRT(torch.nn.Module):
                 layers = [_layer_tokens(f, image, len(offsets), mirror) for f in found]
             return ViewTokens(offsets, weights, layers)
 
-        exporting = torch.compiler.is_exporting()  # for a machine that is not known
+        exporting = torch.compiler.is_exporting()  # the program may run on another machine
         if self.view_batch != "auto" or exporting:
             step = _even(total, 8 if self.view_batch == "auto" else int(self.view_batch))
         elif total:
@@ -488,13 +522,13 @@ class SRT(torch.nn.Module):
             del first
             done = 1
         while done < total:
-            yield batch(step)  # without a name, so that the caller can free it
+            yield batch(step)  # not bound to a name, so that the caller can free it
             done += step
 
     def _fitting(
         self, peak: int, layers: list[LayerTokens], frame: _Frame, total: int, reduce: Any
     ) -> int:
-        """The number of views in one forward, if the first one took ``peak`` bytes."""
+        """The number of views in one forward pass, if the first view took ``peak`` bytes."""
         held = total if reduce == "median" and not self.streaming else 0  # views
         planes = {None: 0, "mean": 2, "moments": 4, "median": 1 if held else 10}[reduce]
         later = 0  # bytes of the fields and of the held tokens
@@ -507,7 +541,7 @@ class SRT(torch.nn.Module):
         return max(1, min(free // max(1, peak), 64 if image.is_cuda else 8))
 
     def _frame(self, images: torch.Tensor) -> _Frame:
-        """images [B, 3, H, W] as the model sees them."""
+        """images [B, 3, H, W], enlarged and padded for the model."""
         check_tensor("SRT", "images", images)
         _warn_if_training(self.model)
         if images.dim() != 4:
@@ -515,7 +549,7 @@ class SRT(torch.nn.Module):
         if 0 in images.shape[2:]:
             raise ValueError(f"SRT: images must have pixels; got {list(images.shape)}")
         if not images.is_floating_point():
-            rule = "images must be floating-point, normalised as the model wants them"
+            rule = "images must be floating-point, normalised as the model expects"
             raise wrong(TypeError, "SRT", rule, images.dtype)
         patch = self.backbone.patch
         stride = patch if self._injects else self.stride
@@ -524,16 +558,16 @@ class SRT(torch.nn.Module):
         return _Frame.of(images, patch, stride, self.scale)
 
     def _anchored(self, frame: _Frame, views: _ViewList) -> _ViewList:
-        """The views of each image from its anchor, with offsets [V, B, 2]; as given without one."""
+        """The views with offsets [V, B, 2] from the anchor of each image; unchanged without one."""
         image = frame.image
         if self.anchor is None or not len(image):
             return views
         size = list(image.shape[2:])
-        if max(size) > designs.MAX_RADIUS:  # further than views may be shifted
+        if max(size) > designs.MAX_RADIUS:  # the limit of offsets
             rule = "images must have at most 2^20 pixels on each axis with anchor"
             raise wrong(ValueError, "SRT", rule, size)
         anchor = (unique_anchor if self.anchor == "full" else polyphase)(image, self.backbone.patch)
-        # In float64, where a part of a pixel is the same beside every anchor.
+        # In float64, so that adding an anchor does not round the fraction of a pixel.
         offsets = views.views.offsets.to(image.device, torch.float64, non_blocking=True)
         both = [(offsets[:, None, i] - anchor[:, i]) % size[i] for i in range(2)]
         return views._replace(views=views.views._replace(offsets=torch.stack(both, 2)))
@@ -541,7 +575,7 @@ class SRT(torch.nn.Module):
     def _aggregate(
         self, images: torch.Tensor, reduce: str, kind: Callable[..., Any], progress: Any
     ) -> Any:
-        """``kind`` of the fields of each layer, cropped to the image, and mean prefix tokens."""
+        """``kind`` for each layer: the fields, cropped to the image, and the mean prefix tokens."""
         frame, views = self._frame(images), self._known
         if self.streaming and reduce == "median":
             views = views.take(designs.spread_order(views.number))
@@ -553,11 +587,11 @@ class SRT(torch.nn.Module):
         return outputs if self.backbone.returns_list else outputs[0]
 
     def _inject(self, images: torch.Tensor, progress: Progress | None) -> Any:
-        """What the model returns for images [B, 3, H, W], padded, from the tokens of all views."""
+        """The output of the model for padded images [B, 3, H, W] with the aggregated tokens."""
         frame = self._frame(images)
         hooks: Any = self.backbone  # a HookBackbone
-        # The forward that runs to the end is that of the unshifted image. If that is one of the
-        # views, it comes last.
+        # Only the forward pass of the unshifted image runs to the end. If it is one of the views,
+        # it runs last.
         identity = [i for i, same in enumerate(self._known.unshifted) if same][:1]
         order = [i for i in range(self._known.number) if i not in identity]
         if self.streaming and self.reduce == "median":
@@ -589,7 +623,7 @@ class SRT(torch.nn.Module):
         stride: tuple[int, int] | None,
         progress: Progress | None,
     ) -> list[_Field]:
-        """The fields of the layers, to be made of ``views``, after ``part``, the first of them."""
+        """The fields of the layers for ``views``, after ``part``, the first of them, was added."""
         fields: list[_Field] = []
         done = 0
         for batch in self._batches(frame, part, reduce):
@@ -598,30 +632,30 @@ class SRT(torch.nn.Module):
             for field, layer in zip(fields, batch.layers, strict=True):
                 field.add(layer)
             done += len(batch.offsets)
-            del batch, layer  # before the next forward
+            del batch, layer  # frees the tokens before the next forward pass
             if progress is not None:
                 progress(done)
         return fields
 
 
 def _warn_if_training(model: object) -> None:
-    """Warns of a model in training mode, if that changes its features."""
+    """Warns if the model is in training mode and this changes its features."""
     if changes_in_training(model):
         warnings.warn(
-            "SRT: the model is in training mode: dropout disturbs the views, and they change the "
-            "statistics of its norms. Call model.eval() first",
+            "SRT: the model is in training mode: dropout changes the features of the views, and "
+            "the views change the running statistics of its norms. Call model.eval() first",
             stacklevel=2,
         )
 
 
 def _even(count: int, most: int) -> int:
-    """A size for batches that are equal but for the last: compiled models recompile for others."""
+    """A batch size that fills all batches but the last: compiled models recompile for others."""
     return -(-count // -(-count // most)) if count else 1
 
 
 @contextmanager
 def _with_values() -> Iterator[None]:
-    """Tensors that are made have values, and can be used in every mode."""
+    """New tensors have values and can be used in every mode."""
     with state_mode(), unset_fake_temporarily():
         yield
 
@@ -634,10 +668,10 @@ def _copied(views: Views) -> Views:
 
 
 class _ViewList(NamedTuple):
-    """Views, with what Python reads of them: where a call is traced, tensors cannot be read."""
+    """Views, with their values as Python lists: tensors cannot be read where a call is traced."""
 
     views: Views
-    unshifted: list[bool]  # whether each view is the image itself
+    unshifted: list[bool]  # the view is the image itself
     weights: list[float] | None
     mirror: list[list[bool]] | None  # (y, x) of each view
 
@@ -661,13 +695,13 @@ class _ViewList(NamedTuple):
 
     @property
     def parts(self) -> int:
-        """The parts of a batch that have offsets of their own: each image, or 1 for all."""
+        """The number of parts of a batch with separate offsets: the images, or 1."""
         offsets = self.views.offsets
         return 1 if offsets.dim() == 2 else offsets.shape[1]
 
 
 def _checked(views: Views) -> Views:
-    """A copy of the views; a wrong one is an error before the model has run."""
+    """A copy of the views. Invalid views raise an error before the model runs."""
     offsets, weights, _ = views = _copied(views)
     token = torch.zeros(len(offsets), 1, 1, 1, dtype=torch.float32, device="cpu")
     try:
@@ -696,7 +730,7 @@ def _view_batch(value: Any) -> int | str:
 
 def _check_circular(border: str, padding: str, anchor: object, inject: object) -> None:
     if border == "circular" and padding != "circular":
-        rule = "padding must be 'circular' where border is"
+        rule = "padding must be 'circular' with border 'circular'"
         raise wrong(ValueError, "SRT", rule, repr(padding))
     if anchor is None:
         return
@@ -705,34 +739,34 @@ def _check_circular(border: str, padding: str, anchor: object, inject: object) -
         rule = "border and padding must be 'circular' with anchor"
         raise wrong(ValueError, "SRT", rule, f"border {border!r}, padding {padding!r}")
     if inject is not None:
-        rule = "anchor must be None with inject, whose last blocks see the image from its corner"
+        rule = "anchor must be None with inject, whose last blocks run on the unshifted image"
         raise wrong(ValueError, "SRT", rule, repr(anchor))
 
 
 def _check_periodic(images: torch.Tensor, patch: tuple[int, int], stride: tuple[int, int]) -> None:
-    """That images [B, 3, H, W] need no padding, which would change their period."""
+    """Checks that images [B, 3, H, W] need no padding, which would change their period."""
     size, whole = list(images.shape[2:]), list(map(math.lcm, patch, stride))
     if any(pixels % unit for pixels, unit in zip(size, whole, strict=True)):
-        rule = "images must be whole patches and cells with border 'circular', multiples of"
+        rule = "image sizes must be whole patches and cells with border 'circular', multiples of"
         raise wrong(ValueError, "SRT", f"{rule} {whole} pixels", size)
 
 
 def _check_inject(inject: object, layers: object, stride: object) -> None:
     if not isinstance(inject, str) and not is_integer(inject):
-        raise TypeError(f"SRT: inject must be one index or name of a module; got {inject!r}")
+        raise TypeError(f"SRT: inject must be one index or module name; got {inject!r}")
     if layers is not None:
         raise ValueError(f"SRT: layers must be None with inject; got {layers!r}")
     if stride != 1:
-        rule = "stride must be left out with inject: it is the tokens'"
+        rule = "stride must be omitted with inject, which uses the stride of the tokens"
         raise ValueError(f"SRT: {rule}; got {stride}")
 
 
 class _Frame(NamedTuple):
-    """An image as the model sees it, and where the cells of its field lie in it."""
+    """An image, enlarged and padded for the model, and the position of the cells in it."""
 
     image: torch.Tensor  # [B, 3, H, W], enlarged, and padded to whole patches and cells
-    stride: tuple[int, int]  # pixels of ``image`` in a cell of the field that is made
-    ratio: tuple[float, float]  # such cells in a cell of the result, >= 1
+    stride: tuple[int, int]  # pixels of ``image`` per cell of the computed field
+    ratio: tuple[float, float]  # computed cells per cell of the result, >= 1
     size: tuple[int, int]  # (H', W') of the result
 
     @classmethod
@@ -752,8 +786,8 @@ class _Frame(NamedTuple):
             pad.append(needed - enlarged[axis] + -needed % math.lcm(patch[axis], made[axis]))
             if enlarged[axis] + pad[axis] > _MAX_SIDE:
                 raise ValueError(
-                    "SRT: images, enlarged by scale and padded to whole patches and cells, must "
-                    f"have at most 2^24 pixels on each axis; got {enlarged[axis] + pad[axis]}"
+                    "SRT: images must have at most 2^24 pixels on each axis, enlarged by scale and "
+                    f"padded to whole patches and cells; got {enlarged[axis] + pad[axis]}"
                 )
         image = images if scale == 1 else _enlarged(images, enlarged, scale)
         if any(pad):
@@ -762,14 +796,14 @@ class _Frame(NamedTuple):
 
     @property
     def cells(self) -> int:
-        """Cells of the field that is made."""
+        """The number of cells of the computed field."""
         return (self.image.shape[2] // self.stride[0]) * (self.image.shape[3] // self.stride[1])
 
     def cropped(self, field: torch.Tensor) -> torch.Tensor:
-        """field [B, C, h, w], of cells of ``stride`` -> [B, C, H', W']."""
+        """field [B, C, h, w] with cells of ``stride`` -> [B, C, H', W']."""
         if self.ratio == (1, 1):
             return field[:, :, : self.size[0], : self.size[1]]
-        # Sampled at the middles of the cells of the result.
+        # Sampled at the centres of the cells of the result.
         factors = [1 / ratio for ratio in self.ratio]
         result: torch.Tensor = _resample.upsample_bilinear2d(field, self.size, False, *factors)
         return result
@@ -778,7 +812,7 @@ class _Frame(NamedTuple):
 # F.interpolate accepts a size or a scale factor, not both, and rounds the size down for a factor.
 _resample: Any = torch.ops.aten
 _MAX_SIDE = 1 << 24  # pixels, as in the ops
-_ROUNDING = 1e-6  # pixels, far above the rounding of sizes and far below what can be seen
+_ROUNDING = 1e-6  # pixels: far above rounding errors of sizes, far below a visible shift
 
 
 def _enlarged(images: torch.Tensor, size: list[int], scale: float) -> torch.Tensor:
@@ -793,7 +827,10 @@ def _enlarged(images: torch.Tensor, size: list[int], scale: float) -> torch.Tens
 def _parts(
     tensor: torch.Tensor, dim: int, offsets: torch.Tensor
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """A tensor with images along ``dim``, offsets [k, 2]; for offsets [k, B, 2], of each image."""
+    """Pairs of a tensor and offsets [k, 2]: one pair, or one per image for offsets [k, B, 2].
+
+    The images are along ``dim``.
+    """
     if offsets.dim() == 2:
         return [(tensor, offsets)]
     return list(zip(tensor.split(1, dim), offsets.unbind(1), strict=True))
@@ -806,9 +843,9 @@ def _shifted(image: torch.Tensor, offsets: torch.Tensor, **modes: Any) -> torch.
 
 
 def _joined(parts: Iterator[tuple[torch.Tensor, ...]], number: int) -> tuple[torch.Tensor, ...]:
-    """The fields of parts of a batch, each [1, C, H', W'] if there are several, as [B, ...].
+    """Joins the fields of the parts of a batch, each [1, C, H', W'] if there are several.
 
-    Each is copied once it is made: all of them are never there twice.
+    Each field is copied as soon as it is computed, so that only one of them exists twice.
     """
     if number == 1:
         return next(parts)
@@ -825,7 +862,7 @@ def _joined(parts: Iterator[tuple[torch.Tensor, ...]], number: int) -> tuple[tor
 def _mirrored(
     parts: torch.Tensor, mirror: list[list[bool]] | None, dims: tuple[int, int]
 ) -> torch.Tensor:
-    """parts [k, ...], each mirrored along those of ``dims``, (y, x), that ``mirror`` names."""
+    """parts [k, ...], each mirrored along the ``dims``, (y, x), that ``mirror`` selects."""
     if mirror is None:
         return parts
     flips = [[dim for dim, flip in zip(dims, axes, strict=True) if flip] for axes in mirror]
@@ -835,11 +872,11 @@ def _mirrored(
 def _layer_tokens(
     features: Features, image: torch.Tensor, views: int, mirror: list[list[bool]] | None
 ) -> LayerTokens:
-    """The features of ``views`` views of image [B, 3, H, W], mirrored back by ``mirror``."""
+    """The features of ``views`` views of image [B, 3, H, W], mirrored back."""
     size, grid = image.shape[-2:], features.grid
     if size[0] % grid[0] or size[1] % grid[1]:
         raise ValueError(
-            f"SRT: tokens must divide the padded picture, {list(size)} pixels; got a grid of "
+            f"SRT: the token grid must divide the padded image, {list(size)} pixels; got a grid of "
             f"{list(grid)}"
         )
     shape = (views, features.tokens.shape[0] // views)
@@ -858,16 +895,16 @@ _RUNNING = {"mean": RunningMean, "median": RunningMedian, "moments": RunningMome
 
 
 class _Field:
-    """The field of one layer, from batches of views. It holds as few of their tokens as it may."""
+    """Accumulates the field of one layer over batches of views. Keeps as few tokens as possible."""
 
     def __init__(
         self,
         srt: SRT,
         reduce: str,
-        views: _ViewList,  # in the order in which they come
-        stride: tuple[int, int] | None,  # None: that of the tokens
+        views: _ViewList,  # in the order in which they are added
+        stride: tuple[int, int] | None,  # None: the token spacing
         frame: _Frame,
-        first: LayerTokens,  # of the first batch
+        first: LayerTokens,  # the first batch
     ) -> None:
         stride = stride or first.patch
         modes: dict[str, Any] = {"upsample": srt.upsample, "border": srt.border, "stride": stride}
@@ -876,7 +913,7 @@ class _Field:
             _RUNNING[reduce](first.grid, first.patch, **modes) for _ in range(views.parts)
         ]
         # The number of views whose tokens are held until they are aggregated: all for a median,
-        # otherwise as many as have the tokens of one output, in whole batches.
+        # otherwise as many whole batches as have the size of one output.
         total, batch, count = views.number, first.tokens.shape[0], first.tokens.shape[2]
         image = frame.image
         cells = (image.shape[2] // stride[0]) * (image.shape[3] // stride[1])
@@ -885,7 +922,7 @@ class _Field:
             parts = max(1, cells // count // batch)
             self.holds = total if reduce == "median" else min(total, parts * batch)
         self.at_once = self.holds == total and not srt.streaming
-        self.held: torch.Tensor | None = None  # [holds, B, N, C], of which `waiting` are filled
+        self.held: torch.Tensor | None = None  # [holds, B, N, C]; the first `waiting` are filled
         self.waiting = self.aggregated = 0  # views
         self.fields: tuple[torch.Tensor, ...] = ()
         self.prefix: torch.Tensor | None = None  # the sum
@@ -911,7 +948,7 @@ class _Field:
             self._aggregate_held()
 
     def _add_prefix(self, prefix: torch.Tensor, first: int) -> None:
-        """prefix [k, B, K, C], of the views from ``first``."""
+        """Adds prefix [k, B, K, C] of the views from index ``first``."""
         self.prefix_dtype = prefix.dtype
         part = prefix.to(torch.promote_types(prefix.dtype, torch.float32))
         weights = self.views.views.weights
@@ -928,7 +965,7 @@ class _Field:
             self._aggregate(self.held[:count])
 
     def _aggregate(self, tokens: torch.Tensor) -> None:
-        """tokens [k, B, N, C] of the next views that are not aggregated."""
+        """Aggregates tokens [k, B, N, C] of the next views."""
         views = slice(self.aggregated, self.aggregated + len(tokens))
         offsets, weights, _ = self.views.views.take(views)
         self.aggregated += len(tokens)
@@ -950,10 +987,10 @@ class _Field:
         return (ensemble(*args, **{**running._modes, "reduce": self.reduce}),)
 
     def result(self) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
-        """The fields, each [B, C, H', W'], and the mean [B, K, C] of the prefix tokens."""
+        """The fields, each [B, C, H', W'], and the mean prefix tokens [B, K, C]."""
         self.held = None
         number = len(self.running)
-        # Each state is freed once it is copied.
+        # Each state is freed after it is copied.
         states = (self.running.pop(0)._fields() for _ in range(number))
         fields = self.fields or _joined(states, number)
         if self.prefix is None:
