@@ -379,7 +379,7 @@ def test_models_that_declare_any_size_support_presets(case: tuple[str, str]) -> 
         assert srt.scale > 1
         assert srt(torch.randn(1, 3, 4 * patch, 3 * patch)).field.shape[2:] == (4, 3)
     else:
-        with pytest.warns(UserWarning, match="'outlines' uses scale 1 in place of 1.5"):
+        with pytest.warns(UserWarning, match="'outlines' uses scale 1 instead of 1.5"):
             assert SRT(model, quality="outlines").scale == 1
 
 
@@ -589,9 +589,9 @@ def test_the_map_at_the_patch_size_is_selected_from_a_pyramid() -> None:
         ({"layers": "block.7"}, ValueError, r"names of modules of VisionTransformer.*'block.7'"),
         ({"patch": 8}, ValueError, r"patch must be that of the model, \(16, 16\); got 8"),
         ({"prefix": 2}, ValueError, "prefix must be that of the model, 1; got 2"),
-        ({"inject": [0]}, TypeError, "inject must be one index or name"),
+        ({"inject": [0]}, TypeError, "inject must be one index or module name"),
         ({"inject": 0, "layers": 1}, ValueError, "layers must be None with inject"),
-        ({"inject": 0, "stride": 16}, ValueError, "stride must be left out with inject"),
+        ({"inject": 0, "stride": 16}, ValueError, "stride must be omitted with inject"),
         ({"inject": 5}, ValueError, "layers must be in"),
         (
             {"view_batch": "many"},
@@ -625,7 +625,7 @@ def test_models_that_do_not_fit_raise(vit: Any) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             SRT(model, OFFSETS, **settings)(IMAGES)
-    with pytest.raises(ValueError, match="moments must be asked of layers"):
+    with pytest.raises(ValueError, match="moments must be called without inject"):
         SRT(vit, OFFSETS, inject=0).moments(IMAGES)
     assert count_hooks(vit) == 0
 
@@ -640,7 +640,7 @@ def test_srt_uses_a_backbone_with_its_settings(vit: Any) -> None:
         with pytest.raises(ValueError, match="must be left out for a Backbone"):
             SRT(backbone, OFFSETS, **settings)  # type: ignore[arg-type]
     srt.model = timm_model("DeiT")
-    with pytest.raises(ValueError, match="model must stay that of the Backbone"):
+    with pytest.raises(ValueError, match="model must not be replaced if a Backbone"):
         srt(IMAGES)
 
 

@@ -253,7 +253,7 @@ def test_16_bit_images_are_scaled_and_transparent_pixels_are_white(tmp_path: Pat
         ),
         ("show photo.png SMALL --model vit_tiny_patch16_224", " must be [1, 1, 192], is"),
         ("show photo.png --views ring", "views must be"),
-        ("show photo.png SMALL --quality fast --views 3", "views and scale must be left out with"),
+        ("show photo.png SMALL --quality fast --views 3", "views and scale must be omitted with"),
         ("show photo.png SMALL --layer 6", "layers must be in -6 ... 5; got 6"),
         ("show photo.png -o out.xyz", "must end in"),
         ("show photo.png -o out.gif", "must end in .png"),

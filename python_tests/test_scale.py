@@ -198,7 +198,7 @@ def test_a_preset_enlarges_only_for_models_that_declare_any_size(vit: Any) -> No
         (vit, {"layers": "blocks.0"}),
         (pooled((8, 8)), {"patch": 8}),
     ):
-        with pytest.warns(UserWarning, match="'outlines' uses scale 1 in place of") as caught:
+        with pytest.warns(UserWarning, match="'outlines' uses scale 1 instead of") as caught:
             srt = SRT(model, quality="outlines", **settings)
         assert len(caught) == 1
         assert caught[0].filename == __file__
@@ -215,8 +215,8 @@ def test_a_preset_enlarges_only_for_models_that_declare_any_size(vit: Any) -> No
     [
         ({"quality": "better"}, ValueError, "quality must be one of .*; got 'better'"),
         ({"quality": 2}, TypeError, "quality must be a string"),
-        ({"quality": "fast", "views": 4}, ValueError, "views and scale must be left out .* 4"),
-        ({"quality": "fast", "scale": 1}, ValueError, "left out with quality; got .*scale 1"),
+        ({"quality": "fast", "views": 4}, ValueError, "views and scale must be omitted .* 4"),
+        ({"quality": "fast", "scale": 1}, ValueError, "omitted with quality; got .*scale 1"),
         ({"scale": 0.5}, ValueError, r"scale must be a number from 1 to 2\^24; got 0.5"),
         ({"scale": math.nan}, ValueError, "got nan"),
         ({"scale": math.inf}, ValueError, "got inf"),
@@ -236,7 +236,7 @@ def test_wrong_settings_raise(
 
 @pytest.mark.parametrize("settings", [{"scale": 2**24}, {"stride": 2**62}, {"stride": 2**25}])
 def test_images_beyond_the_largest_size_raise(settings: dict[str, Any]) -> None:
-    rule = r"images, enlarged by scale and padded .* at most 2\^24 pixels on each axis; got \d+"
+    rule = r"at most 2\^24 pixels on each axis, enlarged by scale and padded .*; got \d+"
     with pytest.raises(ValueError, match=rule):
         SRT(pooled((8, 8)), patch=8, views=4, **settings)(torch.rand(1, 3, 32, 30))
 

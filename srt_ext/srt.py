@@ -277,7 +277,7 @@ class SRT(torch.nn.Module):
             upsample = "nearest" if self._injects else "bilinear"
         check_words("SRT", reduce=reduce, upsample=upsample)
         if reduce == "median" and self._views.weights is not None:
-            rule = "views must have no weights with reduce 'median'"
+            rule = "views must have no weights where reduce is 'median'"
             raise ValueError(f"SRT: {rule}; got weights")
         self.reduce, self.streaming, self.upsample = reduce, streaming, upsample
 
@@ -730,7 +730,7 @@ def _view_batch(value: Any) -> int | str:
 
 def _check_circular(border: str, padding: str, anchor: object, inject: object) -> None:
     if border == "circular" and padding != "circular":
-        rule = "padding must be 'circular' with border 'circular'"
+        rule = "padding must be 'circular' where border is"
         raise wrong(ValueError, "SRT", rule, repr(padding))
     if anchor is None:
         return
