@@ -206,9 +206,9 @@ def test_hiera_unrolls_its_tokens() -> None:
     outputs = SRT(model, OFFSETS, layers=[1, -1], stride=8)(images)
     assert_field(outputs[0].field, lambda view: features(view)[1][1], images, 8)
     assert_field(outputs[1].field, lambda view: features(view)[1][3], images, 8)
-    with pytest.raises(ValueError, match="order of their own"):
+    with pytest.raises(ValueError, match="reorder the tokens"):
         SRT(model, layers="blocks.2")
-    with pytest.raises(ValueError, match="inject must be left out"):
+    with pytest.raises(ValueError, match="inject must be omitted"):
         SRT(model, inject=1)
 
 
@@ -292,7 +292,7 @@ def test_an_image_size_that_timm_rejects_is_explained(compiled: bool) -> None:
     srt = SRT(torch.compile(model, backend="eager") if compiled else model, OFFSETS, stride=16)
     named = SRT(model, OFFSETS, layers="blocks.0", stride=16)
     for refused in (srt, named, SRT(model, OFFSETS, inject=0)):
-        with pytest.raises(ValueError, match=r"(?s)take pictures of \[48, 80\].*dynamic_img"):
+        with pytest.raises(ValueError, match=r"(?s)accept images of \[48, 80\].*dynamic_img"):
             refused(torch.zeros(1, 3, 48, 70))
     assert srt(torch.zeros(1, 3, 224, 224)).field.shape == (1, 192, 14, 14)
 
@@ -470,7 +470,7 @@ def test_the_vision_tower_of_a_model_is_found(name: str) -> None:
     assert torch.equal(whole.field, tower.field)
     if name == "CLIPModel":
         for how in ({"inject": 0}, {"layers": "vision_model.encoder.layers.0"}):
-            with pytest.raises(ValueError, match=r"must run on pictures alone .* got CLIPModel"):
+            with pytest.raises(ValueError, match=r"must run on images alone .* got CLIPModel"):
                 SRT(model, OFFSETS, **how)  # type: ignore[arg-type]
     else:
         assert_injected(model, images, lambda output: output.logits, inject=0)
@@ -536,7 +536,7 @@ def test_modules_by_name_in_any_model(vit: Any) -> None:
     names = ["1.blocks.1", "1.blocks.0"]
     outputs = SRT(plain, layers=names, patch=16, prefix=1, **settings)(images)
     assert_close(tuple(outputs), tuple(expected))
-    with pytest.warns(UserWarning, match="the first 1 are taken for class or register tokens"):
+    with pytest.warns(UserWarning, match="the first 1 are used as class or register tokens"):
         SRT(lambda x: vit.forward_features(x), OFFSETS, patch=16)(images)
     with warnings.catch_warnings():  # what timm declares is not inferred
         warnings.simplefilter("error")
@@ -563,10 +563,10 @@ def test_maps_are_read_in_both_layouts() -> None:
         # Four channels on a grid of 4 x 6: [B, 4, 6, 4] cannot have channels first.
         assert_field(SRT(channels_last, **settings)(images).field, channels_last, images, 4)
     coarser = SRT(nn.Sequential(conv, nn.AvgPool2d(2)), **settings)
-    with pytest.warns(UserWarning, match=r"taken for NCHW with a patch of \[16, 16\]"):
+    with pytest.warns(UserWarning, match=r"read as NCHW with a patch of \[16, 16\]"):
         field = coarser(images).field
     assert_field(field, lambda x: avg_pool2d(conv(x), 2).permute(0, 2, 3, 1), images, 4)
-    with pytest.warns(UserWarning, match="taken for NCHW"):  # 4 channels on a grid of 4 x 4
+    with pytest.warns(UserWarning, match="read as NCHW"):  # 4 channels on a grid of 4 x 4
         SRT(conv, **settings)(images[..., :32])
 
 
@@ -575,7 +575,7 @@ def test_the_map_at_the_patch_size_is_selected_from_a_pyramid() -> None:
     images = torch.randn(1, 3, 64, 96)
     field = SRT(model, OFFSETS, patch=16, stride=8)(images).field
     assert_field(field, lambda view: mapped(model(view)[3], "NCHW", (4, 6)), images, 8)
-    with pytest.raises(ValueError, match=r"one must lie on a grid of \[1, 2\]"):
+    with pytest.raises(ValueError, match=r"must have a grid of \[1, 2\]"):
         SRT(lambda view: model(view)[:3], OFFSETS, patch=64, stride=8)(images)
 
 
@@ -587,8 +587,8 @@ def test_the_map_at_the_patch_size_is_selected_from_a_pyramid() -> None:
         ({"layers": 1.0}, TypeError, "layers must be indices or names"),
         ({"layers": [0, "norm"]}, TypeError, "all indices or all names"),
         ({"layers": "block.7"}, ValueError, r"names of modules of VisionTransformer.*'block.7'"),
-        ({"patch": 8}, ValueError, r"patch must be that of the model, \(16, 16\); got 8"),
-        ({"prefix": 2}, ValueError, "prefix must be that of the model, 1; got 2"),
+        ({"patch": 8}, ValueError, r"patch must equal the model's, \(16, 16\); got 8"),
+        ({"prefix": 2}, ValueError, "prefix must equal the model's, 1; got 2"),
         ({"inject": [0]}, TypeError, "inject must be one index or module name"),
         ({"inject": 0, "layers": 1}, ValueError, "layers must be None with inject"),
         ({"inject": 0, "stride": 16}, ValueError, "stride must be omitted with inject"),
@@ -616,12 +616,12 @@ def test_models_that_do_not_fit_raise(vit: Any) -> None:
     windowed = nn.Sequential(Around(nn.Identity()), windows)
     for model, settings, message in (
         (plain, {"layers": 3, "patch": 16}, r"layers must be names of modules, with patch.*\[3\]"),
-        (plain, {}, r"patch must be given.*give model.get_submodule\('0'\).*layers='0.norm' runs"),
+        (plain, {}, r"patch must be given.*pass model.get_submodule\('0'\).*layers='0.norm' runs"),
         (nn.Sequential(nn.Identity()), {"layers": "0"}, "patch must be given"),
         (plain, {"layers": "0.blocks.0", "patch": 8}, r"tokens \[B, 1 \+ 60, C\].*\[6, 16, 48\]"),
         (plain, {"patch": 16}, r"the model must return tokens.*got \[6, 1000\]"),
-        (vit, {"layers": "unused"}, "left out"),
-        (windowed, {"layers": "1", "patch": 8}, r"for each of 6 pictures; got \[90, 2, 2, 4\]"),
+        (vit, {"layers": "unused"}, "did not call"),
+        (windowed, {"layers": "1", "patch": 8}, r"for each of 6 images; got \[90, 2, 2, 4\]"),
     ):
         with pytest.raises(ValueError, match=message):
             SRT(model, OFFSETS, **settings)(IMAGES)
@@ -637,7 +637,7 @@ def test_srt_uses_a_backbone_with_its_settings(vit: Any) -> None:
     srt = SRT(backbone, OFFSETS, stride=8)
     assert torch.equal(srt(IMAGES)[1].field, SRT(vit, OFFSETS, stride=8)(IMAGES).field)
     for settings in ({"layers": 1}, {"inject": 1}, {"norm": False}, {"patch": 16}, {"prefix": 1}):
-        with pytest.raises(ValueError, match="must be left out for a Backbone"):
+        with pytest.raises(ValueError, match="must be omitted for a Backbone"):
             SRT(backbone, OFFSETS, **settings)  # type: ignore[arg-type]
     srt.model = timm_model("DeiT")
     with pytest.raises(ValueError, match="model must not be replaced if a Backbone"):

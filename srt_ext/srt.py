@@ -44,25 +44,25 @@ Progress = Callable[[int], object]
 class SRTOutput(NamedTuple):
     """The result of :class:`SRT` for one layer."""
 
-    field: torch.Tensor  # [B, C, ceil(H / sh), ceil(W / sw)]
-    prefix: torch.Tensor | None  # [B, K, C], class and register tokens averaged over the views
+    field: torch.Tensor  #: [B, C, ceil(H / sh), ceil(W / sw)]
+    prefix: torch.Tensor | None  #: [B, K, C], class and register tokens averaged over the views
 
 
 class SRTMoments(NamedTuple):
     """The result of :meth:`SRT.moments` for one layer."""
 
-    mean: torch.Tensor  # [B, C, ceil(H / sh), ceil(W / sw)]
-    var: torch.Tensor  # as mean: the population variance over the views
-    prefix: torch.Tensor | None  # [B, K, C]
+    mean: torch.Tensor  #: [B, C, ceil(H / sh), ceil(W / sw)]
+    var: torch.Tensor  #: the population variance over the views, of the shape of ``mean``
+    prefix: torch.Tensor | None  #: [B, K, C], class and register tokens averaged over the views
 
 
 class LayerTokens(NamedTuple):
     """The tokens of one layer for k views."""
 
-    tokens: torch.Tensor  # [k, B, N, C], N = h * w, in row order; dense in the last dimension
-    grid: tuple[int, int]  # (h, w)
-    patch: tuple[int, int]  # (Ph, Pw), pixels per token at this layer
-    prefix: torch.Tensor | None  # [k, B, K, C], class and register tokens
+    tokens: torch.Tensor  #: [k, B, N, C], N = h * w, in row order; dense in the last dimension
+    grid: tuple[int, int]  #: (h, w)
+    patch: tuple[int, int]  #: (Ph, Pw), pixels per token at this layer
+    prefix: torch.Tensor | None  #: [k, B, K, C], class and register tokens
 
 
 class ViewTokens(NamedTuple):
@@ -71,19 +71,19 @@ class ViewTokens(NamedTuple):
     Pixels are those of the enlarged image.
     """
 
-    # [k, 2], (dy, dx) in pixels, on the CPU. With an anchor [k, B, 2], one per view and image, in
-    # float64 on the device of the images.
+    #: [k, 2], (dy, dx) in pixels, on the CPU. With an anchor [k, B, 2], one per view and image, in
+    #: float64 on the device of the images.
     offsets: torch.Tensor
-    weights: torch.Tensor | None  # [k]; None: equal weights
-    layers: list[LayerTokens]  # in the requested order; one if ``layers`` is not a list
+    weights: torch.Tensor | None  #: [k]; None: equal weights
+    layers: list[LayerTokens]  #: in the requested order; one if ``layers`` is not a list
 
 
 class Cost(NamedTuple):
     """The cost of one call of :class:`SRT`, from :meth:`SRT.cost`."""
 
-    operations: int  # floating-point operations of the model; a multiply-add counts as two
-    tokens: int  # patch tokens computed by the model, over all views and images
-    memory: int  # peak bytes, without the weights of the model and the images
+    operations: int  #: floating-point operations of the model; a multiply-add counts as two
+    tokens: int  #: patch tokens computed by the model, over all views and images
+    memory: int  #: peak bytes, without the weights of the model and the images
 
 
 # Lets torch.export save programs with these types, and torch.load read them.

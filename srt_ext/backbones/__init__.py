@@ -1,6 +1,6 @@
-"""How SRT reads a model: one module for each interface through which libraries expose features.
+"""Adapters that read the features of a model: one module per interface of a library.
 
-None of them changes the model, but for the hooks by which transformers records hidden states.
+They do not modify the model, except for the hooks with which transformers records hidden states.
 """
 
 from __future__ import annotations
@@ -46,20 +46,36 @@ def describe(
     patch: int | tuple[int, int] | None = None,
     prefix: int | None = None,
 ) -> Backbone:
-    """The :class:`Backbone` of a model. Arguments as of :class:`srt_ext.SRT`.
+    """The :class:`Backbone` of a model.
+
+    Args:
+        model, layers, norm, patch, prefix: as for :class:`srt_ext.SRT`. A ``Backbone`` is returned
+            as it is.
+
+    Returns:
+        A :class:`Backbone` that can be passed to :class:`srt_ext.SRT` instead of the model.
 
     Raises:
         TypeError: ``model`` is not callable, or ``layers`` are neither indices nor names.
-        ValueError: layers that the model does not have; a patch size or a number of prefix tokens
-            that is neither given nor found, or that contradicts the model's.
+        ValueError: the model does not have a layer; the patch size is neither given nor declared by
+            the model; ``patch`` or ``prefix`` contradicts the model.
+
+    Example:
+        >>> import torch
+        >>> backbone = describe(torch.nn.Conv2d(3, 5, 8, stride=8), patch=8)
+        >>> backbone.patch
+        (8, 8)
+        >>> (features,) = backbone.features(torch.rand(2, 3, 32, 24))
+        >>> features.tokens.shape, features.grid
+        (torch.Size([2, 12, 5]), (4, 3))
     """
     if isinstance(model, Backbone):
         settings = {"layers": layers, "patch": patch, "prefix": prefix}
         given = {name: value for name, value in settings.items() if value is not None}
         if given or not norm:
             raise ValueError(
-                "SRT: layers, inject, norm, patch and prefix must be left out for a Backbone, "
-                f"which has its own; got {given or 'norm=False'}"
+                "SRT: layers, inject, norm, patch and prefix must be omitted for a Backbone, "
+                f"which already has them; got {given or 'norm=False'}"
             )
         return model
     if not callable(model):
@@ -83,7 +99,7 @@ def _backbone_of(
 
         return HookBackbone(model, names, patch, prefix)
     inner, settings = unwrap(model), (indices or [-1], norm, patch, prefix)
-    if not is_fsdp1(inner):  # it has the attributes of what it holds, but not the weights
+    if not is_fsdp1(inner):  # FSDP1 has the attributes of the wrapped model, but not its weights
         if is_timm(inner):
             return TimmBackbone(model, *settings)
         if is_transformers(inner):
@@ -91,8 +107,8 @@ def _backbone_of(
             if blocks_of(encoder):
                 return TransformersBackbone(model, *settings)
             raise ValueError(
-                f"SRT: layers must be names of modules, with patch, for {type(encoder).__name__}: "
-                "it has no list of num_hidden_layers layers whose tokens are all of one size; "
+                f"SRT: layers must be names of modules, with patch, for {type(encoder).__name__}, "
+                "which has no list of num_hidden_layers layers with tokens of one size; "
                 f"got {indices or None}{_contained_hint(model)}"
             )
         if is_dino(inner):
@@ -113,7 +129,7 @@ def _backbone_of(
 
 
 def _contained_hint(model: Model) -> str:
-    """How to give the models that are inside of another module; empty if there are none."""
+    """A hint for models that are contained in another module; empty if there are none."""
     found: dict[str, Backbone] = {}
     for name, module in contained(model):
         if len(found) < 3 and not any(name.startswith(f"{outer}.") for outer in found):
@@ -124,10 +140,10 @@ def _contained_hint(model: Model) -> str:
 
 
 def _hint(model: Any, name: str, backbone: Backbone) -> str:
-    """The ways to read one of them that work without settings."""
+    """The ways to read a contained model that need no settings."""
     ways = []
     if not any(map(is_fsdp1, model.modules())):  # its forward gathers the weights
-        ways.append(f"give model.get_submodule({name!r}) for that alone")
+        ways.append(f"pass model.get_submodule({name!r}) to run it alone")
     for layer in _last_layers(backbone):
         alone = _without_settings(backbone.model, [layer])
         within = _without_settings(model, [f"{name}.{layer}"])
@@ -139,7 +155,7 @@ def _hint(model: Any, name: str, backbone: Backbone) -> str:
 
 
 def _without_settings(model: Model, layers: list[Layer]) -> Backbone | None:
-    """The backbone of a model that needs no settings, so that a message may name it."""
+    """The backbone of a model that needs no settings, or None."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -149,9 +165,9 @@ def _without_settings(model: Model, layers: list[Layer]) -> Backbone | None:
 
 
 def _last_layers(backbone: Backbone) -> Iterator[str]:
-    """Names of modules that return the tokens of the last layer: its norm, then its block."""
+    """Names of modules that return the tokens of the last layer: the final norm, then the block."""
     modules = backbone.inner.named_modules()
-    # An identity may never be called. CLIP's post_layernorm takes the pooled token alone.
+    # An identity may never be called. CLIP's post_layernorm only receives the pooled token.
     known = {name for name, module in modules if not isinstance(module, nn.Identity)}
     block = (*backbone.modules, "")[0]
     places = [block[:i] for i, letter in enumerate(block) if letter == "."]

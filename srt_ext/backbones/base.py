@@ -1,4 +1,4 @@
-"""What SRT needs of a model: the tokens of some layers, and the grid they lie on."""
+"""The interface between SRT and a model: the tokens of some layers, and their grid."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ Model = Callable[..., Any]
 class Features(NamedTuple):
     """The tokens of one layer, for a batch of images."""
 
-    tokens: torch.Tensor  # [B, h * w, C], in row order
-    grid: tuple[int, int]  # (h, w)
-    prefix: torch.Tensor | None  # [B, K, C], class and register tokens
+    tokens: torch.Tensor  #: [B, h * w, C], in row order
+    grid: tuple[int, int]  #: (h, w)
+    prefix: torch.Tensor | None  #: [B, K, C], class and register tokens; None without
 
 
 class Backbone(ABC):
-    """A frozen model as SRT sees it. :func:`srt_ext.backbones.describe` finds the one for a model.
+    """Adapter for a frozen model. :func:`srt_ext.backbones.describe` returns the one for a model.
 
     Attributes:
         model: the model that is read.
-        patch: (Ph, Pw), pixels per token at the coarsest requested layer; image sides must be
-            multiples of it.
-        modules: names of the modules whose outputs the layers are; empty if unknown.
-        prefix: number of class and register tokens; None if only the shapes can tell.
-        returns_list: a list of layers was requested, not a single one.
-        any_size: the model declares that it takes images of any size.
-        own_output: name of the model's own output that has the last layer with its norm.
+        patch: (Ph, Pw), pixels per token at the coarsest requested layer; the sides of images must
+            be multiples of it.
+        modules: names of the modules whose outputs are the layers; empty if unknown.
+        prefix: number of class and register tokens; None if it is inferred from the shapes.
+        returns_list: a list of layers was requested, not a single layer.
+        any_size: the model declares that it accepts images of any size.
+        own_output: the method or output of the model that returns the last layer with its norm.
     """
 
     own_output = ""
@@ -54,7 +54,18 @@ class Backbone(ABC):
         self._compared: set[torch.dtype] = set()
 
     def features(self, images: torch.Tensor) -> list[Features]:
-        """images [B, 3, H, W], whole patches -> the features of each layer, in requested order."""
+        """Runs the model on a batch of images.
+
+        Args:
+            images: [B, 3, H, W], normalised as the model expects; sides are multiples of ``patch``.
+
+        Returns:
+            The :class:`Features` of each layer, in the requested order.
+
+        Raises:
+            ValueError: a hook of the model would be bypassed; the last layer with its norm differs
+                from the model's own output; the output of the model has another shape.
+        """
         self._check_hooks()
         self._compare(images)
         compiler = getattr(self.model, "dynamo_ctx", None)  # the settings of torch.compile(model)
@@ -64,6 +75,7 @@ class Backbone(ABC):
 
     @property
     def inner(self) -> Any:
+        """The model without wrappers such as ``torch.compile`` or ``DataParallel``."""
         return unwrap(self.model)
 
     @abstractmethod
@@ -73,14 +85,14 @@ class Backbone(ABC):
         check_hooks(self.model, through=self.inner)
 
     def _own_output(self, images: torch.Tensor) -> Any:
-        """What the method ``own_output`` returns; None if there is none that takes images alone."""
+        """The result of the method ``own_output``; None if images are not its only argument."""
         try:
             return call_method(self.inner, self.own_output, images)
         except Exception:
             return None
 
     def _last_layer(self, images: torch.Tensor) -> tuple[torch.Tensor, Any] | None:
-        """The last layer with its norm, as it is read here and as the model itself returns it.
+        """The last layer with its norm, as it is read here and as the model returns it.
 
         None if it was not requested.
         """
@@ -89,7 +101,7 @@ class Backbone(ABC):
     def _compare(self, images: torch.Tensor) -> None:
         """Compares the last layer with the model's own output, once for each dtype.
 
-        The final norm is found by its name, and new models may have others.
+        The final norm is found by its name, and new models may use other names.
         """
         if torch.compiler.is_compiling() or images.dtype in self._compared:
             return
@@ -97,15 +109,15 @@ class Backbone(ABC):
             return
         few = (2 * self.patch[0], 3 * self.patch[1])
         for size in [few, images.shape[2:]] if self.any_size else [images.shape[2:]]:
-            # Not random, which torch.vmap refuses.
+            # Not random numbers, which torch.vmap does not support.
             count = torch.arange(3 * size[0] * size[1], dtype=torch.float32, device="cpu")
-            picture = (count * 0.618034).frac().view(1, 3, *size)
+            image = (count * 0.618034).frac().view(1, 3, *size)
             try:
                 with torch.no_grad():
-                    found = self._last_layer(picture.to(images))
+                    found = self._last_layer(image.to(images))
                     error = 0.0 if found is None else _relative_error(*found)
                 break
-            except Exception:  # the forward of the images themselves says what is wrong
+            except Exception:  # the forward pass of the images will raise it
                 continue
         else:
             return
@@ -113,22 +125,22 @@ class Backbone(ABC):
         if not error <= (1e-2 if half else 1e-4):  # NaN, too
             raise ValueError(
                 f"SRT: the last layer with its norm must equal the output of {self.own_output} of "
-                f"{type(self.inner).__name__}; got a relative error of {error:.2g}. Give layers by "
+                f"{type(self.inner).__name__}; got a relative error of {error:.2g}. Pass layers by "
                 "name, or norm=False"
             )
         self._compared.add(images.dtype)
 
-    def __getstate__(self) -> dict[str, Any]:  # a copy compiles its own
+    def __getstate__(self) -> dict[str, Any]:  # a copy compiles again
         return {**self.__dict__, "_compiled": None}
 
 
 class CallableBackbone(Backbone):
-    """What the model returns when it is called: tokens, a map, or a pyramid of maps."""
+    """Reads the output of a callable: tokens, a map, or a pyramid of maps."""
 
     def __init__(
         self, model: Model, patch: object, prefix: object, hint: Callable[[Model], str]
     ) -> None:
-        """``hint`` returns what errors say of the models inside of this one."""
+        """``hint`` returns text for errors, about models that are contained in this one."""
         super().__init__(model, patch)
         self.prefix, self.hint = resolve_prefix(prefix, None), hint
 
@@ -148,16 +160,20 @@ class CallableBackbone(Backbone):
         shapes = [getattr(part, "shape", ()) for part in pyramid]
         fits = [s[2:] == grid or s[1:3] == grid for s in shapes]
         if sum(fits) != 1:
-            way = "layers=NAME reads one module" if any(fits) else "Is patch right?"
+            way = "layers=NAME reads one module" if any(fits) else "Check patch"
             raise ValueError(
-                f"SRT: of the outputs of the model one must lie on a grid of {list(grid)}; got "
-                f"{sum(fits)} that do, of {[list(shape) for shape in shapes]}. {way}"
+                f"SRT: exactly one output of the model must have a grid of {list(grid)}; got "
+                f"{sum(fits)} of {[list(shape) for shape in shapes]}. {way}"
             )
         return pyramid[fits.index(True)]
 
 
 class TimedBackbone(Backbone):
-    """Another backbone, and the seconds that it took; on a GPU only those of the host."""
+    """Wraps another backbone and measures its time.
+
+    Attributes:
+        seconds: total time of :meth:`features`; on a GPU only the time of the host.
+    """
 
     def __init__(self, other: Backbone) -> None:
         super().__init__(other.model, other.patch, other.modules)
@@ -175,16 +191,16 @@ class TimedBackbone(Backbone):
 
 
 def is_traced(images: torch.Tensor) -> bool:
-    """Whether a forward is recorded, or has no values."""
+    """Whether the forward pass is traced or captured, or the images have no values."""
     tracing = torch._C._is_tracing() or _get_current_dispatch_mode() is not None
     captured = images.is_cuda and torch.cuda.is_current_stream_capturing()
     return tracing or captured or images.is_meta or isinstance(images, FakeTensor)
 
 
 def _relative_error(tokens: torch.Tensor, own: object) -> float:
-    """The error of tokens [B, K + N, C] relative to a model's own tokens or map.
+    """The error of tokens [B, K + N, C] relative to the model's own tokens or map.
 
-    0 where their shapes differ, or the model's have values that are not finite.
+    0 if the shapes differ, or if the model's own output is not finite.
     """
     if not isinstance(own, torch.Tensor) or not own.isfinite().all():
         return 0.0
@@ -193,7 +209,7 @@ def _relative_error(tokens: torch.Tensor, own: object) -> float:
     if own.dim() == 4:
         forms = [own.flatten(2).transpose(1, 2), own.flatten(1, 2)]  # NCHW, NHWC
     elif own.dim() == 3:
-        forms = [own[:, -tokens.shape[1] :]]  # behind prefix tokens that were not read
+        forms = [own[:, -tokens.shape[1] :]]  # after prefix tokens that were not read
     errors = [
         float((tokens - form).norm() / form.norm().clamp(min=1e-30))  # all zero: equal
         for form in forms
@@ -221,14 +237,14 @@ def split_prefix(tokens: torch.Tensor, grid: tuple[int, int], prefix: int | None
     if extra < 0 or (prefix is not None and extra != prefix):
         raise ValueError(
             f"SRT: the model must return tokens [B, {'K' if prefix is None else prefix} + {count}, "
-            f"C] for its patches, a grid of {list(grid)}; got {list(tokens.shape)}. Are patch and "
-            "prefix right?"
+            f"C] for a grid of {list(grid)} patches; got {list(tokens.shape)}. Check patch and "
+            "prefix"
         )
     if extra and prefix is None:
         warnings.warn(
-            f"SRT: of {tokens.shape[1]} tokens for a grid of {list(grid)} the first {extra} are "
-            f"taken for class or register tokens. Say prefix={extra} if that is right; if not, "
-            "patch is wrong, or the tokens are not those of a picture",
+            f"SRT: the model returned {tokens.shape[1]} tokens for a grid of {list(grid)}; the "
+            f"first {extra} are used as class or register tokens. Pass prefix={extra} if that is "
+            "correct; otherwise patch is wrong, or the module does not return image tokens",
             stacklevel=2,
         )
     return Features(tokens[:, extra:], grid, tokens[:, :extra] if extra else None)
@@ -239,22 +255,22 @@ def parse_output(
 ) -> tuple[Features, str]:
     """The features in a module's output, and its layout: NLC, NCHW or NHWC.
 
-    The pitch of a map may differ from ``patch`` by a factor, and a map may fit both layouts: the
-    choice is a warning.
+    The token spacing of a map may differ from ``patch`` by a factor, and a map may fit both
+    layouts; both cases raise a warning.
     """
-    output = getattr(output, "last_hidden_state", output)  # of transformers
+    output = getattr(output, "last_hidden_state", output)  # transformers
     if isinstance(output, (tuple, list)) and output:
         output = output[0]
     if not isinstance(output, torch.Tensor) or output.dim() not in (3, 4):
         got = list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         raise ValueError(
             f"SRT: the model must return tokens [B, K + N, C] or a map; got {got}. "
-            "layers=NAME reads a module that does"
+            "layers=NAME reads another module"
         )
-    if output.shape[0] != images.shape[0]:  # windows of an image, or tokens before the batch
+    if output.shape[0] != images.shape[0]:  # windowed tokens, or tokens in the first dimension
         raise ValueError(
             "SRT: the model must return one row of tokens, or one map, for each of "
-            f"{images.shape[0]} pictures; got {list(output.shape)}"
+            f"{images.shape[0]} images; got {list(output.shape)}"
         )
     if output.dim() == 3:
         return split_prefix(output, grid_of(images, patch), prefix), "NLC"
@@ -263,7 +279,7 @@ def parse_output(
 
 
 def _map_layout(features: torch.Tensor, images: torch.Tensor, patch: tuple[int, int]) -> str:
-    """``NCHW`` or ``NHWC``, by the shape of features, a map [B, ., ., .]."""
+    """``NCHW`` or ``NHWC``, inferred from the shape of a map [B, ., ., .]."""
     height, width = images.shape[2:]
     fits = {}
     for layout, (h, w) in {"NCHW": features.shape[2:], "NHWC": features.shape[1:3]}.items():
@@ -274,24 +290,24 @@ def _map_layout(features: torch.Tensor, images: torch.Tensor, patch: tuple[int, 
     exact = [layout for layout, pitch in fits.items() if pitch == patch] or list(fits)
     if not exact:
         raise ValueError(
-            f"SRT: the map of the model must lie on a grid of {list(grid_of(images, patch))}, NCHW "
-            f"or NHWC; got {list(features.shape)}. Is patch right?"
+            f"SRT: the map of the model must have a grid of {list(grid_of(images, patch))}, NCHW "
+            f"or NHWC; got {list(features.shape)}. Check patch"
         )
     layout = exact[0]
     if len(exact) > 1 or fits[layout] != patch:
         warnings.warn(
-            f"SRT: a map of {list(features.shape)} for pictures of {[height, width]} is taken "
-            f"for {layout} with a patch of {list(fits[layout])}",
+            f"SRT: a map of {list(features.shape)} for images of {[height, width]} pixels is read "
+            f"as {layout} with a patch of {list(fits[layout])}",
             stacklevel=3,
         )
     return layout
 
 
-# ---- settings that the model knows --------------------------------------------------------------
+# ---- settings that the model declares -----------------------------------------------------------
 
 
 def normalize_indices(layers: list[int], count: int) -> list[int]:
-    """Layer indices >= 0."""
+    """The layer indices, counted from 0."""
     for layer in layers:
         if not -count <= layer < count:
             raise ValueError(f"SRT: layers must be in {-count} ... {count - 1}; got {layer}")
@@ -299,10 +315,10 @@ def normalize_indices(layers: list[int], count: int) -> list[int]:
 
 
 def resolve_patch(given: object, declared: Any) -> Any:
-    """The declared patch size; one that is given must not contradict it."""
+    """The declared patch size; a given one must be equal."""
     pair = check_pair("SRT", "patch", declared)
     if given is not None and check_pair("SRT", "patch", given) != pair:
-        raise ValueError(f"SRT: patch must be that of the model, {declared}; got {given}")
+        raise ValueError(f"SRT: patch must equal the model's, {declared}; got {given}")
     return pair
 
 
@@ -312,17 +328,17 @@ def resolve_prefix(given: object, declared: int | None) -> int | None:
         return declared
     count = check_count("SRT", "prefix", given, 0)
     if declared not in (None, count):
-        raise ValueError(f"SRT: prefix must be that of the model, {declared}; got {given}")
+        raise ValueError(f"SRT: prefix must equal the model's, {declared}; got {given}")
     return count
 
 
 def declared_patch(model: Any) -> Any:
-    """The patch size among the attributes of a model."""
+    """The patch size in the attributes of a model."""
     for place in (model, getattr(model, "patch_embed", None), getattr(model, "config", None)):
         patch = getattr(place, "patch_size", None)
         if patch is not None:
             return patch
     raise ValueError(
-        "SRT: patch must be given where the model does not tell it; "
+        "SRT: patch must be given if the model does not declare it; "
         f"got None with {type(model).__name__}"
     )

@@ -1,4 +1,4 @@
-"""Models of DINO's repositories, by ``get_intermediate_layers``."""
+"""Models with DINO's ``get_intermediate_layers``."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class DinoBackbone(Backbone):
     def __init__(self, model: Model, layers: list[int], norm: bool, patch: object, prefix: object):
         inner = unwrap(model)
         blocks: Any = getattr(inner, "blocks", ())
-        # Those of a model that was cut, whose n_blocks is stale. A chunk, as those for FSDP, is a
-        # list that starts with as many identities as there are blocks before it.
+        # Blocks may have been removed, so n_blocks can be stale. With FSDP, blocks are in chunks: a
+        # chunk is a list that starts with one identity for each block of the earlier chunks.
         chunk = blocks[-1] if len(blocks) and isinstance(blocks[-1], nn.ModuleList) else blocks
         count = len(chunk) or getattr(inner, "n_blocks", 0)
         if not count:
             raise ValueError(
                 "SRT: layers must be names of modules, with patch, for a model with "
-                f"get_intermediate_layers and without blocks; got {type(inner).__name__}"
+                f"get_intermediate_layers but without blocks; got {type(inner).__name__}"
             )
         self.indices, self.count, self.norm = base.normalize_indices(layers, count), count, norm
         self.accepts = tuple(inspect.signature(inner.get_intermediate_layers).parameters)
@@ -72,5 +72,5 @@ class DinoBackbone(Backbone):
         if isinstance(own, dict):
             own = own.get("x_norm_patchtokens")
         elif isinstance(own, torch.Tensor) and own.dim() == 3:
-            own = own[:, -features.tokens.shape[1] :]  # behind class and register tokens
+            own = own[:, -features.tokens.shape[1] :]  # after class and register tokens
         return features.tokens, own

@@ -1,6 +1,6 @@
-"""Modules by name, in any model, by forward hooks.
+"""Reads and replaces the outputs of modules by name, in any model, with forward hooks.
 
-Imported where it is needed: it imports torch's compiler.
+Imported only when needed, because it imports torch's compiler.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ from .wrappers import (
 
 
 class _StopForward(Exception):  # noqa: N818
-    """Ends a forward as soon as every requested module has run."""
+    """Ends a forward pass as soon as every requested module has run."""
 
 
 def _owner(inner: Any, layers: list[str]) -> tuple[str, Any]:
-    """The model of a library that has the layers and declares its patch, and its name in inner.
+    """The library model that contains the layers and declares its patch, and its name in inner.
 
-    Another model of the library may lie around it, as TimmWrapperModel does.
+    It may be contained in another model of a library, such as TimmWrapperModel.
     """
     is_library = is_timm(inner) or is_transformers(inner) or is_dino(inner)
     for place, model in [*([("", inner)] if is_library else []), *contained(inner)]:
         if all(not place or name.startswith(f"{place}.") for name in layers):
             with suppress(ValueError):
-                if not is_timm(model):  # which declares it for each layer
+                if not is_timm(model):  # timm declares it for each layer
                     declared_patch(model)
                 return place, model
     return "", inner
 
 
 def _check_is_called(modules: dict[str, Any], name: str) -> None:
-    """Refuses a module inside of code that was traced, scripted or exported: it calls no hooks."""
+    """Raises if the module is in traced, scripted or exported code, which calls no hooks."""
     for end in (0, *(i for i, letter in enumerate(name) if letter == "."), len(name)):
         module, inside = modules.get(name[:end]), name[end:].lstrip(".")
         if isinstance(module, torch.jit.ScriptModule):
-            # Python code may call a traced module itself. A scripted one takes no hooks.
+            # Python code may call a traced module directly. A scripted module has no hooks.
             runs = not inside and isinstance(module, torch.jit._trace.TopLevelTracedModule)
         elif isinstance(module, torch.fx.GraphModule) and inside and name in modules:
             calls = [str(node.target) for node in module.graph.nodes if node.op == "call_module"]
@@ -61,20 +61,20 @@ def _check_is_called(modules: dict[str, Any], name: str) -> None:
             runs = True
         if not runs:
             raise ValueError(
-                "SRT: inject and layers by name must be modules that Python code calls, not those "
-                "of code that was traced, scripted or exported, which calls no hooks; got "
-                f"{name!r} with {type(module).__name__}. Give the model from which it was made, or "
-                "patch without layers, which reads what the model returns"
+                "SRT: inject and layers by name must be modules that Python code calls, not "
+                "modules in traced, scripted or exported code, which does not call hooks; got "
+                f"{name!r} with {type(module).__name__}. Pass the original model, or patch without "
+                "layers to read the output of the model"
             )
 
 
 class HookBackbone(Backbone):
-    """The outputs of named modules. The hooks are removed after each forward."""
+    """Reads the outputs of named modules. The hooks are removed after each forward pass."""
 
     def __init__(self, model: Model, layers: list[str], patch: object, prefix: object):
         inner = unwrap(model)
         known = dict(inner.named_modules()) if isinstance(inner, torch.nn.Module) else {}
-        # Names may be those of the wrapper, too: `module.blocks.0` of DataParallel.
+        # Names in the wrapper are accepted, too: `module.blocks.0` of DataParallel.
         outer = model.named_modules() if isinstance(model, torch.nn.Module) else ()
         path = next((f"{n}." for n, module in outer if n and module is inner), "")
         layers = [name if name in known else name.removeprefix(path) for name in layers]
@@ -87,14 +87,14 @@ class HookBackbone(Backbone):
                 raise ValueError(f"SRT: {rule}{hint}; got {name!r}")
         if is_transformers(inner) and transformers.accepts(inner, "input_ids"):
             raise ValueError(
-                "SRT: model must run on pictures alone for inject and for layers by name, as the "
+                "SRT: model must run on images alone for inject and for layers by name, as the "
                 f"vision_model of CLIP does; got {type(inner).__name__}"
             )
         place, owner = _owner(inner, layers)
         if hasattr(owner, "reroll"):
             raise ValueError(
-                "SRT: layers must be indices, and inject must be left out, for Hiera, whose "
-                f"modules have tokens in an order of their own; got {layers}"
+                "SRT: layers must be indices, and inject must be omitted, for Hiera, whose "
+                f"modules reorder the tokens; got {layers}"
             )
         if patch is None:
             infos = getattr(owner, "feature_info", [])
@@ -115,16 +115,16 @@ class HookBackbone(Backbone):
         if not backbone.modules:
             if hasattr(backbone.inner, "reroll"):
                 raise ValueError(
-                    "SRT: inject must be left out for Hiera, whose modules have tokens in an order "
-                    "of their own; got an index"
+                    "SRT: inject must be omitted for Hiera, whose modules reorder the tokens; got "
+                    "an index"
                 )
             raise ValueError(
-                "SRT: inject must be the name of a module whose tokens lie in row order, with "
+                "SRT: inject must be the name of a module whose tokens are in row order, with "
                 f"patch, for {type(backbone.inner).__name__}; got an index"
             )
         return cls(backbone.model, list(backbone.modules), backbone.patch, backbone.prefix)
 
-    # Compiled code does not call new hooks.
+    # Compiled code does not call hooks that were added later.
     @torch.compiler.disable(reason="SRT reads layers by name by hooks, which run eagerly")
     def features(self, images: torch.Tensor) -> list[Features]:
         return self._features(images)
@@ -132,7 +132,7 @@ class HookBackbone(Backbone):
     def _features(self, images: torch.Tensor) -> list[Features]:
         found: dict[str, Features] = {}
         check_hooks(self.model, called=self.inner)
-        # What accelerate and FSDP do behind the forward of a module must not be skipped.
+        # accelerate and FSDP run code after the forward of a module, which must not be skipped.
         parents = {"", *(name[:i] for name in self.modules for i, c in enumerate(name) if c == ".")}
         runs_to_end = any(has_hooks(self.inner.get_submodule(name)) for name in parents)
         # torch.export follows each call of a module to its end.
@@ -149,7 +149,7 @@ class HookBackbone(Backbone):
         missing = sorted(set(self.modules) - set(found))
         if missing:
             raise ValueError(
-                f"SRT: the model must call its layers in its forward; it left out {missing}"
+                f"SRT: the model must call its layers in its forward; it did not call {missing}"
             )
         return [found[name] for name in self.modules]
 
@@ -161,14 +161,14 @@ class HookBackbone(Backbone):
     def _hooks(self, hook: Callable[[str, object], object]) -> Iterator[None]:
         """Calls ``hook`` with the name and output of each module; it may return another output.
 
-        In this thread alone: another thread may run the same model meanwhile.
+        Only in this thread: another thread may run the same model at the same time.
         """
         thread = threading.get_ident()
 
         def call(name: str, _module: object, _input: object, output: object) -> object:
             return hook(name, output) if threading.get_ident() == thread else None
 
-        with force_eager(self.model), ExitStack() as handles:  # each removes its hook
+        with force_eager(self.model), ExitStack() as handles:  # each handle removes its hook
             for name in set(self.modules):
                 module = self.inner.get_submodule(name)
                 hooked = partial(call, name)
@@ -179,10 +179,10 @@ class HookBackbone(Backbone):
     def forward_with(
         self, images: torch.Tensor, replace: Callable[[Features], tuple[torch.Tensor, Any]]
     ) -> Any:
-        """What the model returns for images [B, 3, H, W] with other features at its one layer.
+        """Runs the model on images [B, 3, H, W] with replaced features at its only layer.
 
-        ``replace`` takes the original features and returns tokens [B, h * w, C] and prefix
-        [B, K, C] or None in their place.
+        ``replace`` is called with the original features and returns tokens [B, h * w, C] and prefix
+        [B, K, C] or None. Returns the output of the model.
         """
         replaced = False
 
@@ -215,6 +215,7 @@ class HookBackbone(Backbone):
             result = self._forward(images)
         if not replaced:
             raise ValueError(
-                f"SRT: the model must call its layer in its forward; it left out {self.modules[0]}"
+                "SRT: the model must call its layer in its forward; it did not call "
+                f"{self.modules[0]}"
             )
         return result

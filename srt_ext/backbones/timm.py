@@ -1,4 +1,4 @@
-"""Models of timm, by ``forward_intermediates``."""
+"""Models of timm, with ``forward_intermediates``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .wrappers import call_method, unwrap, warn_if_overridden
 
 
 class TimmBackbone(Backbone):
-    """Layers are blocks, or stages of hierarchical models."""
+    """Layers are blocks, or the stages of a hierarchical model."""
 
     own_output = "forward_features"
 
@@ -28,7 +28,7 @@ class TimmBackbone(Backbone):
         self.returns_tokens = "return_prefix_tokens" in parameters  # not maps
         declared = patch_sides(inner, max(info[i]["reduction"] for i in self.indices))
         self.prefix = getattr(inner, "num_prefix_tokens", 0) if self.returns_tokens else 0
-        # timm refuses norm=True for models without one (Hiera).
+        # timm raises for norm=True if the model has no norm (Hiera).
         self.norm = norm and (hasattr(inner, "norm") or hasattr(inner, "neck"))
         names = [info[i]["module"] for i in self.indices]
         super().__init__(model, base.resolve_patch(patch, declared), names)
@@ -76,7 +76,7 @@ class TimmBackbone(Backbone):
 
 
 def layers_of(model: Any) -> list[dict[str, Any]]:
-    """``feature_info`` of the layers that a model still has: its last ones may be cut off."""
+    """``feature_info`` of the existing layers: the last ones may have been removed."""
     existing = {name for name, _ in model.named_modules(remove_duplicate=False)}
     info: list[dict[str, Any]] = list(model.feature_info)
     while info and info[-1]["module"] not in existing:
@@ -89,31 +89,31 @@ _SIZE = re.compile(r"Input (height|width|size|image|img)[^\n]*?\([^\n]*?\)[^\n]*
 
 @contextmanager
 def image_size_errors(images: torch.Tensor) -> Iterator[None]:
-    """Explains how to change the image size, where a model of timm refuses it."""
+    """Explains how to change the image size if a model of timm rejects it."""
     try:
         yield
-    except (AssertionError, RuntimeError) as error:  # the latter from compiled code
+    except (AssertionError, RuntimeError) as error:  # RuntimeError from compiled code
         found, words = _SIZE.search(str(error)), str(error).lower()
         about_sizes = not words or any(w in words for w in ("height", "width", "size", "divisible"))
         if found is None and (isinstance(error, RuntimeError) or not about_sizes):
             raise
         reason = found[0] if found else str(error).rstrip(".")
         raise ValueError(
-            f"SRT: the model must take pictures of {list(images.shape[2:])}, whole patches; it "
-            f"says: {reason}. timm's create_model(..., dynamic_img_size=True) or "
-            "model.set_input_size(...) change what it takes, where it can"
+            f"SRT: the model must accept images of {list(images.shape[2:])}, whole patches; it "
+            f"raised: {reason}. timm's create_model(..., dynamic_img_size=True) or "
+            "model.set_input_size(...) change the accepted size, if the model supports it"
         ) from error
 
 
 def takes_any_size(model: Any) -> bool:
-    """Whether a model was made with ``dynamic_img_size``, or is convolutional."""
+    """Whether a model was created with ``dynamic_img_size``, or is convolutional."""
     if hasattr(model, "patch_embed"):
         return getattr(model.patch_embed, "strict_img_size", True) is False
     return not getattr(model, "pretrained_cfg", {}).get("fixed_input_size", True)
 
 
 def patch_sides(model: Any, reduction: Any) -> Any:
-    """(Ph, Pw) where ``reduction``, one number, is the longer side of the patch embedding's."""
+    """(Ph, Pw), if ``reduction``, one number, is the longer side of the patch embedding."""
     embed: Any = getattr(model, "patch_embed", None)
     if hasattr(embed, "feat_ratio") and embed.feat_ratio() == reduction:
         return tuple(embed.feat_ratio(as_scalar=False))

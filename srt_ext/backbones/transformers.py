@@ -1,4 +1,4 @@
-"""Models of transformers, by ``output_hidden_states``."""
+"""Models of transformers, with ``output_hidden_states``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PREFIX_PARAMETERS = ("cls_token", "class_embedding", "distillation_token", "reg
 
 
 class TransformersBackbone(Backbone):
-    """Layers are those of the encoder."""
+    """Layers are the layers of the encoder."""
 
     own_output = "last_hidden_state"
 
@@ -27,7 +27,7 @@ class TransformersBackbone(Backbone):
         blocks, depth = blocks_of(encoder), config.num_hidden_layers
         self.indices = base.normalize_indices(layers, depth)
         self.last = depth - 1
-        # Of the encoder, not of its patch embedding or its pooling: the least nested, the last.
+        # The norm of the encoder, not of its patch embedding or pooling: the last, least nested.
         outside = [n for n in modules if norm and not n.startswith(blocks + ".")]
         norms = [n for n in outside if n.rpartition(".")[2] in FINAL_NORMS]
         self.norm = min(reversed(norms), key=lambda name: name.count("."), default="")
@@ -36,7 +36,7 @@ class TransformersBackbone(Backbone):
         self.is_tied = ties_last_hidden_state(encoder)
         self.arguments = {"output_hidden_states": True, **any_size_arguments(encoder)}
         if accepts(encoder, "return_dict") or accepts(encoder, "kwargs"):
-            self.arguments["return_dict"] = True  # whatever the configuration says
+            self.arguments["return_dict"] = True  # overrides the configuration
         path = next((n for n, m in unwrap(model).named_modules() if m is encoder), "")
         names = [".".join(filter(None, (path, blocks, str(i)))) for i in self.indices]
         super().__init__(model, base.resolve_patch(patch, config.patch_size), names)
@@ -54,19 +54,19 @@ class TransformersBackbone(Backbone):
     def _features(self, images: torch.Tensor) -> list[Features]:
         encoder = vision_encoder(self.inner)
         output, features = self._run(encoder, images), []
-        if output.hidden_states is None:  # a class made from the model's, such as FSDP2's
+        if output.hidden_states is None:  # a class derived from the model's, such as FSDP2's
             raise ValueError(
                 f"SRT: {type(encoder).__name__} must return hidden_states for layers by index; got "
-                f"None. layers={self.modules[-1]!r} reads one by name"
+                f"None. layers={self.modules[-1]!r} reads a layer by name"
             )
         for i in self.indices:
-            tokens = output.hidden_states[i + 1]  # the first is that of the patch embedding
+            tokens = output.hidden_states[i + 1]  # the first is the patch embedding
             if self.neck and i == self.last:
                 features.append(base.from_map(output.last_hidden_state))
                 continue
             if self.norm:
                 tokens = encoder.get_submodule(self.norm)(tokens)
-            # SAM's are NHWC.
+            # SAM's tokens are NHWC.
             features.append(base.parse_output(tokens, images, self.patch, self.prefix)[0])
         return features
 
@@ -82,20 +82,20 @@ class TransformersBackbone(Backbone):
         last = encoder.get_submodule(self.norm)(tokens) if self.norm else tokens
         pooled = getattr(output, "pooler_output", None)
         if pooled is not None and torch.equal(own, tokens) and not torch.equal(own, last):
-            return last[:, 0], pooled  # CLIP normalises the pooled token alone
+            return last[:, 0], pooled  # CLIP only normalises the pooled token
         return last, own
 
 
 def install_recording_hooks(encoder: Any) -> None:
-    """Installs the hooks by which transformers records hidden states.
+    """Installs the hooks with which transformers records hidden states.
 
-    The library installs them in the first call that records any: once for each twin that runs
-    meanwhile, and by a lock that torch.export cannot trace. They are local functions, so that the
-    model could no longer be pickled: each is replaced by one that can.
+    The library would install them in the first recording call: once for each twin that runs at the
+    same time, and under a lock that torch.export cannot trace. They are local functions, which
+    cannot be pickled; each is replaced by a picklable hook.
     """
     try:
         from transformers.utils.output_capturing import maybe_install_capturing_hooks
-    except ImportError:  # older releases have none
+    except ImportError:  # older releases do not use hooks
         return
     maybe_install_capturing_hooks(encoder)
     for module in encoder.modules():
@@ -105,7 +105,7 @@ def install_recording_hooks(encoder: Any) -> None:
 
 
 class _RecordingHook:
-    """A hook of transformers that can be pickled."""
+    """A picklable hook of transformers."""
 
     def __init__(self, hook: Any) -> None:
         self.hook = hook
@@ -129,9 +129,9 @@ def _recording_hook(*settings: Any) -> _RecordingHook:
 
 
 def blocks_of(encoder: Any) -> str:
-    """Name of the list of the layers; empty where their tokens are not all of one size."""
+    """Name of the list of the layers; empty if their tokens differ in size."""
     config = encoder.config
-    # Stages (Swin, ConvNeXt) have pitches, layouts and norms of their own.
+    # The stages of Swin and ConvNeXt differ in token spacing, layout and norm.
     if not hasattr(config, "patch_size") or hasattr(config, "depths"):
         return ""
     depth = getattr(config, "num_hidden_layers", None)
@@ -144,7 +144,7 @@ def blocks_of(encoder: Any) -> str:
 def vision_encoder(model: Any) -> Any:
     """The part of a model of transformers that turns an image into tokens, without its head."""
     encoder = model.base_model
-    if not accepts(encoder, "pixel_values"):  # DINOv3: the layers alone
+    if not accepts(encoder, "pixel_values"):  # DINOv3: only the layers, without the embedding
         encoder = model
     for tower, other in (
         ("vision_model", "text_model"),
@@ -157,12 +157,12 @@ def vision_encoder(model: Any) -> Any:
 
 
 def ties_last_hidden_state(encoder: Any) -> bool:
-    """Whether a model returns ``last_hidden_state`` in place of the last of ``hidden_states``."""
+    """Whether the last of ``hidden_states`` is replaced by ``last_hidden_state``."""
     configured = getattr(encoder.config, "tie_last_hidden_states", None)
     if configured is not None:
         return bool(configured)
     function: Any = type(encoder).forward
-    while function is not None:  # an argument of a decorator
+    while function is not None:  # the setting is an argument of a decorator
         names = getattr(getattr(function, "__code__", None), "co_freevars", ())
         if "tie_last_hidden_states" in names:
             cell = function.__closure__[names.index("tie_last_hidden_states")]
@@ -176,7 +176,7 @@ def accepts(model: Any, argument: str) -> bool:
 
 
 def takes_any_size(encoder: Any) -> bool:
-    """Whether positions are interpolated, or rotary."""
+    """Whether the position embeddings are interpolated or rotary."""
     if any_size_arguments(encoder):
         return True
     names = ("interpolate_pos_encoding", "rope_embeddings")
@@ -184,7 +184,7 @@ def takes_any_size(encoder: Any) -> bool:
 
 
 def any_size_arguments(model: Any) -> dict[str, Any]:
-    """Arguments of ``forward`` that allow images of any size, where there are any."""
+    """Arguments of ``forward`` that allow images of any size; may be empty."""
     name = "interpolate_pos_encoding"
     return {name: True} if accepts(model, name) else {}
 
@@ -192,7 +192,7 @@ def any_size_arguments(model: Any) -> dict[str, Any]:
 def call_model(
     model: Any, images: torch.Tensor, patch: tuple[int, int], arguments: dict[str, Any]
 ) -> Any:
-    """``model(images)``; of transformers by name, unless a hook takes positional arguments."""
+    """``model(images)``; transformers by keyword, unless a hook expects positional arguments."""
     arguments = {**arguments, **mask_arguments(model, images, patch)}
     if is_transformers(model):
         by_name = model._forward_pre_hooks_with_kwargs
@@ -202,13 +202,13 @@ def call_model(
 
 
 def mask_arguments(model: Any, images: torch.Tensor, patch: tuple[int, int]) -> dict[str, Any]:
-    """Arguments of ``forward`` that keep ViTMAE from shuffling its patches."""
+    """Arguments of ``forward`` that prevent ViTMAE from shuffling its patches."""
     ratio = getattr(getattr(model, "config", None), "mask_ratio", None)
     if ratio is None or not accepts(model, "noise"):
         return {}
     if ratio:
         raise ValueError(
-            "SRT: mask_ratio of the model's configuration must be 0, or it leaves patches out; "
+            "SRT: mask_ratio of the model's configuration must be 0, or patches are dropped; "
             f"got {ratio}"
         )
     height, width = base.grid_of(images, patch)
@@ -216,7 +216,7 @@ def mask_arguments(model: Any, images: torch.Tensor, patch: tuple[int, int]) -> 
 
 
 def declared_prefix(model: Any) -> int | None:
-    """The number of prefix tokens that a model declares, to be checked against its tokens."""
+    """The number of prefix tokens that a model declares, or None."""
     if not is_transformers(model):
         count = getattr(model, "num_prefix_tokens", None)  # timm's
         return count if isinstance(count, int) else None

@@ -1,4 +1,4 @@
-"""What lies around a model: wrappers, other models that contain it, and hooks on its own call."""
+"""Wrappers of a model, other models that contain it, and hooks on its own call."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch.nn.modules import module as _module
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-# Names of the final norm in the models of libraries.
+# Names of the final norm in models of timm and transformers.
 FINAL_NORMS = ("layernorm", "norm", "rms_norm", "post_layernorm")
 
 # ---- wrappers -----------------------------------------------------------------------------------
 
 
 def wrappers(model: Any) -> list[Any]:
-    """The model as it was given, and what its wrappers hold, down to the model itself.
+    """The given model and the models inside of its wrappers, from the outermost to the innermost.
 
-    Only wrappers that leave the result of a forward as it is: those of torch.compile, DataParallel,
+    Only wrappers that do not change the result of a forward pass: torch.compile, DataParallel,
     DistributedDataParallel and PEFT.
     """
     found = [model]
@@ -42,7 +42,7 @@ def wrappers(model: Any) -> list[Any]:
 
 
 def unwrap(model: Any) -> Any:
-    """The model itself, without its wrappers."""
+    """The model without its wrappers."""
     return wrappers(model)[-1]
 
 
@@ -51,7 +51,7 @@ def is_transformers(model: object) -> bool:
     return ("transformers.modeling_utils", "PreTrainedModel") in names
 
 
-# By the type: a module around a model may pass attributes on.
+# By the type: a module that contains a model may forward its attributes.
 def is_timm(model: object) -> bool:
     return hasattr(type(model), "forward_intermediates") and hasattr(model, "feature_info")
 
@@ -61,7 +61,7 @@ def is_dino(model: object) -> bool:
 
 
 def contained(model: Any) -> Iterator[tuple[str, Any]]:
-    """The models of libraries inside of another module, and their names there."""
+    """The library models that a module contains, with their names in it."""
     modules = model.named_modules() if isinstance(model, nn.Module) else ()
     for name, module in modules:
         if name and (is_timm(module) or is_transformers(module) or is_dino(module)):
@@ -69,12 +69,12 @@ def contained(model: Any) -> Iterator[tuple[str, Any]]:
 
 
 def warn_if_overridden(model: Any, method: str) -> None:
-    """Warns of a subclass whose ``forward`` does what ``method`` does not know."""
+    """Warns if a subclass overrides ``forward`` but not ``method``."""
     definers = [kind for kind in type(model).__mro__ if {"forward", method} & set(vars(kind))]
     if definers and method not in vars(definers[0]):
         warnings.warn(
-            f"SRT: features are read by {method}, which does not run the forward that "
-            f"{type(model).__name__} overrides. Layers by name run it",
+            f"SRT: features are read with {method}, which does not run the forward that "
+            f"{type(model).__name__} overrides. Pass layers by name to run it",
             stacklevel=2,
         )
 
@@ -83,7 +83,7 @@ def warn_if_overridden(model: Any, method: str) -> None:
 
 
 def has_hooks(module: Any) -> bool:
-    """Whether something is to run before or after a forward of the module."""
+    """Whether hooks run before or after a forward pass of the module."""
     own = module._forward_pre_hooks or module._forward_hooks
     every = _module._global_forward_pre_hooks or _module._global_forward_hooks
     return bool(own or every) or hasattr(module, "_hf_hook") or is_fsdp1(module)
@@ -92,12 +92,12 @@ def has_hooks(module: Any) -> bool:
 def call_method(model: Any, method: str, *args: Any, **kwargs: Any) -> Any:
     """``model.method(...)`` with the hooks of the model's own call.
 
-    PyTorch runs them only for a call of the module: those that change its input, that gather its
-    weights (FSDP2) or that load them (accelerate).
+    PyTorch runs these hooks only if the module is called: hooks that change its input, gather its
+    weights (FSDP2) or load them (accelerate).
     """
     if not isinstance(model, nn.Module) or not has_hooks(model):
         return getattr(model, method)(*args, **kwargs)
-    loader = getattr(model, "_hf_hook", None)  # of accelerate
+    loader = getattr(model, "_hf_hook", None)  # accelerate
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if loader is None:
@@ -111,10 +111,10 @@ def call_method(model: Any, method: str, *args: Any, **kwargs: Any) -> Any:
 
 @contextmanager
 def twin_of(model: Any, **own: Any) -> Iterator[Any]:
-    """A module that shares all parts with the model but for its ``own`` attributes.
+    """A module that shares all attributes with the model, except the ``own`` attributes.
 
-    The model is left as it is, for other threads may run it meanwhile; but what a forward or a hook
-    stores is stored there, too. Not copy.copy, which FSDP2 overrides.
+    The model is not modified, because other threads may run it at the same time; attributes that a
+    forward pass or a hook stores are copied back to it. Not copy.copy, which FSDP2 overrides.
     """
     twin, before = object.__new__(type(model)), {**model.__dict__, **own}
     twin.__dict__.update(before)
@@ -126,13 +126,13 @@ def twin_of(model: Any, **own: Any) -> Iterator[Any]:
 
 
 def check_hooks(model: Any, *, called: Any = None, through: Any = None) -> None:
-    """Refuses hooks that would be bypassed.
+    """Raises a ValueError if hooks would be bypassed.
 
     Args:
-        model: as it was given, with its wrappers.
+        model: the given model, with its wrappers.
         called: the module that is called; its hooks run.
-        through: the module that :func:`call_method` runs: hooks on its output, which is another
-            than the model's, do not fit.
+        through: the module that :func:`call_method` runs: its pre-hooks run; hooks on the output
+            are rejected, because the method has another output than the model.
     """
     for module in wrappers(model):
         if module is called or not isinstance(module, nn.Module):
@@ -143,7 +143,8 @@ def check_hooks(model: Any, *, called: Any = None, through: Any = None) -> None:
         else:
             hooks += module._forward_pre_hooks.values()
         forward = module.__dict__.get("forward")
-        # accelerate loads weights by such a forward; what it leaves behind is the module's own.
+        # accelerate sets a forward that loads weights. After removal, a bound copy of the class's
+        # own forward remains.
         own = getattr(forward, "__func__", None) is type(module).forward
         if not (forward is None or own or hasattr(module, "_hf_hook") or _is_compiled(forward)):
             hooks.append(forward)
@@ -151,12 +152,12 @@ def check_hooks(model: Any, *, called: Any = None, through: Any = None) -> None:
             name = getattr(hooks[0], "__qualname__", type(hooks[0]).__name__)
             kind = type(module).__name__
             if module is unwrap(model):
-                way = "Give layers by name, which call the model itself"
+                way = "Pass layers by name, which call the model itself"
             else:
                 way = f"Register it on the {type(unwrap(model)).__name__} inside"
             raise ValueError(
-                "SRT: the model's own call must have no hooks where its features are read by "
-                f"another method, which bypasses them; got {name} on {kind}. {way}"
+                "SRT: the model must have no hooks if its features are read with another method, "
+                f"which bypasses them; got {name} on {kind}. {way}"
             )
 
 
@@ -176,7 +177,7 @@ def is_fsdp1(module: object) -> bool:
 
 
 def force_eager(model: Any) -> AbstractContextManager[Any]:
-    """Runs compiled models eagerly: compiled code does not call new hooks."""
+    """Runs compiled models eagerly: compiled code does not call hooks that were added later."""
     compiled = any(
         hasattr(part, "dynamo_ctx") or getattr(part, "_compiled_call_impl", None)
         for part in wrappers(model)
@@ -185,7 +186,7 @@ def force_eager(model: Any) -> AbstractContextManager[Any]:
 
 
 class _EagerStance:
-    """torch's stance is per process: the first thread in sets it, the last one out resets it."""
+    """torch's stance is per process: the first thread sets it, the last thread resets it."""
 
     def __init__(self) -> None:
         self.lock, self.threads = threading.Lock(), 0
@@ -210,12 +211,12 @@ _eager_stance = _EagerStance()
 # ---- training -----------------------------------------------------------------------------------
 
 
-# Attributes of modules that drop features or patches by a function.
+# Attributes of modules that drop features or patches by calling a function.
 _DROPPED = ("drop_prob", "dropout", "dropout_prob", "attention_dropout", "prob")
 
 
 def changes_in_training(model: Any) -> bool:
-    """Whether a model is in training mode, and this changes its features."""
+    """Whether a model is in training mode and this changes its features."""
 
     def changes(module: nn.Module) -> bool:
         shares: list[Any] = [module.p] if isinstance(module, _DropoutNd) else []
