@@ -182,7 +182,7 @@ def test_defaults_of_torch_do_not_change_positions() -> None:
         (
             lambda: spot.grid(None, (8, 8)),
             ValueError,
-            r"spot.grid: size must hold at least one patch of \[16, 16\]; got \[8, 8\]",
+            r"spot.grid: size must be at least one patch of \[16, 16\]; got \[8, 8\]",
         ),
         (lambda: spot.center(1, 8, 0), ValueError, "spread must be > 0, and finite; got 0"),
         (lambda: spot.center(1, 8, math.nan), ValueError, "spread must be > 0, and finite"),
@@ -192,8 +192,8 @@ def test_defaults_of_torch_do_not_change_positions() -> None:
             r"spot.grid: n must be <= 6, the patches of \[16, 16\] pixels in \[32, 48\]; got 7",
         ),
         (lambda: spot.grid(0, 32), ValueError, "n must be an integer >= 1, or None; got 0"),
-        (lambda: spot.salient(torch.zeros(3, 4), 1), ValueError, "a value > 0, where"),
-        (lambda: spot.salient(torch.ones(0, 4), 1), ValueError, "a value > 0, where"),
+        (lambda: spot.salient(torch.zeros(3, 4), 1), ValueError, "mask must have a value > 0; got none"),
+        (lambda: spot.salient(torch.ones(0, 4), 1), ValueError, "mask must have a value > 0; got none"),
         (lambda: spot.salient(torch.ones(3), 1), ValueError, r"mask must be \[H, W\]; got \[3\]"),
         (lambda: spot.salient(-torch.eye(3), 1), ValueError, "must be >= 0, and finite; got val"),
         (lambda: spot.salient(torch.eye(3) / 0, 1), ValueError, "must be >= 0, and finite"),
@@ -377,7 +377,7 @@ def test_a_forward_that_was_set_on_the_model_raises() -> None:
     model.forward = model.forward  # as after accelerate removes its hooks
     assert torch.equal(vit(images, centers), expected)
     model.forward = lambda x: VisionTransformer.forward(model, x) + 1
-    with pytest.raises(TypeError, match="must be that of its class, not one set on the model; got"):
+    with pytest.raises(TypeError, match="the model must use the forward of its class, not one set"):
         vit(images, centers)
 
 
@@ -392,7 +392,7 @@ def test_hooks_that_would_be_bypassed_raise(name: str, way: str) -> None:
     model, images, centers = tiny(), pictures(), spot.isotropic(5, 32)
     vit = spot.Subpixel(model)
     handle = getattr(model.get_submodule(name), way)(scale)
-    with pytest.raises(TypeError, match=f"{name} must have no hooks, .* called; got scale"):
+    with pytest.raises(TypeError, match=f"{name} is not called and must have no hooks; got scale"):
         vit(images, centers)
     handle.remove()
     assert vit(images, centers).shape == (2, 5)
@@ -435,12 +435,12 @@ class ScaledConv(torch.nn.Conv2d):
 
 
 def test_forwards_that_would_be_bypassed_raise() -> None:
-    with pytest.raises(TypeError, match=r"forward of patch_embed, .* of PatchEmbed; got Scaled"):
+    with pytest.raises(TypeError, match=r"patch_embed is .* forward of PatchEmbed; got Scaled"):
         spot.Subpixel(tiny(embed_layer=Scaled))
     model = tiny()
     vit = spot.Subpixel(model)
     model.patch_embed.proj = ScaledConv(3, 32, 8, 8)
-    with pytest.raises(TypeError, match=r"forward of patch_embed.proj, .* Conv2d; got ScaledConv"):
+    with pytest.raises(TypeError, match=r"patch_embed.proj is .* forward of Conv2d; got ScaledConv"):
         vit(pictures(), spot.isotropic(5, 32))
 
 
@@ -468,15 +468,15 @@ class Overlapping(timm.layers.PatchEmbed):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (torch.nn.Linear(2, 2), "must be a VisionTransformer of timm; .* got Linear"),
-        (lambda x: x, "must be a VisionTransformer of timm; .* got function"),
-        (None, "must be a VisionTransformer of timm; .* got NoneType"),
+        (torch.nn.Linear(2, 2), "must be a VisionTransformer of timm, .* got Linear"),
+        (lambda x: x, "must be a VisionTransformer of timm, .* got function"),
+        (None, "must be a VisionTransformer of timm, .* got NoneType"),
         (timm.create_model("test_convnext"), "must be a VisionTransformer of timm"),
         (
             timm.models.eva.Eva(use_rot_pos_emb=True, depth=1, embed_dim=48, num_heads=2),
-            "rotary or relative positions needs the whole grid; got Eva",
+            "rotary or relative positions, which need the whole grid; got Eva",
         ),
-        (tiny(embed_layer=Overlapping), "one nn.Conv2d whose stride is its kernel; got Overlapp"),
+        (tiny(embed_layer=Overlapping), "one nn.Conv2d whose stride equals its kernel size; got Over"),
     ],
 )
 def test_other_models_raise(model: Any, message: str) -> None:
@@ -487,7 +487,7 @@ def test_other_models_raise(model: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "images", "centers", "message"),
     [
-        ({}, (2, 3, 32, 40), (5, 2), r"images must be of \[32, 32\] pixels; timm's .*\[32, 40\]"),
+        ({}, (2, 3, 32, 40), (5, 2), r"images must have \[32, 32\] pixels; timm's .*\[32, 40\]"),
         ({}, (3, 32, 32), (5, 2), r"images must be \[B, 3, H, W\]; got \[3, 32, 32\]"),
         ({}, (2, 1, 32, 32), (5, 2), r"images must be \[B, 3, H, W\]; got \[2, 1, 32, 32\]"),
         ({"dynamic_img_size": True}, (2, 3, 32, 36), (5, 2), r"whole patches of \[8, 8\] pix"),
@@ -643,7 +643,7 @@ def test_a_loss_without_a_gradient_raises(loss: Any) -> None:
         ({"labels": torch.full((4,), 5)}, ValueError, "from 0 to 4; got labels from 5 to 5"),
         ({"labels": torch.tensor(1)}, ValueError, r"int64 \[4\], from 0 to 4; got \[\]"),
         ({"labels": [0, 1, 2, 3]}, TypeError, "labels must be a torch.Tensor; got list"),
-        ({"loss": lambda o, _: o.sum()}, ValueError, r"one value of each picture, \[4\]; got \[\]"),
+        ({"loss": lambda o, _: o.sum()}, ValueError, r"one value per image, \[4\]; got \[\]"),
         (
             {"model": tiny(class_token=False, global_pool="", num_classes=0)},
             ValueError,

@@ -1,4 +1,4 @@
-"""From the pixels of a picture to tensors for a file: what every way of extracting shares."""
+"""From the pixels of an image to the tensors of a file: shared by all commands and engines."""
 
 from __future__ import annotations
 
@@ -16,10 +16,17 @@ from .srt import SRT, SRTOutput
 
 
 class Network:
-    """A frozen model and its image normalisation; ``backbone`` measures the model's seconds.
+    """A frozen model with its image normalisation.
 
-    ``mean`` and ``std`` are numbers a channel, for pixels in 0 .. 1. ``layers``, ``settings`` and
-    errors are those of :func:`srt_ext.backbones.describe`.
+    Args:
+        name: the name of the model, for messages and metadata.
+        model: as for :func:`srt_ext.backbones.describe`.
+        mean, std: numbers per channel, for pixels in 0 .. 1.
+        layers, settings: arguments of :func:`srt_ext.backbones.describe`, which also states the
+            errors.
+
+    Attributes:
+        backbone: a :class:`srt_ext.backbones.TimedBackbone`, which measures the time of the model.
     """
 
     def __init__(
@@ -47,23 +54,23 @@ class Network:
         layers: Layer | list[int] | None = None,
         **settings: Any,
     ) -> Network:
-        """Arguments and errors are those of :func:`srt_ext.hub.load_timm`, too."""
+        """Loads a model with :func:`srt_ext.hub.load_timm`, which also states the errors."""
         model, config = load_timm(name, weights)
         return cls(name, model, config["mean"], config["std"], layers, **settings)
 
     def image(self, *pixels: np.ndarray, device: torch.device | None = None) -> torch.Tensor:
-        """[H, W, 3] uint8, B of one size -> [B, 3, H, W] for the model, on ``device``.
+        """B images [H, W, 3] uint8 of one size -> [B, 3, H, W] for the model, on ``device``.
 
-        They are normalised in float32 and have the dtype of the model's parameters.
+        The result is normalised in float32 and has the dtype of the parameters of the model.
         """
-        # Copied as bytes, a quarter of the floats.
+        # Copied to the device as bytes, a quarter of the size of floats.
         images = torch.from_numpy(np.stack(pixels)).to(device or "cpu").permute(0, 3, 1, 2)
         mean, std = (values.to(images.device) for values in (self._mean, self._std))
         parameters = (p.dtype for p in self.model.parameters() if p.is_floating_point())
         return ((images.float() / 255 - mean) / std).to(next(parameters, torch.float32))
 
     def digest(self) -> str:
-        """A hash of the weights, independent of the file that they came from."""
+        """A hash of the weights, independent of the file from which they were loaded."""
         sha256 = hashlib.sha256()
         for name, tensor in self.model.state_dict().items():
             sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -73,7 +80,7 @@ class Network:
 
 
 class Extraction(NamedTuple):
-    """What to extract; ``settings`` is everything that the features depend on, for metadata."""
+    """The settings of an extraction. ``settings``: all that features depend on, for metadata."""
 
     network: Network
     srt: SRT
@@ -83,20 +90,20 @@ class Extraction(NamedTuple):
 
 
 def cast(name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``value`` in ``dtype``; a ValueError with its name if a finite one would become infinite."""
+    """``value`` in ``dtype``. Raises a ValueError if a finite value would become infinite."""
     result = value.to(dtype)
     if dtype == torch.float16:
         beyond = result.isinf() & value.isfinite()
         if beyond.any():
             largest = value[beyond].abs().max()
             raise ValueError(
-                f"float16 ends at 65504, {name} goes to {largest:g}: use dtype bfloat16"
+                f"{name} has values up to {largest:g}, float16 ends at 65504: use dtype bfloat16"
             )
     return result
 
 
 def to_tensors(output: SRTOutput, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """``field`` [C, H', W'] and ``prefix`` [K, C] of an image, dense, in the range of ``dtype``."""
+    """``field`` [C, H', W'] and ``prefix`` [K, C] of one image, dense, in ``dtype``."""
     return {
         name: cast(name, tensor[0], dtype).contiguous()
         for name, tensor in output._asdict().items()

@@ -1,4 +1,4 @@
-"""Models of timm by name, with weights from the hub, from its cache or from a file."""
+"""Loads models of timm by name, with weights from the Hugging Face hub, its cache, or a file."""
 
 from __future__ import annotations
 
@@ -16,38 +16,51 @@ SMALL = "small"  # the model of srt_ext.demo, which needs no network
 HUB_TIMEOUT = 3.0  # seconds
 CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"  # in a repository of the hub, or a folder
-OPEN_CLIP_SAFETENSORS = "open_clip_model.safetensors"  # where that is missing
+OPEN_CLIP_SAFETENSORS = "open_clip_model.safetensors"  # if that file is missing
 NO_PICKLES = (
-    "Pickles (.pt, .pth, .bin) can run any code and are not loaded; write the weights with "
+    "Pickles (.pt, .pth, .bin) can run any code and are not loaded; save the weights with "
     "safetensors.torch.save_file"
 )
 SAVE = "timm.models.save_for_hf(model, FOLDER, model_args=ARGUMENTS, safe_serialization=True)"
-NO_RGB = "The command reads RGB pictures; for other images, use srt_ext.SRT in Python"
+NO_RGB = "The command reads RGB images; for other images, use srt_ext.SRT in Python"
 
 
 class ModelError(RuntimeError):
-    """A model that cannot be loaded; the message says what to do."""
+    """A model cannot be loaded. The message states the reason and a remedy."""
 
 
 class PretrainedError(ModelError):
-    """Pretrained weights that are not available; ``reason`` says why, in a few words."""
+    """Pretrained weights are not available. ``reason`` states the cause in a few words."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(
-            f"the pretrained weights of {name} are not available: {reason}. Give a state dict with "
-            f"--weights FILE.safetensors, or use --model {SMALL}, which needs no network"
+            f"the pretrained weights of {name} are not available: {reason}. Pass a state dict with "
+            f"--weights FILE.safetensors, or use --model {SMALL}, which needs no download"
         )
         self.reason = reason
 
 
 def load_timm(name: str, weights: Path | None = None) -> tuple[Any, dict[str, Any]]:
-    """A model of timm in eval mode, for any image size if it can, and its data configuration.
+    """Loads a model of timm in eval mode; for images of any size, if the model supports it.
 
-    ``name`` is one of timm's, with or without its pretrained tag, or timm's ``local-dir:FOLDER`` or
-    ``hf-hub:OWNER/NAME``, or ``small``, the ViT that comes with this package; ``weights`` a
-    .safetensors state dict, or None for the pretrained weights. Pickles are never loaded.
-    Raises a ModelError for an unknown model, weights that do not fit, or (PretrainedError) no
-    pretrained weights within reach.
+    Pickles are never loaded.
+
+    Args:
+        name: a model of timm, with or without its pretrained tag; ``local-dir:FOLDER`` or
+            ``hf-hub:OWNER/NAME``, as in timm; or ``small``, the ViT in this package.
+        weights: a .safetensors state dict. None: the pretrained weights.
+
+    Returns:
+        The model, and its data configuration with ``mean`` and ``std`` for pixels in 0 .. 1.
+
+    Raises:
+        ModelError: the model is unknown, or the weights do not fit the model.
+        PretrainedError: the pretrained weights are neither in the cache nor can be downloaded.
+
+    Example:
+        >>> model, config = load_timm("small")
+        >>> config["mean"]
+        (0.5, 0.5, 0.5)
     """
     if name == SMALL:
         from .demo.small import load_small
@@ -65,7 +78,7 @@ def load_timm(name: str, weights: Path | None = None) -> tuple[Any, dict[str, An
 
 
 def _model_folder(name: str) -> Path | None:
-    """The folder of ``local-dir:`` and ``hf-hub:`` names: config.json and weights."""
+    """The folder with config.json and weights, for ``local-dir:`` and ``hf-hub:`` names."""
     source, _, place = name.partition(":")
     if source == "local-dir":
         # Shells do not expand ~ after the colon; Path.expanduser fails for an unknown user.
@@ -73,7 +86,7 @@ def _model_folder(name: str) -> Path | None:
         if not folder.is_dir():
             raise ModelError(f"the model folder {folder} does not exist")
         if not (folder / CONFIG).is_file():
-            raise ModelError(f"{folder} has no {CONFIG}, which names the architecture of the model")
+            raise ModelError(f"{folder} has no {CONFIG} with the architecture of the model")
         _read_config(folder)
         return folder
     if source not in ("hf-hub", "hf_hub"):
@@ -91,7 +104,7 @@ def _model_folder(name: str) -> Path | None:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """config.json. Raises a ModelError if it does not name an architecture of timm."""
+    """Reads config.json. Raises a ModelError if its architecture is not a model of timm."""
     import timm
 
     file = folder / CONFIG
@@ -104,14 +117,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(name, str) or not timm.is_model(name):
         raise ModelError(
             f"the architecture in {file} must be a model of timm; got {name!r}. "
-            f"{SAVE} writes such a folder; for a model of another library, use "
+            f"{SAVE} writes such a folder. For a model of another library, use "
             "srt_ext.SRT in Python"
         )
     return settings
 
 
 def _check_images(folder: Path, config: dict[str, Any]) -> None:
-    """Raises a ModelError if the model is not one of RGB images, or its normalisation is not."""
+    """Raises a ModelError if the model or its normalisation is not for RGB images."""
     arguments = dict(_read_config(folder).get("model_args") or {})
     channels = arguments.get("in_chans", config["input_size"][0])
     if channels != 3:
@@ -159,17 +172,17 @@ def _create(name: str, *, pretrained: bool) -> tuple[Any, dict[str, Any]]:
             model = timm.create_model(name, pretrained, **source)
     except PretrainedError:
         raise
-    except Exception as error:  # the hub's client raises any error of its transport
+    except Exception as error:  # the client of the hub also raises errors of its transport
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}".rstrip(".")
         if pretrained:
             raise PretrainedError(name, reason) from error
-        hint = f". {SAVE} writes a folder that it can read" if name.startswith("local-dir:") else ""
-        raise ModelError(f"timm cannot make {name}: {reason}{hint}") from error
+        hint = f". {SAVE} writes a valid folder" if name.startswith("local-dir:") else ""
+        raise ModelError(f"timm cannot create {name}: {reason}{hint}") from error
     return model, resolve_model_data_config(model)
 
 
 def cached_weights(name: str) -> Path | None:
-    """The file of timm's pretrained weights in the hub's cache, or None. Uses no network."""
+    """The pretrained weights of a model of timm in the local cache of the hub, or None."""
     import timm
 
     config = timm.get_pretrained_cfg(name)
@@ -180,7 +193,7 @@ def cached_weights(name: str) -> Path | None:
 
 
 def _file_name(config: Any) -> str:
-    """The weights' name in a repository of the hub: the .safetensors beside a pickle."""
+    """The file name of the weights in a repository of the hub; .safetensors instead of a pickle."""
     file = config.hf_hub_filename or "pytorch_model.bin"
     if file.endswith((".safetensors", ".npz")):
         return str(file)
@@ -192,15 +205,15 @@ def _cached(repository: str, revision: str, file: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(repository, file, revision=revision or None)
-    # Else None, or a marker of a file that the hub does not have.
+    # Otherwise None, or a marker for a file that does not exist on the hub.
     return Path(found) if isinstance(found, str) else None
 
 
 def _fetch(name: str, repository: str, revision: str, file: str) -> Path:
-    """A file from the hub's cache, or from the hub if it answers.
+    """Returns a file from the cache of the hub, or downloads it. Raises a PretrainedError.
 
-    The hub's client asks even for cached files, and retries for most of a minute when there is no
-    network. A single request with a short timeout replaces that. Raises a PretrainedError.
+    The client of the hub sends requests even for cached files, and retries for most of a minute
+    without a network. A single request with a short timeout comes first instead.
     """
     import huggingface_hub
     from huggingface_hub import constants
@@ -211,32 +224,32 @@ def _fetch(name: str, repository: str, revision: str, file: str) -> Path:
     try:
         huggingface_hub.get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
     except Exception as error:  # any error of the transport, or HF_HUB_OFFLINE
-        reason = f"not in the hub's cache, and {constants.ENDPOINT} does not answer"
-        raise PretrainedError(name, f"{reason}: {type(error).__name__}") from error
+        reason = f"not in the local cache, and {constants.ENDPOINT} cannot be reached"
+        raise PretrainedError(name, f"{reason} ({type(error).__name__})") from error
     try:
         return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision or None))
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}".rstrip(".")
-        raise PretrainedError(name, f"no {file} of {repository} ({reason})") from error
+        raise PretrainedError(name, f"no {file} in {repository} ({reason})") from error
 
 
 def _weight_source(name: str) -> dict[str, Any]:
-    """Arguments of ``timm.create_model`` for a file of the hub that is not a pickle.
+    """Arguments of ``timm.create_model`` for weights on the hub that are not a pickle.
 
-    Raises a PretrainedError if there is none.
+    Raises a PretrainedError if no such file exists.
     """
     import timm
 
     config = timm.get_pretrained_cfg(name)
     if config is None or not (config.hf_hub_id or config.url):
-        return {}  # timm reports that there are none
+        return {}  # timm raises an error
     if not config.hf_hub_id:
         if str(config.url).endswith(".npz"):
             return {}
-        raise PretrainedError(name, f"{config.url} is a pickle, which is not loaded")
+        raise PretrainedError(name, f"{config.url} is a pickle; pickles are not loaded")
     repository, _, revision = config.hf_hub_id.partition("@")
     file = _fetch(name, repository, revision, _file_name(config))
-    # A custom loader reads the file of the model's url, unless it is declared for the hub's.
+    # A custom loader is for the file at the model's url, unless it is declared for the hub.
     custom = str(config.custom_load) == "hf"
     return {"pretrained_cfg_overlay": {"file": str(file), "custom_load": custom}}
 
@@ -245,7 +258,7 @@ def _weight_source(name: str) -> dict[str, Any]:
 
 
 def by_descriptor(file: IO[bytes]) -> str:
-    """A path of an open file for safetensors, which refuses paths that are not UTF-8."""
+    """A path of an open file, for safetensors, which rejects paths that are not UTF-8."""
     return f"/dev/fd/{file.fileno()}"
 
 
@@ -253,8 +266,8 @@ def check_file(weights: Path) -> None:
     """Raises a ModelError if ``weights`` is not a file."""
     if weights.is_dir():
         raise ModelError(
-            f"--weights must be a .safetensors file; got the folder {weights}. Give the file in "
-            f"it, or, if it has a {CONFIG} of timm, --model local-dir:{weights}"
+            f"--weights must be a .safetensors file; got the folder {weights}. Pass the file in "
+            f"it, or --model local-dir:{weights} if the folder has a {CONFIG} of timm"
         )
     if not weights.is_file():
         raise ModelError(f"{weights} is not a file")
@@ -281,11 +294,11 @@ def _load_weights(model: Any, name: str, weights: Path) -> None:
     for key in {**wanted, **state}:
         rule, got = (list(s[key].shape) if key in s else "absent" for s in (wanted, state))
         if rule != got:
-            wrong.append(f"{key} must be {rule}, is {got}")
+            wrong.append(f"{key} must be {rule}, got {got}")
         elif wanted[key].is_floating_point() and not state[key].is_floating_point():
-            wrong.append(f"{key} must be floating-point, is {state[key].dtype}")
+            wrong.append(f"{key} must be floating-point, got {state[key].dtype}")
         elif not state[key].to(wanted[key].dtype).isfinite().all():
-            wrong.append(f"{key} must be finite, has NaN or infinities")
+            wrong.append(f"{key} must be finite, got NaN or infinities")
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise ModelError(
@@ -296,25 +309,25 @@ def _load_weights(model: Any, name: str, weights: Path) -> None:
 
 
 def _remedy(name: str, wanted: dict[str, Any], state: dict[str, Any]) -> str:
-    """What to do about weights ``state`` that do not fit the model ``name``."""
+    """Advice for weights ``state`` that do not fit the model ``name``."""
     if {k: v.shape for k, v in wanted.items()} == {k: v.shape for k, v in state.items()}:
-        return "Give weights that are floating-point and finite"
+        return "Pass weights that are floating-point and finite"
     if any(_PEFT.search(key) for key in state):
-        return "They are those of a PEFT model: save the state dict of its merge_and_unload()"
+        return "They are from a PEFT model: save the state dict of its merge_and_unload()"
     if any(".parametrizations." in key for key in state):
-        return "Call torch.nn.utils.parametrize.remove_parametrizations before you save them"
+        return "Call torch.nn.utils.parametrize.remove_parametrizations before saving them"
     if any(_other_channels(wanted[key], state[key]) for key in wanted.keys() & state.keys()):
         return NO_RGB
     if name.startswith("local-dir:"):
-        return f"The model_args in {CONFIG} must hold the arguments of their timm.create_model"
+        return f"model_args in {CONFIG} must be the arguments of timm.create_model"
     return (
-        "Name their model of timm with --model; if it has other arguments, write it with "
-        f"{SAVE} and give --model local-dir:FOLDER"
+        "Select the timm model of these weights with --model; if it was created with arguments, "
+        f"save it with {SAVE} and pass --model local-dir:FOLDER"
     )
 
 
 def _other_channels(ours: Any, theirs: Any) -> bool:
-    """Whether both [N, C, H, W] are weights of a first convolution, ours for RGB images only."""
+    """Whether both are first convolutions [N, C, H, W], but only ours is for RGB images."""
     if not ours.ndim == theirs.ndim == 4 or ours[:, :1].shape != theirs[:, :1].shape:
         return False
     return bool(ours.shape[1] == 3 != theirs.shape[1])
@@ -324,9 +337,9 @@ _PEFT = re.compile(r"(^|\.)base_model\.model\.|\.base_layer\.(weight|bias)$")
 
 
 def _with_head(model: Any, wanted: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
-    """Fills the classifier with zeros if that of ``state`` has other classes or is missing.
+    """Replaces the classifier of ``state`` by zeros if it has other classes or is missing.
 
-    Features do not need it, and zeros are the same in every run.
+    Features do not depend on it, and zeros are the same in every run.
     """
     names = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
     names = (names,) if isinstance(names, str) else names
@@ -338,35 +351,35 @@ def _with_head(model: Any, wanted: dict[str, Any], state: dict[str, Any]) -> dic
     return {**body, **{key: value.new_zeros(value.shape) for key, value in ours.items()}}
 
 
-# Modules of torch around another: DataParallel, compile, checkpoint_wrapper, FSDP.
+# Names that wrappers of torch add: DataParallel, compile, checkpoint_wrapper, FSDP.
 WRAPPERS = {"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 
 def _without_prefix(state: dict[str, Any], wanted: dict[str, Any], weights: Path) -> dict[str, Any]:
-    """Removes the prefix of the model's names, such as ``module.`` or ``backbone.``.
+    """Removes a prefix such as ``module.`` or ``backbone.`` from the names in ``state``.
 
-    Wrappers of parts of the model are removed, too. Tensors with other names are parts of a larger
-    module: they are left out, with a warning.
+    Names of wrappers inside of the model are removed, too. Tensors without the prefix belong to a
+    larger module: they are ignored, with a warning.
     """
     wrappers = WRAPPERS - {part for key in wanted for part in key.split(".")}
     prefix = _prefix(state, wanted, wrappers, weights)
-    if prefix is None:  # another model, which the check of names and shapes reports
+    if prefix is None:  # another model: the check of names and shapes reports it
         return state
-    ours: dict[str, str] = {}  # the model's name: that in the file
+    ours: dict[str, str] = {}  # name in the model -> name in the file
     for key in state:
         if key.startswith(prefix):
             name = _unwrapped(key.removeprefix(prefix).split("."), wrappers)
             if name in ours:
                 raise ModelError(
-                    f"{weights} must hold the weights of one model; {ours[name]} and {key} are the "
-                    "same weight of it. Save one alone"
+                    f"{weights} must contain the weights of one model; got two tensors for one "
+                    f"weight, {ours[name]} and {key}. Save only one of them"
                 )
             ours[name] = key
     others = [key for key in state if not key.startswith(prefix)]
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         warnings.warn(
-            f"SRT: of {weights} the tensors {prefix}* are used; {others[0]}{more} left out",
+            f"SRT: only the tensors {prefix}* of {weights} are used; {others[0]}{more} ignored",
             stacklevel=2,
         )
     return {name: state[key] for name, key in ours.items()}
@@ -385,8 +398,8 @@ def _prefix(
     found = [prefix for prefix, count in prefixes.items() if 2 * count > len(wanted)]
     if len(found) > 1:
         raise ModelError(
-            f"{weights} must hold the weights of one model; its names fit with the prefixes "
-            f"{', '.join(map(repr, found))}. Save those of one alone"
+            f"{weights} must contain the weights of one model; got several, with the prefixes "
+            f"{', '.join(map(repr, found))}. Save only one of them"
         )
     return found[0] if found else None
 
@@ -396,10 +409,10 @@ def _unwrapped(parts: list[str], wrappers: set[str]) -> str:
 
 
 def _resampled(model: Any, state: dict[str, Any]) -> dict[str, Any]:
-    """Resamples position embeddings to the model's image size with timm's function.
+    """Resamples position embeddings to the image size of the model with timm's function.
 
-    That function also resamples patch embeddings to another patch size, which would be another
-    model: they are kept, so that the check of the shapes refuses them.
+    That function also resamples patch embeddings to another patch size. This would change the
+    model, so they are not replaced, and the check of the shapes reports them.
     """
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     try:

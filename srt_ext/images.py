@@ -1,4 +1,4 @@
-"""Images from files and folders."""
+"""Reads images from files and folders."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-# Formats of Pillow that are measured data, videos, or drawn by another program. EPS and WMF are
-# programs themselves, which a file named .jpg may hold, too.
+# Formats of Pillow that are measurements or videos, or that another program renders. EPS and WMF
+# files are programs; Pillow recognises them even if the file is named .jpg.
 _NO_IMAGES = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 
 
 class ImageError(ValueError):
-    """An image or a folder that cannot be used; the message says which, and why."""
+    """An image or a folder cannot be used. The message states its name and the reason."""
 
 
 @functools.cache
 def formats() -> list[str]:
-    """The formats that are read, by the names that Pillow has for them."""
+    """The names of the supported formats in Pillow."""
     from PIL import Image
 
     Image.init()
@@ -35,20 +35,20 @@ def formats() -> list[str]:
 
 @functools.cache
 def suffixes() -> frozenset[str]:
-    """What counts as an image in a folder. A file that is named may have any suffix."""
+    """The suffixes of images in a folder. A file that is passed by name may have any suffix."""
     from PIL import Image
 
-    known = {*formats(), "MPO"}  # which is read as a JPEG
+    known = {*formats(), "MPO"}  # MPO is read as JPEG
     found = {suffix for suffix, kind in Image.registered_extensions().items() if kind in known}
-    return frozenset(found - {".pfm"})  # depth, not light
+    return frozenset(found - {".pfm"})  # depth maps
 
 
 def open_image(path: Path) -> Any:
-    """An RGB image of Pillow, upright.
+    """Opens a file as an RGB image of Pillow, rotated by its EXIF orientation.
 
-    An animation gives its first frame. Transparent pixels become white; 16 bits a channel are
-    reduced to 8. Raises an ImageError if there is no such file, or none that Pillow reads to its
-    end.
+    The first frame of an animation is used. Transparent pixels become white; 16 bits per channel
+    are reduced to 8. Raises an ImageError if the file does not exist or Pillow cannot read all of
+    it.
     """
     try:
         # A pipe or a device may never end.
@@ -59,26 +59,26 @@ def open_image(path: Path) -> Any:
     except FileNotFoundError:
         raise ImageError(f"{path} does not exist") from None
     except OSError as error:
-        raise ImageError(f"{path} is not a readable picture: {error}") from None
+        raise ImageError(f"{path} is not a readable image: {error}") from None
 
 
 @contextmanager
 def quiet_decoders() -> Iterator[None]:
-    """Ignores warnings: Pillow warns of files that it can still read. Not for use in a thread."""
+    """Ignores warnings about files that Pillow can still read. Not thread-safe."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def decode_image(file: IO[bytes], name: str) -> Any:
-    """:func:`open_image` for an open file; ``name`` stands in the ImageError."""
+    """:func:`open_image` for an open file; ``name`` is used in the ImageError."""
     try:
         return _to_rgb(_upright(file))
     except MemoryError:
         raise
     except Exception as error:  # decoders raise anything on a broken file
         reason = str(error).removesuffix(f" {file!r}")
-        raise ImageError(f"{name} is not a readable picture: {reason}") from None
+        raise ImageError(f"{name} is not a readable image: {reason}") from None
 
 
 def _upright(content: IO[bytes]) -> Any:
@@ -90,7 +90,7 @@ def _upright(content: IO[bytes]) -> Any:
             return ImageOps.exif_transpose(file)
         except MemoryError:
             raise
-        except Exception:  # broken EXIF, or none that can be written again: the pixels are there
+        except Exception:  # the EXIF data is broken, the pixels are not
             return file.copy()
 
 
@@ -100,7 +100,7 @@ def _to_rgb(image: Any) -> Any:
     if image.mode in ("F", "I") or image.mode.startswith("I;"):
         values = np.asarray(image, dtype=np.float64)
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"not of 8 or 16 bits, its values go to {values.max():g}")
+            raise ValueError(f"pixels must have 8 or 16 bits, got values up to {values.max():g}")
         image = Image.fromarray(np.rint(values / 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -109,7 +109,7 @@ def _to_rgb(image: Any) -> Any:
 
 
 def to_pixels(image: Any, size: int) -> np.ndarray:
-    """[H, W, 3] uint8 of an image of Pillow, its longer side at most ``size`` (0: unchanged)."""
+    """[H, W, 3] uint8 from an image of Pillow, its longer side at most ``size`` (0: unchanged)."""
     from PIL import Image
 
     if size:
@@ -119,7 +119,7 @@ def to_pixels(image: Any, size: int) -> np.ndarray:
 
 
 def utf8(name: str) -> str:
-    """The name of a path for metadata; bytes that are not UTF-8 are escaped."""
+    """The name of a path for metadata. Bytes that are not UTF-8 are escaped."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
@@ -127,14 +127,14 @@ def utf8(name: str) -> str:
 
 
 class Found(NamedTuple):
-    """What a folder holds."""
+    """The content of a folder."""
 
     files: list[Path]
-    skipped: Counter[str]  # by kind
-    errors: list[str]  # of folders that cannot be read
+    skipped: Counter[str]  # number of ignored entries by kind
+    errors: list[str]  # messages about folders that cannot be read
 
     def skipped_kinds(self) -> str:
-        """Such as ``3 .txt, 1 without a suffix``; empty if nothing was skipped."""
+        """For example ``3 .txt, 1 without a suffix``; empty if nothing was skipped."""
         common = self.skipped.most_common(5)
         kinds = [f"{count} {kind}" for kind, count in common]
         others = self.skipped.total() - sum(count for _, count in common)
@@ -144,10 +144,11 @@ class Found(NamedTuple):
 def find_files(
     folder: Path, suffixes: Collection[str], *, nested: bool = True, without: Path | None = None
 ) -> Found:
-    """The files of a folder by their suffixes, 2.png before 10.png; hidden ones are left out.
+    """The files of a folder with the given suffixes, in natural order (2.png before 10.png).
 
-    ``nested``: in its folders, too, but in no hidden one, nor in ``without``. Each folder is read
-    once: a linked one after all others, and not if it was reached before.
+    Hidden files are ignored. ``nested``: subfolders are read, too, except hidden folders and the
+    folder ``without``. Each folder is read once; linked folders are read last, and only if they
+    were not reached before.
     """
     found = Found([], Counter(), [])
     seen = {_identity(without)} if without and without.exists() else set()
@@ -169,7 +170,7 @@ def find_files(
             path = parent / name
             if name[0] == ".":
                 found.skipped["hidden"] += 1
-            elif os.path.isdir(path):  # False, not an error, for what cannot be looked at
+            elif os.path.isdir(path):  # False if the path cannot be accessed
                 if not nested:
                     found.skipped["folders"] += 1
                 elif path.is_symlink():
@@ -185,17 +186,17 @@ def find_files(
 
 
 def find_images(folder: Path, *, nested: bool = False, without: Path | None = None) -> Found:
-    """:func:`find_files` for images; an ImageError if there is none."""
+    """:func:`find_files` for images. Raises an ImageError if no image is found."""
     found = find_files(folder, suffixes(), nested=nested, without=without)
     if not found.files:
         skipped = found.skipped_kinds()
-        reasons = [f"left out: {skipped}"] * bool(skipped) + found.errors
-        raise ImageError("; ".join([f"{folder} has no pictures", *reasons]))
+        reasons = [f"ignored: {skipped}"] * bool(skipped) + found.errors
+        raise ImageError("; ".join([f"{folder} has no images", *reasons]))
     return found
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
-    """The same for every path of a folder; None if there is none."""
+    """Identifies a folder independently of its path; None if it does not exist."""
     try:
         state = folder.stat()
     except OSError:
@@ -204,11 +205,11 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 
 def natural_key(path: PurePath) -> list[list[Any]]:
-    """Text and numbers alternate in each part, so that lists are comparable."""
+    """A sort key for natural order. Text and numbers alternate, so that keys are comparable."""
     return [_natural_part(name) for name in path.parts]
 
 
-@functools.lru_cache(maxsize=1024)  # the folders that many files have in common
+@functools.lru_cache(maxsize=1024)  # many files share their folders
 def _natural_part(name: str) -> list[Any]:
     return [int(part) if i % 2 else part for i, part in enumerate(_NUMBER.split(name))]
 

@@ -1,8 +1,10 @@
-"""Sub-pixel placement of tokens (SPoT): a ViT sees a few windows at any positions.
+"""Sub-pixel placement of tokens (SPoT): runs a ViT on a few windows at arbitrary positions.
 
-A window is one patch, centred at a position (y, x) in pixels; pixel centres lie at integer + 0.5.
-Placements return n positions, :class:`Subpixel` runs a model of timm on such windows, and
-:func:`search` moves them by the gradient of a loss while the model is frozen.
+A window is one patch, centred at a position (y, x) in pixels; pixel centres are at integer + 0.5.
+
+- Placements such as :func:`uniform` and :func:`salient` return n positions.
+- :class:`Subpixel` runs a ViT of timm on the windows.
+- :func:`search` moves the windows along the gradient of a loss; the model is frozen.
 
 Source: Hjelkrem-Tan et al., "SPoT: Subpixel Placement of Tokens in Vision Transformers", 2025.
 """
@@ -25,16 +27,16 @@ from .options import Stride
 from .views import check_seed, scrambled_sobol
 
 # ---- placements ---------------------------------------------------------------------------------
-# Computed in float32 on the CPU as fractions of the picture, as published, then in pixels.
+# Computed in float32 on the CPU as fractions of the image, as published, then scaled to pixels.
 
 
 def uniform(n: int, size: Stride, seed: int = 0) -> torch.Tensor:
-    """n independent positions, evenly distributed over the picture.
+    """n independent positions, uniformly distributed over the image.
 
     Args:
-        n: positions, >= 1.
-        size: (H, W) of the picture in pixels, or one integer for both.
-        seed: of the draws, >= 0 and < 2^63.
+        n: number of positions, >= 1.
+        size: (H, W) of the image in pixels, or one integer for both.
+        seed: seed of the random numbers, >= 0 and < 2^63.
 
     Returns:
         [n, 2], float32: (y, x) in pixels.
@@ -48,10 +50,10 @@ def uniform(n: int, size: Stride, seed: int = 0) -> torch.Tensor:
 
 
 def gauss(n: int, size: Stride, seed: int = 0) -> torch.Tensor:
-    """n independent positions, normally distributed about the middle.
+    """n independent positions, normally distributed around the centre.
 
-    The standard deviation is 1 / pi of the side. What falls outside is moved to the edge of the
-    picture. Arguments and result as for :func:`uniform`.
+    The standard deviation is 1 / pi of the side. Positions outside of the image are moved to its
+    edge. Arguments and result as for :func:`uniform`.
 
     Example:
         >>> gauss(49, 224).shape
@@ -63,9 +65,13 @@ def gauss(n: int, size: Stride, seed: int = 0) -> torch.Tensor:
 
 
 def sobol(n: int, size: Stride, seed: int = 0) -> torch.Tensor:
-    """n positions of a scrambled Sobol sequence, which spreads them more evenly than chance.
+    """n positions of a scrambled Sobol sequence, more even than independent positions.
 
-    Any first few spread over the picture. Arguments and result as for :func:`uniform`.
+    The first positions of the sequence also cover the image. Arguments and result as for
+    :func:`uniform`.
+
+    Source: Sobol', "On the distribution of points in a cube and the approximate evaluation of
+    integrals", 1967.
 
     Example:
         >>> sobol(64, 224).shape
@@ -79,14 +85,14 @@ def sobol(n: int, size: Stride, seed: int = 0) -> torch.Tensor:
 def isotropic(n: int, size: Stride) -> torch.Tensor:
     """n evenly spaced positions in rows, about as far apart along y as along x.
 
-    The published rule rounds the distance to whole pixels and gives about n positions. It is used
-    where it gives n, as for n = k^2 and a square picture of which k divides the side. Otherwise
-    there are round(sqrt(n H / W)) rows, and the last row has fewer positions if n is not a multiple
-    of their number; a row that would be empty is left out.
+    The published rule rounds the distance to whole pixels and yields about n positions. It is used
+    if it yields exactly n, for example for n = k^2 and a square image whose side is a multiple of
+    k. Otherwise there are round(sqrt(n H / W)) rows; the last row has fewer positions if n is not a
+    multiple of the number of rows, and empty rows are omitted.
 
     Args:
-        n: positions, >= 1; may exceed the number of pixels.
-        size: (H, W) of the picture in pixels, or one integer for both.
+        n: number of positions, >= 1; may exceed the number of pixels.
+        size: (H, W) of the image in pixels, or one integer for both.
 
     Returns:
         [n, 2], float32: (y, x) in pixels, row by row.
@@ -104,13 +110,14 @@ def isotropic(n: int, size: Stride) -> torch.Tensor:
 
 
 def center(n: int, size: Stride, spread: float = 0.2) -> torch.Tensor:
-    """The positions of :func:`isotropic`, drawn towards the middle lines of the picture.
+    """The positions of :func:`isotropic`, moved towards the centre along both axes.
 
-    A distance d from the middle, as a fraction of the side, becomes d (1 - exp(-(d / spread)^2)).
+    A distance d from the centre, as a fraction of the side, becomes d (1 - exp(-(d / spread)^2)).
 
     Args:
         n, size: as for :func:`isotropic`.
-        spread: > 0; a larger one draws more positions nearer to the middle.
+        spread: > 0, as a fraction of the side; a larger spread moves positions closer to the
+            centre.
 
     Returns:
         [n, 2], float32: (y, x) in pixels, row by row.
@@ -132,7 +139,7 @@ def center(n: int, size: Stride, spread: float = 0.2) -> torch.Tensor:
 
 
 def edge(n: int, size: Stride, seed: int = 0) -> torch.Tensor:
-    """n independent positions, most of them near the edges; never within 1 % of the side.
+    """n independent positions, most of them near the edges, at least 1 % of the side from them.
 
     Arguments and result as for :func:`uniform`.
 
@@ -145,16 +152,17 @@ def edge(n: int, size: Stride, seed: int = 0) -> torch.Tensor:
 
 
 def salient(mask: torch.Tensor, n: int, seed: int = 0) -> torch.Tensor:
-    """n independent positions, distributed as a mask.
+    """n independent positions with the density of a mask.
 
-    A pixel is drawn with the probability of its share of the mask, then a place within it.
-    (The published code stretches the places by S / (S - 1), S the side of a square mask.)
+    A pixel is drawn with a probability proportional to its value, then a uniform position within
+    the pixel. (The published code stretches the positions by S / (S - 1), where S is the side of a
+    square mask.)
 
     Args:
-        mask: [H, W] of the size of the picture: bool, integers or floating-point, >= 0 and finite,
-            not all 0.
-        n: positions, >= 1.
-        seed: of the draws, >= 0 and < 2^63.
+        mask: [H, W], the size of the image: bool, integers or floating-point, >= 0 and finite, not
+            all 0.
+        n: number of positions, >= 1.
+        seed: seed of the random numbers, >= 0 and < 2^63.
 
     Returns:
         [n, 2], float32, on the CPU: (y, x) in pixels.
@@ -168,7 +176,8 @@ def salient(mask: torch.Tensor, n: int, seed: int = 0) -> torch.Tensor:
     mass = _check_mask(where, mask).flatten()
     generator = torch.Generator("cpu").manual_seed(seed)
     total = mass.cumsum(0)
-    # Of float32, so that share * total < total. right: a pixel without mass is never drawn.
+    # The share is a float32 number, so that share * total < total. right=True: a pixel of value 0
+    # is never drawn.
     share = _rand((n,), generator).double() * total[-1]
     pixel = torch.searchsorted(total, share, right=True)
     corner = torch.stack([pixel // mask.shape[1], pixel % mask.shape[1]], 1)
@@ -176,13 +185,13 @@ def salient(mask: torch.Tensor, n: int, seed: int = 0) -> torch.Tensor:
 
 
 def grid(n: int | None, size: Stride, patch: Stride = 16, seed: int = 0) -> torch.Tensor:
-    """The centres of n patches, drawn without replacement: tokens as the model itself has them.
+    """The centres of n patches of the grid of the model, drawn without replacement.
 
     Args:
-        n: positions, from 1 to the number of whole patches; None: all of them.
-        size: (H, W) of the picture in pixels, or one integer for both.
+        n: number of positions, from 1 to the number of whole patches; None: all of them.
+        size: (H, W) of the image in pixels, or one integer for both.
         patch: (Ph, Pw) in pixels, or one integer for both.
-        seed: of the draws, >= 0 and < 2^63.
+        seed: seed of the random numbers, >= 0 and < 2^63.
 
     Returns:
         [n, 2], float32: (y, x) in pixels, row by row.
@@ -198,7 +207,7 @@ def grid(n: int | None, size: Stride, patch: Stride = 16, seed: int = 0) -> torc
         n = check_count(where, "n", n, 1, ", or None")
     seed, (h, w) = check_seed(where, seed), (size[0] // patch[0], size[1] // patch[1])
     if not h * w:
-        rule = f"size must hold at least one patch of {list(patch)}"
+        rule = f"size must be at least one patch of {list(patch)}"
         raise wrong(ValueError, where, rule, list(size))
     if n is None:
         n = h * w
@@ -211,7 +220,7 @@ def grid(n: int | None, size: Stride, patch: Stride = 16, seed: int = 0) -> torc
     return torch.cartesian_prod(*axes)[drawn]
 
 
-# By name, of (n, size, seed).
+#: Placements by name, as functions of (n, size, seed).
 PLACEMENTS: dict[str, Callable[[int, Stride, int], torch.Tensor]] = {
     "uniform": uniform,
     "gauss": gauss,
@@ -258,13 +267,13 @@ def _even_fractions(n: int, size: tuple[int, int]) -> torch.Tensor:
     if math.prod(map(len, axes)) != n:
         rows = min(max(1, round(math.sqrt(n * size[0] / size[1]))), n)
         columns = math.ceil(n / rows)
-        rows = math.ceil(n / columns)  # as many as have positions
+        rows = math.ceil(n / columns)  # without empty rows
         axes = [(_range(0, k) + 0.5) / k for k in (rows, columns)]
     return torch.cartesian_prod(*axes)[:n]
 
 
 def _published_axes(n: int, size: tuple[int, int]) -> list[torch.Tensor]:
-    """Fractions along y and x by the published rule; none where it leaves the picture."""
+    """Fractions along y and x by the published rule; empty if the distance does not fit."""
     step = math.sqrt(size[0] * size[1] / n)
     if not 1 <= step <= min(size):
         return [torch.empty(0, device="cpu")] * 2
@@ -286,7 +295,7 @@ def _check_mask(where: str, mask: torch.Tensor) -> torch.Tensor:
             ValueError, where, "mask must be >= 0, and finite", f"values from {least} to {most}"
         )
     if not mass.any():
-        rule = "mask must have a value > 0, where positions may lie"
+        rule = "mask must have a value > 0"
         raise wrong(ValueError, where, rule, f"none in {list(mask.shape)}")
     return mass
 
@@ -295,26 +304,26 @@ def _check_mask(where: str, mask: torch.Tensor) -> torch.Tensor:
 
 
 class Subpixel(nn.Module):
-    """A ViT of timm that takes windows at any positions in place of its grid of patches.
+    """Runs a ViT of timm on windows at arbitrary positions instead of its grid of patches.
 
-    A window goes through the model's own patch embedding. Its position code is the bilinear sample
-    of the model's table at centers / patch, with the edge repeated, and equals the table on the
-    grid. Class and register tokens, blocks, norms and head are the model's own, so all windows of
-    the grid (:func:`grid`) give what the model gives. A picture may have any number of windows;
-    they may overlap.
+    A window passes through the patch embedding of the model. Its position embedding is the bilinear
+    sample of the table of the model at centers / patch, with the edge repeated; on the grid it
+    equals the table. Class and register tokens, blocks, norms and head are unchanged, so that the
+    windows of the whole grid (:func:`grid`) yield the output of the model. The number of windows is
+    arbitrary, and windows may overlap.
 
     Args:
-        model: a ``VisionTransformer`` of timm with a patch embedding of one convolution, whose
-            stride is its kernel; or such a model within ``torch.compile`` or ``DataParallel``
-            (whose forwards are not used). It is shared, not copied. The patch embedding and its
-            convolution are not called, so they must have no hooks and no forward of their own.
+        model: a ``VisionTransformer`` of timm whose patch embedding is one convolution with a
+            stride equal to its kernel; or such a model in ``torch.compile`` or ``DataParallel``,
+            whose own forward is not used. The model is shared, not copied. The patch embedding and
+            its convolution are not called, so they must not have hooks or an overridden forward.
 
     Attributes:
-        patch: (Ph, Pw) of a window in pixels.
+        patch: (Ph, Pw), the size of a window in pixels.
 
     Raises:
-        TypeError: another model. Those with rotary or other positions than a table are refused:
-            their blocks take the positions of the grid.
+        TypeError: the model is another one. Models with rotary or relative positions are not
+            supported, because their blocks need the positions of the grid.
 
     Example:
         >>> import timm
@@ -330,14 +339,20 @@ class Subpixel(nn.Module):
         self.patch: tuple[int, int] = tuple(self.model.patch_embed.proj.kernel_size)
 
     def forward(self, images: torch.Tensor, centers: torch.Tensor) -> Any:
-        """The output of the model.
+        """The output of the model for windows of images.
 
         Args:
-            images: [B, C, H, W], normalised as the model wants them, of the dtype of its patch
-                embedding; under autocast any floating-point one. The size is the model's
-                ``img_size``, or any number of whole patches if it was made with
+            images: [B, C, H, W], normalised as the model expects, in the dtype of its patch
+                embedding; under autocast in any floating-point dtype. The size is the ``img_size``
+                of the model, or any number of whole patches if the model was created with
                 ``dynamic_img_size``.
             centers: [B, N, 2], or [N, 2] for all images, float32 or float64: (y, x) in pixels.
+
+        Returns:
+            The output of the model, for example logits [B, classes].
+
+        Raises:
+            TypeError, ValueError: an argument does not fit the model.
         """
         with self._windowed(images, centers) as model:
             return model(images)
@@ -353,7 +368,7 @@ class Subpixel(nn.Module):
 
     @contextmanager
     def _windowed(self, images: torch.Tensor, centers: torch.Tensor) -> Iterator[Any]:
-        """The model with these windows as its patches: its own forward runs."""
+        """The model with these windows as its patches; its own forward runs."""
         _check_forwards(self.model)
         _check_images(images, self.model)
         centers = _check_centers(centers, images)
@@ -365,11 +380,11 @@ class Subpixel(nn.Module):
             "_compiled_call_impl": None,
         }
         with twin_of(self.model, **own) as twin:
-            vars(twin).pop("forward", None)  # bound to the model itself
+            vars(twin).pop("forward", None)  # it is bound to the original model
             yield twin
 
     def _embed(self, images: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
-        """[B, N, D]: the convolution sees one window at a time, so it is a matrix product."""
+        """[B, N, D]. On single windows the convolution is a matrix product."""
         embed = self.model.patch_embed
         for hook in filter(_computes_weight, embed.proj._forward_pre_hooks.values()):
             hook(embed.proj, ())
@@ -380,7 +395,7 @@ class Subpixel(nn.Module):
         return tokens
 
     def _positions(self, images: torch.Tensor, centers: torch.Tensor) -> torch.Tensor | None:
-        """[B, K + N, D] for a table that has class and register tokens, else [B, N, D]."""
+        """[B, K + N, D] if the table includes class and register tokens, otherwise [B, N, D]."""
         model, table = self.model, self.model.pos_embed
         if table is None:
             return None
@@ -402,8 +417,8 @@ def _check_vit(model: Any) -> Any:
     names = [(kind.__module__, kind.__name__) for kind in type(inner).__mro__]
     if ("timm.models.vision_transformer", "VisionTransformer") not in names:
         rule = (
-            "model must be a VisionTransformer of timm; one whose blocks have rotary or relative "
-            "positions needs the whole grid"
+            "model must be a VisionTransformer of timm, without rotary or relative positions, "
+            "which need the whole grid"
         )
         raise wrong(TypeError, where, rule, type(inner).__name__)
     proj = getattr(inner.patch_embed, "proj", None)
@@ -412,13 +427,13 @@ def _check_vit(model: Any) -> Any:
         and (proj.padding, proj.dilation, proj.groups) == ((0, 0), (1, 1), 1)
     )
     if not plain or not hasattr(inner.patch_embed, "norm"):
-        rule = "the patch embedding must be one nn.Conv2d whose stride is its kernel"
+        rule = "the patch embedding must be one nn.Conv2d whose stride equals its kernel size"
         raise wrong(TypeError, where, rule, f"{type(inner.patch_embed).__name__} with proj {proj}")
     return inner
 
 
 def _check_forwards(model: Any) -> None:
-    """Refuses forwards and hooks that would be bypassed, or run with the model's own patches."""
+    """Raises a TypeError for a forward or a hook that would be bypassed or see other patches."""
     from timm.layers.patch_embed import PatchEmbed
 
     where, embed = "spot.Subpixel", model.patch_embed
@@ -427,27 +442,28 @@ def _check_forwards(model: Any) -> None:
     for name, module, kind in plain:
         _check_not_set(module, name)
         if type(module).forward is not kind.forward:
-            rule = f"the forward of {name}, which is not called, must be that of {kind.__name__}"
+            rule = f"{name} is not called and must have the forward of {kind.__name__}"
             raise wrong(TypeError, where, rule, type(module).__name__)
         hooks = [*module._forward_hooks.values(), *module._backward_hooks.values()]
         hooks += [*module._forward_pre_hooks.values(), *module._backward_pre_hooks.values()]
         for hook in hooks:
             if name == "patch_embed" or not _computes_weight(hook):
                 got = getattr(hook, "__qualname__", type(hook).__name__)
-                rule = f"{name} must have no hooks, for it is not called"
+                rule = f"{name} is not called and must have no hooks"
                 raise wrong(TypeError, where, rule, got)
 
 
 def _check_not_set(module: Any, name: str) -> None:
-    forward = vars(module).get("forward")  # of its class, where accelerate's hooks were removed
+    # After accelerate's hooks are removed, a bound copy of the class's forward remains.
+    forward = vars(module).get("forward")
     if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
-        rule = f"the forward of {name} must be that of its class, not one set on {name}"
+        rule = f"{name} must use the forward of its class, not one set on the instance"
         got = getattr(forward, "__qualname__", forward)
         raise wrong(TypeError, "spot.Subpixel", rule, got)
 
 
 def _computes_weight(hook: object) -> bool:
-    """A pre-hook of torch.nn.utils: weight_norm, spectral_norm or pruning."""
+    """Whether it is a pre-hook of torch.nn.utils: weight_norm, spectral_norm or pruning."""
     return type(hook).__module__.startswith("torch.nn.utils.")
 
 
@@ -458,22 +474,22 @@ def _check_images(images: torch.Tensor, model: Any) -> None:
     if images.dim() != 4 or images.shape[1] != channels:
         rule = f"images must be [B, {channels}, H, W]"
         raise wrong(ValueError, where, rule, list(images.shape))
-    dtype = next(embed.proj.parameters()).dtype  # not .weight, which a parametrisation computes
+    dtype = next(embed.proj.parameters()).dtype  # .weight may be computed by a parametrisation
     if torch.is_autocast_enabled(images.device.type):
         if not images.is_floating_point():
             raise wrong(TypeError, where, "images must be floating-point", images.dtype)
     elif images.dtype != dtype:
-        rule = f"images must be {dtype}, as the weight of the patch embedding, outside of autocast"
+        rule = f"images must be {dtype}, as the patch embedding, outside of autocast"
         raise wrong(TypeError, where, rule, images.dtype)
     size, patch = tuple(images.shape[2:]), embed.proj.kernel_size
     if not model.dynamic_img_size and size != tuple(embed.img_size):
         rule = (
-            f"images must be of {list(embed.img_size)} pixels; timm's create_model(..., "
-            "dynamic_img_size=True) or model.set_input_size(...) change what the model takes"
+            f"images must have {list(embed.img_size)} pixels; timm's create_model(..., "
+            "dynamic_img_size=True) or model.set_input_size(...) change the accepted size"
         )
         raise wrong(ValueError, where, rule, list(size))
     if any(n % p or n == 0 for n, p in zip(size, patch, strict=True)):
-        rule = f"images must have sides of whole patches of {list(patch)} pixels"
+        rule = f"images must consist of whole patches of {list(patch)} pixels"
         raise wrong(ValueError, where, rule, list(size))
 
 
@@ -494,16 +510,18 @@ Loss = Callable[[Any, torch.Tensor], torch.Tensor]
 
 
 class Search(NamedTuple):
-    """What :func:`search` finds; E evaluations, of the start and after each step."""
+    """The result of :func:`search`, with E evaluations: at the start and after each step."""
 
-    centers: torch.Tensor  # [B, n, 2], float32, (y, x) in pixels: where a picture's loss is least
-    loss: torch.Tensor  # [E, B]
-    agreement: torch.Tensor | None  # [E, B], bool: the decision is the label. None: no such labels
-    path: torch.Tensor | None  # [E, B, n, 2] in pixels, if asked for
+    #: [B, n, 2], float32, (y, x) in pixels: the positions with the least loss of each image
+    centers: torch.Tensor
+    loss: torch.Tensor  #: [E, B]
+    #: [E, B], bool: the predicted class is the label. None: the labels are not classes
+    agreement: torch.Tensor | None
+    path: torch.Tensor | None  #: [E, B, n, 2] in pixels; None unless requested
 
     @property
     def best(self) -> torch.Tensor:
-        """[B], int64: the evaluation that ``centers`` are of."""
+        """[B], int64: the index of the evaluation with the least loss of each image."""
         return self.loss.nan_to_num(math.inf).argmin(0)
 
 
@@ -523,32 +541,39 @@ def search(
     path: bool = False,
     seed: int = 0,
 ) -> Search:
-    """Moves n windows of each picture so that the loss decreases; the model is frozen.
+    """Moves n windows of each image to decrease a loss; the model is frozen.
 
-    The gradient is taken with respect to the positions alone, and the best positions of each
-    picture are kept. With the labels that are to be predicted this is an oracle: it shows what
-    positions can do, it does not find them without the answer.
+    Only the positions are optimised, and the best positions of each image are returned. With the
+    true labels, the search is an oracle: it measures what positions can achieve, but needs the
+    answer to find them.
 
     Args:
-        model: :class:`Subpixel`, or a model for it; in eval mode.
-        images: [B, C, H, W], as :meth:`Subpixel.forward` takes them. The memory is that of a
-            training step of B pictures of n tokens.
-        labels: [B], int64, for the cross-entropy; for another loss a tensor that it takes.
-        n: windows of a picture, >= 1.
-        steps: of the optimiser, >= 0.
-        lr: learning rate; of Adam about the pixels that a window moves along an axis in a step.
-        start: a name in :data:`PLACEMENTS`, whose positions all pictures share; or positions
+        model: a :class:`Subpixel`, or a model for it; in eval mode.
+        images: [B, C, H, W], as for :meth:`Subpixel.forward`. The search needs the memory of a
+            training step on B images of n tokens.
+        labels: [B], int64, for the cross-entropy; for another loss, any tensor that it accepts.
+        n: number of windows per image, >= 1.
+        steps: number of steps of the optimiser, >= 0.
+        lr: learning rate, > 0; with Adam, about the number of pixels by which a window moves along
+            an axis in one step.
+        start: a name in :data:`PLACEMENTS`, for the same positions in all images; or positions
             [n, 2] or [B, n, 2] in pixels, finite.
-        loss: (output of the model, labels) -> [B], one of each picture. Default: cross-entropy.
-        optimizer: ``optimizer([positions], lr=lr)`` makes one: a class of ``torch.optim``, or a
-            function. Weight decay is set to 0: it would pull the positions towards (0, 0).
-        clamp: keep the positions within the picture; ``start`` is moved to its edge first.
+        loss: a function (output of the model, labels) -> [B], one value per image. None:
+            cross-entropy.
+        optimizer: a class of ``torch.optim``, or a function; it is called as
+            ``optimizer([positions], lr=lr)``. Weight decay is set to 0, because it would pull the
+            positions towards (0, 0).
+        clamp: keep the positions within the image; ``start`` is clamped, too.
         path: return the positions of all evaluations.
-        seed: of a random ``start``, >= 0 and < 2^63.
+        seed: seed of a random ``start``, >= 0 and < 2^63.
 
     Returns:
         :class:`Search`, on the device of the images. E is ``steps`` + 1 for optimisers that
-        evaluate once in a step (all but LBFGS).
+        evaluate once per step (all except LBFGS).
+
+    Raises:
+        TypeError, ValueError: an argument is invalid; the model is in training mode; the loss has
+            no gradient with respect to the output of the model.
 
     Example:
         >>> import timm
@@ -561,7 +586,7 @@ def search(
     where, rule = "spot.search", "lr must be > 0, and finite"
     vit = model if isinstance(model, Subpixel) else Subpixel(model)
     if changes_in_training(vit):
-        raise wrong(ValueError, where, "the model must be in eval mode", "one in training mode")
+        raise wrong(ValueError, where, "the model must be in eval mode", "training mode")
     steps, lr = check_count(where, "steps", steps, 0), check_number(where, rule, lr)
     if not 0 < lr < math.inf:
         raise wrong(ValueError, where, rule, lr)
@@ -584,7 +609,7 @@ def search(
         with torch.set_grad_enabled(gradient):
             output = vit(images, centers)
             losses = _losses(loss, output, labels, len(images))
-            total = losses.sum()  # so that pictures do not change each other's gradient
+            total = losses.sum()  # each image gets the gradient of its own loss
         if gradient:
             centers.grad = _gradient(total, centers)
         record.append((centers.detach().clone(), losses.detach(), _agreement(output, labels)))
@@ -599,12 +624,12 @@ def search(
 
 
 def _usable(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that backward can use, which one of the inference mode is not."""
+    """A tensor that autograd can save: tensors of the inference mode are copied."""
     return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _gradient(total: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
-    """[B, n, 2]; 0 where it is not finite."""
+    """[B, n, 2]; values that are not finite become 0."""
     grad = None
     if total.requires_grad:
         (grad,) = torch.autograd.grad(total, [centers], allow_unused=True)
@@ -615,7 +640,7 @@ def _gradient(total: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
 
 
 def _starts(start: str | torch.Tensor, n: int, images: torch.Tensor, seed: int) -> torch.Tensor:
-    """[B, n, 2], float32, a new tensor on the device of the images."""
+    """[B, n, 2], float32: a new tensor on the device of the images."""
     where = "spot.search"
     n = check_count(where, "n", n, 1)
     if isinstance(start, str):
@@ -642,15 +667,15 @@ def _losses(loss: Loss | None, output: Any, labels: torch.Tensor, count: int) ->
         _check_labels(output, labels)
         return F.cross_entropy(output, labels, reduction="none")
     losses = loss(output, labels)
-    check_tensor(where, "what loss returns", losses)
+    check_tensor(where, "the result of loss", losses)
     if losses.shape != (count,):
-        rule = f"loss must return one value of each picture, [{count}]"
+        rule = f"loss must return one value per image, [{count}]"
         raise wrong(ValueError, where, rule, list(losses.shape))
     return losses
 
 
 def _check_labels(output: Any, labels: torch.Tensor) -> None:
-    """Of the cross-entropy."""
+    """Checks the arguments of the cross-entropy."""
     where = "spot.search"
     if not isinstance(output, torch.Tensor) or output.dim() != 2:
         got = list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
@@ -667,7 +692,7 @@ def _check_labels(output: Any, labels: torch.Tensor) -> None:
 
 
 def _agreement(output: Any, labels: torch.Tensor) -> torch.Tensor | None:
-    """[B], bool; None if the output or the labels are not of a classifier."""
+    """[B], bool; None if the output or the labels are not classes."""
     if not isinstance(output, torch.Tensor) or output.dim() != 2 or labels.dtype != torch.int64:
         return None
     return output.detach().argmax(1) == labels if labels.shape == output.shape[:1] else None
@@ -683,6 +708,6 @@ def _best_of(
 ) -> Search:
     centers, losses, decisions = zip(*record, strict=True)
     agreement = None if decisions[0] is None else torch.stack(decisions)
-    every, pictures = torch.stack(centers), torch.arange(centers[0].shape[0])
+    every, images = torch.stack(centers), torch.arange(centers[0].shape[0])
     found = Search(every, torch.stack(losses), agreement, every if path else None)
-    return found._replace(centers=every[found.best, pictures.to(every.device)])
+    return found._replace(centers=every[found.best, images.to(every.device)])
