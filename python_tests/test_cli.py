@@ -93,7 +93,7 @@ def test_show_writes_a_figure_with_a_row_for_each_layer(
     output, sizes = tmp_path / "out.png", []
     for layers in ([], ["--layer", 0, "--layer", -1]):
         text = show(photo, output, *layers)
-        for part in ("picture 64 x 48, scale 1, 9 views", "model", "SRT", f"wrote {output}"):
+        for part in ("image 64 x 48, scale 1, 9 views", "model", "SRT", f"wrote {output}"):
             assert part in text
         figure = np.asarray(Image.open(output).convert("RGB"))
         assert figure.std() > 20
@@ -168,7 +168,7 @@ def test_unusable_frames_of_a_video_are_skipped(frames: Path, tmp_path: Path) ->
     (frames / "f2.png").write_bytes((frames / "f2.png").read_bytes()[:500])
     Image.new("RGB", (40, 40)).save(frames / "f3.png")
     text = run("show", frames, "-o", tmp_path / "other", *model(), *FAST, code=1)
-    assert "f2.png is not a readable picture" in text
+    assert "f2.png is not a readable image" in text
     assert "f3.png is 40 x 40; skipped" in text
     assert "3 frames, 2 skipped" in text
     assert len(list((tmp_path / "other").iterdir())) == 3
@@ -190,7 +190,7 @@ def test_the_first_frame_that_succeeds_gives_the_basis(
     (frames / "f0.png").write_text("no picture")
     text = run("show", frames, "-o", tmp_path / "out.gif", *model(), *FAST, "--query=9,9", code=1)
     assert "3 frames, 2 skipped" in text
-    assert "f0.png is not a readable picture" in text
+    assert "f0.png is not a readable image" in text
     assert "f1.png: RuntimeError: no field; skipped" in text
     again = shutil.ignore_patterns("f0.png", "f1.png")
     shutil.copytree(frames, tmp_path / "again", ignore=again)
@@ -220,18 +220,18 @@ def test_16_bit_images_are_scaled_and_transparent_pixels_are_white(tmp_path: Pat
     [
         ("show missing.jpg", "missing.jpg does not exist"),
         ("show no[/b]picture[red].png", "no[/b]picture[red].png does not exist"),
-        ("show broken.jpg", "not a readable picture"),
-        ("show large.png", "not a readable picture"),
-        ("show dot.png SMALL", "fewer than 3 tokens"),
-        ("features empty.png -o out.npz", "not a readable picture"),
+        ("show broken.jpg", "not a readable image"),
+        ("show large.png", "not a readable image"),
+        ("show dot.png SMALL", "at least 3 tokens"),
+        ("features empty.png -o out.npz", "not a readable image"),
         ("features pipe.png -o out.npz", "pipe.png is not a regular file"),
         ("features /dev/zero -o out.npz", "/dev/zero is not a regular file"),
-        ("features program.jpg -o out.npz", "not a readable picture: cannot identify"),  # EPS
+        ("features program.jpg -o out.npz", "not a readable image: cannot identify"),  # EPS
         (f"features {'a' * 300}.png -o out.npz", "File name too long"),
         (f"features photo.png -o {'a' * 300}.npz", "File name too long"),
         ("features photo.png -o pipe.npz", "it is not a regular file"),
         ("show photo.png --weights pipe.png", "pipe.png is not a file"),
-        ("show float.tif SMALL", "not a readable picture: not of 8 or 16 bits"),
+        ("show float.tif SMALL", "not a readable image: pixels must have 8 or 16 bits"),
         ("show photo.png --model vit_nonsense", "timm has no model 'vit_nonsense'"),
         ("show photo.png --model foo:bar", "timm has no model 'foo:bar'"),
         ("show photo.png --model local-dir:/nothere", "the model folder /nothere does not exist"),
@@ -242,14 +242,14 @@ def test_16_bit_images_are_scaled_and_transparent_pixels_are_white(tmp_path: Pat
             "--model must be hf-hub:OWNER/NAME; got 'hf-hub:a/",
         ),
         ("show photo.png --weights missing.safetensors", "missing.safetensors is not a file"),
-        ("show photo.png --weights frames", "got the folder frames. Give the file in it, or"),
+        ("show photo.png --weights frames", "got the folder frames. Pass the file in it, or"),
         ("show photo.png SMALL --weights broken.jpg", "file: Error while"),
         ("show photo.png SMALL --weights broken.jpg", ". Pickles (.pt, .pth, .bin) can run any"),
-        ("show photo.png SMALL --model test_vit.x", "timm cannot make"),
+        ("show photo.png SMALL --model test_vit.x", "timm cannot create"),
         ("show photo.png SMALL --model test_resnet", "do not fit test_resnet: "),
         (
             "show photo.png SMALL --model test_resnet",
-            "more). Name their model of timm with --model",
+            "more). Select the timm model of these weights",
         ),
         ("show photo.png SMALL --model vit_tiny_patch16_224", " must be [1, 1, 192], is"),
         ("show photo.png --views ring", "views must be"),
@@ -264,17 +264,17 @@ def test_16_bit_images_are_scaled_and_transparent_pixels_are_white(tmp_path: Pat
             for query in ("64,0", "0,48", "-1,3", "1.5,3", "3", "1,2,3", "a,b")
         ),
         ("show frames -o out.png", "--output must end in .gif or .webp"),
-        ("show photo.png -o photo.png", "--output must not be one of the pictures"),
-        ("show frames -o linked.gif", "--output must not be one of the pictures"),
+        ("show photo.png -o photo.png", "--output must not be an input image"),
+        ("show frames -o linked.gif", "--output must not be an input image"),
         ("show photo.png -o loop.png", "loop.png cannot be written: "),
         ("show frames -o nowhere/out.gif", "does not exist"),
         ("show frames -o frames", "must be a new folder, or an empty one"),
-        ("show frames --query 64,0", "--query must lie in the picture"),
+        ("show frames --query 64,0", "--query must be in the image"),
         ("show broken -o out.gif", "none of 2 frames is a readable picture"),
         ("show broken -o new", "none of 2 frames is a readable picture"),
         ("show dots SMALL -o out.gif", "none of 1 frames could be drawn"),
-        ("show folder.png -o out.gif", "folder.png has no pictures; left out: 1 folders"),
-        ("features folder.png -o out", "folder.png has no pictures"),
+        ("show folder.png -o out.gif", "folder.png has no images; ignored: 1 folders"),
+        ("features folder.png -o out", "folder.png has no images"),
         ("features frames -o out.safetensors", "--output must be a folder"),
         ("features frames -o photo.png", "--output must be a folder"),
         ("features frames SMALL -o photo.png/out", "cannot be written"),
@@ -548,11 +548,11 @@ def test_weights_may_have_another_classifier_or_none(tmp_path: Path) -> None:
         ({**plain, "blocks.0.attn.more": torch.ones(1)}, "blocks.0.attn.more must be absent"),
         (
             {k: v for k, v in state.items() if k != "norm.bias"},
-            r"norm.bias must be \[64\], is absent",
+            r"norm.bias must be \[64\], got none",
         ),
         (
             {**plain, "norm.bias": torch.ones(64, dtype=torch.int8)},
-            "floating-point, is torch.int8. Give weights that are floating-point and finite",
+            "floating-point, got torch.int8. Pass weights that are floating-point and finite",
         ),
     ):
         with pytest.raises(hub.ModelError, match=message):
@@ -618,7 +618,7 @@ ADAPTED = "blocks.0.attn.qkv."
         ((f"{ADAPTED}base_layer.weight", f"{ADAPTED}lora_A.default.weight"), "merge_and_unload"),
         ((f"model.base_model.model.{ADAPTED}lora_A.weight",), "merge_and_unload"),
         ((f"{ADAPTED}parametrizations.weight.original1",), "Call .*remove_parametrizations before"),
-        (("base_layer.0.weight",), "Name their model of timm with --model"),  # as in timm's DLA
+        (("base_layer.0.weight",), "Select the timm model of these weights"),  # as in timm's DLA
     ],
 )
 def test_errors_of_weights_explain_how_to_save_them(
@@ -654,7 +654,7 @@ def test_models_with_other_arguments_load_from_a_folder_as_the_error_advises(
     if "in_chans" in arguments:
         assert str(error.value).endswith(hub.NO_RGB)
         text = run("features", photo, "-o", tmp_path / "out.npz", *options, code=1)
-        assert "must have in_chans=3; got in_chans=1. The command reads RGB pictures" in text
+        assert "must have in_chans=3; got in_chans=1. The command reads RGB images" in text
         return
     assert f"{hub.SAVE} and give --model local-dir:FOLDER" in str(error.value)
     state = hub.load_timm(f"local-dir:{tmp_path / 'mine'}")[0].state_dict()
@@ -671,7 +671,10 @@ def test_models_with_other_arguments_load_from_a_folder_as_the_error_advises(
         ([], "must be a model of timm; got None"),
         ("{", "config.json must be JSON: Expecting property name"),
         (b"\xff", "config.json must be JSON: 'utf-8' codec"),
-        ({"architecture": SMALL, "model_args": {"foo": 1}}, "timm cannot make .*foo.*save_for_hf"),
+        (
+            {"architecture": SMALL, "model_args": {"foo": 1}},
+            "timm cannot create .*foo.*save_for_hf",
+        ),
         ({"architecture": SMALL, "model_args": {"in_chans": 6}}, "=3; got in_chans=6. The command"),
         ({"architecture": SMALL, "input_size": [1, 160, 160]}, "=3; got in_chans=1"),
         ({"architecture": SMALL, "mean": 0.5}, "mean in .*config.json must be 3 numbers; got 0.5"),
@@ -761,7 +764,7 @@ def test_pickles_are_not_loaded(
         hub.load_timm(f"local-dir:{path}")
     fake_hub.answers = True
     monkeypatch.setattr("huggingface_hub.hf_hub_download", absent)
-    with pytest.raises(hub.PretrainedError, match=r"no model.safetensors of timm/test_vit.r160"):
+    with pytest.raises(hub.PretrainedError, match=r"no model.safetensors in timm/test_vit.r160"):
         hub.load_timm(f"{SMALL}.r160_in1k")
     only_url = timm.get_pretrained_cfg(SMALL)
     only_url.hf_hub_id, only_url.url = None, "https://example.org/vit.pth"
@@ -837,7 +840,7 @@ def test_without_a_network_the_default_is_the_small_model(
 ) -> None:
     output = tmp_path / "out.safetensors"
     text, _ = features(photo, output, *FAST)
-    note = f"note: the weights of {common.DEFAULT_MODEL} are not available (not in the hub's cache"
+    note = f"note: the weights of {common.DEFAULT_MODEL} are not available (not in the local cache"
     assert text.count(note) == 1
     assert "using the small ViT that comes with srt_ext; choose another with --model or" in text
     assert len(fake_hub.asked) == 1
@@ -862,7 +865,7 @@ def test_a_named_model_is_never_replaced(
     text = run("features", photo, "-o", output, "--model", SMALL + tag, code=1)
     assert text.count("\n") == 1
     assert text.startswith(f"error: the pretrained weights of {SMALL + tag} are not available: ")
-    assert ("tag (nonsense)" if tag == ".nonsense" else "does not answer: Conn") in text
+    assert ("tag (nonsense)" if tag == ".nonsense" else "cannot be reached (Conn") in text
     assert "--weights" in text
     assert not output.exists()
 
@@ -891,7 +894,7 @@ def test_the_hub_is_queried_once(fake_hub: Hub, monkeypatch: pytest.MonkeyPatch)
         raise OSError("no such file there")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    with pytest.raises(hub.PretrainedError, match="does not answer: ConnectionError"):
+    with pytest.raises(hub.PretrainedError, match=r"cannot be reached \(ConnectionError"):
         hub.load_timm(name)
     assert (len(fake_hub.asked), len(tried)) == (1, 0)
     fake_hub.answers = True

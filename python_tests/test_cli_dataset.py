@@ -118,11 +118,11 @@ def test_a_dry_run_writes_nothing(
 ) -> None:
     changed = {"engine": engine, "actors": None, "dtype": "float16"}
     text = run(*arguments(photos, out, **changed), "--dry-run")
-    assert "7 pictures, 0 of them done" in text
+    assert "7 images, 0 of them done" in text
     assert "views grid:1, scale 1, stride 8" in text
     sizes = [(4 + 2 * (i % 2)) * 8 * 64 * 2 for i in range(5)] + [6 * 8 * 64 * 2]
     low, high = (n * 1e-3 for n in (min(sizes), max(sizes) + 64 * 2))
-    found = float(text.split("about ")[1].split(" kB a picture")[0])
+    found = float(text.split("about ")[1].split(" kB per image")[0])
     assert low <= found <= high
     assert "in one process on this machine" in text
     assert not out.exists()
@@ -130,7 +130,7 @@ def test_a_dry_run_writes_nothing(
 
 def test_limit_restricts_the_images_of_a_folder(photos: Path, out: Path) -> None:
     text = run(*arguments(photos, out, engine=None, limit=2))
-    assert "2 pictures: 2 written" in text
+    assert "2 images: 2 written" in text
     assert sorted(path.name for path in out.iterdir()) == [f"{i}.png.safetensors" for i in (0, 1)]
 
 
@@ -139,7 +139,7 @@ def test_other_settings_and_finished_outputs_need_no_cluster(
 ) -> None:
     data.write_settings({"model": "another", "pca": "none"}, *data.filesystem(str(out)))
     text = extract(photos, out, code=1)
-    assert "was made with other settings (" in text
+    assert "was written with other settings (" in text
     assert f"model another, now {SMALL}" in text
 
 
@@ -218,7 +218,7 @@ def test_components_are_fitted_to_finite_cells() -> None:
     np.testing.assert_allclose(np.abs((components * directions).sum(1)), 1, rtol=1e-5)
     np.testing.assert_array_equal(components, pca.fit(rows[::-1], 3))
     cells[0][:] = np.inf
-    with pytest.raises(ValueError, match="needs finite features; none of 1 pictures"):
+    with pytest.raises(ValueError, match="needs finite features; got none from 1 images"):
         pca.fit([{**rows[0], "cells": cells[0].tobytes()}], 3)
     with pytest.raises(ValueError, match="to fit the components on; damaged"):
         pca.fit(rows[-1:], 3)
@@ -242,8 +242,8 @@ def test_fields_of_a_folder_equal_those_of_one_process(
     photos: Path, out: Path, tmp_path: Path, cluster: None
 ) -> None:
     text = extract(photos, out, code=1, rows_per_file=2, batch=2)
-    assert "6 pictures written, 1 failed, 0 done before" in text
-    assert "bad.jpg is not a readable picture" in text
+    assert "6 images written, 1 failed, 0 already done" in text
+    assert "bad.jpg is not a readable image" in text
     run(*arguments(photos, tmp_path / "files", engine=None), code=1)
     fields = data.open(out)
     assert keys(out) == NAMES
@@ -267,9 +267,9 @@ def test_a_second_run_computes_new_images(
     with monkeypatch.context() as patch:
         patch.setattr(dataset, "_placement", None)  # Ray is not used
         text = extract(photos, out)
-    assert f"nothing left to do: 6 pictures are in {out}, 1 failed; --retry-failed" in text
+    assert f"nothing left to do: 6 images are in {out}, 1 failed; use --retry-failed" in text
     Image.fromarray(crops(1)[0]).save(photos / "new.png")
-    assert "1 pictures written, 0 failed, 7 done before" in extract(photos, out)
+    assert "1 images written, 0 failed, 7 already done" in extract(photos, out)
     assert keys(out) == sorted([*NAMES, "new.png"])
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
     assert "stride 8, now 16" in extract(photos, out, code=1, stride=16)
@@ -285,11 +285,11 @@ def test_failures_are_tried_again_on_request(
     table = pa.table({"path": [*NAMES, "bad.jpg", "missing.png", "0.png"]})
     pq.write_table(table, photos / "list.parquet")
     source = photos / "list.parquet"
-    assert "6 pictures written, 3 failed" in extract(source, out, code=1, rows_per_file=4)
+    assert "6 images written, 3 failed" in extract(source, out, code=1, rows_per_file=4)
     Image.fromarray(crops(1)[0]).save(photos / "bad.jpg")
-    assert "nothing left to do: 6 pictures" in extract(source, out, rows_per_file=4)
+    assert "nothing left to do: 6 images" in extract(source, out, rows_per_file=4)
     text = extract(source, out, code=1, rows_per_file=4, retry_failed=True)
-    assert "1 pictures written, 2 failed, 6 done before" in text
+    assert "1 images written, 2 failed, 6 already done" in text
     assert keys(out) == sorted([*NAMES, "bad.jpg"])
     assert sorted(data.open(out).errors["key"].to_pylist()) == ["0.png", "missing.png"]
     assert not (out / "partial").exists()
@@ -350,7 +350,7 @@ def test_parquet_keeps_its_columns(photos: Path, out: Path, cluster: None) -> No
     table = pa.table({"path": [f"photos/{name}" for name in names], "label": range(8)})
     pq.write_table(table, photos.parent / "list.parquet")
     text = extract(photos.parent / "list.parquet", f"file://{out}", code=1)
-    assert "6 pictures written, 2 failed" in text
+    assert "6 images written, 2 failed" in text
     fields = data.open(out)
     assert fields["photos/trip/b.png"]["label"] == 5
     reasons = dict(zip(*fields.errors.to_pydict().values(), strict=True))

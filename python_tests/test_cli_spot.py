@@ -56,7 +56,7 @@ def cosines(text: str) -> list[float]:
 
 def test_the_windows_are_drawn_on_whole_patches(photo: Path, drawn: list[Drawn]) -> None:
     text = draw(photo, "--tokens", 6)
-    assert "picture 64 x 48, 6 windows of 16 x 16, isotropic" in text
+    assert "image 64 x 48, 6 windows of 16 x 16, isotropic" in text
     assert "to the output of all 12 patches: " in text
     assert f"wrote {photo.with_name('out.png')}" in text
     assert -1 <= cosines(text)[0] < 0.999
@@ -125,7 +125,7 @@ def test_windows_and_paths_are_drawn_at_their_pixels() -> None:
     [
         ("missing.png", "missing.png does not exist"),
         ("photo.png -o out.gif", "--output must end in .png"),
-        ("photo.png -o photo.png", "--output must not be one of the pictures"),
+        ("photo.png -o photo.png", "--output must not be an input image"),
         ("photo.png --mask photo.png", "--mask needs --placement salient; got isotropic"),
         ("photo.png --placement salient --mask no.png", "no.png does not exist"),
         ("photo.png --model test_convnext", "--model test_convnext: spot.Subpixel: model must"),

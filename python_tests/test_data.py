@@ -156,7 +156,7 @@ def test_manifest(tmp_path: Path) -> None:
         assert "before" in before.read()  # the file was replaced, not changed
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["manifest.json"]
     (tmp_path / "new/manifest.json").write_text('{"format": 2}')
-    with pytest.raises(ValueError, match="must be of format 1"):
+    with pytest.raises(ValueError, match="must have format 1"):
         data.read_settings(files, out)
 
 
@@ -332,7 +332,7 @@ def test_files_without_a_checkpoint_are_ignored(
     assert fields.errors.to_pylist() == [
         {"key": f"b.parquet/{i}", "reason": "damaged"} for i in range(2)
     ]
-    with pytest.raises(KeyError, match=r"must be that of a picture; got '0/0'"):
+    with pytest.raises(KeyError, match=r"must be the key of an image; got '0/0'"):
         fields[rows[0]["key"]]
 
 
@@ -375,7 +375,7 @@ def test_wrong_arguments_raise(many: Many) -> None:
         with pytest.raises(IndexError, match=rf"must be in -40 \.\. 39; got {index}"):
             fields[index]
     for key in ("", "9/9", "zzz"):
-        with pytest.raises(KeyError, match=f"must be that of a picture; got '{key}'"):
+        with pytest.raises(KeyError, match=f"must be the key of an image; got '{key}'"):
             fields[key]
     for wrong in (1.0, None, True, slice(2)):
         with pytest.raises(TypeError, match="index must be an integer or a key"):

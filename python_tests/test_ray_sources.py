@@ -177,7 +177,7 @@ def test_several_kinds_raise(place: tuple[str, Any]) -> None:
     folder, put = place
     for name in ("a.png", "b.tar.gz"):
         put(name)
-    with pytest.raises(ValueError, match=r"has 1 pictures, 1 tar: name those of one kind"):
+    with pytest.raises(ValueError, match=r"has 1 images, 1 \.tar files: select one kind"):
         find(folder)
     assert find(f"{folder}/*.tar.gz").kind == "tar"
 
@@ -186,7 +186,7 @@ def test_a_source_without_images_raises(place: tuple[str, Any]) -> None:
     folder, put = place
     for name in ("a.txt", "b.gz", ".png"):
         put(name)
-    with pytest.raises(ImageError, match=r"left out: .*1 \.txt"):
+    with pytest.raises(ImageError, match=r"ignored: .*1 \.txt"):
         find(folder)
     with pytest.raises(ImageError, match=r"x\.png does not exist"):
         find(f"{folder}/x.png")
@@ -216,7 +216,7 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     first, second = sorted(rows(find(str(tmp_path))), key=lambda row: "reason" in row)
     assert first["key"] == second["key"] == r"caf\xe9.png"
     assert first[BYTES] in (b"caf\xe9.png", b"caf\\xe9.png")
-    assert second["reason"] == "repeats the key of picture 0"
+    assert second["reason"] == "repeats the key of image 0"
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
@@ -329,7 +329,7 @@ def test_parquet_columns_by_name(tmp_path: Path) -> None:
     (found,) = rows(find(path, column="photo", key="number"))
     assert (found["key"], found[BYTES]) == ("5", b"data")
     assert found["source_key"] == "no"
-    with pytest.raises(ValueError, match=r"pictures .* named nothing; got bytes, photo"):
+    with pytest.raises(ValueError, match=r"images .* named nothing; got bytes, photo"):
         find(path, column="nothing")
     with pytest.raises(ValueError, match="keys named nothing; got bytes, photo"):
         find(path, key="nothing")
@@ -498,7 +498,7 @@ def test_samples_without_an_image(tmp_path: Path) -> None:
         link.type, link.linkname = tarfile.LNKTYPE, "1.png"
         archive.addfile(link)
     assert reasons(find(str(tmp_path))) == {
-        "s.tar/0": "has no picture, only txt, cls",
+        "s.tar/0": "has no image, only txt, cls",
         "s.tar/2": "2.png is not a regular file",
     }
 

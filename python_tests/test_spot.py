@@ -192,8 +192,8 @@ def test_defaults_of_torch_do_not_change_positions() -> None:
             r"spot.grid: n must be <= 6, the patches of \[16, 16\] pixels in \[32, 48\]; got 7",
         ),
         (lambda: spot.grid(0, 32), ValueError, "n must be an integer >= 1, or None; got 0"),
-        (lambda: spot.salient(torch.zeros(3, 4), 1), ValueError, "mask must have a value > 0; got none"),
-        (lambda: spot.salient(torch.ones(0, 4), 1), ValueError, "mask must have a value > 0; got none"),
+        (lambda: spot.salient(torch.zeros(3, 4), 1), ValueError, "have a value > 0; got none"),
+        (lambda: spot.salient(torch.ones(0, 4), 1), ValueError, "have a value > 0; got none"),
         (lambda: spot.salient(torch.ones(3), 1), ValueError, r"mask must be \[H, W\]; got \[3\]"),
         (lambda: spot.salient(-torch.eye(3), 1), ValueError, "must be >= 0, and finite; got val"),
         (lambda: spot.salient(torch.eye(3) / 0, 1), ValueError, "must be >= 0, and finite"),
@@ -440,7 +440,7 @@ def test_forwards_that_would_be_bypassed_raise() -> None:
     model = tiny()
     vit = spot.Subpixel(model)
     model.patch_embed.proj = ScaledConv(3, 32, 8, 8)
-    with pytest.raises(TypeError, match=r"patch_embed.proj is .* forward of Conv2d; got ScaledConv"):
+    with pytest.raises(TypeError, match=r"patch_embed.proj is .* of Conv2d; got ScaledConv"):
         vit(pictures(), spot.isotropic(5, 32))
 
 
@@ -476,7 +476,10 @@ class Overlapping(timm.layers.PatchEmbed):
             timm.models.eva.Eva(use_rot_pos_emb=True, depth=1, embed_dim=48, num_heads=2),
             "rotary or relative positions, which need the whole grid; got Eva",
         ),
-        (tiny(embed_layer=Overlapping), "one nn.Conv2d whose stride equals its kernel size; got Over"),
+        (
+            tiny(embed_layer=Overlapping),
+            "one nn.Conv2d whose stride equals its kernel size; got Over",
+        ),
     ],
 )
 def test_other_models_raise(model: Any, message: str) -> None:

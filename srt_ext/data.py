@@ -1,9 +1,13 @@
-"""The fields of many pictures in Parquet files, and a data set of them.
+"""Reads and writes the fields of many images in Parquet files; requires pyarrow.
 
-``OUT/manifest.json`` has the settings; ``OUT/data/*.parquet`` one row a picture, with the columns
-:data:`FIELDS` and those of the source; ``OUT/errors/*.parquet`` the pictures that have no field;
-``OUT/pca.npy`` has the basis, if the fields are projected on one. ``OUT/checkpoint`` has the keys
-that Ray has committed. pyarrow is needed.
+A folder OUT contains:
+
+- ``manifest.json``: the settings of the extraction;
+- ``data/*.parquet``: one row per image, with the columns :data:`FIELDS` and the columns of the
+  source;
+- ``errors/*.parquet``: the images that have no field, with the reason;
+- ``pca.npy``: the basis, if the fields are projected;
+- ``checkpoint``: the keys that Ray has committed.
 """
 
 from __future__ import annotations
@@ -34,16 +38,17 @@ T = TypeVar("T")
 
 FORMAT = 1
 COMPONENTS = "pca.npy"
-PARTIAL = "partial"  # folder of files that are being written
-THREADS = 16  # that read footers and keys: an object store takes long to answer
-ROW_GROUP_BYTES = 64 << 20  # of fields and prefixes: what a reader must hold
+PARTIAL = "partial"  # folder of unfinished files
+THREADS = 16  # for footers and keys: requests to an object store have a long latency
+ROW_GROUP_BYTES = 64 << 20  # of fields and prefixes: a reader holds one row group
 
+#: The columns of a file of fields.
 FIELDS = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
         pa.field("height", pa.int32(), nullable=False),  # cells of the field
         pa.field("width", pa.int32(), nullable=False),
-        pa.field("stride", pa.int32(), nullable=False),  # pixels a cell
+        pa.field("stride", pa.int32(), nullable=False),  # pixels per cell
         pa.field("channels", pa.int32(), nullable=False),  # of the field
         pa.field("dtype", pa.string(), nullable=False),
         pa.field("field", pa.large_binary(), nullable=False),  # C order [height, width, channels]
@@ -57,12 +62,12 @@ _BLOBS = ("field", "prefix")
 
 
 def filesystem(url: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """The file system of a local path or of a URL, and the path in it.
+    """The file system of a local path or a URL, and the path in it.
 
-    URLs that pyarrow does not know are those of fsspec. Raises a ValueError for a scheme that
-    neither knows or that needs a package, which the message names.
+    URLs with a scheme that pyarrow does not support are passed to fsspec. Raises a ValueError for a
+    scheme that neither supports, or whose package is not installed; the message names the package.
     """
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)(::[^:/]+)*://", url)  # :: chains those of fsspec
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)(::[^:/]+)*://", url)  # fsspec chains with ::
     if not scheme:
         return pyarrow.fs.LocalFileSystem(), os.path.abspath(url)
     try:
@@ -70,7 +75,7 @@ def filesystem(url: str) -> tuple[pyarrow.fs.FileSystem, str]:
         return files, path
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         rule = f"the location must be a path or a URL: {error}"
-    if scheme[1].lower() not in ("file", "local"):  # a relative one would be guessed
+    if scheme[1].lower() not in ("file", "local"):  # fsspec would guess a relative path
         try:
             import fsspec
 
@@ -82,26 +87,30 @@ def filesystem(url: str) -> tuple[pyarrow.fs.FileSystem, str]:
 
 
 def read_settings(files: pyarrow.fs.FileSystem, out: str) -> dict[str, str] | None:
-    """The settings of the folder ``out``, from its manifest; None if it has none."""
+    """The settings in the manifest of the folder ``out``; None if there is no manifest."""
     try:
         with files.open_input_stream(f"{out}/manifest.json") as file:
             manifest = json.loads(file.read())
     except FileNotFoundError:
         return None
     if manifest.get("format") != FORMAT:
-        rule = f"{out}/manifest.json must be of format {FORMAT}"
+        rule = f"{out}/manifest.json must have format {FORMAT}"
         raise wrong(ValueError, "srt_ext.data", rule, manifest)
     settings: dict[str, str] = manifest["settings"]
     return settings
 
 
 def write_settings(settings: dict[str, str], files: pyarrow.fs.FileSystem, out: str) -> None:
+    """Writes the manifest of the folder ``out``."""
     text = json.dumps({"format": FORMAT, "settings": settings}, indent=1)
     write_file(files, out, "manifest.json", lambda file: file.write(text.encode()))
 
 
 def read_components(files: pyarrow.fs.FileSystem, path: str) -> np.ndarray:
-    """The basis of projected fields, [K, C] float32. Raises a ValueError if a file has none."""
+    """The basis of projected fields, [K, C] float32, from a .npy file.
+
+    Raises a ValueError if the file has another content.
+    """
     with files.open_input_stream(path) as file:
         content = file.read()
     try:
@@ -113,13 +122,14 @@ def read_components(files: pyarrow.fs.FileSystem, path: str) -> np.ndarray:
         rule = f"{path} must be a .npy file of components [K, C]"
         raise wrong(ValueError, "srt_ext.data", rule, "a .npz file")
     if components.ndim != 2 or components.dtype != np.float32:
-        rule = f"{path} must have components [K, C] in float32"
+        rule = f"{path} must contain components [K, C] in float32"
         got = f"{list(components.shape)} in {components.dtype}"
         raise wrong(ValueError, "srt_ext.data", rule, got)
     return components
 
 
 def write_components(components: np.ndarray, files: pyarrow.fs.FileSystem, out: str) -> None:
+    """Writes the basis [K, C] of projected fields to ``pca.npy`` in the folder ``out``."""
     content = io.BytesIO()
     np.save(content, components)
     write_file(files, out, COMPONENTS, lambda file: file.write(content.getvalue()))
@@ -128,11 +138,11 @@ def write_components(components: np.ndarray, files: pyarrow.fs.FileSystem, out: 
 def write_file(
     files: pyarrow.fs.FileSystem, out: str, name: str, write: Callable[[Any], object]
 ) -> None:
-    """Writes ``out/name`` by ``write``, a function of an open file.
+    """Writes ``out/name`` with ``write``, a function of an open file.
 
-    A reader sees it as a whole or not at all: a local file is moved there from ``out/partial``; an
-    object store shows one when it is closed, also after an error, so all bytes are made before. The
-    folder of a file that is not local must exist, where there are folders.
+    A reader never sees an incomplete file. A local file is moved from ``out/partial``. An object
+    store publishes a file when it is closed, also after an error, so all bytes are computed before.
+    On other file systems with folders, the folder must exist.
     """
     path = f"{out}/{name}"
     if not isinstance(files, pyarrow.fs.LocalFileSystem):
@@ -152,7 +162,8 @@ def write_file(
 def write_rows(table: pa.Table, file: Any) -> None:
     """Writes rows to an open file: the columns of :data:`FIELDS` first, then all others.
 
-    Row groups have at most :data:`ROW_GROUP_BYTES` of fields and prefixes; a larger row is alone.
+    Row groups have at most ``ROW_GROUP_BYTES`` of fields and prefixes; a larger row has its own row
+    group.
     """
     others = [name for name in table.column_names if name not in NAMES]
     schema = pa.schema([*FIELDS, *(table.schema.field(name) for name in others)])
@@ -161,7 +172,7 @@ def write_rows(table: pa.Table, file: Any) -> None:
     writer = pq.ParquetWriter(
         file,
         schema,
-        compression=dict.fromkeys(small, "zstd"),  # the others: none
+        compression=dict.fromkeys(small, "zstd"),  # fields and prefixes are not compressed
         use_dictionary=small,
         write_statistics=small,
     )
@@ -171,7 +182,7 @@ def write_rows(table: pa.Table, file: Any) -> None:
 
 
 def _leaves(schema: pa.Schema) -> list[str]:
-    """The columns that Parquet has for a schema: several for a nested one."""
+    """The Parquet columns of a schema: a nested column has several."""
     sink = pa.BufferOutputStream()
     pq.write_metadata(schema, sink)
     columns = pq.read_metadata(pa.BufferReader(sink.getvalue())).schema
@@ -179,7 +190,7 @@ def _leaves(schema: pa.Schema) -> list[str]:
 
 
 def _row_groups(table: pa.Table) -> Iterator[tuple[int, int]]:
-    """(first row, number of rows) of each."""
+    """(first row, number of rows) of each row group."""
     sizes = (pc.fill_null(pc.binary_length(table[name]), 0).to_pylist() for name in _BLOBS)
     start = total = 0
     for row, size in enumerate(map(sum, zip(*sizes, strict=True))):
@@ -195,18 +206,21 @@ def _row_groups(table: pa.Table) -> Iterator[tuple[int, int]]:
 
 
 def open(out: str | Path, columns: Sequence[str] | None = None) -> Fields:
-    """The data set of the pictures in a folder that ``srt-ext features --engine ray`` wrote.
+    """Opens the output of ``srt-ext features --engine ray`` as a data set.
+
+    Only footers of files are read. Files of a killed run without a checkpoint are ignored.
 
     Args:
-        out: a local path or a URL of pyarrow or fsspec.
-        columns: what is read beside the numbers of a picture: any of ``field``, ``prefix`` and the
-            columns of the source. None: all.
+        out: a local path, or a URL of pyarrow or fsspec.
+        columns: the columns to read: any of ``field``, ``prefix`` and the columns of the source.
+            None: all of them. The sizes of an image are always read.
+
+    Returns:
+        :class:`Fields`.
 
     Raises:
-        TypeError: an argument of the wrong type.
-        ValueError: a folder without a manifest or without pictures; a column that no file has.
-
-    Only footers are read. Files that a killed run left without a checkpoint are left out.
+        TypeError: an argument has the wrong type.
+        ValueError: the folder has no manifest or no images; no file has a requested column.
 
     Example:
         >>> import tempfile
@@ -227,25 +241,26 @@ def open(out: str | Path, columns: Sequence[str] | None = None) -> Fields:
 
 
 class Fields(Dataset[dict[str, Any]]):
-    """A map-style data set, which :func:`open` returns. Its order is that of the files by name.
+    """A map-style data set, returned by :func:`open`, in the order of the file names.
 
-    ``fields[i]`` or ``fields[key]`` is a dict:
+    ``fields[i]`` or ``fields[key]`` is a dict with
 
-    - ``key``, ``stride`` in pixels, ``image_height`` and ``image_width`` in pixels,
-    - ``field`` [C, H', W'], channels last in memory, and ``prefix`` [n, C] if the model has one,
-    - the columns of the source; None for those that its file does not have.
+    - ``key``; ``stride``, ``image_height`` and ``image_width`` in pixels;
+    - ``field`` [C, H', W'], channels last in memory, and ``prefix`` [n, C] if the model has prefix
+      tokens;
+    - the columns of the source; None if its file does not have the column.
 
-    Each process keeps the row group that it read last, of about 64 MB. So iterating reads each
-    once; a random order reads one for each picture. Shuffle the row groups instead::
+    Each process keeps the last row group that it read, about 64 MB. In sequential order each row
+    group is read once; in random order one is read for each image. Shuffle the row groups instead::
 
         first = fields.row_groups
         order = [i for g in torch.randperm(len(first) - 1) for i in range(first[g], first[g + 1])]
         loader = DataLoader(fields, sampler=order, batch_size=None)
 
     Attributes:
-        settings: those of the extraction, by name.
-        columns: what a picture has beside its numbers.
-        row_groups: [G + 1], the index of the first picture of each row group, and ``len(fields)``.
+        settings: the settings of the extraction, by name.
+        columns: the columns that are read, in addition to the sizes of an image.
+        row_groups: [G + 1], the index of the first image of each row group, then ``len(fields)``.
     """
 
     def __init__(self, out: str | Path, columns: Sequence[str] | None = None) -> None:
@@ -257,7 +272,7 @@ class Fields(Dataset[dict[str, Any]]):
         self._last: tuple[int, pa.Table] = -1, None
         settings = read_settings(files, self._out)
         if settings is None:
-            rule = "out must be a folder of srt-ext features --engine ray, with a manifest.json"
+            rule = "out must be an output of srt-ext features --engine ray, with a manifest.json"
             raise wrong(ValueError, "srt_ext.data.open", rule, out)
         self.settings = settings
         self._paths = self._committed("data")
@@ -270,12 +285,12 @@ class Fields(Dataset[dict[str, Any]]):
         self._groups = np.array(groups, dtype=np.int64).reshape(-1, 3)
         self.row_groups = np.concatenate([[0], self._groups[:, 2].cumsum()])
         if not len(self):
-            raise wrong(ValueError, "srt_ext.data.open", "out must have pictures", f"none in {out}")
+            raise wrong(ValueError, "srt_ext.data.open", "out must have images", f"none in {out}")
         names = dict.fromkeys(name for columns_of_file, _ in footers for name in columns_of_file)
         found = [name for name in names if name in _BLOBS or name not in NAMES]
         self.columns = found if columns is None else list(columns)
         if isinstance(columns, str) or not set(self.columns) <= set(found):
-            rule = f"columns must be a sequence of some of {found}"
+            rule = f"columns must be a sequence of names from {found}"
             raise wrong(ValueError, "srt_ext.data.open", rule, repr(columns))
 
     def __len__(self) -> int:
@@ -289,21 +304,21 @@ class Fields(Dataset[dict[str, Any]]):
         group = int(self.row_groups.searchsorted(i, "right")) - 1
         last = self._last
         if last[0] != group:
-            last = self._last = -1, None  # frees the memory of one before the other is read
+            last = self._last = -1, None  # frees it before the next one is read
             last = self._last = group, self._read(group)
         table, row = last[1], i - int(self.row_groups[group])
         blobs = {name: _value(table[name], row) for name in _BLOBS if name in table.column_names}
-        return self._picture(table.drop_columns([*blobs]).slice(row, 1).to_pylist()[0], blobs)
+        return self._image(table.drop_columns([*blobs]).slice(row, 1).to_pylist()[0], blobs)
 
     @cached_property
     def keys(self) -> pa.Array:
-        """The key of each picture, strings of pyarrow. Reads the key columns and nothing else."""
+        """The key of each image, as pyarrow strings. Reads only the key columns."""
         tables = self._map(lambda path: self._file(path).read(["key"]), self._paths)
         return pa.concat_tables(tables)["key"].cast(pa.large_string()).combine_chunks()
 
     @property
     def errors(self) -> pa.Table:
-        """``key`` and ``reason`` of each picture that has no field."""
+        """``key`` and ``reason`` of each image that has no field."""
         schema = pa.schema({"key": pa.string(), "reason": pa.string()})
         paths = self._committed("errors")
         tables = self._map(lambda path: self._file(path).read(schema.names), paths)
@@ -311,7 +326,7 @@ class Fields(Dataset[dict[str, Any]]):
 
     @cached_property
     def pca(self) -> torch.Tensor | None:
-        """[K, C] float32 of projected fields, which are ``pca @ field``; None if they are not."""
+        """[K, C] float32, the basis of projected fields ``pca @ field``; None if not projected."""
         if self.settings.get("pca", "none") == "none":
             return None
         try:
@@ -330,7 +345,7 @@ class Fields(Dataset[dict[str, Any]]):
         return self._process[1]
 
     def _committed(self, folder: str) -> list[str]:
-        """Paths of Parquet files. A run under Ray's checkpoints has one of the same name."""
+        """Paths of the Parquet files with a committed checkpoint, a file of the same name."""
 
         def names(folder: str) -> set[str]:
             place = pyarrow.fs.FileSelector(f"{self._out}/{folder}", allow_not_found=True)
@@ -361,14 +376,14 @@ class Fields(Dataset[dict[str, Any]]):
 
     def _read(self, group: int) -> pa.Table:
         index, part, _ = self._groups[group]
-        # Closed at once: an open file keeps the bytes of a row group beside its table.
+        # Closed at once: an open file keeps the bytes of a row group in addition to its table.
         with self._file(self._paths[index]) as file:
             wanted = {*NAMES, *self.columns} - ({*_BLOBS} - {*self.columns})
             names = [name for name in file.schema_arrow.names if name in wanted]
             return file.read_row_group(int(part), names)
 
-    def _picture(self, row: dict[str, Any], blobs: dict[str, bytearray | None]) -> dict[str, Any]:
-        picture = {name: row[name] for name in ("key", "stride", "image_height", "image_width")}
+    def _image(self, row: dict[str, Any], blobs: dict[str, bytearray | None]) -> dict[str, Any]:
+        image = {name: row[name] for name in ("key", "stride", "image_height", "image_width")}
         dtype = getattr(torch, row["dtype"])
         shapes = {
             "field": (row["height"], row["width"], row["channels"]),
@@ -376,10 +391,10 @@ class Fields(Dataset[dict[str, Any]]):
         }
         for name, blob in blobs.items():
             if blob is not None:
-                picture[name] = torch.frombuffer(blob, dtype=dtype).view(shapes[name])
-        if "field" in picture:
-            picture["field"] = picture["field"].permute(2, 0, 1)
-        return picture | {name: row.get(name) for name in self.columns if name not in _BLOBS}
+                image[name] = torch.frombuffer(blob, dtype=dtype).view(shapes[name])
+        if "field" in image:
+            image["field"] = image["field"].permute(2, 0, 1)
+        return image | {name: row.get(name) for name in self.columns if name not in _BLOBS}
 
     def _position(self, index: int) -> int:
         where, count = "srt_ext.data.Fields", len(self)
@@ -391,21 +406,21 @@ class Fields(Dataset[dict[str, Any]]):
 
     @cached_property
     def _order(self) -> np.ndarray:
-        """What sorts the keys: a tenth of the memory of a dict."""
+        """The indices that sort the keys. A dict would need ten times the memory."""
         order: np.ndarray = pc.sort_indices(self.keys).to_numpy()
         return order
 
     def _find(self, key: str) -> int:
         place = bisect_left(self._order, key, key=lambda i: self.keys[i].as_py())
         if place == len(self) or self.keys[self._order[place]].as_py() != key:
-            raise KeyError(f"srt_ext.data.Fields: key must be that of a picture; got {key!r}")
+            raise KeyError(f"srt_ext.data.Fields: key must be the key of an image; got {key!r}")
         return int(self._order[place])
 
 
 def _value(column: pa.ChunkedArray, row: int) -> bytearray | None:
-    """A copy, which can be written to and does not keep its row group alive.
+    """A writable copy, which does not keep its row group alive.
 
-    From the buffers: ``column[row]`` copies, too.
+    Read from the buffers, because ``column[row]`` would be a second copy.
     """
     array = column.slice(row, 1).chunk(0)
     if array.null_count:

@@ -292,7 +292,10 @@ def _load_weights(model: Any, name: str, weights: Path) -> None:
     state = _with_head(model, wanted, state)
     wrong = []
     for key in {**wanted, **state}:
-        rule, got = (list(s[key].shape) if key in s else "absent" for s in (wanted, state))
+        rule, got = (
+            list(s[key].shape) if key in s else other
+            for s, other in ((wanted, "absent"), (state, "none"))
+        )
         if rule != got:
             wrong.append(f"{key} must be {rule}, got {got}")
         elif wanted[key].is_floating_point() and not state[key].is_floating_point():

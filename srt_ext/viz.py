@@ -1,4 +1,4 @@
-"""Drawings of features: PCA colors, color maps, and SRT beside plain tokens."""
+"""Figures of features: PCA colours, colour maps, and SRT compared with plain tokens."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 class PCAColors:
-    """Features to RGB by the first three principal components of those it is fitted to.
+    """Maps features to RGB with the first three principal components of given features.
 
-    Both [1, C, h, w], any dtype. Basis and range are the same for every later call, so that colors
-    can be compared.
+    The basis and the range are fitted once to ``features`` [1, C, h, w] of any dtype, so that the
+    colours of later calls can be compared.
     """
 
     def __init__(self, features: torch.Tensor) -> None:
@@ -35,7 +35,7 @@ class PCAColors:
         self._low, self._high = np.percentile(self._pca.transform(rows), [2, 98], axis=0)
 
     def __call__(self, features: torch.Tensor) -> np.ndarray:
-        """features [1, C, h, w] -> RGB [h, w, 3] in 0 .. 1."""
+        """features [1, C, h, w] -> RGB [h, w, 3], float32 in 0 .. 1."""
         shifted = self._pca.transform(_rows(features)) - self._low
         scaled = np.clip(shifted / np.maximum(self._high - self._low, 1e-12), 0, 1)
         rgb: np.ndarray = scaled.reshape(*features.shape[-2:], 3)
@@ -48,7 +48,7 @@ def _rows(features: torch.Tensor) -> np.ndarray:
 
 
 def color_map(low: float, high: float, name: str) -> ScalarMappable:
-    """A color map of matplotlib from ``low`` to ``high``; values beyond are clipped."""
+    """A colour map of matplotlib from ``low`` to ``high``; other values are clipped."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
@@ -61,12 +61,12 @@ def cosine_map(features: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
 
 
 def enlarge(image: np.ndarray, cell: tuple[int, int], size: tuple[int, ...]) -> np.ndarray:
-    """[h, w, C] with cells of (y, x) pixels -> [H, W, C], cropped to ``size``."""
+    """[h, w, C] with cells of (y, x) pixels -> [H, W, C] by repetition, cropped to ``size``."""
     return image.repeat(cell[0], 0).repeat(cell[1], 1)[: size[0], : size[1]]
 
 
 class Tokens(NamedTuple):
-    """The tokens of one layer, of some views of an image."""
+    """The tokens of one layer for V views of an image."""
 
     all: torch.Tensor  # [V, 1, N, C], N = h * w
     grid: tuple[int, int]  # (h, w)
@@ -75,7 +75,7 @@ class Tokens(NamedTuple):
 
     @property
     def map(self) -> torch.Tensor:
-        """Those of the first view, [1, C, h, w]."""
+        """The tokens of the first view, [1, C, h, w]."""
         return self.all[0].transpose(1, 2).reshape(1, -1, *self.grid)
 
 
@@ -83,7 +83,7 @@ class LayerTokens(NamedTuple):
     """The tokens of one layer."""
 
     plain: Tokens  # of the unshifted image
-    views: Tokens
+    views: Tokens  # of all views
 
 
 class Panel(NamedTuple):
@@ -91,35 +91,40 @@ class Panel(NamedTuple):
 
     title: str
     rgb: np.ndarray  # [H, W, 3] in 0 .. 1
-    point: tuple[float, float] | None = None  # (x, y), pixels, to be marked
+    point: tuple[float, float] | None = None  # (x, y) of a mark, in pixels
 
 
 class _LayerStyle:
-    """What the first image fixes for one layer, so that images can be compared."""
+    """Settings of one layer that the first image determines, so that images can be compared."""
 
     noise: ScalarMappable | None = None
     similarity: ScalarMappable | None = None
 
     def __init__(self, plain: Tokens) -> None:
         if plain.grid[0] * plain.grid[1] < 3:
-            raise ValueError("the picture has fewer than 3 tokens: no colors can be made of them")
+            raise ValueError("the image must have at least 3 tokens for PCA colours")
         self.colors = PCAColors(plain.map)
         self.query: list[torch.Tensor] = []  # [C] of the plain tokens, [C] of the mean
 
 
 class Comparison:
-    """Draws an image's plain tokens beside SRT's fields, for each layer of a model.
+    """Draws the plain tokens of images next to the fields of SRT, for each layer of a model.
 
-    Colors, ranges and the features of the queried point are those of the first image for all that
-    follow: they can be compared.
+    The first image determines the colours, the ranges and the features of the queried point, so
+    that later images can be compared with it.
 
     Memory: the tokens of all views at all layers, from one pass over the views, and one field (two
-    with ``noise``) and its colors at a time.
+    with ``noise``) with its colours at a time.
 
-    ``backbone`` is that of a list of layers; ``views``, ``scale``, ``quality``, ``stride`` and
-    ``view_batch`` as for SRT. ``noise``: also draw the noise map. ``query``, (x, y)
-    as fractions of width and height: also draw the cosine similarity to the features there.
-    ``srt_seconds``: of the last image, for shifting, the model and the mean (and the noise).
+    Args:
+        backbone: from :func:`srt_ext.backbones.describe`, for a list of layers.
+        views, scale, quality, stride, view_batch: as for :class:`srt_ext.SRT`.
+        noise: also draw the noise map.
+        query: (x, y) as fractions of width and height: also draw the cosine similarity to the
+            features at this point.
+
+    Attributes:
+        srt_seconds: the time for the last image: shifting, the model, the mean and the noise.
     """
 
     def __init__(
@@ -150,10 +155,13 @@ class Comparison:
     ) -> list[list[Panel]]:
         """The panels of each layer.
 
-        ``image`` [1, 3, H, W] is normalised as the model wants it, ``pixels`` [H, W, 3] uint8 is
-        the same to look at; ``progress`` is called with the number of views done. Raises ValueError
-        for an image of fewer than 3 tokens, a stride that does not divide it, or more tokens than
-        there is memory for.
+        Args:
+            image: [1, 3, H, W], normalised as the model expects.
+            pixels: the same image for display, [H, W, 3] uint8.
+            progress: is called with the number of finished views.
+
+        Raises:
+            ValueError: the image has fewer than 3 tokens; the tokens do not fit into memory.
         """
         start = time.perf_counter()
         layers = self.tokens(image, progress)
@@ -162,13 +170,13 @@ class Comparison:
         styles = self._styles or [_LayerStyle(layer.plain) for layer in layers]
         pairs = zip(layers, styles, strict=True)
         rows = [self._row(layer, style, pixels, first) for layer, style in pairs]
-        self._styles = styles  # of an image that did not fail
+        self._styles = styles  # only if the image did not fail
         return rows
 
     def tokens(
         self, image: torch.Tensor, progress: Callable[[int], object] | None = None
     ) -> list[LayerTokens]:
-        """The tokens of image [1, 3, H, W] and its views at each layer."""
+        """The tokens of image [1, 3, H, W] and of its views at each layer."""
         parts = (self._tokens(self.plain, image, None), self._tokens(self.srt, image, progress))
         return [LayerTokens(*layer) for layer in zip(*parts, strict=True)]
 
@@ -195,13 +203,13 @@ class Comparison:
         needed += (3 if self.noise else 2) * 4 * frame.cells * channels
         if needed > free:
             raise ValueError(
-                f"{needed / 2**30:.1f} GiB are needed for the tokens of {views} views "
-                f"at {len(layers)} layers and for a field, {free / 2**30:.1f} are free: take a "
-                "smaller --size or --scale, a larger --stride, fewer --views"
+                f"not enough memory: {views} views at {len(layers)} layers and a field need "
+                f"{needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free: use a smaller --size "
+                "or --scale, a larger --stride or fewer --views"
             )
 
     def field(self, layer: LayerTokens, reduce: str) -> torch.Tensor:
-        """[1, C, ceil(H / s), ceil(W / s)] of an image of (H, W) pixels.
+        """[1, C, ceil(H / s), ceil(W / s)] for an image of (H, W) pixels and stride s.
 
         ``reduce``: ``mean``, ``median`` (unweighted) or ``bilinear``, the upsampled plain tokens.
         """
@@ -213,7 +221,7 @@ class Comparison:
         return tokens.frame.cropped(ensemble(*args, reduce=kind, stride=tokens.frame.stride))
 
     def moments(self, layer: LayerTokens) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mean, as :meth:`field`, and the noise map [H', W'], the norm of the deviations."""
+        """The mean, as in :meth:`field`, and the noise map [H', W']: the norm of the deviations."""
         tokens, (offsets, weights, _) = layer.views, self.srt._views
         args = (tokens.all, offsets, tokens.grid, tokens.patch, weights)
         fields = ensemble_moments(*args, stride=tokens.frame.stride)
@@ -238,7 +246,7 @@ class Comparison:
             rgb = style.noise.to_rgba(noise.numpy())[..., :3]
             more.append(Panel("noise: spread of the views", enlarge(rgb, cell, size)))
         if self.query is not None:
-            if first:  # in later images the point may have moved
+            if first:  # in later images the object at the point may have moved
                 point = (self.query[0] * size[1], self.query[1] * size[0])
             more += self._similarity(layer.plain, mean, style, point, size)
 
@@ -249,7 +257,7 @@ class Comparison:
         unweighted = "" if views.weights is None else ", unweighted"
         enlarged = "" if scale == 1 else f", scale {scale:g}"
         srt = Panel(f"SRT mean, {len(views.offsets)} views{enlarged}", colors(mean))
-        del mean  # before the next field is made
+        del mean  # frees it before the next field
         plain = enlarge(style.colors(layer.plain.map), layer.plain.patch, size)
         return [
             Panel("input", pixels.astype(np.float32) / 255, point),
@@ -263,7 +271,7 @@ class Comparison:
     def _similarity(
         self, tokens: Tokens, mean: torch.Tensor, style: _LayerStyle, point: Any, size: Any
     ) -> list[Panel]:
-        """The cosine similarity of tokens and mean to the point of the first image."""
+        """The cosine similarity of tokens and mean to the point in the first image."""
         fields, cells = (tokens.map, mean), (tokens.patch, (self.stride, self.stride))
         if not style.query:
             assert point is not None
@@ -272,7 +280,7 @@ class Comparison:
                 for field, cell in zip(fields, cells, strict=True)
             ]
         maps = [cosine_map(*pair).numpy() for pair in zip(fields, style.query, strict=True)]
-        if style.similarity is None:  # one range for both
+        if style.similarity is None:  # one range for both maps
             style.similarity = color_map(min(np.percentile(m, 2) for m in maps), 1.0, "inferno")
         panels = []
         for name, values, cell in zip(("tokens", "SRT"), maps, cells, strict=True):
@@ -283,7 +291,7 @@ class Comparison:
 
 
 def draw(rows: Sequence[Sequence[Panel]], names: Sequence[str]) -> Figure:
-    """A figure of rows of panels of one size, with the names of the rows if there are several."""
+    """A figure with rows of panels of one size. Several rows are labelled with ``names``."""
     from matplotlib.figure import Figure
 
     height, width = rows[0][0].rgb.shape[:2]
@@ -311,10 +319,13 @@ def draw_windows(
     patch: tuple[int, int],
     path: torch.Tensor | None = None,
 ) -> Figure:
-    """A figure of windows of ``patch`` pixels on an image.
+    """A figure of windows on an image.
 
-    pixels [H, W, 3] uint8; centers [n, 2] (y, x) in pixels; path [E, n, 2], where the windows were
-    before, or None.
+    Args:
+        pixels: [H, W, 3] uint8.
+        centers: [n, 2], (y, x) in pixels.
+        patch: the size of a window, (y, x) in pixels.
+        path: [E, n, 2], earlier centres, drawn as lines; None: no lines.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
@@ -326,7 +337,7 @@ def draw_windows(
     axes.set(xticks=[], yticks=[])
     axes.autoscale(False)  # windows may reach beyond the image
     axes.spines[:].set_visible(False)
-    # imshow has the centre of pixel i at i.
+    # imshow draws the centre of pixel i at coordinate i.
     if path is not None:
         for y, x in path.permute(1, 2, 0).cpu() - 0.5:
             axes.plot(x, y, color="orange", linewidth=1.2)
@@ -338,7 +349,7 @@ def draw_windows(
 
 
 def render(figure: Figure) -> Any:
-    """A frame of a video: an image of Pillow, 288 pixels a panel."""
+    """A frame of a video: an image of Pillow with 288 pixels per panel."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 

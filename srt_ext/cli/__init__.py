@@ -7,7 +7,7 @@ from . import demo, features, info, show, spot
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Dense features from frozen Vision Transformers (SRT), by fast kernels.",
+    help="Dense, sub-token features from frozen Vision Transformers (SRT).",
 )
 app.command("show")(show.command)
 app.command("features")(features.command)

@@ -1,4 +1,4 @@
-"""What the commands share: options, messages, and the model."""
+"""Options, messages and model loading that the commands share."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
     from ..extraction import Network
 
-# A model of timm. Where its weights are not available, the small model of srt_ext.demo is used.
+# A model of timm. If its weights are not available, the small model of srt_ext.demo is used.
 DEFAULT_MODEL = "vit_small_patch14_dinov2.lvd142m"
-LOCK_TIMEOUT = 10.0  # seconds; workers live up to 5 s longer than a run that was killed
+LOCK_TIMEOUT = 10.0  # seconds; workers of a killed run exit up to 5 s later
 FIGURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp")
 
 console = Console()
@@ -41,51 +41,57 @@ ModelName = Annotated[
     str | None,
     typer.Option(
         "--model",
-        help="A model of timm, local-dir:FOLDER, hf-hub:OWNER/NAME, or small, which comes with "
-        "srt_ext and needs no network. Default: a DINOv2 ViT-S/14, or small if its weights are not "
-        "available.",
+        help="Name of a timm model, local-dir:FOLDER, hf-hub:OWNER/NAME, or small, which is "
+        "included and needs no download. Default: a DINOv2 ViT-S/14, or small if its weights "
+        "cannot be downloaded.",
     ),
 ]
 Weights = Annotated[
     Path | None,
     typer.Option(
-        help="A .safetensors state dict of the model, or of a module that contains it; the "
+        help="A .safetensors state dict of the model, or of a module that contains it. The "
         "classifier may differ or be missing. Default: the pretrained weights."
     ),
 ]
 Views = Annotated[
     str | None,
     typer.Option(
-        help="N views; or grid:RADIUS[:STEP], paper:RADIUS, lattice:N:RADIUS, "
-        "sobol:N:RADIUS[:SEED], ring:N:RADIUS, best:N[:RADIUS], moore:D[,D...] or "
-        "neumann:D[,D...], radius, step and D in pixels; or patches:N:HxW[:FRACTION[:SEED]], H and "
-        "W in tokens; +flip adds their mirror images, +vflip those upside down."
+        help="A number of views, N; or a design: grid:RADIUS[:STEP], paper:RADIUS, "
+        "lattice:N:RADIUS, sobol:N:RADIUS[:SEED], ring:N:RADIUS, best:N[:RADIUS], moore:D[,D...], "
+        "neumann:D[,D...] (radius, step and D in pixels) or patches:N:HxW[:FRACTION[:SEED]] (H and "
+        "W in tokens). A suffix +flip adds horizontally mirrored views, +vflip vertically mirrored "
+        "ones."
     ),
 ]
 Scale = Annotated[
     float | None,
-    typer.Option(min=1, help="Factor by which the picture is enlarged before the views are made."),
+    typer.Option(
+        min=1, help="Factor by which the image is enlarged before the views are computed."
+    ),
 ]
 QualityName = Annotated[
     Quality | None,
     typer.Option(
         "--quality",
-        help="Preset that replaces --scale and --views. Default without those: balanced.",
+        help="Preset of --scale and --views. Default: balanced, unless one of them is given.",
     ),
 ]
 Stride = Annotated[int, typer.Option(min=1, help="Pixels per output cell; 1 is pixel scale.")]
 Size = Annotated[
     int,
-    typer.Option(min=0, help="Pictures whose longer side is larger are reduced to it; 0: never."),
+    typer.Option(
+        min=0,
+        help="Images whose longer side has more pixels are reduced to this size; 0: never.",
+    ),
 ]
-ViewBatch = Annotated[int, typer.Option(min=1, help="Views in one forward of the model.")]
+ViewBatch = Annotated[int, typer.Option(min=1, help="Views in one forward pass of the model.")]
 
 
 # ---- messages -----------------------------------------------------------------------------------
 
 
 def _diagnose(level: str, color: str, message: str) -> None:
-    # No markup: a name may hold brackets.
+    # No markup: names may contain brackets.
     text = Text.assemble((f"{level}: ", color), one_line(message))
     Console(stderr=True).print(text, highlight=False, soft_wrap=True)
 
@@ -109,7 +115,7 @@ def echo(*lines: str) -> None:
 
 
 class OutputError(RuntimeError):
-    """An output that must not or cannot be written. ``errno`` is that of the OSError, if any."""
+    """An output must not or cannot be written. ``errno``: of the OSError, if any."""
 
     def __init__(self, message: str, errno: int | None = None) -> None:
         super().__init__(message)
@@ -122,7 +128,7 @@ class OutputError(RuntimeError):
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Reports errors that a user can correct in one line, without a traceback."""
+    """Reports errors that a user can correct as one line, without a traceback."""
     if unavailable is not None:
         raise fatal(unavailable)
     try:
@@ -144,7 +150,7 @@ def user_errors() -> Iterator[None]:
 
 @contextmanager
 def progress_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yields a function that sets the number of items done."""
+    """Shows a progress bar; yields a function that sets the number of finished items."""
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -157,7 +163,7 @@ def progress_bar(description: str, total: int) -> Iterator[Callable[[int], None]
 
 
 def timing(model: float, total: float) -> str:
-    """Reports the seconds of the model and of SRT, which add up to ``total``."""
+    """The seconds of the model and of SRT, which add up to ``total``, as text."""
     share = 100 * (total - model) / max(total, 1e-9)
     return f"model {model:.2f} s, SRT {total - model:.3f} s ({share:.1f} %)"
 
@@ -166,18 +172,18 @@ def timing(model: float, total: float) -> str:
 
 
 def check_inputs(views: str | None, weights: Path | None) -> None:
-    """Checks what can be checked before a model is loaded."""
+    """Checks options before a model is loaded."""
     from ..hub import check_file
     from ..views import parse
 
     if weights is not None:
         check_file(weights)
     if views is not None:
-        parse(views, patch=2**16)  # large enough for any number of views
+        parse(views, patch=2**16)  # a patch that is large enough for any number of views
 
 
 def check_output(path: Path, suffixes: tuple[str, ...], inputs: Iterable[Path] = ()) -> None:
-    """``inputs`` must not be replaced."""
+    """Exits with an error if ``path`` cannot be written, or would replace one of ``inputs``."""
     if path.suffix.lower() not in suffixes:
         raise fatal(f"--output must end in {' or '.join(suffixes)}; got {path}")
     there = path.exists()  # raises an OSError if the name is too long
@@ -187,8 +193,8 @@ def check_output(path: Path, suffixes: tuple[str, ...], inputs: Iterable[Path] =
         raise fatal(f"{path} cannot be written: {error}") from None
     if not folder.is_dir():
         raise fatal(f"the folder {folder} does not exist")
-    if there and any(picture.exists() and path.samefile(picture) for picture in inputs):
-        raise fatal(f"--output must not be one of the pictures, which it would replace; got {path}")
+    if there and any(image.exists() and path.samefile(image) for image in inputs):
+        raise fatal(f"--output must not be an input image, which it would replace; got {path}")
     if there and not path.is_file():
         raise fatal(f"{path} cannot be written: it is not a regular file")
     for place in (folder, path) if there else (folder,):
@@ -197,7 +203,7 @@ def check_output(path: Path, suffixes: tuple[str, ...], inputs: Iterable[Path] =
 
 
 def other_settings(before: dict[str, str], now: dict[str, str]) -> str:
-    """Which settings of an output differ; empty if none does."""
+    """The settings of an output that differ, as text; empty if none differs."""
     return "; ".join(
         f"{name} {before.get(name, 'unknown')}, now {value}"
         for name, value in now.items()
@@ -210,7 +216,7 @@ def other_settings(before: dict[str, str], now: dict[str, str]) -> str:
 
 @contextmanager
 def lock_folder(out: Path) -> Iterator[None]:
-    """Makes and locks the folder; the lock ends with the last process that has the handle."""
+    """Creates and locks the folder; the lock ends with the last process that has the handle."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         handle = os.open(out, os.O_RDONLY)
@@ -218,7 +224,7 @@ def lock_folder(out: Path) -> Iterator[None]:
         raise OutputError.of(out, error) from None
     deadline = time.monotonic() + LOCK_TIMEOUT
     try:
-        with suppress(OSError):  # some file systems have no locks
+        with suppress(OSError):  # some file systems do not support locks
             while True:
                 try:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -238,8 +244,8 @@ def lock_folder(out: Path) -> Iterator[None]:
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path, which replaces ``path`` if the block ends without an error.
 
-    So ``path`` is always the earlier file or the whole new one. The temporary file is in the same
-    folder, hidden, and has a random short name. Raises an OutputError.
+    ``path`` is always the old file or the complete new file. The temporary file is in the same
+    folder, hidden, with a short random name. Raises an OutputError.
     """
     partial = path.with_name(f"{_partial_stem(path)}{secrets.token_hex(8)}.partial")
     try:
@@ -255,9 +261,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove_partials(paths: Iterable[Path]) -> None:
-    """Removes temporary files of :func:`replacing` that killed runs left.
+    """Removes temporary files of :func:`replacing` from killed runs.
 
-    No other run may be writing to ``paths``.
+    No other run may write to ``paths`` at the same time.
     """
     stems: dict[Path, set[str]] = {}
     for path in paths:
@@ -271,12 +277,12 @@ def remove_partials(paths: Iterable[Path]) -> None:
 
 
 def _partial_stem(path: Path) -> str:
-    """Starts the temporary names for ``path``; a hash, because a long name has no room for more."""
+    """The start of temporary names for ``path``: a hash, because names have a maximum length."""
     return f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}-"
 
 
 def save_figure(figure: Figure, path: Path, dpi: int) -> None:
-    drawing = BytesIO()  # on a full disk, some formats of matplotlib raise AttributeErrors
+    drawing = BytesIO()  # on a full disk, matplotlib raises AttributeErrors for some formats
     figure.savefig(drawing, dpi=dpi, format=path.suffix[1:].lower())
     with replacing(path.resolve()) as partial:
         partial.write_bytes(drawing.getvalue())
@@ -287,7 +293,7 @@ def save_figure(figure: Figure, path: Path, dpi: int) -> None:
 
 @contextmanager
 def warnings_as_notes() -> Iterator[None]:
-    """Prints each warning of this package in one line."""
+    """Prints warnings as notes of one line."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         yield
@@ -298,10 +304,10 @@ def warnings_as_notes() -> Iterator[None]:
 def load_network(
     model: str | None, weights: Path | None, layers: int | list[int] | None
 ) -> Network:
-    """Loads the named model, or by default DEFAULT_MODEL.
+    """Loads the named model; None: DEFAULT_MODEL.
 
-    If the weights of the default model are not available, the small model replaces it, with a note.
-    A named model is never replaced.
+    If the weights of the default model are not available, the small model is used and a note is
+    printed. A named model is never replaced.
     """
     from ..extraction import Network
     from ..hub import SMALL, PretrainedError
@@ -313,7 +319,7 @@ def load_network(
         if model is not None:
             raise
         note(
-            f"the weights of {DEFAULT_MODEL} are not available ({reason.reason}): using the small "
-            "ViT that comes with srt_ext; choose another with --model or --weights"
+            f"the weights of {DEFAULT_MODEL} are not available ({reason.reason}): using the "
+            "included small ViT; select another model with --model or --weights"
         )
     return Network.load(SMALL, layers=layers)

@@ -1,4 +1,4 @@
-"""``srt-ext features --engine ray``: the features of a data set, by Ray Data."""
+"""``srt-ext features --engine ray``: the features of a data set, with Ray Data."""
 
 from __future__ import annotations
 
@@ -45,31 +45,31 @@ from .common import OutputError
 from .features import Request
 from .plan import TIMED, print_plan
 
-SEED = 0  # of the sample that the basis is fitted on
-REASONS = 10  # that are printed
-FREE = 2  # CPUs beside those of the actors: for Ray's filter of what is done, and the other tasks
+SEED = 0  # of the sample to which the basis is fitted
+REASONS = 10  # reasons of failures that are printed
+FREE = 2  # CPUs that the actors leave to Ray's checkpoint filter and to other tasks
 
 
 class Cluster(NamedTuple):
-    """Where to run: ``address`` of a Ray cluster, or None for one on this machine."""
+    """The cluster: ``address`` of a Ray cluster, or None for a temporary one on this machine."""
 
     address: str | None
     actors: int | None
-    batch: int | None  # pictures of a task
+    batch: int | None  # images per task
     rows_per_file: int | None
 
 
 class Job(NamedTuple):
-    """What to extract. ``arguments`` are those of Features but for the basis."""
+    """The work. ``arguments``: of Features, without ``pca``."""
 
     source: Source
     arguments: dict[str, Any]
     settings: dict[str, str]
-    components: int | np.ndarray | None  # their number, or those of another output: [K, C]
+    components: int | np.ndarray | None  # number, or components [K, C] of another output
 
 
 class Output(NamedTuple):
-    """A folder of any file system."""
+    """A folder on any file system."""
 
     name: str  # as the user wrote it
     files: pyarrow.fs.FileSystem
@@ -90,10 +90,10 @@ def extract(
 ) -> None:
     """Runs the command. ``pca``: a number of components, or the pca.npy of another output."""
     out = Output(output, *filesystem(output))
-    if "?" in out.path:  # Ray takes what follows for a query
-        raise common.fatal(f"--output must not have a ? in its name; got {output}")
+    if "?" in out.path:  # Ray would parse the rest as a query
+        raise common.fatal(f"--output must not contain a ?; got {output}")
     if "memory" in out.files.type_name:
-        raise common.fatal(f"--output must be a place that all processes see; got {output}")
+        raise common.fatal(f"--output must be accessible to all processes; got {output}")
     components = _parse_pca(pca)
     network, _, size, _, settings = request.load()
     settings = {**settings, "pca": _name_of(components)}
@@ -129,23 +129,23 @@ def _parse_pca(pca: str | None) -> int | np.ndarray | None:
 
 
 def _check_channels(job: Job, components: np.ndarray) -> None:
-    """Or every picture would fail."""
+    """Checks the channels of components; otherwise every image would fail."""
     table = Features(**job.arguments)(job.source.sample(1, SEED, quick=True))
     for channels in table["channels"].to_pylist():
         if channels not in (None, components.shape[1]):
-            rule = f"the {channels} channels of the model"
-            raise common.fatal(f"--pca must have {rule}; got those of {components.shape[1]}")
+            rule = f"components of the {channels} channels of the model"
+            raise common.fatal(f"--pca must have {rule}; got {components.shape[1]} channels")
 
 
 def _name_of(components: int | np.ndarray | None) -> str:
-    """For the settings."""
+    """The components as a value in the settings."""
     if isinstance(components, np.ndarray):
         return f"{len(components)} of {hashlib.sha256(components.tobytes()).hexdigest()[:16]}"
     return "none" if components is None else str(components)
 
 
 def _sizes(job: Job) -> Iterator[int | None]:
-    """Extracts a few pictures and yields the bytes of the features of each; None if it failed."""
+    """Extracts a few images and yields the bytes of their features; None if an image failed."""
     extract = Features(**job.arguments)
     sample = job.source.sample(1 + TIMED, SEED, quick=True)
     for row in range(sample.num_rows):
@@ -159,10 +159,10 @@ def _sizes(job: Job) -> Iterator[int | None]:
 
 
 def _write(job: Job, out: Output, cluster: Cluster, retry_failed: bool) -> None:
-    """Writes the features of the pictures that are not done, with Ray's progress bars.
+    """Writes the features of the unfinished images, with Ray's progress bars.
 
     Raises an OutputError if ``out`` has features of other settings, before any work; typer.Exit if
-    pictures failed or the run was interrupted.
+    images failed or the run was interrupted.
     """
     start = time.perf_counter()
     with ExitStack() as stack:
@@ -172,13 +172,13 @@ def _write(job: Job, out: Output, cluster: Cluster, retry_failed: bool) -> None:
         for message in job.source.errors:
             common.error(message)
         if job.source.skipped:
-            common.echo(f"left out: {job.source.skipped}")
+            common.echo(f"ignored: {job.source.skipped}")
         finished, this = _read_complete(out), job.source.fingerprint()
         if started and finished.get("source") == this and not retry_failed:
             failed = finished["failed"]
-            hint = "; --retry-failed tries them again" if failed else ""
+            hint = "; use --retry-failed to retry them" if failed else ""
             common.echo(
-                f"nothing left to do: {finished['done'] - failed} pictures are in {out.name}, "
+                f"nothing left to do: {finished['done'] - failed} images are in {out.name}, "
                 f"{failed} failed{hint}"
             )
             return
@@ -211,7 +211,7 @@ def _run(
     arguments: dict[str, Any],
     placement: dict[str, Any],
 ) -> None:
-    """The pipeline. ``arguments``: of Features. ``placement``: of its actors."""
+    """Runs the pipeline. ``arguments``: of Features. ``placement``: of its actors."""
     context = DataContext.get_current()
     context.checkpoint_config = CheckpointConfig(
         ID,
@@ -221,9 +221,9 @@ def _run(
     )
     try:
         pictures = ray.data.read_datasource(Pictures(source))
-        # Blocks are units of work: what is computed again if an actor is lost.
+        # A block is the unit of work: it is computed again if an actor is lost.
         blocks = pictures.repartition(target_num_rows_per_block=placement["batch_size"])
-        # Ray fuses steps of equal resources. Apart from the actors, files are read ahead.
+        # Ray fuses steps with equal resources. Separate from the actors, files are read ahead.
         loaded = blocks.map_batches(
             read_bytes, batch_format="pyarrow", batch_size=None, num_cpus=0.5
         )
@@ -242,15 +242,16 @@ def _report(written: Written, done: int, out: Output, seconds: float) -> None:
     for reason in written.reasons[:REASONS]:
         common.error(reason)
     common.echo(
-        f"{written.pictures} pictures written, {written.failed} failed, {done} done before",
-        *[f"all reasons are in {out.name.rstrip('/')}/errors"] * bool(written.failed),
+        f"{written.pictures} images written, {written.failed} failed, {done} already done",
+        *[f"the reasons of all failures are in {out.name.rstrip('/')}/errors"]
+        * bool(written.failed),
         f"{written.bytes / 1e9:.2f} GB in {seconds:.1f} s",
         f"wrote to {out.name}",
     )
 
 
 def _batch_size(arguments: dict[str, Any]) -> int:
-    """16, or as many as have fields of 256 MB, in float32 and with the channels of a ViT-B."""
+    """16, or fewer if their fields exceed 256 MB, in float32 with the channels of a ViT-B."""
     cells = ((arguments["size"] or 1024) / arguments["stride"]) ** 2
     return min(16, max(1, int(2**28 / (cells * 768 * 4))))
 
@@ -260,7 +261,7 @@ def _batch_size(arguments: dict[str, Any]) -> int:
 
 @contextmanager
 def _placement(cluster: Cluster) -> Iterator[dict[str, Any]]:
-    """Connects to Ray and yields how the actors that hold the model are placed."""
+    """Connects to Ray and yields the placement of the actors that hold the model."""
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     connected = ray.is_initialized()
     if not connected:
@@ -270,7 +271,7 @@ def _placement(cluster: Cluster) -> Iterator[dict[str, Any]]:
             cpus = cpus_for(max(cores, cluster.actors or 1))
             quiet |= {"num_cpus": cpus, "include_dashboard": False}
         ray.init(address or "local", **quiet)
-    # Plans are not logged; progress is, where there is no terminal for bars.
+    # Plans are not logged. Progress is logged if there is no terminal for bars.
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.INFO)
     try:
@@ -283,15 +284,15 @@ def _placement(cluster: Cluster) -> Iterator[dict[str, Any]]:
 
 
 def cpus_for(actors: int) -> int:
-    """CPUs of a cluster on this machine with as many for actors: what is beside mostly waits."""
+    """CPUs of a cluster on this machine. CPUs in addition to the actors' mostly wait."""
     return actors + max(FREE, -(-actors // 3))
 
 
 def place(nodes: list[dict[str, float]], actors: int | None) -> tuple[int, dict[str, float]]:
-    """The number of actors, and the resources of each, for the resources of the nodes.
+    """The number of actors and the resources of each, for the resources of the nodes.
 
-    They leave a quarter of the CPUs, or FREE, and each fits on one node. Raises a ValueError if
-    there are too many.
+    The actors leave a quarter of the CPUs free, at least FREE. Each actor fits on one node. Raises
+    a ValueError if there are too many actors.
     """
     gpus = sum(int(node.get("GPU", 0)) for node in nodes)
     every = [int(node.get("CPU", 0)) for node in nodes]
@@ -302,7 +303,7 @@ def place(nodes: list[dict[str, float]], actors: int | None) -> tuple[int, dict[
     wanted = actors or gpus or max(1, sum(cpus) // 2)
     fits = [n for n in range(1, cpus[largest] + 1) if sum(cpu // n for cpu in cpus) >= wanted]
     if not fits:
-        rule = f"{max(0, sum(cpus))}, the CPUs that reading and writing leave"
+        rule = f"{max(0, sum(cpus))}, the number of CPUs not used for reading and writing"
         raise ValueError(f"--actors must be at most {rule}; got {wanted}")
     share: dict[str, float] = {"num_cpus": max(fits)}
     if gpus:
@@ -312,16 +313,16 @@ def place(nodes: list[dict[str, float]], actors: int | None) -> tuple[int, dict[
 
 @contextmanager
 def _ray_errors() -> Iterator[None]:
-    """Reports what ends a job in one line."""
+    """Reports the reason why a job ends as one line."""
     try:
         yield
     except KeyboardInterrupt:
-        common.error("interrupted; the same command resumes")
+        common.error("interrupted; run the same command again to resume")
         raise typer.Exit(130) from None
-    except ExecutionTimeoutError as error:  # after 30 minutes; it starts a process again each time
+    except ExecutionTimeoutError as error:  # after 30 minutes of restarting processes
         raise common.fatal(
-            "Ray ended the job: it made no progress. If processes that hold the model die, too "
-            "little memory is likely: use a smaller --batch or --size, or fewer --actors"
+            "Ray ended the job because it made no progress. If processes that hold the model die, "
+            "memory is probably insufficient: use a smaller --batch or --size, or fewer --actors"
         ) from error
     except RayError as error:
         cause = getattr(error, "cause", None) or error
@@ -332,19 +333,19 @@ def _ray_errors() -> Iterator[None]:
 
 
 def _check_settings(job: Job, out: Output) -> bool:
-    """Whether ``out`` was started before; an OutputError if it was with other settings."""
+    """Whether ``out`` was started before. Raises an OutputError if its settings differ."""
     before = read_settings(out.files, out.path)
     if before is None:
         return False
     if others := common.other_settings(before, job.settings):
         raise OutputError(
-            f"{out.name} was made with other settings ({others}): choose another --output"
+            f"{out.name} was written with other settings ({others}): choose another --output"
         )
     return True
 
 
 def _count(out: Output, folder: str) -> int:
-    """The rows of the files in a folder, without those of writes that are not committed."""
+    """The number of rows of the files in a folder, without uncommitted writes."""
     selector = pyarrow.fs.FileSelector(out.file(folder), allow_not_found=True)
     paths = [file.path for file in out.files.get_file_info(selector)]
     with ThreadPoolExecutor(THREADS) as pool:
@@ -354,7 +355,7 @@ def _count(out: Output, folder: str) -> int:
 
 
 def _read_complete(out: Output) -> dict[str, Any]:
-    """The source and the number of pictures of a run that ended; empty if none did."""
+    """The source and the number of images of a finished run; empty if no run has finished."""
     try:
         with out.files.open_input_stream(out.file(COMPLETE)) as file:
             complete: dict[str, Any] = json.loads(file.read())
@@ -364,7 +365,7 @@ def _read_complete(out: Output) -> dict[str, Any]:
 
 
 def _basis(job: Job, out: Output, placement: dict[str, Any], started: bool) -> np.ndarray | None:
-    """[K, C] of --pca; fitted and written before the first field."""
+    """The components [K, C] of --pca, fitted and written before the first field."""
     if job.components is None:
         return None
     if started:

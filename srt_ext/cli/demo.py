@@ -1,4 +1,4 @@
-"""``srt-ext demo``: what SRT does for the small ViT that is included."""
+"""``srt-ext demo``: SRT compared with plain tokens, for the included small ViT."""
 
 from __future__ import annotations
 
@@ -14,21 +14,19 @@ from . import common
 
 @common.user_errors()
 def command(
-    output: Annotated[Path, typer.Option("--output", "-o", help="The picture to write.")] = Path(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Figure to write.")] = Path(
         "srt-demo.png"
     ),
     views: common.Views = "4",
-    scenes: Annotated[
-        int, typer.Option(min=1, max=1000, help="Number of scenes that are scored.")
-    ] = 32,
-    seed: Annotated[int, typer.Option(min=0, help="Another one gives other scenes.")] = 0,
+    scenes: Annotated[int, typer.Option(min=1, max=1000, help="Number of scenes to score.")] = 32,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the scenes.")] = 0,
 ) -> None:
-    """Draws and scores what SRT does for a small ViT that is included; nothing is downloaded.
+    """Compares SRT with plain tokens for an included small ViT; nothing is downloaded.
 
-    Labels are propagated from one frame of a generated scene to a second: each cell takes those of
-    the cell with the most similar features. The exact labels of both frames are known. The scenes
-    were not trained on. The picture shows the first scene with three rods that are clearly visible,
-    and a photograph.
+    Labels are propagated from one frame of a generated scene to a second frame: each cell receives
+    the labels of the cell with the most similar features. The exact labels of both frames are
+    known, and the scenes were not used for training. The figure shows the first scene with three
+    clearly visible rods, and a photograph.
     """
     common.check_output(output, common.FIGURE_SUFFIXES)
     from ..demo.quality import (
@@ -56,8 +54,8 @@ def command(
     common.console.print(table)
     common.echo(
         f"{scenes} scenes of {SIDE} x {SIDE} pixels, labels propagated to a second frame",
-        "solids: mean IoU of all, of those not wider than a patch; outlines: F within a pixel",
-        f"SRT: views {views}; scale {SCALE}: of frames enlarged by {SCALE}",
+        "all solids, thin solids (not wider than a patch): mean IoU; outlines: F within 1 pixel",
+        f"SRT: --views {views}; scale {SCALE}: frames enlarged by {SCALE}",
     )
     photo = to_pixels(open_image(PHOTO), 2 * SIDE)
     names, rows = zip(*evaluation.rows(first_with_rods(first), photo), strict=True)

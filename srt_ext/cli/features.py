@@ -1,4 +1,4 @@
-"""``srt-ext features``: the fields of an image, of a folder or of a data set, in files."""
+"""``srt-ext features``: writes the fields of an image, a folder or a data set to files."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class DType(str, Enum):
 
 
 class Engine(str, Enum):
-    """What runs the extraction of many pictures."""
+    """Engines that run the extraction of many images."""
 
     ray = "ray"
 
 
 class Request(NamedTuple):
-    """What is asked for: the options of the model and of SRT."""
+    """The options of the model and of SRT."""
 
     model: str | None
     weights: Path | None
@@ -50,7 +50,7 @@ class Request(NamedTuple):
     model_dtype: DType
 
     def load(self) -> Extraction:
-        """Loads the model and checks what depends on it."""
+        """Loads the model and checks the options that depend on it."""
         import torch
 
         from ..extraction import Extraction
@@ -85,9 +85,9 @@ def command(
     source: Annotated[
         str,
         typer.Argument(
-            help="A picture that Pillow can read, or a folder of pictures, with its subfolders. "
-            "With --engine also a glob, a Parquet file of paths or bytes, or tar shards "
-            "(WebDataset), each a path or a URL."
+            help="An image file, or a folder of images, including subfolders. With --engine ray "
+            "also a glob, a Parquet file with paths or bytes, or tar shards (WebDataset); each a "
+            "path or a URL."
         ),
     ],
     output: Annotated[
@@ -95,8 +95,8 @@ def command(
         typer.Option(
             "--output",
             "-o",
-            help="A .npz or .safetensors file. For a folder: a folder for .safetensors files. "
-            "With --engine: a folder or a URL for Parquet files.",
+            help="For an image: a .npz or .safetensors file. For a folder: a folder for "
+            ".safetensors files. With --engine ray: a folder or a URL for Parquet files.",
         ),
     ],
     model: common.ModelName = None,
@@ -110,36 +110,36 @@ def command(
     layer: Annotated[
         int | None,
         typer.Option(
-            help="Index of a block or stage; a negative one counts from the end. Default: the last."
+            help="Index of a block or stage; negative: from the end. Default: the last layer."
         ),
     ] = None,
     dtype: Annotated[DType, typer.Option(help="Data type of the output.")] = DType.float32,
     model_dtype: Annotated[
-        DType, typer.Option(help="Data type of the model: bfloat16 is the fast one on GPUs.")
+        DType, typer.Option(help="Data type of the model; bfloat16 is fast on GPUs.")
     ] = DType.float32,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Only the first pictures of the source.")
+        int | None, typer.Option(min=1, help="Use only the first images of the source.")
     ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
             "--dry-run",
-            help="Print the number of pictures, the settings, and the bytes and the time to expect "
-            "from a few that are timed; write nothing.",
+            help="Print the number of images, the settings, and the expected size and time, "
+            "measured on a few images; write nothing.",
         ),
     ] = False,
     retry_failed: Annotated[
         bool,
         typer.Option(
             "--retry-failed",
-            help="Also try the pictures again that failed before. Without --engine they always "
-            "are. (--engine ray)",
+            help="Retry images that failed before. Without --engine ray they are always retried. "
+            "(--engine ray)",
         ),
     ] = False,
     workers: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Processes that decode the pictures of a folder; 0: none. Default: 2."
+            min=0, help="Processes that decode the images of a folder; 0: none. Default: 2."
         ),
     ] = None,
     engine: Annotated[
@@ -149,15 +149,15 @@ def command(
     address: Annotated[
         str | None,
         typer.Option(
-            help="Address of a Ray cluster, or auto. Default: RAY_ADDRESS, or a cluster on this "
-            "machine for this run. (--engine ray)"
+            help="Address of a Ray cluster, or auto. Default: RAY_ADDRESS, or a temporary cluster "
+            "on this machine. (--engine ray)"
         ),
     ] = None,
     actors: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Processes that hold the model. Default: one a GPU, or one for every two CPUs. "
+            help="Processes that hold the model. Default: one per GPU, or one per two CPUs. "
             "(--engine ray)",
         ),
     ] = None,
@@ -165,45 +165,45 @@ def command(
         int | None,
         typer.Option(
             min=1,
-            help="Pictures of a task; those of one size go into one forward. Default: 16, or fewer "
-            "where their fields are large. (--engine ray)",
+            help="Images per task; images of one size are processed in one batch. Default: 16, or "
+            "fewer if their fields are large. (--engine ray)",
         ),
     ] = None,
     rows_per_file: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Pictures in a file, at least: what is computed again after an unfinished write. "
-            "Default: as many as give 256 MB. (--engine ray)",
+            help="Minimum number of images per file; the images of an unfinished file are computed "
+            "again. Default: as many as yield 256 MB. (--engine ray)",
         ),
     ] = None,
     pca: Annotated[
         str | None,
         typer.Option(
-            help="Number of principal components to store in place of the channels, or the pca.npy "
-            "of another output. (--engine ray)"
+            help="Project the fields to this number of principal components, or to the components "
+            "in the pca.npy of another output. (--engine ray)"
         ),
     ] = None,
     column: Annotated[
         str | None,
         typer.Option(
-            help="Column of a Parquet file that has the pictures: paths, bytes, or both. Default: "
-            "bytes, path or image. (--engine ray)"
+            help="Column of a Parquet file with the images: paths, bytes, or both. Default: bytes, "
+            "path or image. (--engine ray)"
         ),
     ] = None,
     key: Annotated[
         str | None,
         typer.Option(
-            help="Column of a Parquet file that names the pictures. Default: key, or the paths. "
-            "(--engine ray)"
+            help="Column of a Parquet file with the names of the images. Default: key, or the "
+            "paths. (--engine ray)"
         ),
     ] = None,
 ) -> None:
-    """Writes the SRT field of photographs: `field` [C, H', W'] and `prefix` [K, C].
+    """Writes the SRT field of images: `field` [C, H', W'] and `prefix` [K, C].
 
-    FOLDER/a/b.jpg becomes OUTPUT/a/b.jpg.safetensors. With --engine the fields are rows of
-    OUTPUT/data/*.parquet. The same command resumes a run that was stopped: it skips the pictures
-    that are done. An OUTPUT with features of other settings is an error.
+    FOLDER/a/b.jpg is written to OUTPUT/a/b.jpg.safetensors. With --engine ray, the fields are rows
+    of OUTPUT/data/*.parquet. Re-running resumes: finished images are skipped. An OUTPUT with
+    features of other settings is an error.
     """
     common.check_inputs(views, weights)
     asked: Any = {"stride": stride, "view_batch": view_batch, "size": size}
@@ -221,7 +221,7 @@ def command(
     }
     if engine is Engine.ray:
         if workers is not None:
-            raise common.fatal("--workers is for one process; with --engine ray use --actors")
+            raise common.fatal("--workers must be omitted with --engine ray; use --actors")
         from ..ray.sources import find
         from .dataset import Cluster, extract
 
@@ -230,7 +230,7 @@ def command(
         extract(found, output, request, cluster, pca, dry_run, retry_failed)
         return
     if given := [name for name, value in for_ray.items() if value is not None]:
-        raise common.fatal(f"{given[0]} needs --engine ray")
+        raise common.fatal(f"{given[0]} requires --engine ray")
     if Path(source).is_dir():
         _folder(
             Path(source), Path(output), request, 2 if workers is None else workers, limit, dry_run
@@ -243,9 +243,9 @@ def _folder(
     folder: Path, output: Path, request: Request, workers: int, limit: int | None, dry_run: bool
 ) -> None:
     if output.suffix.lower() in (".npz", ".safetensors") or output.is_file():
-        raise common.fatal(f"--output must be a folder for the pictures of a folder; got {output}")
+        raise common.fatal(f"--output must be a folder for a folder of images; got {output}")
     if (output / "manifest.json").is_file():
-        raise common.fatal(f"{output} has the output of --engine ray: choose another --output")
+        raise common.fatal(f"{output} is an output of --engine ray: choose another --output")
     from .folder import list_tasks, sizes, write_folder
 
     inside = None if output.resolve() == folder.resolve() else output
@@ -267,7 +267,7 @@ def _folder(
 def _picture(photo: Path, output: Path, request: Request, dry_run: bool) -> None:
     common.check_output(output, (".npz", ".safetensors"))
     if output.suffix.lower() == ".npz" and request.dtype is DType.bfloat16:
-        raise common.fatal(f"--dtype bfloat16 does not exist in .npz files; got {output}")
+        raise common.fatal(f"--dtype bfloat16 is not supported in .npz files; got {output}")
     from ..extraction import to_tensors
     from .folder import save, sizes
 
@@ -288,14 +288,14 @@ def _picture(photo: Path, output: Path, request: Request, dry_run: bool) -> None
     with common.replacing(output.resolve()) as partial:
         if output.suffix.lower() == ".npz":
             arrays: Any = {name: tensor.numpy() for name, tensor in tensors.items()}
-            with partial.open("wb") as file:  # given a path, savez would append a suffix
+            with partial.open("wb") as file:  # savez would append a suffix to a path
                 np.savez(file, **arrays)
         else:
             save(tensors, partial, {**settings, "photo": utf8(photo.name)})
     height, width = pixels.shape[:2]
     shape = " x ".join(str(n) for n in tensors["field"].shape)
     common.echo(
-        f"picture {width} x {height}, scale {srt.scale:g}, {count} views, field {shape}",
+        f"image {width} x {height}, scale {srt.scale:g}, {count} views, field {shape}",
         common.timing(network.backbone.seconds, seconds),
         f"wrote {output}",
     )

@@ -1,4 +1,4 @@
-"""The features of a folder of images: decoded by workers, written atomically, resumable."""
+"""Writes the features of a folder of images: decoding by workers, atomic files, resumable."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from .common import OutputError
 
 
 def _decode(path: Path, size: int) -> torch.Tensor | str:
-    """[H, W, 3] uint8, or why the file cannot be decoded."""
+    """[H, W, 3] uint8, or the reason why the file cannot be decoded."""
     try:
         return torch.from_numpy(to_pixels(open_image(path), size))
     except ImageError as error:  # its message names the file
         return str(error)
-    except Exception as error:  # mostly too little memory
+    except Exception as error:  # usually insufficient memory
         return f"{path}: {describe(error)}"
 
 
 class _Pixels(Dataset[Any]):
-    """Decoded images: [H, W, 3] uint8, or why a file cannot be decoded.
+    """Decoded images: [H, W, 3] uint8, or the reason why a file cannot be decoded.
 
-    Workers return images in shared memory, not through a pipe: a worker would block on a full pipe
-    forever if the run is killed. They return None if shared memory is full (/dev/shm in a
-    container); torch's workers would lose the error, and the run would wait forever.
+    Workers return images in shared memory, not through a pipe: after the run is killed, a worker
+    would block on a full pipe forever. They return None if shared memory is full (/dev/shm in a
+    container), because torch's workers would lose the error, and the run would wait forever.
     """
 
     def __init__(self, paths: list[Path], size: int) -> None:
@@ -65,11 +65,11 @@ def _no_collate(item: Any) -> Any:
 
 
 def _load(paths: list[Path], size: int, workers: int) -> Iterator[torch.Tensor | str]:
-    """Yields decoded images, or why a file cannot be decoded, as _decode.
+    """Yields decoded images, or the reason why a file cannot be decoded, as _decode.
 
-    This process decodes the images that a worker cannot return, and all of them if /dev/shm is full
-    or read-only, or if few files can be open: each image in shared memory is one, and a worker that
-    cannot open it would be waited for.
+    This process decodes the images that a worker cannot return. It decodes all images if /dev/shm
+    is full or read-only, or if the limit of open files is low: each image in shared memory is an
+    open file, and the run would wait forever for a worker that cannot open it.
     If a worker dies, a new one retries its image alone.
     """
     if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 64 + 8 * workers or not _has_semaphores():
@@ -86,14 +86,14 @@ def _load(paths: list[Path], size: int, workers: int) -> Iterator[torch.Tensor |
                 yield _decode(paths[done], size) if item is None else item
             except _WorkerError as error:
                 yield (
-                    f"{paths[done]}: the process that decoded it died ({error}). Too little "
-                    "memory or /dev/shm is possible: use fewer --workers"
+                    f"{paths[done]}: the decoding process died ({error}), possibly because memory "
+                    "or /dev/shm is full: use fewer --workers"
                 )
             done += 1
 
 
 def _has_semaphores() -> bool:
-    """Whether a queue to a worker can be made: its semaphores are files in /dev/shm."""
+    """Whether a queue to a worker can be created: its semaphores are files in /dev/shm."""
     try:
         torch.multiprocessing.get_context().BoundedSemaphore(1)
     except OSError:
@@ -102,7 +102,7 @@ def _has_semaphores() -> bool:
 
 
 def _be_quiet(_worker: int) -> None:
-    """Discards what libtiff and others write to stderr, in the middle of our lines."""
+    """Discards messages of libtiff and others on stderr, which would break the printed lines."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
@@ -113,7 +113,7 @@ class _WorkerError(RuntimeError):
 def _from_workers(paths: list[Path], size: int, workers: int) -> Iterator[Any]:
     settings: Any = {"num_workers": workers, "collate_fn": _no_collate, "worker_init_fn": _be_quiet}
     items = iter(DataLoader(_Pixels(paths, size), batch_size=None, **settings))
-    # torch's handler would raise during the features of another picture, not here.
+    # torch's handler would raise while the features of another image are computed, not here.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     while True:
         try:
@@ -129,7 +129,7 @@ class _Task(NamedTuple):
     path: Path
     target: Path
     metadata: dict[str, str]
-    again: bool  # the image has changed since it was written
+    again: bool  # the image has changed since its features were written
 
 
 def write_folder(
@@ -137,13 +137,16 @@ def write_folder(
 ) -> None:
     """Writes the features of the images in a folder, with a progress bar and a summary.
 
-    ``a/b.jpg`` becomes ``OUT/a/b.jpg.safetensors``, so that ``b.png`` has another name. The
-    metadata of each file has the settings. Finished files are skipped. Images that fail are
+    ``a/b.jpg`` is written to ``OUT/a/b.jpg.safetensors``, a name that differs from ``b.png``'s. The
+    metadata of each file contains the settings. Finished files are skipped. Images that fail are
     reported and skipped.
 
-    ``out`` may be ``folder`` or be inside it. Existing files are replaced, and links are not
-    followed. Raises an OutputError if ``out`` has features of other settings, before any work, or
-    cannot be written; typer.Exit if images failed or the run was interrupted.
+    ``out`` may be ``folder`` or a folder in it. Existing files are replaced; links are not
+    followed.
+
+    Raises:
+        OutputError: ``out`` has features of other settings (before any work), or cannot be written.
+        typer.Exit: images failed, or the run was interrupted.
     """
     tasks = list_tasks(folder, found, out, extraction.settings)
     common.remove_partials(task.target for task in tasks)
@@ -153,24 +156,24 @@ def write_folder(
         common.error(message)
     start = time.perf_counter()
     try:
-        with common.progress_bar("pictures", len(found.files)) as progress:
+        with common.progress_bar("images", len(found.files)) as progress:
             progress(done)
             for result in _write_all(tasks, extraction, workers):
                 written.append(result)
                 progress(done + len(written))
     except KeyboardInterrupt:
-        common.error("interrupted; the same command resumes")
+        common.error("interrupted; run the same command again to resume")
         raise typer.Exit(130) from None
     finally:
         again, skipped = sum(task.again for task in tasks), found.skipped_kinds()
-        changed = f" ({again} because the picture has changed)" if again else ""
+        changed = f" ({again} because the image has changed)" if again else ""
         sizes = [result for result in written if result is not None]
         common.echo(
-            f"{len(found.files)} pictures: {len(sizes)} written{changed}, "
+            f"{len(found.files)} images: {len(sizes)} written{changed}, "
             f"{done} skipped (already done), {written.count(None)} failed",
-            *[f"left out: {skipped}"] * bool(skipped),
+            *[f"ignored: {skipped}"] * bool(skipped),
             f"{sum(sizes) / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s, "
-            f"{extraction.network.backbone.seconds:.1f} s of it in the model",
+            f"of which model {extraction.network.backbone.seconds:.1f} s",
             f"wrote to {out}",
         )
     if None in written or found.errors:
@@ -178,7 +181,7 @@ def write_folder(
 
 
 def list_tasks(folder: Path, found: Found, out: Path, settings: dict[str, str]) -> list[_Task]:
-    """The images that are not finished."""
+    """The images whose features are not finished."""
     targets = {out / f"{path.relative_to(folder)}.safetensors": path for path in found.files}
     finished = _finished(out, targets, settings)
     tasks = []
@@ -190,7 +193,7 @@ def list_tasks(folder: Path, found: Found, out: Path, settings: dict[str, str]) 
 
 
 def _write_all(tasks: list[_Task], extraction: Extraction, workers: int) -> Iterator[int | None]:
-    """Yields the bytes written for each image, or None if it failed, which is reported."""
+    """Yields the bytes written for each image, or None if it failed; failures are reported."""
     network, srt, size, dtype, _ = extraction
     loaded = _load([task.path for task in tasks], size, workers)
     for task, pixels in zip(tasks, loaded, strict=True):
@@ -201,7 +204,7 @@ def _write_all(tasks: list[_Task], extraction: Extraction, workers: int) -> Iter
             _check_name(task.target)
             tensors = to_tensors(srt(network.image(pixels.numpy())), dtype)
             written = _write(task.target, tensors, task.metadata)
-        except Exception as error:  # an image must not end the run
+        except Exception as error:  # a failed image does not end the run
             if isinstance(error, OutputError) and error.errno not in _OF_ONE_NAME:
                 raise
             named = isinstance(error, (ImageError, OutputError))
@@ -221,18 +224,18 @@ def sizes(paths: list[Path], extraction: Extraction) -> Iterator[int | None]:
 
 
 def _finished(out: Path, targets: Any, settings: dict[str, str]) -> dict[Path, dict[str, str]]:
-    """The metadata of the files in ``out``; an OutputError if one has other settings."""
+    """The metadata of the files in ``out``. Raises an OutputError if one has other settings."""
     metadata_of = {}
     for path in sorted({*targets, *find_files(out, (".safetensors",)).files}):
         try:
             metadata = _metadata(path)
         except (OSError, SafetensorError):
-            continue  # absent or broken: written again if it is one of the targets
+            continue  # absent or damaged: written again if it is a target
         if path not in targets and "srt_ext" not in metadata:
             continue  # not written by srt_ext
         if others := common.other_settings(metadata, settings):
             raise OutputError(
-                f"{path} was made with other settings ({others}): choose another --output, or "
+                f"{path} was written with other settings ({others}): choose another --output, or "
                 f"remove the features in {out}"
             )
         metadata_of[path] = metadata
@@ -240,7 +243,7 @@ def _finished(out: Path, targets: Any, settings: dict[str, str]) -> dict[Path, d
 
 
 def _metadata(path: Path) -> dict[str, str]:
-    """The metadata of a .safetensors file; raises an error if the file is not complete."""
+    """The metadata of a .safetensors file. Raises an error if the file is incomplete."""
     if not path.is_file():  # reading a pipe may never end
         raise FileNotFoundError(path)
     with path.open("rb") as file, safe_open(by_descriptor(file), "pt") as tensors:
@@ -248,7 +251,7 @@ def _metadata(path: Path) -> dict[str, str]:
 
 
 def _file_version(path: Path) -> dict[str, str]:
-    """Size and modification time, which show that an image has changed."""
+    """Size and modification time, to detect that an image has changed."""
     try:
         state = path.stat()
     except OSError:  # absent or a broken link: reported when it is opened
@@ -257,10 +260,10 @@ def _file_version(path: Path) -> dict[str, str]:
 
 
 def save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Writes dense tensors to a .safetensors file; raises an OSError if it cannot be written.
+    """Writes dense tensors to a .safetensors file. Raises an OSError if this fails.
 
-    The function of safetensors writes metadata in random order, so the bytes of the same features
-    would differ from run to run.
+    safetensors.torch.save_file writes metadata in random order, so that files of the same features
+    would differ.
     """
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
@@ -278,7 +281,7 @@ def save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str])
 
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
-# Errors that only one name causes. Others, such as a full disk, would fail for every file.
+# Errors that only concern one name. Others, such as a full disk, would occur for every file.
 _OF_ONE_NAME = {
     *(errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL, errno.ELOOP),
     *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOENT),
@@ -287,7 +290,7 @@ _OF_ONE_NAME = {
 
 
 def _check_name(target: Path) -> None:
-    """Raises an OutputError if the name of the target is not possible, before the model runs."""
+    """Raises an OutputError if the name of the target is invalid, before the model runs."""
     try:
         target.lstat()
     except FileNotFoundError:
@@ -297,7 +300,7 @@ def _check_name(target: Path) -> None:
 
 
 def _write(target: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> int:
-    """Returns the number of bytes written."""
+    """Writes tensors to ``target``. Returns the number of bytes."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

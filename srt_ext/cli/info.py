@@ -1,4 +1,4 @@
-"""``srt-ext info``: versions, backends, and what is missing."""
+"""``srt-ext info``: versions, available backends, and the reasons why others are missing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKAGES = ("timm", "transformers", "torchvision", "PIL", "safetensors", "sklear
 
 
 def command() -> None:
-    """Tells the version, the backends and what they run on, and why anything is missing."""
+    """Prints versions, the available backends, and the reasons why others are not available."""
     rows = {
         "srt_ext": __version__,
         "python": f"{platform.python_version()}, {platform.machine()}",
@@ -29,14 +29,14 @@ def command() -> None:
     }
     table = Table(show_header=False, box=None)
     for name, value in rows.items():
-        table.add_row(name, Text(value))  # no markup: reasons hold brackets
+        table.add_row(name, Text(value))  # no markup: reasons may contain brackets
     console.print(table)
 
 
 def _version(package: str) -> str:
     try:
         return str(import_module(package).__version__)
-    except Exception as error:  # whatever a broken package raises
+    except Exception as error:  # a broken package may raise anything
         return f"not available: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
@@ -55,7 +55,7 @@ def _cuda() -> str:
     import torch
 
     if not torch.cuda.is_available():
-        return "kernels loaded, but torch finds no GPU"
+        return "kernels loaded, but torch does not find a GPU"
     gpus = (torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     return f"{', '.join(gpus)} (CUDA {torch.version.cuda})"
 
@@ -75,6 +75,6 @@ def _default_model() -> str:
         from ..hub import cached_weights
 
         cached = cached_weights(DEFAULT_MODEL) is not None
-    except Exception as error:  # as above
+    except Exception as error:  # as in _version
         return f"{DEFAULT_MODEL}: not available: {type(error).__name__}: {error}"
-    return f"{DEFAULT_MODEL}: {'in' if cached else 'not in'} the hub's cache"
+    return f"{DEFAULT_MODEL}: {'downloaded' if cached else 'not downloaded yet'}"

@@ -1,4 +1,4 @@
-"""``srt-ext features --dry-run``: what a run would do, from a few pictures that are timed."""
+"""``srt-ext features --dry-run``: estimates a run from a few timed images."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from statistics import median
 
 from . import common
 
-TIMED = 4  # pictures, after the first, which is slower
+TIMED = 4  # images, after the first one, which is slower
 
 
 def print_plan(
-    pictures: int, exact: bool, done: int, settings: dict[str, str], sizes: Iterator[int | None]
+    images: int, exact: bool, done: int, settings: dict[str, str], sizes: Iterator[int | None]
 ) -> None:
-    """Prints the number of pictures, the settings, and the bytes and seconds to expect.
+    """Prints the number of images, the settings, and the expected bytes and seconds.
 
     Args:
-        pictures: of the source, ``done`` of them already.
-        exact: ``pictures`` is not an estimate.
+        images: number of images in the source.
+        exact: ``images`` is not an estimate.
+        done: number of finished images.
         settings: as in the metadata of the output.
-        sizes: extracts a picture at each step and yields the bytes of its features, or None if it
-            failed.
+        sizes: an iterator that extracts one image per step and yields the bytes of its features, or
+            None if it failed.
     """
     timed = []
     start = time.perf_counter()
@@ -33,19 +34,19 @@ def print_plan(
         start = now
     about = "" if exact else "about "
     common.echo(
-        f"{about}{pictures} pictures, {done} of them done",
+        f"{about}{images} images, {done} of them done",
         ", ".join(f"{name} {value}" for name, value in settings.items()),
     )
     if not timed:
-        raise common.fatal("none of the pictures that were tried could be read")
+        raise common.fatal("none of the tested images could be read")
     seconds = median(second for second, _ in timed[1:] or timed)
     mean = sum(size for _, size in timed) / len(timed)
-    left = max(0, pictures - done)
+    left = max(0, images - done)
     common.echo(
-        f"about {_bytes(mean)} a picture, {_bytes(mean * pictures)} in all",
-        f"about {seconds:.2g} s a picture in one process on this machine: "
-        f"{timedelta(seconds=round(seconds * left))} for the {left} that are left",
-        f"from {len(timed)} pictures; nothing was written",
+        f"about {_bytes(mean)} per image, {_bytes(mean * images)} in total",
+        f"about {seconds:.2g} s per image in one process on this machine: "
+        f"{timedelta(seconds=round(seconds * left))} for the {left} remaining images",
+        f"measured on {len(timed)} images; nothing was written",
     )
 
 

@@ -1,4 +1,4 @@
-"""``srt-ext show``: an image or a video, its tokens and SRT's fields."""
+"""``srt-ext show``: draws an image or a video, its tokens and its SRT fields."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def command(
     photo: Annotated[
         Path,
         typer.Argument(
-            help="A picture that Pillow can read, or a folder with the frames of a video, in the "
-            "order of the numbers in their names."
+            help="An image file, or a folder with the frames of a video, in the order of the "
+            "numbers in their names."
         ),
     ],
     output: Annotated[
@@ -35,8 +35,8 @@ def command(
         typer.Option(
             "--output",
             "-o",
-            help="The picture to write (srt.png). For a video: a .gif or .webp (srt.gif), or a new "
-            "folder of frames, which suits a long video.",
+            help="Figure to write. Default: srt.png. For a video: a .gif or .webp file (default: "
+            "srt.gif), or a new folder for the frames of a long video.",
             show_default=False,
         ),
     ] = None,
@@ -51,27 +51,27 @@ def command(
     layer: Annotated[
         list[int] | None,
         typer.Option(
-            help="Index of a block or stage; negative ones count from the end. Repeat it for more "
-            "rows. Default: the last.",
+            help="Index of a block or stage; negative: from the end. Repeat the option for several "
+            "rows. Default: the last layer.",
             show_default=False,
         ),
     ] = None,
     noise: Annotated[
-        bool, typer.Option("--noise", help="Also draw the noise map: how much the views differ.")
+        bool, typer.Option("--noise", help="Also draw the noise map: the spread of the views.")
     ] = False,
     query: Annotated[
         str | None,
         typer.Option(
-            help="Also draw the cosine similarity to the features at x,y, in pixels of the picture "
+            help="Also draw the cosine similarity to the features at x,y, in pixels of the image "
             "(for a video: of the first frame)."
         ),
     ] = None,
-    fps: Annotated[float, typer.Option(min=0.1, max=50, help="Frames a second of a video.")] = 10,
+    fps: Annotated[float, typer.Option(min=0.1, max=50, help="Frames per second of a video.")] = 10,
 ) -> None:
-    """Draws a photograph, its plain tokens, the same upsampled, and SRT's mean and median.
+    """Draws an image, its plain tokens, the upsampled tokens, and SRT's mean and median.
 
-    All panels of a layer share a PCA basis, and each layer has a row. A video uses the basis of its
-    first frame. The tokens of all views are kept in memory.
+    Each layer has a row, and the panels of a row share a PCA basis. All frames of a video use the
+    basis of the first frame. The tokens of all views are kept in memory.
     """
     video = photo.is_dir()
     output = output or Path("srt.gif" if video else "srt.png")
@@ -105,7 +105,7 @@ def draw_photo(
     names: list[str],
     output: Path,
 ) -> None:
-    """pixels: [H, W, 3] uint8; names: those of the rows."""
+    """Writes the figure of pixels [H, W, 3] uint8. ``names``: of the rows."""
     from ..viz import draw
 
     count = len(comparison.srt.views.offsets)
@@ -114,29 +114,29 @@ def draw_photo(
     common.save_figure(draw(rows, names), output, dpi=150)
     height, width = pixels.shape[:2]
     common.echo(
-        f"picture {width} x {height}, scale {comparison.srt.scale:g}, {count} views",
+        f"image {width} x {height}, scale {comparison.srt.scale:g}, {count} views",
         common.timing(network.backbone.seconds, comparison.srt_seconds),
         f"wrote {output}",
     )
 
 
 def write_video(found: Found, frames: Iterator[Any], output: Path, fps: float) -> None:
-    """Writes the frames and prints a summary; raises typer.Exit if any failed."""
+    """Writes the frames and prints a summary. Raises typer.Exit if any frame failed."""
     written = write_frames(frames, output, fps)
     if not written:
         raise common.fatal(f"none of {len(found.files)} frames could be drawn")
     failed = len(found.files) - written
     if skipped := found.skipped_kinds():
-        common.echo(f"left out: {skipped}")
+        common.echo(f"ignored: {skipped}")
     common.echo(f"{written} frames, {failed} skipped", f"wrote {output}")
     if failed:
         raise typer.Exit(1)
 
 
 def make_frame_folder(folder: Path) -> None:
-    """It must be empty: frames of an earlier, longer video would seem to belong to this one."""
+    """Creates the folder. It must be empty, so that no frames of an earlier video remain."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise common.fatal(f"{folder} must be a new folder, or an empty one")
+        raise common.fatal(f"{folder} must be a new or empty folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -144,29 +144,29 @@ def make_frame_folder(folder: Path) -> None:
 
 
 def first_readable(paths: list[Path]) -> Any:
-    """The first image of a video, as :func:`open_image`; an ImageError if none can be read."""
+    """The first readable frame of a video, as :func:`open_image`, or an ImageError."""
     for path in paths:
         with suppress(ImageError):
             return open_image(path)
-    raise ImageError(f"none of {len(paths)} frames is a readable picture, for example {paths[0]}")
+    raise ImageError(f"none of {len(paths)} frames is a readable image, for example {paths[0]}")
 
 
 def parse_query(text: str, size: tuple[int, int]) -> tuple[float, float]:
-    """``x,y`` in an image of (width, height) -> the middle of the pixel, as fractions of both."""
+    """``x,y`` in an image of (width, height) -> the centre of the pixel, as fractions of both."""
     match = re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*", text)
     if match is None:
         raise common.fatal(f"--query must be x,y in whole pixels, such as 120,80; got {text}")
     x, y = int(match[1]), int(match[2])
     if x >= size[0] or y >= size[1]:
         rule = f"x from 0 to {size[0] - 1}, y from 0 to {size[1] - 1}"
-        raise common.fatal(f"--query must lie in the picture, {rule}; got {text}")
+        raise common.fatal(f"--query must be in the image, {rule}; got {text}")
     return (x + 0.5) / size[0], (y + 0.5) / size[1]
 
 
 def draw_frames(
     paths: list[Path], comparison: Comparison, network: Network, names: list[str], size: int
 ) -> Iterator[Any]:
-    """Yields a frame, an image of Pillow, for each path.
+    """Yields a frame, as an image of Pillow, for each path.
 
     Images that fail or differ in size from the first are reported and skipped.
     """
@@ -179,11 +179,11 @@ def draw_frames(
                 image = open_image(path)
                 first_size = first_size or image.size
                 if image.size != first_size:
-                    rule = "frames must be of one size, {} x {}".format(*first_size)
+                    rule = "frames must have the same size, {} x {}".format(*first_size)
                     raise ImageError("{}; {} is {} x {}".format(rule, path, *image.size))
                 pixels = to_pixels(image, size)
                 frame = render(draw(comparison(network.image(pixels), pixels), names))
-            except Exception as error:  # one frame never ends the video
+            except Exception as error:  # a failed frame does not end the video
                 named = isinstance(error, ImageError)
                 reason = str(error) if named else f"{path}: {describe(error)}"
                 common.error(f"{reason}; skipped")
@@ -195,8 +195,8 @@ def draw_frames(
 def write_frames(frames: Iterator[Any], output: Path, fps: float) -> int:
     """Writes images of Pillow, all of one size, and returns their number.
 
-    A .gif or .webp is an animation of ``fps`` frames per second; all frames are kept in memory. A
-    folder gets 00000.png and so on, each as soon as it is drawn.
+    A .gif or .webp is an animation of ``fps`` frames per second; all frames are kept in memory. In
+    a folder, the frames are written as 00000.png and so on as soon as they are drawn.
     """
     if not output.suffix:
         count = 0

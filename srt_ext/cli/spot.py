@@ -1,4 +1,4 @@
-"""``srt-ext spot``: sub-pixel windows on a photograph."""
+"""``srt-ext spot``: draws sub-pixel windows on an image."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ Placement = Literal["isotropic", "uniform", "gauss", "sobol", "center", "edge", 
 
 @common.user_errors()
 def command(
-    photo: Annotated[Path, typer.Argument(help="A picture that Pillow can read.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The picture to write.")] = Path(
+    photo: Annotated[Path, typer.Argument(help="An image file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Figure to write.")] = Path(
         "spot.png"
     ),
     model: common.ModelName = None,
@@ -34,15 +34,15 @@ def command(
     placement: Annotated[
         Placement,
         typer.Option(
-            help="Where they are placed. salient: by --mask; grid: patches of the model, drawn "
-            "without replacement."
+            help="Placement of the windows. salient: with the density of --mask; grid: patches of "
+            "the model, drawn without replacement."
         ),
     ] = "isotropic",
     mask: Annotated[
         Path | None,
         typer.Option(
-            help="For salient: a picture, scaled to the photograph, whose brightness is the "
-            "density of the windows. Default: the gradient magnitude of the photograph.",
+            help="For salient: an image, scaled to the size of PHOTO, whose brightness is the "
+            "density of the windows. Default: the gradient magnitude of PHOTO.",
             show_default=False,
         ),
     ] = None,
@@ -50,23 +50,25 @@ def command(
         int,
         typer.Option(
             min=0,
-            help="Steps of Adam that move the windows so that the output of the model comes near "
-            "to that of all its patches; their paths are drawn.",
+            help="Steps of Adam that move the windows, so that the output of the model approaches "
+            "its output for all patches; the paths of the windows are drawn.",
         ),
     ] = 0,
-    lr: Annotated[float, typer.Option(help="Pixels of a step of the search, > 0.")] = 3.0,
+    lr: Annotated[
+        float, typer.Option(help="Learning rate of --search, about the pixels per step; > 0.")
+    ] = 3.0,
     size: common.Size = 448,
-    seed: Annotated[int, typer.Option(min=0, help="Of the random placements.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random placements.")] = 0,
 ) -> None:
-    """Draws the windows that a ViT would see in place of its patches, and scores its output.
+    """Draws the windows on which a ViT runs instead of its patches, and scores its output.
 
-    The picture is cropped to whole patches at the right and at the bottom. The score is the cosine
-    similarity of the output (logits, or features of a model without a classifier; the mean where
-    there is one for each token) to that of all patches.
+    The image is cropped to whole patches at the right and at the bottom. The score is the cosine
+    similarity to the output for all patches. The output is the logits, or the features of a model
+    without a classifier, averaged over the tokens if they are per token.
     """
     common.check_output(output, common.FIGURE_SUFFIXES, [photo, *filter(None, [mask])])
     if mask is not None and placement != "salient":
-        raise common.fatal(f"--mask needs --placement salient; got {placement}")
+        raise common.fatal(f"--mask requires --placement salient; got {placement}")
     if search and not 0 < lr < math.inf:
         raise common.fatal(f"--lr must be > 0, and finite; got {lr}")
     from ..viz import draw_windows
@@ -98,16 +100,16 @@ def subpixel(network: Network) -> Subpixel:
 
 
 def whole_patches(pixels: np.ndarray, patch: tuple[int, int]) -> np.ndarray:
-    """[H, W, 3] without what is left of the last row and column of patches."""
+    """[H, W, 3], cropped to whole patches."""
     height, width = (n - n % p for n, p in zip(pixels.shape, patch, strict=False))
     if not height or not width:
         shown = "{} x {}".format(*pixels.shape[1::-1])
-        raise common.fatal(f"the picture must have at least one patch; got {shown} pixels")
+        raise common.fatal(f"the image must have at least one patch; got {shown} pixels")
     return pixels[:height, :width].copy()
 
 
 def read_mask(path: Path, size: tuple[int, ...]) -> np.ndarray:
-    """[H, W] uint8, the brightness of a picture scaled to ``size``."""
+    """[H, W] uint8, the brightness of an image scaled to ``size``."""
     from PIL import Image
 
     grey = open_image(path).convert("L")
@@ -115,7 +117,7 @@ def read_mask(path: Path, size: tuple[int, ...]) -> np.ndarray:
 
 
 def gradient_magnitude(pixels: np.ndarray) -> np.ndarray:
-    """[H, W], of the brightness."""
+    """[H, W], the gradient magnitude of the brightness."""
     grey = pixels.astype(np.float64) @ (0.299, 0.587, 0.114)
     dy, dx = np.gradient(np.pad(grey, 1, "edge"))
     magnitude: np.ndarray = np.hypot(dy, dx)[1:-1, 1:-1]
@@ -126,9 +128,9 @@ def check_density(density: np.ndarray, mask: Path | None) -> None:
     if density.any():
         return
     if mask is not None:
-        raise common.fatal(f"--mask {mask} must not be black all over the picture that is drawn")
+        raise common.fatal(f"--mask {mask} must not be black everywhere in the image")
     raise common.fatal(
-        "--placement salient: the photograph has no gradient; use another placement or --mask"
+        "--placement salient: the image has no gradient; use another placement or --mask"
     )
 
 
@@ -140,7 +142,7 @@ def place(
     seed: int,
     density: np.ndarray | None,
 ) -> torch.Tensor:
-    """[n, 2] (y, x) in pixels of a picture of ``size``; density [H, W], for salient."""
+    """[n, 2], (y, x) in pixels of an image of ``size``. density: [H, W], for salient."""
     import torch
 
     from .. import spot
@@ -155,7 +157,10 @@ def place(
 def approach(
     vit: Subpixel, image: torch.Tensor, start: torch.Tensor, steps: int, lr: float
 ) -> Search:
-    """The search for the output of all patches, image [1, 3, H, W]; its loss is 1 - cosine."""
+    """Searches windows of image [1, 3, H, W] for the output of all patches.
+
+    The loss is 1 - cosine.
+    """
     import torch
 
     from .. import spot
@@ -190,7 +195,7 @@ def report(
     best, steps = int(found.best[0]), len(similarity) - 1
     after = f", {similarity[best]:.3f} after {best} of {steps} steps" if steps else ""
     common.echo(
-        f"picture {width} x {height}, {tokens} windows of {patch[1]} x {patch[0]}, {placement}",
-        f"cosine to the output of all {patches} patches: {similarity[0]:.3f}{after}",
+        f"image {width} x {height}, {tokens} windows of {patch[1]} x {patch[0]}, {placement}",
+        f"cosine to the output for all {patches} patches: {similarity[0]:.3f}{after}",
         f"wrote {output}",
     )

@@ -1,4 +1,4 @@
-"""Extraction of a data set on Ray Data. :class:`Features` itself needs pyarrow and torch alone."""
+"""Extraction of a data set on Ray Data. :class:`Features` only needs pyarrow and torch."""
 
 from .features import Features
 

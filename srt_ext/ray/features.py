@@ -1,4 +1,4 @@
-"""The features of a batch of encoded pictures: the step of a Ray data set that runs the model."""
+"""The features of a batch of encoded images: the step of a Ray data set that runs the model."""
 
 from __future__ import annotations
 
@@ -25,84 +25,87 @@ from ..srt import SRT
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std
-LARGEST = 2**31  # bytes of a field, which are one value
+LARGEST = 2**31  # bytes of one value, here a field
 _WHERE = "Features"
-_KEYS = ("key", "__key__", "path")  # columns that name a picture, the first that there is
+_KEYS = ("key", "__key__", "path")  # columns that name an image; the first existing one is used
 _MODEL_SETTINGS = ("norm", "patch", "prefix")  # of SRT
 _MADE = FIELDS.remove(FIELDS.get_field_index("key"))
 
 
 class Features:
-    """Decodes pictures, runs :class:`srt_ext.SRT`, and returns one field for each.
+    """Decodes images, runs :class:`srt_ext.SRT`, and returns one field for each image.
 
-    A callable for ``map_batches`` of a Ray data set; each actor makes one, which holds the model.
-    It needs no Ray itself. Pictures that have one size go through the model together.
+    A callable for ``map_batches`` of a Ray data set; each actor creates one, which holds the model.
+    The class does not need Ray. Images of one size are processed in one batch.
 
     Method: Lao et al., "Sub-token ViT Embedding via Stochastic Resonance Transformers", ICML 2024.
 
     Args:
         model: a name, as for ``srt-ext features --model``: a model of timm, ``local-dir:FOLDER``,
-            ``hf-hub:OWNER/NAME`` or ``small``. Or a ``torch.nn.Module``, of which a copy in eval
-            mode is used: Ray sends it to all actors, so that only the driver needs its weights.
-        weights: a .safetensors state dict for a model by name, in place of its pretrained weights.
-        layer: the index of a block or stage, or, with ``patch``, the name of a module. None: the
-            last.
-        size: pixels. Pictures whose longer side is larger are reduced to it; 0: never.
+            ``hf-hub:OWNER/NAME`` or ``small``. Or a ``torch.nn.Module``, which is copied and put in
+            eval mode; Ray sends it to all actors, so that only the driver needs its weights.
+        weights: a .safetensors state dict for a model by name. None: the pretrained weights.
+        layer: index of a block or stage, or, with ``patch``, the name of a module. None: the last
+            layer.
+        size: images whose longer side has more pixels are reduced to this size; 0: never.
         dtype: of the field and the prefix: ``float32``, ``float16`` or ``bfloat16``.
-        mean, std: of a module's pictures, one number or one a channel, for pixels in 0 .. 1. None:
-            ImageNet's. A model by name has its own.
-        pca: components [K, C], or the path or URL of a .npy file that has them in float32: the
-            field is projected, to components @ x in every cell. The prefix is not.
-        column: name of the column that has the encoded pictures (JPEG, PNG, ...).
-        device: None: ``cuda`` if there is one, else ``cpu``. Ray hides the GPUs of actors that ask
-            for none with ``num_gpus``.
+        mean, std: normalisation for a module, one number or one per channel, for pixels in 0 .. 1.
+            None: the values of ImageNet. Omit them for a model by name.
+        pca: components [K, C], or the path or URL of a .npy file of them in float32. The field is
+            projected to components @ x in every cell; the prefix is not projected.
+        column: name of the column with the encoded images (JPEG, PNG, ...).
+        device: None: ``cuda`` if available, otherwise ``cpu``. Ray hides the GPUs from actors
+            without ``num_gpus``.
         settings: arguments of :class:`srt_ext.SRT`, such as ``quality``, ``views``, ``scale``,
-            ``stride`` (one for both axes), ``view_batch``, ``reduce``; not ``layers``, ``inject``.
+            ``stride`` (one integer), ``view_batch``, ``reduce``; not ``layers`` or ``inject``.
 
-    Calling it with a batch, a ``pyarrow.Table`` or a dict of NumPy arrays, gives a table with the
-    same rows. ``column`` is dropped, all other columns are kept; one with a name of the following
-    becomes ``source_NAME``:
+    Calling it with a batch, a ``pyarrow.Table`` or a dict of NumPy arrays, returns a table with the
+    same rows. ``column`` is dropped; all other columns are kept, and renamed to ``source_NAME`` if
+    they have the name of one of these new columns:
 
-    - ``height``, ``width``: cells of the field. ``stride``: pixels a cell, of the picture after
-      ``size``, before ``scale``. ``channels``: of the field, C, or K with ``pca``. ``dtype``.
+    - ``height``, ``width``: cells of the field.
+    - ``stride``: pixels per cell, of the image after ``size`` and before ``scale``.
+    - ``channels``: channels of the field: C, or K with ``pca``.
+    - ``dtype``: as the argument.
     - ``field``: bytes in C order, [height, width, channels].
-    - ``prefix``: bytes in C order, [n, C], class and register tokens; null if the model has none.
-    - ``image_height``, ``image_width``: pixels of the picture, upright, before ``size``.
-    - ``reason``: null, or why the picture has no field, in one line; then the others are null.
+    - ``prefix``: bytes in C order, [n, C], class and register tokens; null without them.
+    - ``image_height``, ``image_width``: pixels of the upright image, before ``size``.
+    - ``reason``: null, or the reason why the image has no field, as one line; the other new columns
+      are then null.
 
-    A row with bytes that are null or no picture, or for which memory does not suffice, gets a
-    reason. If the pictures of one size fail together, each is tried alone. A row that has a reason
-    (a string in the column ``reason`` of the batch) is returned as it is. Pictures are named in
-    reasons by the column ``key``, ``__key__`` or ``path``, else by their row.
+    A row gets a reason if its bytes are null or not a readable image, or if memory is insufficient.
+    If the images of one size fail together, each is tried alone. A row that already has a reason (a
+    string in the column ``reason`` of the batch) is not processed. Reasons name images by the
+    column ``key``, ``__key__`` or ``path``, otherwise by their row.
 
     Raises:
-        TypeError, ValueError: for wrong arguments, as SRT, and for batches without ``column`` or
-            where it has no bytes.
+        TypeError, ValueError: an argument is invalid, as for SRT; a batch has no ``column``, or the
+            column does not contain bytes.
         srt_ext.hub.ModelError: the model by name cannot be loaded.
-        torch.AcceleratorError: of CUDA, after which no other picture would succeed.
+        torch.AcceleratorError: an error of CUDA, after which all other images would fail, too.
 
     Example:
         >>> import numpy as np, pyarrow as pa
         >>> from srt_ext.demo.quality import PHOTO
         >>> features = Features("small", size=96, views=4, stride=8, device="cpu")
-        >>> pictures = pa.array([PHOTO.read_bytes(), b"damaged"])
-        >>> table = features(pa.table({"key": ["astronaut.jpg", "b.jpg"], "bytes": pictures}))
+        >>> images = pa.array([PHOTO.read_bytes(), b"damaged"])
+        >>> table = features(pa.table({"key": ["astronaut.jpg", "b.jpg"], "bytes": images}))
         >>> row, other = table.to_pylist()
         >>> shape = row["height"], row["width"], row["channels"]
         >>> field = np.frombuffer(row["field"], row["dtype"]).reshape(shape)
         >>> field.shape, row["reason"]
         ((12, 12, 128), None)
-        >>> other["reason"][:31]
-        'b.jpg is not a readable picture'
+        >>> other["reason"][:29]
+        'b.jpg is not a readable image'
 
-    On Ray, here with two actors that have a GPU each::
+    On Ray, here with two actors and a GPU for each::
 
         import ray
         from srt_ext.ray import Features
 
-        pictures = ray.data.read_binary_files("s3://bucket/photos", include_paths=True)
+        images = ray.data.read_binary_files("s3://bucket/photos", include_paths=True)
         settings = {"model": "vit_small_patch14_dinov2.lvd142m", "dtype": "float16", "stride": 4}
-        pictures.map_batches(
+        images.map_batches(
             Features,
             fn_constructor_kwargs=settings,
             batch_size=16,
@@ -130,10 +133,10 @@ class Features:
     ) -> None:
         for name in ("layers", "inject"):
             if settings.pop(name, None) is not None:
-                rule = f"{name} must be left out: there is one field, of layer"
+                rule = f"{name} must be omitted: Features returns one field, of layer"
                 raise wrong(ValueError, _WHERE, rule, name)
         if layer is not None and not isinstance(layer, str) and not is_integer(layer):
-            raise wrong(TypeError, _WHERE, "layer must be one index or name", repr(layer))
+            raise wrong(TypeError, _WHERE, "layer must be one index or module name", repr(layer))
         if dtype not in DTYPES:
             rule = f"dtype must be one of {', '.join(DTYPES)}"
             raise wrong(ValueError, _WHERE, rule, repr(dtype))
@@ -151,7 +154,7 @@ class Features:
     def __call__(self, batch: pa.Table | Mapping[str, np.ndarray]) -> pa.Table:
         table = _table(batch)
         rows = _rows(table)
-        # Ray sets the threads of torch by the num_cpus of the actor. Decoders release the GIL.
+        # Ray sets torch's number of threads to num_cpus of the actor. Decoders release the GIL.
         with ThreadPoolExecutor(torch.get_num_threads()) as pool, quiet_decoders():
             decoded = list(pool.map(self._decode, rows, self._contents(table)))
         by_size: dict[tuple[int, ...], list[_Picture]] = {}
@@ -168,7 +171,7 @@ class Features:
         if not table.num_rows:  # Ray's empty batches may have no columns
             return []
         if self.column not in table.column_names:
-            rule = f"the batch must have the column {self.column!r}"
+            rule = f"the batch must have a column {self.column!r}"
             raise wrong(ValueError, _WHERE, rule, table.column_names)
         contents: list[Any] = table[self.column].to_pylist()
         if not all(content is None or isinstance(content, bytes) for content in contents):
@@ -177,7 +180,7 @@ class Features:
         return contents
 
     def _decode(self, row: _Row, content: bytes | None) -> np.ndarray | None:
-        """[H, W, 3] uint8; None if there is no picture, with the reason in ``row``."""
+        """[H, W, 3] uint8; None if decoding fails, with the reason in ``row``."""
         if row["reason"] is not None:
             return None
         try:
@@ -191,7 +194,7 @@ class Features:
             return None
 
     def _extract(self, pictures: list[_Picture]) -> str | None:
-        """Fills the rows of pictures of one size. Returns why they have no fields, if so."""
+        """Fills the rows of images of one size. Returns the reason if this fails."""
         try:
             fields, prefixes = self._run([pixels for _, pixels in pictures])
         except Exception as error:
@@ -206,22 +209,22 @@ class Features:
         return None
 
     def _run(self, pixels: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[H, W, 3] uint8, B of one size -> fields [B, h, w, C] and prefixes [B, n, C]."""
+        """B images [H, W, 3] uint8 of one size -> fields [B, h, w, C] and prefixes [B, n, C]."""
         images = self.network.image(*pixels, device=self.device)
         field, prefix = self.srt(images)
-        field = field.permute(0, 2, 3, 1)  # which is dense: channels are last in memory
+        field = field.permute(0, 2, 3, 1)  # dense, because channels are last in memory
         if self._components is not None:
             field = _project(field, self._components)
         dtype = DTYPES[self.dtype]
-        # Dense before they leave the device, which is one copy then.
+        # Made contiguous on the device, so that the transfer is a single copy.
         field = cast("field", field, dtype).contiguous().cpu()
         if field[0].nbytes >= LARGEST:
-            rule = "a value in Parquet has less than 2 GiB"
-            raise ValueError(f"{rule}, the field {field[0].nbytes} bytes: use a larger stride")
+            rule = "a value in Parquet must be smaller than 2 GiB"
+            raise ValueError(f"{rule}, got a field of {field[0].nbytes} bytes: use a larger stride")
         return field, None if prefix is None else cast("prefix", prefix, dtype).contiguous().cpu()
 
 
-_Row = dict[str, Any]  # ``name``, ``reason``, and the columns of _MADE that are known
+_Row = dict[str, Any]  # ``name``, ``reason``, and the known columns of _MADE
 _Picture = tuple[_Row, np.ndarray]  # [H, W, 3] uint8
 
 
@@ -236,21 +239,21 @@ def _reason(name: str, error: Exception) -> str:
 def _network(
     model: str | nn.Module, weights: Any, mean: Any, std: Any, layer: Any, known: dict[str, Any]
 ) -> Network:
-    """``known``: settings of :func:`srt_ext.backbones.describe`."""
+    """``known``: arguments of :func:`srt_ext.backbones.describe`."""
     given = [name for name, value in {"mean": mean, "std": std}.items() if value is not None]
     if isinstance(model, str):
         if given:
-            rule = "mean and std must be left out for a model by name, which has its own"
+            rule = "mean and std must be omitted for a model by name"
             raise wrong(ValueError, _WHERE, rule, " and ".join(given))
         return Network.load(model, None if weights is None else Path(weights), layer, **known)
     if not isinstance(model, nn.Module):
         rule = "model must be a name or a torch.nn.Module"
         raise wrong(TypeError, _WHERE, rule, type(model).__name__)
     if weights is not None:
-        rule = "weights must be left out for a module, which has its own"
+        rule = "weights must be omitted for a module"
         raise wrong(ValueError, _WHERE, rule, repr(weights))
     if len(given) == 1:
-        raise wrong(ValueError, _WHERE, "mean and std must be given together", f"{given[0]} alone")
+        raise wrong(ValueError, _WHERE, "mean and std must be given together", f"only {given[0]}")
     mean, std = (np.atleast_1d(x).astype(float) for x in ((mean, std) if given else IMAGENET))
     ranges = np.isfinite([*mean, *std]).all() and (std > 0).all()
     if not ranges or {mean.shape, std.shape} - {(1,), (3,)}:
@@ -273,7 +276,7 @@ def _components(pca: Any) -> torch.Tensor:
 def _project(field: torch.Tensor, components: torch.Tensor) -> torch.Tensor:
     """field [B, h, w, C] -> [B, h, w, K], float32."""
     if field.shape[3] != components.shape[1]:
-        rule = f"pca must be of the {field.shape[3]} channels of the model"
+        rule = f"pca must have {field.shape[3]} channels, as the model"
         raise wrong(ValueError, _WHERE, rule, components.shape[1])
     return nn.functional.linear(field.float(), components)
 
@@ -289,14 +292,14 @@ def _table(batch: Any) -> pa.Table:
         raise wrong(TypeError, _WHERE, rule, type(batch).__name__)
     try:
         return pa.table(dict(batch))
-    except (pa.ArrowException, TypeError):  # tensors and Python objects, for which Ray has types
+    except (pa.ArrowException, TypeError):  # Ray converts tensors and Python objects
         from ray.data.block import BlockAccessor
 
         return BlockAccessor.for_block(BlockAccessor.batch_to_block(batch)).to_arrow()
 
 
 def _rows(table: pa.Table) -> list[_Row]:
-    """The reasons of a batch, and names for further ones."""
+    """The existing reasons of a batch, and the names of the images for new reasons."""
     column = next((name for name in _KEYS if name in table.column_names), None)
     nothing = [None] * table.num_rows
     names = table[column].to_pylist() if column else nothing
@@ -308,7 +311,7 @@ def _rows(table: pa.Table) -> list[_Row]:
 
 
 def _joined(table: pa.Table, rows: list[dict[str, Any]], column: str) -> pa.Table:
-    """The columns of a batch, but for ``column`` and an earlier reason, and those of ``rows``."""
+    """The columns of a batch, without ``column`` and ``reason``, and the columns of ``rows``."""
     columns: dict[str, Any] = {}
     for name, values in zip(table.column_names, table.columns, strict=True):
         if name in (column, "reason"):
@@ -325,7 +328,7 @@ def _joined(table: pa.Table, rows: list[dict[str, Any]], column: str) -> pa.Tabl
 
 
 def _blobs(tensors: list[torch.Tensor | None]) -> pa.ChunkedArray:
-    """The memory of dense tensors on the CPU, one in a chunk: nothing is copied."""
+    """A chunk for each dense tensor on the CPU, without a copy."""
     kind, chunks = pa.large_binary(), []
     for tensor in tensors:
         if tensor is None:

@@ -1,4 +1,4 @@
-"""The files of a source: a folder, a glob, or names; local or at a URL."""
+"""Lists the files of a source: a folder, a glob, or names; local or at a URL."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from .. import images
 from ..data import filesystem
 from ..images import Found, ImageError, utf8
 
-# key: the name below the folder, or below the part of a glob before its first wildcard.
-# changed: nanoseconds since 1970, where the file system says when. rows: to use; null: all.
+# key: the path relative to the folder, or to the part of a glob before its first wildcard.
+# changed: nanoseconds since 1970, if known. rows: number of rows to use; null: all.
 FILES = pa.schema(
     [
         ("key", pa.string()),
@@ -35,10 +35,14 @@ FILES = pa.schema(
 )
 _BUFFER = 8 << 20  # bytes of one request to an object store
 _TARS = (".tar", ".tar.gz", ".tgz")
+KIND_NAMES = {"pictures": "images", "parquet": ".parquet files", "tar": ".tar files"}
 
 
 class Listing(NamedTuple):
-    """``kind``: pictures, parquet or tar. ``errors``: of folders that cannot be read."""
+    """The files of a source.
+
+    ``kind``: pictures, parquet or tar. ``errors``: messages about folders that cannot be read.
+    """
 
     kind: str
     files: pa.Table  # of FILES
@@ -54,24 +58,25 @@ class _Entry(NamedTuple):
 
 
 def list_files(source: str, without: str | None = None) -> Listing:
-    """The files of ``source`` in natural order, but for those in the folder ``without``.
+    """The files of ``source`` in natural order, except those in the folder ``without``.
 
-    Hidden ones are left out. Raises an ImageError if there are none, a ValueError if they are of
-    several kinds.
+    Hidden files are ignored. Raises an ImageError if no file is found, a ValueError if the files
+    are of several kinds.
     """
     found = Found([], Counter(), [])
     entries = list(_entries(_plain(source), without and _plain(without), found))
     kinds = Counter(kind_of(entry.key) for entry in entries)
     if len(kinds) > 1:
-        counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        counts = ", ".join(f"{count} {KIND_NAMES[kind]}" for kind, count in kinds.items())
         raise ValueError(
-            f"a source must hold pictures, .parquet or .tar files alone; {source} has {counts}: "
-            f"name those of one kind by a glob, such as '{source.rstrip('/')}/**/*.tar'"
+            "a source must contain only images, only .parquet or only .tar files; "
+            f"{source} has {counts}: "
+            f"select one kind with a glob, such as '{source.rstrip('/')}/**/*.tar'"
         )
     skipped = found.skipped_kinds()
     if not entries:
-        reasons = [f"left out: {skipped}"] * bool(skipped) + found.errors
-        what = f"{source} has no pictures, .parquet or .tar files"
+        reasons = [f"ignored: {skipped}"] * bool(skipped) + found.errors
+        what = f"{source} has no images, .parquet or .tar files"
         raise ImageError("; ".join([what, *reasons]))
     columns = [list(column) for column in zip(*entries, strict=True)]
     files = pa.table([*columns, [None] * len(entries)], schema=FILES)
@@ -79,7 +84,7 @@ def list_files(source: str, without: str | None = None) -> Listing:
 
 
 def kind_of(name: str) -> str:
-    """By the suffix. A picture that is named may have any."""
+    """The kind of a file by its suffix. Files with other suffixes are images."""
     name = name.lower()
     if name.endswith(_TARS):
         return "tar"
@@ -87,8 +92,8 @@ def kind_of(name: str) -> str:
 
 
 def _entries(source: str, without: str | None, found: Found) -> Iterator[_Entry]:
-    """Adds to ``found`` what is left out."""
-    exists = not is_url(source) and os.path.lexists(source)  # a name may look like a glob
+    """Yields the files of ``source``; adds ignored files and errors to ``found``."""
+    exists = not is_url(source) and os.path.lexists(source)  # a file name may contain * or [
     names = [source] if exists else _numbered(source)
     if not exists and any(re.search(r"[*?[]", _split(name)[1]) for name in names):
         root, path, query = _split(source)
@@ -112,7 +117,7 @@ def _entries(source: str, without: str | None, found: Found) -> Iterator[_Entry]
 
 
 def _numbered(name: str) -> list[str]:
-    """All names of ``shard-{0000..0099}.tar``."""
+    """The names that ``shard-{0000..0099}.tar`` stands for."""
     part = re.search(r"\{(\d+)\.\.(\d+)\}", name)
     if not part:
         return [name]
@@ -171,7 +176,7 @@ def _below_url(folder: str, nested: bool, without: str, found: Found) -> Iterato
 def _local(path: str, key: str) -> _Entry:
     try:
         state = os.stat(path)
-    except OSError:  # its row says why
+    except OSError:  # reported in its row
         return _Entry(key, os.fsencode(path))
     return _Entry(key, os.fsencode(path), state.st_size, state.st_mtime_ns)
 
@@ -187,7 +192,7 @@ def _is_folder(source: str) -> bool:
 
 
 def open_file(uri: bytes) -> Any:
-    """A file to read from any place in it. Raises an OSError or an ImageError."""
+    """Opens a file for random access. Raises an OSError or an ImageError."""
     name = _plain(os.fsdecode(uri))
     if is_url(name):
         files, path = _locate(name)
@@ -199,18 +204,18 @@ def open_file(uri: bytes) -> Any:
 
 
 def open_stream(uri: bytes) -> Any:
-    """:func:`open_file` to read in order, which takes few requests."""
+    """:func:`open_file` for sequential reading, with few requests."""
     file = open_file(uri)
     return io.BufferedReader(file, _BUFFER) if is_url(uri) else file
 
 
 def is_url(place: str | bytes) -> bool:
-    """Not that of a local file."""
+    """Whether a place is a URL, but not of a local file."""
     return bool(_split(_plain(os.fsdecode(place)))[0])
 
 
 def join(file: bytes, path: str) -> bytes:
-    """The place of ``path``, which is relative to the folder of ``file`` if it is relative."""
+    """The place of ``path``. A relative path is relative to the folder of ``file``."""
     path = _plain(path)
     root, place, query = _split(os.fsdecode(file))
     if is_url(path) or path.startswith("/"):
@@ -221,7 +226,7 @@ def join(file: bytes, path: str) -> bytes:
 def _locate(url: str) -> tuple[pafs.FileSystem, str]:
     """The file system of a URL and the path in it.
 
-    What follows the host or bucket is the name as it is: a name may have spaces, % and #.
+    The part after the host or bucket is used literally: names may contain spaces, % and #.
     """
     root, path, query = _split(url)
     files, base = _root(root + query)
@@ -234,12 +239,12 @@ def _root(url: str) -> tuple[pafs.FileSystem, str]:
 
 
 def _split(url: str) -> tuple[str, str, str]:
-    """s3://bucket, /train/a.tar, ?region=eu; the first is empty for a path."""
+    """For example s3://bucket, /train/a.tar, ?region=eu. The first part is empty for a path."""
     parts = re.fullmatch(r"(?s)([A-Za-z][A-Za-z0-9+.-]*://[^/?]*)(.*?)(\?\w+=.*)?", url)
     if not parts:
         return "", url, ""
     root, path, query = parts[1], parts[2], parts[3] or ""
-    # Of http, it is a part of the name.
+    # For http, the query is a part of the name.
     return (root, path + query, "") if root.startswith("http") else (root, path, query)
 
 

@@ -1,4 +1,4 @@
-"""Pictures, or their paths, in Parquet files."""
+"""Reads images, or their paths, from Parquet files."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from pyarrow import types
 from .listing import join
 from .rows import BYTES, ID, TABLE_BYTES, TABLE_ROWS, URI, make_rows, rename, special_id
 
-_BUFFER = 8 << 20  # bytes that are read of a column at once
+_BUFFER = 8 << 20  # bytes of a column that are read at once
 
 
 class Columns(NamedTuple):
-    """What the columns of a source are."""
+    """The roles of the columns of a source."""
 
-    picture: str  # of bytes, of paths, or of both in a struct, as Hugging Face writes it
-    key: str  # that of the picture, if its paths are the keys
-    others: dict[str, tuple[str, pa.DataType]]  # by name: that in the output, and the type
-    has_bytes: bool  # or paths alone
+    picture: str  # bytes, paths, or both in a struct, as in data sets of Hugging Face
+    key: str  # equals ``picture`` if the paths are the keys
+    others: dict[str, tuple[str, pa.DataType]]  # name -> name in the output, and type
+    has_bytes: bool  # False: only paths
 
     @classmethod
     def choose(cls, schemas: Sequence[pa.Schema], picture: str | None, key: str | None) -> Columns:
-        """Those of files of a source, of which the first decides."""
+        """Chooses the columns of a source by the schema of its first file."""
         schema = schemas[0]
         pictures = [picture] if picture else ["bytes", "path", "image"]
         fits = [name for name in pictures if name in schema.names and _parts(schema, name)]
         if not fits:
-            raise _no_column("pictures (bytes, paths, or a struct of both)", pictures, schema)
+            raise _no_column("images (bytes, paths, or a struct of both)", pictures, schema)
         parts = _parts(schema, fits[0])
         keys = [key] if key else ["key", "path"]
         found = [name for name in keys if name in schema.names]
@@ -65,15 +65,16 @@ def read_keys(file: Any, columns: Columns, rows: int) -> list[str | None]:
 def read_parquet(
     file: Any, uri: bytes, name: str, columns: Columns, rows: int, repeats: Mapping[int, str]
 ) -> Iterator[pa.Table]:
-    """Tables of the first ``rows`` of a file.
+    """Yields tables of the first ``rows`` rows of a file.
 
-    ``name``: of the file in messages. ``repeats``: where the first row with its key is, by row.
+    ``name``: the file, in messages. ``repeats``: for rows that repeat a key, the place of the first
+    row with that key.
     """
     names = [columns.picture, columns.key, *columns.others]
     with pq.ParquetFile(file, buffer_size=_BUFFER) as parquet:
         missing = {columns.picture, columns.key}.difference(parquet.schema_arrow.names)
         if missing:
-            raise ValueError(f"no column {', '.join(sorted(missing))}")
+            raise ValueError(f"it has no column {', '.join(sorted(missing))}")
         start = 0
         for i in range(parquet.num_row_groups):
             group = parquet.metadata.row_group(i)
@@ -125,7 +126,7 @@ def _rows(
 
 
 def _kept(table: pa.Table, columns: Columns) -> dict[str, pa.Array]:
-    """The other columns, with the types that they have in all files."""
+    """The other columns, with the types that are common to all files."""
     return {
         new: table[name].cast(type)
         if name in table.column_names
@@ -143,12 +144,12 @@ def _keys(table: pa.Table, columns: Columns) -> list[str | None]:
 
 
 def _others(schemas: Sequence[pa.Schema], used: set[str]) -> dict[str, tuple[str, pa.DataType]]:
-    """All columns of all files but ``used``. Where types do not unify, that of an earlier file."""
+    """All columns of all files except ``used``. Types that do not unify: from the first file."""
     merged = pa.schema([])
     for schema in schemas:
         for field in schema:
             if field.name not in used:
-                # What does not unify is cast when it is read, or is a reason of its file.
+                # A type that does not unify is cast when the file is read, or is an error then.
                 with suppress(pa.ArrowInvalid, pa.ArrowTypeError):
                     both = [merged, pa.schema([field])]
                     merged = pa.unify_schemas(both, promote_options="permissive")
@@ -157,7 +158,7 @@ def _others(schemas: Sequence[pa.Schema], used: set[str]) -> dict[str, tuple[str
 
 
 def _parts(schema: pa.Schema, name: str) -> set[str]:
-    """Which of bytes and path a column has; none if it cannot be that of the pictures."""
+    """Whether a column has bytes, path, or both; empty if it cannot contain images."""
     type = schema.field(name).type
     type = type.value_type if types.is_dictionary(type) else type
     if types.is_struct(type):

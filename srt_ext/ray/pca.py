@@ -1,4 +1,4 @@
-"""The principal components that all fields of a data set are projected on."""
+"""Fits the principal components on which all fields of a data set are projected."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pyarrow as pa
 
 from .features import Features
 
-PICTURES = 128  # of the sample
-CELLS = 512  # of each
+PICTURES = 128  # images in the sample
+CELLS = 512  # cells per image
 
 
 class Cells(Features):
-    """Random cells of each field in place of the field, the same in every run."""
+    """Returns random cells instead of the fields, the same in every run."""
 
     def __call__(self, batch: Any) -> pa.Table:
         table = super().__call__(batch)
@@ -37,24 +37,23 @@ def _choose(key: str, field: bytes | None, channels: int) -> bytes | None:
 def fit(rows: list[dict[str, Any]], count: int) -> np.ndarray:
     """[count, C] float32, orthonormal: the principal components of the rows of :class:`Cells`.
 
-    About the origin, not about the mean of the cells: so inner products and cosines of projected
-    cells are those of the cells, but for what the components leave out. Raises a ValueError if the
-    cells have fewer channels, or if there are none.
+    The cells are not centred, so that the inner products and cosines of projected cells approximate
+    those of the cells. Raises a ValueError if there are no cells, or if they have too few channels.
     """
     found = sorted((row["key"], row["cells"]) for row in rows if row["cells"] is not None)
     if not found:
-        reason = rows[0]["reason"] if rows else "there are none"
-        raise ValueError(f"--pca needs pictures to fit the components on; {reason}")
+        reason = rows[0]["reason"] if rows else "the source is empty"
+        raise ValueError(f"--pca needs readable images to fit the components; {reason}")
     cells = np.stack([np.frombuffer(cells, np.float32).reshape(CELLS, -1) for _, cells in found])
     cells = cells.reshape(-1, cells.shape[-1]).astype(np.float64)
     cells = cells[np.isfinite(cells).all(1)]
     if not len(cells):
-        raise ValueError(f"--pca needs finite features; none of {len(found)} pictures has any")
+        raise ValueError(f"--pca needs finite features; got none from {len(found)} images")
     if not 0 < count < cells.shape[1]:
         rule = f"between 1 and {cells.shape[1] - 1}, one less than the channels of the model"
         raise ValueError(f"--pca must be {rule}; got {count}")
     components = np.linalg.eigh(cells.T @ cells)[1].T[: -count - 1 : -1]  # the largest first
-    # Eigenvectors have no sign: their largest element is made positive.
+    # The sign of an eigenvector is arbitrary: the largest element is made positive.
     largest = np.abs(components).argmax(axis=1)[:, None]
     components = components * np.sign(np.take_along_axis(components, largest, axis=1))
     return np.ascontiguousarray(components, np.float32)

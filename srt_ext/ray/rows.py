@@ -1,7 +1,7 @@
-"""The rows between the stages of a job.
+"""The rows that the stages of a job exchange.
 
-A row has a ``key``, a ``reason`` if it cannot have a field, the columns of the source, and three
-columns that are never written: :data:`ID`, :data:`URI`, :data:`BYTES`.
+A row has a ``key``, a ``reason`` if its field cannot be computed, the columns of the source, and
+three internal columns that are not written: :data:`ID`, :data:`URI`, :data:`BYTES`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import pyarrow as pa
 
 from ..data import NAMES
 
-ID = "__id__"  # unique, by which Ray's checkpoint knows a row: the key, unless that is repeated
-URI = "__uri__"  # the path, which may be no UTF-8, or the URL of a picture
-BYTES = "__bytes__"  # of the picture's file
+ID = "__id__"  # unique, for Ray's checkpoint: the key, unless it is repeated
+URI = "__uri__"  # URL or path of an image, as bytes, because paths may not be UTF-8
+BYTES = "__bytes__"  # content of the image file
 INTERNAL = (ID, URI, BYTES)
 SCHEMA = pa.schema(
     [
@@ -30,12 +30,12 @@ SCHEMA = pa.schema(
 )
 _OURS = {*NAMES, *SCHEMA.names}
 
-TABLE_ROWS = 256  # of a table that a reader makes of a file, and
-TABLE_BYTES = 64 << 20  # of pictures in it, about
+TABLE_ROWS = 256  # maximum rows of a table that a reader yields
+TABLE_BYTES = 64 << 20  # approximate maximum bytes of images in it
 
 
 def make_rows(values: Mapping[str, Any], others: Mapping[str, pa.Array] | None = None) -> pa.Table:
-    """``values``: of :data:`SCHEMA`; the key alone must be there. ``others``: of the source."""
+    """A table of ``values`` (:data:`SCHEMA`; only the key is required) and source columns."""
     values = {ID: values["key"], **values}
     count = len(values["key"])
     columns = {}
@@ -49,26 +49,26 @@ def make_rows(values: Mapping[str, Any], others: Mapping[str, pa.Array] | None =
 
 
 def error_row(key: str, reason: str) -> pa.Table:
-    """The row of a file that cannot be read."""
+    """A row for a file that cannot be read."""
     return make_rows({ID: [special_id(key, "")], "key": [key], "reason": [reason]})
 
 
 def special_id(key: str | None, where: str) -> str:
-    """For a row whose key does not identify it. No other key has a NUL and then its place."""
+    """An id for a row whose key is not unique: the key, a NUL and the place of the row."""
     return f"{key or ''}\0{where}"
 
 
 def rename(columns: Iterable[str]) -> dict[str, str]:
-    """What columns of a source are called in the output: source_NAME where NAME is ours."""
+    """Names of source columns in the output: source_NAME if NAME is a column of the output."""
     columns = list(columns)
     names = {name: f"source_{name}" if name in _OURS else name for name in columns}
     if len(set(names.values())) < len(columns):
-        raise ValueError(f"the names of columns must differ, as source_NAME, too; got {columns}")
+        raise ValueError(f"column names must differ, also if renamed to source_NAME; got {columns}")
     return names
 
 
 def hashes(keys: Sequence[str | None], seed: int = 0) -> np.ndarray:
-    """[n] uint64, which depend on nothing but each key and the seed."""
+    """[n] uint64, hashes of the keys and the seed, the same in every run."""
     salt = seed.to_bytes(16, "little", signed=True)
     digests = (blake2b((key or "").encode(), digest_size=8, salt=salt).digest() for key in keys)
     return np.frombuffer(b"".join(digests), np.uint64)

@@ -1,4 +1,4 @@
-"""Rows of features into Parquet files, under Ray's checkpoints."""
+"""Writes rows of features to Parquet files, with Ray's checkpoints."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from .rows import ID, INTERNAL
 
 PENDING = ".pending.parquet"  # Ray's suffix for the checkpoint of an unfinished write
 FILE_BYTES = 2**28
-REASONS = 3  # that a write task returns
-COMPLETE = "complete.json"  # the source of a run that has ended
+REASONS = 3  # reasons of failures that a write task returns
+COMPLETE = "complete.json"  # the source of a finished run
 
 
 class Written(NamedTuple):
-    """What a write task, or all of them, wrote. ``reasons`` are the first lines of the failures."""
+    """The result of one write task or of all. ``reasons``: the first failures."""
 
     pictures: int
     failed: int
@@ -35,7 +35,7 @@ class Written(NamedTuple):
 
 
 class _Names(FilenameProvider):
-    """As Ray's, with room for more tasks: its recovery takes names for those that begin alike."""
+    """Like Ray's names, with more digits, because its recovery compares the starts of names."""
 
     def get_filename_for_task(self, write_uuid: str, task_index: int) -> str:
         return f"{write_uuid}_{task_index:012}.parquet"
@@ -44,17 +44,17 @@ class _Names(FilenameProvider):
 class FieldSink(BlockBasedFileDatasink):
     """Writes rows with a field to data/ and rows with a reason to errors/.
 
-    Each write task writes at most one file of each, of the same name. Ray's checkpoint commits
-    both: it has that name too, and is renamed once ``write`` has returned. ``total`` is known when
-    all tasks are done.
+    Each write task writes at most one file to each folder, with the same name. Ray's checkpoint has
+    this name, too, and commits both files: it is renamed after ``write`` has returned. ``total`` is
+    set when all tasks have finished.
     """
 
     def __init__(self, path: str, filesystem: FileSystem, rows: int | None = None) -> None:
-        """``path``: OUT, a folder that exists.
+        """``path``: OUT, an existing folder.
 
-        A write task gets at least ``rows`` rows if there are as many, or FILE_BYTES bytes.
+        A write task gets at least ``rows`` rows, or FILE_BYTES bytes, unless fewer are left.
         """
-        # Ray removes the uncommitted files of this folder, not of its parent with the checkpoints.
+        # Ray removes uncommitted files from this folder only, so it is not the folder OUT.
         super().__init__(
             posixpath.join(path, "data"),
             filesystem=filesystem,
@@ -62,7 +62,7 @@ class FieldSink(BlockBasedFileDatasink):
             filename_provider=_Names(),
         )
         is_local = isinstance(filesystem, LocalFileSystem)
-        self._files = filesystem if is_local else self.filesystem  # Ray's, which tries again
+        self._files = filesystem if is_local else self.filesystem  # Ray's retries
         self._out = path
         self.total = Written(0, 0, 0, [])
 
@@ -112,11 +112,11 @@ def _without(table: pa.Table, columns: list[str]) -> pa.Table:
 
 
 def remove_uncommitted(files: FileSystem, out: str) -> None:
-    """Removes what killed write tasks left, but for data/, where Ray removes it."""
+    """Removes the files of killed write tasks, except in data/, where Ray removes them."""
     names = set(_names(files, f"{out}/checkpoint"))
     for pending in (name for name in names if name.endswith(PENDING)):
         name = f"{pending.removesuffix(PENDING)}.parquet"
-        if name in names:  # a task that ran again after its commit: Ray would remove its data
+        if name in names:  # a task that was repeated after its commit: Ray would remove its data
             _delete(files, f"{out}/checkpoint/{pending}")
         else:
             _delete(files, f"{out}/errors/{name}")
@@ -125,7 +125,7 @@ def remove_uncommitted(files: FileSystem, out: str) -> None:
 
 
 def forget_failures(files: FileSystem, out: str) -> None:
-    """Makes the pictures of errors/ be computed again, by taking them out of the checkpoints."""
+    """Removes the images in errors/ from the checkpoints, so that they are computed again."""
     _delete(files, f"{out}/{COMPLETE}")
     for name in _names(files, f"{out}/errors"):
         try:
@@ -133,7 +133,7 @@ def forget_failures(files: FileSystem, out: str) -> None:
         except FileNotFoundError:
             _delete(files, f"{out}/checkpoint/{name}")
         else:
-            done = keys.rename_columns([ID])  # a picture with a field has its key as its id
+            done = keys.rename_columns([ID])  # the id of an image with a field is its key
             write_file(files, out, f"checkpoint/{name}", partial(write_table, done))
         _delete(files, f"{out}/errors/{name}")
 

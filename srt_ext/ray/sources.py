@@ -1,4 +1,4 @@
-"""The pictures of a source as rows: pictures, Parquet files, or tar shards of WebDataset."""
+"""The images of a source as rows: image files, Parquet files, or tar shards of WebDataset."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ray.data.datasource import ReadTask
 
 from ..data import THREADS
 from ..images import ImageError, utf8
-from .listing import is_url, list_files, open_file, open_stream
+from .listing import KIND_NAMES, is_url, list_files, open_file, open_stream
 from .parquet import Columns, Footer, read_footer, read_keys, read_parquet
 from .rows import BYTES, ID, SCHEMA, URI, error_row, hashes, make_rows, special_id
 from .tar import count_samples, read_tar
@@ -29,7 +29,7 @@ from .tar import count_samples, read_tar
 ATTEMPTS = 4  # to read a remote file
 SHARDS = 4  # for estimates and samples, chosen by their hashes
 SCANNED = 64 << 20  # bytes of a shard whose samples are counted for an estimate
-TASK_ROWS = 4096  # pictures of a read task
+TASK_ROWS = 4096  # images of a read task
 TASK_BYTES = 64 << 20  # of small files in a read task
 
 _Item = TypeVar("_Item")
@@ -37,7 +37,7 @@ _Item = TypeVar("_Item")
 
 @dataclass(frozen=True)
 class Source:
-    """What is to be read. ``skipped`` and ``errors``: what was left out of it."""
+    """A source to read. ``skipped``: ignored files. ``errors``: folders that cannot be read."""
 
     kind: str  # pictures, parquet or tar
     files: pa.Table  # of listing.FILES, in natural order
@@ -47,7 +47,7 @@ class Source:
     columns: Columns | None = None  # of Parquet
 
     def fingerprint(self) -> str:
-        """Changes if a file is added, removed or changed, and with the limit and the columns."""
+        """A hash of the files, their sizes and times, the limit and the columns."""
         columns = (self.files[name].to_pylist() for name in ("key", "size", "changed", "rows"))
         digest = sha256(repr((self.kind, self.limit, self.columns)).encode())
         for row in zip(*columns, strict=True):
@@ -55,7 +55,7 @@ class Source:
         return digest.hexdigest()
 
     def count(self) -> tuple[int, bool]:
-        """The pictures, and whether their number is exact; of tar shards it is an estimate."""
+        """The number of images, and whether it is exact; for tar shards it is an estimate."""
         if self.kind == "pictures":
             return self.files.num_rows, True
         if self.kind == "parquet" or self.limit is not None:
@@ -63,10 +63,10 @@ class Source:
         return _estimate(self.files)
 
     def sample(self, n: int, seed: int, *, quick: bool = False) -> pa.Table:
-        """``n`` rows with their bytes, of rows.SCHEMA: those whose keys have the least hashes.
+        """``n`` rows with their bytes, as rows.SCHEMA: the rows with the smallest hashes of keys.
 
-        Where pictures are in large files, those of a few files, chosen by their hashes; with
-        ``quick`` the first ones of as few files as possible.
+        If images are in large files, only a few files are used, chosen by their hashes; with
+        ``quick``, the first rows of as few files as possible.
         """
         order = np.argsort(hashes(self.files["key"].to_pylist(), seed), kind="stable")
         if self.kind == "pictures":
@@ -91,11 +91,11 @@ class Source:
         return _File(row["key"], row["uri"], row["rows"], self.columns, repeats)
 
     def repeats(self) -> dict[int, dict[int, str]]:
-        """Where the first row with the same key is, by file and row. For tar: see read_tar."""
+        """By file and row: for repeated keys, the place of the first row. For tar: see read_tar."""
         if self.kind == "tar":
             return {}
-        if self.kind == "pictures":  # whose names may be equal where they are no UTF-8
-            return _repeats([lambda: self.files["key"].to_pylist()], lambda _, i: f"picture {i}")
+        if self.kind == "pictures":  # escaped names that are not UTF-8 may be equal to others
+            return _repeats([lambda: self.files["key"].to_pylist()], lambda _, i: f"image {i}")
         files = [self.file(index, {}) for index in range(self.files.num_rows)]
         return _repeats([file.keys for file in files], lambda i, row: f"{files[i].key}, row {row}")
 
@@ -108,14 +108,21 @@ def find(
     column: str | None = None,
     key: str | None = None,
 ) -> Source:
-    """The pictures of a folder, a glob, Parquet files or tar shards; paths or URLs.
+    """The images of a folder, a glob, Parquet files or tar shards; paths or URLs.
 
-    ``limit``: the first ones alone. ``without``: a folder that is left out. ``column``, ``key``: of
-    Parquet. Raises an ImageError if there are none, a ValueError if they cannot be used.
+    Args:
+        source: a path, a glob or a URL.
+        limit: use only the first images. None: all.
+        without: a folder to ignore.
+        column, key: columns of Parquet files, as for ``srt-ext features``.
+
+    Raises:
+        ImageError: no image is found.
+        ValueError: the files are of several kinds, or their columns do not fit.
     """
     kind, files, skipped, errors = list_files(source, without)
     if kind != "parquet" and (column or key):
-        raise ValueError(f"column and key are for Parquet files; got a source of {kind}: {source}")
+        raise ValueError(f"column and key are for Parquet files; got {KIND_NAMES[kind]}: {source}")
     found = Source(kind, files, limit, skipped, errors)
     if kind == "pictures":
         return replace(found, files=files if limit is None else files.slice(0, limit))
@@ -138,7 +145,7 @@ def find(
 
 
 def read_bytes(table: pa.Table) -> pa.Table:
-    """Adds the contents of the files that rows name, or the reasons why there are none."""
+    """Adds the contents of the files of the rows, or the reasons why they cannot be read."""
     missing = pc.and_(pc.is_valid(table[URI]), pc.is_null(table[BYTES]))
     missing = pc.and_(missing, pc.is_null(table["reason"]))
     if not pc.any(missing).as_py():
@@ -154,7 +161,7 @@ def read_bytes(table: pa.Table) -> pa.Table:
 
 
 class Pictures(Datasource):
-    """The rows of a source, for ``ray.data.read_datasource``; those of pictures have no bytes."""
+    """The rows of a source, for ``ray.data.read_datasource``; rows of image files have no bytes."""
 
     def __init__(self, source: Source) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -171,7 +178,7 @@ class Pictures(Datasource):
         per_task_row_limit: int | None = None,
         data_context: Any = None,
     ) -> list[ReadTask]:
-        """Tasks of neighbouring files, ``parallelism`` or more of them if they are not tiny."""
+        """Tasks of adjacent files: at least ``parallelism``, unless the files are tiny."""
         files = self._source.files
         if self._source.kind == "pictures":
             sizes, most = np.ones(files.num_rows, np.int64), TASK_ROWS
@@ -185,9 +192,9 @@ class Pictures(Datasource):
         return [self._task(start, stop, per_task_row_limit) for start, stop in bounds]
 
     def _task(self, start: int, stop: int, row_limit: int | None) -> ReadTask:
-        """Holds its own part of the source alone."""
+        """A task that only holds its part of the source."""
         rows: int | None
-        # take copies: a slice would be serialised with all of its table.
+        # take() copies: a slice would be serialised with the whole table.
         files = self._source.files.take(np.arange(start, stop))
         if self._source.kind == "pictures":
             repeats = {i: text for i, text in self._repeats.get(0, {}).items() if start <= i < stop}
@@ -197,7 +204,7 @@ class Pictures(Datasource):
                 yield _rows_of_pictures(files, start, repeats)
         else:
             parts = [self._source.file(i, self._repeats.get(i, {})) for i in range(start, stop)]
-            # An unreadable file has a row, too.
+            # An unreadable file yields a row, too.
             known = files["rows"].null_count == 0
             rows = pc.sum(files["rows"]).as_py() if known else None
             size = pc.sum(files["size"]).as_py()
@@ -211,7 +218,7 @@ class Pictures(Datasource):
 
 
 class _File(NamedTuple):
-    """A Parquet file or a shard; ``rows``: to use."""
+    """A Parquet file or a shard. ``rows``: the number of rows to use; None: all."""
 
     key: str
     uri: bytes
@@ -220,10 +227,10 @@ class _File(NamedTuple):
     repeats: Mapping[int, str]
 
     def tables(self) -> Iterator[pa.Table]:
-        """Of rows.SCHEMA and the columns of the source. The last one may be a reason."""
+        """Tables with rows.SCHEMA and the columns of the source. The last may be an error row."""
         try:
             yield from _retried(self._read, self.uri)
-        except Exception as error:  # a file that is damaged does not end the job
+        except Exception as error:  # a damaged file does not end the job
             yield error_row(self.key, _reason(error, self.key))
 
     def _read(self) -> Iterator[pa.Table]:
@@ -236,7 +243,7 @@ class _File(NamedTuple):
                 yield from read_parquet(file, self.uri, self.key, self.columns, rows, self.repeats)
 
     def keys(self) -> list[str | None]:
-        """Of Parquet; none if the file cannot be read, which its rows will say."""
+        """The keys of a Parquet file; empty if it cannot be read, which its rows report."""
         assert self.columns is not None
         try:
             with open_file(self.uri) as file:
@@ -246,7 +253,7 @@ class _File(NamedTuple):
 
 
 def _rows_of_pictures(files: pa.Table, start: int, repeats: Mapping[int, str]) -> pa.Table:
-    """``start``: the number of the first one in the source."""
+    """``start``: the index of the first file in the source."""
     keys = files["key"].to_pylist()
     ids = list(keys)
     reasons: list[str | None] = [None] * len(keys)
@@ -260,7 +267,10 @@ def _rows_of_pictures(files: pa.Table, start: int, repeats: Mapping[int, str]) -
 def _repeats(
     files: list[Callable[[], list[str | None]]], place: Callable[[int, int], str]
 ) -> dict[int, dict[int, str]]:
-    """``files``: the keys of each. Holds 8 bytes a key, and the keys of THREADS files."""
+    """``files``: functions that return the keys of each file.
+
+    Memory: 8 bytes per key, and the keys of THREADS files.
+    """
     with ThreadPoolExecutor(THREADS) as pool:
         hashed = list(pool.map(lambda keys: hashes(keys()), files))
     ordered = np.sort(np.concatenate(hashed))
@@ -280,7 +290,7 @@ def _repeats(
 
 
 def _limited(files: pa.Table, count: Callable[[bytes, int], int | None], limit: int) -> pa.Table:
-    """The files of the first ``limit`` rows, with the number of rows to use of each."""
+    """The files of the first ``limit`` rows, with the number of rows to use from each."""
     rows: list[int | None] = []
     for uri in files["uri"].to_pylist():
         if limit <= 0:
@@ -301,7 +311,7 @@ def _scan(uri: bytes, most: int) -> int | None:
 
 
 def _estimate(files: pa.Table) -> tuple[int, bool]:
-    """By the number of samples in the first bytes of a few shards."""
+    """Estimates the number of samples from the first bytes of a few shards."""
     order = np.argsort(hashes(files["key"].to_pylist()), kind="stable")[:SHARDS]
     samples = read = 0
     exact = len(order) == files.num_rows
@@ -318,7 +328,7 @@ def _estimate(files: pa.Table) -> tuple[int, bool]:
 
 
 def _footer(uri: bytes) -> Footer | str:
-    """Or why there is none."""
+    """The footer, or the reason why it cannot be read."""
     try:
         with open_file(uri) as file:
             return read_footer(file)
@@ -327,7 +337,7 @@ def _footer(uri: bytes) -> Footer | str:
 
 
 def _read(uri: bytes | None) -> tuple[bytes | None, str | None]:
-    """The content of a file, or the reason why there is none."""
+    """The content of a file, or the reason why it cannot be read."""
 
     if uri is None:
         return None, None
@@ -343,7 +353,7 @@ def _read(uri: bytes | None) -> tuple[bytes | None, str | None]:
 
 
 def _retried(read: Callable[[], Iterator[_Item]], uri: bytes) -> Iterator[_Item]:
-    """Reads a remote file again after an error, and skips what was yielded."""
+    """Retries reading a remote file after an error, and skips items that were already yielded."""
     attempts = ATTEMPTS if is_url(uri) else 1
     done = 0
     for attempt in range(attempts):

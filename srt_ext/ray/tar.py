@@ -1,4 +1,4 @@
-"""Samples of WebDataset's tar shards, in one pass over the stream."""
+"""Reads the samples of WebDataset's tar shards in one pass over the stream."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from .rows import (
     special_id,
 )
 
-_Row = tuple[dict[str, Any], dict[str, bytes | None]]  # of rows.SCHEMA; others by extension
+_Row = tuple[dict[str, Any], dict[str, bytes | None]]  # rows.SCHEMA; other members by extension
 _TEXT = {"txt", "text", "json", "cls"}
 
 
 class _NoEnd(tarfile.ReadError):
-    """The file ends between two members, without the blocks of zeros that end an archive."""
+    """The file ends after a member, without the blocks of zeros that end an archive."""
 
 
 class _Member(tarfile.TarInfo):
-    """tarfile takes a damaged header for the end of the archive; this one raises a ReadError."""
+    """Raises a ReadError for a damaged header, which tarfile treats as the end of the archive."""
 
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> _Member:
@@ -54,15 +54,15 @@ class _Sample(NamedTuple):
 
     @property
     def picture(self) -> str | None:
-        """The extension of the first member that is one."""
+        """The extension of the first member that is an image."""
         known = suffixes()
         return next((e for e in self.members if "." + e.rpartition(".")[2] in known), None)
 
 
 def count_samples(file: IO[bytes], most: int | None, size: int | None = None) -> tuple[int, bool]:
-    """The samples of a shard, at most ``most``, and whether it ends there.
+    """The number of samples of a shard, at most ``most``, and whether the shard ends there.
 
-    It may end after ``size`` bytes of the file. Damage is an end.
+    Stops after ``size`` bytes of the file. A shard ends at damage.
     """
     count = 0
     try:
@@ -78,9 +78,9 @@ def count_samples(file: IO[bytes], most: int | None, size: int | None = None) ->
 
 
 def read_tar(file: IO[bytes], shard: str, rows: int | None = None) -> Iterator[pa.Table]:
-    """Tables of a shard: the first ``rows`` samples before any damage, then a row with a reason.
+    """Yields tables of a shard: the first ``rows`` samples, and a row with a reason for damage.
 
-    ``shard``: its key, which starts those of the samples. Raises the OSErrors of ``file``.
+    ``shard``: its key, the start of the keys of the samples. Raises the OSErrors of ``file``.
     """
     seen: dict[str, int] = {}
     held: list[_Row] = []
@@ -96,7 +96,7 @@ def read_tar(file: IO[bytes], shard: str, rows: int | None = None) -> Iterator[p
     except (MemoryError, OSError):
         raise
     except Exception as error:  # such as zlib.error and tarfile.ReadError
-        damage = error_row(shard, f"the shard is damaged, after {i + 1} samples: {error}")
+        damage = error_row(shard, f"the shard is damaged after {i + 1} samples: {error}")
     if held:
         yield _table(held)
     if damage is not None:
@@ -104,7 +104,7 @@ def read_tar(file: IO[bytes], shard: str, rows: int | None = None) -> Iterator[p
 
 
 def _samples(file: IO[bytes], contents: bool = True) -> Iterator[_Sample]:
-    """Adjacent members of one name up to the first dot of their file name."""
+    """Groups adjacent members by their name up to the first dot of the file name."""
     sample = _Sample("", {})
     try:
         for path, data in _members(file, contents):
@@ -127,10 +127,10 @@ def _samples(file: IO[bytes], contents: bool = True) -> Iterator[_Sample]:
 
 
 def _members(file: IO[bytes], contents: bool) -> Iterator[tuple[str, IO[bytes] | None]]:
-    """Names, as those below a folder, and contents: None for a link, which cannot be followed."""
+    """Relative names and contents of members; None for a link, which cannot be followed."""
     with tarfile.open(fileobj=file, mode="r|*", tarinfo=_Member) as archive:
         for member in archive:
-            archive.members = []  # type: ignore[attr-defined]  # which would grow
+            archive.members = []  # type: ignore[attr-defined]  # it would grow
             path = posixpath.normpath(member.name)
             if member.isdir() or any(part.startswith(".") for part in path.split("/")):
                 continue
@@ -138,7 +138,7 @@ def _members(file: IO[bytes], contents: bool) -> Iterator[tuple[str, IO[bytes] |
 
 
 def _row(sample: _Sample, shard: str, i: int, seen: dict[str, int]) -> _Row:
-    """``i``: of the sample. ``seen``: the samples by name, to which it is added."""
+    """``i``: index of the sample. ``seen``: indices by key; the sample is added."""
     picture, key = sample.picture, f"{shard}/{utf8(sample.name)}"
     first = seen.setdefault(key, i)
     row: dict[str, Any] = {ID: key, "key": key}
@@ -146,7 +146,7 @@ def _row(sample: _Sample, shard: str, i: int, seen: dict[str, int]) -> _Row:
         row[ID] = special_id(key, str(i))
         row["reason"] = f"repeats the key of sample {first} of the shard; this is sample {i}"
     elif picture is None:
-        row["reason"] = f"has no picture, only {', '.join(sample.members)}"
+        row["reason"] = f"has no image, only {', '.join(sample.members)}"
     elif sample.members[picture] is None:
         row["reason"] = f"{utf8(sample.name)}.{picture} is not a regular file"
     else:
@@ -165,7 +165,7 @@ def _table(rows: list[_Row]) -> pa.Table:
 
 
 def _column(extension: str, values: list[bytes | None]) -> pa.Array:
-    """Of one type in all shards, so what is no UTF-8 in a text is escaped."""
+    """Has the same type in all shards: bytes that are not UTF-8 are escaped in texts."""
     if extension not in _TEXT:
         return pa.array(values, pa.large_binary())
     texts = [None if v is None else v.decode("utf-8", "backslashreplace") for v in values]
