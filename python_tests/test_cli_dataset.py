@@ -97,9 +97,9 @@ def keys(out: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"engine": None, "pca": 4}, "--pca needs --engine ray"),
-        ({"engine": None, "batch": 4}, "--batch needs --engine ray"),
-        ({"workers": 2}, "--workers is for one process"),
+        ({"engine": None, "pca": 4}, "--pca requires --engine ray"),
+        ({"engine": None, "batch": 4}, "--batch requires --engine ray"),
+        ({"workers": 2}, "--workers must be omitted with --engine"),
         ({"pca": "nothing.npy"}, "nothing.npy"),
         ({"column": "image"}, "column and key are for Parquet files"),
     ],
@@ -231,7 +231,7 @@ def test_more_actors_than_cpus_raise() -> None:
 
 def test_one_process_does_not_write_to_an_output_of_ray(photos: Path, out: Path) -> None:
     data.write_settings({}, *data.filesystem(str(out)))
-    assert "has the output of --engine ray" in run(*arguments(photos, out, engine=None), code=1)
+    assert "is an output of --engine ray" in run(*arguments(photos, out, engine=None), code=1)
 
 
 # ---- on a cluster -------------------------------------------------------------------------------

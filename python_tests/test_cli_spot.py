@@ -57,7 +57,7 @@ def cosines(text: str) -> list[float]:
 def test_the_windows_are_drawn_on_whole_patches(photo: Path, drawn: list[Drawn]) -> None:
     text = draw(photo, "--tokens", 6)
     assert "image 64 x 48, 6 windows of 16 x 16, isotropic" in text
-    assert "to the output of all 12 patches: " in text
+    assert "to the output for all 12 patches: " in text
     assert f"wrote {photo.with_name('out.png')}" in text
     assert -1 <= cosines(text)[0] < 0.999
     figure = np.asarray(Image.open(photo.with_name("out.png")).convert("RGB"))
@@ -126,13 +126,13 @@ def test_windows_and_paths_are_drawn_at_their_pixels() -> None:
         ("missing.png", "missing.png does not exist"),
         ("photo.png -o out.gif", "--output must end in .png"),
         ("photo.png -o photo.png", "--output must not be an input image"),
-        ("photo.png --mask photo.png", "--mask needs --placement salient; got isotropic"),
+        ("photo.png --mask photo.png", "--mask requires --placement salient; got isotropic"),
         ("photo.png --placement salient --mask no.png", "no.png does not exist"),
         ("photo.png --model test_convnext", "--model test_convnext: spot.Subpixel: model must"),
         ("photo.png SMALL --placement grid", "n must be <= 12, the patches of [16, 16]"),
         ("photo.png SMALL --size 12", "at least one patch; got 12 x 9 pixels"),
         ("photo.png --search 1 --lr 0", "--lr must be > 0, and finite; got 0.0"),
-        ("flat.png SMALL --placement salient", "the photograph has no gradient; use another"),
+        ("flat.png SMALL --placement salient", "the image has no gradient; use another"),
         (
             "photo.png SMALL --placement salient --mask black.png",
             "--mask black.png must not be black",

@@ -323,7 +323,7 @@ def test_files_without_a_checkpoint_are_ignored(
         write_errors(out, name, [f"{name}/{i}" for i in range(2)])
     assert data.open(out).errors.num_rows == 4
     (out / "checkpoint").mkdir()
-    with pytest.raises(ValueError, match="must have pictures"):
+    with pytest.raises(ValueError, match="must have images"):
         data.open(out)
     for name in ("b.parquet", "c.pending.parquet", "d.parquet"):
         (out / "checkpoint" / name).touch()
@@ -360,7 +360,7 @@ def test_wrong_outputs_raise(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=rf"with a manifest.json; got {out}$"):
             data.open(out)
     write(tmp_path, {})
-    with pytest.raises(ValueError, match="must have pictures; got none in"):
+    with pytest.raises(ValueError, match="must have images; got none in"):
         data.open(tmp_path)
     with pytest.raises(TypeError, match="out must be a path or a URL; got 3"):
         data.open(3)
@@ -381,7 +381,7 @@ def test_wrong_arguments_raise(many: Many) -> None:
         with pytest.raises(TypeError, match="index must be an integer or a key"):
             fields[wrong]
     for columns in ("label", ["labels"], ["key"]):
-        with pytest.raises(ValueError, match=r"some of \['field', 'prefix', 'label'\]; got"):
+        with pytest.raises(ValueError, match=r"names from \['field', 'prefix', 'label'\]; got"):
             data.open(many[0], columns)
 
 

@@ -77,4 +77,4 @@ def _default_model() -> str:
         cached = cached_weights(DEFAULT_MODEL) is not None
     except Exception as error:  # as in _version
         return f"{DEFAULT_MODEL}: not available: {type(error).__name__}: {error}"
-    return f"{DEFAULT_MODEL}: {'downloaded' if cached else 'not downloaded yet'}"
+    return f"{DEFAULT_MODEL}: {'in' if cached else 'not in'} the local cache"
