@@ -388,7 +388,7 @@ def test_the_error_states_the_rule_and_the_value(
     assert type(caught.value) is error
     message = case.message
     if through is through_numpy:  # which accepts any dtype in sequences
-        message = message.replace(f"{VALUES};", f"{VALUES}, or numbers in sequences;")
+        message = message.replace(f"{VALUES};", f"{VALUES}, or sequences of numbers;")
     if through is through_op:
         kind = "TypeError: " if case.error is TypeError else ""
         assert kind + message in str(caught.value)

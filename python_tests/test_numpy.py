@@ -153,7 +153,7 @@ def test_offsets_and_weights_of_every_kind() -> None:
         assert field.tobytes() == expected.tobytes()
 
 
-VALUES = "must be float32 or float64, or numbers in sequences"
+VALUES = "must be float32 or float64, or sequences of numbers"
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ VALUES = "must be float32 or float64, or numbers in sequences"
         ([[True, False]], "bool"),
         ([[1j, 0]], "complex128"),
         ([[10**30, 0]], "object"),
-        ([[0, 1], [0]], "rows that make no array"),
+        ([[0, 1], [0]], "rows that do not form an array"),
         (1.5, "float"),
         ({(0, 0)}, "set"),
         (torch.zeros(2, 2), "Tensor"),
@@ -270,10 +270,10 @@ def call(**changes: Any) -> dict[str, Any]:
         (TypeError, "tokens", np.ma.ones(TOKENS), f"{ARRAY} MaskedArray"),
         (TypeError, "offsets", np.ma.zeros((2, 2)), f"{ARRAY} MaskedArray"),
         (TypeError, "out", [], f"{ARRAY} list"),
-        (TypeError, "offsets", [[10**400, 0]] * 2, "must be float32 or float64, or numbers in"),
+        (TypeError, "offsets", [[10**400, 0]] * 2, "must be float32 or float64, or seq"),
         (ValueError, "offsets", [torch.ones(2, requires_grad=True)] * 2, "must be float32 or"),
-        (ValueError, "offsets", np.broadcast_to(0.5, (2**31, 2)), "must be of at most 2^20 views"),
-        (ValueError, "weights", np.broadcast_to(0.5, (2**40,)), "must be of at most 2^20 views"),
+        (ValueError, "offsets", np.broadcast_to(0.5, (2**31, 2)), "must hold at most 2^20 views"),
+        (ValueError, "weights", np.broadcast_to(0.5, (2**40,)), "must hold at most 2^20 views"),
         (TypeError, "stride", True, "must be two integers >= 1, (y, x); got True"),
         (ValueError, "upsample", "\udc80", "must be one of 'nearest', 'bilinear'; got '\\udc80'"),
     ],

@@ -1,14 +1,13 @@
 """``shift``, ``windows``, ``ensemble`` and streams of views on NumPy arrays, without torch.
 
-``import srt_ext.numpy`` works where torch is not installed, and gives bit for bit what
-``torch.ops.srt.*`` gives on the CPU: the kernels are the same. ``merge`` uses NumPy's arithmetic
-and agrees with torch within rounding error. Arrays are float32, float64, float16, or bfloat16 as
-ml_dtypes has it, in the byte order of the machine; ``shift`` and ``windows`` take uint8, too.
-Tokens are read in place, or refused: nothing large is copied. While a call computes, other Python
-threads run.
+``import srt_ext.numpy`` does not need torch. The kernels are those of ``torch.ops.srt.*`` on the
+CPU, so results are bitwise equal. ``merge`` uses NumPy's arithmetic and agrees with torch within
+rounding error. Supported dtypes are float32, float64, float16 and the bfloat16 of ml_dtypes, in
+native byte order; ``shift`` and ``windows`` also support uint8. Tokens are read in place and never
+copied; an unsupported layout raises an error. The GIL is released during a call.
 
-What there is not: gradients, GPUs, ``all_reduce`` of streams, designs of views (offsets are any
-numbers [V, 2]).
+Gradients, GPUs, ``all_reduce`` of streams and designs of views are not available. Pass offsets as
+numbers [V, 2].
 """
 
 from __future__ import annotations
@@ -32,16 +31,17 @@ except ImportError as _error:
     _folder = Path(__file__).parent
     _others = sorted(path.name for path in _folder.glob("_numpy.*.so"))
     if any((_folder / f"_numpy{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
-        _reason = f"srt_ext._numpy does not load: {_error}"
+        _reason = f"srt_ext._numpy cannot be loaded: {_error}"
     elif _others:
         _reason = (
-            f"it was built for another Python: {', '.join(_others)}. Install srt_ext for this one"
+            f"it was built for another Python: {', '.join(_others)}. Install it for this Python"
         )
     else:
         _reason = (
-            f"{_folder} has no _numpy{EXTENSION_SUFFIXES[0]}: the package was not built, pybind11 "
-            "or Python.h was not found when it was (pip install -v . tells), or this is its "
-            "source folder and hides the installed one"
+            f"{_folder} does not contain _numpy{EXTENSION_SUFFIXES[0]}. Either Python imported the "
+            "sources of srt_ext instead of the installed package (start Python in another folder, "
+            "or run pip install -e . in the clone), or pybind11 or Python.h was not found during "
+            "the build (pip install -v . prints the reason)"
         )
     raise ImportError(f"srt_ext.numpy is not available: {_reason}") from _error
 
@@ -57,15 +57,15 @@ __all__ = [
     "windows",
 ]
 
-MAX_THREADS = 1024  # a slip of the keyboard asks for more
+MAX_THREADS = 1024  # a larger number is probably a mistake
 
-# What offsets, weights, centers and scale are made of: float32 or float64, or numbers in (nested)
-# sequences.
+# The types of offsets, weights, centers and scale: float32 or float64 arrays, or (nested) sequences
+# of numbers.
 Numbers: TypeAlias = NDArray[np.float32] | NDArray[np.float64] | Sequence[Any]
 
 
 def _check_array(where: str, name: str, value: object) -> None:
-    # A masked array is one, too: to read what it hides would be a wrong result.
+    # A masked array is an ndarray, too, but its masked values must not be read.
     if not isinstance(value, np.ndarray) or hasattr(value, "mask"):
         rule = f"{name} must be a numpy.ndarray without a mask"
         raise wrong(TypeError, where, rule, type(value).__name__)
@@ -76,21 +76,21 @@ def _numbers(
     name: str,
     value: object,
     largest: int = 4 * MAX_VIEWS,
-    limit: str = "must be of at most 2^20 views",
+    limit: str = "must hold at most 2^20 views",
 ) -> NDArray[np.float64]:
-    """A dense copy in float64, which no other thread changes while it is read."""
-    rule = f"{name} must be float32 or float64, or numbers in sequences"
+    """A contiguous float64 copy, which other threads cannot change while it is read."""
+    rule = f"{name} must be float32 or float64, or sequences of numbers"
     if isinstance(value, np.ndarray):
         _check_array(where, name, value)
         if value.dtype.kind != "f" or value.dtype.itemsize not in (4, 8):
             raise wrong(TypeError, where, rule, value.dtype)
-        if value.size > largest:  # before it is copied: strides may be 0
+        if value.size > largest:  # checked before the copy, because strides may be 0
             raise wrong(ValueError, where, f"{name} {limit}", list(value.shape))
     elif isinstance(value, Sequence):
         try:
             value = np.asarray(value)
-        except Exception:  # rows of different lengths, elements that cannot be numbers
-            raise wrong(ValueError, where, rule, "rows that make no array") from None
+        except Exception:  # rows of different lengths, or elements other than numbers
+            raise wrong(ValueError, where, rule, "rows that do not form an array") from None
         if value.dtype.kind not in "fiu":
             raise wrong(TypeError, where, rule, value.dtype)
     else:
@@ -101,7 +101,7 @@ def _numbers(
 def _views(
     where: str, tokens: Any, offsets: Any, grid: Any, patch: Any, weights: Any = None, **modes: Any
 ) -> tuple[Any, ...]:
-    """What a kernel takes, of the types that it takes."""
+    """Converts the arguments of an ensemble to the types of ``_numpy``."""
     _check_array(where, "tokens", tokens)
     stride = modes.pop("stride")
     check_words(where, **modes)
@@ -119,10 +119,26 @@ def shift(
     padding: Padding = "reflect",
     interpolation: Interpolation = "bilinear",
 ) -> NDArray[Any]:
-    """As :func:`srt_ext.shift`: every translated view of a batch of images.
+    """Translates a batch of images by each offset, as :func:`srt_ext.shift`.
 
-    An ``image`` that is not dense and aligned is copied first. ``offsets`` are an array of float32
-    or float64, or sequences.
+    Args:
+        image: [B, C, H, W], float32, float16, bfloat16, float64 or uint8. An image that is not
+            contiguous and aligned is copied first.
+        offsets: [V, 2], (dy, dx) in pixels; a float32 or float64 array, or sequences of numbers.
+        padding: as for :func:`srt_ext.shift`.
+        interpolation: as for :func:`srt_ext.shift`.
+
+    Returns:
+        [V, B, C, H, W], contiguous, in the dtype of ``image``.
+
+    Raises:
+        TypeError: an argument has the wrong type, dtype or byte order.
+        ValueError: an argument has a wrong shape or value.
+
+    Example:
+        >>> image = np.arange(4, dtype=np.float32).reshape(1, 1, 1, 4)
+        >>> shift(image, [(0, 1)], padding="border")[0, 0, 0, 0]
+        array([0., 0., 1., 2.], dtype=float32)
     """
     where = "srt::shift"
     _check_array(where, "image", image)
@@ -138,10 +154,28 @@ def windows(
     *,
     padding: Padding = "border",
 ) -> NDArray[Any]:
-    """As :func:`srt_ext.windows`: windows of a batch of images at any positions.
+    """Samples windows of a batch of images at any positions, as :func:`srt_ext.windows`.
 
-    ``image`` is read in place; its strides may be negative, and are whole elements. ``centers`` and
-    ``scale`` are arrays of float32 or float64, or sequences.
+    Args:
+        image: [B, C, H, W], float32, float16, bfloat16, float64 or uint8. It is read in place; its
+            strides may be negative and must be multiples of the element size.
+        centers: [B, N, 2], (y, x) in pixels; a float32 or float64 array, or sequences of numbers.
+        size: (Ph, Pw), samples per window.
+        scale: pixels between neighbouring samples, [2] or [B, N, 2]; a float32 or float64 array, or
+            sequences of numbers. None means 1.
+        padding: as for :func:`srt_ext.windows`.
+
+    Returns:
+        [B, N, C, Ph, Pw], contiguous, in the dtype of ``image``.
+
+    Raises:
+        TypeError: an argument has the wrong type, dtype or byte order.
+        ValueError: an argument has a wrong shape or value, or ``image`` is not aligned.
+
+    Example:
+        >>> image = np.arange(6, dtype=np.float32).reshape(1, 1, 1, 6)
+        >>> windows(image, [[(0.5, 3.25)]], (1, 2))[0, 0, 0, 0]
+        array([2.25, 3.25], dtype=float32)
     """
     where = "srt::windows"
     _check_array(where, "image", image)
@@ -166,23 +200,31 @@ def ensemble(
     stride: Stride = 1,
     out: NDArray[Any] | None = None,
 ) -> NDArray[Any]:
-    """As :func:`srt_ext.ensemble`: the tokens of all views in the frame of the image, aggregated.
+    """Aggregates the tokens of all views in the frame of the image, as :func:`srt_ext.ensemble`.
 
     Args:
-        tokens: as there, read in place, read-only or not; strides may be negative, and are whole
-            elements.
-        offsets, weights: as there, arrays of float32 or float64, or sequences.
-        grid, patch, reduce, upsample, border, stride: as there.
-        out: as there, of positive strides.
+        tokens: [V, B, N, C], N = h * w tokens in row order; float32, float16, bfloat16 or float64.
+            They are read in place and may be read-only. The last dimension must be contiguous;
+            other strides may be negative and must be multiples of the element size.
+        offsets: [V, 2], (dy, dx) in pixels; a float32 or float64 array, or sequences of numbers.
+        grid: (h, w), the number of tokens along y and x.
+        patch: (Ph, Pw), pixels per token.
+        weights: [V], finite and >= 0; a float32 or float64 array, or a sequence of numbers. None
+            means equal weights.
+        reduce: as for :func:`srt_ext.ensemble`.
+        upsample: as for :func:`srt_ext.ensemble`.
+        border: as for :func:`srt_ext.ensemble`.
+        stride: pixels per output cell, (sh, sw) or one for both.
+        out: [B, C, H / sh, W / sw] with positive strides, written in place.
 
     Returns:
-        [B, C, H / sh, W / sw] of the dtype of ``tokens``, which lies in memory as [B, H / sh,
-        W / sw, C] (``result.transpose(0, 2, 3, 1)`` is dense), or ``out``.
+        [B, C, H / sh, W / sw] in the dtype of ``tokens``, or ``out``. A new result is channels
+        last: ``result.transpose(0, 2, 3, 1)`` is contiguous.
 
     Raises:
-        TypeError: an argument of the wrong type, dtype or byte order.
-        ValueError: a wrong shape, mode word or value; arrays that are not aligned, that share
-            memory, or a read-only ``out``.
+        TypeError: an argument has the wrong type, dtype or byte order.
+        ValueError: an argument has a wrong shape or value, an array is not aligned, ``out`` is
+            read-only, or ``out`` shares memory with ``tokens``.
 
     Example:
         >>> tokens = np.array([0, 4], dtype=np.float32).reshape(1, 1, 2, 1)
@@ -209,9 +251,30 @@ def ensemble_moments(
     border: Border = "coverage",
     stride: Stride = 1,
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """As :func:`srt_ext.ensemble_moments`: the mean over the views and their variance.
+    """Computes the mean and variance over the views, as :func:`srt_ext.ensemble_moments`.
 
-    Arguments and both results are those of :func:`ensemble`.
+    Args:
+        tokens: [V, B, N, C], as for :func:`ensemble`.
+        offsets: [V, 2], (dy, dx) in pixels, as for :func:`ensemble`.
+        grid: (h, w), the number of tokens along y and x.
+        patch: (Ph, Pw), pixels per token.
+        weights: [V] or None, as for :func:`ensemble`.
+        upsample: as for :func:`srt_ext.ensemble`.
+        border: as for :func:`srt_ext.ensemble`.
+        stride: pixels per output cell, (sh, sw) or one for both.
+
+    Returns:
+        (mean, var), each [B, C, H / sh, W / sw] as the result of :func:`ensemble`.
+
+    Raises:
+        TypeError: an argument has the wrong type, dtype or byte order.
+        ValueError: an argument has a wrong shape or value, or ``tokens`` are not aligned.
+
+    Example:
+        >>> tokens = np.array([1, 3], dtype=np.float32).reshape(2, 1, 1, 1)  # two views
+        >>> mean, var = ensemble_moments(tokens, [(0, 0), (0, 0)], grid=(1, 1), patch=(1, 1))
+        >>> mean.item(), var.item()
+        (2.0, 1.0)
     """
     modes: dict[str, Any] = {"upsample": upsample, "border": border, "stride": stride}
     views = ("srt::ensemble_moments", tokens, offsets, grid, patch, weights)
@@ -219,7 +282,7 @@ def ensemble_moments(
 
 
 class _Arrays:
-    """As ``_Tensors`` in srt_ext.streaming, for NumPy."""
+    """The NumPy operations of a stream, as ``_Tensors`` in srt_ext.streaming."""
 
     check_array, moveaxis = staticmethod(_check_array), staticmethod(np.moveaxis)
     float32, float64 = np.dtype(np.float32), np.dtype(np.float64)
@@ -251,13 +314,20 @@ class _Arrays:
         np.copyto(target, value, where=where)
 
     def writing(self) -> np.errstate:
-        return np.errstate(all="ignore")  # NaN and infinities are values
+        return np.errstate(all="ignore")  # NaN and infinities are valid values
 
 
 class RunningMean(streaming.MeanStream[NDArray[Any], Numbers]):
-    """As :class:`srt_ext.RunningMean`: the mean of a stream of views.
+    """The mean of a stream of views, as :class:`srt_ext.RunningMean`.
 
-    State: mean [B, C, H', W'], weight [H', W'].
+    The state is mean [B, C, H', W'] and weight [H', W'].
+
+    Args:
+        grid: (h, w), the number of tokens along y and x.
+        patch: (Ph, Pw), pixels per token.
+        upsample: as for :func:`srt_ext.ensemble`.
+        border: as for :func:`srt_ext.ensemble`.
+        stride: pixels per output cell, (sh, sw) or one for both.
 
     Example:
         >>> running = RunningMean(grid=(1, 2), patch=(1, 1))
@@ -271,35 +341,67 @@ class RunningMean(streaming.MeanStream[NDArray[Any], Numbers]):
 
 
 class RunningMoments(RunningMean, streaming.MomentsStream[NDArray[Any], Numbers]):
-    """As :class:`srt_ext.RunningMoments`: mean and variance of a stream of views.
+    """The mean and variance of a stream of views, as :class:`srt_ext.RunningMoments`.
 
-    State: mean and var [B, C, H', W'], weight [H', W'].
+    The state is mean and var [B, C, H', W'] and weight [H', W'].
+
+    Args:
+        grid: (h, w), the number of tokens along y and x.
+        patch: (Ph, Pw), pixels per token.
+        upsample: as for :func:`srt_ext.ensemble`.
+        border: as for :func:`srt_ext.ensemble`.
+        stride: pixels per output cell, (sh, sw) or one for both.
+
+    Example:
+        >>> running = RunningMoments(grid=(1, 1), patch=(1, 1))
+        >>> for value in (1, 3):
+        ...     running.update(np.full((1, 1, 1, 1), value, np.float32), [(0, 0)])
+        >>> running.variance().item()
+        1.0
     """
 
 
 class RunningMedian(streaming.MedianStream[NDArray[Any], Numbers]):
-    """As :class:`srt_ext.RunningMedian`: the lower median of a stream of views, approximately.
+    """The approximate lower median of a stream of views, as :class:`srt_ext.RunningMedian`.
 
-    State: window [8, B, C, H', W'], count [H', W'].
+    The state is window [8, B, C, H', W'] and count [H', W'].
+
+    Args:
+        grid: (h, w), the number of tokens along y and x.
+        patch: (Ph, Pw), pixels per token.
+        upsample: as for :func:`srt_ext.ensemble`.
+        border: as for :func:`srt_ext.ensemble`.
+        stride: pixels per output cell, (sh, sw) or one for both.
+
+    Example:
+        >>> running = RunningMedian(grid=(1, 1), patch=(1, 1))
+        >>> for value in (5, 1, 9):
+        ...     running.update(np.full((1, 1, 1, 1), value, np.float32), [(0, 0)])
+        >>> running.result().item()
+        5.0
     """
 
     _arrays = _Arrays()
 
 
 def get_num_threads() -> int:
-    """How many threads share the work of a call, that of the caller among them."""
+    """Returns the number of threads that share the work of a call, including the caller's."""
     return _numpy.get_threads()
 
 
 def set_num_threads(n: int) -> None:
-    """Sets how many threads share the work of a call; results do not depend on it.
+    """Sets the number of threads that share the work of a call. Results do not depend on it.
 
-    At first there are as many as this process may use CPUs, when srt_ext.numpy is imported. They
-    are apart from torch's, start with the first call that is large enough, and a forked process
-    starts its own.
+    The default is the number of CPUs that the process may use when srt_ext.numpy is imported. The
+    threads are separate from torch's. They start with the first call that is large enough; a forked
+    process starts its own.
+
+    Args:
+        n: number of threads, from 1 to 1024, including the caller's.
 
     Raises:
-        TypeError, ValueError: ``n`` is no integer between 1 and 1024.
+        TypeError: ``n`` is not an integer.
+        ValueError: ``n`` is not between 1 and 1024.
     """
     where = "srt_ext.numpy.set_num_threads"
     if check_count(where, "n", n, 1) > MAX_THREADS:

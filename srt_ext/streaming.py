@@ -1,9 +1,9 @@
-"""Views that arrive one after the other: aggregated in memory that does not grow with their number.
+"""Aggregates a stream of views in memory that does not grow with the number of views.
 
-``RunningMean``, ``RunningMoments`` and ``RunningMedian`` wrap ``torch.ops.srt.accumulate_*``, which
-take a chunk of views and a state of plain tensors that they read and write once. What they do does
-not depend on the library of the arrays: ``srt_ext.numpy`` has the same classes over NumPy, which
-need no torch.
+``RunningMean``, ``RunningMoments`` and ``RunningMedian`` wrap ``torch.ops.srt.accumulate_*``. Each
+of these ops adds a chunk of views to a state of plain tensors, which it reads and writes once. The
+base classes do not depend on the array library: ``srt_ext.numpy`` has the same classes for NumPy
+arrays and does not need torch.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ if _library.unavailable is None:
     from . import ops
 
 A = TypeVar("A", bound=Any)  # an array of torch or NumPy
-N = TypeVar("N")  # numbers of the views, as the library takes them
+N = TypeVar("N")  # the type of offsets and weights in that library
 
-WINDOW_PLANES = 8  # of the state of a median: 7 values, and the place of the median
+WINDOW_PLANES = 8  # planes of a median state: 7 values and the position of the median
 
 
 def _device(array: Any) -> object:
@@ -33,12 +33,12 @@ def _device(array: Any) -> object:
 
 
 class Stream(Generic[A, N]):
-    """A stream of views: its settings, its state, and what all of its kinds do alike."""
+    """Base class of the streams: settings, state, and the operations common to all kinds."""
 
-    _arrays: Any  # what a library of arrays does in a way of its own: _Tensors, or NumPy's
-    _op: str  # adds a chunk to the state
-    _planes: dict[str, tuple[int, ...]]  # of the state [*planes, B, C, H', W'], by name
-    _total: str  # the state [H', W']: total weight of a cell, or its number of views
+    _arrays: Any  # the operations that differ between array libraries: _Tensors, or NumPy's
+    _op: str  # the op that adds a chunk to the state
+    _planes: dict[str, tuple[int, ...]]  # leading sizes of each state array [*planes, B, C, H', W']
+    _total: str  # name of the state array [H', W']: total weight or number of views per cell
     _weighted = True
 
     def __init__(
@@ -59,27 +59,34 @@ class Stream(Generic[A, N]):
         self.reset()
 
     def __copy__(self) -> Stream[A, N]:
-        return copy.deepcopy(self)  # views that are added to one are not added to the other
+        return copy.deepcopy(self)  # the copy must not share its state
 
     def reset(self) -> None:
-        """Forgets every view, and the sizes and dtype of the tokens."""
+        """Removes all views. The next update may have tokens of another size, dtype and device."""
         self.views = 0
         self._state: dict[str, Any] = {}
         self._dtype = self._arrays.float32  # of the tokens
 
     def update(self, tokens: A, offsets: N, weights: N | None = None) -> None:
-        """Adds views: tokens [V, B, N, C], offsets [V, 2], weights [V], as for ``ensemble``.
+        """Adds a chunk of views.
 
-        Weights count against those of the other chunks: 0, or between 2^-500 and 2^500; a median
-        takes none. No views (V = 0) only allocate the state. Raises as ``ensemble``; then nothing
-        was added.
+        Args:
+            tokens: [V, B, N, C], as for ``ensemble``; device, dtype, B and C must be the same in
+                every chunk. V = 0 only allocates the state.
+            offsets: [V, 2], (dy, dx) in pixels, as for ``ensemble``.
+            weights: [V] or None for weights of 1; each is 0 or between 2^-500 and 2^500. Weights
+                are relative to the weights of all other chunks. A median does not support weights.
+
+        Raises:
+            TypeError: an argument has the wrong type or dtype. The stream is unchanged.
+            ValueError: an argument has a wrong shape or value. The stream is unchanged.
         """
         if weights is not None and not self._weighted:
             self._fail("weights must be None for a median", repr(weights))
         self._arrays.check_array(f"srt::{self._op}", "tokens", tokens)
         fresh, empty = not self._state, tokens.shape[:1] == (0,)
         views = (tokens, offsets, self.grid, self.patch)
-        if fresh or empty:  # before anything is allocated
+        if fresh or empty:  # checked before the state is allocated
             self._arrays.check_chunk(self._op, *views, weights, **self._modes)
         if fresh:
             self._allocate(tokens)
@@ -109,7 +116,7 @@ class Stream(Generic[A, N]):
     # ---- the state ------------------------------------------------------------------------------
 
     def _layout(self, batch: int, channels: int, dtype: Any) -> dict[str, tuple[Any, Any]]:
-        """Shape and dtype of each array of the state, for tokens of this dtype."""
+        """Shape and dtype of each state array for tokens of this dtype."""
         double, shape = self._arrays.float64, (batch, channels, *self._cells)
         sums = double if dtype == double else self._arrays.float32
         planes = {name: ((*lead, *shape), sums) for name, lead in self._planes.items()}
@@ -123,25 +130,30 @@ class Stream(Generic[A, N]):
                 self._state[name] = self._copied(self._arrays.zeros(shape, dtype, tokens))
 
     def _check_goes_on(self, tokens: Any) -> None:
-        """That tokens are of the place, dtype and size of those before."""
+        """Checks that the tokens have the device, dtype and size of the previous chunks."""
         first = next(iter(self._state.values()))
         device, given = _device(first), _device(tokens)
         if given != device:
-            self._fail(f"tokens must stay on the device of the stream, {device}", given)
+            self._fail(f"tokens must be on the device of the stream, {device}", given)
         if tokens.dtype != self._dtype:
-            self._fail(f"tokens must keep their dtype, {self._dtype}", tokens.dtype, TypeError)
+            rule = f"tokens must have the dtype of the stream, {self._dtype}"
+            self._fail(rule, tokens.dtype, TypeError)
         size, new = list(first.shape[-4:-2]), list(tokens.shape[1::2])
         if new != size and tokens.ndim == 4:
-            self._fail(f"tokens must keep their batch and channels, {size}", new)
+            self._fail(f"tokens must have the [B, C] of the stream, {size}", new)
 
     def _check_has_views(self) -> None:
         if not self._state:
-            raise ValueError(f"{type(self).__name__}: no views were added")
+            raise ValueError(f"{type(self).__name__}: the stream has no views; call update first")
 
     def result(self) -> A:
-        """[B, C, H', W'] in the dtype of the tokens; 0 where no view counts.
+        """Returns the aggregate of all views added so far.
 
-        Raises ValueError before the first update.
+        Returns:
+            [B, C, H', W'] in the dtype of the tokens. Cells in which no view counts are 0.
+
+        Raises:
+            ValueError: ``update`` was not called.
         """
         return self._result(next(iter(self._planes)))
 
@@ -151,51 +163,56 @@ class Stream(Generic[A, N]):
         return result
 
     def _fields(self) -> tuple[A, ...]:
-        """The results, each [B, C, H', W'] in the dtype of the tokens, or the state itself.
+        """Returns the results, each [B, C, H', W'] in the dtype of the tokens.
 
-        For the last use of a stream: later updates may write to them.
+        They may be the state itself, so later updates may overwrite them.
         """
         self._check_has_views()
         return tuple(self._arrays.cast(self._state[name], self._dtype) for name in self._planes)
 
     def _copied(self, array: Any) -> Any:
-        """A copy of a part of the state, dense in the order of memory, channels last."""
+        """Copies a state array to contiguous memory with channels last."""
         arrays = self._arrays
         if array.ndim == 2:
             return arrays.dense(array)
         return arrays.moveaxis(arrays.dense(arrays.moveaxis(array, -3, -1)), -1, -3)
 
     def state_dict(self) -> dict[str, Any]:
-        """A copy of everything: settings, number of views, state."""
+        """Returns a copy of the settings, the number of views and the state."""
         state = {name: self._copied(array) for name, array in self._state.items()}
         return {**self._settings(), "views": self.views, "dtype": self._dtype, "state": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on where :meth:`state_dict` was taken: the same result, bit for bit.
+        """Restores a state from :meth:`state_dict`. Later results are bitwise equal.
 
-        Tensors stay on the device that they lie on: ``torch.load(file, map_location=device)``.
+        The arrays stay on their device; use ``torch.load(file, map_location=device)`` to move
+        tensors.
+
+        Args:
+            state_dict: a result of :meth:`state_dict` of the same kind of stream.
 
         Raises:
-            ValueError: it is of another kind of stream, has other settings, or is damaged. Then
-                this stream stays as it was.
+            ValueError: ``state_dict`` is invalid, or is from another kind of stream or a stream
+                with other settings. This stream is unchanged.
         """
         if not isinstance(state_dict, dict):
-            self._fail("a state_dict must be a dict", type(state_dict).__name__)
+            self._fail("state_dict must be a dict", type(state_dict).__name__)
         own, values = self._settings(), ("views", "dtype", "state")
         missing = {*own, *values} - set(state_dict)
         if missing:
-            self._fail("a state_dict must have all of its keys", f"none of {sorted(missing)}")
+            rule = f"state_dict must also have the keys {sorted(missing)}"
+            self._fail(rule, sorted(map(str, state_dict)))
         settings = {key: state_dict[key] for key in own}
         settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
         if settings != own:
-            self._fail(f"the state must have the settings {own}", settings)
+            self._fail(f"state_dict must have the settings of the stream, {own}", settings)
         views, dtype, state = (state_dict[key] for key in values)
         number = is_integer(views) and int(views) >= 0
         if not self._arrays.is_floating(dtype) or not number or not isinstance(state, dict):
-            rule = "views, dtype and state must be a number, a floating dtype and arrays"
-            self._fail(rule, (views, dtype))
+            rule = "views must be an integer >= 0, dtype a floating-point dtype and state a dict"
+            self._fail(rule, [views, dtype, type(state).__name__])
         if views and not state:
-            self._fail("a stream that has views must have a state", f"{views} views and none")
+            self._fail("state must not be empty if views > 0", f"{views} views and an empty state")
         loaded: dict[str, Any] = {}
         if state:
             self._check_state(state, dtype)
@@ -205,13 +222,13 @@ class Stream(Generic[A, N]):
         self.views, self._dtype, self._state = int(views), dtype, loaded
 
     def _check_state(self, state: dict[str, Any], dtype: Any) -> None:
-        """That these arrays are a state for tokens of this dtype."""
+        """Checks that these arrays are a state for tokens of this dtype."""
         names = [*self._planes, self._total]
         if set(state) != set(names) or not all(map(self._arrays.is_array, state.values())):
-            self._fail(f"the state must have the arrays {names}", list(state))
+            self._fail(f"state must have the arrays {names}", list(state))
         devices = [_device(array) for array in state.values()]
         if len(set(devices)) > 1:
-            self._fail("the state must lie on one device", [str(device) for device in devices])
+            self._fail("all arrays of state must be on one device", list(map(str, devices)))
         first = state[names[0]]
         if first.ndim < 4:
             self._fail(f"{names[0]} must be [..., B, C, H', W']", list(first.shape))
@@ -226,7 +243,16 @@ class MeanStream(Stream[A, N]):
     _op, _planes, _total = "accumulate_mean_", {"mean": ()}, "weight"
 
     def merge(self, other: MeanStream[A, N]) -> None:
-        """Adds all views of another stream with the same settings; associative up to rounding."""
+        """Adds all views of another stream. Merging is associative up to rounding.
+
+        Args:
+            other: a stream of the same kind with the same settings and the same size and dtype of
+                tokens. It is not changed.
+
+        Raises:
+            TypeError: ``other`` is another kind of object.
+            ValueError: the settings, sizes or dtypes differ.
+        """
         self._check_same(other)
         if not other._state:
             return
@@ -243,19 +269,19 @@ class MeanStream(Stream[A, N]):
     def _check_same(self, other: object) -> None:
         name = type(self).__name__
         if type(other) is not type(self):
-            raise TypeError(f"{name}: merge takes another {name}; got {type(other).__name__}")
+            raise TypeError(f"{name}: other must be a {name}; got {type(other).__name__}")
         if other._settings() != self._settings():
-            self._fail(f"both must have the same settings, {self._settings()}", other._settings())
+            self._fail(f"other must have the same settings, {self._settings()}", other._settings())
         mine, theirs = (
             (stream._dtype, *(tuple(array.shape) for array in stream._state.values()))
             for stream in (self, other)
         )
         if self._state and other._state and mine != theirs:
-            self._fail(f"both must have tokens of one dtype and size, {mine}", theirs)
+            self._fail(f"other must have the same dtype and sizes, {mine}", theirs)
 
     def _shares(self, part: Any, total: Any) -> Any:
-        """part / total [H', W'], 0 where both are; in the precision of the state."""
-        # 1e-300 is below every weight of a stream, which are 0 or at least 2^-500.
+        """part / total [H', W'] in the precision of the state; 0 where both are 0."""
+        # 1e-300 is below every positive weight of a stream: these are at least 2^-500.
         return self._arrays.cast(part / total.clip(1e-300), self._state["mean"].dtype)
 
     def _joined(self, other: dict[str, Any], keep: Any, share: Any) -> dict[str, Any]:
@@ -268,15 +294,19 @@ class MomentsStream(MeanStream[A, N]):
     _op, _planes = "accumulate_moments_", {"mean": (), "var": ()}
 
     def variance(self) -> A:
-        """[B, C, H', W'] in the dtype of the tokens; 0 where no view counts.
+        """Returns the population variance of all views added so far.
 
-        Raises ValueError before the first update.
+        Returns:
+            [B, C, H', W'] in the dtype of the tokens. Cells in which no view counts are 0.
+
+        Raises:
+            ValueError: ``update`` was not called.
         """
         return self._result("var")
 
     def _joined(self, other: dict[str, Any], keep: Any, share: Any) -> dict[str, Any]:
-        # keep * share * apart^2, multiplied so that a cell that only one stream covers never
-        # computes 0 * inf.
+        # keep * share * apart^2, in an order that never computes 0 * inf in a cell that only one
+        # stream covers.
         apart = other["mean"] - self._state["mean"]
         var = keep * apart
         apart *= share
@@ -308,15 +338,15 @@ class MedianStream(Stream[A, N]):
             return result
 
     def merge(self, other: MedianStream[A, N]) -> NoReturn:
-        """Raises: the windows of two streams do not tell the median of both."""
+        """Not supported: always raises a :class:`NotImplementedError` (see the class)."""
         self._refuse("merge")
 
     @staticmethod
     def _refuse(what: str) -> NoReturn:
         raise NotImplementedError(
-            f"RunningMedian: {what} is not defined: a window holds the 7 values around the median "
-            "of its own views, and the median of both streams may lie in neither. Give one stream "
-            "all views, or merge means"
+            f"RunningMedian: {what} is not supported. A stream keeps only the 7 values around the "
+            "median of its own views, and the median of all views may be none of them. Add all "
+            "views to one stream, or use RunningMean"
         )
 
 
@@ -324,14 +354,14 @@ class MedianStream(Stream[A, N]):
 
 
 class _Tensors:
-    """What a stream needs from torch; srt_ext.numpy has the same for NumPy."""
+    """The torch operations of a stream. ``srt_ext.numpy._Arrays`` is the NumPy version."""
 
     check_array = staticmethod(check_tensor)
     if _library.unavailable is None:
         float32, float64, moveaxis = torch.float32, torch.float64, staticmethod(torch.moveaxis)
 
     def is_array(self, value: object) -> bool:
-        """A dense tensor."""
+        """Whether ``value`` is a dense tensor."""
         if not isinstance(value, torch.Tensor) or value.is_nested:
             return False
         return value.layout == torch.strided
@@ -341,43 +371,51 @@ class _Tensors:
         return dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
     def check_chunk(self, op: str, *views: Any, **modes: Any) -> None:
-        """The rules for a chunk of any number of views, before there is a state."""
+        """Checks a chunk with any number of views before the state exists."""
         ops.check_views(op, *views, stream=True, **modes)
 
     def accumulate(self, op: str, state: Sequence[Any], *views: Any, **modes: Any) -> None:
-        """Adds a chunk to the state, or raises and adds nothing."""
+        """Adds a chunk to the state. If it raises, the state is unchanged."""
         ops.accumulate(op, *state, *views, **modes)
 
     def zeros(self, shape: Sequence[int], dtype: Any, like: torch.Tensor) -> torch.Tensor:
-        """One 0 in every place, on the device of ``like``."""
+        """An expanded 0 of this shape on the device of ``like``."""
         return torch.zeros((), dtype=dtype, device=like.device).expand(shape)
 
     def dense(self, array: torch.Tensor) -> torch.Tensor:
-        """A copy, dense in the order of its dimensions."""
+        """A contiguous copy."""
         return array.clone(memory_format=torch.contiguous_format)
 
     def cast(self, array: torch.Tensor, dtype: Any, copy: bool = False) -> torch.Tensor:
         return array.to(dtype, copy=copy)
 
     def put(self, target: torch.Tensor, where: torch.Tensor, value: torch.Tensor) -> None:
-        """Overwrites the elements of ``target`` that ``where`` names."""
+        """Overwrites the elements of ``target`` where ``where`` is true."""
         torch.where(where, value, target, out=target)
 
     def writing(self) -> AbstractContextManager[None]:
-        """While arrays of the state are made."""
-        # Or the state could not be written outside of an inference mode in which it was made.
+        """A context in which state arrays are created."""
+        # A state created in inference mode could not be written outside it.
         return ops.state_mode()
 
 
 class RunningMean(MeanStream["torch.Tensor", "torch.Tensor"]):
-    """The mean of a stream of views: ``ensemble`` in chunks.
+    """The mean of a stream of views, computed in chunks of any size.
 
-    State, whatever the number of views: the mean [B, C, H', W'] in float32 (float64 for float64
-    tokens) and the weight of each cell [H', W'] in float64. The result equals that of
-    :func:`srt_ext.ensemble` over all views within float32 rounding, for any chunks.
+    The state is the mean [B, C, H', W'] in float32 (float64 for float64 tokens) and the weight of
+    each cell [H', W'] in float64. Its size does not depend on the number of views. For any chunk
+    sizes, the result is that of :func:`srt_ext.ensemble` over all views up to float32 rounding.
 
     Args:
-        grid, patch, upsample, border, stride: as for :func:`srt_ext.ensemble`.
+        grid: (h, w), the number of tokens along y and x.
+        patch: (Ph, Pw), pixels per token.
+        upsample: as for :func:`srt_ext.ensemble`.
+        border: as for :func:`srt_ext.ensemble`.
+        stride: pixels per output cell, (sh, sw) or one for both, as for :func:`srt_ext.ensemble`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument has a wrong value.
 
     Example:
         >>> running = RunningMean(grid=(1, 2), patch=(1, 1))
@@ -390,10 +428,17 @@ class RunningMean(MeanStream["torch.Tensor", "torch.Tensor"]):
     _arrays = _Tensors()
 
     def all_reduce(self, group: Any = None) -> None:
-        """Makes this the stream of the views of all processes of a ``torch.distributed`` group.
+        """Merges the streams of all processes; afterwards every process has the views of all.
 
-        Every process must have had an ``update``; one without views calls it with none. Raises on
-        all of them if one has not, or has other settings; then nothing was changed.
+        Every process must have called ``update`` before. A process without views calls it with
+        V = 0.
+
+        Args:
+            group: a ``torch.distributed`` group; None means the default group.
+
+        Raises:
+            ValueError: a process has not called ``update``, or its settings, dtype or sizes differ.
+                It is raised in every process, and no stream is changed.
         """
         shapes = [tuple(tensor.shape) for tensor in self._state.values()]
         own = (type(self).__name__, self._settings(), str(self._dtype), shapes, self.views)
@@ -401,8 +446,8 @@ class RunningMean(MeanStream["torch.Tensor", "torch.Tensor"]):
         torch.distributed.all_gather_object(every, own, group=group)
         if any(one[:4] != own[:4] for one in every) or not shapes:
             raise ValueError(
-                f"{type(self).__name__}: all processes must have a stream of the same settings, "
-                f"dtype and size; got {[one[:4] for one in every]}"
+                f"{type(self).__name__}: all processes must have a stream with the same settings, "
+                f"dtype and sizes; got {[one[:4] for one in every]}"
             )
         with ops.state_mode():
             total = self._sum_over(self._state["weight"], group)
@@ -414,24 +459,36 @@ class RunningMean(MeanStream["torch.Tensor", "torch.Tensor"]):
         return {"mean": self._sum_over(self._state["mean"] * share, group)}
 
     def _sum_over(self, tensor: torch.Tensor, group: Any) -> torch.Tensor:
-        """The sum of the tensors of all processes, in the strides of this one."""
+        """Sums a tensor over all processes. The result has the strides of the state."""
         total: torch.Tensor = self._copied(tensor)
-        dense = total if total.ndim == 2 else total.movedim(-3, -1)  # as a state lies in memory
+        dense = total if total.ndim == 2 else total.movedim(-3, -1)  # the layout of a state
         torch.distributed.all_reduce(dense, group=group)
         return total
 
 
 class RunningMoments(RunningMean, MomentsStream["torch.Tensor", "torch.Tensor"]):
-    """Mean and variance of a stream of views: ``ensemble_moments`` in chunks.
+    """The mean and variance of a stream of views, computed in chunks of any size.
 
-    State, whatever the number of views: mean and population variance [B, C, H', W'] and the weight
-    of each cell [H', W']. Chunks and streams are joined as Chan, Golub and LeVeque do ("Updating
-    formulae and a pairwise algorithm for computing sample variances", 1979). The mean is rounded to
-    float32 between chunks, and the spread is taken from it: where it is 1e4 times the spread the
-    variance is within 0.5 % (that of :func:`srt_ext.ensemble_moments`, in one call, within 0.2 %).
+    The state is the mean and the population variance [B, C, H', W'] and the weight of each cell
+    [H', W']. Its size does not depend on the number of views. The mean is rounded to float32
+    between chunks, which limits the accuracy of the variance: if the mean is 1e4 times the standard
+    deviation, the variance is accurate within 0.5 % (:func:`srt_ext.ensemble_moments` in one call:
+    0.2 %).
 
     Args:
-        grid, patch, upsample, border, stride: as for :func:`srt_ext.ensemble`.
+        grid: (h, w), the number of tokens along y and x.
+        patch: (Ph, Pw), pixels per token.
+        upsample: as for :func:`srt_ext.ensemble`.
+        border: as for :func:`srt_ext.ensemble`.
+        stride: pixels per output cell, (sh, sw) or one for both, as for :func:`srt_ext.ensemble`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument has a wrong value.
+
+    References:
+        Chunks and streams are combined by the formulae of Chan, Golub and LeVeque, "Updating
+        formulae and a pairwise algorithm for computing sample variances", 1979.
 
     Example:
         >>> running = RunningMoments(grid=(1, 1), patch=(1, 1))
@@ -448,25 +505,35 @@ class RunningMoments(RunningMean, MomentsStream["torch.Tensor", "torch.Tensor"])
 
 
 class RunningMedian(MedianStream["torch.Tensor", "torch.Tensor"]):
-    """The lower median of a stream of views, approximately: ``reduce="median"`` in chunks.
+    """The approximate lower median of a stream of views, computed in chunks of any size.
 
-    State, whatever the number of views: the 7 values around the median of each element, in order,
-    with the place of the median among them, [8, B, C, H', W'] in float32 (float64 for float64
-    tokens), and the number of views of each cell [H', W'].
+    The state is a window [8, B, C, H', W'] in float32 (float64 for float64 tokens) and the number
+    of views of each cell [H', W']. The window holds the 7 sorted values around the median of each
+    element and the position of the median among them. Its size does not depend on the number of
+    views.
 
-    The median is exact as long as it stays among the 7 values, always up to 7 views. Where it
-    leaves them, the window follows it by the mean gap between its values: slowly, where most values
-    are equal or lie in two heaps far apart. So the order of the views matters: in the raster order
-    of a grid, where the values drift, the error is ten (225 views) to fifty (49 views) times that
-    in an order which spreads them, such as :func:`srt_ext.views.spread` gives
-    (research/README.md has both). Within a chunk the order is spread.
+    The median is exact while it stays within the 7 values, and always for up to 7 views. When it
+    leaves the window, the window moves towards it by the mean gap between its values. This is slow
+    if most values are equal or form two distant clusters. Therefore the order of the views matters:
+    in the row order of a grid, in which the values drift, the error is 10 times (225 views) to 50
+    times (49 views) the error in an order from :func:`srt_ext.views.spread` (research/README.md).
+    Within a chunk, ``update`` spreads the order itself.
 
-    Two windows do not tell the median of both streams: there is no merge.
-
-    After Munro and Paterson, "Selection and sorting with limited storage", 1980.
+    Two medians cannot be merged, because the windows do not determine the median of all views.
 
     Args:
-        grid, patch, upsample, border, stride: as for :func:`srt_ext.ensemble`.
+        grid: (h, w), the number of tokens along y and x.
+        patch: (Ph, Pw), pixels per token.
+        upsample: as for :func:`srt_ext.ensemble`.
+        border: as for :func:`srt_ext.ensemble`.
+        stride: pixels per output cell, (sh, sw) or one for both, as for :func:`srt_ext.ensemble`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument has a wrong value.
+
+    References:
+        After Munro and Paterson, "Selection and sorting with limited storage", 1980.
 
     Example:
         >>> running = RunningMedian(grid=(1, 1), patch=(1, 1))
@@ -479,5 +546,5 @@ class RunningMedian(MedianStream["torch.Tensor", "torch.Tensor"]):
     _arrays = _Tensors()
 
     def all_reduce(self, group: Any = None) -> NoReturn:
-        """Raises: the windows of several streams do not tell the median of all."""
+        """Not supported: always raises a :class:`NotImplementedError` (see the class)."""
         self._refuse("all_reduce")

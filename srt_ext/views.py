@@ -1,12 +1,12 @@
 """Designs of views: the offsets under which a model sees an image.
 
-Every design is a :class:`Views`. Every design but :func:`patches` has offsets of mean 0, so that
-features stay in place.
-Arguments that must be integers raise a TypeError if they are not, those out of range a ValueError.
+Every design is a :class:`Views`. The offsets of every design except :func:`patches` have mean 0, so
+that features stay in place. Arguments of a wrong type raise a :class:`TypeError`, arguments out of
+range a :class:`ValueError`.
 
-Any real offsets are allowed. But a shift by part of a pixel interpolates the image, which blurs it:
-designs on whole pixels were better in nearly every measurement (research/README.md).
-``offsets.round()`` moves them there.
+Any real offsets are allowed, but a shift by a fraction of a pixel interpolates the image and blurs
+it. Designs on whole pixels were better in nearly every measurement (research/README.md);
+``offsets.round()`` rounds a design to whole pixels.
 """
 
 from __future__ import annotations
@@ -29,30 +29,37 @@ from ._validation import (
     wrong,
 )
 
-MAX_VIEWS = 2**16  # a larger number is a typing error
+MAX_VIEWS = 2**16  # a larger number is probably a mistake
 MAX_RADIUS = 2**20  # pixels, the limit of the ops
 
 
 class Views(NamedTuple):
-    """The views of an image: each is shifted, then mirrored.
+    """The views of an image: each view is shifted, then mirrored.
 
     The tokens of a mirrored view are mirrored back before they are aggregated, with the same
     offset.
+
+    Example:
+        >>> Views(torch.tensor([[0.0, 0.0], [1.0, -1.0]])).take([1]).offsets
+        tensor([[ 1., -1.]])
     """
 
-    offsets: torch.Tensor  # [V, 2], (dy, dx) in pixels, float32
-    weights: torch.Tensor | None = None  # [V], float32, >= 0; None: all views count the same
-    mirror: torch.Tensor | None = None  # [V, 2], (y, x), bool; None: no view is mirrored
+    #: [V, 2], (dy, dx) in pixels, float32.
+    offsets: torch.Tensor
+    #: [V], float32, >= 0. None means equal weights.
+    weights: torch.Tensor | None = None
+    #: [V, 2], (y, x), bool. None means that no view is mirrored.
+    mirror: torch.Tensor | None = None
 
     def take(self, index: torch.Tensor | slice | list[int]) -> Views:
-        """The views at ``index``, which indexes the first dimension."""
+        """Returns the views at ``index``, an index of the first dimension."""
         return Views(*(None if part is None else part[index] for part in self))  # type: ignore[arg-type]
 
 
 def _check_radius(where: str, radius: float, least: int = 0) -> float:
     rule = f"radius must be from {least} to 2^20 pixels"
     value = check_number(f"views.{where}", rule, radius)
-    if not least <= value <= MAX_RADIUS:  # written so that NaN is refused
+    if not least <= value <= MAX_RADIUS:  # also true for NaN
         raise wrong(ValueError, f"views.{where}", rule, radius)
     return value
 
@@ -60,17 +67,18 @@ def _check_radius(where: str, radius: float, least: int = 0) -> float:
 def _check_views(where: str, n: int, least: int = 1, name: str = "n") -> int:
     count = check_count(f"views.{where}", name, n, least)
     if count > MAX_VIEWS:
-        raise ValueError(f"views.{where}: at most {MAX_VIEWS} views; got {count}")
+        rule = f"the design must have at most {MAX_VIEWS} views"
+        raise wrong(ValueError, f"views.{where}", rule, count)
     return count
 
 
-# Designs are made on the CPU in a given dtype: torch's defaults change neither.
+# Designs are on the CPU and have a fixed dtype, whatever torch's defaults are.
 def _indices(*bounds: int) -> torch.Tensor:
     return torch.arange(*bounds, device="cpu")
 
 
 def _axis(n: int, radius: float) -> torch.Tensor:
-    """[n], float64: evenly spaced from -radius to radius, exactly symmetric."""
+    """[n], float64: evenly spaced values from -radius to radius, exactly symmetric."""
     return (2 * _indices(n) - (n - 1)).double() * radius / max(1, n - 1)
 
 
@@ -80,11 +88,11 @@ def _variance(radius: float) -> float:
 
 
 def grid(radius: float, step: float = 1) -> Views:
-    """All offsets of a square: -radius, -radius + step, ... up to radius, on both axes.
+    """Builds the full square grid: -radius, -radius + step, ..., radius on both axes.
 
     Args:
-        radius: pixels, >= 0. Half a patch reaches every position within a token.
-        step: pixels, > 0; divides 2 * radius (up to rounding), so that the grid is centred.
+        radius: pixels, >= 0. A radius of half a patch covers every position within a token.
+        step: pixels, > 0; it must divide 2 * radius (up to rounding), so that the grid is centred.
 
     Returns:
         (2 * radius / step + 1)^2 views, row by row.
@@ -100,7 +108,7 @@ def grid(radius: float, step: float = 1) -> Views:
         raise wrong(ValueError, "views.grid", rule, step)
     steps, got = 2 * radius / step, f"radius {radius}, step {step}"
     if steps + 1 > MAX_VIEWS**0.5:
-        raise ValueError(f"views.grid: at most {MAX_VIEWS} views; got {got}")
+        raise ValueError(f"views.grid: the grid must have at most {MAX_VIEWS} views; got {got}")
     if abs(steps - round(steps)) > 1e-6 * round(steps):
         raise ValueError(f"views.grid: step must divide 2 * radius; got {got}")
     axis = _axis(round(steps) + 1, radius).float()
@@ -108,9 +116,18 @@ def grid(radius: float, step: float = 1) -> Views:
 
 
 def paper(radius: int) -> Views:
-    """The published design: the identity, then the grid of whole pixels, which has it again.
+    """Builds the published design: the unshifted image, then the grid of whole pixels.
 
-    Source: Lao et al., ICML 2024.
+    The grid contains the unshifted image again, which therefore counts twice.
+
+    Args:
+        radius: pixels, a whole number >= 0.
+
+    Returns:
+        1 + (2 * radius + 1)^2 views, the unshifted image first.
+
+    References:
+        Lao et al., "Sub-token ViT Embedding via Stochastic Resonance Transformers", ICML 2024.
 
     Example:
         >>> paper(3).offsets.shape
@@ -121,27 +138,27 @@ def paper(radius: int) -> Views:
 
 
 def _order(n: int, modulus: int, generator: int) -> torch.Tensor:
-    """[n], int64: the index of the dx for each dy, by a rank-1 rule.
+    """[n], int64: the index of the dx for each dy, by a rank-1 lattice rule.
 
-    Modulo n the rule is rotated to be symmetric about the middle. Modulo n + 1 it is symmetric; its
-    point at the origin is left out.
+    Modulo n, the rule is rotated to be symmetric about the centre. Modulo n + 1, it is already
+    symmetric, and its point at the origin is dropped.
     """
     index = _indices(n)
     if modulus > n:
         return generator * (index + 1) % modulus - 1
-    odd = generator % 2 == 1  # if not, n is odd: they have no common factor
+    odd = generator % 2 == 1  # otherwise n is odd, because they have no common factor
     rotation = (generator - 1 if odd else generator - 1 + n) // 2
     return (generator * index + rotation) % n
 
 
 def _lattice(n: int) -> torch.Tensor:
-    """[n], int64: the order whose views lie farthest from each other."""
+    """[n], int64: the order with the largest minimum distance between views."""
     found: list[tuple[int, int, int]] = []
     for modulus in (n, n + 1):
         generators = _indices(1, modulus)
         generators = generators[torch.gcd(generators, torch.full_like(generators, modulus)) == 1]
         least = torch.full_like(generators, 2 * modulus**2)
-        # The shortest vector of a lattice with one point in m squares is at most 1.08 sqrt(m).
+        # The shortest vector of a lattice with one point per m squares is at most 1.08 sqrt(m).
         for rows in range(1, math.isqrt(2 * modulus) + 1):
             columns = generators * rows % modulus
             least = least.minimum(rows**2 + columns.minimum(modulus - columns) ** 2)
@@ -153,26 +170,27 @@ def _lattice(n: int) -> torch.Tensor:
 
 
 def _spread_evenly(n: int, radii: tuple[float, float]) -> torch.Tensor:
-    """[n, 2], float32, by dy: a lattice within ``radii``, (y, x) in pixels."""
+    """[n, 2], float32, sorted by dy: a lattice within ``radii``, (y, x) in pixels."""
     return torch.stack([_axis(n, radii[0]), _axis(n, radii[1])[_lattice(n)]], 1).float()
 
 
 def lattice(n: int, radius: float) -> Views:
-    """n views of which no two share a dy or a dx: a rank-1 lattice.
+    """Builds a rank-1 lattice: n views, no two of which share a dy or a dx.
 
-    Both coordinates take the n evenly spaced values from -radius to radius, paired by a
-    multiplication modulo n or n + 1: the one with the largest distance of the closest two views;
-    of several the one whose dy and dx correlate least. The design is symmetric: with (dy, dx) there
-    is (-dy, -dx). Two and three views lie on a diagonal.
+    Both coordinates use the n evenly spaced values from -radius to radius, paired by a
+    multiplication modulo n or n + 1. The multiplier is the one with the largest distance between
+    the closest two views, then the one with the least correlation of dy and dx. The design is
+    symmetric: for every (dy, dx) it contains (-dy, -dx). Two or three views are on a diagonal.
 
     Args:
-        n: views, >= 1. Of one view the offset is 0.
+        n: number of views, >= 1. The offset of a single view is 0.
         radius: pixels, >= 0.
 
     Returns:
-        n views, by dy.
+        n views, sorted by dy.
 
-    Source of the method: Sloan and Joe, Lattice Methods for Multiple Integration, 1994.
+    References:
+        Sloan and Joe, "Lattice Methods for Multiple Integration", 1994.
 
     Example:
         >>> lattice(5, 2).offsets
@@ -187,21 +205,23 @@ def lattice(n: int, radius: float) -> Views:
 
 
 def sobol(n: int, radius: float, seed: int = 0) -> Views:
-    """n views from a scrambled Sobol sequence over the square, centred to mean 0.
+    """Draws n views from a scrambled Sobol sequence over the square, centred to mean 0.
 
-    Centring may move some just beyond the square. They are not on whole pixels; rounded to whole
-    ones they are better than random views, and worse than :func:`best`.
+    Centring may move some views slightly outside the square. The offsets are not whole pixels;
+    after rounding to whole pixels the design is better than random views and worse than
+    :func:`best`.
 
     Args:
-        n: views, >= 1. Powers of two spread best.
+        n: number of views, >= 1. Powers of two are distributed most evenly.
         radius: pixels, >= 0; half the side of the square.
-        seed: of the scrambling, >= 0 and < 2^63.
+        seed: seed of the scrambling, >= 0 and < 2^63.
 
     Returns:
-        n views in the order of the sequence, in which any first few spread over the square.
+        n views in the order of the sequence. The first views of it already cover the whole square.
 
-    Source of the method: Sobol', "On the distribution of points in a cube and the approximate
-    evaluation of integrals", 1967.
+    References:
+        Sobol', "On the distribution of points in a cube and the approximate evaluation of
+        integrals", 1967.
 
     Example:
         >>> sobol(8, 3).offsets.shape
@@ -221,7 +241,7 @@ def check_seed(where: str, seed: object) -> int:
 
 
 def scrambled_sobol(n: int, seed: int) -> torch.Tensor:
-    """[n, 2], float64, in 0 ... 1: the first points of a sequence."""
+    """[n, 2], float64, in [0, 1]: the first points of a sequence."""
     engine = torch.quasirandom.SobolEngine(2, scramble=True, seed=seed)
     # The engine keeps its first point in torch's default dtype, which may overflow.
     first = engine.quasi.float() / 2**engine.MAXBIT
@@ -229,15 +249,17 @@ def scrambled_sobol(n: int, seed: int) -> torch.Tensor:
 
 
 def ring(n: int, radius: float) -> Views:
-    """The unshifted image and n - 1 views on a circle around it.
+    """Builds the unshifted image and n - 1 views on a circle around it.
 
-    The weights give dy and dx the mean, variance and covariance of the whole ``grid(radius)``: the
-    circle has 2 (radius + 1) / (3 radius) of them, in equal parts, which a radius under 2 pixels
-    does not allow. :func:`best` has less error with as many views.
+    With the weights, dy and dx have the mean, variance and covariance of the whole
+    ``grid(radius)``. The views on the circle share the weight 2 (radius + 1) / (3 radius) equally,
+    which must not exceed 1: the radius is at least 2 pixels. :func:`best` has a smaller error with
+    the same number of views.
 
     Args:
-        n: views, >= 4: fewer than three on a circle do not have the same variance along y and x.
-        radius: pixels, >= 2; of the circle.
+        n: number of views, >= 4: fewer than three views on a circle do not have the same variance
+            along y and x.
+        radius: radius of the circle in pixels, >= 2.
 
     Returns:
         n views with weights, the unshifted image first.
@@ -248,7 +270,7 @@ def ring(n: int, radius: float) -> Views:
     """
     n, radius = _check_views("ring", n, 4), _check_radius("ring", radius, 2)
     angles = _indices(n - 1).double() * (2 * math.pi / (n - 1))
-    # Rounded, so that what lies on an axis is 0 there.
+    # Rounded, so that a view on an axis has a coordinate of exactly 0.
     circle = radius * torch.stack([angles.sin(), angles.cos()], 1).round(decimals=12)
     share = 2 * _variance(radius) / radius**2
     weights = [1 - share] + [share / (n - 1)] * (n - 1)
@@ -259,7 +281,13 @@ def ring(n: int, radius: float) -> Views:
 
 
 def radius_for(patch: int | tuple[int, int]) -> tuple[int, int]:
-    """The radius (y, x) of :func:`best` for tokens of ``patch`` pixels: 3/8 of it, whole, >= 1.
+    """Returns the radius (y, x) of :func:`best` for a patch size: 3/8 of it, rounded, at least 1.
+
+    Args:
+        patch: (Ph, Pw), pixels per token, or one for both.
+
+    Returns:
+        (y, x) in whole pixels.
 
     Example:
         >>> radius_for(16), radius_for((14, 8))
@@ -270,28 +298,29 @@ def radius_for(patch: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def best(count: int, radius: int | tuple[int, int] = 6) -> Views:
-    """``count`` views that approximate the whole ``grid(radius)``.
+    """Builds ``count`` views that approximate the whole ``grid(radius)``.
 
-    A :func:`lattice` that is scaled to the variance of the whole grid, each view rounded to whole
-    pixels.
+    The design is a :func:`lattice` scaled to the variance of the whole grid, with each view rounded
+    to whole pixels.
 
-    Measured (research/README.md): of 20 photographs through a ViT-Ti/16, at three layers and
-    radii from 2 to 8 pixels, it leaves 0.38 of what the whole grid changes with 4 views, 0.24 with
-    7, 0.20 with 9 and 0.13 with 16. In the mean nothing else that was tried leaves less with any of
-    these, nor with 5 or 13 (25: 0.093 against 0.090), so other counts follow the same rule. Views
-    drawn at random leave 0.54, 0.41, 0.38 and 0.23. Weights gain nothing.
+    The error was measured on 20 photographs with a ViT-Ti/16, at three layers and radii from 2 to 8
+    pixels (research/README.md). As a fraction of the change that the whole grid makes, it is 0.38
+    with 4 views, 0.24 with 7, 0.20 with 9 and 0.13 with 16; random views have 0.54, 0.41, 0.38 and
+    0.23. On average, no other design that was tested has a smaller error with these numbers of
+    views, or with 5 or 13 (with 25: 0.093, the best other design 0.090). Weights do not reduce the
+    error.
 
-    What the whole grid is worth depends on its radius. On real labels, with a patch of 16 pixels, 6
-    was better than 3 with any count, 8 and 12 about as good as 6. :func:`radius_for` gives that
-    share, 3/8, of other patches.
+    The quality of the whole grid depends on its radius. On real labels and a patch of 16 pixels, a
+    radius of 6 was better than 3 for every count, and 8 and 12 were about as good as 6.
+    :func:`radius_for` returns the same fraction, 3/8, of other patch sizes.
 
     Args:
-        count: views, from 1 to those of the whole grid, (2 * radius + 1)^2, which is then the
-            design. Two may coincide where nearly all of them are asked for.
-        radius: pixels, whole, >= 0, (y, x) or one for both.
+        count: number of views, from 1 to (2 * radius + 1)^2, which yields the whole grid. If
+            ``count`` is close to that, two views may coincide.
+        radius: whole pixels, >= 0, (y, x) or one for both.
 
     Returns:
-        ``count`` views without weights, so that a median can use them, too.
+        ``count`` views without weights, so that they also support a median.
 
     Example:
         >>> best(5).offsets
@@ -308,7 +337,7 @@ def best(count: int, radius: int | tuple[int, int] = 6) -> Views:
     if count > whole:
         raise ValueError(
             f"views.best: count must be <= {whole} at radius {radius}; got {count}. "
-            "A larger radius has room for more"
+            "Increase the radius to use more views"
         )
     if count == whole:
         return Views(torch.cartesian_prod(*(_axis(2 * r + 1, r).float() for r in (y, x))))
@@ -319,8 +348,8 @@ def best(count: int, radius: int | tuple[int, int] = 6) -> Views:
 
 
 def _neighbours(where: str, distances: float | Sequence[float], steps: list[list[int]]) -> Views:
-    """The unshifted image, then for each distance its neighbours, at ``steps`` of it."""
-    rule = "distances must be numbers > 0 and <= 2^20 pixels, at least one"
+    """The unshifted image, then for each distance the views at ``distance * steps``."""
+    rule = "distances must be one or more numbers > 0 and <= 2^20 pixels"
     several = isinstance(distances, Iterable) and getattr(distances, "shape", (1,)) != ()
     given: Any = distances if several else (distances,)
     reaches = [check_number(f"views.{where}", rule, distance) for distance in given]
@@ -333,19 +362,20 @@ def _neighbours(where: str, distances: float | Sequence[float], steps: list[list
 
 
 def moore(distances: float | Sequence[float]) -> Views:
-    """The unshifted image and its eight neighbours at each distance, as in HR-Dv2.
+    """Builds the unshifted image and its eight neighbours at each distance, as in HR-Dv2.
 
-    They are (-d, -d), (-d, 0), ..., (d, d): row by row, without the middle. HR-Dv2 wraps around:
-    ``SRT(..., padding="circular", border="circular", upsample="nearest")``.
+    The offsets are (-d, -d), (-d, 0), ..., (d, d): row by row, without (0, 0). HR-Dv2 shifts images
+    circularly, as ``SRT(..., padding="circular", border="circular", upsample="nearest")`` does.
 
     Args:
-        distances: pixels, > 0, or one for a single distance.
+        distances: distances in pixels, > 0, or a single number.
 
     Returns:
-        1 + 8 views for each distance, the unshifted image first.
+        The unshifted image, then 8 views per distance.
 
-    Source: Docherty et al., "Upsampling DINOv2 features for unsupervised vision tasks and weakly
-    supervised materials segmentation", 2024.
+    References:
+        Docherty et al., "Upsampling DINOv2 features for unsupervised vision tasks and weakly
+        supervised materials segmentation", 2024.
 
     Example:
         >>> moore((1, 2)).offsets.shape, moore(2).offsets[:4].tolist()
@@ -356,17 +386,15 @@ def moore(distances: float | Sequence[float]) -> Views:
 
 
 def neumann(distances: float | Sequence[float]) -> Views:
-    """The unshifted image and its four neighbours at each distance, as in HR-Dv2.
+    """Builds the unshifted image and its four neighbours at each distance, as in HR-Dv2.
 
-    They are (-d, 0), (0, -d), (0, d) and (d, 0). Otherwise as :func:`moore`.
+    The offsets are (-d, 0), (0, -d), (0, d) and (d, 0). See :func:`moore` for the reference.
 
     Args:
-        distances: pixels, > 0, or one for a single distance.
+        distances: distances in pixels, > 0, or a single number.
 
     Returns:
-        1 + 4 views for each distance, the unshifted image first.
-
-    Source: as of :func:`moore`.
+        The unshifted image, then 4 views per distance.
 
     Example:
         >>> neumann(1).offsets.tolist()
@@ -383,29 +411,29 @@ def patches(
     *,
     patch: int | tuple[int, int] = 16,
 ) -> Views:
-    """n views that are shifted by whole patches, as the teacher of PH-Reg.
+    """Draws n views that are shifted by whole patches, as the teacher of PH-Reg.
 
-    The first is the unshifted image. The others are drawn so that each lies far from those before
-    it (farthest-point sampling) from 10 n offsets that are drawn at random, all different. Their
-    mean is not 0. With ``upsample="nearest"`` and ``stride=patch`` features stay in place all the
-    same: tokens are moved by whole tokens.
+    The first view is the unshifted image. The others are selected by farthest-point sampling from
+    10 n different random offsets. Their mean is not 0, but with ``upsample="nearest"`` and
+    ``stride=patch`` features stay in place because tokens move by whole tokens.
 
-    PH-Reg fills what lies beyond the image with a colour ``fill`` [3, 1, 1]. So does
-    ``SRT(lambda x: model(x + fill), ..., padding="zeros")(images - fill)``. And it mirrors each
-    view but the first with probability 1/2: ``Views(offsets, None, mirror)``.
+    PH-Reg fills the area outside the image with a colour ``fill`` [3, 1, 1], which is equivalent to
+    ``SRT(lambda x: model(x + fill), ..., padding="zeros")(images - fill)``. It also mirrors each
+    view except the first with probability 1/2; use ``Views(offsets, None, mirror)``.
 
     Args:
-        n: views, >= 1 and at most (2 * ry + 1) * (2 * rx + 1).
-        grid: (h, w), the tokens of an image, or one for both.
-        fraction: from 0 to 1, of the grid. Views reach ry = round(fraction * h) patches up and down
-            and rx = round(fraction * w) to the left and right.
-        seed: of the draw, >= 0 and < 2^63.
+        n: number of views, >= 1 and at most (2 * ry + 1) * (2 * rx + 1).
+        grid: (h, w), the number of tokens of an image, or one for both.
+        fraction: the largest shift as a fraction of the grid, from 0 to 1: ry = round(fraction * h)
+            patches up and down, rx = round(fraction * w) patches left and right.
+        seed: seed of the draw, >= 0 and < 2^63.
         patch: (Ph, Pw), pixels per token, or one for both.
 
     Returns:
-        n views, with offsets in pixels, multiples of the patch.
+        n views with offsets in pixels, multiples of the patch.
 
-    Source: Chen et al., "Vision Transformers with Self-Distilled Registers", 2025.
+    References:
+        Chen et al., "Vision Transformers with Self-Distilled Registers", 2025.
 
     Example:
         >>> (patches(10, grid=(37, 20), patch=14).offsets / 14).abs().amax(0)
@@ -415,13 +443,13 @@ def patches(
     grid = check_pair("views.patches", "grid", grid)
     rule = "fraction must be from 0 to 1"
     share = check_number("views.patches", rule, fraction)
-    if not 0 <= share <= 1:  # written so that NaN is refused
+    if not 0 <= share <= 1:  # also true for NaN
         raise wrong(ValueError, "views.patches", rule, fraction)
     height, width = (2 * round(share * tokens) + 1 for tokens in grid)
     if n > height * width:
         raise ValueError(
-            f"views.patches: n must be <= {height * width}, the offsets within {share} of a grid "
-            f"of {list(grid)}; got {n}"
+            f"views.patches: n must be <= {height * width}, the number of offsets within {share} "
+            f"of a grid of {list(grid)}; got {n}"
         )
     middle = height * width // 2
     drawn = random.Random(seed).sample(range(height * width - 1), min(10 * n, height * width) - 1)
@@ -432,7 +460,7 @@ def patches(
 
 
 def _farthest(points: torch.Tensor, n: int) -> list[int]:
-    """n of points [M, 2], int64: the first, then always the one farthest from those before."""
+    """Indices of n of the points [M, 2]: the first, then each time the farthest from all chosen."""
     found = [0]
     apart = torch.full((len(points),), 2**62, device="cpu")
     while len(found) < n:
@@ -442,12 +470,19 @@ def _farthest(points: torch.Tensor, n: int) -> list[int]:
 
 
 def flipped(views: Views, axis: Literal["x", "y"] = "x") -> Views:
-    """Twice as many views: the given ones, and each of them mirrored.
+    """Doubles a design: the given views, then the mirror image of each.
 
     Args:
-        views: a design.
-        axis: ``x`` mirrors from left to right, ``y`` upside down. HR-Dv2 has both, and the
-            unmirrored views twice: the views of ``flipped(views)`` and ``flipped(views, "y")``.
+        views: a design. Weights are halved.
+        axis: ``x`` mirrors left to right, ``y`` top to bottom. HR-Dv2 uses the views of both
+            ``flipped(views)`` and ``flipped(views, "y")``, so it has each unmirrored view twice.
+
+    Returns:
+        2 V views with ``mirror``.
+
+    Raises:
+        TypeError: ``views`` is not a :class:`Views`.
+        ValueError: ``axis`` is not ``x`` or ``y``.
 
     Example:
         >>> flipped(grid(0)).mirror
@@ -469,14 +504,20 @@ def flipped(views: Views, axis: Literal["x", "y"] = "x") -> Views:
 
 
 def spread(views: Views | torch.Tensor) -> Views:
-    """The same views in an order whose parts all spread over the design.
+    """Reorders views so that every consecutive part of them covers the whole design.
 
-    Steps of the golden ratio through the list, for :class:`srt_ext.RunningMedian`, whose error
-    grows where the views drift.
+    The order steps through the list by the golden ratio. It is meant for
+    :class:`srt_ext.RunningMedian`, whose error grows if consecutive views drift.
 
     Args:
-        views: a design, or offsets [V, 2], (dy, dx) in pixels, in an order that drifts, such as
-            that of a grid.
+        views: a design, or offsets [V, 2], (dy, dx) in pixels, in an order that drifts, such as the
+            row order of a grid.
+
+    Returns:
+        The same V views in the new order.
+
+    Raises:
+        TypeError: the offsets are not a :class:`torch.Tensor`.
 
     Example:
         >>> spread(grid(1)).offsets[:3]
@@ -490,7 +531,7 @@ def spread(views: Views | torch.Tensor) -> Views:
 
 
 def spread_order(count: int) -> list[int]:
-    """The order of :func:`spread`, as indices of ``count`` views."""
+    """Returns the order of :func:`spread` as indices of ``count`` views."""
     step = max(1, round(count * (5**0.5 - 1) / 2))
     while math.gcd(step, count) > 1:
         step += 1
@@ -506,7 +547,7 @@ def _size(text: str) -> tuple[int, int]:
     return height, width
 
 
-# What reads an argument: the form that it has.
+# Converter of an argument: the pattern of its text.
 _NUMBER = r"[0-9]+(\.[0-9]+)?"
 _READERS: dict[Callable[[str], Any], str] = {
     int: "[0-9]+",
@@ -514,7 +555,7 @@ _READERS: dict[Callable[[str], Any], str] = {
     _distances: f"{_NUMBER}(,{_NUMBER})*",
     _size: "[0-9]+x[0-9]+",
 }
-# Name: function, what reads its arguments, number of those required.
+# Name: function, converters of its arguments, number of required arguments.
 _DESIGNS: dict[str, tuple[Callable[..., Views], tuple[Callable[[str], Any], ...], int]] = {
     "grid": (grid, (float, float), 1),
     "paper": (paper, (int,), 1),
@@ -528,9 +569,9 @@ _DESIGNS: dict[str, tuple[Callable[..., Views], tuple[Callable[[str], Any], ...]
 }
 _FORMS = (
     "views must be N, grid:RADIUS[:STEP], paper:RADIUS, lattice:N:RADIUS, sobol:N:RADIUS[:SEED], "
-    "ring:N:RADIUS, best:N[:RADIUS], moore:D[,D...] or neumann:D[,D...], RADIUS, STEP and D in "
-    "pixels, such as grid:3, or patches:N:HxW[:FRACTION[:SEED]], H and W in tokens; with +flip "
-    "also their mirror images, with +vflip those upside down"
+    "ring:N:RADIUS, best:N[:RADIUS], moore:D[,D...], neumann:D[,D...] (RADIUS, STEP and D in "
+    "pixels, such as grid:3) or patches:N:HxW[:FRACTION[:SEED]] (H and W in tokens), optionally "
+    "with +flip (adds views mirrored left to right), +vflip (top to bottom) or +flip+vflip"
 )
 _FLIPS: dict[str, tuple[Literal["x", "y"], ...]] = {
     "": (),
@@ -541,23 +582,25 @@ _FLIPS: dict[str, tuple[Literal["x", "y"], ...]] = {
 
 
 def parse(text: str, patch: int | tuple[int, int] = 16, scale: float = 1) -> Views:
-    """A design from its name and its arguments.
+    """Builds a design from a string with its name and arguments.
 
     Args:
         text: ``grid:RADIUS[:STEP]``, ``paper:RADIUS``, ``lattice:N:RADIUS``,
             ``sobol:N:RADIUS[:SEED]``, ``ring:N:RADIUS``, ``best:N[:RADIUS]``, ``moore:D[,D...]``,
-            ``neumann:D[,D...]`` or ``patches:N:HxW[:FRACTION[:SEED]]``; ``N`` is ``best:N``.
-            Decimals are allowed where the function takes them. The suffixes ``+flip`` and
-            ``+vflip`` (``+flip+vflip``: both) add the mirror images (:func:`flipped`).
-        patch: pixels per token, (y, x) or one for both, from which :func:`radius_for` takes the
-            radius of ``best:N``; that of :func:`patches`. Of the enlarged image, if there is a
-            scale.
-        scale: the factor by which the image is enlarged. The other radii and steps are in pixels of
-            the image; the views that are returned are on whole pixels of the enlarged one.
+            ``neumann:D[,D...]`` or ``patches:N:HxW[:FRACTION[:SEED]]``. ``N`` alone means
+            ``best:N``. Decimals are allowed where the function accepts them. The suffixes
+            ``+flip``, ``+vflip`` and ``+flip+vflip`` add mirrored views (:func:`flipped`).
+        patch: pixels per token of the enlarged image, (y, x) or one for both. It determines the
+            radius of ``best:N`` (by :func:`radius_for`) and the shifts of ``patches``.
+        scale: the factor by which the image is enlarged. Other radii and steps are in pixels of the
+            original image; the returned offsets are rounded to whole pixels of the enlarged one.
+
+    Returns:
+        The views, with offsets in pixels of the enlarged image.
 
     Raises:
-        ValueError: any other string.
-        TypeError: no string.
+        TypeError: ``text`` is not a string.
+        ValueError: ``text`` has none of these forms, or an argument is out of range.
 
     Example:
         >>> parse("grid:2.5").offsets.shape
@@ -591,7 +634,7 @@ def parse(text: str, patch: int | tuple[int, int] = 16, scale: float = 1) -> Vie
 
 
 def _enlarged(design: Views, scale: float) -> Views:
-    """A design in pixels of an image, in whole pixels of the image enlarged by ``scale``."""
+    """Converts offsets in pixels to whole pixels of the image enlarged by ``scale``."""
     if scale == 1:
         return design
     return design._replace(offsets=(design.offsets.double() * scale).round().float())
@@ -602,20 +645,28 @@ def resolve(
     patch: int | tuple[int, int] = 16,
     scale: float = 1,
 ) -> Views:
-    """What :class:`srt_ext.SRT` takes for ``views``.
+    """Converts the ``views`` argument of :class:`srt_ext.SRT` to a design.
 
     Args:
-        views: a design; offsets [V, 2], (dy, dx) in pixels; a pair of them, or of a design without
-            weights, and of weights [V] or None, or a triple with mirror [V, 2], too; a string for
-            :func:`parse`; or a number of views for :func:`best`.
-        patch, scale: as for :func:`parse`. The offsets of :class:`Views` are rounded like those of
-            words; those of tensors and tuples are not.
+        views: one of
+
+            - a design (:class:`Views`);
+            - offsets [V, 2], (dy, dx) in pixels;
+            - a tuple (offsets, weights) or (offsets, weights, mirror) with weights [V] or None and
+              mirror [V, 2] or None; ``offsets`` may also be a design without weights;
+            - a string for :func:`parse`;
+            - a number of views for :func:`best`.
+        patch: pixels per token of the enlarged image, (y, x) or one for both.
+        scale: the factor by which the image is enlarged. The offsets of strings and of
+            :class:`Views` are rounded to whole pixels of the enlarged image; the offsets of tensors
+            and tuples are not rounded.
 
     Returns:
         The views, with offsets in pixels of the enlarged image.
 
     Raises:
-        TypeError, ValueError: anything else.
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has a wrong shape or value.
 
     Example:
         >>> resolve("ring:5:4").weights
@@ -631,8 +682,8 @@ def resolve(
         return resolve(Views(offsets.offsets, weights, mirror), patch, scale)
     if not isinstance(offsets, torch.Tensor):
         raise TypeError(
-            "SRT: views must be a design of srt_ext.views, a torch.Tensor, (offsets, weights), a "
-            f"string or an integer; got {type(offsets).__name__}"
+            "SRT: views must be a design of srt_ext.views, a torch.Tensor, a tuple (offsets, "
+            f"weights), a string or an integer; got {type(offsets).__name__}"
         )
     if offsets.dim() != 2 or offsets.shape[0] < 1 or offsets.shape[1] != 2:
         raise ValueError(f"SRT: views must be [V, 2] with V >= 1; got {list(offsets.shape)}")
