@@ -769,7 +769,7 @@ def test_no_call_crashes_the_process() -> None:
 def test_a_negated_out_is_an_error(mode: Any) -> None:
     out = torch.zeros(OUT, dtype=torch.complex64).conj().imag
     assert out.is_neg()
-    with mode(), pytest.raises(ValueError, match="out must be no lazily negated or conjugated"):
+    with mode(), pytest.raises(ValueError, match="out must not be a lazily negated or conjugated"):
         srt_ext.ensemble(**ensemble_call(out=out))
 
 

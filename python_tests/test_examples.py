@@ -26,7 +26,7 @@ EXAMPLES = {
 
 
 NEEDED = {"data": "pyarrow", "numpy": "srt_ext.numpy", "ray.features": "pyarrow", "spot": "timm"}
-MODULES = [*NEEDED, "dlpack", "ops", "polyphase", "srt", "streaming", "views"]
+MODULES = [*NEEDED, "dlpack", "ops", "polyphase", "reference", "srt", "streaming", "views"]
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -261,7 +261,7 @@ def call(**changes: Any) -> dict[str, Any]:
         (TypeError, "out", out.astype(">f4"), "must have the dtype of tokens, float32; got >f4"),
         (ValueError, "tokens", unaligned(TOKENS, "f4"), "must be aligned to its elements, of 4"),
         (ValueError, "out", unaligned(OUT, "f4"), "must be aligned to its elements, of 4"),
-        (ValueError, "tokens", packed(TOKENS), "must have strides of whole elements, 4 bytes each"),
+        (ValueError, "tokens", packed(TOKENS), "must have strides that are multiples of its"),
         (ValueError, "out", read_only(out.copy()), "must be writable; got a read-only array"),
         (ValueError, "tokens", ones[..., ::-1], "must be dense in the last dimension; got stride"),
         (ValueError, "out", out[:, :, ::-1], "must not overlap itself (each stride must step over"),

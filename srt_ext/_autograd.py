@@ -1,8 +1,8 @@
 """Derivatives of the ops: reverse and forward mode, vmap, torch.func.
 
-Mean, shift and windows have backward kernels: a ``torch.autograd.Function`` at their Autograd key
-calls them. All other derivatives are composed of differentiable ops, one view after the other, so
-that their temporaries do not grow with the number of views.
+Mean, shift and windows have backward kernels, which a ``torch.autograd.Function`` at their Autograd
+key calls. All other derivatives are composed of differentiable ops. They process one view after the
+other, so that the size of their temporaries does not depend on the number of views.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class _Views:
     weights: torch.Tensor | None  # [V]
 
     def ensemble(self, tokens: torch.Tensor, reduce: str = "mean") -> torch.Tensor:
-        """[B, C, H', W'] of tokens [V, B, N, C]."""
-        if tokens.stride(-1) != 1:  # of a tangent
+        """Maps tokens [V, B, N, C] to a field [B, C, H', W']."""
+        if tokens.stride(-1) != 1:  # possible for a tangent
             tokens = tokens.contiguous()
         field: torch.Tensor = _ops.ensemble(
             tokens, self.offsets, self.grid, self.patch, self.weights, reduce=reduce, **self.modes
@@ -47,20 +47,20 @@ class _Views:
         return field
 
     def mean_backward(self, grad: torch.Tensor) -> torch.Tensor:
-        """[V, B, N, C] of the gradient [B, C, H', W'] of a mean."""
+        """Maps the gradient [B, C, H', W'] of a mean to [V, B, N, C]."""
         place = (self.offsets, self.grid, self.patch, self.weights)
         tokens_grad: torch.Tensor = _ops._mean_backward(grad, *place, **self.modes)
         return tokens_grad
 
     def split(self) -> list[_Views]:
-        """Each view by itself, without its weight."""
+        """Returns each view separately, without its weight."""
         return [replace(self, offsets=offsets, weights=None) for offsets in self.offsets.split(1)]
 
     def pixels(self, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """[H', 1] and [W'] of each view, float64; their product is the counted pixels of a cell.
+        """[H', 1] and [W'] of each view, float64. Their product counts the pixels of each cell.
 
-        The kernels apply the border rule: a mean of ones is 1 where the view counts, with ``zeros``
-        the part of the cell that it covers.
+        The counts come from the kernels, which apply the border rule: the mean of a view of ones is
+        1, and with ``zeros`` it is the covered fraction of the cell.
         """
         border = "zeros" if self.modes["border"] == "coverage" else "clamp"
         axes = []
@@ -80,13 +80,13 @@ class _Views:
 def _values(
     views: _Views, tokens: torch.Tensor, dtype: torch.dtype
 ) -> Iterator[tuple[_Views, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Yields each view, its value [B, C, H', W'], share [H', W'] and unit [H', W'], in ``dtype``.
+    """Yields each view, its value [B, C, H', W'], share [H', W'] and unit [H', W'] in ``dtype``.
 
-    The mean is the sum of share * value; unit is the share for a weight of 1.
+    The mean is the sum of share * value. The unit is the share for a weight of 1.
     """
     pixels = views.pixels(tokens.device)
     weights = [torch.ones((), dtype=torch.float64, device="cpu")] * len(pixels)
-    if views.weights is not None:  # on a GPU they may be invalid: such a view does not count
+    if views.weights is not None:  # views with invalid CUDA weights do not count
         given = torch.where((views.weights > 0) & views.weights.isfinite(), views.weights, 0)
         given = given.double()
         weights = list(torch.where(given >= given.amax() * 2.0**-80, given, 0).unbind())
@@ -98,7 +98,7 @@ def _values(
 
 
 def _scaled(share: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """share * values, and 0 where the share is, whatever the values are."""
+    """share * values; 0 where the share is 0, even if the value is not finite."""
     return torch.where(share != 0, share * values, 0)
 
 
@@ -114,22 +114,23 @@ def _variance(views: _Views, tokens: torch.Tensor, mean: torch.Tensor) -> Any:
 
 
 def _median_views(views: _Views, tokens: torch.Tensor) -> Iterator[tuple[_Views, torch.Tensor]]:
-    """Yields each view and where it is the median, [B, C, H', W'].
+    """Yields each view and the mask [B, C, H', W'] of the cells in which it is the median.
 
-    The median is the value of the nearest view that counts, the first by dx of equally near ones.
-    The value of a single view comes from the same kernel as the median: they are equal bit for bit.
+    The selected view is the counted view whose value is closest to the median; among equally close
+    views, the one with the smallest dx. The median kernel also computes the value of a single view,
+    so that the two are bitwise equal.
     """
     tokens = tokens.detach()
     median = views.ensemble(tokens, "median")
     singles, ranks = views.split(), views.offsets[:, 1].argsort(stable=True).argsort().int()
-    numbers = ~median.isnan()  # a NaN median is the value of a NaN view
+    numbers = ~median.isnan()  # a NaN median selects a view with a NaN value
     nearest = torch.full_like(median, torch.inf)
     selected = torch.full_like(median, len(singles), dtype=torch.int32)
     each = zip(singles, ranks, views.pixels(tokens.device), tokens.split(1), strict=True)
     for view, rank, (y, x), chunk in each:
-        rank = selected.new_zeros(()) + rank  # from the CPU as a parameter of the kernel: no wait
+        rank = selected.new_zeros(()) + rank  # a CPU scalar: no synchronisation
         value = view.ensemble(chunk, "median")
-        distance = (value - median).abs().nan_to_num(0, posinf=torch.inf)  # of equal infinities: 0
+        distance = (value - median).abs().nan_to_num(0, posinf=torch.inf)  # equal infinities: 0
         closer = (distance < nearest) | ((distance == nearest) & (rank < selected))
         closer = closer & (numbers | value.isnan()) & (y * x > 0)
         nearest = torch.where(closer, distance, nearest)
@@ -140,14 +141,14 @@ def _median_views(views: _Views, tokens: torch.Tensor) -> Iterator[tuple[_Views,
 
 # ---- derivatives composed of other ops -----------------------------------------------------------
 
-# The backward functions get the gradient of a mean or median, that of a variance or None, tokens
-# and ``place``: offsets, grid, patch, weights or None.
+# Arguments of the backward functions: the gradient of the mean or median, the gradient of the
+# variance or None, tokens, and ``place``: offsets, grid, patch, weights or None.
 
 
 def _median_backward(
     grad: torch.Tensor, grad_var: None, tokens: torch.Tensor, *place: Any, **modes: Any
 ) -> torch.Tensor:
-    """[V, B, N, C]: the gradient of a cell goes to the view that is its median."""
+    """[V, B, N, C]. The gradient of a cell goes to the view that is its median."""
     views = _median_views(_Views(modes, *place), tokens)
     return torch.cat([view.mean_backward(torch.where(here, grad, 0)) for view, here in views])
 
@@ -155,7 +156,7 @@ def _median_backward(
 def _moments_backward(
     grad: torch.Tensor, grad_var: torch.Tensor, tokens: torch.Tensor, *place: Any, **modes: Any
 ) -> torch.Tensor:
-    """[V, B, N, C]: d mean / d value = share, d var / d value = 2 * share * (value - mean)."""
+    """[V, B, N, C]. d mean / d value = share; d var / d value = 2 * share * (value - mean)."""
     views = _Views(modes, *place)
     dtype = torch.float64 if tokens.dtype == torch.float64 else torch.float32
     mean = _mean(views, tokens, dtype)
@@ -169,9 +170,9 @@ def _moments_backward(
 def _weights_backward(
     grad: torch.Tensor, grad_var: Any, tokens: torch.Tensor, *place: Any, **modes: Any
 ) -> torch.Tensor:
-    """[V, B, C], float64: the gradients of the weights, to be summed.
+    """[V, B, C], float64. The sum over B and C is the gradient of the weights.
 
-    d mean / d weight = unit * (value - mean), d var / d weight = unit * ((value - mean)^2 - var).
+    d mean / d weight = unit * (value - mean); d var / d weight = unit * ((value - mean)^2 - var).
     """
     views = _Views(modes, *place)
     mean = _mean(views, tokens, torch.float64)
@@ -187,7 +188,7 @@ def _weights_backward(
 
 
 def _median_tangent(views: _Views, tokens: torch.Tensor, tangent: torch.Tensor) -> torch.Tensor:
-    """[B, C, H', W']: the tangent of the view that is the median."""
+    """[B, C, H', W']. The tangent of the view that is the median."""
     result = tangent.new_zeros(())
     for (view, here), chunk in zip(_median_views(views, tokens), tangent.split(1), strict=True):
         result = torch.where(here, view.ensemble(chunk), result)
@@ -197,7 +198,7 @@ def _median_tangent(views: _Views, tokens: torch.Tensor, tangent: torch.Tensor) 
 def _moments_tangents(
     views: _Views, tokens: torch.Tensor, tokens_tangent: Any, weights_tangent: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """[B, C, H', W'] of mean and variance."""
+    """The tangents [B, C, H', W'] of mean and variance."""
     mean = _mean(views, tokens, torch.float64)
     var = None if weights_tangent is None else _variance(views, tokens, mean)
     mean_tangent, var_tangent = torch.zeros_like(mean), torch.zeros_like(mean)
@@ -219,10 +220,10 @@ def _moments_tangents(
 
 @dataclass(frozen=True)
 class _Batching:
-    """The vmap rule of an op: the new dimension becomes part of its batch B.
+    """The vmap rule of an op: the mapped dimension is folded into its batch B.
 
-    ``dims``: the dimension of B in each argument, None in one without; ``out``: in the results.
-    An argument without B is mapped by a loop over calls.
+    ``dims``: the dimension of B in each argument, or None; ``out``: the dimension of B in the
+    results. If an argument without B is mapped, the op is called in a loop.
     """
 
     dims: tuple[int | None, ...]
@@ -262,40 +263,40 @@ class _Batching:
 # ---- the ops -------------------------------------------------------------------------------------
 
 
-_ENABLED = "enabled"  # beside the modes of a node: reverse and forward mode, where it was made
+_ENABLED = "enabled"  # key in the modes of a node: whether reverse and forward mode were enabled
 
 
 class _Function(torch.autograd.function._SingleLevelFunction):
-    """A node of ``op``; the modes come last, as one dict, and every argument is there.
+    """The autograd node of ``op``. All arguments are passed; the modes are the last one, a dict.
 
-    Of a single level: torch.func has chosen one before a kernel at the Autograd key runs, and goes
-    on to the next below it. ``torch.autograd.Function`` would begin with the first level again.
-    (Tried with torch 2.10, 2.13 and 2.15; to be replaced once torch.library has a public way that
-    keeps forward mode.)
+    The function handles a single level: torch.func chooses the level before a kernel at the
+    Autograd key runs and continues with the next level below it. ``torch.autograd.Function`` would
+    start at the first level again. Tested with torch 2.10, 2.13 and 2.15. Replace this class once
+    torch.library has a public API that supports forward mode.
     """
 
     op: Any
-    name: str  # of the public op, in messages
-    constant: ClassVar = {"offsets": "derivative with respect to offsets: detach them"}
+    name: str  # the public op's name in messages
+    constant: ClassVar = {"offsets": "derivative with respect to offsets; detach them"}
     batching: _Batching
-    gradients: Any  # (ctx, arguments, gradients of the results) -> those of the first arguments
-    tangents: Any  # (ctx, arguments, their tangents) -> those of the results
+    gradients: Any  # (ctx, arguments, gradients of the results) -> gradients of the first arguments
+    tangents: Any  # (ctx, arguments, their tangents) -> tangents of the results
 
     @classmethod
     def reads_first(cls, ctx: Any) -> bool:
-        """Whether ``gradients`` reads the first argument; the others are always saved."""
+        """Whether ``gradients`` reads the first argument. The others are always saved."""
         return False
 
     @classmethod
     def check(cls, values: Sequence[Any]) -> None:
-        """``values``: of each argument, whether a gradient is needed, or its tangent."""
+        """``values``: for each argument, whether it needs a gradient, or its tangent."""
         for argument, value in zip(cls.op._schema.arguments, values, strict=False):
             if argument.name in cls.constant and value is not None and value is not False:
                 raise RuntimeError(f"srt::{cls.name} has no {cls.constant[argument.name]}")
 
     @classmethod
     def forward(cls, *args: Any) -> Any:
-        """Derivatives are switched off here; the levels below need theirs."""
+        """Restores the gradient modes, which torch disables here but lower levels need."""
         *rest, modes = args
         modes = dict(modes)
         reverse, forward = modes.pop(_ENABLED)
@@ -328,16 +329,16 @@ class _Function(torch.autograd.function._SingleLevelFunction):
 
     @classmethod
     def jvp(cls, ctx: Any, *tangents: Any) -> Any:
-        """Forward mode is switched off here; the levels below need theirs."""
+        """Restores forward mode, which torch disables here but lower levels need."""
         cls.check(tangents)
-        # Without the tangents that are given anyway.
+        # Without their tangents, which are passed separately.
         saved = [None if t is None else forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors]
         with forward_ad._set_fwd_grad_enabled(ctx.enabled[1]):
             return cls.tangents(ctx, _arguments(ctx, saved), tangents)
 
 
 def _arguments(ctx: Any, saved: Sequence[Any]) -> list[Any]:
-    """The inputs of a node, in the order of the schema."""
+    """Returns the inputs of a node in the order of the schema."""
     return [o if t is None else t for t, o in zip(saved, ctx.others, strict=True)]
 
 
@@ -363,7 +364,7 @@ class _ShiftBackward(_Shift):
 
 @dataclass(frozen=True)
 class _WindowsBatching(_Batching):
-    """With a last argument ``scale``, which has a batch only as [B, N, 2]."""
+    """The rule for ops whose last argument is ``scale``, which has a batch only if [B, N, 2]."""
 
     def __call__(
         self, call: Callable[..., Any], size: int, in_dims: Sequence[Any], args: Sequence[Any]
@@ -394,7 +395,7 @@ class _Windows(_Function):
 
     @classmethod
     def grad_and_image(cls, first: Any, grad: Any) -> tuple[Any, Any]:
-        """The gradient of windows and the image, of the first argument and the gradient."""
+        """Returns (gradient of the windows, image), given the first argument and the gradient."""
         return grad, first
 
     @classmethod
@@ -423,7 +424,7 @@ class _WindowsBackwardImage(_Windows):
 
 
 class _WindowsBackwardPoints(_Function):
-    """Without derivatives of its own."""
+    """Has no derivatives."""
 
     op, name = _ops._windows_backward_points.default, "windows"
     _second = "second derivative that involves centers or scale"
@@ -434,7 +435,7 @@ class _WindowsBackwardPoints(_Function):
 def _points_gradients(
     ctx: Any, grad: Any, image: Any, centers: torch.Tensor, scale: torch.Tensor | None
 ) -> tuple[Any, None, Any]:
-    """Of centers, size and scale: of those that need one."""
+    """Returns the gradients of (centers, size, scale), None where not needed."""
     _, needs_centers, _, needs_scale = ctx.needs_input_grad[:4]
     if not (needs_centers or needs_scale):
         return None, None, None
@@ -531,12 +532,12 @@ def _needs_gradient(args: Sequence[Any]) -> bool:
 
 
 def _register(op: Any, derivative: Callable[..., Any], batching: _Batching) -> None:
-    """``derivative`` replaces the op where it is differentiated."""
+    """Registers ``derivative``, which replaces the op when it is differentiated."""
 
     def kernel(*args: Any, **modes: Any) -> Any:
         if forward_ad._current_level >= 0 or _needs_gradient(args):
             return derivative(*args, **modes)
-        with torch._C._AutoDispatchBelowAutograd():  # without the cost of a node
+        with torch._C._AutoDispatchBelowAutograd():  # avoids the cost of a node
             return op(*args, **modes)
 
     def mapped(info: Any, in_dims: Any, *args: Any, **modes: Any) -> Any:
@@ -551,7 +552,7 @@ def _register_function(function: type[_Function]) -> None:
     arguments = op._schema.arguments
 
     def node(*args: Any, **modes: Any) -> Any:
-        # The dispatcher leaves out arguments that equal their defaults.
+        # The dispatcher omits arguments that equal their defaults.
         missing = [a.default_value for a in arguments if not a.kwarg_only][len(args) :]
         defaults = {a.name: a.default_value for a in arguments if a.kwarg_only}
         enabled = (torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled())
@@ -564,10 +565,10 @@ def _register_function(function: type[_Function]) -> None:
 
 
 def _register_composite(function: Callable[..., torch.Tensor], fake: Callable[..., Any]) -> None:
-    """An op that torch.compile does not trace: its loop over the views would be unrolled.
+    """Registers ``function`` as an op, so that torch.compile does not unroll its loop over views.
 
-    Where it is differentiated it is the ``function``, made of ops that have derivatives.
-    ``fake`` makes its result from the tokens.
+    When the op is differentiated, ``function`` runs instead, which consists of differentiable ops.
+    ``fake`` allocates the result for given tokens.
     """
     name = function.__name__
     _library.define(
@@ -577,7 +578,7 @@ def _register_composite(function: Callable[..., torch.Tensor], fake: Callable[..
     op = getattr(_ops, name).default
 
     def kernel(grad: Any, grad_var: Any, tokens: Any, *place: Any, **modes: Any) -> torch.Tensor:
-        """A few channels at a time, so that there is one tensor as large as the result."""
+        """Processes a few channels at a time, so that only the result has its full size."""
         batch, _, height, width = grad.shape
         channels = 16 * max(1, 2**17 // max(1, batch * height * width))
         variances = repeat(None) if grad_var is None else grad_var.split(channels, 1)
@@ -593,10 +594,11 @@ def _register_composite(function: Callable[..., torch.Tensor], fake: Callable[..
 
 
 def _register_mutation(op: Any, subject: str) -> None:
-    """An op behaves as torch's own functions that write to an argument.
+    """Makes an op behave as torch's own functions that write to an argument.
 
-    It has no derivative, increments the version of what it writes (so that a backward that saved
-    the old content fails), and resolves lazy negations. ``subject`` names it in messages.
+    The op has no derivative, increments the version of the tensors that it writes (so that a
+    backward pass that saved the old content fails) and resolves lazy negations. ``subject`` names
+    the written argument in messages.
     """
     where = op.name().split(".")[0]
     arguments = op._schema.arguments
@@ -605,7 +607,7 @@ def _register_mutation(op: Any, subject: str) -> None:
 
     def targets(args: tuple[Any, ...], modes: dict[str, Any]) -> dict[str, torch.Tensor]:
         values = {**dict(zip(names, args, strict=False)), **modes}
-        for name in written:  # the dispatcher takes None for an undefined tensor
+        for name in written:  # the dispatcher accepts None as an undefined tensor
             check_tensor(where, name, values[name])
         return {name: values[name] for name in written}
 
@@ -625,7 +627,7 @@ def _register_mutation(op: Any, subject: str) -> None:
         for name, tensor in targets(args, modes).items():
             if tensor.is_inference() and not torch.is_inference_mode_enabled():
                 raise RuntimeError(
-                    f"{where}: {name} must be no inference tensor outside inference mode"
+                    f"{where}: {name} must not be an inference tensor outside inference mode"
                 )
             torch.autograd.graph.increment_version(tensor)
         with torch._C._AutoDispatchBelowADInplaceOrView():
@@ -635,7 +637,7 @@ def _register_mutation(op: Any, subject: str) -> None:
         for name, tensor in targets(args, modes).items():
             if tensor.is_neg() or tensor.is_conj():
                 raise RuntimeError(
-                    f"{where}: {name} must be no lazily negated or conjugated view; got one"
+                    f"{where}: {name} must not be a lazily negated or conjugated view"
                 )
         plain = [a.resolve_neg().resolve_conj() if isinstance(a, torch.Tensor) else a for a in args]
         op(*plain, **modes)

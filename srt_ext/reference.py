@@ -1,8 +1,12 @@
-"""The oracle: what the ops compute, in plain PyTorch, written to be read.
+"""Reference implementation of the ops in plain PyTorch, written to be read.
 
-Slow and hungry on purpose: a pixel-scale map for every view. ``dtype`` is the precision of all
-sums; float64 is the truth that the kernels are tested against, and the same code in float32 gives
-the error budget that they have to keep. Its derivatives, by autograd, are the truth for theirs.
+It is slow and builds a pixel map for every view. ``dtype`` is the precision of all sums. The tests
+compare the kernels with the float64 result; the float32 result of the same code determines the
+allowed error. The derivatives of the kernels are compared with those that autograd computes here.
+
+The functions have the arguments of their counterparts in :mod:`srt_ext` and are differentiable
+with respect to every floating-point tensor except offsets. Only option strings and pairs of
+integers are validated.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ _WHERE = "srt_ext.reference"
 
 
 def _taps(f: torch.Tensor, interpolation: Interpolation) -> list[tuple[int, torch.Tensor]]:
-    """(k, weight) of each pixel k read beside floor(coordinate), at fraction f."""
+    """(k, weight) of each pixel floor(coordinate) + k that is read, for the fraction f."""
     if interpolation == "bilinear":
         return [(0, 1 - f), (1, f)]
 
@@ -36,7 +40,7 @@ def _taps(f: torch.Tensor, interpolation: Interpolation) -> list[tuple[int, torc
 
 
 def _pad_index(i: torch.Tensor, n: int, padding: Padding) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pixel that stands at position i, and whether there is one."""
+    """The index of the pixel at position i, and whether position i has a pixel."""
     inside = torch.ones_like(i, dtype=torch.bool)
     if padding == "zeros":
         inside = (i >= 0) & (i < n)
@@ -49,7 +53,7 @@ def _pad_index(i: torch.Tensor, n: int, padding: Padding) -> tuple[torch.Tensor,
 
 
 def _weighted(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """weight * value, and 0 where the weight is 0, whatever the value."""
+    """weight * value; 0 where the weight is 0, even if the value is not finite."""
     return torch.where(weight == 0, value.new_zeros(()), weight * value)
 
 
@@ -65,7 +69,7 @@ def _shift_axis(
         reads = [(y + torch.floor(0.5 - delta).long(), torch.ones_like(delta))]
     else:
         whole, nearest = torch.floor(-delta), torch.floor(0.5 - delta)
-        if (nearest + delta).abs() < 2.0**-40:  # a whole pixel, by the op's contract
+        if (nearest + delta).abs() < 2.0**-40:  # counts as a whole pixel
             whole, delta = nearest, -nearest
         reads = [(y + whole.long() + k, w) for k, w in _taps(-delta - whole, interpolation)]
     total = torch.zeros_like(x)
@@ -84,7 +88,27 @@ def shift(
     interpolation: Interpolation = "bilinear",
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
-    """As :func:`srt_ext.shift`, computed and returned in ``dtype``: [V, B, C, H, W]."""
+    """Computes :func:`srt_ext.shift` in ``dtype``.
+
+    Args:
+        image: [B, C, H, W].
+        offsets: [V, 2], (dy, dx) in pixels.
+        padding: as for :func:`srt_ext.shift`.
+        interpolation: as for :func:`srt_ext.shift`.
+        dtype: the dtype of all sums and of the result.
+
+    Returns:
+        [V, B, C, H, W] in ``dtype``.
+
+    Raises:
+        TypeError: an option is not a string.
+        ValueError: an option has an unknown value.
+
+    Example:
+        >>> image = torch.arange(4.0).reshape(1, 1, 1, 4)
+        >>> shift(image, torch.tensor([[0.0, 0.5]]), padding="border").flatten()
+        tensor([0.0000, 0.5000, 1.5000, 2.5000], dtype=torch.float64)
+    """
     check_words("srt_ext.reference.shift", padding=padding, interpolation=interpolation)
     views = []
     for dy, dx in offsets.double().tolist():
@@ -102,18 +126,39 @@ def windows(
     padding: Padding = "border",
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
-    """As :func:`srt_ext.windows`, computed and returned in ``dtype``: [B, N, C, Ph, Pw]."""
+    """Computes :func:`srt_ext.windows` in ``dtype``.
+
+    Args:
+        image: [B, C, H, W].
+        centers: [B, N, 2], (y, x) in pixels.
+        size: (Ph, Pw), samples per window.
+        scale: pixels between neighbouring samples, [2] or [B, N, 2]. None means 1.
+        padding: as for :func:`srt_ext.windows`.
+        dtype: the dtype of all sums and of the result.
+
+    Returns:
+        [B, N, C, Ph, Pw] in ``dtype``.
+
+    Raises:
+        TypeError: ``size`` or ``padding`` has the wrong type.
+        ValueError: ``size`` or ``padding`` has a wrong value.
+
+    Example:
+        >>> image = torch.arange(6.0).reshape(1, 1, 1, 6)
+        >>> windows(image, torch.tensor([[[0.5, 3.25]]]), (1, 2)).flatten()
+        tensor([2.2500, 3.2500], dtype=torch.float64)
+    """
     check_words("srt_ext.reference.windows", padding=padding)
     size = check_pair("srt_ext.reference.windows", "size", size)
     steps = centers.new_ones(2) if scale is None else scale
     steps = steps.double().expand(centers.shape)
-    taps: list[list[tuple[torch.Tensor, torch.Tensor]]] = []  # of each axis: (index, weight)
+    taps: list[list[tuple[torch.Tensor, torch.Tensor]]] = []  # (index, weight) for each axis
     for axis, n in enumerate(image.shape[2:]):
         sample = torch.arange(size[axis], device=centers.device) - (size[axis] - 1) / 2
         u = centers[..., axis, None].double() + sample * steps[..., axis, None] - 0.5  # [B, N, P]
-        whole = (u - u.round()).abs() < 2.0**-40  # a whole pixel, by the op's contract
+        whole = (u - u.round()).abs() < 2.0**-40  # counts as a whole pixel
         i = torch.where(whole, u.round(), u.floor())
-        f = torch.where(whole, u - u.detach(), u - i)  # 0, with a derivative
+        f = torch.where(whole, u - u.detach(), u - i)  # 0 with a derivative at a whole pixel
         taps.append([])
         for k, weight in enumerate((1 - f, f)):
             index, inside = _pad_index(i.long() + k, n, padding)
@@ -125,7 +170,7 @@ def windows(
         for x, weight_x in taps[1]:
             value = pixels[batch, y[..., :, None], x[..., None, :]]  # [B, N, Ph, Pw, C]
             weight = (weight_y[..., :, None] * weight_x[..., None, :])[..., None]
-            # A tap of weight 0 is not read, but has a derivative with respect to the weight.
+            # A tap of weight 0 is not read, but it has a derivative with respect to its weight.
             read = torch.where(weight == 0, value.detach().nan_to_num(0, 0, 0), value)
             total = total + torch.where(weight == 0, weight * read.detach(), weight * read)
     return total.permute(0, 1, 4, 2, 3)
@@ -139,11 +184,11 @@ def _axis(
     border: Border,
     device: torch.device | str = "cpu",
 ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor, torch.Tensor]:
-    """For each pixel of one axis: (token, weight) reads, whether it is seen, whether it counts."""
+    """For each pixel of an axis: (token, weight) taps, whether it is seen, whether it counts."""
     y = torch.arange(tokens * patch, dtype=torch.float64, device=device) + 0.5
     everywhere = torch.ones_like(y, dtype=torch.bool)
     if border == "circular":
-        roll = math.floor(d / patch + 0.5)  # whole tokens; what is left of d is exact
+        roll = math.floor(d / patch + 0.5)  # whole tokens; the remainder of d is exact
         p = y + (d - roll * patch)
         q = p / patch - (0 if upsample == "nearest" else 0.5)
         token, f = q.floor().long() + roll, q - q.floor()
@@ -182,7 +227,7 @@ def _view_sums(
     stride: int | Sequence[int],
     dtype: torch.dtype,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Of each view: the weight, sums over cells [B, C, H', W'], counts [H', W']."""
+    """Yields for each view its weight, its sums over cells [B, C, H', W'] and counts [H', W']."""
     grid, patch = check_pair(_WHERE, "grid", grid), check_pair(_WHERE, "patch", patch)
     stride = check_pair(_WHERE, "stride", stride)
     views, batch, _, channels = tokens.shape
@@ -192,7 +237,7 @@ def _view_sums(
     for view, (dy, dx), scale in zip(maps, offsets.double().tolist(), scales, strict=True):
         reads_y, seen_y, counted_y = _axis(dy, grid[0], patch[0], *modes)
         reads_x, seen_x, counted_x = _axis(dx, grid[1], patch[1], *modes)
-        if scale == 0:  # it is not read, and counts nowhere
+        if scale == 0:  # a view of weight 0 is not read and does not count
             view, counted_y = torch.zeros_like(view), torch.zeros_like(counted_y)
         pixels = maps.new_zeros(())
         for token_y, weight_y in reads_y:
@@ -207,7 +252,7 @@ def _view_sums(
 
 
 def _ratio(total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """total / count, and 0 where there is none, also in derivatives."""
+    """total / count; 0 where the count is 0, also in derivatives."""
     return torch.where(count > 0, total / torch.where(count > 0, count, 1), 0)
 
 
@@ -224,7 +269,32 @@ def ensemble(
     stride: int | Sequence[int] = 1,
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
-    """As :func:`srt_ext.ensemble`, computed and returned in ``dtype``: [B, C, H', W']."""
+    """Computes :func:`srt_ext.ensemble` in ``dtype``.
+
+    Args:
+        tokens: [V, B, N, C], N = h * w.
+        offsets: [V, 2], (dy, dx) in pixels.
+        grid: (h, w), the number of tokens along y and x.
+        patch: (Ph, Pw), pixels per token.
+        weights: [V], >= 0. None means equal weights.
+        reduce: as for :func:`srt_ext.ensemble`. The median ignores ``weights`` > 0.
+        upsample: as for :func:`srt_ext.ensemble`.
+        border: as for :func:`srt_ext.ensemble`.
+        stride: pixels per output cell, (sh, sw) or one for both.
+        dtype: the dtype of all sums and of the result.
+
+    Returns:
+        [B, C, H / sh, W / sw] in ``dtype``.
+
+    Raises:
+        TypeError: an option or a pair of integers has the wrong type.
+        ValueError: an option or a pair of integers has a wrong value.
+
+    Example:
+        >>> tokens = torch.tensor([0.0, 4.0]).reshape(1, 1, 2, 1)
+        >>> ensemble(tokens, torch.zeros(1, 2), grid=(1, 2), patch=(1, 2)).flatten()
+        tensor([0., 1., 3., 4.], dtype=torch.float64)
+    """
     check_words("srt_ext.reference.ensemble", reduce=reduce, upsample=upsample, border=border)
     sums = _view_sums(tokens, offsets, grid, patch, weights, upsample, border, stride, dtype)
     if reduce == "mean":
@@ -235,7 +305,7 @@ def ensemble(
         return _ratio(total, count)
 
     assert reduce == "median"
-    # The views that count come first, in order; a NaN that counts is the result, as in torch.
+    # Counted views come first, in order. A NaN in a counted view yields NaN, as in torch.
     values = [(_ratio(s, count), (count > 0).expand_as(s)) for _, s, count in sums]
     stack, counts = torch.stack([v for v, _ in values]), torch.stack([c for _, c in values])
     ordered = torch.where(counts, stack, torch.inf).sort(0).values
@@ -257,7 +327,32 @@ def ensemble_moments(
     stride: int | Sequence[int] = 1,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As :func:`srt_ext.ensemble_moments`, computed and returned in ``dtype``."""
+    """Computes :func:`srt_ext.ensemble_moments` in ``dtype``.
+
+    Args:
+        tokens: [V, B, N, C], N = h * w.
+        offsets: [V, 2], (dy, dx) in pixels.
+        grid: (h, w), the number of tokens along y and x.
+        patch: (Ph, Pw), pixels per token.
+        weights: [V], >= 0. None means equal weights.
+        upsample: as for :func:`srt_ext.ensemble`.
+        border: as for :func:`srt_ext.ensemble`.
+        stride: pixels per output cell, (sh, sw) or one for both.
+        dtype: the dtype of all sums and of the results.
+
+    Returns:
+        (mean, var), each [B, C, H / sh, W / sw] in ``dtype``.
+
+    Raises:
+        TypeError: an option or a pair of integers has the wrong type.
+        ValueError: an option or a pair of integers has a wrong value.
+
+    Example:
+        >>> tokens = torch.tensor([1.0, 3.0]).reshape(2, 1, 1, 1)  # two views of one token
+        >>> mean, var = ensemble_moments(tokens, torch.zeros(2, 2), grid=(1, 1), patch=(1, 1))
+        >>> mean.item(), var.item()
+        (2.0, 1.0)
+    """
     modes: dict[str, Any] = {"upsample": upsample, "border": border, "stride": stride}
     mean = ensemble(tokens, offsets, grid, patch, weights, **modes, dtype=dtype)
     total, count = torch.zeros_like(mean), mean.new_zeros(())

@@ -60,8 +60,10 @@ ArrayView view_of(const char* op, const char* name, const py::array& array) {
   const List bytes{array.strides(), array.strides() + array.ndim()};
   for (size_t d = 0; d < bytes.size(); ++d) {
     if (view.shape[d] > 1 && bytes[d] % view.element_size != 0)
-      fail(op, subject + " must have strides of whole elements, " + size + " bytes each",
-           "strides of " + format_shape(bytes) + " bytes");
+      fail(
+          op,
+          subject + " must have strides that are multiples of its element size, " + size + " bytes",
+          "strides of " + format_shape(bytes) + " bytes");
   }
   return view;
 }
