@@ -53,10 +53,8 @@ copybutton_exclude = ".linenos, .gp, .go"
 # would have to be downloaded, and the site builds without a network.
 nitpick_ignore_regex = [
     ("py:.*", r"(collections|nn|np|numpy|os|pathlib|pyarrow|torch|typing)\..*"),
-    (
-        "py:class",
-        r"[A-Z]|int64|Path",
-    ),  # also the sizes and dtypes in "[B, N], int64:" of a property
+    # The sizes and dtypes in "[B, N], int64:" of a property; type variables and bases of streams.
+    ("py:class", r"[A-Z]|int64|Path|srt_ext\.streaming\.(A|N|\w*Stream)"),
 ]
 
 

@@ -158,7 +158,7 @@ class _Framework:
             raise _error(op, rule, array)
 
     def from_tensor(self, tensor: torch.Tensor) -> Any:
-        """Returns an array on the memory of ``tensor``, which the kernel may not have written yet."""
+        """An array on the memory of ``tensor``, which the kernel may not have written yet."""
         if isinstance(self.like, torch.Tensor):
             return tensor
         tensor = tensor.detach()  # a result requires grad if offsets or weights do
