@@ -220,7 +220,7 @@ def test_components_are_fitted_to_finite_cells() -> None:
     cells[0][:] = np.inf
     with pytest.raises(ValueError, match="needs finite features; got none from 1 images"):
         pca.fit([{**rows[0], "cells": cells[0].tobytes()}], 3)
-    with pytest.raises(ValueError, match="to fit the components on; damaged"):
+    with pytest.raises(ValueError, match="to fit the components; damaged"):
         pca.fit(rows[-1:], 3)
 
 

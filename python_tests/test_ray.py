@@ -132,7 +132,7 @@ def test_a_field_too_large_for_parquet_has_a_reason(
     for row, size in zip(rows, sizes, strict=True):
         assert (row["reason"] is None) == (size < max(sizes))
         if row["reason"]:
-            assert f"less than 2 GiB, the field {size} bytes" in row["reason"]
+            assert f"smaller than 2 GiB, got a field of {size} bytes" in row["reason"]
 
 
 def test_pca_projects_the_field(features: Features, tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_pca_projects_the_field(features: Features, tmp_path: Path) -> None:
             assert row["prefix"] == full["prefix"]
     other = Features(Patches(), pca=basis, **PLAIN)
     (reason,) = other(table([encoded(pictures()[0])]))["reason"].to_pylist()
-    assert "pca must be of the 5 channels of the model; got 64" in reason
+    assert "pca must have 5 channels, as the model; got 64" in reason
 
 
 # ---- models -------------------------------------------------------------------------------------
@@ -312,7 +312,7 @@ def test_wrong_batches_raise(features: Features, batch: Any, kind: Any, rule: st
         ({"dtype": "float64"}, ValueError, "dtype must be one of .*; got 'float64'"),
         ({"model": Patches(), "weights": "x"}, ValueError, "weights must be omitted for a module"),
         ({"mean": 0, "std": 1}, ValueError, "must be omitted for a model by name.*mean and std"),
-        ({"model": Patches(), "mean": 0}, ValueError, "must be given together; got mean alone"),
+        ({"model": Patches(), "mean": 0}, ValueError, "must be given together; got only mean"),
         ({"model": Patches(), "mean": 0, "std": 0}, ValueError, "std > 0; got"),
         ({"model": Patches(), "mean": [0, 0], "std": 1}, ValueError, "must be 1 or 3 finite"),
         ({"model": Patches()}, ValueError, "SRT: patch must be given"),

@@ -180,7 +180,7 @@ def command(
     pca: Annotated[
         str | None,
         typer.Option(
-            help="Project the fields to this number of principal components, or to the components "
+            help="Project the fields onto this number of principal components, or the components "
             "in the pca.npy of another output. (--engine ray)"
         ),
     ] = None,
@@ -204,6 +204,8 @@ def command(
     FOLDER/a/b.jpg is written to OUTPUT/a/b.jpg.safetensors. With --engine ray, the fields are rows
     of OUTPUT/data/*.parquet. Re-running resumes: finished images are skipped. An OUTPUT with
     features of other settings is an error.
+
+    Example: srt-ext features photos -o features --stride 4 --dtype float16
     """
     common.check_inputs(views, weights)
     asked: Any = {"stride": stride, "view_batch": view_batch, "size": size}

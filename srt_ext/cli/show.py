@@ -72,6 +72,8 @@ def command(
 
     Each layer has a row, and the panels of a row share a PCA basis. All frames of a video use the
     basis of the first frame. The tokens of all views are kept in memory.
+
+    Example: srt-ext show photo.jpg -o srt.png --views grid:6:2 --noise
     """
     video = photo.is_dir()
     output = output or Path("srt.gif" if video else "srt.png")

@@ -65,6 +65,8 @@ def command(
     The image is cropped to whole patches at the right and at the bottom. The score is the cosine
     similarity to the output for all patches. The output is the logits, or the features of a model
     without a classifier, averaged over the tokens if they are per token.
+
+    Example: srt-ext spot photo.jpg -o spot.png --placement salient --search 10
     """
     common.check_output(output, common.FIGURE_SUFFIXES, [photo, *filter(None, [mask])])
     if mask is not None and placement != "salient":

@@ -1,1 +1,1 @@
-"""A small ViT, and generated scenes with exact labels: nothing is downloaded."""
+"""A small ViT, and generated scenes with exact labels; nothing is downloaded."""

@@ -1,7 +1,8 @@
 """Label propagation with the features of the small ViT, on scenes with exact labels.
 
-Each solid has a label. Those of a first frame are given. The camera moves aside; each cell of the
-second frame takes the labels of the cell of the first with the most similar features (cosine).
+Each solid has a label. The labels of a first frame are given. The camera moves sideways, and each
+cell of the second frame receives the labels of the cell in the first frame with the most similar
+features (cosine).
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from .small import PATCH
 if TYPE_CHECKING:
     from ..extraction import Network
 
-SIDE = 112  # pixels of a frame: the largest that the model was trained on
-STRIDE = 2  # pixels between the cells that are compared
-RODS = 4  # thin solids that are added to every scene
+SIDE = 112  # pixels of a frame: the largest size in training
+STRIDE = 2  # pixels per cell
+RODS = 4  # thin solids that are added to each scene
 STEP = 0.4  # metres from the first camera to the second
-VISIBLE = 8  # pixels that a solid must have in both frames to be scored
+VISIBLE = 8  # minimum pixels of a scored solid in both frames
 SCALE = 2  # of the enlarged frames
-HELD_OUT = 2_000_000  # seeds from here on were neither trained on nor looked at in training
+HELD_OUT = 2_000_000  # seeds from here on were not used for training or validation
 PHOTO = Path(__file__).with_name("astronaut.jpg")
 METHODS = (
     "plain tokens",
@@ -40,19 +41,19 @@ METHODS = (
     f"scale {SCALE}, bilinear",
     f"scale {SCALE}, SRT",
 )
-DRAWN = (0, 1, 2, 4)  # of METHODS
-UNMOVED = "labels not moved"  # the labels of the first frame, taken for those of the second
+DRAWN = (0, 1, 2, 4)  # indices of METHODS in the figure
+UNMOVED = "labels not moved"  # the labels of the first frame are used for the second
 
 Frames = tuple[Scene, Scene]
 
 
 class Score(NamedTuple):
-    """The propagated labels against the exact ones."""
+    """Scores of the propagated labels."""
 
     solids: float  # mean IoU of all solids of all scenes
-    thin: float  # the same of those not wider than a patch
+    thin: float  # mean IoU of the solids that are not wider than a patch
     outlines: float  # mean over the scenes: F of the outlines of the labels, within one pixel
-    milliseconds: float  # of model and SRT, a frame
+    milliseconds: float  # of model and SRT, per frame
 
 
 def frames(seed: int) -> Frames:
@@ -62,26 +63,26 @@ def frames(seed: int) -> Frames:
 
 
 def solids_of(pair: Frames) -> dict[int, bool]:
-    """The solids that are scored, and whether they are thin in the second frame."""
+    """The scored solids, and whether they are thin in the second frame."""
     numbers = np.flatnonzero(_pixels(pair)[1:] >= VISIBLE) + 1
     widths = [2 * distance_transform_edt(pair[1].solids == number).max() for number in numbers]
     return {int(n): bool(width <= PATCH) for n, width in zip(numbers, widths, strict=True)}
 
 
 def first_with_rods(seed: int) -> Frames:
-    """Of the first seed >= ``seed`` with three rods on 0.5 % of the pixels each."""
+    """The frames of the first seed >= ``seed`` with three rods of at least 0.5 % of the pixels."""
     while (_pixels(pair := frames(seed))[1 : RODS + 1] * 200 >= SIDE * SIDE).sum() < 3:
         seed += 1
     return pair
 
 
 def _pixels(pair: Frames) -> np.ndarray:
-    """How many pixels each solid has at least in both frames, [256]."""
+    """[256]: the smaller number of pixels of each solid in the two frames."""
     return np.minimum(*(np.bincount(made.solids.ravel(), minlength=256) for made in pair))
 
 
 def propagate(first: torch.Tensor, second: torch.Tensor, labels: np.ndarray) -> np.ndarray:
-    """Features [1, C, h, w] of both frames and labels [H, W] of the first -> of the second."""
+    """Features [1, C, h, w] of both frames, labels [H, W] of the first -> labels of the second."""
     given = F.one_hot(torch.from_numpy(labels).long()).movedim(2, 0)[None].float()
     shares = F.interpolate(given, first.shape[2:], mode="area")  # of each cell, [1, K, h, w]
     source, target = (F.normalize(field[0].flatten(1), dim=0) for field in (first, second))
@@ -96,7 +97,7 @@ def iou(truth: np.ndarray, found: np.ndarray) -> float:
 
 
 def outline_f(truth: np.ndarray, found: np.ndarray) -> float:
-    """Labels [H, W] -> the harmonic mean of precision and recall of their outlines."""
+    """Labels [H, W] -> harmonic mean of precision and recall of the outlines, within one pixel."""
     exact, drawn = (maximum_filter(m, 2) != minimum_filter(m, 2) for m in (truth, found))
     precise, recalled = exact & maximum_filter(drawn, 3), drawn & maximum_filter(exact, 3)
     precision, recall = recalled.sum() / max(1, drawn.sum()), precise.sum() / max(1, exact.sum())
@@ -104,7 +105,7 @@ def outline_f(truth: np.ndarray, found: np.ndarray) -> float:
 
 
 class Evaluation:
-    """Scores and draws :data:`METHODS` for the small ViT."""
+    """Scores and draws ``METHODS`` for the small ViT."""
 
     def __init__(self, network: Network, views: str | None) -> None:
         self.network = network
@@ -136,9 +137,12 @@ class Evaluation:
     def scores(
         self, scenes: Iterable[Frames], progress: Callable[[int], object] | None = None
     ) -> dict[str, Score]:
-        """Of UNMOVED and METHODS; ``progress`` is called with the number of scenes done."""
+        """The scores of UNMOVED and METHODS.
+
+        ``progress`` is called with the number of finished scenes.
+        """
         methods = (UNMOVED, *METHODS)
-        solids, thin, outlines = [], [], []  # lists of a value for each method
+        solids, thin, outlines = [], [], []  # lists of values for each method
         self._seconds[:] = 0
         for done, pair in enumerate(scenes, 1):
             truth, found = pair[1].solids, [pair[0].solids, *self.propagated(pair)]
@@ -179,16 +183,16 @@ class Evaluation:
 
 
 def _painted(made: Scene, labels: np.ndarray) -> np.ndarray:
-    """The frame in grey with the solids in colors, RGB [H, W, 3] in 0 .. 1."""
+    """The frame in grey with the solids in colour, RGB [H, W, 3] in 0 .. 1."""
     grey = 0.15 + 0.7 * made.pixels.mean(2, keepdims=True) / 255
-    hue = labels * 0.382 % 1  # those of any few numbers in a row are far from each other
+    hue = labels * 0.382 % 1  # hues of successive labels differ strongly
     colors = hsv_to_rgb(np.stack([hue, np.full(hue.shape, 0.75), np.full(hue.shape, 0.95)], 2))
     rgb: np.ndarray = np.where(labels[..., None] > 0, 0.2 * grey + 0.8 * colors, grey)
     return rgb
 
 
 def _around(mask: np.ndarray) -> tuple[slice, slice]:
-    """The quarter of an image [H, H] around the middle of a mask."""
+    """The quarter of an image [H, H] around the centre of a mask."""
     side = len(mask) // 2
     y, x = np.clip(np.argwhere(mask).mean(0).astype(int) - side // 2, 0, side)
     return slice(y, y + side), slice(x, x + side)

@@ -1,8 +1,8 @@
-"""Procedural scenes with exact labels: solids on a floor, cast by one ray through each pixel.
+"""Procedural scenes with exact labels: solids on a floor, rendered with one ray per pixel.
 
-Every solid is a unit shape under a rotation and three radii, so that each kind needs one
-intersection. Materials, light, camera and noise vary; the labels of a pixel are those of the ray
-through its middle.
+Every solid is a unit shape with a rotation and three radii, so that each kind of solid needs one
+intersection function. Materials, light, camera and noise vary. The labels of a pixel are exact for
+the ray through its centre.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ BACKGROUND, FLOOR, BOX, BALL, CYLINDER, CONE = range(6)
 
 Vectors = np.ndarray  # [..., 3], x to the right, y up, z away from the camera; metres
 FAR = 1e6  # metres: no hit
-AIM = 4.0  # metres: a camera that steps aside keeps what is as far ahead in the middle
+AIM = 4.0  # metres: objects at this distance stay in the centre when the camera moves sideways
 
 
 class Scene(NamedTuple):
@@ -38,10 +38,18 @@ class _Solid(NamedTuple):
 
 
 def scene(seed: int, height: int, width: int, *, rods: int = 0, step: float = 0.0) -> Scene:
-    """The same seed (>= 0) and size in pixels give the same scene.
+    """Renders a scene, which is determined by the seed and the size.
 
-    ``rods``: how many thin solids to add; they have the first numbers. ``step``: metres by which
-    the camera moves to the right; it turns so that the middle of the image stays in view.
+    Args:
+        seed: >= 0.
+        height, width: size of the image in pixels.
+        rods: number of thin solids to add; they have the first numbers.
+        step: metres by which the camera moves to the right; it turns so that the centre of the
+            image stays in view.
+
+    Example:
+        >>> scene(0, 32, 48).pixels.shape
+        (32, 48, 3)
     """
     random, more = (np.random.default_rng(s) for s in (seed, (seed, 1)))
     eye, rays, forward = _camera(random, height, width, step)
@@ -110,7 +118,7 @@ def _unit(vectors: Vectors) -> Any:
 
 
 def _turn(axis: int, angle: float) -> np.ndarray:
-    """A rotation about an axis of the room."""
+    """A rotation about an axis of the scene."""
     i, j = (axis + 1) % 3, (axis + 2) % 3
     matrix = np.eye(3)
     matrix[i, i] = matrix[j, j] = np.cos(angle)
@@ -121,11 +129,11 @@ def _turn(axis: int, angle: float) -> np.ndarray:
 def _camera(
     random: np.random.Generator, height: int, width: int, step: float
 ) -> tuple[Vectors, Vectors, Vectors]:
-    """The eye [3], a unit vector through the middle of each pixel [H * W, 3], and the axis [3]."""
+    """The eye [3], a unit vector through the centre of each pixel [H * W, 3], and the axis [3]."""
     eye = np.array([step, random.uniform(0.7, 2.4), 0])
     turn = _turn(0, random.uniform(0.05, 0.55)) @ _turn(2, random.normal(0, 0.05))
     turn = _turn(1, -np.arctan(step / AIM)) @ turn
-    slope = np.tan(random.uniform(0.35, 0.6))  # of the longer side, from the middle to the edge
+    slope = np.tan(random.uniform(0.35, 0.6))  # of the longer side, from the centre to the edge
     y, x = np.mgrid[:height, :width]
     side = max(height, width)
     right = (2 * x + 1 - width) / side * slope
@@ -135,7 +143,7 @@ def _camera(
 
 
 def _solid(random: np.random.Generator) -> _Solid:
-    """One that stands or lies on the floor before the camera."""
+    """A solid on the floor in front of the camera, upright or tilted."""
     kind = int(random.integers(BOX, CONE + 1))
     turn = _turn(1, random.uniform(0, 2 * np.pi))
     if random.random() < 0.3:
@@ -148,8 +156,8 @@ def _solid(random: np.random.Generator) -> _Solid:
         radii[1] *= random.uniform(0.8, 2)
     ahead = np.exp(random.uniform(np.log(1.5), np.log(8)))
     across = random.uniform(-0.75, 0.75) * ahead
-    axes = turn[1] * radii  # what each axis adds to the height
-    # Of a cone on its tip more than needed: it floats a little.
+    axes = turn[1] * radii  # the contribution of each axis to the height
+    # Too large for a cone on its tip, which floats a little.
     reach = np.abs(axes[1]) + np.hypot(axes[0], axes[2])
     if kind in (BALL, BOX):
         reach = np.linalg.norm(axes) if kind == BALL else np.abs(axes).sum()
@@ -168,7 +176,7 @@ def _rod(random: np.random.Generator) -> _Solid:
 
 
 def _reached(solid: _Solid, origins: Vectors, rays: Vectors) -> np.ndarray:
-    """Indices of the rays [M or 1, 3] that come near a solid: the others need no more work."""
+    """Indices of the rays [M or 1, 3] that pass near a solid; the other rays cannot hit it."""
     to_centre = solid.centre - origins
     along = _dot(to_centre, rays)
     apart = _dot(to_centre, to_centre) - along**2
@@ -177,9 +185,9 @@ def _reached(solid: _Solid, origins: Vectors, rays: Vectors) -> np.ndarray:
 
 
 def _intersect(solid: _Solid, origins: Vectors, rays: Vectors) -> tuple[np.ndarray, Vectors]:
-    """Distances [M] to the first hit, FAR for none, and the outward normals [M, 3].
+    """Distances [M] to the first hit, or FAR, and the outward normals [M, 3].
 
-    Origins lie outside of the solid.
+    Origins must be outside of the solid.
     """
     o = (origins - solid.centre) @ solid.turn / solid.radii
     d = rays @ solid.turn / solid.radii
@@ -196,13 +204,13 @@ def _intersect(solid: _Solid, origins: Vectors, rays: Vectors) -> tuple[np.ndarr
 
 
 def _roots(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of a t^2 + 2 b t + c, NaN where there are none."""
+    """The roots of a t^2 + 2 b t + c; NaN if there are none."""
     root = np.sqrt(b * b - a * c)
     return (-b - root) / a, (-b + root) / a
 
 
 def _first(near: np.ndarray, far: np.ndarray, o: Vectors, d: Vectors, height: float) -> np.ndarray:
-    """The smaller positive t whose point is no further than ``height`` from the middle in y."""
+    """The smallest positive t whose point is at most ``height`` from the centre in y."""
     found = np.full(len(o), FAR)
     for t in (far, near):
         fits = (t > 0) & (np.abs(o[:, 1] + t * d[:, 1]) <= height) & (t < FAR)
@@ -222,7 +230,7 @@ def _box(o: Vectors, d: Vectors) -> tuple[np.ndarray, Vectors]:
 
 
 def _round(o: Vectors, d: Vectors, cone: bool) -> tuple[np.ndarray, Vectors]:
-    """Cylinders, and cones whose tip is at y = 1; with the lids."""
+    """Intersects cylinders, and cones with the tip at y = 1, including their flat ends."""
     flat = np.array([1, 0, 1])
     if cone:  # the radius at y is (1 - y) / 2
         k, m = (1 - o[:, 1]) / 2, -d[:, 1] / 2
@@ -277,7 +285,7 @@ class _Material:
 
 
 def _colours(random: np.random.Generator, count: int) -> Any:
-    """[count, 3]: of all kinds, most of them dull."""
+    """[count, 3]: random colours, most of them dull."""
     grey = random.uniform(0.08, 0.95, (count, 1))
     return grey + random.beta(1, 1.5) * (random.uniform(0.05, 1, (count, 3)) - grey)
 
@@ -303,7 +311,7 @@ def _noise(points: Vectors, salt: int) -> np.ndarray:
 
 
 def _sky(random: np.random.Generator, rays: Vectors, wall: _Material) -> Any:
-    """What is behind everything [M, 3]: a sky with clouds, or a far wall of some material."""
+    """The background [M, 3]: a sky with clouds, or a distant wall of some material."""
     if random.random() < 0.4:
         return wall(rays * (1.5, 1.5, 0) * 2)
     low, high = 0.3 + 0.7 * _colours(random, 2)
@@ -315,7 +323,7 @@ def _sky(random: np.random.Generator, rays: Vectors, wall: _Material) -> Any:
 def _photographed(
     random: np.random.Generator, colours: np.ndarray, grain: np.random.Generator
 ) -> np.ndarray:
-    """Linear RGB [H, W, 3] -> uint8: exposure, a lens that blurs a little, noise, gamma."""
+    """Linear RGB [H, W, 3] -> uint8: exposure, a slight lens blur, noise, gamma."""
     exposed, blur = colours * random.uniform(0.8, 1.25), random.uniform(0.4, 0.8)
     blurred = gaussian_filter(exposed, (blur, blur, 0))
     shown = np.clip(blurred, 0, 1) ** (1 / random.uniform(1.4, 2.4))

@@ -1,4 +1,4 @@
-"""The small ViT that comes with the package. MODEL_CARD.md describes it."""
+"""The small ViT in this package, described in MODEL_CARD.md."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ MEAN = STD = (0.5, 0.5, 0.5)
 def make_small() -> Any:
     """A VisionTransformer of timm with random weights: [B, 3, H, W] -> [B, N, 6 + 1].
 
-    Of each token the logits of :data:`~srt_ext.demo.scenes.CLASSES`, and nearness in 1 / metres.
-    The head is linear: it can be applied to the features of :class:`srt_ext.SRT`, too.
+    The outputs of a token are the logits of ``srt_ext.demo.scenes.CLASSES`` and the nearness in
+    1 / metres. The head is linear, so it can also be applied to features of :class:`srt_ext.SRT`.
     """
     from timm.models.vision_transformer import VisionTransformer
 
@@ -34,9 +34,18 @@ def make_small() -> Any:
 
 
 def load_small() -> tuple[Any, dict[str, Any]]:
-    """The trained model in eval mode, float32, and ``mean`` and ``std`` of its pictures."""
+    """The trained model, and the normalisation of its images.
+
+    Returns:
+        The model in eval mode, float32, and a dict with ``mean`` and ``std`` for pixels in 0 .. 1.
+
+    Example:
+        >>> model, config = load_small()
+        >>> model.num_features, config["std"]
+        (128, (0.5, 0.5, 0.5))
+    """
     from safetensors.torch import load_file
 
     model = make_small()
-    model.load_state_dict(load_file(FILE))  # which brings fp16 to the parameters' float32
+    model.load_state_dict(load_file(FILE))  # converts fp16 to float32
     return model.eval(), {"mean": MEAN, "std": STD}
