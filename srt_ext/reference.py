@@ -4,7 +4,7 @@ It is slow and builds a pixel map for every view. ``dtype`` is the precision of 
 compare the kernels with the float64 result; the float32 result of the same code determines the
 allowed error. The derivatives of the kernels are compared with those that autograd computes here.
 
-The functions have the arguments of their counterparts in :mod:`srt_ext` and are differentiable
+The functions have the arguments of their counterparts in ``srt_ext`` and are differentiable
 with respect to every floating-point tensor except offsets. Only option strings and pairs of
 integers are validated.
 """

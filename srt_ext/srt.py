@@ -74,12 +74,12 @@ class ViewTokens(NamedTuple):
     #: [k, 2], (dy, dx) in pixels, on the CPU. With an anchor [k, B, 2], one per view and image, in
     #: float64 on the device of the images.
     offsets: torch.Tensor
-    weights: torch.Tensor | None  #: [k]; None: equal weights
+    weights: torch.Tensor | None  #: [k], or None for equal weights
     layers: list[LayerTokens]  #: in the requested order; one if ``layers`` is not a list
 
 
 class Cost(NamedTuple):
-    """The cost of one call of :class:`SRT`, from :meth:`SRT.cost`."""
+    """The cost of one call of ``SRT``, from :meth:`srt_ext.SRT.cost`."""
 
     operations: int  #: floating-point operations of the model; a multiply-add counts as two
     tokens: int  #: patch tokens computed by the model, over all views and images
@@ -449,7 +449,7 @@ class SRT(torch.nn.Module):
                 CPU for a model without parameters.
 
         Returns:
-            :class:`Cost`.
+            :class:`~srt_ext.srt.Cost`.
 
         Raises:
             TypeError, ValueError: as :meth:`forward`, and if the model cannot be copied or its
