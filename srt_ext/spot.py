@@ -376,7 +376,7 @@ class Subpixel(nn.Module):
         own = {
             "patch_embed": lambda _: tokens,
             "pos_embed": self._positions(images, centers),
-            "dynamic_img_size": False,  # the positions are those of the tokens already
+            "dynamic_img_size": False,  # pos_embed already matches the tokens
             "_compiled_call_impl": None,
         }
         with twin_of(self.model, **own) as twin:

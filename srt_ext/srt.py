@@ -68,7 +68,7 @@ class LayerTokens(NamedTuple):
 class ViewTokens(NamedTuple):
     """One batch of views from :meth:`SRT.tokens`.
 
-    Pixels are those of the enlarged image.
+    Offsets and ``patch`` are in pixels of the enlarged image.
     """
 
     #: [k, 2], (dy, dx) in pixels, on the CPU. With an anchor [k, B, 2], one per view and image, in
