@@ -329,6 +329,10 @@ class RunningMean(streaming.MeanStream[NDArray[Any], Numbers]):
         border: as for :func:`srt_ext.ensemble`.
         stride: pixels per output cell, (sh, sw) or one for both.
 
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument has a wrong value.
+
     Example:
         >>> running = RunningMean(grid=(1, 2), patch=(1, 1))
         >>> for value in (1, 2, 6):
@@ -352,6 +356,10 @@ class RunningMoments(RunningMean, streaming.MomentsStream[NDArray[Any], Numbers]
         border: as for :func:`srt_ext.ensemble`.
         stride: pixels per output cell, (sh, sw) or one for both.
 
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument has a wrong value.
+
     Example:
         >>> running = RunningMoments(grid=(1, 1), patch=(1, 1))
         >>> for value in (1, 3):
@@ -372,6 +380,10 @@ class RunningMedian(streaming.MedianStream[NDArray[Any], Numbers]):
         upsample: as for :func:`srt_ext.ensemble`.
         border: as for :func:`srt_ext.ensemble`.
         stride: pixels per output cell, (sh, sw) or one for both.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument has a wrong value.
 
     Example:
         >>> running = RunningMedian(grid=(1, 1), patch=(1, 1))

@@ -97,6 +97,11 @@ def grid(radius: float, step: float = 1) -> Views:
     Returns:
         (2 * radius / step + 1)^2 views, row by row.
 
+    Raises:
+        TypeError: an argument is not a number.
+        ValueError: an argument is out of range, ``step`` does not divide ``2 * radius``, or the
+            grid has more than 65536 views.
+
     Example:
         >>> grid(1).offsets.shape, grid(0.5).offsets[0]
         (torch.Size([9, 2]), tensor([-0.5000, -0.5000]))
@@ -125,6 +130,10 @@ def paper(radius: int) -> Views:
 
     Returns:
         1 + (2 * radius + 1)^2 views, the unshifted image first.
+
+    Raises:
+        TypeError: ``radius`` is not an integer.
+        ValueError: ``radius`` is negative or larger than 127.
 
     References:
         Lao et al., "Sub-token ViT Embedding via Stochastic Resonance Transformers", ICML 2024.
@@ -189,6 +198,10 @@ def lattice(n: int, radius: float) -> Views:
     Returns:
         n views, sorted by dy.
 
+    Raises:
+        TypeError: ``n`` is not an integer, or ``radius`` is not a number.
+        ValueError: an argument is out of range.
+
     References:
         Sloan and Joe, "Lattice Methods for Multiple Integration", 1994.
 
@@ -218,6 +231,10 @@ def sobol(n: int, radius: float, seed: int = 0) -> Views:
 
     Returns:
         n views in the order of the sequence. The first views of it already cover the whole square.
+
+    Raises:
+        TypeError: ``n`` or ``seed`` is not an integer, or ``radius`` is not a number.
+        ValueError: an argument is out of range.
 
     References:
         Sobol', "On the distribution of points in a cube and the approximate evaluation of
@@ -264,6 +281,10 @@ def ring(n: int, radius: float) -> Views:
     Returns:
         n views with weights, the unshifted image first.
 
+    Raises:
+        TypeError: ``n`` is not an integer, or ``radius`` is not a number.
+        ValueError: an argument is out of range.
+
     Example:
         >>> ring(5, 4).weights
         tensor([0.1667, 0.2083, 0.2083, 0.2083, 0.2083])
@@ -288,6 +309,10 @@ def radius_for(patch: int | tuple[int, int]) -> tuple[int, int]:
 
     Returns:
         (y, x) in whole pixels.
+
+    Raises:
+        TypeError: ``patch`` is not made of integers.
+        ValueError: ``patch`` is not one or two integers >= 1.
 
     Example:
         >>> radius_for(16), radius_for((14, 8))
@@ -321,6 +346,10 @@ def best(count: int, radius: int | tuple[int, int] = 6) -> Views:
 
     Returns:
         ``count`` views without weights, so that they also support a median.
+
+    Raises:
+        TypeError: an argument is not made of integers.
+        ValueError: an argument is out of range.
 
     Example:
         >>> best(5).offsets
@@ -373,6 +402,10 @@ def moore(distances: float | Sequence[float]) -> Views:
     Returns:
         The unshifted image, then 8 views per distance.
 
+    Raises:
+        TypeError: a distance is not a number.
+        ValueError: a distance is out of range, or the list is empty.
+
     References:
         Docherty et al., "Upsampling DINOv2 features for unsupervised vision tasks and weakly
         supervised materials segmentation", 2024.
@@ -395,6 +428,10 @@ def neumann(distances: float | Sequence[float]) -> Views:
 
     Returns:
         The unshifted image, then 4 views per distance.
+
+    Raises:
+        TypeError: a distance is not a number.
+        ValueError: a distance is out of range, or the list is empty.
 
     Example:
         >>> neumann(1).offsets.tolist()
@@ -431,6 +468,10 @@ def patches(
 
     Returns:
         n views with offsets in pixels, multiples of the patch.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
 
     References:
         Chen et al., "Vision Transformers with Self-Distilled Registers", 2025.
