@@ -327,7 +327,7 @@ def test_windows_of_images_of_any_memory() -> None:
     aside = unaligned(image.shape, "f4")
     for wrong, rule in (
         (aside, "aligned to its elements"),
-        (packed(image.shape), "whole elements"),
+        (packed(image.shape), "multiples of its element size"),
     ):
         with pytest.raises(ValueError, match=f"srt::windows: image must .*{rule}"):
             srt.windows(wrong, centers, (2, 3))
