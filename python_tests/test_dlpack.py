@@ -353,7 +353,7 @@ LOCKED = np.broadcast_to(np.float32(0), (1, 3, 8, 15))
         ({"tokens": np.zeros((2, 1, 6, 3), "f4,f4")}, TypeError, "tokens must have a dtype"),
         ({"tokens": TOKENS.astype(np.longdouble)}, TypeError, "tokens must have a dtype of torch"),
         ({"tokens": RECORDS}, ValueError, "tokens must have strides that are multiples"),
-        ({"tokens": BESIDE}, ValueError, "tokens must be aligned to its elements, of 4 bytes"),
+        ({"tokens": BESIDE}, ValueError, "tokens must be aligned to its element size, 4"),
         ({"weights": {}}, TypeError, "weights must be an array or a sequence .*; got dict"),
         ({"out": [1]}, TypeError, "out must be an array with __dlpack__, without a mask; got list"),
         ({"out": LOCKED}, TypeError, "out must be a writable array"),

@@ -120,12 +120,12 @@ PAIR = "must be two integers >= 1, (y, x)"
 FLOATING = "must be float32, float16, bfloat16 or float64"
 VALUES = "must be float32 or float64"
 TOKENS = "tokens must have 4 dimensions, [V, B, N, C]"
-DENSE = "tokens must be dense in the last dimension"
+DENSE = "tokens must be contiguous in the last dimension"
 DIVIDES = "stride must divide grid * patch = [8, 15]"
 COUNT = "grid must hold the N = 6 tokens of a view, without class or register tokens"
-OFFSETS = "offsets must be finite and at most 2^20 pixels in size"
-CENTERS = "centers must be finite and at most 2^25 pixels in size"
-SCALE = "scale must be finite and at most 2^20 pixels in size"
+OFFSETS = "offsets must be finite and at most 2^20 pixels in magnitude"
+CENTERS = "centers must be finite and at most 2^25 pixels in magnitude"
+SCALE = "scale must be finite and at most 2^20 pixels in magnitude"
 WINDOWS_AXIS = "image must have 1 to 2^24 pixels on each axis"
 WINDOWS_SCALE = "scale must be [2] or have the shape of centers, [1, 3, 2]"
 WEIGHTS = "weights must be finite and >= 0"
@@ -133,8 +133,8 @@ TINY = "weights must be 0 or at least 2^-80 of the largest"
 BYTES = "the output must have fewer than 2^63 bytes"
 AXIS = "grid * patch must be at most 2^24 pixels on each axis"
 IMAGE_AXIS = "image must have at most 2^24 pixels on each axis"
-OVERLAP = "must not overlap itself (each stride must step over what the smaller ones span)"
-SHARED_MEMORY = ("out must not share memory with tokens", "a view of the same memory")
+OVERLAP = "must not overlap itself (each stride must step over the span of the smaller ones)"
+SHARED_MEMORY = ("out must not share memory with tokens", "overlapping memory")
 STREAM_WEIGHTS = "weights must be 0 or between 2^-500 and 2^500"
 UPSAMPLES = "upsample must be one of 'nearest', 'bilinear'"
 BORDER_WORDS = "'coverage', 'zeros', 'clamp', 'circular'"
@@ -246,8 +246,8 @@ TABLE = [
         )
     ),
     Wrong(
-        "weights must be None where reduce is 'median'",
-        "weights",
+        "weights must be None if reduce is 'median'",
+        "weights of shape [2]",
         reduce="median",
         weights=torch.ones(2),
     ),
@@ -296,7 +296,7 @@ TABLE = [
     *dtypes("must be float32", "mean", out, "float64", "float16", op="accumulate_mean_"),
     *dtypes("must be float64", "weight", per_cell(), "float32", op="accumulate_mean_"),
     wrong_mean(
-        "mean must be float64, as tokens are", "float32", TypeError, tokens=tokens().double()
+        "mean must be float64, the dtype of tokens", "float32", TypeError, tokens=tokens().double()
     ),
     wrong_mean("weight must be [8, 15]", "[15, 8]", weight=per_cell().t()),
     wrong_mean(
@@ -312,7 +312,7 @@ TABLE = [
     ),
     wrong_moments(
         "mean and var must not share memory",
-        "views of the same memory",
+        "overlapping memory",
         mean=part[:360].view(OUT),
         var=part[359:719].view(OUT),
     ),
@@ -525,7 +525,7 @@ def test_misaligned_tensors_raise(op: str, name: str) -> None:
     call = {**({"out": out} if name == "out" else {}), **Wrong("", "", op=op).arguments()}
     case = Wrong("", "", op=op, **{name: misaligned(call[name])})
     size = call[name].element_size()
-    rule = f"srt::{op}: {name} must be aligned to its elements, of {size} bytes; got address"
+    rule = f"srt::{op}: {name} must be aligned to its element size, {size} bytes; got address"
     for through in (through_python, through_op):
         with pytest.raises((ValueError, RuntimeError), match=rule):
             through(case)

@@ -259,11 +259,11 @@ def call(**changes: Any) -> dict[str, Any]:
         (TypeError, "tokens", ones.astype(">f4"), ORDER),
         (TypeError, "tokens", np.zeros(TOKENS, "V0"), "must be float32, float16, bfloat16 or"),
         (TypeError, "out", out.astype(">f4"), "must have the dtype of tokens, float32; got >f4"),
-        (ValueError, "tokens", unaligned(TOKENS, "f4"), "must be aligned to its elements, of 4"),
-        (ValueError, "out", unaligned(OUT, "f4"), "must be aligned to its elements, of 4"),
+        (ValueError, "tokens", unaligned(TOKENS, "f4"), "must be aligned to its element size, 4"),
+        (ValueError, "out", unaligned(OUT, "f4"), "must be aligned to its element size, 4"),
         (ValueError, "tokens", packed(TOKENS), "must have strides that are multiples of its"),
         (ValueError, "out", read_only(out.copy()), "must be writable; got a read-only array"),
-        (ValueError, "tokens", ones[..., ::-1], "must be dense in the last dimension; got stride"),
+        (ValueError, "tokens", ones[..., ::-1], "must be contiguous in the last dimension"),
         (ValueError, "out", out[:, :, ::-1], "must not overlap itself (each stride must step over"),
         (TypeError, "tokens", [[1.0]], f"{ARRAY} list"),
         (TypeError, "tokens", torch.ones(TOKENS), f"{ARRAY} Tensor"),
@@ -326,8 +326,8 @@ def test_windows_of_images_of_any_memory() -> None:
         assert np.array_equal(srt.windows(same, centers, (2, 3)), expected)
     aside = unaligned(image.shape, "f4")
     for wrong, rule in (
-        (aside, "aligned to its elements"),
-        (packed(image.shape), "multiples of its element size"),
+        (aside, "aligned to its element size"),
+        (packed(image.shape), "multiples of its"),
     ):
         with pytest.raises(ValueError, match=f"srt::windows: image must .*{rule}"):
             srt.windows(wrong, centers, (2, 3))

@@ -1,4 +1,4 @@
-"""csrc/numpy/module.cpp. Numbers are float64; types are checked by srt_ext.numpy."""
+"""Stubs of csrc/numpy/module.cpp. Numbers are float64; srt_ext.numpy checks the types."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,5 +1,6 @@
-// srt_ext._numpy: the kernels on NumPy arrays, without torch. srt_ext/numpy.py calls it, and has
-// checked the types of the arguments: arrays, words, pairs of integers, numbers as float64.
+// srt_ext._numpy: the kernels on NumPy arrays, without torch. srt_ext/numpy.py calls this module
+// after checking the types of the arguments: arrays, strings, pairs of integers, numbers as
+// float64.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -25,14 +26,14 @@ namespace {
 using List = std::vector<int64_t>;
 using Word = std::string;
 
-// "float32", bfloat16 too, which NumPy does not have: ml_dtypes and others bring one. ">f4" in the
+// The dtype's name, such as "float32", or "bfloat16" of packages such as ml_dtypes; ">f4" for the
 // other byte order.
 std::string dtype_name(const py::array& array) {
   const py::dtype dtype = array.dtype();
   return py::str(dtype.attr("isnative").cast<bool>() ? dtype.attr("name") : py::object(dtype));
 }
 
-// Any array, without the rules for its memory.
+// A view of any array, without checks of its memory.
 ArrayView plain_view_of(const py::array& array) {
   const int64_t element = std::max<int64_t>(1, array.itemsize());
   ArrayView view{array.data(),
@@ -40,7 +41,7 @@ ArrayView plain_view_of(const py::array& array) {
                  List(static_cast<size_t>(array.ndim()), 1),
                  element,
                  dtype_name(array)};
-  if (array.size() == 0) return view;  // NumPy gives it any strides: they lead nowhere
+  if (array.size() == 0) return view;  // the strides of an empty array are arbitrary
   for (size_t d = 0; d < view.strides.size(); ++d)
     view.strides[d] = array.strides(static_cast<py::ssize_t>(d)) / element;
   return view;
@@ -52,7 +53,7 @@ void check_byte_order(const char* op, const char* name, const py::array& array) 
          Error::Kind::type);
 }
 
-// An array that the kernels read or write in place.
+// A view of an array that the kernels read or write in place.
 ArrayView view_of(const char* op, const char* name, const py::array& array) {
   ArrayView view = plain_view_of(array);
   if (array.size() == 0) return view;
@@ -73,7 +74,7 @@ ArrayView written_view_of(const char* op, const char* name, const py::array& arr
   return view_of(op, name, array);
 }
 
-// Other Python threads run meanwhile. `results` are new memory, which first gets its pages.
+// Runs without the GIL. `results` are new arrays, whose pages are first faulted in by all threads.
 template <class Run>
 void run_without_gil(const std::vector<py::array>& results, Run&& run) {
   struct Memory {
@@ -92,7 +93,7 @@ py::array shift(py::array image, const py::array& offsets, const Word& padding,
   check_byte_order("shift", "image", image);
   CheckedShift call("shift", "image", plain_view_of(image), plain_view_of(offsets), padding,
                     interpolation, /*allow_uint8=*/true);
-  // One image is small beside its views: one that is not dense, or not aligned, is copied first.
+  // An image is small compared with its views, so one that is not contiguous or aligned is copied.
   const int usable = py::array::c_style | py::detail::npy_api::NPY_ARRAY_ALIGNED_;
   if ((image.flags() & usable) != usable) image = image.attr("copy")("C");
   call.args.image = image.data();
@@ -116,8 +117,7 @@ py::array windows(const py::array& image, const py::array& centers, const List& 
   return out;
 }
 
-// Which tokens, and where they belong: tokens, offsets, grid, patch, weights, upsample, border,
-// stride.
+// tokens, offsets, grid, patch, weights, upsample, border, stride.
 using Views =
     std::tuple<py::array, py::array, List, List, std::optional<py::array>, Word, Word, List>;
 
@@ -128,7 +128,7 @@ struct EnsembleCall : CheckedEnsemble {
                int64_t least = 1)
       : CheckedEnsemble(op, inputs(op, views), reduce, stream, least), input(std::get<0>(views)) {}
 
-  // As torch.ops.srt.ensemble returns it: channels last.
+  // Channels last, as the result of torch.ops.srt.ensemble.
   py::array new_out() const {
     List strides = out_strides;
     for (int64_t& stride : strides) stride *= input.itemsize();
@@ -177,7 +177,7 @@ py::tuple ensemble_moments(const Views& views) {
   return py::make_tuple(mean, variance);
 }
 
-// `state`: as CheckedEnsemble::set_state takes it.
+// `state`: in the order of CheckedEnsemble::state_names().
 void accumulate(const Word& op, const std::vector<py::array>& state, const Views& views) {
   const Reduce reduce = op == "accumulate_mean_"      ? Reduce::mean
                         : op == "accumulate_moments_" ? Reduce::moments
@@ -191,7 +191,7 @@ void accumulate(const Word& op, const std::vector<py::array>& state, const Views
   call.run();
 }
 
-// The rules alone, of a chunk of a stream, which may have no views, before there is a state.
+// Only checks a chunk of a stream, which may have no views, before the state exists.
 void check_chunk(const Word& op, const Views& views) {
   EnsembleCall(op.c_str(), views, Reduce::mean, /*stream=*/true, /*least=*/0);
 }

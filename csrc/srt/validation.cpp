@@ -1,4 +1,4 @@
-// The rules for the arguments of every op, whichever binding calls it.
+// The rules for the arguments of every op. All bindings use them.
 #include "validation.h"
 
 #include <algorithm>
@@ -10,19 +10,19 @@
 namespace srt {
 namespace {
 
-// The number as Python prints it, as far as %g does.
+// The number as %g prints it, which is close to Python.
 std::string format_number(double value) {
   char text[32];
   std::snprintf(text, sizeof(text), "%g", value);
   return text;
 }
 
-// A word of the caller in quotes: printable, and not longer than a line.
+// A string of the caller in quotes: printable, at most 40 bytes.
 std::string quote(std::string_view word) {
   size_t longest = 40;
   if (word.size() <= longest) {
     longest = word.size();
-  } else {  // not within a character of UTF-8
+  } else {  // do not cut a UTF-8 character
     while (longest > 0 && (static_cast<unsigned char>(word[longest]) & 0xC0) == 0x80) --longest;
   }
   std::string text = "'";
@@ -35,7 +35,7 @@ std::string quote(std::string_view word) {
   return text + (longest < word.size() ? "...'" : "'");
 }
 
-// A size of 0 counts as 1: the strides of an empty tensor are products of the others.
+// A size of 0 counts as 1, because the strides of an empty tensor are products of the other sizes.
 bool product_overflows(std::initializer_list<int64_t> sizes) {
   int64_t product = 1;
   for (const int64_t size : sizes)
@@ -98,7 +98,7 @@ std::vector<double> read_numbers(const ArrayView& array) {
     int64_t rest = static_cast<int64_t>(i), at = 0;
     for (size_t d = array.shape.size(); d-- > 0; rest /= array.shape[d])
       at += rest % array.shape[d] * array.strides[d];
-    // They are the only ones that need not be aligned: so few that copies cost nothing.
+    // These arrays may be unaligned. They are small, so a copy costs nothing.
     const char* const from = static_cast<const char*>(array.data) + at * array.element_size;
     float single = 0;
     std::memcpy(f32 ? static_cast<void*>(&single) : &numbers[i], from, f32 ? 4 : 8);
@@ -107,8 +107,8 @@ std::vector<double> read_numbers(const ArrayView& array) {
   return numbers;
 }
 
-// Offsets or weights, whose shape has been checked: read into `values` and its data, or null where
-// they lie on a device.
+// Reads offsets, weights, centers or scale, whose shape has been checked, into `values` and returns
+// its data; null if they are on a device.
 const double* take_numbers(const char* op, const std::string& name, const ArrayView& numbers,
                            const ArrayView& input, std::vector<double>* values) {
   const bool host = numbers.device == "cpu";
@@ -121,25 +121,26 @@ const double* take_numbers(const char* op, const std::string& name, const ArrayV
   return values->data();
 }
 
-// Centers or scale: each number at most 2^`bits` in size.
+// Checks centers or scale: finite, and at most 2^`bits` in magnitude.
 void check_pixels(const char* op, const std::string& name, const ArrayView& numbers,
                   const std::vector<double>& values, int bits) {
   for (size_t i = 0; i < values.size(); ++i) {
-    if (std::fabs(values[i]) <= std::ldexp(1.0, bits)) continue;  // written so that NaN fails
+    if (std::fabs(values[i]) <= std::ldexp(1.0, bits)) continue;  // false for NaN
     std::vector<int64_t> at;
     int64_t rest = static_cast<int64_t>(i);
     for (size_t d = numbers.shape.size(); d-- > 0; rest /= numbers.shape[d])
       at.insert(at.begin(), rest % numbers.shape[d]);
-    fail(op, name + " must be finite and at most 2^" + std::to_string(bits) + " pixels in size",
+    fail(op,
+         name + " must be finite and at most 2^" + std::to_string(bits) + " pixels in magnitude",
          format_number(values[i]) + " at " + format_shape(at));
   }
 }
 
 void check_offsets(const char* op, const std::vector<double>& offsets) {
   for (size_t i = 0; i < offsets.size(); ++i) {
-    // Written so that NaN fails.
+    // Also true for NaN.
     if (!(std::fabs(offsets[i]) <= static_cast<double>(kMaxOffset)))
-      fail(op, "offsets must be finite and at most 2^20 pixels in size",
+      fail(op, "offsets must be finite and at most 2^20 pixels in magnitude",
            format_number(offsets[i]) + " at [" + std::to_string(i / 2) + ", " +
                std::to_string(i % 2) + "]");
   }
@@ -157,16 +158,15 @@ void check_weights(const char* op, const std::vector<double>& weights, bool stre
       fail(op, "weights must be 0 or between 2^-500 and 2^500", got(i));
     largest = std::max(largest, weights[i]);
   }
-  // Smaller ones would vanish beside the others in float32, but still count as coverage.
+  // Smaller weights would vanish next to the largest in float32, but still count as coverage.
   for (size_t i = 0; i < weights.size(); ++i) {
     if (weights[i] != 0 && weights[i] < largest * 0x1p-80)
       fail(op, "weights must be 0 or at least 2^-80 of the largest", got(i));
   }
 }
 
-// What an op is given to write to: of this dtype and shape, on the device of the tokens, with a
-// place for each element, and none of them of the tokens. `dtype_rule` is how the message goes on
-// after "must".
+// Checks an array that an op writes: its dtype, shape and device, that its elements do not overlap,
+// and that it does not share memory with the tokens. `dtype_rule` follows "must" in the message.
 void check_written(const char* op, const std::string& name, const ArrayView& written,
                    const std::string& dtype, const std::string& dtype_rule,
                    const std::vector<int64_t>& shape, const ArrayView& tokens) {
@@ -178,7 +178,7 @@ void check_written(const char* op, const std::string& name, const ArrayView& wri
     fail(op, name + " must be " + format_shape(shape), format_shape(written.shape));
   if (std::find(shape.begin(), shape.end(), 0) != shape.end()) return;
   check_aligned(op, name, written);
-  // Sufficient, and true of every view that slicing forwards and permuting make.
+  // Sufficient, and true for every view made by slicing with positive steps and permuting.
   std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
   for (size_t d = 0; d < shape.size(); ++d)
     if (shape[d] > 1) dims.emplace_back(written.strides[d], shape[d]);
@@ -188,16 +188,16 @@ void check_written(const char* op, const std::string& name, const ArrayView& wri
     if (stride < span)
       fail(op,
            name +
-               " must not overlap itself (each stride must step over what the smaller ones "
-               "span)",
+               " must not overlap itself (each stride must step over the span of the smaller "
+               "ones)",
            format_strides(written));
     span += (size - 1) * stride;
   }
   if (share_memory(written, tokens))
-    fail(op, name + " must not share memory with tokens", "a view of the same memory");
+    fail(op, name + " must not share memory with tokens", "overlapping memory");
 }
 
-// Rules for shapes: the cells [H', W'] of the field that the tokens become.
+// Checks all shapes. Returns the size [H', W'] of the field in cells.
 std::vector<int64_t> check_shapes(const char* op, const EnsembleInputs& given, int64_t least) {
   const std::vector<int64_t>&tokens = given.tokens.shape, &offsets = given.offsets.shape;
   const std::vector<int64_t>&grid = given.grid, &patch = given.patch, &stride = given.stride;
@@ -276,7 +276,7 @@ void check_aligned(const char* op, const std::string& name, const ArrayView& arr
   const auto address = reinterpret_cast<uintptr_t>(array.data);
   if (address % static_cast<uintptr_t>(array.element_size) != 0)
     fail(op,
-         name + " must be aligned to its elements, of " + std::to_string(array.element_size) +
+         name + " must be aligned to its element size, " + std::to_string(array.element_size) +
              " bytes",
          "address " + std::to_string(address));
 }
@@ -292,12 +292,13 @@ CheckedEnsemble::CheckedEnsemble(const char* name, const EnsembleInputs& given, 
   args.reduce = reduce;
   args.dtype = check_dtype(op, "tokens", tokens, /*allow_uint8=*/false);
   if (reduce == Reduce::median && given.weights)
-    fail(op, "weights must be None where reduce is 'median'", "weights");
+    fail(op, "weights must be None if reduce is 'median'",
+         "weights of shape " + format_shape(given.weights->shape));
   const std::vector<int64_t>& shape = tokens.shape;
   const std::vector<int64_t> cells = check_shapes(op, given, least);
   if (std::find(shape.begin(), shape.end(), 0) == shape.end()) check_aligned(op, "tokens", tokens);
   if (tokens.strides[3] != 1 && shape[3] > 1)
-    fail(op, "tokens must be dense in the last dimension",
+    fail(op, "tokens must be contiguous in the last dimension",
          "stride " + std::to_string(tokens.strides[3]));
   args.upsample =
       parse<Upsample>(op, "upsample", given.upsample,
@@ -356,15 +357,15 @@ void CheckedEnsemble::set_state(const std::vector<ArrayView>& state) {
   for (size_t i = 0; i < state.size(); ++i) {
     const bool total = i + 1 == state.size();
     check_written(op, names[i], state[i], total ? "float64" : dtype,
-                  total ? "be float64" : "be " + dtype + (f64 ? ", as tokens are" : ""),
+                  total ? "be float64" : "be " + dtype + (f64 ? ", the dtype of tokens" : ""),
                   total ? cells : planes, tokens);
     for (size_t j = 0; j < i; ++j) {
       if (share_memory(state[i], state[j]))
         fail(op, std::string(names[j]) + " and " + names[i] + " must not share memory",
-             "views of the same memory");
+             "overlapping memory");
     }
   }
-  // Dense in the order of its dimensions; a size of 1 steps nowhere.
+  // Contiguous; the stride of a size of 1 does not matter.
   if ((cells[1] > 1 && totals.strides[1] != 1) || (cells[0] > 1 && totals.strides[0] != cells[1]))
     fail(op, std::string(names.back()) + " must be contiguous", format_strides(totals));
   if (args.reduce == Reduce::moments) {

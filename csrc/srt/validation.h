@@ -1,4 +1,4 @@
-// The rules for arguments, for every binding. Each throws srt::Error.
+// The argument checks of all bindings. A failed check throws srt::Error.
 #pragma once
 #include <cstdint>
 #include <optional>
@@ -14,14 +14,14 @@
 
 namespace srt {
 
-// A wrong argument: "srt::<op>: <rule>; got <value>". For a wrong type, what() begins with
-// "TypeError: ": torch's dispatcher passes on the message of an exception and no more.
+// The error of a wrong argument: "srt::<op>: <rule>; got <value>". For a wrong type, what() begins
+// with "TypeError: ", because torch's dispatcher keeps only the message of an exception.
 struct Error : std::runtime_error {
   enum class Kind { value, type };
   explicit Error(const std::string& text, Kind kind = Kind::value)
       : std::runtime_error((kind == Kind::type ? "TypeError: " : "") + text), kind(kind) {}
 
-  // what() without the kind.
+  // what() without the prefix.
   const char* text() const { return what() + (kind == Kind::type ? sizeof("TypeError: ") - 1 : 0); }
 
   const Kind kind;
@@ -31,27 +31,27 @@ struct Error : std::runtime_error {
                        Error::Kind kind = Error::Kind::value);
 std::string format_shape(const std::vector<int64_t>& shape);
 
-// An array, as a binding was given it.
+// An array as passed to a binding.
 struct ArrayView {
-  const void* data;  // the first element, in the order of the dimensions; an op may write to it
+  const void* data;  // the element at index 0; an op may write to the array
   std::vector<int64_t> shape;
-  std::vector<int64_t> strides;  // in elements, of either sign
+  std::vector<int64_t> strides;  // in elements, may be negative
   int64_t element_size;
-  std::string dtype;           // as torch and NumPy name it: "float32"
-  std::string device = "cpu";  // as torch names it
+  std::string dtype;           // the name in torch and NumPy: "float32"
+  std::string device = "cpu";  // the name in torch
 };
 
-// float32, float16, bfloat16, float64, and uint8 where `allow_uint8`.
+// Allows float32, float16, bfloat16 and float64, and uint8 if `allow_uint8`.
 DType check_dtype(const char* op, const std::string& name, const ArrayView& array,
                   bool allow_uint8);
 
-// The address of an array that is not empty, which is read or written in place.
+// Checks the address of a non-empty array that is read or written in place.
 void check_aligned(const char* op, const std::string& name, const ArrayView& array);
 
-Reduce parse_reduce(std::string_view word);  // mean or median, of ensemble
+Reduce parse_reduce(std::string_view word);  // "mean" or "median", for ensemble
 
-// What ensemble, ensemble_moments and accumulate_* are given alike. The lists have whatever length
-// the caller passed.
+// The common arguments of ensemble, ensemble_moments and accumulate_*. The lengths of the lists are
+// not yet checked.
 struct EnsembleInputs {
   ArrayView tokens;                  // [V, B, N, C]
   ArrayView offsets;                 // [V, 2]
@@ -60,29 +60,29 @@ struct EnsembleInputs {
   std::string_view upsample, border;
 };
 
-// One such call, after the rules. It owns what `args` points to, except the arrays. Where offsets
-// or weights lie on a device, their values are not validated, and the pointer in `args` is null.
+// One such call with checked arguments. It owns all data that `args` points to, except the arrays.
+// Offsets and weights on a device are not validated, and their pointers in `args` are null.
 struct CheckedEnsemble {
   const char* op;
   ArrayView tokens;
   EnsembleArgs args{};
   std::vector<int64_t> out_shape;    // [B, C, H', W']
-  std::vector<int64_t> out_strides;  // of a new result, in elements: channels last
+  std::vector<int64_t> out_strides;  // strides of a new result in elements: channels last
 
-  // `op` names the operator in messages. A `stream` adds up the weights of its chunks; of one call
-  // only their ratios matter. `least`: views.
+  // `op` names the operator in messages. `stream`: the absolute weights matter, because a stream
+  // adds those of all its chunks; otherwise only their ratios matter. `least`: minimum of views.
   CheckedEnsemble(const char* op, const EnsembleInputs& given, Reduce reduce, bool stream = false,
                   int64_t least = 1);
   CheckedEnsemble(const CheckedEnsemble&) = delete;
   CheckedEnsemble& operator=(const CheckedEnsemble&) = delete;
 
-  // New memory of out_shape and out_strides; `variance` of moments only.
+  // Sets new memory with out_shape and out_strides. `variance` is for moments only.
   void set_result(void* out, void* variance = nullptr);
-  // Memory of the caller, of any strides.
+  // Checks and sets memory of the caller, with any strides.
   void set_out(const ArrayView& out);
-  // The state of a stream, in the order of state_names(): mean [B, C, H', W'] and, of moments, var
-  // of the same strides, or of a median window [kWindowPlanes, B, C, H', W']; last what each cell
-  // has got, [H', W'] in float64.
+  // Checks and sets the state of a stream, in the order of state_names(). For a mean: mean
+  // [B, C, H', W']; for moments: also var with the same strides; for a median: window
+  // [kWindowPlanes, B, C, H', W']. The last array is the total of each cell, [H', W'] in float64.
   void set_state(const std::vector<ArrayView>& state);
   std::vector<const char*> state_names() const;
 
@@ -90,7 +90,8 @@ struct CheckedEnsemble {
   std::vector<double> offsets_, weights_;
 };
 
-// One call of shift or of its gradient, after the rules. The caller sets args.image and args.out.
+// One call of shift or its gradient with checked arguments. The caller sets args.image and
+// args.out.
 struct CheckedShift {
   ShiftArgs args{};
   std::vector<int64_t> out_shape;  // [V, B, C, H, W]
@@ -106,7 +107,7 @@ struct CheckedShift {
   std::vector<double> offsets_;  // as in CheckedEnsemble
 };
 
-// What windows and its gradients are given alike.
+// The common arguments of windows and its gradients.
 struct WindowsInputs {
   ArrayView image;    // [B, C, H, W]
   ArrayView centers;  // [B, N, 2]
@@ -115,7 +116,7 @@ struct WindowsInputs {
   std::string_view padding;
 };
 
-// One such call, after the rules. The caller sets args.out.
+// One such call with checked arguments. The caller sets args.out.
 struct CheckedWindows {
   WindowsArgs args{};
   std::vector<int64_t> out_shape;  // [B, N, C, Ph, Pw]

@@ -41,8 +41,8 @@ inline int64_t fitting_channels(int64_t channels, int64_t block, int64_t bytes) 
 // RuntimeError.)
 struct OutOfMemory : std::bad_alloc {
   const char* what() const noexcept override {
-    return "srt: not enough memory for the tables of the offsets and the scratch of the threads; "
-           "give fewer views at a time";
+    return "srt: not enough memory for the tables of the offsets and the scratch memory of the "
+           "threads; pass fewer views per call";
   }
 };
 

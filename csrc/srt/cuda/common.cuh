@@ -171,8 +171,8 @@ inline int64_t processors(const char* op) { return attribute(op, cudaDevAttrMult
 // the last.
 inline void check_views(const char* op, int64_t views) {
   if (views > INT32_MAX - kThreads)
-    throw Error("srt::" + std::string(op) + ": on CUDA there must be fewer than 2^31 views; got " +
-                std::to_string(views));
+    throw Error("srt::" + std::string(op) +
+                ": on CUDA the number of views must be below 2^31; got " + std::to_string(views));
 }
 
 // Whether the input and the result of a kernel fit L2 together.

@@ -511,8 +511,9 @@ MeanPlan<Acc> make_plan(const Call& call, Workspace& workspace) {
   plan.max_taps = plan.views * kTileCells * (plan.x.stride == 1 ? 3 : plan.x.max_taps());
   const int64_t most = std::max({plan.views * plan.inputs, plan.max_columns, plan.max_taps});
   if (most > INT32_MAX - kThreads)
-    throw Error("srt::ensemble: on CUDA views * (tokens of " + std::to_string(kTileCells) +
-                " output cells) must be below 2^31; got " + std::to_string(most));
+    throw Error("srt::ensemble: on CUDA the number of views times the tokens of " +
+                std::to_string(kTileCells) + " output cells must be below 2^31; got " +
+                std::to_string(most));
   plan.sorted = workspace.take<View>(plan.views);
   plan.total_inputs = workspace.take<int32_t>(plan.row_blocks * plan.views);
   plan.input = workspace.take<Input<Acc>>(plan.row_blocks * plan.views * plan.inputs);
