@@ -16,12 +16,12 @@ ON_RAY = ROOT / "docs/extraction.md"  # whose blocks follow each other: .ci/run 
 PAGES = sorted({*ROOT.glob("docs/*.md")} - {ON_RAY})
 
 
-# The code of each section of a page, by its heading.
+# Python blocks by page, section heading, and number within the section.
 EXAMPLES = {
-    section.splitlines()[0].lstrip("# "): code
+    f"{page.stem}: {section.splitlines()[0].lstrip('# ')} {i}": code
     for page in PAGES
     for section in page.read_text().split("\n## ")
-    for code in re.findall(r"^```python\n(.*?)^```", section, re.M | re.S)
+    for i, code in enumerate(re.findall(r"^```python\n(.*?)^```", section, re.M | re.S))
 }
 
 
