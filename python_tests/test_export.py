@@ -203,7 +203,7 @@ def test_compiled_models_explain_an_image_size(dynamic: bool | None) -> None:
     model = timm.create_model("vit_tiny_patch16_224", **sizes).eval()
     srt = SRT(torch.compile(model, backend="eager", dynamic=dynamic), 2)
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"pictures of \[64, 64\].*says: Input height \(64\)"):
+        with pytest.raises(ValueError, match=r"images of \[64, 64\].*raised: Input height \(64\)"):
             srt(torch.rand(1, 3, 64, 64))
         assert srt(torch.rand(1, 3, 32, 32)).field.shape == (1, 12, 32, 32)
 
