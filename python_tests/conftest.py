@@ -70,7 +70,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         backends.compile_in_background()
 
 
-# Next to the checkout, on machines that have it.
+# Evaluation data: not in the repository, next to the clone on machines that have it.
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

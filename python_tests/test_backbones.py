@@ -303,7 +303,7 @@ def test_real_weights_classify_a_photograph_and_separate_its_objects() -> None:
     name = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
     weights = SHARED / "weights" / f"{name}.fp16.safetensors"
     if not weights.exists():
-        pytest.skip(f"{weights} does not exist")
+        pytest.skip(f"evaluation data, not in the repository: {weights.name}")
     data = pytest.importorskip("skimage.data")
     model, _ = load_timm(name, weights)
 
@@ -649,7 +649,7 @@ def test_an_integer_weight_equals_repeated_views(vit: Any) -> None:
     actual = SRT(vit, (OFFSETS, weights), stride=8, view_batch=2)(IMAGES)
     expected = SRT(vit, OFFSETS[[0, 2, 2, 2]], stride=8)(IMAGES)
     assert_close(actual, expected, atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match="no weights where reduce is 'median'"):
+    with pytest.raises(ValueError, match="no weights if reduce is 'median'"):
         SRT(vit, (OFFSETS, weights), reduce="median")
 
 

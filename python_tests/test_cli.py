@@ -93,7 +93,7 @@ def test_show_writes_a_figure_with_a_row_for_each_layer(
     output, sizes = tmp_path / "out.png", []
     for layers in ([], ["--layer", 0, "--layer", -1]):
         text = show(photo, output, *layers)
-        for part in ("image 64 x 48, scale 1, 9 views", "model", "SRT", f"wrote {output}"):
+        for part in ("image 64 x 48 pixels", "scale 1, 9 views", "model", "SRT", f"wrote {output}"):
             assert part in text
         figure = np.asarray(Image.open(output).convert("RGB"))
         assert figure.std() > 20
@@ -113,7 +113,8 @@ def test_noise_is_grey_and_query_in_pixels_of_the_original(tmp_path: Path, drawn
     pixels[240:320, 360:480] += 180
     photo, output = tmp_path / "photo.png", tmp_path / "out.png"
     Image.fromarray(pixels).save(photo)
-    show(photo, output, "--noise", "--query", "420,300", "--size", 96, "--layer", 0)
+    text = show(photo, output, "--noise", "--query", "420,300", "--size", 96, "--layer", 0)
+    assert "image 96 x 64 pixels (width x height) reduced by --size from 480 x 320" in text
     ((row,),) = drawn
     assert row[0].point == pytest.approx((84.1, 60.1))
     noise, plain, srt = row[5:]
@@ -256,7 +257,7 @@ def test_16_bit_images_are_scaled_and_transparent_pixels_are_white(tmp_path: Pat
         ),
         ("show photo.png SMALL --model vit_tiny_patch16_224", " must be [1, 1, 192], got"),
         ("show photo.png --views ring", "views must be"),
-        ("show photo.png SMALL --quality fast --views 3", "views and scale must be omitted with"),
+        ("show photo.png SMALL --quality fast --views 3", "quality must be omitted if views or"),
         ("show photo.png SMALL --layer 6", "layers must be in -6 ... 5; got 6"),
         ("show photo.png -o out.xyz", "must end in"),
         ("show photo.png -o out.gif", "must end in .png"),

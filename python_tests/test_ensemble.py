@@ -54,7 +54,7 @@ def test_golden(name: str, cpu_kernels: str) -> None:
     """Outputs of the published code."""
     path = SHARED / "golden" / f"{name}.npz"
     if not path.exists():
-        pytest.skip(f"{path} does not exist")
+        pytest.skip(f"evaluation data, not in the repository: {path.name}")
     file = {key: torch.from_numpy(values) for key, values in np.load(path).items()}
     grid, patch = file["grid"].tolist(), file["patch"].tolist()
     median = name.startswith("median")

@@ -27,7 +27,7 @@ def test_golden() -> None:
     """Offsets of the published code for images and windows of tokens; one image has a tie."""
     path = SHARED / "golden" / "polyphase.npz"
     if not path.exists():
-        pytest.skip(f"{path} does not exist")
+        pytest.skip(f"evaluation data, not in the repository: {path.name}")
     file = {key: torch.from_numpy(values) for key, values in np.load(path).items()}
     patch = file["patch"].tolist()
     for full, offset, output in (

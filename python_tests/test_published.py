@@ -20,7 +20,7 @@ from srt_ext.views import Views
 def hrdv2() -> dict[str, Any]:
     path = SHARED / "golden" / "hrdv2.npz"
     if not path.exists():
-        pytest.skip(f"{path} does not exist")
+        pytest.skip(f"evaluation data, not in the repository: {path.name}")
     return {key: torch.from_numpy(np.asarray(values)) for key, values in np.load(path).items()}
 
 

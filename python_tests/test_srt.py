@@ -209,9 +209,16 @@ def test_wrong_settings_raise(
         SRT(pooled, **{"patch": PATCH, "views": 4, **arguments})
 
 
+def test_the_text_of_a_module_has_the_settings() -> None:
+    text = repr(SRT(pooled, "grid:1+flip", patch=PATCH, stride=(1, 2), reduce="median"))
+    for setting in ("views=18", "scale=1", f"patch={PATCH}", "stride=(1, 2)", "reduce='median'"):
+        assert setting in text
+
+
 def test_wrong_inputs_raise() -> None:
     for model, settings, images, message in (
         (pooled, {}, torch.zeros(3, 8, 8), "images must be"),
+        (pooled, {}, torch.zeros(1, 8, 8, 3), r"channels before pixels; got \[1, 8, 8, 3\]"),
         (pooled, {}, torch.zeros(1, 3, 0, 8), "must have pixels"),
         (with_prefix, {"prefix": 1}, torch.zeros(1, 3, 8, 8), "the model must return tokens"),
     ):

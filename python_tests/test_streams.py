@@ -648,7 +648,7 @@ def rank(number: int, folder: str) -> None:
         # Other settings on one process: both raise an error, and the state does not change.
         other = TORCH.new(kind, (1, 1 + number), (2, 2))
         other.update(torch.ones(1, 1, 1 + number, 2), torch.zeros(1, 2))
-        with pytest.raises(ValueError, match="all processes must have a stream with the same settings"):
+        with pytest.raises(ValueError, match="all processes must have a stream with the same set"):
             other.all_reduce()
         assert other.views == 1
         # A process without views also takes part.

@@ -325,7 +325,7 @@ def test_flipped_has_every_view_and_its_mirror_image() -> None:
 )
 def test_parse_raises(text: str) -> None:
     """The error lists the forms and the value received."""
-    with pytest.raises(ValueError, match="views must be N, grid:RADIUS") as caught:
+    with pytest.raises(ValueError, match="views must be a number of views, such as 4") as caught:
         views.parse(text)
     assert f"got {text!r}" in str(caught.value)
 

@@ -206,7 +206,7 @@ def test_a_moved_grid_has_the_patches_of_shift(padding: str) -> None:
         torch.testing.assert_close(result, patches(view, (4, 6)), rtol=0, atol=1e-13)
 
 
-@pytest.mark.skipif(not GOLDEN.exists(), reason="needs ../shared")
+@pytest.mark.skipif(not GOLDEN.exists(), reason="evaluation data, not in the repository")
 def test_windows_equal_the_published_sampler() -> None:
     """It spreads P samples over P pixels, ends included; it reads 0 from the last pixel on."""
     data = {name: torch.from_numpy(np.asarray(v)) for name, v in np.load(GOLDEN).items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
@@ -161,9 +162,13 @@ def _create(name: str, *, pretrained: bool) -> tuple[Any, dict[str, Any]]:
     plain = name.split(".")[0]
     if not name.startswith("local-dir:") and not timm.is_model(plain):
         first = plain.split("_")[0]
-        near = ", ".join((timm.list_models(f"{plain}*") or timm.list_models(f"*{first}*"))[:3])
-        hint = f" (for instance {near})" if near else ""
-        raise ModelError(f"timm has no model {name!r}{hint}")
+        near = (
+            timm.list_models(f"{plain}*")
+            or difflib.get_close_matches(plain, timm.list_models(), cutoff=0.7)
+            or timm.list_models(f"*{first}*")
+        )
+        hint = f" Similar names: {', '.join(near[:3])}." if near else ""
+        raise ModelError(f"timm has no model {name!r}.{hint} timm.list_models() has all names")
     try:
         source = _weight_source(name) if pretrained else {}
         try:

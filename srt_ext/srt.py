@@ -277,9 +277,16 @@ class SRT(torch.nn.Module):
             upsample = "nearest" if self._injects else "bilinear"
         check_words("SRT", reduce=reduce, upsample=upsample)
         if reduce == "median" and self._views.weights is not None:
-            rule = "views must have no weights where reduce is 'median'"
+            rule = "views must have no weights if reduce is 'median'"
             raise ValueError(f"SRT: {rule}; got weights")
         self.reduce, self.streaming, self.upsample = reduce, streaming, upsample
+
+    def extra_repr(self) -> str:
+        patch, stride = self._backbone.patch, self.stride
+        return (
+            f"views={self._known.number}, scale={self.scale:g}, patch={patch}, stride={stride}, "
+            f"reduce={self.reduce!r}, upsample={self.upsample!r}, border={self.border!r}"
+        )
 
     @property
     def scale(self) -> float:
@@ -333,8 +340,8 @@ class SRT(torch.nn.Module):
     def _chosen(self, views: Any, scale: Any, quality: Any) -> tuple[float, Any]:
         """(scale, views), from a preset if neither is given."""
         if quality is not None and (views is not None or scale is not None):
-            rule = "views and scale must be omitted with quality"
-            raise wrong(ValueError, "SRT", rule, f"views {views!r}, scale {scale!r}")
+            rule = "quality must be omitted if views or scale is given"
+            raise wrong(ValueError, "SRT", rule, f"{quality!r}, views {views!r}, scale {scale!r}")
         fixed = "inject" if self._injects else ""  # the setting that requires scale 1
         fixed = fixed or ("border 'circular'" if self.border == "circular" else "")
         if views is not None or scale is not None:
@@ -348,10 +355,12 @@ class SRT(torch.nn.Module):
         if fixed or scale == 1:
             return 1.0, views
         if not self._backbone.any_size:
+            default = "the default " if quality is None else ""
             warnings.warn(
-                f"SRT: quality {name!r} uses scale 1 instead of {scale}, because the model does "
-                "not declare that it accepts images of any size (timm: dynamic_img_size=True), or "
-                "its layers are read by name. Pass scale to enlarge the images anyway",
+                f"SRT: {default}quality {name!r} uses scale 1 instead of {scale}, because the "
+                "model does not declare that it accepts images of any size (timm: "
+                "dynamic_img_size=True), or its layers are read by name. Pass quality='fast' for "
+                "scale 1 without this warning, or views and scale to enlarge the images anyway",
                 stacklevel=4,
             )
             scale = 1.0
@@ -546,6 +555,9 @@ class SRT(torch.nn.Module):
         _warn_if_training(self.model)
         if images.dim() != 4:
             raise ValueError(f"SRT: images must be [B, 3, H, W]; got {list(images.shape)}")
+        if images.shape[3] == 3 != images.shape[1]:
+            rule = "images must be [B, 3, H, W], channels before pixels"
+            raise wrong(ValueError, "SRT", rule, list(images.shape))
         if 0 in images.shape[2:]:
             raise ValueError(f"SRT: images must have pixels; got {list(images.shape)}")
         if not images.is_floating_point():

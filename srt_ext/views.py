@@ -609,10 +609,10 @@ _DESIGNS: dict[str, tuple[Callable[..., Views], tuple[Callable[[str], Any], ...]
     "patches": (patches, (int, _size, float, int), 2),
 }
 _FORMS = (
-    "views must be N, grid:RADIUS[:STEP], paper:RADIUS, lattice:N:RADIUS, sobol:N:RADIUS[:SEED], "
+    "Designs: grid:RADIUS[:STEP], paper:RADIUS, lattice:N:RADIUS, sobol:N:RADIUS[:SEED], "
     "ring:N:RADIUS, best:N[:RADIUS], moore:D[,D...], neumann:D[,D...] (RADIUS, STEP and D in "
-    "pixels, such as grid:3) or patches:N:HxW[:FRACTION[:SEED]] (H and W in tokens), optionally "
-    "with +flip (adds views mirrored left to right), +vflip (top to bottom) or +flip+vflip"
+    "pixels), patches:N:HxW[:FRACTION[:SEED]] (H and W in tokens). The suffix +flip adds views "
+    "mirrored left to right, +vflip top to bottom, +flip+vflip both"
 )
 _FLIPS: dict[str, tuple[Literal["x", "y"], ...]] = {
     "": (),
@@ -671,7 +671,8 @@ def parse(text: str, patch: int | tuple[int, int] = 16, scale: float = 1) -> Vie
                 return found
             except ValueError as error:
                 reason = f" ({error})"
-    raise ValueError(f"{_FORMS}; got {text!r}{reason}")
+    rule = "views must be a number of views, such as 4, or a design, such as grid:3"
+    raise ValueError(f"{rule}; got {text!r}{reason}. {_FORMS}")
 
 
 def _enlarged(design: Views, scale: float) -> Views:

@@ -154,7 +154,7 @@ class HookBackbone(Backbone):
         return [found[name] for name in self.modules]
 
     def _forward(self, images: torch.Tensor) -> Any:
-        with image_size_errors(images) if is_timm(self.inner) else nullcontext():
+        with image_size_errors(images, self.patch) if is_timm(self.inner) else nullcontext():
             return transformers.call_model(self.inner, images, self.patch, self.arguments)
 
     @contextmanager

@@ -40,7 +40,7 @@ class TimmBackbone(Backbone):
             self.modules = ()
 
     def features(self, images: torch.Tensor) -> list[Features]:
-        with image_size_errors(images):
+        with image_size_errors(images, self.patch):
             return super().features(images)
 
     def _features(self, images: torch.Tensor) -> list[Features]:
@@ -88,7 +88,7 @@ _SIZE = re.compile(r"Input (height|width|size|image|img)[^\n]*?\([^\n]*?\)[^\n]*
 
 
 @contextmanager
-def image_size_errors(images: torch.Tensor) -> Iterator[None]:
+def image_size_errors(images: torch.Tensor, patch: tuple[int, int]) -> Iterator[None]:
     """Explains how to change the image size if a model of timm rejects it."""
     try:
         yield
@@ -99,9 +99,10 @@ def image_size_errors(images: torch.Tensor) -> Iterator[None]:
             raise
         reason = found[0] if found else str(error).rstrip(".")
         raise ValueError(
-            f"SRT: the model must accept images of {list(images.shape[2:])}, whole patches; it "
-            f"raised: {reason}. timm's create_model(..., dynamic_img_size=True) or "
-            "model.set_input_size(...) change the accepted size, if the model supports it"
+            f"SRT: the model must accept images of {list(images.shape[2:])} pixels, the size after "
+            f"scale and padding to whole tokens of {list(patch)} pixels; it raised: {reason}. "
+            "timm's create_model(..., dynamic_img_size=True) or model.set_input_size(...) change "
+            "the accepted size, if the model supports it"
         ) from error
 
 

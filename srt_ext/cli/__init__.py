@@ -7,6 +7,7 @@ from . import demo, features, info, show, spot
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
     help="Dense, sub-token features from frozen Vision Transformers (SRT).",
 )
 app.command("show")(show.command)

@@ -26,6 +26,7 @@ from .._messages import describe, is_out_of_memory, one_line
 from ..options import Quality
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.figure import Figure
 
     from ..extraction import Network
@@ -160,6 +161,15 @@ def progress_bar(description: str, total: int) -> Iterator[Callable[[int], None]
     ) as progress:
         task = progress.add_task(description, total=total)
         yield lambda done: progress.update(task, completed=done)
+
+
+def image_size(pixels: np.ndarray, original: tuple[int, int]) -> str:
+    """The size of pixels [H, W, 3] as text, and the ``original`` (width, height) if reduced."""
+    height, width = pixels.shape[:2]
+    text = f"image {width} x {height} pixels (width x height)"
+    if (width, height) != original:
+        text += " reduced by --size from {} x {}".format(*original)
+    return text
 
 
 def timing(model: float, total: float) -> str:

@@ -273,7 +273,8 @@ def _picture(photo: Path, output: Path, request: Request, dry_run: bool) -> None
     from ..extraction import to_tensors
     from .folder import save, sizes
 
-    pixels = to_pixels(open_image(photo), request.size)
+    image = open_image(photo)
+    pixels = to_pixels(image, request.size)
     extraction = request.load()
     network, srt, _, dtype, settings = extraction
     if dry_run:
@@ -294,10 +295,10 @@ def _picture(photo: Path, output: Path, request: Request, dry_run: bool) -> None
                 np.savez(file, **arrays)
         else:
             save(tensors, partial, {**settings, "photo": utf8(photo.name)})
-    height, width = pixels.shape[:2]
     shape = " x ".join(str(n) for n in tensors["field"].shape)
     common.echo(
-        f"image {width} x {height}, scale {srt.scale:g}, {count} views, field {shape}",
+        common.image_size(pixels, image.size),
+        f"scale {srt.scale:g}, {count} views; field {shape} (C x H x W)",
         common.timing(network.backbone.seconds, seconds),
         f"wrote {output}",
     )

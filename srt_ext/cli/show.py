@@ -15,8 +15,6 @@ from ..images import Found, ImageError, find_images, open_image, to_pixels
 from . import common
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ..extraction import Network
     from ..viz import Comparison
 
@@ -95,28 +93,30 @@ def command(
         comparison = Comparison(network.backbone, views, scale=scale, quality=quality, **settings)
     names = [f"layer {index}" for index in layer or [-1]]
     if found is None:
-        draw_photo(to_pixels(first, size), comparison, network, names, output)
+        draw_photo(first, size, comparison, network, names, output)
     else:
         write_video(found, draw_frames(found.files, comparison, network, names, size), output, fps)
 
 
 def draw_photo(
-    pixels: np.ndarray,
+    image: Any,
+    size: int,
     comparison: Comparison,
     network: Network,
     names: list[str],
     output: Path,
 ) -> None:
-    """Writes the figure of pixels [H, W, 3] uint8. ``names``: of the rows."""
+    """Writes the figure of an image of Pillow. ``names``: of the rows."""
     from ..viz import draw
 
+    pixels = to_pixels(image, size)
     count = len(comparison.srt.views.offsets)
     with common.progress_bar("views", count) as progress:
         rows = comparison(network.image(pixels), pixels, progress)
     common.save_figure(draw(rows, names), output, dpi=150)
-    height, width = pixels.shape[:2]
     common.echo(
-        f"image {width} x {height}, scale {comparison.srt.scale:g}, {count} views",
+        common.image_size(pixels, image.size),
+        f"scale {comparison.srt.scale:g}, {count} views",
         common.timing(network.backbone.seconds, comparison.srt_seconds),
         f"wrote {output}",
     )

@@ -197,7 +197,8 @@ def report(
     best, steps = int(found.best[0]), len(similarity) - 1
     after = f", {similarity[best]:.3f} after {best} of {steps} steps" if steps else ""
     common.echo(
-        f"image {width} x {height}, {tokens} windows of {patch[1]} x {patch[0]}, {placement}",
+        f"image {width} x {height} pixels (width x height)",
+        f"{tokens} windows of {patch[1]} x {patch[0]}, {placement}",
         f"cosine to the output for all {patches} patches: {similarity[0]:.3f}{after}",
         f"wrote {output}",
     )
