@@ -50,13 +50,13 @@ SRT_HD inline bool stops_at(const Axis& axis, double offset, int64_t y) {
 }
 
 // The step of one view to pixel y: calls tap(place, value, slope) with the change of the value and
-// the slope for each token, in ascending order. With `anew` (an interval starts here, or a view
+// the slope for each token, in ascending order. With `restart` (an interval starts here, or a view
 // stops) the sums are 0 before the step.
 template <class Tap>
-SRT_HD void visit_step(const Axis& axis, double offset, int64_t y, bool anew, Tap&& tap) {
+SRT_HD void visit_step(const Axis& axis, double offset, int64_t y, bool restart, Tap&& tap) {
   const Line to = line_at(axis, offset, y);
   Line from{-1, 0, 0};
-  if (!anew) {
+  if (!restart) {
     const PixelRead before = read_pixel(axis, offset, y - 1);
     if (before.token == to.token && before.slope == to.slope) return;
     from = line_at(axis, offset, y - 1);

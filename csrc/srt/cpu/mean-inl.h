@@ -43,7 +43,7 @@ SRT_INLINE void walk(const WalkTable<Acc>& table, int64_t first, int64_t n_steps
   Vec<Acc> value[V] = {}, slope[V] = {};
   const auto* tap = table.taps + table.begin[first];
   for (int64_t i = 0; i < n_steps; ++i) {
-    if (table.anew[first + i]) {
+    if (table.restart[first + i]) {
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) value[v] = slope[v] = Vec<Acc>{};
     }

@@ -30,7 +30,7 @@ template <class Acc>
 struct WalkStorage {
   std::vector<int64_t> begin{0};
   std::vector<typename WalkTable<Acc>::Tap> taps;
-  std::vector<uint8_t> anew;
+  std::vector<uint8_t> restart;
   std::vector<Acc> position;
 
   // Adds a walk over n views. offset(i) returns the offset of view i, row(i) its row of the axis
@@ -50,13 +50,13 @@ struct WalkStorage {
         });
       }
       begin.push_back(static_cast<int64_t>(taps.size()));
-      anew.push_back(starts);
+      restart.push_back(starts);
     }
   }
   WalkTable<Acc> table(const Axis& axis) {
     for (int64_t cell = 0; cell < axis.cells(); ++cell)
       position.push_back(static_cast<Acc>(walk_position(axis, cell)));
-    return {begin.data(), taps.data(), anew.data(), position.data()};
+    return {begin.data(), taps.data(), restart.data(), position.data()};
   }
 };
 

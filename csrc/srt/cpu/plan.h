@@ -93,8 +93,8 @@ struct WalkTable {
   };
   const int64_t* begin;  // [walks * cells + 1], into taps
   const Tap* taps;
-  const uint8_t* anew;  // [walks, cells]; whether the sums restart from 0
-  const Acc* position;  // [cells]; distance from the centre of the interval
+  const uint8_t* restart;  // [walks, cells]; whether the sums restart from 0
+  const Acc* position;     // [cells]; distance from the centre of the interval
 };
 
 // The weighted mean

@@ -169,9 +169,9 @@ __device__ void fill_steps(const MeanPlan<Acc>& plan, int64_t tile) {
   const auto dx_of = [&](int32_t column) { return plan.sorted[columns[column].view].dx; };
   const int64_t x = thread < kTileCells ? plan.cell_at(tile * kTileCells + thread) : -1;
   const bool walks = plan.x.stride == 1;  // at other strides, each cell is summed separately
-  bool anew = x < 0 || !walks || x % walk_interval(plan.x) == 0;
-  for (int32_t i = 0; !anew && i < total; i += columns[i].group_columns)
-    anew = stops_at(plan.x, dx_of(i), x);
+  bool restart = x < 0 || !walks || x % walk_interval(plan.x) == 0;
+  for (int32_t i = 0; !restart && i < total; i += columns[i].group_columns)
+    restart = stops_at(plan.x, dx_of(i), x);
 
   int32_t* step = plan.step + tile * plan.max_rounds * kTileCells + thread;
   int32_t taps = 0, first = 0;  // `first`: the first column of the first group in the round
@@ -185,7 +185,7 @@ __device__ void fill_steps(const MeanPlan<Acc>& plan, int64_t tile) {
           if (column >= round && column < end) tap(column - round, value, slope);
         };
         if (walks) {
-          visit_step(plan.x, dx_of(i), x, anew, add);
+          visit_step(plan.x, dx_of(i), x, restart, add);
         } else {
           visit_axis_cell(plan.x, dx_of(i), x, [&](int32_t place, double w) { add(place, w, 0); });
         }
@@ -194,7 +194,7 @@ __device__ void fill_steps(const MeanPlan<Acc>& plan, int64_t tile) {
     int32_t count = 0, begin = taps;
     visit([&](int32_t, double, double) { ++count; });
     begin += exclusive_sum(count, taps);
-    if (thread < kTileCells) *step = anew ? ~(begin + count) : begin + count;
+    if (thread < kTileCells) *step = restart ? ~(begin + count) : begin + count;
     Tap<Acc>* tap = plan.tap + tile * plan.max_taps + begin;
     visit([&](int32_t column, double value, double slope) {
       *tap++ = {column * kRows * kLanes, static_cast<Acc>(value), static_cast<Acc>(slope)};
