@@ -57,9 +57,45 @@ nitpick_ignore_regex = [
     ("py:class", r"[A-Z]|int64|Path|srt_ext\.streaming\.(A|N|\w*Stream)"),
 ]
 
+# The navigation: captions and pages. It is added to index.md, because GitHub would show directives.
+NAVIGATION = {
+    "Getting started": ("installation", "quickstart", "notebook"),
+    "Guide": (
+        "settings",
+        "models",
+        "views",
+        "equivariance",
+        "spot",
+        "streaming",
+        "extraction",
+        "frameworks",
+        "cpp",
+        "faq",
+    ),
+    "Background": ("ops", "kernels", "quality", "benchmarks", "compatibility"),
+    "API reference": (
+        "api/srt",
+        "api/ops",
+        "api/views",
+        "api/streams",
+        "api/models",
+        "api/spot",
+        "api/data",
+        "api/arrays",
+        "api/options",
+        "api/cli",
+        "api/reference",
+    ),
+    "Project": ("changelog", f"Contributing <{REPOSITORY}/blob/main/CONTRIBUTING.md>"),
+}
 
-def link_to_repository(_, docname, source):
-    """Points links that leave ``docs/``, which work on GitHub, at the repository; checks them."""
+
+def toctree(caption, pages):
+    return "\n".join(["\n```{toctree}", ":hidden:", f":caption: {caption}\n", *pages, "```\n"])
+
+
+def prepare(_, docname, source):
+    """Adds generated parts; checks links that leave ``docs/``, points them at the repository."""
 
     def link(match):
         path, _, anchor = match[1].partition("#")
@@ -76,6 +112,8 @@ def link_to_repository(_, docname, source):
         )
     elif not docname.startswith("api/"):
         source[0] = re.sub(r"\]\(\.\./([^)]+(?<!\.svg)(?<!\.png))\)", link, source[0])
+    if docname == "index":
+        source[0] += "".join(toctree(*part) for part in NAVIGATION.items())
 
 
 def anchors(page):
@@ -85,4 +123,4 @@ def anchors(page):
 
 
 def setup(app):
-    app.connect("source-read", link_to_repository)
+    app.connect("source-read", prepare)
