@@ -116,24 +116,28 @@ def dtypes(rule: str, name: str, right: torch.Tensor, *names: str, op: str) -> l
     return [Wrong(f"{name} {rule}", dtype, TypeError, op, **{name: t}) for dtype, t in each]
 
 
-PAIR = "must be two integers >= 1, (y, x)"
+PAIR = "must be one or two integers >= 1, (y, x)"
 FLOATING = "must be float32, float16, bfloat16 or float64"
+PIXELS = "must be float32, float16, bfloat16, float64 or uint8"
 VALUES = "must be float32 or float64"
 TOKENS = "tokens must have 4 dimensions, [V, B, N, C]"
 DENSE = "tokens must be contiguous in the last dimension"
 DIVIDES = "stride must divide grid * patch = [8, 15]"
-COUNT = "grid must hold the N = 6 tokens of a view, without class or register tokens"
+COUNT = "tokens must have N = h * w = {} for grid {}, without class or register tokens"
 OFFSETS = "offsets must be finite and at most 2^20 pixels in magnitude"
 CENTERS = "centers must be finite and at most 2^25 pixels in magnitude"
 SCALE = "scale must be finite and at most 2^20 pixels in magnitude"
 WINDOWS_AXIS = "image must have 1 to 2^24 pixels on each axis"
 WINDOWS_SCALE = "scale must be [2] or have the shape of centers, [1, 3, 2]"
 WEIGHTS = "weights must be finite and >= 0"
-TINY = "weights must be 0 or at least 2^-80 of the largest"
+TINY = "weights must be 0 or at least 2^-80 times the largest"
 BYTES = "the output must have fewer than 2^63 bytes"
 AXIS = "grid * patch must be at most 2^24 pixels on each axis"
 IMAGE_AXIS = "image must have at most 2^24 pixels on each axis"
-OVERLAP = "must not overlap itself (each stride must step over the span of the smaller ones)"
+OVERLAP = (
+    "must not overlap itself: each stride must be at least the extent of the dimensions with "
+    "smaller strides"
+)
 SHARED_MEMORY = ("out must not share memory with tokens", "overlapping memory")
 STREAM_WEIGHTS = "weights must be 0 or between 2^-500 and 2^500"
 UPSAMPLES = "upsample must be one of 'nearest', 'bilinear'"
@@ -160,10 +164,10 @@ TABLE = [
     *shapes(WINDOWS_SCALE, "scale", (), (1,), (3, 2), (1, 1, 2), op="windows"),
     # Types of elements.
     *dtypes(FLOATING, "tokens", tokens(), *INTEGERS, "uint8", op="ensemble"),
-    *dtypes(f"{FLOATING}, or uint8", "image", torch.ones(1, 2, 5, 6), *INTEGERS, op="shift"),
+    *dtypes(PIXELS, "image", torch.ones(1, 2, 5, 6), *INTEGERS, op="shift"),
     *dtypes(VALUES, "offsets", torch.zeros(2, 2), *INTEGERS, "bfloat16", op="ensemble"),
     *dtypes(VALUES, "offsets", torch.zeros(2, 2), "int64", op="shift"),
-    *dtypes(f"{FLOATING}, or uint8", "image", torch.ones(1, 2, 5, 6), "int64", op="windows"),
+    *dtypes(PIXELS, "image", torch.ones(1, 2, 5, 6), "int64", op="windows"),
     *dtypes(VALUES, "centers", torch.ones(1, 3, 2), "int64", "float16", op="windows"),
     *dtypes(VALUES, "scale", torch.ones(2), "int64", op="windows"),
     *dtypes(VALUES, "weights", torch.ones(2), "float16", "int64", op="ensemble"),
@@ -176,7 +180,7 @@ TABLE = [
     ),
     *(wrong_windows(f"size {PAIR}", str(s), size=s) for s in ([], [2, 3, 1], [0, 3], [2, -BIG])),
     *(Wrong(DIVIDES, str(s), stride=s) for s in ([3, 1], [1, 30], [BIG, BIG])),
-    *(Wrong(COUNT, str(g), grid=g) for g in ([3, 3], [1, 5])),
+    *(Wrong(COUNT.format(n, g), "[2, 1, 6, 3]", grid=g) for n, g in ((9, [3, 3]), (5, [1, 5]))),
     # Sizes beyond the limits.
     Wrong(AXIS, f"[2, 3] * [{2**23 + 1}, 1]", patch=[2**23 + 1, 1]),
     Wrong(AXIS, f"[{BIG}, 3] * [4, {BIG}]", grid=[BIG, 3], patch=[4, BIG]),

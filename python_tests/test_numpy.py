@@ -243,7 +243,7 @@ def packed(shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
 
 
 TOKENS, OUT = (2, 1, 6, 3), (1, 3, 8, 15)  # of call()
-ORDER = "must have the byte order of this machine; got >f4"
+ORDER = "must be in native byte order; got >f4"
 ARRAY = "must be a numpy.ndarray without a mask; got"
 ones, out = np.ones(TOKENS, np.float32), np.zeros(OUT, np.float32)
 memory = np.ones(2 * 6 * 3 + 8 * 15 * 3, np.float32)
@@ -274,7 +274,7 @@ def call(**changes: Any) -> dict[str, Any]:
         (ValueError, "offsets", [torch.ones(2, requires_grad=True)] * 2, "must be float32 or"),
         (ValueError, "offsets", np.broadcast_to(0.5, (2**31, 2)), "must hold at most 2^20 views"),
         (ValueError, "weights", np.broadcast_to(0.5, (2**40,)), "must hold at most 2^20 views"),
-        (TypeError, "stride", True, "must be two integers >= 1, (y, x); got True"),
+        (TypeError, "stride", True, "must be one or two integers >= 1, (y, x); got True"),
         (ValueError, "upsample", "\udc80", "must be one of 'nearest', 'bilinear'; got '\\udc80'"),
     ],
     ids=str,

@@ -388,5 +388,5 @@ def test_cost_supports_any_module() -> None:
             srt = SRT(model, 4, patch=8, reduce=reduce, streaming=streaming)  # type: ignore[arg-type]
             assert srt.cost((30, 24)).operations == cost.operations
     for size, error in (((30,), ValueError), ((0, 3), ValueError), ((2.5, 3), TypeError)):
-        with pytest.raises(error, match="size must be two integers >= 1"):
+        with pytest.raises(error, match="size must be one or two integers >= 1"):
             SRT(model, 4, patch=8).cost(size)  # type: ignore[arg-type]

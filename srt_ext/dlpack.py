@@ -80,7 +80,7 @@ def _from_numpy(op: str, name: str, array: np.ndarray[Any, Any]) -> torch.Tensor
         return _from_numpy(op, name, array.view(np.uint16)).view(torch.bfloat16)
     kind, size = array.dtype.kind, array.dtype.itemsize
     if kind not in "biufc" or size > (16 if kind == "c" else 8) or not array.dtype.isnative:
-        rule = f"{name} must have a dtype of torch, in the byte order of this machine"
+        rule = f"{name} must have a dtype that torch supports, in native byte order"
         raise TypeError(f"srt::{op}: {rule}; got {array.dtype}")
     if array.size and any(stride % array.itemsize for stride in array.strides):
         size = f"its element size, {array.itemsize} bytes"
@@ -305,7 +305,8 @@ def ensemble(
         framework = _Framework(op, "out", out)
         frozen = isinstance(out, np.ndarray) and not out.flags.writeable
         if frozen or _packages(out) & {"jax", "jaxlib"}:
-            raise _error(op, "out must be a writable array", out)
+            kind = type(out).__name__
+            raise TypeError(f"srt::{op}: out must be a writable array; got a read-only {kind}")
         target = _to_tensor(op, "out", out)
     elif not framework.takes_strides:
         # The kernel writes this layout more slowly, but a copy would take longer.

@@ -173,9 +173,9 @@ def windows(
         image: [B, C, H, W] with any strides, H and W at least 1; float32, float16, bfloat16,
             float64 or uint8. It is read in place; channels_last is the fastest layout for a field
             with many channels.
-        centers: [B, N, 2], (y, x) in pixels, finite, with magnitude at most 2^25, inside or outside
-            the image. B * N is at most 2^26; float32 or float64, on the CPU or on the device of
-            ``image``. CUDA centers and scales are not validated (that would synchronise); a value
+        centers: [B, N, 2], (y, x) in pixels, inside or outside the image; finite, with magnitude at
+            most 2^25; float32 or float64, on the CPU or on the device of ``image``. B * N is at
+            most 2^26. CUDA centers and scales are not validated (that would synchronise); a value
             that is not finite or too large yields an all-zero window.
         size: (Ph, Pw), samples per window; (1, 1) samples the image at the centers.
         scale: pixels between neighbouring samples, (y, x): [2] for all windows or [B, N, 2] for
@@ -285,8 +285,8 @@ def ensemble(
             value (not finite, too large or negative) does not count.
         grid: (h, w), the number of tokens along y and x.
         patch: (Ph, Pw), pixels per token.
-        weights: [V], finite and >= 0, float32 or float64; each is 0 or at least 2^-80 of the
-            largest. None means equal weights. A view of weight 0 is not read.
+        weights: [V], finite and >= 0, float32 or float64; each is 0 or at least 2^-80 times
+            the largest. None means equal weights. A view of weight 0 is not read.
         reduce: ``mean``, or ``median``: the exact lower median over the views that cover the cell,
             NaN if one of their values is NaN (as ``torch.median``). The median does not support
             weights.
@@ -297,9 +297,9 @@ def ensemble(
             ``padding="circular"``).
         stride: pixels per output cell, (sh, sw) or one for both; it must divide (H, W). 1 is pixel
             scale, ``patch`` is token scale.
-        out: [B, C, H / sh, W / sw], written in place. Any strides are supported if each steps
-            over the span of the smaller ones; channels_last is the fastest layout. Not
-            differentiable. Under ``torch.compile``, torch 2.10 and 2.13 reject a channels_last
+        out: [B, C, H / sh, W / sw], written in place. Any strides are supported if each is at
+            least the extent of the dimensions with smaller strides; channels_last is the fastest
+            layout. Not differentiable. Under ``torch.compile``, torch 2.10 and 2.13 reject a channels_last
             ``out``.
 
     Returns:
@@ -405,8 +405,9 @@ def field_shape(
     grid = check_pair(where, "grid", grid)
     cells = check_cells(where, grid, patch, stride)
     if grid[0] * grid[1] != count:
-        rule = f"grid must hold the N = {count} tokens of a view, without class or register tokens"
-        raise wrong(ValueError, where, rule, list(grid))
+        rule = f"tokens must have N = h * w = {grid[0] * grid[1]} for grid {list(grid)}, without"
+        rule = f"{rule} class or register tokens"
+        raise wrong(ValueError, where, rule, list(tokens.shape))
     _check_meta(where, tokens, offsets=offsets, weights=weights)
     return [batch, channels, *cells]
 

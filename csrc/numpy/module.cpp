@@ -49,7 +49,7 @@ ArrayView plain_view_of(const py::array& array) {
 
 void check_byte_order(const char* op, const char* name, const py::array& array) {
   if (!array.dtype().attr("isnative").cast<bool>())
-    fail(op, std::string(name) + " must have the byte order of this machine", dtype_name(array),
+    fail(op, std::string(name) + " must be in native byte order", dtype_name(array),
          Error::Kind::type);
 }
 

@@ -45,7 +45,7 @@ bool product_overflows(std::initializer_list<int64_t> sizes) {
 
 void check_pair(const char* op, const std::string& name, const std::vector<int64_t>& pair) {
   if (pair.size() != 2 || pair[0] < 1 || pair[1] < 1)
-    fail(op, name + " must be two integers >= 1, (y, x)", format_shape(pair));
+    fail(op, name + " must be one or two integers >= 1, (y, x)", format_shape(pair));
 }
 
 std::string format_strides(const ArrayView& array) {
@@ -161,7 +161,7 @@ void check_weights(const char* op, const std::vector<double>& weights, bool stre
   // Smaller weights would vanish next to the largest in float32, but still count as coverage.
   for (size_t i = 0; i < weights.size(); ++i) {
     if (weights[i] != 0 && weights[i] < largest * 0x1p-80)
-      fail(op, "weights must be 0 or at least 2^-80 of the largest", got(i));
+      fail(op, "weights must be 0 or at least 2^-80 times the largest", got(i));
   }
 }
 
@@ -188,8 +188,8 @@ void check_written(const char* op, const std::string& name, const ArrayView& wri
     if (stride < span)
       fail(op,
            name +
-               " must not overlap itself (each stride must step over the span of the smaller "
-               "ones)",
+               " must not overlap itself: each stride must be at least the extent of the "
+               "dimensions with smaller strides",
            format_strides(written));
     span += (size - 1) * stride;
   }
@@ -228,9 +228,9 @@ std::vector<int64_t> check_shapes(const char* op, const EnsembleInputs& given, i
   }
   if (grid[0] * grid[1] != tokens[2])
     fail(op,
-         "grid must hold the N = " + std::to_string(tokens[2]) +
-             " tokens of a view, without class or register tokens",
-         format_shape(grid));
+         "tokens must have N = h * w = " + std::to_string(grid[0] * grid[1]) + " for grid " +
+             format_shape(grid) + ", without class or register tokens",
+         format_shape(tokens));
   if (product_overflows({tokens[1], tokens[3], cells[0], cells[1], given.tokens.element_size}))
     fail(op, "the output must have fewer than 2^63 bytes",
          format_shape({tokens[1], tokens[3], cells[0], cells[1]}));
@@ -268,7 +268,8 @@ DType check_dtype(const char* op, const std::string& name, const ArrayView& arra
       return type.dtype;
   }
   fail(op,
-       name + " must be float32, float16, bfloat16 or float64" + (allow_uint8 ? ", or uint8" : ""),
+       name + " must be float32, float16, bfloat16" +
+           (allow_uint8 ? ", float64 or uint8" : " or float64"),
        array.dtype, Error::Kind::type);
 }
 

@@ -15,7 +15,7 @@ namespace srt {
 // A dense array of offsets or weights of the views: on the host, already validated, or on the
 // device, not validated. A view with an invalid device value covers nothing. Invalid are offsets
 // and weights that are not finite, offsets beyond 2^20 pixels, and weights that are negative or
-// below 2^-80 of the largest.
+// below 2^-80 times the largest.
 struct ViewArray {
   const double* host;  // read before the call returns; null if `device` is given
   const void* device;
