@@ -147,7 +147,7 @@ def test_a_video_is_an_animation_in_one_basis(
     frames: Path, tmp_path: Path, suffix: str, drawn: Any
 ) -> None:
     output = tmp_path / f"out{suffix}"
-    assert "4 frames, 0 skipped" in show(frames, output, "--fps", 5, "--query", "5,5")
+    assert "4 frames: 4 written, 0 skipped" in show(frames, output, "--fps", 5, "--query", "5,5")
     with Image.open(output) as video:
         assert video.n_frames == 4
         video.seek(1)
@@ -171,7 +171,7 @@ def test_unusable_frames_of_a_video_are_skipped(frames: Path, tmp_path: Path) ->
     text = run("show", frames, "-o", tmp_path / "other", *model(), *FAST, code=1)
     assert "f2.png is not a readable image" in text
     assert "f3.png is 40 x 40; skipped" in text
-    assert "3 frames, 2 skipped" in text
+    assert "5 frames: 3 written, 2 skipped" in text
     assert len(list((tmp_path / "other").iterdir())) == 3
 
 
@@ -190,7 +190,7 @@ def test_the_first_frame_that_succeeds_gives_the_basis(
     monkeypatch.setattr(viz.Comparison, "field", fail_once)
     (frames / "f0.png").write_text("no picture")
     text = run("show", frames, "-o", tmp_path / "out.gif", *model(), *FAST, "--query=9,9", code=1)
-    assert "3 frames, 2 skipped" in text
+    assert "5 frames: 3 written, 2 skipped" in text
     assert "f0.png is not a readable image" in text
     assert "f1.png: RuntimeError: no field; skipped" in text
     again = shutil.ignore_patterns("f0.png", "f1.png")
@@ -223,7 +223,7 @@ def test_16_bit_images_are_scaled_and_transparent_pixels_are_white(tmp_path: Pat
         ("show no[/b]picture[red].png", "no[/b]picture[red].png does not exist"),
         ("show broken.jpg", "not a readable image"),
         ("show large.png", "not a readable image"),
-        ("show dot.png SMALL", "at least 3 tokens"),
+        ("show dot.png SMALL", "at least 3 tokens for PCA colours; got 1"),
         ("features empty.png -o out.npz", "not a readable image"),
         ("features pipe.png -o out.npz", "pipe.png is not a regular file"),
         ("features /dev/zero -o out.npz", "/dev/zero is not a regular file"),
@@ -231,7 +231,7 @@ def test_16_bit_images_are_scaled_and_transparent_pixels_are_white(tmp_path: Pat
         (f"features {'a' * 300}.png -o out.npz", "File name too long"),
         (f"features photo.png -o {'a' * 300}.npz", "File name too long"),
         ("features photo.png -o pipe.npz", "it is not a regular file"),
-        ("show photo.png --weights pipe.png", "pipe.png is not a file"),
+        ("show photo.png --weights pipe.png", "existing .safetensors file; got pipe.png"),
         ("show float.tif SMALL", "not a readable image: pixels must have 8 or 16 bits"),
         ("show photo.png --model vit_nonsense", "timm has no model 'vit_nonsense'"),
         ("show photo.png --model foo:bar", "timm has no model 'foo:bar'"),
@@ -245,10 +245,13 @@ def test_16_bit_images_are_scaled_and_transparent_pixels_are_white(tmp_path: Pat
             "show photo.png --model hf-hub:a/b/c",
             "--model must be hf-hub:OWNER/NAME; got 'hf-hub:a/",
         ),
-        ("show photo.png --weights missing.safetensors", "missing.safetensors is not a file"),
+        (
+            "show photo.png --weights missing.safetensors",
+            "existing .safetensors file; got missing",
+        ),
         ("show photo.png --weights frames", "got the folder frames. Pass the file in it, or"),
         ("show photo.png SMALL --weights broken.jpg", "file: Error while"),
-        ("show photo.png SMALL --weights broken.jpg", ". Pickles (.pt, .pth, .bin) can run any"),
+        ("show photo.png SMALL --weights broken.jpg", ". Pickles (.pt, .pth, .bin) can execute"),
         ("show photo.png SMALL --model test_vit.x", "timm cannot create"),
         ("show photo.png SMALL --model test_resnet", "do not fit test_resnet: "),
         (
@@ -260,7 +263,7 @@ def test_16_bit_images_are_scaled_and_transparent_pixels_are_white(tmp_path: Pat
         ("show photo.png SMALL --quality fast --views 3", "quality must be omitted if views or"),
         ("show photo.png SMALL --layer 6", "layers must be in -6 ... 5; got 6"),
         ("show photo.png -o out.xyz", "must end in"),
-        ("show photo.png -o out.gif", "must end in .png"),
+        ("show photo.png -o out.gif", "must end in .png, .jpg, .jpeg"),
         ("show photo.png -o nowhere/out.png", "does not exist"),
         ("show photo.png -o folder.png", "folder.png cannot be written"),
         *(

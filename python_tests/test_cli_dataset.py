@@ -101,7 +101,7 @@ def keys(out: Path) -> list[str]:
         ({"engine": None, "batch": 4}, "--batch requires --engine ray"),
         ({"workers": 2}, "--workers must be omitted with --engine"),
         ({"pca": "nothing.npy"}, "nothing.npy"),
-        ({"column": "image"}, "column and key are for Parquet files"),
+        ({"column": "image"}, "column and key require .parquet files"),
     ],
 )
 def test_invalid_options_are_errors(

@@ -491,7 +491,7 @@ def test_a_disk_that_gets_full_ends_the_run(photos: Path, out: Path) -> None:
 
 def test_values_beyond_float16_raise() -> None:
     output = SRTOutput(torch.tensor([1.0, -7e4]).reshape(1, 2, 1, 1), None)
-    with pytest.raises(ValueError, match=r"field has values up to 70000, .*: use dtype"):
+    with pytest.raises(ValueError, match=r"field must be at most 65504 .*; got 70000: use dtype"):
         to_tensors(output, torch.float16)
     assert to_tensors(output, torch.bfloat16)["field"].isfinite().all()
     infinite = SRTOutput(torch.tensor([1.0, -torch.inf]).reshape(1, 2, 1, 1), None)

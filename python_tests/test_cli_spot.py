@@ -129,8 +129,8 @@ def test_windows_and_paths_are_drawn_at_their_pixels() -> None:
         ("photo.png --mask photo.png", "--mask requires --placement salient; got isotropic"),
         ("photo.png --placement salient --mask no.png", "no.png does not exist"),
         ("photo.png --model test_convnext", "--model test_convnext: spot.Subpixel: model must"),
-        ("photo.png SMALL --placement grid", "n must be <= 12, the patches of [16, 16]"),
-        ("photo.png SMALL --size 12", "at least one patch; got 12 x 9 pixels"),
+        ("photo.png SMALL --placement grid", "n must be <= 12, the number of [16, 16] patches"),
+        ("photo.png SMALL --size 12", "at least one patch of 16 x 16 pixels; got 12 x 9"),
         ("photo.png --search 1 --lr 0", "--lr must be > 0, and finite; got 0.0"),
         ("flat.png SMALL --placement salient", "the image has no gradient; use another"),
         (

@@ -323,7 +323,7 @@ def test_files_without_a_checkpoint_are_ignored(
         write_errors(out, name, [f"{name}/{i}" for i in range(2)])
     assert data.open(out).errors.num_rows == 4
     (out / "checkpoint").mkdir()
-    with pytest.raises(ValueError, match="must have images"):
+    with pytest.raises(ValueError, match="must have at least one image"):
         data.open(out)
     for name in ("b.parquet", "c.pending.parquet", "d.parquet"):
         (out / "checkpoint" / name).touch()
@@ -360,7 +360,7 @@ def test_wrong_outputs_raise(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=rf"with a manifest.json; got {out}$"):
             data.open(out)
     write(tmp_path, {})
-    with pytest.raises(ValueError, match="must have images; got none in"):
+    with pytest.raises(ValueError, match="must have at least one image; got none in"):
         data.open(tmp_path)
     with pytest.raises(TypeError, match="out must be a path or a URL; got 3"):
         data.open(3)

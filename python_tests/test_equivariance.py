@@ -238,7 +238,7 @@ def test_exported_and_compiled() -> None:
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"padding": "reflect"}, ValueError, "padding must be 'circular' where border is; got 're"),
+        ({"padding": "reflect"}, ValueError, "padding must be 'circular' if border is .*; got 're"),
         ({"border": "zeros"}, ValueError, "border and padding must be 'circular' with anchor; got"),
         ({"anchor": "half"}, ValueError, "anchor must be one of 'phase', 'full'; got 'half'"),
         ({"anchor": True}, TypeError, "anchor must be a string; got bool"),
@@ -264,7 +264,7 @@ def test_sizes_that_are_not_whole_multiples_raise(
 ) -> None:
     srt = anchored(anchor=anchor, views=4, stride=stride)
     height, width = whole
-    message = rf"circular', multiples of \[{height}, {width}\] pixels; got \[{size[0]}, {size[1]}\]"
+    message = rf"multiples of \[{height}, {width}\] pixels .*; got \[{size[0]}, {size[1]}\]"
     for call in (srt, srt.moments, srt.tokens, lambda images: srt.cost(images.shape[2:])):
         with pytest.raises(ValueError, match=message):
             call(torch.zeros(1, 3, *size, dtype=torch.float64))

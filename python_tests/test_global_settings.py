@@ -394,7 +394,7 @@ def test_layers_and_inject_accept_integers_of_other_libraries() -> None:
 
 
 def test_the_former_name_of_dlpack_warns() -> None:
-    with pytest.warns(DeprecationWarning, match=r"srt_ext.array is now srt_ext.dlpack"):
+    with pytest.warns(DeprecationWarning, match=r"srt_ext.array is deprecated; use srt_ext.dlpack"):
         assert srt_ext.array is dlpack
     with pytest.raises(AttributeError, match="no attribute 'arrays'"):
         _ = srt_ext.arrays

@@ -264,7 +264,7 @@ def call(**changes: Any) -> dict[str, Any]:
         (ValueError, "tokens", packed(TOKENS), "must have strides that are multiples of its"),
         (ValueError, "out", read_only(out.copy()), "must be writable; got a read-only array"),
         (ValueError, "tokens", ones[..., ::-1], "must be contiguous in the last dimension"),
-        (ValueError, "out", out[:, :, ::-1], "must not overlap itself (each stride must step over"),
+        (ValueError, "out", out[:, :, ::-1], "must not overlap itself: each stride must be"),
         (TypeError, "tokens", [[1.0]], f"{ARRAY} list"),
         (TypeError, "tokens", torch.ones(TOKENS), f"{ARRAY} Tensor"),
         (TypeError, "tokens", np.ma.ones(TOKENS), f"{ARRAY} MaskedArray"),

@@ -250,7 +250,7 @@ def test_values_beyond_float16_give_a_reason() -> None:
     made.network.model.tokens.bias.data.zero_()
     rows = made(table([encoded(p) for p in images])).to_pylist()
     assert rows[0]["reason"] is None
-    assert rows[1]["reason"].startswith("row 1: field has values up to")
+    assert rows[1]["reason"].startswith("row 1: field must be at most 65504")
     assert rows[1]["reason"].endswith("use dtype bfloat16")
 
 

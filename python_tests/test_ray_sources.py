@@ -343,7 +343,7 @@ def test_parquet_without_a_column(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="named key or path; got bytes"):
         find(path)
     path = str(parquet(tmp_path / "x.parquet", [{"path": "p", "dtype": 1, "source_dtype": 1}]))
-    with pytest.raises(ValueError, match="column names must differ"):
+    with pytest.raises(ValueError, match="column names must be unique"):
         find(path)
 
 

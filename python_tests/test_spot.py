@@ -179,7 +179,7 @@ def test_defaults_of_torch_do_not_change_positions() -> None:
         (
             lambda: spot.edge(1, (8, 0)),
             ValueError,
-            "spot.edge: size must be one or two integers >= 1",
+            "spot.edge: size must be one or two int",
         ),
         (lambda: spot.sobol(1, 8, -1), ValueError, "spot.sobol: seed must be an integer >= 0"),
         (lambda: spot.uniform(1, 8, 2**63), ValueError, "spot.uniform: seed must be < 2\\^63"),
@@ -193,7 +193,7 @@ def test_defaults_of_torch_do_not_change_positions() -> None:
         (
             lambda: spot.grid(7, (32, 48), 16),
             ValueError,
-            r"spot.grid: n must be <= 6, the patches of \[16, 16\] pixels in \[32, 48\]; got 7",
+            r"spot.grid: n must be <= 6, the number of \[16, 16\] patches in \[32, 48\] .*; got 7",
         ),
         (lambda: spot.grid(0, 32), ValueError, "n must be an integer >= 1, or None; got 0"),
         (lambda: spot.salient(torch.zeros(3, 4), 1), ValueError, "have a value > 0; got none"),

@@ -49,7 +49,7 @@ def crops(folders: list[Path], count: int) -> tuple[list[str], torch.Tensor]:
     paths = [path for folder in folders for path in sorted(folder.rglob("*.jpg"))]
     if not paths:
         raise typer.BadParameter(
-            "--frames must hold .jpg frames; got " + ", ".join(map(str, folders))
+            "--frames must contain .jpg frames; got " + ", ".join(map(str, folders))
         )
     found, names = [], []
     for path in chosen(paths, count):

@@ -75,7 +75,7 @@ def real_values(weights: Path, frames: Path) -> dict[int, torch.Tensor]:
     backbone = describe(vit)
     sequences = sorted({path.parent for path in frames.glob("*/*.jpg")})[:2]
     if not sequences:
-        raise typer.BadParameter(f"--frames must hold folders of .jpg frames; got {frames}")
+        raise typer.BadParameter(f"--frames must contain folders of .jpg frames; got {frames}")
     pictures = [
         Image.open(sorted(path.glob("*.jpg"))[0]).convert("RGB").resize((224, 224))
         for path in sequences

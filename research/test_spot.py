@@ -80,7 +80,7 @@ def test_crops_are_the_middle_of_frames_spread_over_all(tmp_path: Path) -> None:
     Image.new("RGB", (223, 300)).save(tmp_path / "9.jpg")
     with pytest.raises(typer.BadParameter, match=r"at least 224 x 224 pixels; got .*9.jpg"):
         spot.crops([tmp_path], 6)
-    with pytest.raises(typer.BadParameter, match=r"must hold .jpg frames"):
+    with pytest.raises(typer.BadParameter, match=r"must contain .jpg frames"):
         spot.crops([tmp_path / "none"], 1)
 
 

@@ -276,7 +276,7 @@ def pictures(folders: list[Path], every: int, size: int) -> list[tuple[str, torc
     for folder in folders:
         paths = sorted(folder.rglob("*.jpg"))[::every]
         if not paths:
-            raise typer.BadParameter(f"--frames must hold .jpg frames; got {folder}")
+            raise typer.BadParameter(f"--frames must contain .jpg frames; got {folder}")
         for path in paths:
             picture = Image.open(path).convert("RGB")
             scale = size / max(picture.size)

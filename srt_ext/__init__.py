@@ -47,6 +47,8 @@ def __getattr__(name: str) -> Any:
     if _unavailable is None and name == "array":
         import warnings
 
-        warnings.warn("srt_ext.array is now srt_ext.dlpack", DeprecationWarning, stacklevel=2)
+        warnings.warn(
+            "srt_ext.array is deprecated; use srt_ext.dlpack", DeprecationWarning, stacklevel=2
+        )
         return dlpack
     raise AttributeError(f"module 'srt_ext' has no attribute {name!r}")

@@ -74,7 +74,7 @@ def filesystem(url: str) -> tuple[pyarrow.fs.FileSystem, str]:
         files, path = pyarrow.fs.FileSystem.from_uri(url)
         return files, path
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        rule = f"the location must be a path or a URL: {error}"
+        rule = f"the URL must be supported by pyarrow ({error})"
     if scheme[1].lower() not in ("file", "local"):  # fsspec would guess a relative path
         try:
             import fsspec
@@ -82,7 +82,7 @@ def filesystem(url: str) -> tuple[pyarrow.fs.FileSystem, str]:
             files, path = fsspec.core.url_to_fs(url)
             return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(files)), path
         except (ImportError, ValueError) as error:
-            rule = f"{rule}; fsspec: {error}"
+            rule = f"{rule} or fsspec ({error})"
     raise wrong(ValueError, "srt_ext.data.filesystem", rule, url)
 
 
@@ -117,7 +117,7 @@ def read_components(files: pyarrow.fs.FileSystem, path: str) -> np.ndarray:
         components: np.ndarray = np.load(io.BytesIO(content), allow_pickle=False)
     except (EOFError, ValueError) as error:
         rule = f"{path} must be a .npy file of components [K, C]"
-        raise wrong(ValueError, "srt_ext.data", rule, "another file") from error
+        raise wrong(ValueError, "srt_ext.data", rule, "another format") from error
     if not isinstance(components, np.ndarray):
         rule = f"{path} must be a .npy file of components [K, C]"
         raise wrong(ValueError, "srt_ext.data", rule, "a .npz file")
@@ -285,7 +285,8 @@ class Fields(Dataset[dict[str, Any]]):
         self._groups = np.array(groups, dtype=np.int64).reshape(-1, 3)
         self.row_groups = np.concatenate([[0], self._groups[:, 2].cumsum()])
         if not len(self):
-            raise wrong(ValueError, "srt_ext.data.open", "out must have images", f"none in {out}")
+            rule = "out must have at least one image"
+            raise wrong(ValueError, "srt_ext.data.open", rule, f"none in {out}")
         names = dict.fromkeys(name for columns_of_file, _ in footers for name in columns_of_file)
         found = [name for name in names if name in _BLOBS or name not in NAMES]
         self.columns = found if columns is None else list(columns)

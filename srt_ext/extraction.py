@@ -97,7 +97,8 @@ def cast(name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         if beyond.any():
             largest = value[beyond].abs().max()
             raise ValueError(
-                f"{name} has values up to {largest:g}, float16 ends at 65504: use dtype bfloat16"
+                f"{name} must be at most 65504 in magnitude for float16; got {largest:g}: "
+                "use dtype bfloat16"
             )
     return result
 

@@ -19,7 +19,7 @@ CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"  # in a repository of the hub, or a folder
 OPEN_CLIP_SAFETENSORS = "open_clip_model.safetensors"  # if that file is missing
 NO_PICKLES = (
-    "Pickles (.pt, .pth, .bin) can run any code and are not loaded; save the weights with "
+    "Pickles (.pt, .pth, .bin) can execute any code and are not loaded; save the weights with "
     "safetensors.torch.save_file"
 )
 SAVE = "timm.models.save_for_hf(model, FOLDER, model_args=ARGUMENTS, safe_serialization=True)"
@@ -275,7 +275,7 @@ def check_file(weights: Path) -> None:
             f"it, or --model local-dir:{weights} if the folder has a {CONFIG} of timm"
         )
     if not weights.is_file():
-        raise ModelError(f"{weights} is not a file")
+        raise ModelError(f"--weights must be an existing .safetensors file; got {weights}")
 
 
 def _load_weights(model: Any, name: str, weights: Path) -> None:
@@ -387,7 +387,7 @@ def _without_prefix(state: dict[str, Any], wanted: dict[str, Any], weights: Path
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         warnings.warn(
-            f"SRT: only the tensors {prefix}* of {weights} are used; {others[0]}{more} ignored",
+            f"SRT: only the tensors {prefix}* of {weights} are used; ignored: {others[0]}{more}",
             stacklevel=2,
         )
     return {name: state[key] for name, key in ours.items()}

@@ -299,8 +299,8 @@ def ensemble(
             scale, ``patch`` is token scale.
         out: [B, C, H / sh, W / sw], written in place. Any strides are supported if each is at
             least the extent of the dimensions with smaller strides; channels_last is the fastest
-            layout. Not differentiable. Under ``torch.compile``, torch 2.10 and 2.13 reject a channels_last
-            ``out``.
+            layout. Not differentiable. Under ``torch.compile``, torch 2.10 and 2.13 reject a
+            channels_last ``out``.
 
     Returns:
         [B, C, H', W'] with H' = H / sh and W' = W / sw, in the dtype of ``tokens`` and with strides

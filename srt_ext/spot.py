@@ -212,7 +212,7 @@ def grid(n: int | None, size: Stride, patch: Stride = 16, seed: int = 0) -> torc
     if n is None:
         n = h * w
     if n > h * w:
-        rule = f"n must be <= {h * w}, the patches of {list(patch)} pixels in {list(size)}"
+        rule = f"n must be <= {h * w}, the number of {list(patch)} patches in {list(size)} pixels"
         raise wrong(ValueError, where, rule, n)
     axes = [(_range(0, count) + 0.5) * side for count, side in zip((h, w), patch, strict=True)]
     generator = torch.Generator("cpu").manual_seed(seed)

@@ -134,8 +134,8 @@ class SRT(torch.nn.Module):
         layers: index of a block (in a hierarchical model: of a stage), counted from 0 or, if
             negative, from the end; or the name of a module, whose first output is read by a hook.
             None: the last layer. A list returns a list of results from one pass over the views.
-            Blocks after the last requested one do not run (in transformers: only if requested by
-            name).
+            Blocks after the last requested one do not run (in transformers, this requires layers
+            by name).
         norm: apply the final norm of the model to the features, as DINO's
             ``get_intermediate_layers`` does. Layers by name, and layers to which the model applies
             no norm (all but the last stage of Swin; Hiera, ConvNeXt, ResNet), are returned as they
@@ -403,7 +403,8 @@ class SRT(torch.nn.Module):
             >>> noise = var.sum(1).sqrt()  # [1, 4, 3]
         """
         if self._injects:
-            raise ValueError("SRT: moments must be called without inject; got inject")
+            inject = self._settings["layers"]
+            raise ValueError(f"SRT: inject must be None for moments; got {inject!r}")
         return self._aggregate(images, "moments", SRTMoments, progress)
 
     def tokens(self, images: torch.Tensor) -> Iterator[ViewTokens]:
@@ -742,7 +743,7 @@ def _view_batch(value: Any) -> int | str:
 
 def _check_circular(border: str, padding: str, anchor: object, inject: object) -> None:
     if border == "circular" and padding != "circular":
-        rule = "padding must be 'circular' where border is"
+        rule = "padding must be 'circular' if border is 'circular'"
         raise wrong(ValueError, "SRT", rule, repr(padding))
     if anchor is None:
         return
@@ -759,8 +760,8 @@ def _check_periodic(images: torch.Tensor, patch: tuple[int, int], stride: tuple[
     """Checks that images [B, 3, H, W] need no padding, which would change their period."""
     size, whole = list(images.shape[2:]), list(map(math.lcm, patch, stride))
     if any(pixels % unit for pixels, unit in zip(size, whole, strict=True)):
-        rule = "image sizes must be whole patches and cells with border 'circular', multiples of"
-        raise wrong(ValueError, "SRT", f"{rule} {whole} pixels", size)
+        rule = f"H and W of images must be multiples of {whole} pixels (whole patches and cells)"
+        raise wrong(ValueError, "SRT", f"{rule} with border 'circular'", size)
 
 
 def _check_inject(inject: object, layers: object, stride: object) -> None:

@@ -82,7 +82,7 @@ class Stream(Generic[A, N]):
             ValueError: an argument has a wrong shape or value. The stream is unchanged.
         """
         if weights is not None and not self._weighted:
-            self._fail("weights must be None for a median", repr(weights))
+            self._fail("weights must be None for a median", type(weights).__name__)
         self._arrays.check_array(f"srt::{self._op}", "tokens", tokens)
         fresh, empty = not self._state, tokens.shape[:1] == (0,)
         views = (tokens, offsets, self.grid, self.patch)
@@ -404,7 +404,7 @@ class RunningMean(MeanStream["torch.Tensor", "torch.Tensor"]):
 
     The state is the mean [B, C, H', W'] in float32 (float64 for float64 tokens) and the weight of
     each cell [H', W'] in float64. Its size does not depend on the number of views. For any chunk
-    sizes, the result is that of :func:`srt_ext.ensemble` over all views up to float32 rounding.
+    sizes, the result equals :func:`srt_ext.ensemble` over all views up to float32 rounding.
 
     Args:
         grid: (h, w), the number of tokens along y and x.

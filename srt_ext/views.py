@@ -311,7 +311,7 @@ def radius_for(patch: int | tuple[int, int]) -> tuple[int, int]:
         (y, x) in whole pixels.
 
     Raises:
-        TypeError: ``patch`` is not made of integers.
+        TypeError: ``patch`` contains a value that is not an integer.
         ValueError: ``patch`` is not one or two integers >= 1.
 
     Example:
@@ -348,7 +348,7 @@ def best(count: int, radius: int | tuple[int, int] = 6) -> Views:
         ``count`` views without weights, so that they also support a median.
 
     Raises:
-        TypeError: an argument is not made of integers.
+        TypeError: ``count`` or a value of ``radius`` is not an integer.
         ValueError: an argument is out of range.
 
     Example:

@@ -102,7 +102,8 @@ class _LayerStyle:
 
     def __init__(self, plain: Tokens) -> None:
         if plain.grid[0] * plain.grid[1] < 3:
-            raise ValueError("the image must have at least 3 tokens for PCA colours")
+            rule = "the image must have at least 3 tokens for PCA colours"
+            raise ValueError(f"{rule}; got {plain.grid[0] * plain.grid[1]}")
         self.colors = PCAColors(plain.map)
         self.query: list[torch.Tensor] = []  # [C] of the plain tokens, [C] of the mean
 

@@ -231,7 +231,7 @@ def main(
         list[int], typer.Option("--layer", help="Layer, counted from 0; repeatable.")
     ] = [7, 11],  # noqa: B006
     extent: Annotated[Extent, typer.Option(help="Set of settings to measure.")] = Extent.main,
-    tasks: Annotated[str, typer.Option(help=f"Comma-separated, of {','.join(TASKS)}.")] = ",".join(
+    tasks: Annotated[str, typer.Option(help=f"Comma-separated: {','.join(TASKS)}.")] = ",".join(
         TASKS
     ),
     height: Annotated[int, typer.Option(help="Height of the images in pixels; 0: unchanged.")] = 0,
@@ -247,7 +247,7 @@ def main(
         torch.manual_seed(0)
         names = tasks.split(",")
         if unknown := set(names) - set(TASKS):
-            raise typer.BadParameter(f"--tasks must be of {', '.join(TASKS)}; got {unknown}")
+            raise typer.BadParameter(f"--tasks must be from {', '.join(TASKS)}; got {unknown}")
         network = Network(model, weights, layers, device)
         wanted = settings(layers, network.patch, extent.value)
         table = Table(output, machine())

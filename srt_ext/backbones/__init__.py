@@ -186,5 +186,5 @@ def _as_list(layers: Layer | Sequence[Layer] | None) -> list[Layer]:
     if not all(isinstance(layer, str) or is_integer(layer) for layer in several):
         raise TypeError(f"SRT: layers must be indices or names of modules; got {layers!r}")
     if not several:
-        raise ValueError("SRT: layers must name at least one; got none")
+        raise ValueError("SRT: layers must not be empty; got []")
     return [layer if isinstance(layer, str) else int(layer) for layer in several]

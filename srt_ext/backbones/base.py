@@ -160,10 +160,10 @@ class CallableBackbone(Backbone):
         shapes = [getattr(part, "shape", ()) for part in pyramid]
         fits = [s[2:] == grid or s[1:3] == grid for s in shapes]
         if sum(fits) != 1:
-            way = "layers=NAME reads one module" if any(fits) else "Check patch"
+            way = "Pass layers=NAME to read one module" if any(fits) else "Check patch"
             raise ValueError(
-                f"SRT: exactly one output of the model must have a grid of {list(grid)}; got "
-                f"{sum(fits)} of {[list(shape) for shape in shapes]}. {way}"
+                f"SRT: exactly one output of the model must be a map with a grid of {list(grid)}; "
+                f"got {sum(fits)} in outputs of {[list(shape) for shape in shapes]}. {way}"
             )
         return pyramid[fits.index(True)]
 
@@ -242,9 +242,9 @@ def split_prefix(tokens: torch.Tensor, grid: tuple[int, int], prefix: int | None
         )
     if extra and prefix is None:
         warnings.warn(
-            f"SRT: the model returned {tokens.shape[1]} tokens for a grid of {list(grid)}; the "
-            f"first {extra} are used as class or register tokens. Pass prefix={extra} if that is "
-            "correct; otherwise patch is wrong, or the module does not return image tokens",
+            f"SRT: the model returned {tokens.shape[1]} tokens for a grid of {list(grid)}, so "
+            f"prefix={extra} (class and register tokens) is assumed. Pass prefix={extra} if this "
+            "is correct; otherwise patch is wrong, or the module does not return image tokens",
             stacklevel=2,
         )
     return Features(tokens[:, extra:], grid, tokens[:, :extra] if extra else None)
@@ -265,12 +265,12 @@ def parse_output(
         got = list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         raise ValueError(
             f"SRT: the model must return tokens [B, K + N, C] or a map; got {got}. "
-            "layers=NAME reads another module"
+            "Pass layers=NAME to read another module"
         )
     if output.shape[0] != images.shape[0]:  # windowed tokens, or tokens in the first dimension
         raise ValueError(
-            "SRT: the model must return one row of tokens, or one map, for each of "
-            f"{images.shape[0]} images; got {list(output.shape)}"
+            f"SRT: the model must return tokens or a map for each of {images.shape[0]} images, in "
+            f"the first dimension; got {list(output.shape)}"
         )
     if output.dim() == 3:
         return split_prefix(output, grid_of(images, patch), prefix), "NLC"
@@ -290,8 +290,8 @@ def _map_layout(features: torch.Tensor, images: torch.Tensor, patch: tuple[int, 
     exact = [layout for layout, pitch in fits.items() if pitch == patch] or list(fits)
     if not exact:
         raise ValueError(
-            f"SRT: the map of the model must have a grid of {list(grid_of(images, patch))}, NCHW "
-            f"or NHWC; got {list(features.shape)}. Check patch"
+            f"SRT: the model must return a map with a grid of {list(grid_of(images, patch))}, as "
+            f"[B, C, h, w] or [B, h, w, C]; got {list(features.shape)}. Check patch"
         )
     layout = exact[0]
     if len(exact) > 1 or fits[layout] != patch:
@@ -318,7 +318,9 @@ def resolve_patch(given: object, declared: Any) -> Any:
     """The declared patch size; a given one must be equal."""
     pair = check_pair("SRT", "patch", declared)
     if given is not None and check_pair("SRT", "patch", given) != pair:
-        raise ValueError(f"SRT: patch must equal the model's, {declared}; got {given}")
+        raise ValueError(
+            f"SRT: patch must equal the patch size of the model, {declared}; got {given}"
+        )
     return pair
 
 
@@ -328,7 +330,8 @@ def resolve_prefix(given: object, declared: int | None) -> int | None:
         return declared
     count = check_count("SRT", "prefix", given, 0)
     if declared not in (None, count):
-        raise ValueError(f"SRT: prefix must equal the model's, {declared}; got {given}")
+        rule = "prefix must equal the number of class and register tokens of the model"
+        raise ValueError(f"SRT: {rule}, {declared}; got {given}")
     return count
 
 

@@ -87,8 +87,8 @@ class HookBackbone(Backbone):
                 raise ValueError(f"SRT: {rule}{hint}; got {name!r}")
         if is_transformers(inner) and transformers.accepts(inner, "input_ids"):
             raise ValueError(
-                "SRT: model must run on images alone for inject and for layers by name, as the "
-                f"vision_model of CLIP does; got {type(inner).__name__}"
+                "SRT: model must have images as its only input for inject and for layers by name, "
+                f"such as the vision_model of CLIP; got {type(inner).__name__}"
             )
         place, owner = _owner(inner, layers)
         if hasattr(owner, "reroll"):
@@ -149,7 +149,8 @@ class HookBackbone(Backbone):
         missing = sorted(set(self.modules) - set(found))
         if missing:
             raise ValueError(
-                f"SRT: the model must call its layers in its forward; it did not call {missing}"
+                "SRT: the forward pass of the model must call all modules in layers; it did not "
+                f"call {missing}"
             )
         return [found[name] for name in self.modules]
 
@@ -190,8 +191,8 @@ class HookBackbone(Backbone):
             nonlocal replaced
             if replaced:
                 raise ValueError(
-                    "SRT: the model must call its layer once in its forward; it called "
-                    f"{self.modules[0]} again"
+                    "SRT: the forward pass of the model must call the layer of inject once; it "
+                    f"called {self.modules[0]} again"
                 )
             replaced = True
             features, layout = parse_output(output, images, self.patch, self.prefix)
@@ -215,7 +216,7 @@ class HookBackbone(Backbone):
             result = self._forward(images)
         if not replaced:
             raise ValueError(
-                "SRT: the model must call its layer in its forward; it did not call "
-                f"{self.modules[0]}"
+                "SRT: the forward pass of the model must call the layer of inject; it did not "
+                f"call {self.modules[0]}"
             )
         return result

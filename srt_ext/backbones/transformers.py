@@ -208,8 +208,8 @@ def mask_arguments(model: Any, images: torch.Tensor, patch: tuple[int, int]) -> 
         return {}
     if ratio:
         raise ValueError(
-            "SRT: mask_ratio of the model's configuration must be 0, or patches are dropped; "
-            f"got {ratio}"
+            "SRT: mask_ratio in the configuration of the model must be 0, because masking drops "
+            f"patches; got {ratio}"
         )
     height, width = base.grid_of(images, patch)
     return {"noise": torch.arange(height * width, device=images.device).expand(images.shape[0], -1)}

@@ -195,7 +195,8 @@ def check_inputs(views: str | None, weights: Path | None) -> None:
 def check_output(path: Path, suffixes: tuple[str, ...], inputs: Iterable[Path] = ()) -> None:
     """Exits with an error if ``path`` cannot be written, or would replace one of ``inputs``."""
     if path.suffix.lower() not in suffixes:
-        raise fatal(f"--output must end in {' or '.join(suffixes)}; got {path}")
+        allowed = " or ".join([", ".join(suffixes[:-1]), suffixes[-1]])
+        raise fatal(f"--output must end in {allowed}; got {path}")
     there = path.exists()  # raises an OSError if the name is too long
     try:
         folder = path.resolve().parent

@@ -133,8 +133,8 @@ def _check_channels(job: Job, components: np.ndarray) -> None:
     table = Features(**job.arguments)(job.source.sample(1, SEED, quick=True))
     for channels in table["channels"].to_pylist():
         if channels not in (None, components.shape[1]):
-            rule = f"components of the {channels} channels of the model"
-            raise common.fatal(f"--pca must have {rule}; got {components.shape[1]} channels")
+            rule = f"--pca must have {channels} channels, like the features of the model"
+            raise common.fatal(f"{rule}; got {components.shape[1]}")
 
 
 def _name_of(components: int | np.ndarray | None) -> str:

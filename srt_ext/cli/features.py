@@ -118,7 +118,8 @@ def command(
         DType, typer.Option(help="Data type of the model; bfloat16 is fast on GPUs.")
     ] = DType.float32,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Use only the first images of the source.")
+        int | None,
+        typer.Option(min=1, help="Use only this number of images, from the start of the source."),
     ] = None,
     dry_run: Annotated[
         bool,
@@ -139,7 +140,8 @@ def command(
     workers: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Processes that decode the images of a folder; 0: none. Default: 2."
+            min=0,
+            help="Processes that decode the images of a folder; 0: the main process. Default: 2.",
         ),
     ] = None,
     engine: Annotated[

@@ -130,7 +130,9 @@ def write_video(found: Found, frames: Iterator[Any], output: Path, fps: float) -
     failed = len(found.files) - written
     if skipped := found.skipped_kinds():
         common.echo(f"ignored: {skipped}")
-    common.echo(f"{written} frames, {failed} skipped", f"wrote {output}")
+    common.echo(
+        f"{len(found.files)} frames: {written} written, {failed} skipped", f"wrote {output}"
+    )
     if failed:
         raise typer.Exit(1)
 

@@ -34,8 +34,8 @@ def command(
     placement: Annotated[
         Placement,
         typer.Option(
-            help="Placement of the windows. salient: with the density of --mask; grid: patches of "
-            "the model, drawn without replacement."
+            help="Placement of the windows. salient: drawn with the density of --mask; grid: drawn "
+            "without replacement from the patches of the model."
         ),
     ] = "isotropic",
     mask: Annotated[
@@ -55,7 +55,10 @@ def command(
         ),
     ] = 0,
     lr: Annotated[
-        float, typer.Option(help="Learning rate of --search, about the pixels per step; > 0.")
+        float,
+        typer.Option(
+            help="Learning rate of --search, > 0: about the pixels that a window moves per step."
+        ),
     ] = 3.0,
     size: common.Size = 448,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random placements.")] = 0,
@@ -106,7 +109,8 @@ def whole_patches(pixels: np.ndarray, patch: tuple[int, int]) -> np.ndarray:
     height, width = (n - n % p for n, p in zip(pixels.shape, patch, strict=False))
     if not height or not width:
         shown = "{} x {}".format(*pixels.shape[1::-1])
-        raise common.fatal(f"the image must have at least one patch; got {shown} pixels")
+        rule = f"the image must have at least one patch of {patch[1]} x {patch[0]} pixels"
+        raise common.fatal(f"{rule}; got {shown}")
     return pixels[:height, :width].copy()
 
 

@@ -133,7 +133,7 @@ class Features:
     ) -> None:
         for name in ("layers", "inject"):
             if settings.pop(name, None) is not None:
-                rule = f"{name} must be omitted: Features returns one field, of layer"
+                rule = f"{name} must be omitted, because Features returns the field of one layer"
                 raise wrong(ValueError, _WHERE, rule, name)
         if layer is not None and not isinstance(layer, str) and not is_integer(layer):
             raise wrong(TypeError, _WHERE, "layer must be one index or module name", repr(layer))
@@ -276,7 +276,7 @@ def _components(pca: Any) -> torch.Tensor:
 def _project(field: torch.Tensor, components: torch.Tensor) -> torch.Tensor:
     """field [B, h, w, C] -> [B, h, w, K], float32."""
     if field.shape[3] != components.shape[1]:
-        rule = f"pca must have {field.shape[3]} channels, as the model"
+        rule = f"pca must have {field.shape[3]} channels, like the features of the model"
         raise wrong(ValueError, _WHERE, rule, components.shape[1])
     return nn.functional.linear(field.float(), components)
 

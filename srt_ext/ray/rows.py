@@ -63,7 +63,8 @@ def rename(columns: Iterable[str]) -> dict[str, str]:
     columns = list(columns)
     names = {name: f"source_{name}" if name in _OURS else name for name in columns}
     if len(set(names.values())) < len(columns):
-        raise ValueError(f"column names must differ, also if renamed to source_NAME; got {columns}")
+        rule = "column names must be unique after NAME is renamed to source_NAME in the output"
+        raise ValueError(f"{rule}; got {columns}")
     return names
 
 

@@ -122,7 +122,7 @@ def find(
     """
     kind, files, skipped, errors = list_files(source, without)
     if kind != "parquet" and (column or key):
-        raise ValueError(f"column and key are for Parquet files; got {KIND_NAMES[kind]}: {source}")
+        raise ValueError(f"column and key require .parquet files; got {KIND_NAMES[kind]}: {source}")
     found = Source(kind, files, limit, skipped, errors)
     if kind == "pictures":
         return replace(found, files=files if limit is None else files.slice(0, limit))

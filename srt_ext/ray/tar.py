@@ -44,7 +44,7 @@ class _Member(tarfile.TarInfo):
             if kind == "EOFHeaderError":
                 raise
             if kind == "EmptyHeaderError":
-                raise _NoEnd("it has no end mark") from None
+                raise _NoEnd("the end-of-archive marker is missing") from None
             raise tarfile.ReadError(str(error)) from None
 
 
