@@ -575,7 +575,7 @@ def test_the_map_at_the_patch_size_is_selected_from_a_pyramid() -> None:
     images = torch.randn(1, 3, 64, 96)
     field = SRT(model, OFFSETS, patch=16, stride=8)(images).field
     assert_field(field, lambda view: mapped(model(view)[3], "NCHW", (4, 6)), images, 8)
-    with pytest.raises(ValueError, match=r"must have a grid of \[1, 2\]"):
+    with pytest.raises(ValueError, match=r"a map with a grid of \[1, 2\]; got 0 in"):
         SRT(lambda view: model(view)[:3], OFFSETS, patch=64, stride=8)(images)
 
 
@@ -583,7 +583,7 @@ def test_the_map_at_the_patch_size_is_selected_from_a_pyramid() -> None:
     ("settings", "kind", "message"),
     [
         ({"layers": 2}, ValueError, r"layers must be in -2 \.\.\. 1; got 2"),
-        ({"layers": []}, ValueError, "at least one"),
+        ({"layers": []}, ValueError, "layers must not be empty"),
         ({"layers": 1.0}, TypeError, "layers must be indices or names"),
         ({"layers": [0, "norm"]}, TypeError, "all indices or all names"),
         ({"layers": "block.7"}, ValueError, r"names of modules of VisionTransformer.*'block.7'"),

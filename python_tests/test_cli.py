@@ -571,7 +571,7 @@ def test_weights_may_be_a_part_of_a_larger_module(tmp_path: Path, photo: Path) -
     other = {"n_averaged": torch.ones(()), "model.decoder.weight": torch.ones(3, 64)}
     mine = {**{f"model.backbone.{key}": value for key, value in state.items()}, **other}
     with pytest.warns(
-        UserWarning, match=r"tensors model.backbone.\* .* are used; .* 1 more ignored"
+        UserWarning, match=r"tensors model.backbone.\* .* are used; ignored: .* 1 more"
     ):
         got = loaded(mine, file)
     assert all(got[key].equal(value) for key, value in state.items())

@@ -398,11 +398,11 @@ def test_filesystem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_unknown_url_schemes_raise() -> None:
     fsspec = pytest.importorskip("fsspec")
-    with pytest.raises(ValueError, match=r"Protocol not known: nonsense; got nonsense://a$"):
+    with pytest.raises(ValueError, match=r"Protocol not known: nonsense\); got nonsense://a$"):
         data.filesystem("nonsense://a")
     missing = "missing_package.FileSystem"
     fsspec.register_implementation("needy", missing, errtxt="Install missing_package")
-    with pytest.raises(ValueError, match=r"Install missing_package; got needy://a$"):
+    with pytest.raises(ValueError, match=r"Install missing_package\); got needy://a$"):
         data.filesystem("needy://a")
 
 

@@ -671,7 +671,7 @@ def test_tasks_of_small_and_large_files(tmp_path: Path, monkeypatch: pytest.Monk
 def test_renamed_columns() -> None:
     names = rename(["a", "field", "reason", *INTERNAL])
     assert list(names.values()) == ["a", *(f"source_{n}" for n in list(names)[1:])]
-    with pytest.raises(ValueError, match="must differ"):
+    with pytest.raises(ValueError, match="must be unique"):
         rename(["key", "source_key"])
 
 

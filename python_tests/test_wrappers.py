@@ -618,7 +618,7 @@ def test_several_maps_of_one_grid_are_not_a_pyramid() -> None:
 
     maps: Any = {"features_only": True, "out_indices": [0, 1]}
     model = timm.create_model("vit_tiny_patch16_224", **maps, **TINY).eval()
-    for settings, rule in (({}, "forward_intermediates"), ({"patch": 16}, "got 2 of")):
+    for settings, rule in (({}, "forward_intermediates"), ({"patch": 16}, "got 2 in")):
         with pytest.raises(ValueError, match=rule):
             tokens(model, **settings)
         (inside,), (by_name,) = follow(model, IMAGES, **settings)
