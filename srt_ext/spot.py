@@ -139,7 +139,7 @@ def center(n: int, size: Stride, spread: float = 0.2) -> torch.Tensor:
 
 
 def edge(n: int, size: Stride, seed: int = 0) -> torch.Tensor:
-    """n independent positions, most of them near the edges, at least 1 % of the side from them.
+    """n independent positions, most of them near the edges but at least 1 % of the side away.
 
     Arguments and result as for :func:`uniform`.
 
@@ -322,7 +322,7 @@ class Subpixel(nn.Module):
         patch: (Ph, Pw), the size of a window in pixels.
 
     Raises:
-        TypeError: the model is another one. Models with rotary or relative positions are not
+        TypeError: ``model`` is not such a model. Models with rotary or relative positions are not
             supported, because their blocks need the positions of the grid.
 
     Example:
@@ -544,8 +544,8 @@ def search(
     """Moves n windows of each image to decrease a loss; the model is frozen.
 
     Only the positions are optimised, and the best positions of each image are returned. With the
-    true labels, the search is an oracle: it measures what positions can achieve, but needs the
-    answer to find them.
+    true labels, the search is an oracle: it measures how much good positions improve the output,
+    but needs the labels to find them.
 
     Args:
         model: a :class:`Subpixel`, or a model for it; in eval mode.

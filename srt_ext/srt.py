@@ -216,7 +216,7 @@ class SRT(torch.nn.Module):
     **Injection.** With ``inject``, the blocks up to that layer run for every view, and once more
     for the unshifted image if no view has offset 0. The other blocks and the head run once, on the
     unshifted, padded image with the aggregated tokens; class and register tokens are averaged over
-    the views. The model is not modified, also if an exception is raised.
+    the views. The model is not modified, even if an exception is raised.
 
     **Memory,** in addition to the memory that the model needs for one batch of views: for each
     layer, the result and the tokens of all views. If these tokens are larger than a field, a mean

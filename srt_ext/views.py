@@ -328,12 +328,12 @@ def best(count: int, radius: int | tuple[int, int] = 6) -> Views:
     The design is a :func:`lattice` scaled to the variance of the whole grid, with each view rounded
     to whole pixels.
 
-    The error was measured on 20 photographs with a ViT-Ti/16, at three layers and radii from 2 to 8
-    pixels (research/README.md). As a fraction of the change that the whole grid makes, it is 0.38
-    with 4 views, 0.24 with 7, 0.20 with 9 and 0.13 with 16; random views have 0.54, 0.41, 0.38 and
-    0.23. On average, no other design that was tested has a smaller error with these numbers of
-    views, or with 5 or 13 (with 25: 0.093, the best other design 0.090). Weights do not reduce the
-    error.
+    The error is the distance to the field of the whole grid, divided by the distance of the
+    unshifted image's field to it. On 20 photographs with a ViT-Ti/16, at three layers and radii
+    from 2 to 8 pixels (research/README.md), it is 0.38 with 4 views, 0.24 with 7, 0.20 with 9 and
+    0.13 with 16; the error of random views is 0.54, 0.41, 0.38 and 0.23. On average, no other
+    design that was tested has a smaller error with these numbers of views, or with 5 or 13 (with
+    25: 0.093, the best other design 0.090). Weights do not reduce the error.
 
     The quality of the whole grid depends on its radius. On real labels and a patch of 16 pixels, a
     radius of 6 was better than 3 for every count, and 8 and 12 were about as good as 6.

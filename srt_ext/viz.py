@@ -114,8 +114,8 @@ class Comparison:
     The first image determines the colours, the ranges and the features of the queried point, so
     that later images can be compared with it.
 
-    Memory: the tokens of all views at all layers, from one pass over the views, and one field (two
-    with ``noise``) with its colours at a time.
+    Memory: the tokens of all views at all layers, from one pass over the views, plus one field (two
+    with ``noise``) and its colours.
 
     Args:
         backbone: from :func:`srt_ext.backbones.describe`, for a list of layers.

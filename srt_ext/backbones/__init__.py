@@ -108,7 +108,7 @@ def _backbone_of(
                 return TransformersBackbone(model, *settings)
             raise ValueError(
                 f"SRT: layers must be names of modules, with patch, for {type(encoder).__name__}, "
-                "which has no list of num_hidden_layers layers with tokens of one size; "
+                "whose layers cannot be read by index; "
                 f"got {indices or None}{_contained_hint(model)}"
             )
         if is_dino(inner):

@@ -122,7 +122,12 @@ def _parse_pca(pca: str | None) -> int | np.ndarray | None:
     if pca is None:
         return None
     if not pca.isdecimal():
-        return read_components(*filesystem(pca))
+        try:
+            return read_components(*filesystem(pca))
+        except FileNotFoundError:
+            raise common.fatal(
+                f"--pca must be a number of components or an existing .npy file; got {pca}"
+            ) from None
     if int(pca) < 1:
         raise common.fatal(f"--pca must be at least 1; got {pca}")
     return int(pca)

@@ -63,7 +63,7 @@ def command(
     size: common.Size = 448,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random placements.")] = 0,
 ) -> None:
-    """Draws the windows on which a ViT runs instead of its patches, and scores its output.
+    """Draws sub-pixel windows and scores the output of a ViT that runs on them, not on patches.
 
     The image is cropped to whole patches at the right and at the bottom. The score is the cosine
     similarity to the output for all patches. The output is the logits, or the features of a model
