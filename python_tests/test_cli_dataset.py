@@ -100,7 +100,7 @@ def keys(out: Path) -> list[str]:
         ({"engine": None, "pca": 4}, "--pca requires --engine ray"),
         ({"engine": None, "batch": 4}, "--batch requires --engine ray"),
         ({"workers": 2}, "--workers must be omitted with --engine"),
-        ({"pca": "nothing.npy"}, "nothing.npy"),
+        ({"pca": "nothing.npy"}, "existing .npy file; got nothing.npy"),
         ({"column": "image"}, "column and key require .parquet files"),
     ],
 )

@@ -150,7 +150,7 @@ def test_pca_projects_the_field(features: Features, tmp_path: Path) -> None:
             assert row["prefix"] == full["prefix"]
     other = Features(Patches(), pca=basis, **PLAIN)
     (reason,) = other(table([encoded(pictures()[0])]))["reason"].to_pylist()
-    assert "pca must have 5 channels, as the model; got 64" in reason
+    assert "pca must have 5 channels, like the features of the model; got 64" in reason
 
 
 # ---- models -------------------------------------------------------------------------------------
