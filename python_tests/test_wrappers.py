@@ -632,7 +632,7 @@ def test_the_error_names_only_models_that_can_be_read() -> None:
     sizes = {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 1], "window_size": 2}
     swin = transformers.SwinModel(transformers.SwinConfig(**sizes)).eval()
     rule = "layers must be names of modules, with patch, for SwinModel"
-    with pytest.raises(ValueError, match=rf"{rule}, which has no list .*; got None$"):
+    with pytest.raises(ValueError, match=rf"{rule}, whose layers cannot be .*; got None$"):
         tokens(swin, SQUARE)
     srt = SRT(swin, ITSELF, layers="layernorm", patch=8, stride=8, upsample="nearest")
     images = SQUARE[:, :, :32, :32]
