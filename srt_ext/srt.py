@@ -475,11 +475,11 @@ class SRT(torch.nn.Module):
         parameters = self.model.parameters() if isinstance(self.model, torch.nn.Module) else ()
         default = torch.empty(0, dtype=torch.float32, device="cpu")
         like = next((p for p in parameters if p.is_floating_point()), default)
+        place: Any = {"dtype": dtype or like.dtype, "device": torch.device(device or like.device)}
         try:
             # A copy, because a model may store what it computes, here fake tensors.
             backbone, mode = fake_copy(self.backbone)
             with mode:
-                place: Any = {"dtype": dtype or like.dtype, "device": device or like.device}
                 images = torch.empty(batch, 3, height, width, **place)
             twin = SRT.__new__(SRT)
             twin.__dict__ = {**self.__dict__, "_backbone": backbone, "_modules": {}}

@@ -46,7 +46,7 @@ def print_plan(
         f"about {_bytes(mean)} per image, {_bytes(mean * images)} in total",
         f"about {seconds:.2g} s per image in one process on this machine: "
         f"{timedelta(seconds=round(seconds * left))} for the {left} remaining images",
-        f"measured on {len(timed)} images; nothing was written",
+        f"number of measured images: {len(timed)}; nothing was written",
     )
 
 
