@@ -490,7 +490,8 @@ def tables(results: Row) -> str:
     earlier = Counter(row["commit"] for row in rows if "commit" in row)
     if earlier:
         counts = ", ".join(f"{count} of {commit}" for commit, count in earlier.items())
-        parts[0] += f" Rows of interrupted runs, of {len(rows)} rows, by commit: {counts}."
+        total = sum(earlier.values())
+        parts[0] += f" {total} of {len(rows)} rows are of interrupted runs, by commit: {counts}."
     targets = cuda_targets if "gpu" in facts else cpu_targets
     if "gpu" not in facts:
         parts += ["## Summary: 224 x 224, float32", SUMMARY, summary(results)]

@@ -538,6 +538,8 @@ def test_modules_by_name_in_any_model(vit: Any) -> None:
     assert_close(tuple(outputs), tuple(expected))
     with pytest.warns(UserWarning, match=r"so prefix=1 \(class and register tokens\) is"):
         SRT(lambda x: vit.forward_features(x), OFFSETS, patch=16)(images)
+    with pytest.raises(ValueError, match=r"at most 16 tokens more .* got 26 tokens.*prefix=25"):
+        SRT(lambda x: vit.forward_features(x), OFFSETS, patch=80)(images)
     with warnings.catch_warnings():  # what timm declares is not inferred
         warnings.simplefilter("error")
         output = SRT(vit, layers="blocks.0", **settings)(images)

@@ -233,7 +233,10 @@ def test_16_bit_images_are_scaled_and_transparent_pixels_are_white(tmp_path: Pat
         ("features photo.png -o pipe.npz", "it is not a regular file"),
         ("show photo.png --weights pipe.png", "existing .safetensors file; got pipe.png"),
         ("show float.tif SMALL", "not a readable image: pixels must have 8 or 16 bits"),
-        ("show photo.png --model vit_nonsense", "timm has no model 'vit_nonsense'"),
+        ("show photo.png --model vit_smal_patch16_224", "Similar names: vit_small_patch16_224,"),
+        ("show photo.png --model dinov2", "Similar names: vit_base_patch14_dinov2,"),
+        ("show photo.png --model facebook/dinov2-small", "on the hub is hf-hub:OWNER/NAME"),
+        ("show photo.png --model=", "timm has no model ''. timm.list_models() lists all names"),
         ("show photo.png --model foo:bar", "timm has no model 'foo:bar'"),
         ("show photo.png --model local-dir:/nothere", "the model folder /nothere does not exist"),
         (

@@ -101,6 +101,7 @@ def keys(out: Path) -> list[str]:
         ({"engine": None, "batch": 4}, "--batch requires --engine ray"),
         ({"workers": 2}, "--workers must be omitted with --engine"),
         ({"pca": "nothing.npy"}, "existing .npy file; got nothing.npy"),
+        ({"pca": "."}, "existing .npy file; got ."),
         ({"column": "image"}, "column and key require .parquet files"),
     ],
 )
@@ -118,7 +119,7 @@ def test_a_dry_run_writes_nothing(
 ) -> None:
     changed = {"engine": engine, "actors": None, "dtype": "float16"}
     text = run(*arguments(photos, out, **changed), "--dry-run")
-    assert "7 images, 0 of them done" in text
+    assert "images: 7, done: 0" in text
     assert "views grid:1, scale 1, stride 8" in text
     sizes = [(4 + 2 * (i % 2)) * 8 * 64 * 2 for i in range(5)] + [6 * 8 * 64 * 2]
     low, high = (n * 1e-3 for n in (min(sizes), max(sizes) + 64 * 2))

@@ -116,7 +116,7 @@ def dtypes(rule: str, name: str, right: torch.Tensor, *names: str, op: str) -> l
     return [Wrong(f"{name} {rule}", dtype, TypeError, op, **{name: t}) for dtype, t in each]
 
 
-PAIR = "must be one or two integers >= 1, (y, x)"
+PAIR = "must be an integer or a pair of integers (y, x), each >= 1"
 FLOATING = "must be float32, float16, bfloat16 or float64"
 PIXELS = "must be float32, float16, bfloat16, float64 or uint8"
 VALUES = "must be float32 or float64"

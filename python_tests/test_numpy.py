@@ -274,7 +274,12 @@ def call(**changes: Any) -> dict[str, Any]:
         (ValueError, "offsets", [torch.ones(2, requires_grad=True)] * 2, "must be float32 or"),
         (ValueError, "offsets", np.broadcast_to(0.5, (2**31, 2)), "must hold at most 2^20 views"),
         (ValueError, "weights", np.broadcast_to(0.5, (2**40,)), "must hold at most 2^20 views"),
-        (TypeError, "stride", True, "must be one or two integers >= 1, (y, x); got True"),
+        (
+            TypeError,
+            "stride",
+            True,
+            "must be an integer or a pair of integers (y, x), each >= 1; got True",
+        ),
         (ValueError, "upsample", "\udc80", "must be one of 'nearest', 'bilinear'; got '\\udc80'"),
     ],
     ids=str,

@@ -129,11 +129,11 @@ def test_polyphase_supports_vmap_and_compile_without_a_gradient(full: bool) -> N
             r"multiples of patch = \[5, 5\].*got \[12, 15\]",
         ),
         ((torch.zeros(1, 3, 0, 8), 4), ValueError, r"and > 0; got \[0, 8\]"),
-        ((image_of(torch.float32), 0), ValueError, "patch must be one or two integers >= 1"),
+        ((image_of(torch.float32), 0), ValueError, "patch must be an integer or a pair"),
         (
             (image_of(torch.float32), 1.5),
             TypeError,
-            "patch must be one or two integers.*got 1.5",
+            "patch must be an integer or a pair.*got 1.5",
         ),
         ((image_of(torch.int64), 1), TypeError, "must be floating-point or uint8; got torch.int64"),
         (([[0.0]], 1), TypeError, "image must be a torch.Tensor; got list"),

@@ -388,5 +388,13 @@ def test_cost_supports_any_module() -> None:
             srt = SRT(model, 4, patch=8, reduce=reduce, streaming=streaming)  # type: ignore[arg-type]
             assert srt.cost((30, 24)).operations == cost.operations
     for size, error in (((30,), ValueError), ((0, 3), ValueError), ((2.5, 3), TypeError)):
-        with pytest.raises(error, match="size must be one or two integers >= 1"):
+        with pytest.raises(error, match="size must be an integer or a pair"):
             SRT(model, 4, patch=8).cost(size)  # type: ignore[arg-type]
+    for settings, error, message in (
+        ({"device": "foo"}, ValueError, "SRT: device must be .* or its name; got 'foo'"),
+        ({"device": 3.5}, TypeError, "SRT: device must be .* or its name; got 3.5"),
+        ({"dtype": "float32"}, TypeError, "SRT: dtype must be a floating.*; got 'float32'"),
+        ({"dtype": torch.int64}, ValueError, "SRT: dtype must be a floating.*; got torch.int64"),
+    ):
+        with pytest.raises(error, match=message):
+            SRT(model, 4, patch=8).cost(32, **settings)  # type: ignore[arg-type]

@@ -33,7 +33,7 @@ RANDOM = ("uniform", "gauss", "sobol", "edge", "grid")
 def golden() -> dict[str, torch.Tensor]:
     path = SHARED / "golden/spot_priors.npz"
     if not path.exists():
-        pytest.skip("the published positions are not here")
+        pytest.skip("evaluation data, not in the repository: spot_priors.npz")
     return {name: torch.from_numpy(value) for name, value in np.load(path).items()}
 
 
@@ -179,7 +179,7 @@ def test_defaults_of_torch_do_not_change_positions() -> None:
         (
             lambda: spot.edge(1, (8, 0)),
             ValueError,
-            "spot.edge: size must be one or two int",
+            "spot.edge: size must be an integer or",
         ),
         (lambda: spot.sobol(1, 8, -1), ValueError, "spot.sobol: seed must be an integer >= 0"),
         (lambda: spot.uniform(1, 8, 2**63), ValueError, "spot.uniform: seed must be < 2\\^63"),
@@ -672,7 +672,7 @@ def test_wrong_arguments_of_search_raise(change: Any, kind: type[Exception], mes
 def trained() -> tuple[VisionTransformer, torch.Tensor]:
     """ViT-Ti/16, and crops of photographs of scikit-image."""
     if not WEIGHTS.exists():
-        pytest.skip("the weights of ViT-Ti/16 are not here")
+        pytest.skip("evaluation data, not in the repository: the weights of ViT-Ti/16")
     from safetensors.torch import load_file
     from skimage import data
 

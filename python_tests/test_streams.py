@@ -610,7 +610,7 @@ def test_wrong_states_merges_and_weights_raise(library: Library) -> None:
         mean.load_state_dict(moments.state_dict())
     with pytest.raises(ValueError, match="the settings"):
         library.new("Mean", (1, 1), (4, 4)).load_state_dict(mean.state_dict())
-    with pytest.raises(ValueError, match=r"RunningMean: grid must be one or two integers"):
+    with pytest.raises(ValueError, match=r"RunningMean: grid must be an integer or a pair"):
         library.new("Mean", (0, 1), (4, 4))
     with pytest.raises(ValueError, match="RunningMedian: weights must be None for a median; got"):
         library.update(median, tokens, still(1), torch.ones(1))

@@ -363,7 +363,7 @@ def test_parse_of_any_text_is_a_design_or_a_value_error(text: str) -> None:
         (lambda: views.neumann("12"), TypeError, "distances must be one or more .*got '1'"),  # type: ignore[arg-type]
         (lambda: views.moore(range(1, 9000)), ValueError, "at most 65536 views; got 71993"),
         (lambda: views.patches(0, 9), ValueError, "n must be an integer >= 1; got 0"),
-        (lambda: views.patches(4, 9.5), TypeError, "grid must be one or two integers"),  # type: ignore[arg-type]
+        (lambda: views.patches(4, 9.5), TypeError, "grid must be an integer or a pair"),  # type: ignore[arg-type]
         (lambda: views.patches(4, 9, -0.1), ValueError, "fraction must be from 0 to 1; got -0.1"),
         (lambda: views.parse(4), TypeError, "views.parse: text must be a string; got int"),
         (lambda: views.patches(4, 9, seed=2**63), ValueError, "patches: seed must be < 2.63"),
@@ -371,7 +371,7 @@ def test_parse_of_any_text_is_a_design_or_a_value_error(text: str) -> None:
         (
             lambda: views.patches(4, 9, patch=0),
             ValueError,
-            "patch must be one or two integers >= 1",
+            "patch must be an integer or a pair",
         ),
         (
             lambda: views.patches(10, 9),

@@ -155,7 +155,7 @@ mkdir "$work/tree"
 cp -r "$root"/{srt_ext,python_tests,benchmarks,scripts,pyproject.toml,README.md} "$work/tree"
 rm -f "$work"/tree/srt_ext/*.so
 cp "$bundle"/_C.so "$bundle"/_C_cuda.so "$work/tree/srt_ext"
-[ ! -d "$root/../shared" ] || ln -s "$root/../shared" "$work/shared" # outputs of the published code, for tests
+[ ! -d "$root/../shared" ] || ln -s "$root/../shared" "$work/shared" # optional evaluation data
 cd "$work/tree"
 export PYTHONPATH=$work/tree
 

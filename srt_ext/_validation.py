@@ -89,7 +89,7 @@ def is_integer(value: object) -> bool:
 
 def check_pair(where: str, name: str, value: object, least: int = 1) -> tuple[int, int]:
     """Converts a sequence or an array [2] to (y, x). One integer applies to both axes."""
-    rule = f"{name} must be one or two integers >= {least}, (y, x)"
+    rule = f"{name} must be an integer or a pair of integers (y, x), each >= {least}"
     several = isinstance(value, Sequence) or len(getattr(value, "shape", ())) == 1
     try:
         pair = list(map(_index, value if several else (value, value)))  # type: ignore[call-overload]

@@ -159,16 +159,8 @@ def _create(name: str, *, pretrained: bool) -> tuple[Any, dict[str, Any]]:
     import timm
     from timm.data.config import resolve_model_data_config
 
-    plain = name.split(".")[0]
-    if not name.startswith("local-dir:") and not timm.is_model(plain):
-        first = plain.split("_")[0]
-        near = (
-            timm.list_models(f"{plain}*")
-            or difflib.get_close_matches(plain, timm.list_models(), cutoff=0.7)
-            or timm.list_models(f"*{first}*")
-        )
-        hint = f" Similar names: {', '.join(near[:3])}." if near else ""
-        raise ModelError(f"timm has no model {name!r}.{hint} timm.list_models() has all names")
+    if not name.startswith("local-dir:") and not timm.is_model(name.split(".")[0]):
+        raise ModelError(f"timm has no model {name!r}. {_similar(name)}")
     try:
         source = _weight_source(name) if pretrained else {}
         try:
@@ -184,6 +176,25 @@ def _create(name: str, *, pretrained: bool) -> tuple[Any, dict[str, Any]]:
         hint = f". {SAVE} writes a valid folder" if name.startswith("local-dir:") else ""
         raise ModelError(f"timm cannot create {name}: {reason}{hint}") from error
     return model, resolve_model_data_config(model)
+
+
+def _similar(name: str) -> str:
+    """A hint for a name that is not a model of timm."""
+    import timm
+
+    if "/" in name:
+        return (
+            "A model of timm on the hub is hf-hub:OWNER/NAME; for models of other libraries, use "
+            "srt_ext.SRT in Python"
+        )
+    plain = name.split(".")[0]
+    near = plain and (
+        timm.list_models(f"{plain}*")
+        or difflib.get_close_matches(plain, timm.list_models(), cutoff=0.7)
+        or timm.list_models(f"*{plain.split('_')[0]}*")
+    )
+    hint = f"Similar names: {', '.join(near[:3])}. " if near else ""
+    return f"{hint}timm.list_models() lists all names"
 
 
 def cached_weights(name: str) -> Path | None:

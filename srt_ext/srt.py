@@ -184,8 +184,9 @@ class SRT(torch.nn.Module):
 
     **Presets.** Each preset has 4 views; they differ in scale. ``balanced`` is used if ``views``,
     ``scale`` and ``quality`` are omitted; if only ``views`` or ``scale`` is given, the other one is
-    4 views or scale 1. The cost is the number of plain forward passes with as many operations, for
-    images of 240 x 432 and of 480 x 848 pixels, measured in ``research/quality`` with a ViT-Ti/16:
+    4 views or scale 1. The cost is the number of plain forward passes with as many operations, at
+    stride 8 for images of 240 x 432 and of 480 x 848 pixels, measured in ``research/quality`` with
+    a ViT-Ti/16:
 
     - ``fast``: scale 1, cost 4 and 4.
     - ``balanced``: scale 1.25, cost 8 and 10. The best mean gain over five tasks among the settings
@@ -282,11 +283,26 @@ class SRT(torch.nn.Module):
         self.reduce, self.streaming, self.upsample = reduce, streaming, upsample
 
     def extra_repr(self) -> str:
-        patch, stride = self._backbone.patch, self.stride
-        return (
-            f"views={self._known.number}, scale={self.scale:g}, patch={patch}, stride={stride}, "
-            f"reduce={self.reduce!r}, upsample={self.upsample!r}, border={self.border!r}"
-        )
+        """The settings; those after ``upsample`` only if they are not the default."""
+        settings = {
+            "views": self._known.number,
+            "scale": self.scale,
+            "stride": self.stride,
+            "reduce": self.reduce,
+            "upsample": self.upsample,
+        }
+        layers = self._settings["layers"]
+        others = {
+            "inject" if self._injects else "layers": (layers, None),
+            "norm": (self._settings["norm"], True),
+            "streaming": (self.streaming, False),
+            "border": (self.border, "coverage"),
+            "padding": (self.padding, "reflect"),
+            "interpolation": (self.interpolation, "bilinear"),
+            "anchor": (self.anchor, None),
+        }
+        settings |= {name: value for name, (value, default) in others.items() if value != default}
+        return ", ".join(f"{name}={value!r}" for name, value in settings.items())
 
     @property
     def scale(self) -> float:
@@ -359,8 +375,8 @@ class SRT(torch.nn.Module):
             warnings.warn(
                 f"SRT: {default}quality {name!r} uses scale 1 instead of {scale}, because the "
                 "model does not declare that it accepts images of any size (timm: "
-                "dynamic_img_size=True), or its layers are read by name. Pass quality='fast' for "
-                "scale 1 without this warning, or views and scale to enlarge the images anyway",
+                "dynamic_img_size=True), or its layers are read by name. To use scale 1 without "
+                f"this warning, pass quality='fast'; to enlarge images, pass scale={scale}",
                 stacklevel=4,
             )
             scale = 1.0
@@ -472,10 +488,14 @@ class SRT(torch.nn.Module):
         """
         height, width = check_pair("SRT", "size", size)
         batch = check_count("SRT", "batch", batch, 1)
+        _check_dtype_and_device(dtype, device)
         parameters = self.model.parameters() if isinstance(self.model, torch.nn.Module) else ()
         default = torch.empty(0, dtype=torch.float32, device="cpu")
         like = next((p for p in parameters if p.is_floating_point()), default)
-        place: Any = {"dtype": dtype or like.dtype, "device": torch.device(device or like.device)}
+        place: Any = {
+            "dtype": like.dtype if dtype is None else dtype,
+            "device": like.device if device is None else device,
+        }
         try:
             # A copy, because a model may store what it computes, here fake tensors.
             backbone, mode = fake_copy(self.backbone)
@@ -556,7 +576,7 @@ class SRT(torch.nn.Module):
         _warn_if_training(self.model)
         if images.dim() != 4:
             raise ValueError(f"SRT: images must be [B, 3, H, W]; got {list(images.shape)}")
-        if images.shape[3] == 3 != images.shape[1]:
+        if images.shape[3] == 3 and images.shape[1] > 4:
             rule = "images must be [B, 3, H, W], channels before pixels"
             raise wrong(ValueError, "SRT", rule, list(images.shape))
         if 0 in images.shape[2:]:
@@ -659,6 +679,19 @@ def _warn_if_training(model: object) -> None:
             "the views change the running statistics of its norms. Call model.eval() first",
             stacklevel=2,
         )
+
+
+def _check_dtype_and_device(dtype: object, device: Any) -> None:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        kind = ValueError if isinstance(dtype, torch.dtype) else TypeError
+        raise wrong(kind, "SRT", "dtype must be a floating-point torch.dtype", repr(dtype))
+    try:
+        if device is not None:
+            torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        rule = "device must be a torch.device or its name"
+        raise wrong(kind, "SRT", rule, repr(device)) from None
 
 
 def _even(count: int, most: int) -> int:

@@ -345,7 +345,7 @@ class MedianStream(Stream[A, N]):
     def _refuse(what: str) -> NoReturn:
         raise NotImplementedError(
             f"RunningMedian: {what} is not supported. A stream keeps only the 7 values around the "
-            "median of its own views, and the median of all views may be none of them. Add all "
+            "median of its own views, and the median of all views may not be among them. Add all "
             "views to one stream, or use RunningMean"
         )
 

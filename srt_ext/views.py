@@ -258,7 +258,7 @@ def check_seed(where: str, seed: object) -> int:
 
 
 def scrambled_sobol(n: int, seed: int) -> torch.Tensor:
-    """[n, 2], float64, in [0, 1]: the first points of a sequence."""
+    """Returns the first n points of a scrambled Sobol sequence, [n, 2] float64 in [0, 1]."""
     engine = torch.quasirandom.SobolEngine(2, scramble=True, seed=seed)
     # The engine keeps its first point in torch's default dtype, which may overflow.
     first = engine.quasi.float() / 2**engine.MAXBIT
@@ -312,7 +312,7 @@ def radius_for(patch: int | tuple[int, int]) -> tuple[int, int]:
 
     Raises:
         TypeError: ``patch`` contains a value that is not an integer.
-        ValueError: ``patch`` is not one or two integers >= 1.
+        ValueError: ``patch`` is not an integer or a pair of integers, each >= 1.
 
     Example:
         >>> radius_for(16), radius_for((14, 8))

@@ -218,6 +218,9 @@ def _relative_error(tokens: torch.Tensor, own: object) -> float:
     return min(errors, default=0.0)
 
 
+# A wrong patch leaves hundreds of tokens; models have a class token and a few register tokens.
+MAX_INFERRED_PREFIX = 16
+
 # ---- layouts ------------------------------------------------------------------------------------
 
 
@@ -239,6 +242,12 @@ def split_prefix(tokens: torch.Tensor, grid: tuple[int, int], prefix: int | None
             f"SRT: the model must return tokens [B, {'K' if prefix is None else prefix} + {count}, "
             f"C] for a grid of {list(grid)} patches; got {list(tokens.shape)}. Check patch and "
             "prefix"
+        )
+    if prefix is None and extra > MAX_INFERRED_PREFIX:
+        raise ValueError(
+            f"SRT: the model must return at most {MAX_INFERRED_PREFIX} tokens more than the "
+            f"{count} of a grid of {list(grid)} patches if prefix is not given; got "
+            f"{tokens.shape[1]} tokens. Check patch; if it is correct, pass prefix={extra}"
         )
     if extra and prefix is None:
         warnings.warn(

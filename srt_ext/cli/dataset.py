@@ -124,7 +124,7 @@ def _parse_pca(pca: str | None) -> int | np.ndarray | None:
     if not pca.isdecimal():
         try:
             return read_components(*filesystem(pca))
-        except FileNotFoundError:
+        except OSError:  # also a folder
             raise common.fatal(
                 f"--pca must be a number of components or an existing .npy file; got {pca}"
             ) from None

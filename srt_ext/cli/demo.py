@@ -55,7 +55,7 @@ def command(
     common.echo(
         f"{scenes} scenes of {SIDE} x {SIDE} pixels, labels propagated to a second frame",
         "all solids, thin solids (not wider than a patch): mean IoU; outlines: F within 1 pixel",
-        f"SRT: --views {views}; scale {SCALE}: frames enlarged by {SCALE}, alone or with SRT",
+        f"SRT: --views {views}; scale {SCALE}: frames enlarged by {SCALE}, without or with SRT",
     )
     photo = to_pixels(open_image(PHOTO), 2 * SIDE)
     names, rows = zip(*evaluation.rows(first_with_rods(first), photo), strict=True)

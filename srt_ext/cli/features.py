@@ -85,9 +85,10 @@ def command(
     source: Annotated[
         str,
         typer.Argument(
+            metavar="SOURCE",
             help="An image file, or a folder of images, including subfolders. With --engine ray "
             "also a glob, a Parquet file with paths or bytes, or tar shards (WebDataset); each a "
-            "path or a URL."
+            "path or a URL.",
         ),
     ],
     output: Annotated[
@@ -240,7 +241,7 @@ def command(
             Path(source), Path(output), request, 2 if workers is None else workers, limit, dry_run
         )
     else:
-        _picture(Path(source), Path(output), request, dry_run)
+        _image(Path(source), Path(output), request, dry_run)
 
 
 def _folder(
@@ -268,7 +269,7 @@ def _folder(
         write_folder(folder, found, output, extraction, workers)
 
 
-def _picture(photo: Path, output: Path, request: Request, dry_run: bool) -> None:
+def _image(photo: Path, output: Path, request: Request, dry_run: bool) -> None:
     common.check_output(output, (".npz", ".safetensors"))
     if output.suffix.lower() == ".npz" and request.dtype is DType.bfloat16:
         raise common.fatal(f"--dtype bfloat16 is not supported in .npz files; got {output}")
@@ -300,7 +301,8 @@ def _picture(photo: Path, output: Path, request: Request, dry_run: bool) -> None
     shape = " x ".join(str(n) for n in tensors["field"].shape)
     common.echo(
         common.image_size(pixels, image.size),
-        f"scale {srt.scale:g}, {count} views; field {shape} (C x H x W)",
+        f"model {settings['model']}, scale {srt.scale:g}, {count} views",
+        f"field {shape} (C x H x W)",
         common.timing(network.backbone.seconds, seconds),
         f"wrote {output}",
     )

@@ -34,7 +34,7 @@ def print_plan(
         start = now
     about = "" if exact else "about "
     common.echo(
-        f"{about}{images} images, {done} of them done",
+        f"images: {about}{images}, done: {done}",
         ", ".join(f"{name} {value}" for name, value in settings.items()),
     )
     if not timed:
@@ -46,7 +46,7 @@ def print_plan(
         f"about {_bytes(mean)} per image, {_bytes(mean * images)} in total",
         f"about {seconds:.2g} s per image in one process on this machine: "
         f"{timedelta(seconds=round(seconds * left))} for the {left} remaining images",
-        f"number of measured images: {len(timed)}; nothing was written",
+        f"measured in {len(timed)} runs; nothing was written",
     )
 
 

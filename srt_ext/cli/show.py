@@ -24,8 +24,9 @@ def command(
     photo: Annotated[
         Path,
         typer.Argument(
+            metavar="PHOTO",
             help="An image file, or a folder with the frames of a video, in the order of the "
-            "numbers in their names."
+            "numbers in their names.",
         ),
     ],
     output: Annotated[

@@ -24,7 +24,7 @@ Placement = Literal["isotropic", "uniform", "gauss", "sobol", "center", "edge", 
 
 @common.user_errors()
 def command(
-    photo: Annotated[Path, typer.Argument(help="An image file.")],
+    photo: Annotated[Path, typer.Argument(metavar="PHOTO", help="An image file.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Figure to write.")] = Path(
         "spot.png"
     ),
@@ -79,11 +79,15 @@ def command(
     from ..viz import draw_windows
 
     common.check_inputs(None, weights)
-    pixels = to_pixels(open_image(photo), size)
+    image = open_image(photo)
+    pixels = to_pixels(image, size)
+    text = common.image_size(pixels, image.size)
     density = None if mask is None else read_mask(mask, pixels.shape[:2])
     network = common.load_network(model, weights, None)
     vit = subpixel(network)
-    pixels = whole_patches(pixels, vit.patch)
+    reduced, pixels = pixels, whole_patches(pixels, vit.patch)
+    if pixels.shape != reduced.shape:
+        text += ", cropped to {} x {}".format(*pixels.shape[1::-1])
     if placement == "salient":
         density = gradient_magnitude(pixels) if density is None else density
         check_density(density[: pixels.shape[0], : pixels.shape[1]], mask)
@@ -92,6 +96,7 @@ def command(
     best = int(found.best[0])
     path = None if found.path is None or not search else found.path[: best + 1, 0]
     common.save_figure(draw_windows(pixels, found.centers[0], vit.patch, path), output, dpi=150)
+    common.echo(text)
     report(pixels, vit.patch, tokens, placement, found, output)
 
 
@@ -201,7 +206,6 @@ def report(
     best, steps = int(found.best[0]), len(similarity) - 1
     after = f", {similarity[best]:.3f} after {best} of {steps} steps" if steps else ""
     common.echo(
-        f"image {width} x {height} pixels (width x height)",
         f"{tokens} windows of {patch[1]} x {patch[0]}, {placement}",
         f"cosine to the output for all {patches} patches: {similarity[0]:.3f}{after}",
         f"wrote {output}",

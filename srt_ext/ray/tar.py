@@ -138,7 +138,7 @@ def _members(file: IO[bytes], contents: bool) -> Iterator[tuple[str, IO[bytes] |
 
 
 def _row(sample: _Sample, shard: str, i: int, seen: dict[str, int]) -> _Row:
-    """``i``: index of the sample. ``seen``: indices by key; the sample is added."""
+    """Row ``i`` of a shard. Adds the sample to ``seen``, which maps keys to indices."""
     picture, key = sample.picture, f"{shard}/{utf8(sample.name)}"
     first = seen.setdefault(key, i)
     row: dict[str, Any] = {ID: key, "key": key}

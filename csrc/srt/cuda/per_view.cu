@@ -289,8 +289,8 @@ struct Cell {
     return fma(blend.weight[0], row(blend.at[0]), blend.weight[1] * row(blend.at[1]));
   }
 
-  // Calls visit(value, share) for each view that counts. All threads of the block must call it
-  // equally often, because more than kViews views are staged in turns, with barriers.
+  // Calls visit(value, share) for each view that counts. All threads of the block must call it the
+  // same number of times, because more than kViews views are staged in turns, with barriers.
   template <class Visit>
   __device__ void each_value(Visit&& visit) const {
     for (int64_t first = 0; first < plan.views; first += Stage::kViews) {
