@@ -56,7 +56,7 @@ def cosines(text: str) -> list[float]:
 
 def test_the_windows_are_drawn_on_whole_patches(photo: Path, drawn: list[Drawn]) -> None:
     text = draw(photo, "--tokens", 6)
-    assert "image 64 x 48 pixels (width x height)" in text
+    assert "image 70 x 50 pixels (width x height), cropped to 64 x 48" in text
     assert "6 windows of 16 x 16, isotropic" in text
     assert "to the output for all 12 patches: " in text
     assert f"wrote {photo.with_name('out.png')}" in text
