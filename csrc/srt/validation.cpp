@@ -45,7 +45,8 @@ bool product_overflows(std::initializer_list<int64_t> sizes) {
 
 void check_pair(const char* op, const std::string& name, const std::vector<int64_t>& pair) {
   if (pair.size() != 2 || pair[0] < 1 || pair[1] < 1)
-    fail(op, name + " must be an integer or a pair of integers (y, x), each >= 1", format_shape(pair));
+    fail(op, name + " must be an integer or a pair of integers (y, x), each >= 1",
+         format_shape(pair));
 }
 
 std::string format_strides(const ArrayView& array) {

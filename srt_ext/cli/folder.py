@@ -174,7 +174,7 @@ def write_folder(
             *[f"ignored: {skipped}"] * bool(skipped),
             f"{sum(sizes) / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s, "
             f"of which model {extraction.network.backbone.seconds:.1f} s",
-            f"wrote to {out}",
+            f"wrote features of {extraction.settings['model']} to {out}",
         )
     if None in written or found.errors:
         raise typer.Exit(1)
