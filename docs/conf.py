@@ -90,10 +90,6 @@ NAVIGATION = {
 }
 
 
-# Pages of the site that include a file from outside ``docs/``.
-PAGES = {"CHANGELOG.md": "changelog.md", "examples/quickstart.ipynb": "notebook"}
-
-
 def toctree(caption, pages):
     return "\n".join(["\n```{toctree}", ":hidden:", f":caption: {caption}\n", *pages, "```\n"])
 
@@ -107,9 +103,8 @@ def prepare(_, docname, source):
             raise FileNotFoundError(
                 f"docs/{docname}.md links to ../{match[1]}, which does not exist"
             )
-        page = PAGES.get(path, path.removeprefix("docs/"))
-        if page != path:
-            return f"]({page}{'#' if anchor else ''}{anchor})"
+        if path.startswith("docs/"):  # in the notebook
+            return f"]({match[1].removeprefix('docs/')})"
         return f"]({REPOSITORY}/blob/main/{match[1]})"
 
     if docname == "api/cli":
