@@ -286,7 +286,7 @@ def check_file(weights: Path) -> None:
             f"it, or --model local-dir:{weights} if the folder has a {CONFIG} of timm"
         )
     if not weights.is_file():
-        raise ModelError(f"--weights must be an existing .safetensors file; got {weights}")
+        raise ModelError(f"weights must be an existing .safetensors file; got {weights}")
 
 
 def _load_weights(model: Any, name: str, weights: Path) -> None:

@@ -124,10 +124,9 @@ def _parse_pca(pca: str | None) -> int | np.ndarray | None:
     if not pca.isdecimal():
         try:
             return read_components(*filesystem(pca))
-        except OSError:  # also a folder
-            raise common.fatal(
-                f"--pca must be a number of components or an existing .npy file; got {pca}"
-            ) from None
+        except OSError as error:
+            rule = "--pca must be a number of components or an existing .npy file"
+            raise common.fatal(f"{rule}; got {pca} ({error})") from None
     if int(pca) < 1:
         raise common.fatal(f"--pca must be at least 1; got {pca}")
     return int(pca)
