@@ -32,7 +32,7 @@ ROOT = Path(__file__).parent.resolve()
 
 
 def libraries(package: Path) -> list[Path]:
-    return sorted([*package.glob("_C*.so"), *package.glob("_numpy*.so")])
+    return sorted(path for name in ("_C", "_numpy", "_xla") for path in package.glob(f"{name}*.so"))
 
 
 class CMakeBuild(build_ext):

@@ -13,6 +13,9 @@ from numbers import Real
 from operator import index
 from typing import get_args
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .options import OPTIONS
 
 Wrong = type[ValueError] | type[TypeError]
@@ -42,6 +45,40 @@ def check_tensor(where: str, name: str, value: object) -> None:
         kind = "a nested tensor" if value.is_nested else f"{kind} tensor"
         rule = f"{name} must be a dense tensor, not sparse, nested or quantized"
         raise wrong(TypeError, where, rule, kind)
+
+
+def check_ndarray(where: str, name: str, value: object) -> None:
+    # A masked array is an ndarray, too, but its masked values must not be read.
+    if not isinstance(value, np.ndarray) or hasattr(value, "mask"):
+        rule = f"{name} must be a numpy.ndarray without a mask"
+        raise wrong(TypeError, where, rule, type(value).__name__)
+
+
+def check_numbers(
+    where: str,
+    name: str,
+    value: object,
+    largest: int = 4 * MAX_VIEWS,
+    limit: str = "must hold at most 2^20 views",
+) -> NDArray[np.float64]:
+    """A contiguous float64 copy, which other threads cannot change while it is read."""
+    rule = f"{name} must be float32 or float64, or sequences of numbers"
+    if isinstance(value, np.ndarray):
+        check_ndarray(where, name, value)
+        if value.dtype.kind != "f" or value.dtype.itemsize not in (4, 8):
+            raise wrong(TypeError, where, rule, value.dtype)
+        if value.size > largest:  # checked before the copy, because strides may be 0
+            raise wrong(ValueError, where, f"{name} {limit}", list(value.shape))
+    elif isinstance(value, Sequence):
+        try:
+            value = np.asarray(value)
+        except Exception:  # rows of different lengths, or elements other than numbers
+            raise wrong(ValueError, where, rule, "rows that do not form an array") from None
+        if value.dtype.kind not in "fiu":
+            raise wrong(TypeError, where, rule, value.dtype)
+    else:
+        raise wrong(TypeError, where, rule, type(value).__name__)
+    return np.array(value, dtype=np.float64, order="C", subok=False)
 
 
 def check_string(where: str, name: str, value: object) -> None:

@@ -22,7 +22,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import streaming
-from ._validation import MAX_VIEWS, MAX_WINDOWS, check_count, check_pair, check_words, wrong
+from ._validation import (
+    MAX_WINDOWS,
+    check_count,
+    check_ndarray,
+    check_numbers,
+    check_pair,
+    check_words,
+    wrong,
+)
 from .options import Border, Interpolation, Padding, Pair, Reduce, Stride, Upsample
 
 try:
@@ -64,50 +72,16 @@ MAX_THREADS = 1024  # a larger number is probably a mistake
 Numbers: TypeAlias = NDArray[np.float32] | NDArray[np.float64] | Sequence[Any]
 
 
-def _check_array(where: str, name: str, value: object) -> None:
-    # A masked array is an ndarray, too, but its masked values must not be read.
-    if not isinstance(value, np.ndarray) or hasattr(value, "mask"):
-        rule = f"{name} must be a numpy.ndarray without a mask"
-        raise wrong(TypeError, where, rule, type(value).__name__)
-
-
-def _numbers(
-    where: str,
-    name: str,
-    value: object,
-    largest: int = 4 * MAX_VIEWS,
-    limit: str = "must hold at most 2^20 views",
-) -> NDArray[np.float64]:
-    """A contiguous float64 copy, which other threads cannot change while it is read."""
-    rule = f"{name} must be float32 or float64, or sequences of numbers"
-    if isinstance(value, np.ndarray):
-        _check_array(where, name, value)
-        if value.dtype.kind != "f" or value.dtype.itemsize not in (4, 8):
-            raise wrong(TypeError, where, rule, value.dtype)
-        if value.size > largest:  # checked before the copy, because strides may be 0
-            raise wrong(ValueError, where, f"{name} {limit}", list(value.shape))
-    elif isinstance(value, Sequence):
-        try:
-            value = np.asarray(value)
-        except Exception:  # rows of different lengths, or elements other than numbers
-            raise wrong(ValueError, where, rule, "rows that do not form an array") from None
-        if value.dtype.kind not in "fiu":
-            raise wrong(TypeError, where, rule, value.dtype)
-    else:
-        raise wrong(TypeError, where, rule, type(value).__name__)
-    return np.array(value, dtype=np.float64, order="C", subok=False)
-
-
 def _views(
     where: str, tokens: Any, offsets: Any, grid: Any, patch: Any, weights: Any = None, **modes: Any
 ) -> tuple[Any, ...]:
     """Converts the arguments of an ensemble to the types of ``_numpy``."""
-    _check_array(where, "tokens", tokens)
+    check_ndarray(where, "tokens", tokens)
     stride = modes.pop("stride")
     check_words(where, **modes)
-    offsets = _numbers(where, "offsets", offsets)
+    offsets = check_numbers(where, "offsets", offsets)
     grid, patch = check_pair(where, "grid", grid), check_pair(where, "patch", patch)
-    weights = None if weights is None else _numbers(where, "weights", weights)
+    weights = None if weights is None else check_numbers(where, "weights", weights)
     stride = check_pair(where, "stride", stride)
     return (tokens, offsets, grid, patch, weights, modes["upsample"], modes["border"], stride)
 
@@ -141,9 +115,9 @@ def shift(
         array([0., 0., 1., 2.], dtype=float32)
     """
     where = "srt::shift"
-    _check_array(where, "image", image)
+    check_ndarray(where, "image", image)
     check_words(where, padding=padding, interpolation=interpolation)
-    return _numpy.shift(image, _numbers(where, "offsets", offsets), padding, interpolation)
+    return _numpy.shift(image, check_numbers(where, "offsets", offsets), padding, interpolation)
 
 
 def windows(
@@ -178,12 +152,12 @@ def windows(
         array([2.25, 3.25], dtype=float32)
     """
     where = "srt::windows"
-    _check_array(where, "image", image)
+    check_ndarray(where, "image", image)
     check_words(where, padding=padding)
     size = check_pair(where, "size", size)
     limit = 2 * MAX_WINDOWS, "must hold at most 2^26 windows"
-    places = _numbers(where, "centers", centers, *limit)
-    steps = None if scale is None else _numbers(where, "scale", scale, *limit)
+    places = check_numbers(where, "centers", centers, *limit)
+    steps = None if scale is None else check_numbers(where, "scale", scale, *limit)
     return _numpy.windows(image, places, size, steps, padding)
 
 
@@ -236,7 +210,7 @@ def ensemble(
     modes: dict[str, Any] = {"upsample": upsample, "border": border, "stride": stride}
     views = _views(where, tokens, offsets, grid, patch, weights, **modes)
     if out is not None:
-        _check_array(where, "out", out)
+        check_ndarray(where, "out", out)
     return _numpy.ensemble(views, reduce, out)
 
 
@@ -284,7 +258,7 @@ def ensemble_moments(
 class _Arrays:
     """The NumPy operations of a stream, as ``_Tensors`` in srt_ext.streaming."""
 
-    check_array, moveaxis = staticmethod(_check_array), staticmethod(np.moveaxis)
+    check_array, moveaxis = staticmethod(check_ndarray), staticmethod(np.moveaxis)
     float32, float64 = np.dtype(np.float32), np.dtype(np.float64)
 
     def is_array(self, value: object) -> bool:

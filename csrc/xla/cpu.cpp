@@ -1,0 +1,123 @@
+// The handlers for the CPU, on XLA's thread pool.
+#include <atomic>
+#include <condition_variable>
+#include <cstring>
+#include <memory>
+#include <mutex>
+
+#include "../srt/cpu/populate.h"
+#include "handlers.h"
+
+namespace srt::xla {
+namespace {
+
+// One parallel region: pieces [0, n) that the caller and tasks of the pool take in turn. A task may
+// start after the region has ended, so it shares the ownership of this object.
+class Region {
+ public:
+  Region(int64_t n, Parallel::Body body, void* context) : n_(n), body_(body), context_(context) {}
+
+  void work() {
+    for (int64_t i; (i = next_++) < n_;) {
+      body_(i, i + 1, context_);
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (++done_ == n_) finished_.notify_one();
+    }
+  }
+
+  void wait() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    finished_.wait(lock, [&] { return done_ == n_; });
+  }
+
+ private:
+  const int64_t n_;
+  const Parallel::Body body_;
+  void* const context_;
+  std::atomic<int64_t> next_{0};
+  std::mutex mutex_;
+  std::condition_variable finished_;
+  int64_t done_ = 0;
+};
+
+// The pool of the call that this thread runs, because Parallel::run has no argument for it.
+thread_local ffi::ThreadPool* current_pool = nullptr;
+
+// The caller waits only for pieces that are already running, so a pool without an idle thread
+// delays no call.
+void run(int64_t n, Parallel::Body body, void* context) {
+  const auto region = std::make_shared<Region>(n, body, context);
+  const int64_t helpers = std::min(n, current_pool->num_threads()) - 1;
+  for (int64_t i = 0; i < helpers; ++i) current_pool->Schedule([region] { region->work(); });
+  region->work();
+  region->wait();
+}
+
+struct Cpu {
+  Parallel parallel;
+
+  void populate(const std::vector<ArrayView>& results) const {
+    for (const ArrayView& result : results) {
+      int64_t bytes = result.element_size;
+      for (const int64_t size : result.shape) bytes *= size;
+      fault_in(const_cast<void*>(result.data), bytes, parallel);
+    }
+  }
+
+  void zero(const ArrayView& weight) const {
+    std::memset(const_cast<void*>(weight.data), 0,
+                static_cast<size_t>(weight.shape[0] * weight.shape[1]) * sizeof(double));
+  }
+  void ensemble(const EnsembleCall& call, const std::vector<ArrayView>& results) const {
+    populate(results);
+    ensemble_cpu(call.checked.args, parallel);
+  }
+  void mean_backward(const EnsembleCall& call, const ArrayView& grad_tokens) const {
+    populate({grad_tokens});
+    mean_backward_cpu(call.checked.args, const_cast<void*>(grad_tokens.data), parallel);
+  }
+  void shift(const CheckedShift& call, const Numbers&, const ArrayView& out) const {
+    populate({out});
+    shift_cpu(call.args, parallel);
+  }
+  void shift_backward(const CheckedShift& call, const Numbers&, const ArrayView& grad_image) const {
+    shift_backward_cpu(call.args, const_cast<void*>(grad_image.data), parallel);
+  }
+  void windows(const CheckedWindows& call, const Numbers&, const ArrayView& out) const {
+    populate({out});
+    windows_cpu(call.args, parallel);
+  }
+  void windows_backward_image(const CheckedWindows& call, const Numbers&,
+                              const ArrayView& grad_image) const {
+    windows_backward_image_cpu(call.args, const_cast<void*>(grad_image.data), parallel);
+  }
+  void windows_backward_points(const CheckedWindows& call, const Numbers&, const ArrayView& centers,
+                               const ArrayView& scale) const {
+    windows_backward_points_cpu(call.args, static_cast<double*>(const_cast<void*>(centers.data)),
+                                static_cast<double*>(const_cast<void*>(scale.data)), parallel);
+  }
+};
+
+template <void (*handler)(const Cpu&, Call)>
+ffi::Error on_pool(ffi::ThreadPool pool, ffi::RemainingArgs operands, ffi::RemainingRets results,
+                   ffi::Dictionary attributes) {
+  ffi::ThreadPool* const outer = current_pool;  // of a call that waits on this thread
+  current_pool = &pool;
+  const Cpu backend{{std::max<int64_t>(1, pool.num_threads()), run}};
+  const ffi::Error error =
+      guarded([&] { handler(backend, Call("cpu", operands, results, attributes)); });
+  current_pool = outer;
+  return error;
+}
+
+}  // namespace
+}  // namespace srt::xla
+
+using namespace srt::xla;
+
+#define SRT_XLA_HANDLER(name)                                   \
+  SRT_XLA_EXPORT XLA_FFI_Error* srt_##name(XLA_FFI_CallFrame*); \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(                                \
+      srt_##name, (on_pool<&Handlers<Cpu>::name>),              \
+      ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets().Attrs());
+SRT_XLA_HANDLERS
