@@ -45,7 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects the slow tests
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     # JAX last: it starts threads, and other tests fork, which is not safe after that.
-    items.sort(key=lambda item: "jax" in item.name)
+    items.sort(key=lambda item: "jax" in item.nodeid)
     interp = defaultdict(list)
     for item in items:
         if item.get_closest_marker("interp") and not item.get_closest_marker("slow"):

@@ -357,3 +357,50 @@ def test_ops(tmp_path: Path) -> None:
     tests = [str(ROOT / "python_tests" / f"test_{name}.py") for name in names]
     path = os.pathsep.join((str(ROOT), str(ROOT / "python_tests")))
     run_python("-c", OPS, library, *tests, env={"PYTHONPATH": path})
+
+
+# ---- the handlers for JAX -----------------------------------------------------------------------
+
+HANDLERS = """
+import ctypes, sys
+import jax, pytest
+from backends import HostDevice
+
+library = ctypes.CDLL(sys.argv[1])
+library.device.restype = ctypes.POINTER(HostDevice)
+library.device().contents.stream = 0x5EED
+register = jax.ffi.register_ffi_target
+
+def registered(name, handler, platform):
+    if platform == "cpu":  # replaces the handlers for the CPU
+        handler = jax.ffi.pycapsule(getattr(library, name.replace("srt_", "host_")))
+    register(name, handler, platform=platform)
+
+jax.ffi.register_ffi_target = registered
+import test_jax
+
+def assert_near(actual, expected):
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+    test_jax.assert_close(actual, expected, 1e-2 if actual.dtype.itemsize < 4 else 1e-5)
+
+test_jax.assert_same = assert_near
+# The others pass values that are not finite, or large inputs.
+skipped = "wrong_values or large or several_threads or interface or missing or without_torch"
+tests = ["-k", f"not ({skipped})", *sys.argv[2:]]
+assert pytest.main(["-q", "-p", "no:cacheprovider", *tests]) == 0
+assert library.handler_calls() > 500
+"""
+
+
+@pytest.mark.slow
+def test_jax_handlers(tmp_path: Path) -> None:
+    """csrc/xla/cuda.cpp in programs of JAX; every array is treated as one on the device."""
+    jax = pytest.importorskip("jax")
+    kernels = [path for name, path in objects().items() if name != "host.cpp"]
+    handlers = compiled(
+        STUB / "xla.cpp", tmp_path / "xla.o", "-O1", f"-isystem{jax.ffi.include_dir()}"
+    )
+    library = linked([handlers, *kernels], tmp_path / "xla.so", "-Wl,-Bsymbolic")
+    path = os.pathsep.join((str(ROOT), str(ROOT / "python_tests")))
+    tests = ROOT / "python_tests" / "test_jax.py"
+    run_python("-c", HANDLERS, library, tests, env={"PYTHONPATH": path})

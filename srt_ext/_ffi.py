@@ -13,6 +13,7 @@ import jax.ffi
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_batching import custom_vmap
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxlib import version
 
 from ._validation import stated_error
@@ -158,10 +159,15 @@ def call_handler(
 ) -> list[jax.Array]:
     """Calls a handler. ``results``: the shape and dtype of each result."""
     operands = same_axes(*operands)
-    own, parameter = _MANUAL_AXES
-    axes = {parameter: getattr(jax.typeof(operands[0]), own)}
-    kind: Any = jax.ShapeDtypeStruct  # untyped
-    described = [kind(shape, dtype, **axes) for shape, dtype in results]
+    kind: Any = jax.typeof(operands[0])
+    manual: dict[str, Any] = {}
+    if _varying(operands[0]):
+        own, parameter = _MANUAL_AXES
+        spec: Any = PartitionSpec  # untyped
+        sharding = NamedSharding(kind.sharding.mesh, spec())
+        manual = {"sharding": sharding, parameter: getattr(kind, own)}
+    result_type: Any = jax.ShapeDtypeStruct  # untyped
+    described = [result_type(shape, dtype, **manual) for shape, dtype in results]
     return list(jax.ffi.ffi_call(f"srt_{handler}", described)(*operands, **attributes))
 
 

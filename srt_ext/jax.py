@@ -262,8 +262,11 @@ def _windows_points(
 
     dims = _windows_dims(static, numbers, arrays=2)
     centers, scale = batched(call, dims, (0, 0), grad, image, *_values(numbers))
-    found = {"centers": centers, "scale": scale if static.scales == "each" else scale.sum((0, 1))}
-    return {name: found[name].astype(array.dtype) for name, array in numbers.items()}
+    found = {}
+    for name, array in numbers.items():
+        grads = (centers if name == "centers" else scale).astype(array.dtype)
+        found[name] = grads if grads.shape == array.shape else grads.sum((0, 1))
+    return found
 
 
 def _define_windows(function: Any, transpose: Any, swap: bool) -> None:

@@ -101,13 +101,9 @@ struct Cpu {
 template <void (*handler)(const Cpu&, Call)>
 ffi::Error on_pool(ffi::ThreadPool pool, ffi::RemainingArgs operands, ffi::RemainingRets results,
                    ffi::Dictionary attributes) {
-  ffi::ThreadPool* const outer = current_pool;  // of a call that waits on this thread
   current_pool = &pool;
   const Cpu backend{{std::max<int64_t>(1, pool.num_threads()), run}};
-  const ffi::Error error =
-      guarded([&] { handler(backend, Call("cpu", operands, results, attributes)); });
-  current_pool = outer;
-  return error;
+  return error_of([&] { handler(backend, Call("cpu", operands, results, attributes)); });
 }
 
 }  // namespace

@@ -90,7 +90,8 @@ template <void (*handler)(const Cuda&, Call)>
 ffi::Error on_stream(CUstream_st* stream, ffi::ScratchAllocator scratch,
                      ffi::RemainingArgs operands, ffi::RemainingRets results,
                      ffi::Dictionary attributes) {
-  return guarded([&] { handler({stream, scratch}, Call(kDevice, operands, results, attributes)); });
+  return error_of(
+      [&] { handler({stream, scratch}, Call(kDevice, operands, results, attributes)); });
 }
 
 }  // namespace

@@ -253,7 +253,7 @@ struct Handlers {
 
 // Runs `handler` and returns its exceptions as errors of XLA.
 template <class Body>
-ffi::Error guarded(Body&& body) {
+ffi::Error error_of(Body&& body) {
   try {
     body();
     return ffi::Error::Success();

@@ -75,6 +75,12 @@ inline HostDevice host_device;
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
+inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t stream) {
+  if (stream != host_device.stream) return cudaErrorInvalidConfiguration;
+  std::memset(data, value, bytes);
+  return cudaSuccess;
+}
+
 // ---- fibers -------------------------------------------------------------------------------------
 
 // Created once; a fiber runs one thread of each block. setjmp switches between them, because
