@@ -3,8 +3,10 @@
 CMakeLists.txt defines the native build: sources, flags, instruction sets and GPUs. This file only
 integrates it into setuptools. ``_C.so`` and ``_C_cuda.so`` are not Python extensions:
 ``torch.ops.load_library`` loads them, and they do not depend on the interpreter, so one build works
-with every Python and every torch >= 2.10. ``_numpy.*.so`` (srt_ext.numpy) is a pybind11 extension
-for the Python that builds it; it does not depend on torch.
+with every Python and every torch >= 2.10. ``_xla.so`` and ``_xla_cuda.so`` (srt_ext.jax) work with
+every Python and every jaxlib that is at least as new as the headers of the build. ``_numpy.*.so``
+(srt_ext.numpy) is a pybind11 extension for the Python that builds it. The latter three do not
+depend on torch.
 
 ``pip install .`` builds in isolation, with the torch that pyproject.toml requires. Add
 ``--no-build-isolation`` to build with the installed torch, cmake, ninja and pybind11. ``-v`` prints

@@ -69,6 +69,7 @@ NAVIGATION = {
         "streaming",
         "extraction",
         "frameworks",
+        "jax",
         "cpp",
         "faq",
     ),

@@ -963,6 +963,7 @@ def test_info_prints_backends_and_whether_the_default_model_is_cached(fake_hub: 
     for word in ("srt_ext", "torch", "CPU", "CUDA", torch.ops.srt._cpu_kernels(), "timm"):
         assert word in text
     assert re.search(r"srt_ext.numpy +(not available: |\w+ \(of .*\), \d+ threads)", text)
+    assert re.search(r"srt_ext.jax +(not available: |jax \d)", text)
     assert re.search(rf"default model +{common.DEFAULT_MODEL}: not in the local", text)
     fake_hub.keep(common.DEFAULT_MODEL, {})
     assert re.search(rf"default model +{common.DEFAULT_MODEL}: in the local", run("info"))

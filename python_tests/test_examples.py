@@ -25,7 +25,13 @@ EXAMPLES = {
 }
 
 
-NEEDED = {"data": "pyarrow", "numpy": "srt_ext.numpy", "ray.features": "pyarrow", "spot": "timm"}
+NEEDED = {
+    "data": "pyarrow",
+    "jax": "srt_ext.jax",
+    "numpy": "srt_ext.numpy",
+    "ray.features": "pyarrow",
+    "spot": "timm",
+}
 MODULES = [*NEEDED, "dlpack", "ops", "polyphase", "reference", "srt", "streaming", "views"]
 
 

@@ -425,6 +425,41 @@ def test_calls_from_several_threads() -> None:
             jax.tree.map(assert_same, result, expected)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("traced", [False, True], ids=["constant", "traced"])
+def test_on_a_gpu(traced: bool) -> None:
+    """Values and gradients equal those of the CPU."""
+    gpus = [device for device in jax.devices() if device.platform in ("gpu", "cuda")]
+    if not gpus:
+        pytest.skip("JAX does not find a GPU")
+    (tokens, offsets, *place, _), modes = arrays(STRIDED.call(STRIDED.tokens()))
+    image = SHIFTS["bicubic"].image().numpy()
+    centers = np.array([[(1.5, 2.25), (4.0, 7.5)]] * len(image), np.float32)
+
+    def program(tokens: Any, image: Any, o: Any, c: Any) -> Any:
+        o, c = (o, c) if traced else (offsets, centers)
+        return (
+            srt.ensemble(tokens, o, *place, **modes),
+            srt.ensemble(tokens, o, *place, **modes, reduce="median"),
+            srt.ensemble_moments(tokens, o, *place, **modes),
+            srt.mean_sums(tokens, o, *place, **modes),
+            srt.shift(image, o, interpolation="bicubic"),
+            srt.windows(image, c, (3, 2)),
+        )
+
+    def loss(*args: Any) -> Any:
+        return sum(jnp.square(x).sum() for x in jax.tree.leaves(program(*args)))
+
+    args = (tokens, image, offsets, centers)
+    for function in (program, jax.grad(loss, (0, 1))):
+        results = []
+        for device in (jax.devices("cpu")[0], gpus[0]):
+            placed = jax.device_put(args, device)
+            results.append([jax.jit(function)(*placed) for _ in range(3)])  # captured after one
+        for result in results[1]:
+            jax.tree.map(assert_close, result, results[0][0])
+
+
 # ---- invalid arguments --------------------------------------------------------------------------
 
 TOKENS = np.ones((2, 1, 6, 3), np.float32)

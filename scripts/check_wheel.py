@@ -3,6 +3,8 @@
 Run it in a folder from which no checkout of srt_ext can be imported instead.
 """
 
+import ctypes
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -22,6 +24,12 @@ field = srt_ext.ensemble(*arguments)
 torch.testing.assert_close(field, srt_ext.reference.ensemble(*arguments).float())
 same = srt_ext.numpy.ensemble(tokens.numpy(), arguments[1].numpy(), *arguments[2:])
 assert torch.equal(torch.from_numpy(same), field)
+assert ctypes.CDLL(str(Path(srt_ext.__path__[0], "_xla.so"))).srt_ensemble
+if find_spec("jax"):
+    import srt_ext.jax
+
+    same = srt_ext.jax.ensemble(tokens.numpy(), arguments[1].numpy(), *arguments[2:])
+    assert torch.equal(torch.from_numpy(same.__array__()), field)
 for name in ("small.safetensors", "astronaut.jpg", "MODEL_CARD.md"):
     assert (Path(srt_ext.__path__[0]) / "demo" / name).is_file(), name
 if torch.cuda.is_available():

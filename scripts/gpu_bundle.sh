@@ -2,8 +2,9 @@
 # Builds the folder gpu_bundle, which git ignores. It contains the binaries that scripts/gpu_check.sh runs
 # on a machine with a GPU, so that nothing is compiled there: _C.so, _C_cuda.so and the program
 # cuda_sanitize, stripped, for one architecture. They work with every version of Python and torch, and
-# need at most glibc 2.34 and a driver for the CUDA version of nvcc. The build does not use a GPU and
-# takes three minutes on two cores.
+# need at most glibc 2.34 and a driver for the CUDA version of nvcc. If jaxlib is installed, the folder
+# also contains _xla.so and _xla_cuda.so, which work with this version of jaxlib and later ones. The
+# build does not use a GPU and takes three minutes on two cores.
 #
 #   scripts/gpu_bundle.sh [ARCHITECTURE]
 #
@@ -16,11 +17,13 @@ build=$root/build/gpu_bundle # kept, so that the next bundle compiles only chang
 
 cmake -G Ninja -S "$root" -B "$build" -DPython3_EXECUTABLE="$(command -v python3)" \
   -DSRT_CUDA=1 -DSRT_CUDA_ARCHS="${1:-90-real}" -DSRT_SANITIZE=ON
-cmake --build "$build" --target _C _C_cuda cuda_sanitize
+files=(_C.so _C_cuda.so cuda_sanitize)
+if python3 -c "import jaxlib" 2>/dev/null; then files+=(_xla.so _xla_cuda.so); fi
+cmake --build "$build" --target "${files[@]%.so}"
 
 rm -rf "$folder.part"
 mkdir "$folder.part"
-for file in _C.so _C_cuda.so cuda_sanitize; do
+for file in "${files[@]}"; do
   strip -o "$folder.part/$file" "$build/$file"
   if objdump -p "$folder.part/$file" | grep 'NEEDED.*python'; then
     echo "$file links a Python library" >&2

@@ -154,7 +154,7 @@ commit=$(git -C "$root" describe --always --dirty --exclude '*' 2>/dev/null ||
 mkdir "$work/tree"
 cp -r "$root"/{srt_ext,python_tests,benchmarks,scripts,pyproject.toml,README.md} "$work/tree"
 rm -f "$work"/tree/srt_ext/*.so
-cp "$bundle"/_C.so "$bundle"/_C_cuda.so "$work/tree/srt_ext"
+cp "$bundle"/*.so "$work/tree/srt_ext"
 [ ! -d "$root/../shared" ] || ln -s "$root/../shared" "$work/shared" # optional evaluation data
 cd "$work/tree"
 export PYTHONPATH=$work/tree

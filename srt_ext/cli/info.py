@@ -24,6 +24,7 @@ def command() -> None:
         "CPU": _cpu(),
         "CUDA": _cuda(),
         "srt_ext.numpy": _numpy(),
+        "srt_ext.jax": _jax(),
         **{package: _version(package) for package in PACKAGES},
         "default model": _default_model(),
     }
@@ -68,6 +69,16 @@ def _numpy() -> str:
     from .._numpy import available_cpu_kernels, cpu_kernels
 
     return f"{cpu_kernels()} (of {available_cpu_kernels()}), {get_num_threads()} threads"
+
+
+def _jax() -> str:
+    try:
+        import jax
+
+        import_module("srt_ext.jax")
+    except ImportError as error:
+        return "not available: " + str(error).removeprefix("srt_ext.jax is not available: ")
+    return f"jax {jax.__version__}"
 
 
 def _default_model() -> str:
