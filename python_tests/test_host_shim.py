@@ -394,7 +394,7 @@ assert library.handler_calls() > 500
 
 @pytest.mark.slow
 def test_jax_handlers(tmp_path: Path) -> None:
-    """csrc/xla/cuda.cpp in programs of JAX; every array is treated as one on the device."""
+    """csrc/xla/cuda.cu in programs of JAX; every array is treated as one on the device."""
     jax = pytest.importorskip("jax")
     kernels = [path for name, path in objects().items() if name != "host.cpp"]
     handlers = compiled(

@@ -31,14 +31,23 @@ _HANDLERS = (
 )
 
 
+_PARTS = ("MAJOR", "MINOR")
+
+
 # ---- the libraries -------------------------------------------------------------------------------
 
 
 def _interface_of_jaxlib() -> tuple[int, int]:
     """The version of XLA's foreign function interface, from the headers of jaxlib."""
-    header = Path(jax.ffi.include_dir(), "xla/ffi/api/c_api.h").read_text()
-    found = re.findall(r"#define XLA_FFI_API_(?:MAJOR|MINOR) (\d+)", header)
-    return int(found[0]), int(found[1])
+    path = Path(jax.ffi.include_dir(), "xla/ffi/api/c_api.h")
+    header = path.read_text() if path.exists() else ""
+    major, minor = (re.search(rf"#define XLA_FFI_API_{part} (\d+)", header) for part in _PARTS)
+    if major is None or minor is None:
+        raise ImportError(
+            f"srt_ext.jax is not available: {path} of jaxlib {version.__version__} does not state "
+            "the version of XLA's foreign function interface"
+        )
+    return int(major[1]), int(minor[1])
 
 
 def _check_interface(ours: tuple[int, int], theirs: tuple[int, int]) -> None:
@@ -48,10 +57,10 @@ def _check_interface(ours: tuple[int, int], theirs: tuple[int, int]) -> None:
     """
     if ours[0] != theirs[0] or ours[1] > theirs[1]:
         raise ImportError(
-            "srt_ext.jax was built for version {}.{} of XLA's foreign function interface, but "
-            f"jaxlib {version.__version__} has version {{}}.{{}}. Install a newer jaxlib, or build "
-            "srt_ext with pip's isolation (plain pip install), which uses the headers of the "
-            "oldest supported jaxlib".format(*ours, *theirs)
+            "srt_ext.jax is not available: it was built for version {}.{} of XLA's foreign "
+            f"function interface, but jaxlib {version.__version__} has version {{}}.{{}}. Install a "
+            "newer jaxlib, or build srt_ext with pip's isolation (plain pip install), which uses "
+            "the headers of the oldest supported jaxlib".format(*ours, *theirs)
         )
 
 

@@ -257,7 +257,8 @@ def _windows_points(
 
     def call(grad: jax.Array, image: jax.Array, *rest: jax.Array) -> list[jax.Array]:
         operands = (grad, _window_image(static, image), *rest)
-        results = [((*grad.shape[:2], 2), np.float64)] * 2
+        dtype = rest[0].dtype  # float32 or float64
+        results = [((*grad.shape[:2], 2), dtype)] * 2
         return static.call("windows_backward_points", operands, results)
 
     dims = _windows_dims(static, numbers, arrays=2)
@@ -503,9 +504,8 @@ def _mean_sums(static: _Ensemble, tokens: jax.Array, numbers: _Arrays) -> list[j
 
     def call(tokens: jax.Array, *rest: jax.Array) -> list[jax.Array]:
         shape = static.field(tokens.shape[1], tokens.shape[3])
-        results = [(shape, dtype), (shape[1:3], np.float64)]
-        mean, weight = static.call("mean_weight", (tokens, *rest), results)
-        count = weight.astype(dtype)
+        results = [(shape, dtype), (shape[1:3], dtype)]
+        mean, count = static.call("mean_weight", (tokens, *rest), results)
         return [jnp.where(count > 0, _channels_first(mean) * count, 0), count]
 
     dims = (1, *[None] * len(numbers))

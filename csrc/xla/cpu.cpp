@@ -1,7 +1,6 @@
 // The handlers for the CPU, on XLA's thread pool.
 #include <atomic>
 #include <condition_variable>
-#include <cstring>
 #include <memory>
 #include <mutex>
 
@@ -55,18 +54,26 @@ void run(int64_t n, Parallel::Body body, void* context) {
 
 struct Cpu {
   Parallel parallel;
+  std::vector<std::vector<double>> scratch{};
 
   void populate(const std::vector<ArrayView>& results) const {
-    for (const ArrayView& result : results) {
-      int64_t bytes = result.element_size;
-      for (const int64_t size : result.shape) bytes *= size;
-      fault_in(const_cast<void*>(result.data), bytes, parallel);
-    }
+    for (const ArrayView& result : results)
+      fault_in(const_cast<void*>(result.data), element_count(result) * result.element_size,
+               parallel);
   }
 
-  void zero(const ArrayView& weight) const {
-    std::memset(const_cast<void*>(weight.data), 0,
-                static_cast<size_t>(weight.shape[0] * weight.shape[1]) * sizeof(double));
+  double* doubles(const ArrayView& result) {
+    if (result.dtype == "float64") return static_cast<double*>(const_cast<void*>(result.data));
+    return scratch.emplace_back(element_count(result)).data();
+  }
+  void zero(double* weight, const ArrayView& result) const {
+    std::fill_n(weight, element_count(result), 0.0);
+  }
+  void round(const double* from, const ArrayView& result) const {
+    if (result.data == from) return;
+    std::transform(from, from + element_count(result),
+                   static_cast<float*>(const_cast<void*>(result.data)),
+                   [](double value) { return static_cast<float>(value); });
   }
   void ensemble(const EnsembleCall& call, const std::vector<ArrayView>& results) const {
     populate(results);
@@ -91,18 +98,17 @@ struct Cpu {
                               const ArrayView& grad_image) const {
     windows_backward_image_cpu(call.args, const_cast<void*>(grad_image.data), parallel);
   }
-  void windows_backward_points(const CheckedWindows& call, const Numbers&, const ArrayView& centers,
-                               const ArrayView& scale) const {
-    windows_backward_points_cpu(call.args, static_cast<double*>(const_cast<void*>(centers.data)),
-                                static_cast<double*>(const_cast<void*>(scale.data)), parallel);
+  void windows_backward_points(const CheckedWindows& call, const Numbers&, double* centers,
+                               double* scale) const {
+    windows_backward_points_cpu(call.args, centers, scale, parallel);
   }
 };
 
-template <void (*handler)(const Cpu&, Call)>
+template <void (*handler)(Cpu&, Call)>
 ffi::Error on_pool(ffi::ThreadPool pool, ffi::RemainingArgs operands, ffi::RemainingRets results,
                    ffi::Dictionary attributes) {
   current_pool = &pool;
-  const Cpu backend{{std::max<int64_t>(1, pool.num_threads()), run}};
+  Cpu backend{{std::max<int64_t>(1, pool.num_threads()), run}};
   return error_of([&] { handler(backend, Call("cpu", operands, results, attributes)); });
 }
 

@@ -136,10 +136,18 @@ struct EnsembleCall {
                 reduce, stream) {}
 };
 
+inline int64_t element_count(const ArrayView& array) {
+  int64_t count = 1;
+  for (const int64_t size : array.shape) count *= size;
+  return count;
+}
+
+// Backend::doubles returns memory for the elements of a result, float32 or float64, in float64:
+// that of the result if it is float64. Backend::round then writes the result if it is float32.
 template <class Backend>
 struct Handlers {
   // The mean or median [B, H', W', C].
-  static void ensemble(const Backend& backend, Call call) {
+  static void ensemble(Backend& backend, Call call) {
     const ArrayView tokens = call.operand();
     EnsembleCall given("ensemble", call, tokens, parse_reduce(call.word("reduce")));
     const ArrayView out = call.result();
@@ -148,7 +156,7 @@ struct Handlers {
   }
 
   // The mean and the variance, [B, H', W', C] each.
-  static void moments(const Backend& backend, Call call) {
+  static void moments(Backend& backend, Call call) {
     const ArrayView tokens = call.operand();
     EnsembleCall given("ensemble_moments", call, tokens, Reduce::moments);
     const ArrayView mean = call.result(), variance = call.result();
@@ -156,19 +164,24 @@ struct Handlers {
     backend.ensemble(given, {mean, variance});
   }
 
-  // The mean [B, H', W', C], undefined where no view counts, and the weight [H', W'] in float64 of
-  // a stream of one chunk.
-  static void mean_weight(const Backend& backend, Call call) {
+  // The mean [B, H', W', C], undefined where no view counts, and the weight [H', W'] of a stream of
+  // one chunk.
+  static void mean_weight(Backend& backend, Call call) {
     const ArrayView tokens = call.operand();
     EnsembleCall given("mean_sums", call, tokens, Reduce::mean, /*stream=*/true);
     const ArrayView mean = channels_first(call.result()), weight = call.result();
-    given.checked.set_state({mean, weight});
-    backend.zero(weight);
+    ArrayView doubles = weight;
+    doubles.data = backend.doubles(weight);
+    doubles.element_size = sizeof(double);
+    doubles.dtype = "float64";
+    given.checked.set_state({mean, doubles});
+    backend.zero(given.checked.args.total_weight, weight);
     backend.ensemble(given, {mean});
+    backend.round(given.checked.args.total_weight, weight);
   }
 
   // The gradient of the tokens [V, B, N, C], for that of the mean [B, H', W', C].
-  static void mean_backward(const Backend& backend, Call call) {
+  static void mean_backward(Backend& backend, Call call) {
     const ArrayView grad = call.operand(), grad_tokens = call.result();
     ArrayView tokens = grad_tokens;
     tokens.data = nullptr;
@@ -177,7 +190,7 @@ struct Handlers {
     backend.mean_backward(given, grad_tokens);
   }
 
-  static void shift(const Backend& backend, Call call) {
+  static void shift(Backend& backend, Call call) {
     const ArrayView image = call.operand();
     const Numbers offsets{call.numbers("offsets", {-1, 2}).value(), std::nullopt};
     CheckedShift checked("shift", "image", image, offsets.first, call.word("padding"),
@@ -188,7 +201,7 @@ struct Handlers {
     backend.shift(checked, offsets, out);
   }
 
-  static void shift_backward(const Backend& backend, Call call) {
+  static void shift_backward(Backend& backend, Call call) {
     const ArrayView grad = call.operand(), grad_image = call.result();
     const Numbers offsets{call.numbers("offsets", {-1, 2}).value(), std::nullopt};
     CheckedShift checked("_shift_backward", "grad", grad_image, offsets.first, call.word("padding"),
@@ -197,7 +210,7 @@ struct Handlers {
     backend.shift_backward(checked, offsets, grad_image);
   }
 
-  static void windows(const Backend& backend, Call call) {
+  static void windows(Backend& backend, Call call) {
     const ArrayView image = image_operand(call);
     const Numbers places = windows_places(call, image);
     const List size = call.pair("size");
@@ -209,7 +222,7 @@ struct Handlers {
     backend.windows(checked, places, out);
   }
 
-  static void windows_backward_image(const Backend& backend, Call call) {
+  static void windows_backward_image(Backend& backend, Call call) {
     const ArrayView grad = call.operand(), grad_image = call.result();
     ArrayView image = grad_image;
     image.data = nullptr;
@@ -222,8 +235,8 @@ struct Handlers {
     backend.windows_backward_image(checked, places, grad_image);
   }
 
-  // The gradients of centers and scale, [B, N, 2] each, float64.
-  static void windows_backward_points(const Backend& backend, Call call) {
+  // The gradients of centers and scale, [B, N, 2] each.
+  static void windows_backward_points(Backend& backend, Call call) {
     const ArrayView grad = call.operand();
     const ArrayView image = image_operand(call);
     const Numbers places = windows_places(call, image);
@@ -233,7 +246,10 @@ struct Handlers {
                            /*allow_uint8=*/false);
     checked.args.out = const_cast<void*>(grad.data);
     const ArrayView centers = call.result(), scale = call.result();
-    backend.windows_backward_points(checked, places, centers, scale);
+    double *const of_centers = backend.doubles(centers), *const of_scale = backend.doubles(scale);
+    backend.windows_backward_points(checked, places, of_centers, of_scale);
+    backend.round(of_centers, centers);
+    backend.round(of_scale, scale);
   }
 
  private:

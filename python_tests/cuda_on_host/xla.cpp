@@ -1,9 +1,9 @@
-// The handlers of csrc/xla/cuda.cpp, over kernels that run on the CPU. XLA calls them for its CPU
+// The handlers of csrc/xla/cuda.cu, over kernels that run on the CPU. XLA calls them for its CPU
 // device; the stream and the scratch memory of a GPU are replaced here. test_host_shim.py loads
 // this library in a subprocess.
 #include <mutex>
 
-#include "../../csrc/xla/cuda.cpp"
+#include "../../csrc/xla/cuda.cu"
 #include "host.cpp"
 
 namespace {

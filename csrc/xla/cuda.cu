@@ -1,13 +1,12 @@
 // The handlers for CUDA. They run on XLA's stream, with scratch memory from its allocator, and do
 // not synchronise.
-#include "../srt/cuda/cuda.h"
-
-#include <cuda_runtime.h>
-
+#include "../srt/cuda/common.cuh"
 #include "handlers.h"
 
 namespace srt::xla {
 namespace {
+
+using cuda::kThreads;
 
 constexpr const char* kDevice = "cuda";
 
@@ -15,6 +14,10 @@ constexpr const char* kDevice = "cuda";
 ViewArray pointers(const double* host, const std::optional<ArrayView>& numbers) {
   if (!numbers || numbers->device != kDevice) return {host, nullptr, DType::f64};
   return {nullptr, numbers->data, numbers->dtype == "float64" ? DType::f64 : DType::f32};
+}
+
+__global__ void __launch_bounds__(kThreads) round_kernel(const double* from, int64_t n, float* to) {
+  SRT_FOR_THREAD(i, n) { to[i] = static_cast<float>(from[i]); }
 }
 
 struct Cuda {
@@ -28,11 +31,19 @@ struct Cuda {
     return *memory;
   }
 
-  void zero(const ArrayView& weight) const {
-    const auto bytes = static_cast<size_t>(weight.shape[0] * weight.shape[1]) * sizeof(double);
-    const cudaError_t error = cudaMemsetAsync(const_cast<void*>(weight.data), 0, bytes, stream);
-    if (error != cudaSuccess)
-      throw std::runtime_error(std::string("srt::mean_sums: CUDA: ") + cudaGetErrorString(error));
+  double* doubles(const ArrayView& result) const {
+    if (result.dtype == "float64") return static_cast<double*>(const_cast<void*>(result.data));
+    return static_cast<double*>(workspace(element_count(result) * 8));
+  }
+  void zero(double* weight, const ArrayView& result) const {
+    const auto bytes = static_cast<size_t>(element_count(result)) * sizeof(double);
+    cuda::check("mean_sums", cudaMemsetAsync(weight, 0, bytes, stream));
+  }
+  void round(const double* from, const ArrayView& result) const {
+    if (result.data == from) return;
+    const int64_t n = element_count(result);
+    cuda::launch("jax", round_kernel, div_up(n, kThreads), stream, from, n,
+                 static_cast<float*>(const_cast<void*>(result.data)));
   }
 
   void ensemble(const EnsembleCall& call, const std::vector<ArrayView>&) const {
@@ -74,24 +85,23 @@ struct Cuda {
                                 workspace(bytes), stream);
   }
   void windows_backward_points(const CheckedWindows& call, const Numbers& places,
-                               const ArrayView& grad_centers, const ArrayView& grad_scale) const {
+                               double* of_centers, double* of_scale) const {
     const ViewArray centers = pointers(call.args.centers, places.first);
     const ViewArray scale = pointers(call.args.scale, places.second);
     const int64_t bytes = windows_backward_points_cuda_workspace(call.args, centers, scale);
-    windows_backward_points_cuda(
-        call.args, centers, scale, static_cast<double*>(const_cast<void*>(grad_centers.data)),
-        static_cast<double*>(const_cast<void*>(grad_scale.data)), workspace(bytes), stream);
+    windows_backward_points_cuda(call.args, centers, scale, of_centers, of_scale, workspace(bytes),
+                                 stream);
   }
 };
 
 // XLA makes the device of `stream` current. It frees the scratch memory when this function returns
 // and reuses it in stream order.
-template <void (*handler)(const Cuda&, Call)>
+template <void (*handler)(Cuda&, Call)>
 ffi::Error on_stream(CUstream_st* stream, ffi::ScratchAllocator scratch,
                      ffi::RemainingArgs operands, ffi::RemainingRets results,
                      ffi::Dictionary attributes) {
-  return error_of(
-      [&] { handler({stream, scratch}, Call(kDevice, operands, results, attributes)); });
+  Cuda backend{stream, scratch};
+  return error_of([&] { handler(backend, Call(kDevice, operands, results, attributes)); });
 }
 
 }  // namespace
