@@ -58,8 +58,8 @@ def _check_interface(ours: tuple[int, int], theirs: tuple[int, int]) -> None:
     if ours[0] != theirs[0] or ours[1] > theirs[1]:
         raise ImportError(
             "srt_ext.jax is not available: it was built for version {}.{} of XLA's foreign "
-            f"function interface, but jaxlib {version.__version__} has version {{}}.{{}}. Install a "
-            "newer jaxlib, or build srt_ext with pip's isolation (plain pip install), which uses "
+            f"function interface, but jaxlib {version.__version__} has version {{}}.{{}}. Install "
+            "a newer jaxlib, or build srt_ext with pip's isolation (plain pip install), which uses "
             "the headers of the oldest supported jaxlib".format(*ours, *theirs)
         )
 
