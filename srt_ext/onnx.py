@@ -8,6 +8,7 @@ the packages ``onnx`` and ``onnxscript``; the modules do not.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -69,13 +70,11 @@ def _weighted_reads(
     x: torch.Tensor, dim: int, index: torch.Tensor, weight: torch.Tensor | None
 ) -> torch.Tensor:
     """Sums ``x`` at index [K, n] along ``dim`` with weight [K, n, ...]."""
-    reads = [x.index_select(dim, places) for places in index]
+    reads: list[torch.Tensor] = [x.index_select(dim, places) for places in index]
     if weight is None:
         return reads[0]
-    first, *others = (r.to(w.dtype) * w for r, w in zip(reads, weight, strict=True))
-    for read in others:
-        first = first + read
-    return first
+    terms: list[torch.Tensor] = [r.to(w.dtype) * w for r, w in zip(reads, weight, strict=True)]
+    return functools.reduce(torch.add, terms)
 
 
 class Shift(torch.nn.Module):
@@ -234,10 +233,10 @@ def _inverse(x: torch.Tensor) -> torch.Tensor:
 class Ensemble(torch.nn.Module):
     """The mean of :func:`srt_ext.ensemble` for tokens of one grid.
 
-    Two batched matrix products: along y, which also sums views of equal dx if each dx has equally
-    many views, and along x. Between them, the memory holds [B, D, H', w * C] values, where D is the
-    number of different dx, or V; an upsampled map per view is not computed. A token that is not finite can make cells near
-    those that read it NaN.
+    The graph has two batched matrix products, along y and along x. Upsampled maps of the views are
+    not computed: between the products, the tensor is [B, D, H', w * C]. D is the number of distinct
+    dx if each of them has equally many views, otherwise V. A token that is not finite can also make
+    cells NaN that do not read it.
 
     Args:
         offsets: [V, 2], (dy, dx) in pixels, float32 or float64.
