@@ -32,7 +32,7 @@ NEEDED = {
     "ray.features": "pyarrow",
     "spot": "timm",
 }
-MODULES = [*NEEDED, "dlpack", "ops", "polyphase", "reference", "srt", "streaming", "views"]
+MODULES = [*NEEDED, "dlpack", "onnx", "ops", "polyphase", "reference", "srt", "streaming", "views"]
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -394,6 +394,7 @@ class SRT(torch.nn.Module):
         ValueError: a setting of ``srt`` is not supported; otherwise as :class:`srt_ext.SRT`.
 
     Example:
+        >>> import srt_ext
         >>> srt = srt_ext.SRT(torch.nn.Conv2d(3, 5, 8, stride=8), views=4, stride=4, patch=8)
         >>> SRT(srt, (32, 24))(torch.rand(2, 3, 32, 24)).field.shape
         torch.Size([2, 5, 8, 6])
