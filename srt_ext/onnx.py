@@ -9,15 +9,18 @@ the packages ``onnx`` and ``onnxscript``; the modules do not.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+import srt_ext
+
 from . import ops
-from . import srt as eager
 from ._validation import check_pair, check_tensor, check_words, wrong
 from .options import Border, Interpolation, Padding, Pair, Reduce, Stride, Upsample
+from .srt import SRTOutput, _even, _layer_tokens, _mirrored
 
 __all__ = ["SRT", "Ensemble", "Shift"]
 
@@ -394,7 +397,6 @@ class SRT(torch.nn.Module):
         ValueError: a setting of ``srt`` is not supported; otherwise as :class:`srt_ext.SRT`.
 
     Example:
-        >>> import srt_ext
         >>> srt = srt_ext.SRT(torch.nn.Conv2d(3, 5, 8, stride=8), views=4, stride=4, patch=8)
         >>> SRT(srt, (32, 24))(torch.rand(2, 3, 32, 24)).field.shape
         torch.Size([2, 5, 8, 6])
@@ -402,32 +404,35 @@ class SRT(torch.nn.Module):
 
     shares: torch.Tensor  # [V, 1, 1, 1], of the views in the prefix tokens
 
-    def __init__(self, srt: eager.SRT, size: Pair) -> None:
+    def __init__(self, srt: srt_ext.SRT, size: Pair) -> None:
         super().__init__()
         _check_srt(srt)
         self.srt, self.size = srt, check_pair(_SRT, "size", size)
-        views, total = srt._known, srt._known.number
-        step = eager._even(total, 8 if srt.view_batch == "auto" else int(srt.view_batch))
+        known = srt._known
+        weights = [1.0] * known.number if known.weights is None else known.weights
+        views = known.take([i for i, weight in enumerate(weights) if weight])  # others do not count
+        total = views.number
+        step = _even(total, 8 if srt.view_batch == "auto" else int(srt.view_batch))
         self.parts = [views.take(slice(i, i + step)) for i in range(0, total, step)]
         with ops.state_mode():
             tensors = srt.model.parameters() if isinstance(srt.model, torch.nn.Module) else ()
             plain = torch.zeros(1, 3, *self.size, dtype=torch.float32, device="cpu")
             frame = srt._frame(plain.to(next((p for p in tensors if p.is_floating_point()), plain)))
             found = srt.backbone.features(frame.image)
-            layers = [eager._layer_tokens(f, frame.image, 1, None) for f in found]
+            layers = [_layer_tokens(f, frame.image, 1, None) for f in found]
         modes: Any = {"padding": srt.padding, "interpolation": srt.interpolation}
-        pixels = frame.image.shape[2:]
+        pixels, device = frame.image.shape[2:], frame.image.device
         self.shifts = torch.nn.ModuleList(
-            Shift(part.views.offsets, pixels, **modes) for part in self.parts
+            Shift(part.views.offsets, pixels, **modes).to(device) for part in self.parts
         )
-        offsets, weights, _ = views.views
+        offsets, own, _ = views.views
         modes = {"upsample": srt.upsample, "border": srt.border, "stride": frame.stride}
         self.ensembles = torch.nn.ModuleList(
-            Ensemble(offsets, layer.grid, layer.patch, weights, **modes) for layer in layers
+            Ensemble(offsets, layer.grid, layer.patch, own, **modes).to(device) for layer in layers
         )
-        weights = torch.ones(total, device="cpu") if weights is None else weights
-        shares = (weights.double() / weights.double().sum()).float()[:, None, None, None]
-        self.register_buffer("shares", shares, persistent=False)
+        shares = [weight / math.fsum(weights) for weight in weights if weight]
+        tensor = torch.tensor(shares, dtype=torch.float32, device=device)[:, None, None, None]
+        self.register_buffer("shares", tensor, persistent=False)
 
     def forward(self, images: torch.Tensor) -> Any:
         """Computes the fields of images.
@@ -443,21 +448,21 @@ class SRT(torch.nn.Module):
         frame = self.srt._frame(images)
         batches = []
         for part, shift in zip(self.parts, self.shifts, strict=True):
-            views = eager._mirrored(shift(frame.image), part.mirror, (-2, -1))
+            views = _mirrored(shift(frame.image), part.mirror, (-2, -1))
             found = self.srt.backbone.features(views.flatten(0, 1))
             settings = frame.image, part.number, part.mirror
-            batches.append([eager._layer_tokens(features, *settings) for features in found])
+            batches.append([_layer_tokens(features, *settings) for features in found])
         outputs = []
         for ensemble, layer in zip(self.ensembles, zip(*batches, strict=True), strict=True):
             field = frame.cropped(ensemble(torch.cat([batch.tokens for batch in layer])))
             prefix = [batch.prefix for batch in layer if batch.prefix is not None]
             mean = (torch.cat(prefix) * self.shares).sum(0).to(field.dtype) if prefix else None
-            outputs.append(eager.SRTOutput(field, mean))
+            outputs.append(SRTOutput(field, mean))
         return outputs if self.srt.backbone.returns_list else outputs[0]
 
 
 def _check_srt(srt: Any) -> None:
-    if not isinstance(srt, eager.SRT):
+    if not isinstance(srt, srt_ext.SRT):
         raise wrong(TypeError, _SRT, "srt must be a srt_ext.SRT", type(srt).__name__)
     inject = srt._settings["layers"] if srt._injects else None
     for name, value, allowed in (
