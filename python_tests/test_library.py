@@ -287,6 +287,7 @@ BROKEN_NUMPY = {f"srt_ext/{NUMPY and NUMPY.name}": BROKEN}
         ("*.so", BROKEN_NUMPY, NO_TORCH, USE_NUMPY, "srt_ext._numpy cannot be loaded"),
         (None, {}, NO_TORCH, "srt_ext.dlpack", "srt_ext.dlpack is not available"),
         (None, {}, NO_TORCH, "import srt_ext.dlpack", "srt_ext.dlpack is not available"),
+        (None, {}, NO_TORCH, "import srt_ext.onnx", "srt_ext.onnx is not available"),
     ],
 )
 def test_import_never_fails(

@@ -12,6 +12,11 @@ import functools
 import math
 from typing import Any
 
+from ._library import unavailable
+
+if unavailable is not None:
+    raise ImportError(f"srt_ext.onnx is not available: {unavailable}")
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 
