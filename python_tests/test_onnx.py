@@ -226,10 +226,11 @@ def leaves(outputs: Any) -> list[torch.Tensor]:
     return [x for x in torch.utils._pytree.tree_leaves(outputs) if x is not None]
 
 
-SLOW = pytest.param("circular", marks=pytest.mark.slow)
+FAST = ("weights, layers", "mirrored")
+NAMES = [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in SETTINGS]
 
 
-@pytest.mark.parametrize("name", [n if n != "circular" else SLOW for n in SETTINGS])
+@pytest.mark.parametrize("name", NAMES)
 def test_srt_is_exported(name: str) -> None:
     """Around a ViT of timm, from the image to the field and the prefix tokens."""
     size = (48, 64) if name == "circular" else (45, 67)
