@@ -200,6 +200,23 @@ def test_gradients_with_constant_weights(reduce: str) -> None:
     gradients(case, case.tokens(), *functions(reduce), 0)
 
 
+@pytest.mark.parametrize("traced", [False, True], ids=["constant", "traced"])
+def test_gradients_do_not_depend_on_the_unit_of_weights(traced: bool) -> None:
+    """Weights whose sum is not finite in float32."""
+    case = replace(ENSEMBLES["weights"], channels=2)
+    (tokens, *place, weights), modes = arrays(case.call(case.tokens()))
+
+    def loss(tokens: Any, weights: Any) -> Any:
+        mean, var = srt.ensemble_moments(tokens, *place, weights, **modes)
+        return jnp.square(mean).sum() + jnp.square(var).sum()
+
+    grads = []
+    for unit in (1.0, 2.0**125):
+        given = (weights * np.float32(unit)).astype(np.float32)
+        grads.append(jax.grad(loss)(tokens, jnp.asarray(given) if traced else given))
+    assert_close(*grads, 1e-6)
+
+
 @pytest.mark.parametrize("name", ["real", "bicubic", "beyond"])
 def test_gradients_of_shifts(name: str) -> None:
     case = SHIFTS[name]
