@@ -407,27 +407,24 @@ def _shares(
     The mean is the sum of share * value. The unit is the share for a weight of 1.
     """
     pixels = _pixels(static, numbers)
-    # Weights are divided by the largest, so that their sum is finite in float32.
     weights: Any = np.ones(len(pixels))
-    root: Any = 1.0
+    factor: Any = 1  # the sum of the weights, times the factor, is a normal number in float32
     if static.weights is not None:
         weights = np.frombuffer(static.weights)
-        weights = weights / (weights.max() or 1)
+        factor = 1 / (weights.max() or 1)
     elif "weights" in numbers:  # on a GPU, views with invalid weights do not count
         given = numbers["weights"]
         given = jnp.where((given > 0) & jnp.isfinite(given), given, 0)
-        largest = given.max()
-        # In two steps, because XLA multiplies by the reciprocal, which may be subnormal.
-        root = jnp.sqrt(jnp.where(largest > 0, largest, 1))
-        weights = jnp.where(given >= largest * 2.0**-80, given, 0) / root / root
-    weights = jnp.asarray(weights, tokens.dtype)
+        weights = jnp.where(given >= given.max() * 2.0**-80, given, 0)
+        factor = jnp.minimum(2.0**20 / given.max(), 2.0**100)
+    weights = jnp.asarray(weights * factor, tokens.dtype)
     total: Any = sum(w * (y * x) for w, (y, x) in zip(weights, pixels, strict=True))
     total = jnp.where(total > 0, total, jnp.inf)
     for v, (view, offset) in enumerate(_split(static, numbers)):
         y, x = pixels[v]
         part = y * x / total
         value = _aggregate(view, tokens[v : v + 1], offset)[0]
-        yield view, offset, value, weights[v] * part, part / root / root
+        yield view, offset, value, weights[v] * part, part * factor
 
 
 def _scaled(share: jax.Array, values: jax.Array) -> jax.Array:
