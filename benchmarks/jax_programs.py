@@ -1,0 +1,186 @@
+"""``python -m benchmarks.jax_programs``: srt_ext.jax and pure-JAX formulations under ``jax.jit``.
+
+All programs of a row run in one process, in turn, on the CPU; the tables show medians. The result
+of srt_ext is compared with the float64 reference in 8 channels, and the results of the others with
+srt_ext in full, before they are timed. Fields are [B, H', W', C], the fastest layout of every
+program. Writes results/jax.json and its table, results/jax.md.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import typer
+
+import srt_ext
+import srt_ext.jax as srt
+from benchmarks import jax_formulations as other
+from benchmarks.common import RESULTS, machine, quartiles, save
+from benchmarks.report import markdown, milliseconds, number
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 2**-7}  # relative to the largest value of a result
+FILL, OURS = "fill", "srt_ext"
+
+
+class Case(NamedTuple):
+    op: str  # mean, gradient, median, shift
+    views: str
+    grid: tuple[int, int] = (14, 14)
+    stride: int = 1
+    dtype: str = "float32"
+    patch: int = 16
+    channels: int = 384
+
+    def text(self) -> str:
+        size = "{} x {}".format(*(n * self.patch for n in self.grid))
+        stride = "" if self.op == "shift" else f", stride {self.stride}"
+        return f"{self.op}, {size}, {self.views}{stride}, {self.dtype}"
+
+
+def cases() -> list[Case]:
+    both = ("best:16", "grid:3")
+    sizes = ((14, 14), (30, 53))
+    means = [Case("mean", v, g, s) for g in sizes for v in both for s in (1, 4)]
+    means += [Case("mean", v, s, 4, "bfloat16") for v in both for s in sizes]
+    means += [Case("mean", "best:16", dtype="bfloat16")]
+    gradients = [Case("gradient", v, stride=s) for v in both for s in (1, 4)]
+    gradients += [Case("gradient", "best:16", (30, 53), 4)]
+    medians = [Case("median", "best:16", stride=s) for s in (1, 4)]
+    medians += [Case("median", "best:16", (30, 53), 4)]
+    return [*means, *gradients, *medians, *(Case("shift", v, g) for g in sizes for v in both)]
+
+
+def tiny_cases() -> list[Case]:
+    tiny = {"grid": (3, 4), "patch": 4, "channels": 8}
+    means = [Case("mean", "grid:1", **tiny), Case("mean", "grid:1", stride=2, **tiny)]
+    means += [Case("mean", "best:4", dtype="bfloat16", **tiny)]
+    return [*means, *(Case(op, "best:4", **tiny) for op in ("gradient", "median", "shift"))]
+
+
+class Programs(NamedTuple):
+    arguments: tuple[jax.Array, ...]
+    by_name: dict[str, Callable[..., jax.Array]]  # srt_ext first
+    reference: Callable[[], np.ndarray] | None  # of the first channels, on the last axis
+
+
+def programs(case: Case) -> Programs:
+    views = srt_ext.views.parse(case.views).offsets
+    offsets, random = views.numpy(), np.random.default_rng(0)
+    height, width = (n * case.patch for n in case.grid)
+
+    def draw(*shape: int) -> jax.Array:
+        return jnp.asarray(random.standard_normal(shape, np.float32), case.dtype)
+
+    if case.op == "shift":
+        image = draw(1, 3, height, width)
+        by_name = {OURS: lambda x: srt.shift(x, offsets)}
+        by_name |= {f.__name__: partial(f, offsets=offsets) for f in other.SHIFTS}
+        exact = torch.from_numpy(np.array(image))
+        return Programs((image,), by_name, lambda: srt_ext.reference.shift(exact, views).numpy())
+
+    tokens = draw(len(offsets), 1, case.grid[0] * case.grid[1], case.channels)
+    tables = other.Tables(offsets, case.grid, case.patch, case.stride)
+    reduce = "median" if case.op == "median" else "mean"
+    place: Any = (case.grid, (case.patch, case.patch))
+    modes: Any = {"reduce": reduce, "stride": case.stride}
+
+    def ours(tokens: jax.Array) -> jax.Array:
+        return srt.ensemble(tokens, offsets, *place, **modes).transpose(0, 2, 3, 1)
+
+    def reference() -> np.ndarray:
+        exact = torch.from_numpy(np.array(tokens[..., :8], np.float64))
+        return srt_ext.reference.ensemble(exact, views, *place, **modes).movedim(1, 3).numpy()
+
+    formulas = other.MEDIANS if reduce == "median" else other.MEANS
+    outer = other.median if reduce == "median" else other.mean
+    by_name = {OURS: ours, **{f.__name__: partial(outer, f, tables) for f in formulas}}
+    if case.op != "gradient":
+        return Programs((tokens,), by_name, reference)
+    cells = draw(1, height // case.stride, width // case.stride, case.channels)
+    gradients = {
+        name: lambda tokens, cells, field=field: jax.vjp(field, tokens)[1](cells)[0]
+        for name, field in by_name.items()
+    }
+    return Programs((tokens, cells), gradients, None)
+
+
+def wrong(found: np.ndarray, expected: np.ndarray, dtype: str) -> float | None:
+    """The largest error relative to the largest value, if it exceeds the tolerance."""
+    error = np.abs(found - expected).max() / np.abs(expected).max()
+    return None if error <= TOLERANCE[dtype] else float(error)
+
+
+def measure(case: Case, rounds: int) -> dict[str, Any]:
+    arguments, by_name, reference = programs(case)
+    calls: dict[str, Callable[[], jax.Array]] = {}
+    errors: dict[str, float] = {}
+    expected = None
+    for name, program in by_name.items():
+        calls[name] = partial(jax.jit(program), *arguments)
+        found = np.asarray(calls[name](), np.float32)
+        error = None if expected is None else wrong(found, expected, case.dtype)
+        if expected is None:
+            expected = found  # of srt_ext
+            if reference is not None:
+                exact = reference()
+                error = wrong(found[..., : exact.shape[-1]], exact, case.dtype)
+        if error is not None:
+            errors[name] = error
+            del calls[name]
+    calls[FILL] = jax.jit(partial(jnp.full, expected.shape, 1, case.dtype))
+    jax.block_until_ready(calls[FILL]())
+    readings: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(rounds):
+        for name, call in calls.items():
+            if i > 0 and readings[name][0] > (5e6 if i < 3 else 5e5):
+                continue  # slow calls: three readings, very slow ones: one
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            readings[name].append(1e6 * (time.perf_counter() - start))
+    timed = {name: {**quartiles(us), "readings": len(us)} for name, us in readings.items()}
+    return {"case": case._asdict(), "text": case.text(), "calls": timed, "wrong": errors}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Times, and the times of the fastest formulation and of a fill over the time of srt_ext."""
+    lines = []
+    for row in rows:
+        us = {name: entry["median"] for name, entry in row["calls"].items()}
+        fill, ours = us.pop(FILL), us.pop(OURS)
+        best = min(us, key=us.__getitem__)
+        others = ", ".join(f"{name} {milliseconds(t)}" for name, t in us.items())
+        ratios = (number(us[best] / ours, " x"), number(ours / fill, " x"))
+        lines.append([row["text"], milliseconds(fill), milliseconds(ours), others, best, *ratios])
+    head = ["", "fill", "srt_ext", "pure JAX", "fastest", "fastest / srt_ext", "srt_ext / fill"]
+    return markdown(head, lines)
+
+
+def main(
+    rounds: Annotated[int, typer.Option(help="Readings per call.")] = 9,
+    results: Annotated[Path, typer.Option(help="Folder for the JSON and its table.")] = RESULTS,
+    tiny: Annotated[bool, typer.Option(help="Tiny shapes, to test the code.")] = False,
+) -> None:
+    """Measure, write the JSON after every row, print the table."""
+    found: dict[str, Any] = {"machine": {**machine(), "jax": jax.__version__}, "unit": "us"}
+    found["rows"] = []
+    for case in tiny_cases() if tiny else cases():
+        found["rows"].append(measure(case, rounds))
+        save(found, results / "jax.json")
+        (results / "jax.md").write_text(table(found["rows"]) + "\n")
+    print(table(found["rows"]))
+    errors = [f"{row['text']}: {row['wrong']}" for row in found["rows"] if row["wrong"]]
+    if errors:
+        print("WRONG:", *errors, sep="\n")
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
