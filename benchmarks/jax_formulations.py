@@ -6,7 +6,6 @@ tables are constants of the program.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 
@@ -128,11 +127,12 @@ def scale_and_translate(maps: jax.Array, tables: Tables) -> jax.Array:
     def add(total: jax.Array, view: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         scale, shift = jnp.full(2, patch), -view[1]
         warp = partial(jax.image.scale_and_translate, method="linear", antialias=False)
-        pixels = warp(view[0], size, (1, 2), scale, shift)
-        cells = pixels.reshape(batch, size[1] // stride, stride, -1, stride, channels)
-        return total + (pixels if stride == 1 else cells.sum((2, 4))), None
+        return total + warp(view[0], size, (1, 2), scale, shift), None
 
-    return _scan(add, (maps, jnp.asarray(tables.offsets)), maps, tables)
+    pixels = lax.scan(add, jnp.zeros(size), (maps, jnp.asarray(tables.offsets)))[0]
+    if stride == 1:
+        return pixels
+    return pixels.reshape(batch, size[1] // stride, stride, -1, stride, channels).sum((2, 4))
 
 
 def _scan(add: Program, views: tuple[jax.Array, ...], maps: jax.Array, tables: Tables) -> jax.Array:
@@ -198,21 +198,16 @@ def median(order: Program, tables: Tables, tokens: jax.Array) -> jax.Array:
 MEDIANS = (min_max_network, sort)
 
 
-def slices(image: jax.Array, offsets: np.ndarray) -> jax.Array:
-    """image [B, C, H, W] -> views [V, B, C, H, W]: pads once, then stacks blended slices."""
-    margin = int(np.abs(offsets).max()) + 1
-    padded = jnp.pad(image, ((0, 0), (0, 0), (margin, margin), (margin, margin)), mode="reflect")
+def dynamic_slices(image: jax.Array, offsets: np.ndarray) -> jax.Array:
+    """image [B, C, H, W], whole-pixel offsets -> [V, B, C, H, W]: pads once, then slices."""
+    margin = int(np.abs(offsets).max())
+    pads = ((0, 0), (0, 0), (margin, margin), (margin, margin))
+    padded = jnp.pad(image, pads, mode="reflect")
 
-    def blend(x: jax.Array, d: float, axis: int) -> jax.Array:
-        first, size = margin + math.floor(-d), image.shape[axis]
-        near = lax.slice_in_dim(x, first, first + size, axis=axis)
-        fraction = -d - math.floor(-d)
-        if fraction == 0:
-            return near
-        far = lax.slice_in_dim(x, first + 1, first + 1 + size, axis=axis)
-        return near + fraction * (far - near)
+    def view(start: jax.Array) -> jax.Array:
+        return lax.dynamic_slice(padded, (0, 0, start[0], start[1]), image.shape)
 
-    return jnp.stack([blend(blend(padded, dy, 2), dx, 3) for dy, dx in offsets.tolist()])
+    return jax.vmap(view)(jnp.asarray(margin - offsets, jnp.int32))
 
 
 def map_coordinates(image: jax.Array, offsets: np.ndarray) -> jax.Array:
@@ -227,4 +222,4 @@ def map_coordinates(image: jax.Array, offsets: np.ndarray) -> jax.Array:
     return jax.vmap(over_channels, (None, 0))(image, jnp.asarray(offsets))
 
 
-SHIFTS = (slices, map_coordinates)
+SHIFTS = (dynamic_slices, map_coordinates)

@@ -1,9 +1,9 @@
 """``python -m benchmarks.jax_programs``: srt_ext.jax and pure-JAX formulations under ``jax.jit``.
 
-All programs of a row run in one process, in turn, on the CPU; the tables show medians. The result
+All programs of a row run in one process, in turn, on the CPU; tables show medians. The result
 of srt_ext is compared with the float64 reference in 8 channels, and the results of the others with
 srt_ext in full, before they are timed. Fields are [B, H', W', C], the fastest layout of every
-program. Writes results/jax.json and its table, results/jax.md.
+program. Writes results/jax.json and its tables, results/jax.md.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -87,7 +88,7 @@ def programs(case: Case) -> Programs:
         return Programs((image,), by_name, lambda: srt_ext.reference.shift(exact, views).numpy())
 
     tokens = draw(len(offsets), 1, case.grid[0] * case.grid[1], case.channels)
-    tables = other.Tables(offsets, case.grid, case.patch, case.stride)
+    axes = other.Tables(offsets, case.grid, case.patch, case.stride)
     reduce = "median" if case.op == "median" else "mean"
     place: Any = (case.grid, (case.patch, case.patch))
     modes: Any = {"reduce": reduce, "stride": case.stride}
@@ -101,7 +102,7 @@ def programs(case: Case) -> Programs:
 
     formulas = other.MEDIANS if reduce == "median" else other.MEANS
     outer = other.median if reduce == "median" else other.mean
-    by_name = {OURS: ours, **{f.__name__: partial(outer, f, tables) for f in formulas}}
+    by_name = {OURS: ours, **{f.__name__: partial(outer, f, axes) for f in formulas}}
     if case.op != "gradient":
         return Programs((tokens,), by_name, reference)
     cells = draw(1, height // case.stride, width // case.stride, case.channels)
@@ -143,39 +144,44 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
             if i > 0 and readings[name][0] > (5e6 if i < 3 else 5e5):
                 continue  # slow calls: three readings, very slow ones: one
             start = time.perf_counter()
-            jax.block_until_ready(call())
+            result = jax.block_until_ready(call())
             readings[name].append(1e6 * (time.perf_counter() - start))
+            del result  # after the clock
     timed = {name: {**quartiles(us), "readings": len(us)} for name, us in readings.items()}
     return {"case": case._asdict(), "text": case.text(), "calls": timed, "wrong": errors}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Times, and the times of the fastest formulation and of a fill over the time of srt_ext."""
-    lines = []
-    for row in rows:
-        us = {name: entry["median"] for name, entry in row["calls"].items()}
-        fill, ours = us.pop(FILL), us.pop(OURS)
-        best = min(us, key=us.__getitem__)
-        others = ", ".join(f"{name} {milliseconds(t)}" for name, t in us.items())
-        ratios = (number(us[best] / ours, " x"), number(ours / fill, " x"))
-        lines.append([row["text"], milliseconds(fill), milliseconds(ours), others, best, *ratios])
-    head = ["", "fill", "srt_ext", "pure JAX", "fastest", "fastest / srt_ext", "srt_ext / fill"]
-    return markdown(head, lines)
+def tables(rows: list[dict[str, Any]]) -> str:
+    """A table for each set of programs; ratios compare srt_ext with the fastest and with a fill."""
+    found = []
+    for names, group in groupby(rows, lambda row: tuple(row["calls"])):
+        others = [name for name in names if name not in (OURS, FILL)]
+        lines = []
+        for row in group:
+            us = {name: entry["median"] for name, entry in row["calls"].items()}
+            times = [milliseconds(us[name]) for name in (FILL, OURS, *others)]
+            fastest = min(us[name] for name in others)
+            ratios = (number(fastest / us[OURS], " x"), number(us[OURS] / us[FILL], " x"))
+            lines.append([row["text"], *times, *ratios])
+        columns = [name.replace("_", " ") for name in others]
+        ratios = ("fastest / srt_ext", "srt_ext / fill")
+        found.append(markdown(["", FILL, OURS, *columns, *ratios], lines))
+    return "\n\n".join(found) + "\n"
 
 
 def main(
     rounds: Annotated[int, typer.Option(help="Readings per call.")] = 9,
-    results: Annotated[Path, typer.Option(help="Folder for the JSON and its table.")] = RESULTS,
+    results: Annotated[Path, typer.Option(help="Folder for the JSON and its tables.")] = RESULTS,
     tiny: Annotated[bool, typer.Option(help="Tiny shapes, to test the code.")] = False,
 ) -> None:
-    """Measure, write the JSON after every row, print the table."""
+    """Measure, write the JSON after every row, print the tables."""
     found: dict[str, Any] = {"machine": {**machine(), "jax": jax.__version__}, "unit": "us"}
     found["rows"] = []
     for case in tiny_cases() if tiny else cases():
         found["rows"].append(measure(case, rounds))
         save(found, results / "jax.json")
-        (results / "jax.md").write_text(table(found["rows"]) + "\n")
-    print(table(found["rows"]))
+        (results / "jax.md").write_text(tables(found["rows"]))
+    print(tables(found["rows"]))
     errors = [f"{row['text']}: {row['wrong']}" for row in found["rows"] if row["wrong"]]
     if errors:
         print("WRONG:", *errors, sep="\n")
