@@ -8,6 +8,8 @@ program. Writes results/jax.json and its tables, results/jax.md.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -26,6 +28,7 @@ import srt_ext.jax as srt
 from benchmarks import jax_formulations as other
 from benchmarks.common import RESULTS, machine, quartiles, save
 from benchmarks.report import markdown, milliseconds, number
+from benchmarks.suite import M_MMAP_THRESHOLD
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2**-7}  # relative to the largest value of a result
 FILL, OURS = "fill", "srt_ext"
@@ -177,6 +180,8 @@ def main(
     """Measure, write the JSON after every row, print the tables."""
     found: dict[str, Any] = {"machine": {**machine(), "jax": jax.__version__}, "unit": "us"}
     found["rows"] = []
+    if sys.platform.startswith("linux"):  # new memory for every result, as in suite.py
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
     for case in tiny_cases() if tiny else cases():
         found["rows"].append(measure(case, rounds))
         save(found, results / "jax.json")
