@@ -1,4 +1,4 @@
-"""``python -m benchmarks.jax_programs``: srt_ext.jax and pure-JAX formulations under ``jax.jit``.
+"""``python -m benchmarks.jax``: srt_ext.jax and pure-JAX formulations under ``jax.jit``.
 
 All programs of a row run in one process, in turn, on the CPU; tables show medians. The result
 of srt_ext is compared with the float64 reference in 8 channels, and the results of the others with
@@ -25,7 +25,7 @@ import typer
 
 import srt_ext
 import srt_ext.jax as srt
-from benchmarks import jax_formulations as other
+from benchmarks import jax_peers as other
 from benchmarks.common import RESULTS, machine, quartiles, save
 from benchmarks.report import markdown, milliseconds, number
 from benchmarks.suite import M_MMAP_THRESHOLD
