@@ -1,14 +1,15 @@
 """``python -m benchmarks.jax``: srt_ext.jax and pure-JAX formulations under ``jax.jit``.
 
-All programs of a row run in one process, in turn, on the CPU; tables show medians. The result
-of srt_ext is compared with the float64 reference in 8 channels, and the results of the others with
-srt_ext in full, before they are timed. Fields are [B, H', W', C], the fastest layout of every
-program. Writes results/jax.json and its tables, results/jax.md.
+All programs of a row run in one process, on the CPU, once per round in random order; tables show
+medians. Before they are timed, the result of srt_ext is compared with the float64 reference in 8
+channels (gradients: not), and the results of the others with srt_ext in full. Fields are
+[B, H', W', C], the fastest layout of every program. Writes results/jax.json and results/jax.md.
 """
 
 from __future__ import annotations
 
 import ctypes
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -77,11 +78,11 @@ class Programs(NamedTuple):
 
 def programs(case: Case) -> Programs:
     views = srt_ext.views.parse(case.views).offsets
-    offsets, random = views.numpy(), np.random.default_rng(0)
+    offsets, rng = views.numpy(), np.random.default_rng(0)
     height, width = (n * case.patch for n in case.grid)
 
     def draw(*shape: int) -> jax.Array:
-        return jnp.asarray(random.standard_normal(shape, np.float32), case.dtype)
+        return jnp.asarray(rng.standard_normal(shape, np.float32), case.dtype)
 
     if case.op == "shift":
         image = draw(1, 3, height, width)
@@ -142,12 +143,14 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
     calls[FILL] = jax.jit(partial(jnp.full, expected.shape, 1, case.dtype))
     jax.block_until_ready(calls[FILL]())
     readings: dict[str, list[float]] = {name: [] for name in calls}
+    order, shuffle = list(calls), random.Random(0).shuffle
     for i in range(rounds):
-        for name, call in calls.items():
+        shuffle(order)  # because a call is slower after one that frees much memory
+        for name in order:
             if i > 0 and readings[name][0] > (5e6 if i < 3 else 5e5):
                 continue  # slow calls: three readings, very slow ones: one
             start = time.perf_counter()
-            result = jax.block_until_ready(call())
+            result = jax.block_until_ready(calls[name]())
             readings[name].append(1e6 * (time.perf_counter() - start))
             del result  # after the clock
     timed = {name: {**quartiles(us), "readings": len(us)} for name, us in readings.items()}
