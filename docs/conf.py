@@ -52,7 +52,7 @@ copybutton_exclude = ".linenos, .gp, .go"
 # Cross references within srt_ext are checked. Those to other projects are not: their inventories
 # would have to be downloaded, and the site builds without a network.
 nitpick_ignore_regex = [
-    ("py:.*", r"(collections|nn|np|numpy|os|pathlib|pyarrow|torch|typing)\..*"),
+    ("py:.*", r"(collections|jax|nn|np|numpy|os|pathlib|pyarrow|torch|typing)\..*"),
     # The sizes and dtypes in "[B, N], int64:" of a property; type variables and bases of streams.
     ("py:class", r"[A-Z]|int64|Path|srt_ext\.streaming\.(A|N|\w*Stream)"),
 ]
