@@ -381,6 +381,23 @@ def test_shards_of_the_batch(traced: bool) -> None:
     assert_same(of(sharded)(*args), of(function)(*args))
 
 
+@pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="needs jax.set_mesh")
+def test_arrays_whose_type_is_sharded() -> None:
+    """They are gathered first; the gradient has the type of the tokens."""
+    function, tokens = linear("mean")
+    energy = lambda t: jnp.square(function(t)).sum()  # noqa: E731
+    expected = jax.grad(energy)(tokens)
+    explicit = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(explicit):
+        sharding = jax.sharding.NamedSharding(explicit, P(None, "d"))
+        sharded = jax.device_put(tokens, sharding)
+        assert_same(function(sharded), function(tokens))
+        for grad in (jax.grad(energy), jax.jit(jax.grad(energy))):
+            found = grad(sharded)
+            assert jax.typeof(found) == jax.typeof(sharded)
+            assert_same(found, expected)
+
+
 @pytest.mark.parametrize("border", ["coverage", "zeros"])
 def test_shards_of_the_views(border: str) -> None:
     """Also the gradient, and cells that no view covers."""
@@ -391,7 +408,7 @@ def test_shards_of_the_views(border: str) -> None:
 
     def mean(t: Any, o: Any, w: Any) -> Any:
         total, count = jax.lax.psum(srt.mean_sums(t, o, *place, w, **modes), "d")
-        return jnp.where(count > 0, total / jnp.where(count > 0, count, 1), 0)
+        return jnp.where(count == 0, 0, total / jnp.where(count == 0, 1, count))
 
     specs = {"in_specs": (P("d"), P("d"), P("d")), "out_specs": P()}
     sharded = jax.jit(jax.shard_map(mean, mesh=mesh(), **specs))
@@ -405,6 +422,31 @@ def test_shards_of_the_views(border: str) -> None:
         for f in (sharded, whole)
     ]
     assert_close(*grads, 1e-6)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_wrong_values_in_shards_are_nan(together: bool) -> None:
+    """An error on one device would stop the process, because the others wait for it."""
+    case = replace(STRIDED, offsets=STRIDED.offsets[:4])
+    (tokens, offsets, *place, _), modes = arrays(case.call(case.tokens()))
+
+    def mean(t: Any, o: Any) -> Any:
+        if not together:
+            return srt.ensemble(t, o, *place, **modes)[None]
+        total, count = jax.lax.psum(srt.mean_sums(t, o, *place, **modes), "d")
+        return jnp.where(count == 0, 0, total / jnp.where(count == 0, 1, count))
+
+    specs = {"in_specs": (P("d"), P("d")), "out_specs": P() if together else P("d")}
+    sharded = jax.jit(jax.shard_map(mean, mesh=mesh(), **specs))
+    right = sharded(tokens, offsets)
+    assert jnp.isfinite(right).all()
+    offsets[2, 1] = np.nan
+    field = sharded(tokens, offsets)
+    if together:
+        assert jnp.isnan(field).all()
+    else:
+        assert jnp.isnan(field[2]).all()
+        assert_same(np.delete(field, 2, 0), np.delete(right, 2, 0))
 
 
 def test_donated_buffers() -> None:
@@ -561,6 +603,21 @@ def test_arrays_of_other_libraries_raise() -> None:
             srt.ensemble(**call(tokens=tokens))
     with pytest.raises(TypeError, match="offsets must be float32 or float64; got int32"):
         srt.ensemble(**call(offsets=jnp.zeros((2, 2), jnp.int32)))
+
+
+def test_weights_of_sums_are_of_moderate_size() -> None:
+    """The sums are float32."""
+    for weight in (2.0**-61, 2.0**61):
+        with pytest.raises(ValueError, match=r"weights must be 0 or between 2\^-60 and 2\^60"):
+            srt.mean_sums(**call(weights=[1, weight]))
+    total, count = srt.mean_sums(**call(weights=[2.0**60, 0]))
+    assert (total == count).all()
+
+
+def test_a_tracer_in_a_sequence_raises() -> None:
+    rule = r"offsets must not be sequences that contain arrays of the program; use jnp.array"
+    with pytest.raises(TypeError, match=f"srt::ensemble: {rule}"):
+        jax.jit(lambda d: srt.ensemble(**call(offsets=[(0, d), (1, 0)])))(1.0)
 
 
 def test_a_median_of_parts_of_the_views_raises() -> None:

@@ -90,12 +90,26 @@ def test_the_numpy_module_does_not_depend_on_torch() -> None:
     assert not re.search("torch|cuda", output_of("ldd", str(NUMPY)))
 
 
+@pytest.mark.parametrize("name", ["_xla.so", "_xla_cuda.so"])
+def test_libraries_for_jax_need_neither_torch_nor_python(name: str) -> None:
+    library = PACKAGE / name
+    if not library.exists():
+        pytest.skip("srt_ext.jax was not built")
+    symbols = undefined_symbols(library)
+    assert any(symbol.startswith("memcpy") for symbol in symbols)
+    assert [s for s in symbols if re.search(r"torch|\bat::|\bc10::|caffe2|^_?Py", s)] == []
+    assert not re.search(
+        "torch|python|xla", output_of("ldd", str(library)).replace(str(library), "")
+    )
+
+
 @pytest.mark.parametrize(
     ("folder", "foreign", "beside"),
     [
         ("srt", r"torch|ATen|c10|Python\.h|pybind11|numpy", "srt"),
         ("numpy", r"torch|ATen|c10", "srt"),
         ("torch", r"Python\.h|pybind11|numpy", "srt"),
+        ("xla", r"torch|ATen|c10|Python\.h|pybind11|numpy", "srt"),
     ],
 )
 def test_dependencies_point_one_way(folder: str, foreign: str, beside: str) -> None:
@@ -284,6 +298,8 @@ BROKEN_NUMPY = {f"srt_ext/{NUMPY and NUMPY.name}": BROKEN}
         ("_C_cuda.so", {"srt_ext/_C_cuda.so": BROKEN}, "", USE_CUDA, "cannot be loaded"),
         ("*.so", {}, NO_TORCH, USE_NUMPY, "does not contain _numpy."),
         ("*.so", {f"srt_ext/{OTHER}": ""}, NO_TORCH, USE_NUMPY, f"for another Python: {OTHER}"),
+        ("*.so", {}, NO_TORCH, "import srt_ext.jax", "_xla.so does not exist"),
+        ("*.so", {"srt_ext/_xla.so": BROKEN}, NO_TORCH, "import srt_ext.jax", "cannot be loaded"),
         ("*.so", BROKEN_NUMPY, NO_TORCH, USE_NUMPY, "srt_ext._numpy cannot be loaded"),
         (None, {}, NO_TORCH, "srt_ext.dlpack", "srt_ext.dlpack is not available"),
         (None, {}, NO_TORCH, "import srt_ext.dlpack", "srt_ext.dlpack is not available"),

@@ -316,3 +316,13 @@ OFFSETS = torch.zeros(2, 2)
 def test_wrong_arguments(call: Callable[[], Any], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         call()
+
+
+@pytest.mark.parametrize("unit", [1e-60, 1e-40, 1e39, 1e60])
+def test_only_ratios_of_weights_matter(unit: float) -> None:
+    """Also for weights outside the range of float32."""
+    case = replace(samples.ENSEMBLES["weights"], value_dtype=torch.float64)
+    (tokens, offsets, grid, patch, weights), modes = case.call(case.tokens())
+    module = Ensemble(offsets, grid, patch, weights * unit, **modes)
+    expected = srt_ext.ensemble(tokens, offsets, grid, patch, weights, **modes)
+    torch.testing.assert_close(module(tokens), expected, rtol=0, atol=1e-5)

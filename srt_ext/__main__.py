@@ -51,16 +51,18 @@ def main() -> None:
         from . import __version__
         from ._library import unavailable
 
-        try:
-            import_module("srt_ext.numpy")
-            arrays = "srt_ext.numpy is available"
-        except ImportError as reason:
-            arrays = str(reason)
+        others = []
+        for name in ("srt_ext.numpy", "srt_ext.jax"):
+            try:
+                import_module(name)
+                others.append(f"{name} is available")
+            except ImportError as reason:
+                others.append(f"{reason}".replace("No module named", f"{name}: no module named"))
         sys.exit(
             f"srt-ext: the command needs packages that are not installed ({error}). Run "
             f"pip install 'srt_ext[models]'\nsrt_ext {__version__}: "
             + (f"no torch ops: {unavailable}" if unavailable else "torch.ops.srt is available")
-            + f"\n{arrays}"
+            + "".join(f"\n{line}" for line in others)
         )
     try:
         app()

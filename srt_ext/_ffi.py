@@ -33,6 +33,8 @@ _HANDLERS = (
 
 _PARTS = ("MAJOR", "MINOR")
 
+platforms: list[str] = []  # with registered handlers: cpu, CUDA
+
 
 # ---- the libraries -------------------------------------------------------------------------------
 
@@ -64,6 +66,14 @@ def _check_interface(ours: tuple[int, int], theirs: tuple[int, int]) -> None:
         )
 
 
+def _opened(path: Path) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        reason = f"srt_ext.jax is not available: {path} cannot be loaded: {error}"
+        raise ImportError(reason) from error
+
+
 def _load() -> ctypes.CDLL:
     """Registers the handlers and returns the library with the checks."""
     path = Path(__file__).with_name("_xla.so")
@@ -74,7 +84,7 @@ def _load() -> ctypes.CDLL:
             "or run pip install -e . in the clone), or jaxlib was not found during the build "
             "(pip install -v . prints the reason)"
         )
-    library = ctypes.CDLL(str(path))
+    library = _opened(path)
     ours = ctypes.c_int64(), ctypes.c_int64()
     library.srt_interface_version(*map(ctypes.byref, ours))
     _check_interface((ours[0].value, ours[1].value), _interface_of_jaxlib())
@@ -82,11 +92,12 @@ def _load() -> ctypes.CDLL:
     libraries = {"cpu": library}
     path = path.with_name("_xla_cuda.so")
     if path.exists():
-        libraries["CUDA"] = ctypes.CDLL(str(path))
+        libraries["CUDA"] = _opened(path)
     for platform, handlers in libraries.items():
         for name in _HANDLERS:
             handler = capsule(getattr(handlers, f"srt_{name}"))
             jax.ffi.register_ffi_target(f"srt_{name}", handler, platform=platform)
+        platforms.append(platform)
     return library
 
 
@@ -153,6 +164,17 @@ def _cast(array: jax.Array, axes: tuple[Any, ...]) -> jax.Array:
     return cast(jax.Array, lax.pvary(array, axes))  # until jax 0.8
 
 
+def gathered(array: jax.Array) -> jax.Array:
+    """The array on every device, if its type is sharded (``AxisType.Explicit``)."""
+    sharding: Any = jax.typeof(array).sharding
+    if all(axes is None for axes in sharding.spec):
+        return array
+    module: Any = jax if hasattr(jax, "reshard") else jax.sharding  # until jax 0.7
+    reshard = module.reshard
+    spec: Any = PartitionSpec  # untyped
+    return cast(jax.Array, reshard(array, NamedSharding(sharding.mesh, spec())))
+
+
 def same_axes(*arrays: jax.Array) -> list[jax.Array]:
     """The arrays, all varying along the same manual axes of ``jax.shard_map``."""
     every = frozenset().union(*map(_varying, arrays))
@@ -175,6 +197,7 @@ def call_handler(
         spec: Any = PartitionSpec  # untyped
         sharding = NamedSharding(kind.sharding.mesh, spec())
         manual = {"sharding": sharding, parameter: getattr(kind, own)}
+        attributes = {**attributes, "sharded": 1}
     result_type: Any = jax.ShapeDtypeStruct  # untyped
     described = [result_type(shape, dtype, **manual) for shape, dtype in results]
     return list(jax.ffi.ffi_call(f"srt_{handler}", described)(*operands, **attributes))

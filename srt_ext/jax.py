@@ -30,7 +30,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from numpy.typing import NDArray
 
-from ._ffi import batched, call_handler, check, described, same_axes
+from ._ffi import batched, call_handler, check, described, gathered, same_axes
 from ._validation import MAX_WINDOWS, check_numbers, check_pair, check_words, wrong
 from .options import Border, Interpolation, Padding, Pair, Reduce, Stride, Upsample
 
@@ -45,7 +45,7 @@ Numbers: TypeAlias = jax.Array | NDArray[np.float32] | NDArray[np.float64] | Seq
 def _data(where: str, name: str, value: object) -> jax.Array:
     """Converts tokens or an image to an array of JAX."""
     if isinstance(value, jax.Array):
-        return value
+        return gathered(value)
     if not isinstance(value, np.ndarray) or hasattr(value, "mask"):
         rule = f"{name} must be a jax.Array or a numpy.ndarray without a mask"
         raise wrong(TypeError, where, rule, type(value).__name__)
@@ -54,7 +54,14 @@ def _data(where: str, name: str, value: object) -> jax.Array:
 
 def _numbers(where: str, name: str, value: object, *limits: Any) -> Any:
     """Returns an array of the program as it is, and constants as a float64 array of NumPy."""
-    return value if isinstance(value, jax.Array) else check_numbers(where, name, value, *limits)
+    if isinstance(value, Sequence) and any(
+        isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value)
+    ):
+        rule = f"{name} must not be sequences that contain arrays of the program; use jnp.array"
+        raise wrong(TypeError, where, rule, "a tracer in a sequence")
+    if isinstance(value, jax.Array):
+        return gathered(value)
+    return check_numbers(where, name, value, *limits)
 
 
 # ---- calls of the handlers -----------------------------------------------------------------------
@@ -509,7 +516,7 @@ def _mean_sums(static: _Ensemble, tokens: jax.Array, numbers: _Arrays) -> list[j
         shape = static.field(tokens.shape[1], tokens.shape[3])
         results = [(shape, dtype), (shape[1:3], dtype)]
         mean, count = static.call("mean_weight", (tokens, *rest), results)
-        return [jnp.where(count > 0, _channels_first(mean) * count, 0), count]
+        return [jnp.where(count == 0, 0, _channels_first(mean) * count), count]
 
     dims = (1, *[None] * len(numbers))
     return batched(call, dims, (0, None), tokens, *_values(numbers))
@@ -787,14 +794,14 @@ def mean_sums(
     """Computes the sum and the count of a mean, for views that are spread over devices.
 
     Each device calls this function for its views. The sums of both results over all devices
-    (``jax.lax.psum``) yield the mean over all views: ``sum / count`` where the count is not 0.
+    (``jax.lax.psum``) yield the mean over all views: ``sum / count``, and 0 where the count is 0.
 
     Args:
         tokens: [V, B, N, C], the views of this device, as for :func:`ensemble`.
         offsets: [V, 2], (dy, dx) in pixels, as for :func:`ensemble`.
         grid: (h, w), the number of tokens along y and x.
         patch: (Ph, Pw), pixels per token.
-        weights: [V] or None, as for :func:`ensemble`. Each weight is 0 or between 2^-500 and 2^500.
+        weights: [V] or None, as for :func:`ensemble`. Each weight is 0 or between 2^-60 and 2^60.
         reduce: must be ``mean``. A median cannot be combined from parts of the views.
         upsample: as for :func:`srt_ext.ensemble`.
         border: as for :func:`srt_ext.ensemble`.

@@ -352,6 +352,7 @@ def _tables(
     offsets: torch.Tensor, weights: torch.Tensor, grid: Any, patch: Any, stride: Any, modes: Any
 ) -> dict[str, torch.Tensor | None]:
     """The buffers of :class:`Ensemble`, in float64 and int64."""
+    weights = weights / (weights.max() if weights.max() > 0 else 1)  # only ratios matter
     counted = weights.nonzero()[:, 0]  # views of weight 0 are not read
     counted = counted if len(counted) else weights.argsort()
     order = counted[offsets[counted, 1].argsort(stable=True)]

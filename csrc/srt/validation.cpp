@@ -147,7 +147,8 @@ void check_offsets(const char* op, const std::vector<double>& offsets) {
   }
 }
 
-void check_weights(const char* op, const std::vector<double>& weights, bool stream) {
+// The magnitude of the weights of a stream is between 2^-`bits` and 2^`bits`, if `bits` is not 0.
+void check_weights(const char* op, const std::vector<double>& weights, int bits) {
   const auto got = [&](size_t i) {
     return format_number(weights[i]) + " at [" + std::to_string(i) + "]";
   };
@@ -155,8 +156,12 @@ void check_weights(const char* op, const std::vector<double>& weights, bool stre
   for (size_t i = 0; i < weights.size(); ++i) {
     if (!(weights[i] >= 0) || std::isinf(weights[i]))
       fail(op, "weights must be finite and >= 0", got(i));
-    if (stream && weights[i] != 0 && !(weights[i] >= 0x1p-500 && weights[i] <= 0x1p500))
-      fail(op, "weights must be 0 or between 2^-500 and 2^500", got(i));
+    if (bits > 0 && weights[i] != 0 &&
+        !(weights[i] >= std::ldexp(1.0, -bits) && weights[i] <= std::ldexp(1.0, bits)))
+      fail(op,
+           "weights must be 0 or between 2^-" + std::to_string(bits) + " and 2^" +
+               std::to_string(bits),
+           got(i));
     largest = std::max(largest, weights[i]);
   }
   // Smaller weights would vanish next to the largest in float32, but still count as coverage.
@@ -314,7 +319,8 @@ CheckedEnsemble::CheckedEnsemble(const char* name, const EnsembleInputs& given, 
   check_offsets(op, offsets_);
   if (given.weights) {
     args.weights = take_numbers(op, "weights", *given.weights, tokens, &weights_);
-    check_weights(op, weights_, stream);
+    const bool single = std::string_view(op) == "mean_sums";  // keeps its sums in float32
+    check_weights(op, weights_, !stream ? 0 : single ? 60 : 500);
   }
   args.tokens = tokens.data;
   args.views = shape[0];

@@ -6,7 +6,7 @@
 namespace srt::xla {
 namespace {
 
-// As in srt_ext/jax.py.
+// As in srt_ext/_ffi.py.
 struct Array {
   const char* dtype;  // "float32"; null for None
   int64_t element_size, rank;

@@ -1,6 +1,7 @@
 // The handlers for the CPU, on XLA's thread pool.
 #include <atomic>
 #include <condition_variable>
+#include <cstring>
 #include <memory>
 #include <mutex>
 
@@ -47,7 +48,11 @@ thread_local ffi::ThreadPool* current_pool = nullptr;
 void run(int64_t n, Parallel::Body body, void* context) {
   const auto region = std::make_shared<Region>(n, body, context);
   const int64_t helpers = std::min(n, current_pool->num_threads()) - 1;
-  for (int64_t i = 0; i < helpers; ++i) current_pool->Schedule([region] { region->work(); });
+  try {
+    for (int64_t i = 0; i < helpers; ++i) current_pool->Schedule([region] { region->work(); });
+  } catch (const std::bad_alloc&) {
+    // The caller processes the pieces that no task takes.
+  }
   region->work();
   region->wait();
 }
@@ -69,7 +74,7 @@ struct Cpu {
   void zero(double* weight, const ArrayView& result) const {
     std::fill_n(weight, element_count(result), 0.0);
   }
-  void round(const double* from, const ArrayView& result) const {
+  void round(const char*, const double* from, const ArrayView& result) const {
     if (result.data == from) return;
     std::transform(from, from + element_count(result),
                    static_cast<float*>(const_cast<void*>(result.data)),
@@ -104,12 +109,26 @@ struct Cpu {
   }
 };
 
+// Fills the results with NaN (uint8: 255).
+void fill(ffi::RemainingRets results) {
+  for (size_t i = 0; i < results.size(); ++i) {
+    const ffi::AnyBuffer result = *results.get<ffi::AnyBuffer>(i).value();
+    std::memset(result.untyped_data(), 0xff, result.size_bytes());
+  }
+}
+
 template <void (*handler)(Cpu&, Call)>
 ffi::Error on_pool(ffi::ThreadPool pool, ffi::RemainingArgs operands, ffi::RemainingRets results,
                    ffi::Dictionary attributes) {
   current_pool = &pool;
   Cpu backend{{std::max<int64_t>(1, pool.num_threads()), run}};
-  return error_of([&] { handler(backend, Call("cpu", operands, results, attributes)); });
+  const ffi::Error error =
+      error_of([&] { handler(backend, Call("cpu", operands, results, attributes)); });
+  if (error.errc() != ffi::ErrorCode::kInvalidArgument || !attributes.contains("sharded"))
+    return error;
+  // An error on one of several devices would stop the process: the others would wait for it.
+  fill(results);
+  return ffi::Error::Success();
 }
 
 }  // namespace

@@ -27,7 +27,9 @@ struct Cuda {
   void* workspace(int64_t bytes) const {
     if (bytes == 0) return nullptr;
     const std::optional<void*> memory = scratch.Allocate(static_cast<size_t>(bytes), 256);
-    if (!memory) throw std::bad_alloc();
+    if (!memory)
+      throw std::runtime_error("srt: XLA could not allocate " + std::to_string(bytes) +
+                               " bytes of scratch memory on the GPU");
     return *memory;
   }
 
@@ -39,10 +41,10 @@ struct Cuda {
     const auto bytes = static_cast<size_t>(element_count(result)) * sizeof(double);
     cuda::check("mean_sums", cudaMemsetAsync(weight, 0, bytes, stream));
   }
-  void round(const double* from, const ArrayView& result) const {
+  void round(const char* op, const double* from, const ArrayView& result) const {
     if (result.data == from) return;
     const int64_t n = element_count(result);
-    cuda::launch("jax", round_kernel, div_up(n, kThreads), stream, from, n,
+    cuda::launch(op, round_kernel, div_up(n, kThreads), stream, from, n,
                  static_cast<float*>(const_cast<void*>(result.data)));
   }
 
@@ -109,7 +111,8 @@ ffi::Error on_stream(CUstream_st* stream, ffi::ScratchAllocator scratch,
 
 using namespace srt::xla;
 
-// A call only launches kernels, so XLA may capture it in a CUDA graph.
+// The handlers do not have the trait for CUDA graphs: their scratch memory is freed on return, and
+// a graph would keep its address.
 #define SRT_XLA_HANDLER(name)                                                   \
   SRT_XLA_EXPORT XLA_FFI_Error* srt_##name(XLA_FFI_CallFrame*);                 \
   XLA_FFI_DEFINE_HANDLER_SYMBOL(srt_##name, (on_stream<&Handlers<Cuda>::name>), \
@@ -118,6 +121,5 @@ using namespace srt::xla;
                                     .Ctx<ffi::ScratchAllocator>()               \
                                     .RemainingArgs()                            \
                                     .RemainingRets()                            \
-                                    .Attrs(),                                   \
-                                {ffi::Traits::kCmdBufferCompatible});
+                                    .Attrs());
 SRT_XLA_HANDLERS

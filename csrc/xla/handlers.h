@@ -1,5 +1,5 @@
 // The handlers that XLA calls for the ops of srt_ext.jax, over a Backend that runs the checked
-// calls (cpu.cpp, cuda.cpp). A handler checks its arguments by the same rules as the other
+// calls (cpu.cpp, cuda.cu). A handler checks its arguments by the same rules as the other
 // bindings.
 //
 // Operands are the data, then those of offsets, weights, centers and scale that are arrays of the
@@ -177,7 +177,7 @@ struct Handlers {
     given.checked.set_state({mean, doubles});
     backend.zero(given.checked.args.total_weight, weight);
     backend.ensemble(given, {mean});
-    backend.round(given.checked.args.total_weight, weight);
+    backend.round("mean_sums", given.checked.args.total_weight, weight);
   }
 
   // The gradient of the tokens [V, B, N, C], for that of the mean [B, H', W', C].
@@ -248,8 +248,8 @@ struct Handlers {
     const ArrayView centers = call.result(), scale = call.result();
     double *const of_centers = backend.doubles(centers), *const of_scale = backend.doubles(scale);
     backend.windows_backward_points(checked, places, of_centers, of_scale);
-    backend.round(of_centers, centers);
-    backend.round(of_scale, scale);
+    backend.round("windows", of_centers, centers);
+    backend.round("windows", of_scale, scale);
   }
 
  private:

@@ -75,10 +75,12 @@ def _jax() -> str:
     try:
         import jax
 
+        from .._ffi import platforms
+
         import_module("srt_ext.jax")
     except ImportError as error:
         return "not available: " + str(error).removeprefix("srt_ext.jax is not available: ")
-    return f"jax {jax.__version__}"
+    return f"jax {jax.__version__}, kernels for {' and '.join(platforms)}"
 
 
 def _default_model() -> str:
