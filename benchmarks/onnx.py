@@ -33,7 +33,7 @@ class ChannelsLast(Ensemble):
 
 
 def session_of(module: torch.nn.Module, tokens: torch.Tensor) -> Any:
-    program: Any = torch.onnx.export(module, (tokens,), dynamo=True, verbose=False)
+    program: Any = torch.onnx.export(module.eval(), (tokens,), dynamo=True, verbose=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     # Otherwise its threads are busy while the next call is timed.
