@@ -424,8 +424,9 @@ def test_shards_of_the_views(border: str) -> None:
     assert_close(*grads, 1e-6)
 
 
+@pytest.mark.parametrize("check_vma", [False, True])
 @pytest.mark.parametrize("together", [False, True])
-def test_wrong_values_in_shards_are_nan(together: bool) -> None:
+def test_wrong_values_in_shards_are_nan(together: bool, check_vma: bool) -> None:
     """An error on one device would stop the process, because the others wait for it."""
     case = replace(STRIDED, offsets=STRIDED.offsets[:4])
     (tokens, offsets, *place, _), modes = arrays(case.call(case.tokens()))
@@ -437,7 +438,7 @@ def test_wrong_values_in_shards_are_nan(together: bool) -> None:
         return jnp.where(count == 0, 0, total / jnp.where(count == 0, 1, count))
 
     specs = {"in_specs": (P("d"), P("d")), "out_specs": P() if together else P("d")}
-    sharded = jax.jit(jax.shard_map(mean, mesh=mesh(), **specs))
+    sharded = jax.jit(jax.shard_map(mean, mesh=mesh(), **specs, check_vma=check_vma))
     right = sharded(tokens, offsets)
     assert jnp.isfinite(right).all()
     offsets[2, 1] = np.nan

@@ -197,6 +197,7 @@ def call_handler(
         spec: Any = PartitionSpec  # untyped
         sharding = NamedSharding(kind.sharding.mesh, spec())
         manual = {"sharding": sharding, parameter: getattr(kind, own)}
+    if kind.sharding.mesh.manual_axes:  # inside of jax.shard_map
         attributes = {**attributes, "sharded": 1}
     result_type: Any = jax.ShapeDtypeStruct  # untyped
     described = [result_type(shape, dtype, **manual) for shape, dtype in results]
