@@ -30,9 +30,6 @@ _HANDLERS = (
     "windows_backward_points",
 )
 
-
-_PARTS = ("MAJOR", "MINOR")
-
 platforms: list[str] = []  # with registered handlers: cpu, CUDA
 
 
@@ -43,7 +40,8 @@ def _interface_of_jaxlib() -> tuple[int, int]:
     """The version of XLA's foreign function interface, from the headers of jaxlib."""
     path = Path(jax.ffi.include_dir(), "xla/ffi/api/c_api.h")
     header = path.read_text() if path.exists() else ""
-    major, minor = (re.search(rf"#define XLA_FFI_API_{part} (\d+)", header) for part in _PARTS)
+    major = re.search(r"#define XLA_FFI_API_MAJOR (\d+)", header)
+    minor = re.search(r"#define XLA_FFI_API_MINOR (\d+)", header)
     if major is None or minor is None:
         raise ImportError(
             f"srt_ext.jax is not available: {path} of jaxlib {version.__version__} does not state "
@@ -153,8 +151,8 @@ _MANUAL_AXES = (
 
 def _varying(array: jax.Array) -> frozenset[Any]:
     """The manual axes of ``jax.shard_map`` along which the array varies."""
-    kind = jax.typeof(array)
-    return frozenset(kind.mat.varying if hasattr(kind, "mat") else kind.vma)
+    axes = getattr(jax.typeof(array), _MANUAL_AXES[0])
+    return frozenset(getattr(axes, "varying", axes))
 
 
 def _cast(array: jax.Array, axes: tuple[Any, ...]) -> jax.Array:
@@ -170,9 +168,8 @@ def gathered(array: jax.Array) -> jax.Array:
     if all(axes is None for axes in sharding.spec):
         return array
     module: Any = jax if hasattr(jax, "reshard") else jax.sharding  # until jax 0.7
-    reshard = module.reshard
     spec: Any = PartitionSpec  # untyped
-    return cast(jax.Array, reshard(array, NamedSharding(sharding.mesh, spec())))
+    return cast(jax.Array, module.reshard(array, NamedSharding(sharding.mesh, spec())))
 
 
 def same_axes(*arrays: jax.Array) -> list[jax.Array]:

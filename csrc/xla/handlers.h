@@ -267,7 +267,7 @@ struct Handlers {
   }
 };
 
-// Runs `handler` and returns its exceptions as errors of XLA.
+// Runs `body` and returns its exceptions as errors of XLA.
 template <class Body>
 ffi::Error error_of(Body&& body) {
   try {
