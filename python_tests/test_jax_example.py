@@ -29,6 +29,7 @@ def example() -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_jax_example_runs(example: ModuleType) -> None:
     env = {"PYTHONPATH": str(Path(srt_ext.__file__).parents[1])}
     printed = run_python(FILE, env=env, timeout=120).stdout
@@ -37,7 +38,7 @@ def test_jax_example_runs(example: ModuleType) -> None:
     np.testing.assert_array_equal(example.OFFSETS, best.offsets)
 
 
-@pytest.mark.parametrize("weights", ["small", "random"])
+@pytest.mark.parametrize("weights", ["small", pytest.param("random", marks=pytest.mark.slow)])
 def test_jax_example_equals_torch(example: ModuleType, weights: str) -> None:
     """With the weights of the example, and with those of a timm ViT of another size."""
     if weights == "small":

@@ -166,6 +166,7 @@ def test_ensembles_are_exported() -> None:
             torch.testing.assert_close(result, srt_ext.ensemble(*args, **modes), **PRECISION)
 
 
+@pytest.mark.slow  # test_srt_is_exported has shifts, too
 def test_shifts_are_exported() -> None:
     """All paddings and interpolations, for any batch."""
     cases = list(samples.SHIFTS.values())
@@ -226,7 +227,7 @@ def leaves(outputs: Any) -> list[torch.Tensor]:
     return [x for x in torch.utils._pytree.tree_leaves(outputs) if x is not None]
 
 
-FAST = ("weights, layers", "mirrored")
+FAST = ("weights, layers",)
 NAMES = [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in SETTINGS]
 
 
