@@ -470,6 +470,18 @@ def test_donated_buffers() -> None:
     assert_same(same, image)
 
 
+def test_donated_shards_in_bfloat16() -> None:
+    image = jax.random.normal(jax.random.key(0), (8, 3, 9, 11), jnp.bfloat16)
+    function = lambda x: srt.shift(x, [(1.5, -2)])[0]  # noqa: E731
+    specs = {"in_specs": P("d"), "out_specs": P("d")}
+    program = jax.jit(jax.shard_map(function, mesh=mesh(), **specs), donate_argnums=0)
+    given = jax.device_put(jnp.array(image), jax.sharding.NamedSharding(mesh(), P("d")))
+    shifted = program(given)
+    assert given.is_deleted()
+    assert len(shifted.sharding.device_set) == 4
+    assert_same(shifted, function(image))
+
+
 def test_memory_does_not_grow_with_the_views() -> None:
     """A program allocates the field and no pixel maps of single views."""
     tokens = jax.ShapeDtypeStruct((64, 1, 64, 32), jnp.float32)
