@@ -192,7 +192,11 @@ def gradients(case: Case, data: torch.Tensor, ours: Any, theirs: Any, *names: in
 
 
 @pytest.mark.parametrize("reduce", REDUCES)
-@pytest.mark.parametrize("name", ["real", "weights", "stride", "circular", "beyond"])
+@pytest.mark.parametrize(
+    "name",
+    ["real", "weights", "stride"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("circular", "beyond")],
+)
 def test_gradients_of_ensembles(name: str, reduce: str) -> None:
     case = replace(ENSEMBLES[name], channels=5, value_dtype=torch.float32).fit(reduce)
     names = (0, 4) if case.weights else (0,)
@@ -252,7 +256,9 @@ def linear(name: str) -> tuple[Callable[[Any], Any], Any]:
     return lambda x: srt.ensemble(x, *rest, **modes), tokens
 
 
-@pytest.mark.parametrize("name", ["shift", "windows", "mean", "mean_sums"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("shift", marks=pytest.mark.slow), "windows", "mean", "mean_sums"]
+)
 def test_derivatives_of_linear_functions(name: str) -> None:
     """The gradient is the transpose of the function; a gradient of a gradient is the function."""
     function, x = linear(name)

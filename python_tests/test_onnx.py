@@ -151,6 +151,7 @@ def test_blocks_leave_out_most_zeros() -> None:
 # ---- in ONNX Runtime -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # test_srt_is_exported has ensembles, too
 def test_ensembles_are_exported() -> None:
     """All borders, upsamplings, strides, weights and kinds of grids, for any batch."""
     cases = [*samples.ENSEMBLES.values(), *BORDERS]
