@@ -61,7 +61,9 @@ class DinoBackbone(Backbone):
         features = []
         for tokens, *others in call_method(self.inner, get, images, n=indices, **arguments):
             prefix = torch.cat([t if t.dim() == 3 else t[:, None] for t in others], 1)
-            features.append(base.split_prefix(tokens, grid, 0)._replace(prefix=prefix))
+            tokens, _, _ = base.split_prefix(tokens, grid, 0)
+            # Not _replace, which torch.compile does not support in torch 2.11.
+            features.append(Features(tokens, grid, prefix))
         return features
 
     def _last_layer(self, images: torch.Tensor) -> tuple[torch.Tensor, Any] | None:

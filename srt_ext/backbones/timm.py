@@ -60,8 +60,9 @@ class TimmBackbone(Backbone):
                 features.append(base.from_map(output))
                 continue
             tokens, prefix = output if isinstance(output, (tuple, list)) else (output, None)
-            split = base.split_prefix(tokens, base.grid_of(images, self.patch), 0)
-            features.append(split._replace(prefix=prefix))
+            tokens, grid, _ = base.split_prefix(tokens, base.grid_of(images, self.patch), 0)
+            # Not _replace, which torch.compile does not support in torch 2.11.
+            features.append(Features(tokens, grid, prefix))
         return features
 
     def _last_layer(self, images: torch.Tensor) -> tuple[torch.Tensor, Any] | None:
