@@ -133,7 +133,7 @@ def test_strict_export(name: str, tmp_path: Path) -> None:
     assert_close(through_a_file(program, tmp_path)(images_of(1)), srt(images_of(1)))
 
 
-@pytest.mark.parametrize("name", some_fast(SETTINGS, "inject"))
+@pytest.mark.parametrize("name", some_fast(SETTINGS, "inject", "flips"))
 def test_compiled(name: str) -> None:
     """Several SRT modules around one model, compiled one after the other."""
     model = ViT().eval()

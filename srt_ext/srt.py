@@ -731,8 +731,13 @@ class _ViewList(NamedTuple):
 
     def take(self, index: slice | list[int]) -> _ViewList:
         """The views at ``index``."""
-        places = range(self.number)[index] if isinstance(index, slice) else index
-        lists: Any = (None if part is None else [part[i] for i in places] for part in self[1:])
+
+        def taken(part: list[Any] | None) -> list[Any] | None:
+            if part is None:
+                return None
+            return part[index] if isinstance(index, slice) else [part[i] for i in index]
+
+        lists: Any = map(taken, self[1:])
         return _ViewList(self.views.take(index), *lists)
 
     @property
