@@ -87,7 +87,7 @@ def test_the_last_layer_is_the_last_hidden_state(kind: str, settings: dict[str, 
 
 
 def ovis2() -> tuple[Any, torch.Tensor]:
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", minversion="5.18")
     from transformers.models.ovis2.configuration_ovis2 import Ovis2VisionConfig
     from transformers.models.ovis2.modeling_ovis2 import Ovis2VisionModel
 
@@ -119,6 +119,19 @@ def test_hidden_states_that_are_normalised_already(make: Any, first: str) -> Non
     raw = tokens(model, SQUARE, norm=False)
     assert not torch.allclose(raw, expected, atol=1e-3)
     assert_close(raw, tokens(model, SQUARE, layers=srt.backbone.modules[-1]))
+
+
+def test_hidden_states_that_are_always_normalised_raise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before transformers 5.18, the configuration does not select the hidden states."""
+    transformers = pytest.importorskip("transformers")
+    vit, ovis = tied_vit()[0], ovis2()[0]
+    monkeypatch.setattr(transformers, "__version__", "5.17.0")
+    assert not SRT(vit, ITSELF).backbone.is_tied
+    message = "layer of Ovis2VisionModel by index requires transformers >= 5.18; got 5.17.0"
+    for norm in (True, False):
+        with pytest.raises(ValueError, match=message):
+            SRT(ovis, ITSELF, norm=norm)
+    SRT(ovis, ITSELF, layers=-2)
 
 
 @pytest.mark.parametrize("kind", ["ViT", "Dinov2", "CLIPVision"])

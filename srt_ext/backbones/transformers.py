@@ -28,9 +28,10 @@ class TransformersBackbone(Backbone):
         self.indices = base.normalize_indices(layers, depth)
         self.last = depth - 1
         # The norm of the encoder, not of its patch embedding or pooling: the last, least nested.
-        outside = [n for n in modules if norm and not n.startswith(blocks + ".")]
+        outside = [n for n in modules if not n.startswith(blocks + ".")]
         norms = [n for n in outside if n.rpartition(".")[2] in FINAL_NORMS]
-        self.norm = min(reversed(norms), key=lambda name: name.count("."), default="")
+        final_norm = min(reversed(norms), key=lambda name: name.count("."), default="")
+        self.norm = final_norm if norm else ""
         self.normalizes = norm
         self.neck = norm and any(n.rpartition(".")[2] == "neck" for n in modules)
         self.is_tied = ties_last_hidden_state(encoder)
@@ -39,6 +40,12 @@ class TransformersBackbone(Backbone):
             self.arguments["return_dict"] = True  # overrides the configuration
         path = next((n for n, m in unwrap(model).named_modules() if m is encoder), "")
         names = [".".join(filter(None, (path, blocks, str(i)))) for i in self.indices]
+        if self.is_tied and final_norm and self.last in self.indices and not reads_tie_setting():
+            raise ValueError(
+                f"SRT: the last layer of {type(encoder).__name__} by index requires transformers "
+                f">= 5.18; got {_version()}, which does not return it before its norm. "
+                f"layers={names[self.indices.index(self.last)]!r} reads it by name"
+            )
         super().__init__(model, base.resolve_patch(patch, config.patch_size), names)
         self.prefix = base.resolve_prefix(prefix, declared_prefix(encoder))
         self.any_size = takes_any_size(encoder)
@@ -81,7 +88,8 @@ class TransformersBackbone(Backbone):
         tokens, own = output.hidden_states[self.last + 1], output.last_hidden_state
         last = encoder.get_submodule(self.norm)(tokens) if self.norm else tokens
         pooled = getattr(output, "pooler_output", None)
-        if pooled is not None and torch.equal(own, tokens) and not torch.equal(own, last):
+        pools = pooled is not None and pooled.shape == last[:, 0].shape
+        if pools and torch.equal(own, tokens) and not torch.equal(own, last):
             return last[:, 0], pooled  # CLIP only normalises the pooled token
         return last, own
 
@@ -156,10 +164,21 @@ def vision_encoder(model: Any) -> Any:
     return encoder
 
 
+def _version() -> str:
+    import transformers
+
+    return str(transformers.__version__)
+
+
+def reads_tie_setting() -> bool:
+    """Whether transformers reads ``tie_last_hidden_states`` from the configuration of a model."""
+    return tuple(map(int, _version().split(".")[:2])) >= (5, 18)
+
+
 def ties_last_hidden_state(encoder: Any) -> bool:
     """Whether the last of ``hidden_states`` is replaced by ``last_hidden_state``."""
     configured = getattr(encoder.config, "tie_last_hidden_states", None)
-    if configured is not None:
+    if configured is not None and reads_tie_setting():
         return bool(configured)
     function: Any = type(encoder).forward
     while function is not None:  # the setting is an argument of a decorator
