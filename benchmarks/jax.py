@@ -201,6 +201,7 @@ def main(
     tiny: Annotated[bool, typer.Option(help="Tiny shapes, to test the code.")] = False,
 ) -> None:
     """Measure, write the JSON after every row, print the tables."""
+    jax.config.update("jax_platforms", "cpu")
     found: dict[str, Any] = {"machine": {**machine(), "jax": jax.__version__}, "unit": "us"}
     found["rows"] = []
     if sys.platform.startswith("linux"):  # new memory for every result, as in suite.py

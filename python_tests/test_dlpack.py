@@ -26,9 +26,7 @@ ENSEMBLE = Ensemble(weights=(1.0, 0.0, 2.5, 1e-3, 7.0, 1.0, 1.0, 1.0, 1.0), stri
 
 
 @pytest.fixture
-def jax(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    # XLA would allocate most of the memory of a GPU at once.
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+def jax() -> Iterator[ModuleType]:
     module = pytest.importorskip("jax")
     module.config.update("jax_enable_x64", True)  # otherwise float64 is converted to float32
     yield module

@@ -400,7 +400,9 @@ def test_arrays_whose_type_is_sharded() -> None:
     function, tokens = linear("mean")
     energy = lambda t: jnp.square(function(t)).sum()  # noqa: E731
     expected = jax.grad(energy)(tokens)
-    explicit = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
+    explicit = jax.sharding.Mesh(
+        jax.devices("cpu")[:2], "d", axis_types=(jax.sharding.AxisType.Explicit,)
+    )
     with jax.set_mesh(explicit):
         sharding = jax.sharding.NamedSharding(explicit, P(None, "d"))
         sharded = jax.device_put(tokens, sharding)

@@ -683,7 +683,7 @@ def test_ray_reads_tables_of_different_columns(tmp_path: Path) -> None:
     shard(tmp_path / "0.tar", [("0.png", b"x"), ("0.txt", b"a")])
     shard(tmp_path / "1.tar", [("0.png", b"x"), ("0.npy", b"a"), ("1.png", b"x")])
     shard(tmp_path / "2.tar", [("0.png", b"x")]).write_bytes(b"damaged")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
     try:
         found = ray.data.read_datasource(Pictures(find(str(tmp_path))), override_num_blocks=1)
         lines = found.map_batches(read_bytes, batch_format="pyarrow", batch_size=None).take_all()
