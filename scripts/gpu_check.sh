@@ -240,6 +240,7 @@ if [ "$run" = first ]; then
 else
   [ ${#failed_before[@]} -eq 0 ] || pytest "tests that failed before" 30 0 -m "" "${failed_before[@]}"
   for tool in racecheck initcheck synccheck; do sanitize "$tool" 25; done
+  pytest "JAX" 30 0 -m cuda python_tests/test_jax.py
   if [ -z "$dry" ]; then
     benchmark rest 120
   else
