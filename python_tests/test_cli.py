@@ -276,7 +276,8 @@ def test_16_bit_images_are_scaled_and_transparent_pixels_are_white(tmp_path: Pat
         ("show frames -o out.png", "--output must end in .gif or .webp"),
         ("show photo.png -o photo.png", "--output must not be an input image"),
         ("show frames -o linked.gif", "--output must not be an input image"),
-        ("show photo.png -o loop.png", "loop.png cannot be written: "),
+        ("show photo.png -o loop.png", "loop.png cannot be written: its symbolic links"),
+        ("features frames SMALL -o loop.png", "loop.png cannot be written: "),
         ("show frames -o nowhere/out.gif", "does not exist"),
         ("show frames -o frames", "must be a new or empty folder"),
         ("show frames --query 64,0", "--query must be in the image"),
@@ -519,6 +520,10 @@ def test_images_with_broken_exif_are_read(
 )
 def test_images_of_every_mode_are_converted_to_rgb(mode: str, tmp_path: Path) -> None:
     Image.new(mode, (5, 4)).save(tmp_path / "a.tif")
+    try:
+        Image.open(tmp_path / "a.tif").load()
+    except OSError:
+        pytest.skip("Pillow cannot read its own file")  # YCbCr before Pillow 13
     assert (open_image(tmp_path / "a.tif").mode, open_image(tmp_path / "a.tif").size) == (
         "RGB",
         (5, 4),

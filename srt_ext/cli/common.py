@@ -198,10 +198,10 @@ def check_output(path: Path, suffixes: tuple[str, ...], inputs: Iterable[Path] =
         allowed = " or ".join([", ".join(suffixes[:-1]), suffixes[-1]])
         raise fatal(f"--output must end in {allowed}; got {path}")
     there = path.exists()  # raises an OSError if the name is too long
-    try:
-        folder = path.resolve().parent
-    except RuntimeError as error:
-        raise fatal(f"{path} cannot be written: {error}") from None
+    target = Path(os.path.realpath(path))  # Path.resolve raises a RuntimeError before Python 3.13
+    if target.is_symlink():
+        raise fatal(f"{path} cannot be written: its symbolic links form a loop")
+    folder = target.parent
     if not folder.is_dir():
         raise fatal(f"the folder {folder} does not exist")
     if there and any(image.exists() and path.samefile(image) for image in inputs):

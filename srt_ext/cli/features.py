@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from enum import Enum
@@ -253,7 +254,7 @@ def _folder(
         raise common.fatal(f"{output} is an output of --engine ray: choose another --output")
     from .folder import list_tasks, sizes, write_folder
 
-    inside = None if output.resolve() == folder.resolve() else output
+    inside = None if os.path.realpath(output) == os.path.realpath(folder) else output
     found = find_images(folder, nested=True, without=inside)
     found = found._replace(files=found.files[:limit])
     extraction = request.load()
