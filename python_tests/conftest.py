@@ -16,8 +16,9 @@ from pathlib import Path
 # Read when torch is imported. Threads that spin while they wait make small calls ten times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Read when JAX is imported. Tests of JAX compare with the ops on the CPU, so they run there unless
-# they name a GPU. JAX would allocate most of the memory of the GPU at once.
+# they name a GPU.
 os.environ.setdefault("JAX_DEFAULT_DEVICE", "cpu")
+# Otherwise JAX allocates most of the memory of a GPU at once.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import backends

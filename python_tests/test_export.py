@@ -144,6 +144,12 @@ def test_compiled(name: str) -> None:
         assert_close(compiled(images_of(2)), module(images_of(2)))
 
 
+def test_views_in_compiled_code() -> None:
+    srt = vit(scale=1.25)
+    offsets = torch.compile(lambda factor: srt.views.offsets * factor, backend="eager")
+    assert_close(offsets(torch.tensor(2.0)), srt.views.offsets * 2)
+
+
 @follows_generators
 @pytest.mark.parametrize("name", some_fast(BY_HOOKS, "layer"))
 def test_tracing_a_model_that_is_read_by_hooks_raises(name: str) -> None:

@@ -87,7 +87,7 @@ def test_the_last_layer_is_the_last_hidden_state(kind: str, settings: dict[str, 
 
 
 def ovis2() -> tuple[Any, torch.Tensor]:
-    pytest.importorskip("transformers", minversion="5.18")
+    pytest.importorskip("transformers")
     from transformers.models.ovis2.configuration_ovis2 import Ovis2VisionConfig
     from transformers.models.ovis2.modeling_ovis2 import Ovis2VisionModel
 
@@ -116,22 +116,42 @@ def test_hidden_states_that_are_normalised_already(make: Any, first: str) -> Non
         call = torch.compile(srt, backend="eager")
     actual = call(SQUARE).field.flatten(2).transpose(1, 2)
     assert_close(actual, expected, atol=1e-5, rtol=1e-5)
-    raw = tokens(model, SQUARE, norm=False)
+    raw = tokens(model, SQUARE, layers=srt.backbone.modules[-1])
     assert not torch.allclose(raw, expected, atol=1e-3)
-    assert_close(raw, tokens(model, SQUARE, layers=srt.backbone.modules[-1]))
+    if srt.backbone.is_normalized:  # before transformers 5.18
+        with pytest.raises(ValueError, match="norm must be True for the last layer of Ovis2"):
+            tokens(model, SQUARE, norm=False)
+    else:
+        assert_close(tokens(model, SQUARE, norm=False), raw)
 
 
-def test_hidden_states_that_are_always_normalised_raise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before transformers 5.18, the configuration does not select the hidden states."""
+@pytest.fixture
+def no_tie_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hidden states of transformers before 5.18, which ties by the decorator alone."""
     transformers = pytest.importorskip("transformers")
-    vit, ovis = tied_vit()[0], ovis2()[0]
     monkeypatch.setattr(transformers, "__version__", "5.17.0")
-    assert not SRT(vit, ITSELF).backbone.is_tied
-    message = "layer of Ovis2VisionModel by index requires transformers >= 5.18; got 5.17.0"
+
+
+def test_hidden_states_that_are_always_normalised(no_tie_setting: None) -> None:
+    model, expected = ovis2()
+    assert_close(tokens(model, SQUARE), expected, atol=1e-5, rtol=1e-5)
+    message = "norm must be True for the last layer of Ovis2VisionModel, .* got False with 5.17.0"
+    with pytest.raises(ValueError, match=message):
+        SRT(model, ITSELF, norm=False)
+    assert tokens(model, SQUARE, norm=False, layers=-2).isfinite().all()
+    model.transformer.rms_norm = torch.nn.Identity()
+    name = SRT(model, ITSELF).backbone.modules[-1]
     for norm in (True, False):
-        with pytest.raises(ValueError, match=message):
-            SRT(ovis, ITSELF, norm=norm)
-    SRT(ovis, ITSELF, layers=-2)
+        assert_close(tokens(model, SQUARE, norm=norm), tokens(model, SQUARE, layers=name))
+
+
+def test_models_without_a_last_hidden_state(no_tie_setting: None) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = with_random_norms(transformers.Dinov2Backbone(transformers.Dinov2Config(**SIZE)))
+    raw = tokens(model, SQUARE, layers=SRT(model, ITSELF).backbone.modules[-1], prefix=1)
+    assert_close(tokens(model, SQUARE, norm=False), raw)
+    assert_close(tokens(model, SQUARE), model.layernorm(raw))
 
 
 @pytest.mark.parametrize("kind", ["ViT", "Dinov2", "CLIPVision"])

@@ -188,6 +188,15 @@ pytest() { # NAME SECONDS WORKERS ARGUMENT...
   OMP_NUM_THREADS=$((workers > 0 ? 1 : OMP_NUM_THREADS)) step "$1" "$2" python3 -m pytest \
     -p no:cacheprovider -n "$workers" -v --tb=short --durations=5 "${@:4}"
 }
+jax_handlers() { # SECONDS
+  if [ ! -e "$bundle/_xla_cuda.so" ]; then
+    skip "JAX handlers: gpu_bundle was built without jaxlib"
+  elif ! python3 -c 'from importlib.util import find_spec; exit(find_spec("jax") is None)'; then
+    skip "JAX handlers: jax is not installed"
+  else
+    pytest "JAX handlers" "$1" 0 -m cuda python_tests/test_jax.py
+  fi
+}
 sanitize() { # TOOL SECONDS
   local probe
   if [ -n "$dry" ]; then
@@ -240,9 +249,9 @@ if [ "$run" = first ]; then
 else
   [ ${#failed_before[@]} -eq 0 ] || pytest "tests that failed before" 30 0 -m "" "${failed_before[@]}"
   for tool in racecheck initcheck synccheck; do sanitize "$tool" 25; done
-  pytest "JAX" 30 0 -m cuda python_tests/test_jax.py
+  jax_handlers 25
   if [ -z "$dry" ]; then
-    benchmark rest 120
+    benchmark rest 100
   else
     skip "benchmark: rest: dry run (the first run covers it)"
   fi

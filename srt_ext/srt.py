@@ -313,7 +313,8 @@ class SRT(torch.nn.Module):
     def views(self) -> Views:
         """A copy of the views, with their offsets in pixels of the image."""
         views = _copied(self._views)
-        return views._replace(offsets=views.offsets / self.scale)
+        # Not _replace, which torch.compile of torch 2.11 (not 2.12) cannot trace.
+        return Views(views.offsets / self.scale, views.weights, views.mirror)
 
     @property
     def _views(self) -> Views:
@@ -735,6 +736,7 @@ class _ViewList(NamedTuple):
         def taken(part: list[Any] | None) -> list[Any] | None:
             if part is None:
                 return None
+            # Not range(number)[index], which torch.compile of torch 2.10 (not 2.11) cannot trace.
             return part[index] if isinstance(index, slice) else [part[i] for i in index]
 
         lists: Any = map(taken, self[1:])

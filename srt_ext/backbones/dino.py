@@ -62,7 +62,7 @@ class DinoBackbone(Backbone):
         for tokens, *others in call_method(self.inner, get, images, n=indices, **arguments):
             prefix = torch.cat([t if t.dim() == 3 else t[:, None] for t in others], 1)
             tokens, _, _ = base.split_prefix(tokens, grid, 0)
-            # Not _replace, which torch.compile does not support in torch 2.11.
+            # Not _replace, which torch.compile of torch 2.11 (not 2.12) cannot trace.
             features.append(Features(tokens, grid, prefix))
         return features
 

@@ -61,7 +61,7 @@ class TimmBackbone(Backbone):
                 continue
             tokens, prefix = output if isinstance(output, (tuple, list)) else (output, None)
             tokens, grid, _ = base.split_prefix(tokens, base.grid_of(images, self.patch), 0)
-            # Not _replace, which torch.compile does not support in torch 2.11.
+            # Not _replace, which torch.compile of torch 2.11 (not 2.12) cannot trace.
             features.append(Features(tokens, grid, prefix))
         return features
 

@@ -34,24 +34,26 @@ class TransformersBackbone(Backbone):
         self.norm = final_norm if norm else ""
         self.normalizes = norm
         self.neck = norm and any(n.rpartition(".")[2] == "neck" for n in modules)
-        self.is_tied = ties_last_hidden_state(encoder)
+        is_tied, has_setting = ties_last_hidden_state(encoder), reads_tie_setting()
+        self.unties, self.is_normalized = is_tied and has_setting, is_tied and not has_setting
         self.arguments = {"output_hidden_states": True, **any_size_arguments(encoder)}
         if accepts(encoder, "return_dict") or accepts(encoder, "kwargs"):
             self.arguments["return_dict"] = True  # overrides the configuration
         path = next((n for n, m in unwrap(model).named_modules() if m is encoder), "")
         names = [".".join(filter(None, (path, blocks, str(i)))) for i in self.indices]
-        if self.is_tied and final_norm and self.last in self.indices and not reads_tie_setting():
+        is_norm = final_norm and not isinstance(modules[final_norm], torch.nn.Identity)
+        if self.is_normalized and is_norm and not norm and self.last in self.indices:
             raise ValueError(
-                f"SRT: the last layer of {type(encoder).__name__} by index requires transformers "
-                f">= 5.18; got {_version()}, which does not return it before its norm. "
-                f"layers={names[self.indices.index(self.last)]!r} reads it by name"
+                f"SRT: norm must be True for the last layer of {type(encoder).__name__}, which "
+                f"transformers before 5.18 returns after its norm; got False with {_version()}. "
+                f"layers={names[self.indices.index(self.last)]!r} reads it before its norm"
             )
         super().__init__(model, base.resolve_patch(patch, config.patch_size), names)
         self.prefix = base.resolve_prefix(prefix, declared_prefix(encoder))
         self.any_size = takes_any_size(encoder)
 
     def _run(self, encoder: Any, images: torch.Tensor) -> Any:
-        if not self.is_tied:
+        if not self.unties:
             return call_model(encoder, images, self.patch, self.arguments)
         config = copy.copy(encoder.config)
         config.tie_last_hidden_states = False
@@ -71,7 +73,7 @@ class TransformersBackbone(Backbone):
             if self.neck and i == self.last:
                 features.append(base.from_map(output.last_hidden_state))
                 continue
-            if self.norm:
+            if self.norm and not (self.is_normalized and i == self.last):
                 tokens = encoder.get_submodule(self.norm)(tokens)
             # SAM's tokens are NHWC.
             features.append(base.parse_output(tokens, images, self.patch, self.prefix)[0])
@@ -86,10 +88,11 @@ class TransformersBackbone(Backbone):
         encoder = vision_encoder(self.inner)
         output = self._run(encoder, images)
         tokens, own = output.hidden_states[self.last + 1], output.last_hidden_state
-        last = encoder.get_submodule(self.norm)(tokens) if self.norm else tokens
+        if not self.norm or self.is_normalized:
+            return tokens, own
+        last = encoder.get_submodule(self.norm)(tokens)
         pooled = getattr(output, "pooler_output", None)
-        pools = pooled is not None and pooled.shape == last[:, 0].shape
-        if pools and torch.equal(own, tokens) and not torch.equal(own, last):
+        if pooled is not None and torch.equal(own, tokens) and not torch.equal(own, last):
             return last[:, 0], pooled  # CLIP only normalises the pooled token
         return last, own
 
@@ -171,7 +174,10 @@ def _version() -> str:
 
 
 def reads_tie_setting() -> bool:
-    """Whether transformers reads ``tie_last_hidden_states`` from the configuration of a model."""
+    """Whether transformers reads ``tie_last_hidden_states`` from the configuration of a model.
+
+    Always, when transformers >= 5.18 is required.
+    """
     return tuple(map(int, _version().split(".")[:2])) >= (5, 18)
 
 
@@ -180,6 +186,8 @@ def ties_last_hidden_state(encoder: Any) -> bool:
     configured = getattr(encoder.config, "tie_last_hidden_states", None)
     if configured is not None and reads_tie_setting():
         return bool(configured)
+    if hasattr(encoder, "out_features"):  # the output of these models has no last_hidden_state
+        return False
     function: Any = type(encoder).forward
     while function is not None:  # the setting is an argument of a decorator
         names = getattr(getattr(function, "__code__", None), "co_freevars", ())
