@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL
 import pytest
 import torch
 from cli import SMALL, crops, run, small_weights, timm
 from PIL import Image
+from PIL import __version__ as pillow_version
 from process import run_python
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -521,7 +521,7 @@ def test_images_with_broken_exif_are_read(
 )
 def test_images_of_every_mode_are_converted_to_rgb(mode: str, tmp_path: Path) -> None:
     Image.new(mode, (5, 4)).save(tmp_path / "a.tif")
-    if mode == "YCbCr" and int(PIL.__version__.split(".")[0]) < 13:
+    if mode == "YCbCr" and int(pillow_version.split(".")[0]) < 13:
         pytest.skip("Pillow cannot read its own file")
     assert (open_image(tmp_path / "a.tif").mode, open_image(tmp_path / "a.tif").size) == (
         "RGB",
