@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -34,8 +35,9 @@ class TransformersBackbone(Backbone):
         self.norm = final_norm if norm else ""
         self.normalizes = norm
         self.neck = norm and any(n.rpartition(".")[2] == "neck" for n in modules)
-        is_tied, has_setting = ties_last_hidden_state(encoder), reads_tie_setting()
-        self.unties, self.is_normalized = is_tied and has_setting, is_tied and not has_setting
+        is_tied = ties_last_hidden_state(encoder)
+        self.unties = is_tied and reads_tie_setting()
+        self.is_normalized = is_tied and not self.unties  # the last of the hidden_states
         self.arguments = {"output_hidden_states": True, **any_size_arguments(encoder)}
         if accepts(encoder, "return_dict") or accepts(encoder, "kwargs"):
             self.arguments["return_dict"] = True  # overrides the configuration
@@ -45,7 +47,8 @@ class TransformersBackbone(Backbone):
         if self.is_normalized and is_norm and not norm and self.last in self.indices:
             raise ValueError(
                 f"SRT: norm must be True for the last layer of {type(encoder).__name__}, which "
-                f"transformers before 5.18 returns after its norm; got False with {_version()}. "
+                f"transformers before 5.18 returns after its norm; got norm=False with "
+                f"transformers {version('transformers')}. "
                 f"layers={names[self.indices.index(self.last)]!r} reads it before its norm"
             )
         super().__init__(model, base.resolve_patch(patch, config.patch_size), names)
@@ -167,18 +170,12 @@ def vision_encoder(model: Any) -> Any:
     return encoder
 
 
-def _version() -> str:
-    import transformers
-
-    return str(transformers.__version__)
-
-
 def reads_tie_setting() -> bool:
     """Whether transformers reads ``tie_last_hidden_states`` from the configuration of a model.
 
-    Always, when transformers >= 5.18 is required.
+    Since 5.18; to be removed when that version is required.
     """
-    return tuple(map(int, _version().split(".")[:2])) >= (5, 18)
+    return tuple(map(int, version("transformers").split(".")[:2])) >= (5, 18)
 
 
 def ties_last_hidden_state(encoder: Any) -> bool:
