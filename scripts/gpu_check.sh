@@ -60,10 +60,14 @@ elif [ "$(cat "$bundle/digest" 2>/dev/null)" != "$(bash "$root/scripts/kernel_di
   missing+=("a gpu_bundle of these sources: it was built from commit $(cat "$bundle/commit" 2>/dev/null),\
  and csrc, CMakeLists.txt or cuda_sanitize.cu differ; run scripts/gpu_bundle.sh again")
 fi
+absent=
 # Modules are located, not imported, because each import takes seconds.
 while read -r module; do
   case $module in
-    cupy | jax | triton) echo "WARNING: $module is not installed: its tests are SKIPPED" ;;
+    cupy | jax | triton)
+      echo "WARNING: $module is not installed: its tests are SKIPPED"
+      absent+=" $module"
+      ;;
     xdist) missing+=("the Python module xdist (pip install pytest-xdist)") ;;
     *) missing+=("the Python module $module") ;;
   esac
@@ -191,7 +195,7 @@ pytest() { # NAME SECONDS WORKERS ARGUMENT...
 jax_handlers() { # SECONDS
   if [ ! -e "$bundle/_xla_cuda.so" ]; then
     skip "JAX handlers: gpu_bundle was built without jaxlib"
-  elif ! python3 -c 'from importlib.util import find_spec; exit(find_spec("jax") is None)'; then
+  elif [[ $absent == *jax* ]]; then
     skip "JAX handlers: jax is not installed"
   else
     pytest "JAX handlers" "$1" 0 -m cuda python_tests/test_jax.py
